@@ -1,0 +1,97 @@
+//! `strata.v1.Cluster`: status and plan previews.
+
+use std::sync::PoisonError;
+
+use strata_proto::{
+    DType,
+    error::{Classify, Kind, status},
+    v1::{self, cluster_server::Cluster},
+};
+use tonic::{Request, Response, Status, async_trait};
+
+use crate::{
+    coordinator::Coordinator,
+    membership::Member,
+    pipeline::{Deployment, survey},
+    planner::Split,
+};
+
+pub(super) struct ClusterService {
+    coordinator: Coordinator,
+}
+
+impl ClusterService {
+    pub(super) fn new(coordinator: Coordinator) -> Self {
+        ClusterService { coordinator }
+    }
+
+    fn members(&self) -> Vec<Member> {
+        self.coordinator.members.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// A field of a preview that cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct BadField(String);
+
+impl Classify for BadField {
+    fn kind(&self) -> Kind {
+        Kind::BadInput
+    }
+}
+
+#[async_trait]
+impl Cluster for ClusterService {
+    async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
+        let snapshot = self.coordinator.engine.snapshot.borrow().clone();
+        let described = self.members().into_iter().map(|member| async move {
+            let answer = member.worker.describe(v1::DescribeRequest::default());
+            let answer = tokio::time::timeout(std::time::Duration::from_secs(1), answer).await;
+            let devices = match answer {
+                Ok(Ok(described)) => Some(described.devices),
+                _ => None,
+            };
+            v1::Member { worker: member.name, live: devices.is_some(), devices: devices.unwrap_or_default() }
+        });
+        Ok(Response::new(v1::StatusResponse {
+            model: self.coordinator.profile.model.clone(),
+            ready: snapshot.ready,
+            reason: snapshot.reason,
+            plan: snapshot.plan.as_deref().map(Into::into),
+            fence: Some(snapshot.fence),
+            load: Some(snapshot.load),
+            members: futures::future::join_all(described).await,
+        }))
+    }
+
+    async fn preview_plan(
+        &self,
+        request: Request<v1::PreviewPlanRequest>,
+    ) -> Result<Response<v1::PreviewPlanResponse>, Status> {
+        let deployment =
+            changed(&self.coordinator.deployment, request.into_inner()).map_err(|e| status(&e))?;
+        let found = survey(&self.members(), &deployment.model).await.map_err(|e| status(&e))?;
+        let plan = found.plan(&deployment).map_err(|e| status(&e))?;
+        Ok(Response::new(v1::PreviewPlanResponse { plan: Some((&plan).into()) }))
+    }
+}
+
+/// The deployment with what the request sets.
+fn changed(deployment: &Deployment, request: v1::PreviewPlanRequest) -> Result<Deployment, BadField> {
+    let mut deployment = deployment.clone();
+    if !request.split.is_empty() {
+        deployment.split = request.split.parse::<Split>().map_err(|e| BadField(format!("split: {e}")))?;
+    }
+    match request.dtype.as_str() {
+        "" => {}
+        "auto" => deployment.dtype = None,
+        name => {
+            deployment.dtype = Some(name.parse::<DType>().map_err(|e| BadField(format!("dtype: {e}")))?);
+        }
+    }
+    if request.kv_tokens > 0 {
+        deployment.kv_tokens = Some(request.kv_tokens);
+    }
+    Ok(deployment)
+}

@@ -1,0 +1,18 @@
+//! The front end and the brain: admission, tokenizer, planner, scheduler, pipeline.
+//!
+//! The coordinator knows no model and no tensors: a model is a [`strata_proto::ModelProfile`] that a worker
+//! describes, and a worker is anything with the calls of [`strata_proto::Worker`].
+
+pub mod admission;
+mod coordinator;
+pub mod engine;
+pub mod grpc;
+pub mod membership;
+pub mod pipeline;
+pub mod planner;
+mod remote;
+pub mod scheduler;
+pub mod tokenizer;
+
+pub use coordinator::{Coordinator, CoordinatorConfig, StartError, preview};
+pub use remote::RemoteWorker;

@@ -1,0 +1,252 @@
+//! The planner against brute force on small problems, and the cases people ask about.
+
+use proptest::prelude::*;
+use strata_proto::{FormatBytes, Module, v1::Task};
+
+use super::*;
+
+fn module(name: &str, bytes: u64, kv: u64, macs: u64) -> Module {
+    let bytes = FormatBytes::of(|d| bytes * d.size() / 4);
+    Module { names: vec![name.to_owned()], bytes, kv_elements_per_token: kv, macs_per_token: macs }
+}
+
+/// A model whose layers cost `(bytes in f32, multiply-adds)` each.
+fn profile(layers: &[(u64, u64)], embedding: u64, tied: bool) -> ModelProfile {
+    let head = module("lm_head", embedding + 8, 0, embedding / 4);
+    ModelProfile {
+        model: "m".into(),
+        family: "llama".into(),
+        task: Task::Generate,
+        dtype: DType::F32,
+        hidden_size: 8,
+        vocab_size: 16,
+        context_length: 32,
+        layers: layers
+            .iter()
+            .enumerate()
+            .map(|(i, (b, m))| module(&format!("layers.{i}"), *b, 4, *m))
+            .collect(),
+        embedding: module("embed", embedding, 0, 0),
+        shared: if tied { FormatBytes::of(|d| embedding * d.size() / 4) } else { FormatBytes::default() },
+        shared_tensors: Vec::new(),
+        head,
+        bos_token_ids: vec![],
+        eos_token_ids: vec![],
+        pad_token_ids: vec![],
+        fingerprint: "f".into(),
+        recompute_at: None,
+        workspace_bytes_per_token: 3,
+        workspace_bytes_per_output: 5,
+    }
+}
+
+fn device(kind: DeviceKind, id: &str, budget: u64, capped: bool) -> Offer {
+    let device = Device {
+        id: id.into(),
+        kind,
+        budget_bytes: budget,
+        total_bytes: budget,
+        capped,
+        bytes_per_second: if kind == DeviceKind::Cuda { 1e6 } else { 1e4 },
+        flops_per_second: if kind == DeviceKind::Cuda { 1e6 } else { 1e4 },
+        numerics: "test".into(),
+    };
+    Offer { worker: "w".into(), device }
+}
+
+fn problem<'a>(profile: &'a ModelProfile, offers: &'a [Offer], split: &'a Split) -> Problem<'a> {
+    Problem {
+        profile,
+        offers,
+        split,
+        dtype: DType::F32,
+        kv_tokens: Some(32),
+        max_step_tokens: 4,
+        max_step_outputs: 2,
+    }
+}
+
+/// Every assignment of contiguous ranges to devices in order that fits with `blocks` blocks.
+fn brute_force(costs: &Costs, blocks: u64) -> Vec<Vec<Share>> {
+    fn go(
+        costs: &Costs,
+        blocks: u64,
+        offer: usize,
+        first: u32,
+        so_far: &mut Vec<Share>,
+        all: &mut Vec<Vec<Share>>,
+    ) {
+        if first == costs.layers() {
+            all.push(so_far.clone());
+            return;
+        }
+        if offer == costs.offers() {
+            return;
+        }
+        go(costs, blocks, offer + 1, first, so_far, all);
+        for end in first + 1..=costs.layers() {
+            let layers = LayerRange::new(first, end);
+            if costs.bytes(layers, blocks) <= costs.budget(offer) {
+                so_far.push(Share { offer, layers });
+                go(costs, blocks, offer + 1, end, so_far, all);
+                so_far.pop();
+            }
+        }
+    }
+    let mut all = Vec::new();
+    go(costs, blocks, 0, 0, &mut Vec::new(), &mut all);
+    all
+}
+
+fn slowest(shares: &[Share], seconds: impl Fn(usize, LayerRange) -> f64) -> f64 {
+    shares.iter().map(|s| seconds(s.offer, s.layers)).fold(0.0, f64::max)
+}
+
+prop_compose! {
+    fn small_problem()(
+        layers in prop::collection::vec((1u64..200, 1u64..200), 1..7),
+        embedding in 0u64..300,
+        tied in any::<bool>(),
+        devices in prop::collection::vec((any::<bool>(), 0u64..2500, any::<bool>()), 1..5),
+    ) -> (ModelProfile, Vec<Offer>) {
+        let offers = devices.iter().enumerate().map(|(i, (gpu, budget, capped))| {
+            let kind = if *gpu { DeviceKind::Cuda } else { DeviceKind::Cpu };
+            device(kind, &format!("d:{i}"), *budget, *capped)
+        });
+        (profile(&layers, embedding * 4, tied), offers.collect())
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1500, ..ProptestConfig::default() })]
+
+    #[test]
+    fn plans_are_optimal_and_within_every_budget((profile, offers) in small_problem(), auto in any::<bool>()) {
+        let split = if auto { Split::Auto } else { Split::Balanced };
+        let problem = problem(&profile, &offers, &split);
+        let costs = Costs::new(&problem);
+        let all = brute_force(&costs, 2);
+        let plan = match solve(&problem) {
+            Ok(plan) => plan,
+            Err(PlanError::DoesNotFit { .. }) => {
+                prop_assert!(all.is_empty(), "a plan exists");
+                return Ok(());
+            }
+            Err(other) => return Err(TestCaseError::fail(other.to_string())),
+        };
+        let stages = &plan.replicas[0].stages;
+        let mut next = 0;
+        for stage in stages {
+            prop_assert_eq!(stage.layers.first, next);
+            prop_assert!(!stage.layers.is_empty());
+            prop_assert!(stage.total_bytes() <= stage.budget_bytes);
+            next = stage.layers.end;
+        }
+        prop_assert_eq!(next, profile.layer_count());
+
+        let shares: Vec<Share> = stages.iter().map(|s| Share {
+            offer: offers.iter().position(|o| o.device.id == s.device).unwrap(),
+            layers: s.layers,
+        }).collect();
+        let spilled = |s: &[Share]| s.iter().filter(|s| costs.spills(s.offer)).map(|s| s.layers.len()).sum::<u32>();
+        let key = |s: &Vec<Share>| (spilled(s), if auto { s.len() as i64 } else { -(s.len() as i64) });
+        let best = all.iter().map(key).min().unwrap();
+        prop_assert_eq!(key(&shares), best);
+        let rivals: Vec<_> = all.iter().filter(|s| key(s) == best).collect();
+        let decode = |s: &[Share]| slowest(s, |o, r| costs.decode_seconds(o, r));
+        let prefill = |s: &[Share]| slowest(s, |o, r| costs.prefill_seconds(o, r));
+        let fastest = rivals.iter().map(|s| decode(s)).fold(f64::INFINITY, f64::min);
+        prop_assert!(decode(&shares) <= fastest * (1.0 + 1e-9));
+        let ties = rivals.iter().filter(|s| decode(s) <= fastest * (1.0 + 1e-13));
+        let quickest = ties.map(|s| prefill(s)).fold(f64::INFINITY, f64::min);
+        prop_assert!(prefill(&shares) <= quickest * (1.0 + 1e-9));
+    }
+
+    #[test]
+    fn the_cache_is_as_large_as_the_shape_allows((profile, offers) in small_problem()) {
+        let problem = Problem { kv_tokens: None, ..problem(&profile, &offers, &Split::Auto) };
+        let Ok(plan) = solve(&problem) else { return Ok(()) };
+        let replica = &plan.replicas[0];
+        let blocks = replica.kv_capacity_tokens / 16;
+        prop_assert!((2..=32).contains(&blocks), "between one and sixteen contexts");
+        prop_assert!(replica.stages.iter().all(|s| s.total_bytes() <= s.budget_bytes));
+        if blocks < 32 {
+            let fits_more = brute_force(&Costs::new(&problem), blocks + 1);
+            let stages = replica.stages.len();
+            let ranks = |s: &Vec<Share>| s.iter().all(|s| offers[s.offer].device.capped
+                || offers[s.offer].device.kind == DeviceKind::Cuda);
+            let spills = replica.stages.iter().any(|s| Costs::new(&problem)
+                .spills(offers.iter().position(|o| o.device.id == s.device).unwrap()));
+            if !spills && offers.iter().any(|o| o.device.capped || o.device.kind == DeviceKind::Cuda) {
+                prop_assert!(!fits_more.iter().any(|s| s.len() <= stages && ranks(s)), "a larger cache fits");
+            }
+        }
+    }
+}
+
+/// `INTERFACES.md`: GPUs of 10, 40 and 10 GB and a 50 GB model, of which accelerate puts 12 GB on the CPU.
+#[test]
+fn uneven_gpus_hold_the_whole_model() {
+    let gb = 1_000_000_000;
+    let profile = profile(&[(gb / 2, 1); 100], gb / 4, true);
+    let offers = [
+        device(DeviceKind::Cuda, "cuda:0", 10 * gb, false),
+        device(DeviceKind::Cuda, "cuda:1", 40 * gb + gb / 2, false),
+        device(DeviceKind::Cuda, "cuda:2", 10 * gb, false),
+        device(DeviceKind::Cpu, "cpu", 64 * gb, false),
+    ];
+    for split in [Split::Auto, Split::Balanced] {
+        let plan = solve(&problem(&profile, &offers, &split)).unwrap();
+        assert!(plan.replicas[0].stages.iter().all(|s| s.device.starts_with("cuda")), "{split}: {plan:?}");
+        assert_eq!(plan.hf_device_map["layers.0"], MapDevice::Cuda(0));
+    }
+}
+
+#[test]
+fn one_gpu_that_fits_is_never_split_and_a_cpu_only_takes_the_rest() {
+    let profile = profile(&[(100, 1); 6], 0, false);
+    let fits =
+        [device(DeviceKind::Cpu, "cpu", 1 << 20, false), device(DeviceKind::Cuda, "cuda:0", 5000, false)];
+    let plan = solve(&problem(&profile, &fits, &Split::Auto)).unwrap();
+    assert_eq!(plan.replicas[0].stages.len(), 1);
+    assert_eq!(plan.replicas[0].stages[0].device, "cuda:0");
+    let tight =
+        [device(DeviceKind::Cuda, "cuda:0", 2000, false), device(DeviceKind::Cpu, "cpu", 1 << 20, false)];
+    let plan = solve(&problem(&profile, &tight, &Split::Auto)).unwrap();
+    let layers: Vec<_> = plan.replicas[0].stages.iter().map(|s| s.layers.len()).collect();
+    assert_eq!(layers, [3, 3], "the GPU takes the three layers that fit");
+}
+
+#[test]
+fn counts_are_taken_as_they_are_or_refused() {
+    let profile = profile(&[(100, 1); 6], 0, false);
+    let offers =
+        vec![device(DeviceKind::Cpu, "cpu:0", 1 << 20, true), device(DeviceKind::Cpu, "cpu:1", 3000, true)];
+    let plan = |counts: &str| {
+        let split: Split = counts.parse().unwrap();
+        solve(&problem(&profile, &offers, &split)).map_err(|e| e.to_string())
+    };
+    let stages = plan("5,1").unwrap().replicas[0].stages.clone();
+    assert_eq!((stages[0].layers, stages[1].layers), (LayerRange::new(0, 5), LayerRange::new(5, 6)));
+    assert!(plan("5,2").unwrap_err().contains("places 7 layers"));
+    assert!(plan("2,2,2").unwrap_err().contains("3 stages"));
+    let error = plan("1,5").unwrap_err();
+    assert!(error.contains("stage 1 (layers 1..6)") && error.contains("w/cpu:1 offers 2.9 KiB"), "{error}");
+    assert!("1,0".parse::<Split>().is_err() && "".parse::<Split>().is_err());
+}
+
+#[test]
+fn a_refusal_says_what_is_missing_and_what_would_fit() {
+    let profile = profile(&[(1 << 20, 1); 4], 0, false);
+    let refuse = |budget: u64, kv_tokens| {
+        let offers = [device(DeviceKind::Cpu, "cpu", budget, true)];
+        let problem = Problem { kv_tokens, ..problem(&profile, &offers, &Split::Auto) };
+        solve(&problem).unwrap_err().to_string()
+    };
+    let half = refuse(3 << 20, None);
+    assert!(half.contains("1.0 MiB are missing") && half.contains("--dtype bf16"), "{half}");
+    let cache = refuse((4 << 20) + 5000, Some(1 << 20));
+    assert!(cache.contains("it would fit with --kv-tokens"), "{cache}");
+    let none = refuse(1 << 10, None);
+    assert!(none.contains("more devices or memory"), "{none}");
+}

@@ -1,0 +1,126 @@
+//! A worker behind gRPC: an adapter, no logic.
+
+use std::time::Duration;
+
+use strata_proto::{
+    Files, MAX_STAGE_MESSAGE, Progress, StageChannel, Worker,
+    v1::{self, stage_client::StageClient, to_stage},
+};
+use tokio::sync::mpsc;
+use tokio_stream::{StreamExt, wrappers::ReceiverStream};
+use tonic::{
+    Request, Status, async_trait,
+    transport::{Channel, Endpoint},
+};
+
+/// How long a connection attempt may take.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
+/// HTTP/2 pings find half-open connections.
+const PING_EVERY: Duration = Duration::from_secs(2);
+const PING_PATIENCE: Duration = Duration::from_secs(3);
+/// Most bytes of tokenizer files a worker may send.
+const MAX_FILES: usize = 256 << 20;
+const QUEUE: usize = 64;
+
+/// A worker in another process.
+#[derive(Debug, Clone)]
+pub struct RemoteWorker {
+    client: StageClient<Channel>,
+}
+
+impl RemoteWorker {
+    /// A worker at `url`; connects when first called. Also returns its name in plans (`HOST:PORT`) and its host.
+    ///
+    /// # Errors
+    /// If the URL has no host and port.
+    pub fn lazy(url: &str) -> Result<(Self, String, String), String> {
+        let url = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
+        let bad = |why: &str| format!("worker {url:?}: {why}; expected a URL such as http://10.0.0.7:7801");
+        let endpoint = Endpoint::from_shared(url.clone()).map_err(|e| bad(&e.to_string()))?;
+        let host = endpoint.uri().host().ok_or_else(|| bad("it has no host"))?.to_owned();
+        let port = endpoint.uri().port_u16().ok_or_else(|| bad("it has no port"))?;
+        let channel = endpoint
+            .connect_timeout(CONNECT_PATIENCE)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(PING_EVERY)
+            .keep_alive_timeout(PING_PATIENCE)
+            .keep_alive_while_idle(true)
+            .connect_lazy();
+        let client = StageClient::new(channel)
+            .max_decoding_message_size(MAX_STAGE_MESSAGE)
+            .max_encoding_message_size(MAX_STAGE_MESSAGE);
+        Ok((RemoteWorker { client }, format!("{host}:{port}"), host))
+    }
+}
+
+#[async_trait]
+impl Worker for RemoteWorker {
+    async fn describe(&self, request: v1::DescribeRequest) -> Result<v1::Described, Status> {
+        self.client.clone().describe(request).await.map(tonic::Response::into_inner)
+    }
+
+    async fn read_tokenizer(&self, request: v1::ReadTokenizerRequest) -> Result<Files, Status> {
+        let mut chunks = self.client.clone().read_tokenizer(request).await?.into_inner();
+        let mut files = Files::new();
+        let mut total = 0;
+        while let Some(chunk) = chunks.message().await? {
+            total += chunk.data.len();
+            if total > MAX_FILES {
+                return Err(Status::failed_precondition(format!(
+                    "the worker sends more than {MAX_FILES} bytes of tokenizer files"
+                )));
+            }
+            files.entry(chunk.name).or_default().extend(chunk.data);
+        }
+        Ok(files)
+    }
+
+    async fn load(&self, request: v1::LoadRequest) -> Result<Progress, Status> {
+        let mut updates = self.client.clone().load(request).await?.into_inner();
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        tokio::spawn(async move {
+            while let Some(update) = updates.next().await {
+                if sender.send(update).await.is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(receiver)
+    }
+
+    async fn unload(&self, request: v1::UnloadRequest) -> Result<(), Status> {
+        self.client.clone().unload(request).await.map(drop)
+    }
+
+    async fn prepare(&self, request: v1::PrepareRequest) -> Result<v1::Prepared, Status> {
+        self.client.clone().prepare(request).await.map(tonic::Response::into_inner)
+    }
+
+    async fn connect(&self, request: v1::ConnectRequest) -> Result<(), Status> {
+        self.client.clone().connect(request).await.map(drop)
+    }
+
+    async fn run(&self, open: v1::Open) -> Result<StageChannel, Status> {
+        let (to, orders) = mpsc::channel(QUEUE);
+        let open = v1::ToStage { message: Some(to_stage::Message::Open(open)) };
+        let stream = tokio_stream::once(open).chain(ReceiverStream::new(orders));
+        let mut answers = self.client.clone().run(Request::new(stream)).await?.into_inner();
+        let (sender, from) = mpsc::channel(QUEUE);
+        tokio::spawn(async move {
+            while let Some(Ok(answer)) = answers.next().await {
+                if sender.send(answer).await.is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(StageChannel { to, from })
+    }
+
+    async fn abort(&self, request: v1::AbortRequest) -> Result<(), Status> {
+        self.client.clone().abort(request).await.map(drop)
+    }
+
+    async fn drain(&self, request: v1::DrainRequest) -> Result<(), Status> {
+        self.client.clone().drain(request).await.map(drop)
+    }
+}

@@ -1,0 +1,482 @@
+//! Continuous batching over paged KV memory, as a pure state machine: no clock, no IO, no runtime.
+//!
+//! Sequences are `waiting` (no blocks) or `running` (blocks for every known token). A step holds decode rows first,
+//! then chunks of prompts. The scheduler alone owns block ids; since all changes to KV memory ride inside steps, which
+//! every stage runs in one order, a freed block may be given out again at once.
+
+mod blocks;
+mod sequence;
+#[cfg(test)]
+mod simulation;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    time::Duration,
+};
+
+use strata_proto::{
+    error::{Classify, Kind},
+    v1,
+};
+
+pub use blocks::BlockAllocator;
+use sequence::Sequence;
+pub use sequence::{Finish, Request, SequenceId};
+
+/// Failed steps after which a sequence is tried alone: the first one and two replays. One more is the end.
+const ALONE_AFTER: u32 = 3;
+
+/// Size of the machine that is scheduled for.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// KV blocks of the pipeline.
+    pub blocks: u32,
+    /// Token positions in a block.
+    pub block_tokens: u32,
+    /// Most tokens in one step.
+    pub max_step_tokens: u32,
+    /// Most rows in one step.
+    pub max_step_rows: u32,
+    /// Most prompt tokens of one sequence in one step.
+    pub prefill_chunk: u32,
+    /// Steps in flight: enough to keep every stage busy.
+    pub depth: u32,
+}
+
+/// Why a request cannot be scheduled.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// It could not run even alone.
+    #[error("prompt and max_tokens need {needed} cached tokens, but this deployment holds {capacity}")]
+    TooLarge {
+        /// Prompt and answer together.
+        needed: u64,
+        /// What the cache holds.
+        capacity: u64,
+    },
+}
+
+impl Classify for SubmitError {
+    fn kind(&self) -> Kind {
+        Kind::BadInput
+    }
+}
+
+/// Something the pipeline said that cannot be; ends its generation.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CommitError {
+    /// Results come in the order of steps.
+    #[error("a result for step {got} came where {due:?} was due")]
+    OutOfOrder {
+        /// The step of the result.
+        got: u64,
+        /// The oldest step in flight.
+        due: Option<u64>,
+    },
+    /// A row that samples has no token.
+    #[error("step {step} has no token for sequence {sequence}")]
+    Missing {
+        /// The step.
+        step: u64,
+        /// The sequence.
+        sequence: SequenceId,
+    },
+}
+
+/// A token that counts from now on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Committed {
+    /// Whose.
+    pub sequence: SequenceId,
+    /// The token.
+    pub token: u32,
+    /// Set if it was the last one; the sequence is gone then.
+    pub finished: Option<Finish>,
+}
+
+/// Gauges and counters.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Sequences with blocks.
+    pub running: u32,
+    /// Sequences without.
+    pub waiting: u32,
+    /// Blocks in use.
+    pub blocks_used: u32,
+    /// Blocks in all.
+    pub blocks_total: u32,
+    /// Steps in flight.
+    pub in_flight: u32,
+    /// Sequences that lost their blocks to an older one, since the start.
+    pub preemptions: u64,
+}
+
+/// A row in flight.
+#[derive(Debug)]
+struct Flight {
+    sequence: SequenceId,
+    epoch: u32,
+    samples: bool,
+}
+
+/// The scheduler of one pipeline.
+#[derive(Debug)]
+pub struct Scheduler {
+    config: Config,
+    blocks: BlockAllocator,
+    live: BTreeMap<SequenceId, Sequence>,
+    running: BTreeSet<SequenceId>,
+    waiting: BTreeSet<SequenceId>,
+    in_flight: VecDeque<(u64, Vec<Flight>)>,
+    /// Sequences that stages may forget, told with the next step.
+    released: Vec<SequenceId>,
+    next_id: SequenceId,
+    next_step: u64,
+    preemptions: u64,
+}
+
+impl Scheduler {
+    /// A scheduler with nothing to do.
+    pub fn new(config: Config) -> Self {
+        Scheduler {
+            blocks: BlockAllocator::new(config.blocks),
+            config,
+            live: BTreeMap::new(),
+            running: BTreeSet::new(),
+            waiting: BTreeSet::new(),
+            in_flight: VecDeque::new(),
+            released: Vec::new(),
+            next_id: 1,
+            next_step: 0,
+            preemptions: 0,
+        }
+    }
+
+    /// Takes a request in, to run when there is room.
+    ///
+    /// # Errors
+    /// If it could not run even with the whole cache. Not checked while there is no cache (0 blocks): then
+    /// [`restart`](Self::restart) checks.
+    pub fn submit(&mut self, request: Request) -> Result<SequenceId, SubmitError> {
+        let sequence = Sequence::new(request);
+        let capacity = self.capacity();
+        if capacity > 0 && sequence.most() > capacity {
+            return Err(SubmitError::TooLarge { needed: sequence.most(), capacity });
+        }
+        let id = self.next_id;
+        self.next_id += 1;
+        self.live.insert(id, sequence);
+        self.waiting.insert(id);
+        Ok(id)
+    }
+
+    /// The next step, its fence left empty; `None` if enough are in flight or nothing can be done now.
+    pub fn next_step(&mut self) -> Option<v1::StepMeta> {
+        if self.in_flight.len() >= self.config.depth as usize {
+            return None;
+        }
+        let suspects: Vec<_> = self.live.iter().filter(|(_, s)| s.suspect()).map(|(id, _)| *id).collect();
+        let mut step = Step::default();
+        for id in suspects {
+            // A sequence whose batch failed again and again goes alone, so that it can only harm itself.
+            self.add_alone(id, &mut step);
+            if !step.rows.is_empty() {
+                break;
+            }
+        }
+        if step.rows.is_empty() {
+            self.add_decodes(&mut step);
+            self.add_prefills(&mut step);
+        }
+        if step.rows.is_empty() {
+            return None;
+        }
+        let number = self.next_step;
+        self.next_step += 1;
+        self.in_flight.push_back((number, step.flights));
+        Some(v1::StepMeta {
+            fence: None,
+            step: number,
+            rows: step.rows,
+            token_ids: step.token_ids,
+            released: std::mem::take(&mut self.released),
+        })
+    }
+
+    /// Takes the tokens of a step that the last stage committed.
+    ///
+    /// # Errors
+    /// If the step is not the oldest in flight, or a token is missing: the pipeline is broken then.
+    pub fn commit(&mut self, step: u64, tokens: &[(SequenceId, u32)]) -> Result<Vec<Committed>, CommitError> {
+        let flights = self.land(step)?;
+        let tokens: HashMap<SequenceId, u32> = tokens.iter().copied().collect();
+        let mut committed = Vec::new();
+        for flight in flights {
+            let Some(sequence) = self.live.get_mut(&flight.sequence).filter(|s| s.epoch == flight.epoch)
+            else {
+                continue;
+            };
+            sequence.in_flight -= 1;
+            if !flight.samples {
+                continue;
+            }
+            let Some(token) = tokens.get(&flight.sequence).copied() else {
+                return Err(CommitError::Missing { step, sequence: flight.sequence });
+            };
+            let finished = sequence.append(token);
+            if finished.is_some() {
+                self.cancel(flight.sequence);
+            }
+            committed.push(Committed { sequence: flight.sequence, token, finished });
+        }
+        Ok(committed)
+    }
+
+    /// Takes note that a step was poisoned: its sequences are computed anew, twice at most among others, then alone.
+    /// Returns those that failed even so; they are gone.
+    ///
+    /// # Errors
+    /// If the step is not the oldest in flight.
+    pub fn fail(&mut self, step: u64) -> Result<Vec<SequenceId>, CommitError> {
+        let flights = self.land(step)?;
+        let mut given_up = Vec::new();
+        for flight in flights {
+            let Some(sequence) = self.live.get_mut(&flight.sequence).filter(|s| s.epoch == flight.epoch)
+            else {
+                continue;
+            };
+            sequence.failures += 1;
+            if sequence.failures > ALONE_AFTER {
+                self.cancel(flight.sequence);
+                given_up.push(flight.sequence);
+            } else {
+                self.requeue(flight.sequence);
+            }
+        }
+        Ok(given_up)
+    }
+
+    /// Removes a sequence and frees its blocks. Unknown ids are ignored: it may have ended meanwhile.
+    pub fn cancel(&mut self, id: SequenceId) {
+        if let Some(sequence) = self.live.remove(&id) {
+            if sequence.scheduled > 0 {
+                self.released.push(id);
+            }
+            self.blocks.give_back(sequence.blocks);
+            self.running.remove(&id);
+            self.waiting.remove(&id);
+        }
+    }
+
+    /// Removes the sequences whose deadline is not after `now`.
+    pub fn expire(&mut self, now: Duration) -> Vec<SequenceId> {
+        let late = |s: &Sequence| s.deadline.is_some_and(|d| d <= now);
+        let expired: Vec<_> = self.live.iter().filter(|(_, s)| late(s)).map(|(id, _)| *id).collect();
+        for id in &expired {
+            self.cancel(*id);
+        }
+        expired
+    }
+
+    /// Begins a new generation of the pipeline: steps count from 0, every live sequence is computed anew in order of
+    /// arrival. Returns those that cannot fit any more; they are gone.
+    pub fn restart(&mut self, config: Config) -> Vec<SequenceId> {
+        self.config = config;
+        self.blocks = BlockAllocator::new(self.config.blocks);
+        self.in_flight.clear();
+        self.next_step = 0;
+        for sequence in self.live.values_mut() {
+            sequence.forget();
+            sequence.last_step = 0;
+        }
+        self.running.clear();
+        self.waiting = self.live.keys().copied().collect();
+        let capacity = self.capacity();
+        let lost: Vec<_> = self.live.iter().filter(|(_, s)| s.most() > capacity).map(|(id, _)| *id).collect();
+        for id in &lost {
+            self.cancel(*id);
+        }
+        self.released.clear();
+        lost
+    }
+
+    /// Gauges and counters.
+    pub fn stats(&self) -> Stats {
+        Stats {
+            running: self.running.len() as u32,
+            waiting: self.waiting.len() as u32,
+            blocks_used: self.blocks.total() - self.blocks.free(),
+            blocks_total: self.blocks.total(),
+            in_flight: self.in_flight.len() as u32,
+            preemptions: self.preemptions,
+        }
+    }
+
+    /// Token positions of the whole cache.
+    fn capacity(&self) -> u64 {
+        u64::from(self.config.blocks) * u64::from(self.config.block_tokens)
+    }
+
+    /// Removes the oldest step in flight, which must be `step`.
+    fn land(&mut self, step: u64) -> Result<Vec<Flight>, CommitError> {
+        let due = self.in_flight.front().map(|(number, _)| *number);
+        match self.in_flight.pop_front() {
+            Some((number, flights)) if number == step => Ok(flights),
+            _ => Err(CommitError::OutOfOrder { got: step, due }),
+        }
+    }
+
+    /// Sends a sequence back to wait; everything known of it is computed anew.
+    fn requeue(&mut self, id: SequenceId) {
+        if let Some(sequence) = self.live.get_mut(&id) {
+            let blocks = sequence.forget();
+            self.blocks.give_back(blocks);
+            self.running.remove(&id);
+            self.waiting.insert(id);
+        }
+    }
+
+    /// Gives a waiting sequence blocks for all its known tokens, if there are any to spare.
+    fn admit(&mut self, id: SequenceId) -> bool {
+        let Some(sequence) = self.live.get_mut(&id) else { return false };
+        let known = sequence.len().div_ceil(self.config.block_tokens);
+        // The first sampled token needs a slot too.
+        let needed = (sequence.len() + 1).div_ceil(self.config.block_tokens);
+        // Every running sequence may soon want a block; whoever runs alone need not mind.
+        let headroom = self.running.len() as u32;
+        if self.blocks.free() < needed + headroom {
+            return false;
+        }
+        let Some(blocks) = self.blocks.take(known) else { return false };
+        sequence.blocks = blocks;
+        self.waiting.remove(&id);
+        self.running.insert(id);
+        true
+    }
+
+    /// One row per running sequence whose next token is known, the longest unserved first, and only a fair share of
+    /// them: the others go into the micro-batches that follow through the stages.
+    fn add_decodes(&mut self, step: &mut Step) {
+        let mut ready: Vec<(u64, SequenceId)> = Vec::new();
+        let mut decoders = 0;
+        for id in &self.running {
+            let sequence = &self.live[id];
+            if sequence.suspect() {
+                continue;
+            }
+            if sequence.decodes() {
+                ready.push((sequence.last_step, *id));
+            }
+            decoders += u32::from(sequence.decodes() || sequence.awaiting);
+        }
+        ready.sort_unstable();
+        let share = decoders.div_ceil(self.config.depth).min(self.config.max_step_rows);
+        for (_, id) in ready {
+            if step.rows.len() as u32 >= share || step.tokens() >= self.config.max_step_tokens {
+                break;
+            }
+            if self.running.contains(&id) && self.grow(id, step) {
+                self.add_row(id, 1, step);
+            }
+        }
+    }
+
+    /// Chunks of prompts: first those that run, then waiting ones in order of arrival, while there is room.
+    fn add_prefills(&mut self, step: &mut Step) {
+        let running: Vec<_> = self.running.iter().copied().collect();
+        for id in running {
+            self.add_chunk(id, step);
+        }
+        while step.has_room(&self.config) {
+            // Nobody overtakes the first in line.
+            match self.waiting.first().copied() {
+                Some(id) if !self.live[&id].suspect() && self.admit(id) => self.add_chunk(id, step),
+                _ => break,
+            }
+        }
+    }
+
+    fn add_chunk(&mut self, id: SequenceId, step: &mut Step) {
+        let sequence = &self.live[&id];
+        let room = self.config.max_step_tokens - step.tokens();
+        let count = sequence.remaining().min(self.config.prefill_chunk).min(room);
+        if count > 0 && !sequence.decodes() && !sequence.suspect() && step.has_room(&self.config) {
+            self.add_row(id, count, step);
+        }
+    }
+
+    fn add_alone(&mut self, id: SequenceId, step: &mut Step) {
+        if self.waiting.contains(&id) && !self.admit(id) {
+            return;
+        }
+        let Some(sequence) = self.live.get(&id) else { return };
+        let count = sequence.remaining().min(self.config.prefill_chunk).min(self.config.max_step_tokens);
+        if count > 0 && self.grow(id, step) {
+            self.add_row(id, count, step);
+        }
+    }
+
+    /// Makes sure that a running sequence has a block for its last known token, preempting others if need be.
+    fn grow(&mut self, id: SequenceId, step: &Step) -> bool {
+        loop {
+            let Some(sequence) = self.live.get_mut(&id) else { return false };
+            if sequence.len().div_ceil(self.config.block_tokens) <= sequence.blocks.len() as u32 {
+                return true;
+            }
+            if let Some(block) = self.blocks.take(1) {
+                sequence.blocks.extend(block);
+                continue;
+            }
+            let oldest = self.running.first().copied();
+            let victim = self.running.iter().rev().copied().find(|v| {
+                Some(*v) != oldest
+                    && self.live[v].in_flight == 0
+                    && !step.rows.iter().any(|r| r.sequence == *v)
+            });
+            match victim {
+                Some(victim) => {
+                    self.preemptions += 1;
+                    self.requeue(victim);
+                    if victim == id {
+                        return false;
+                    }
+                }
+                // Steps in flight will free or finish something.
+                None => return false,
+            }
+        }
+    }
+
+    fn add_row(&mut self, id: SequenceId, count: u32, step: &mut Step) {
+        let Some(sequence) = self.live.get_mut(&id) else { return };
+        let start = sequence.scheduled as usize;
+        step.token_ids.extend(&sequence.tokens[start..start + count as usize]);
+        step.rows.push(sequence.row(id, count, self.config.block_tokens));
+        sequence.last_step = self.next_step + 1;
+        step.flights.push(Flight { sequence: id, epoch: sequence.epoch, samples: sequence.awaiting });
+    }
+}
+
+impl Sequence {
+    fn suspect(&self) -> bool {
+        self.failures >= ALONE_AFTER
+    }
+}
+
+/// A step being built.
+#[derive(Debug, Default)]
+struct Step {
+    rows: Vec<v1::Row>,
+    token_ids: Vec<u32>,
+    flights: Vec<Flight>,
+}
+
+impl Step {
+    fn tokens(&self) -> u32 {
+        self.token_ids.len() as u32
+    }
+
+    fn has_room(&self, config: &Config) -> bool {
+        self.tokens() < config.max_step_tokens && (self.rows.len() as u32) < config.max_step_rows
+    }
+}

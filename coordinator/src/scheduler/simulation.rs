@@ -1,0 +1,369 @@
+//! The scheduler against a stage that believes nothing: random arrivals, cancellations, failures, timings.
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// What a stage knows of a sequence.
+#[derive(Default)]
+struct Cached {
+    blocks: Vec<u32>,
+    tokens: Vec<u32>,
+}
+
+/// A stage that checks every rule of the protocol, and "samples" by hashing everything it has cached.
+struct FakeStage {
+    config: Config,
+    due: u64,
+    cached: HashMap<u64, Cached>,
+    /// Token last written to a position of a block, to find blocks that two sequences share.
+    memory: HashMap<(u32, u32), (u64, u32)>,
+}
+
+fn next_token(tokens: &[u32]) -> u32 {
+    tokens.iter().fold(17u32, |h, t| h.wrapping_mul(31).wrapping_add(*t)) % 50
+}
+
+impl FakeStage {
+    fn run(&mut self, meta: &v1::StepMeta) -> Vec<(u64, u32)> {
+        assert_eq!(meta.step, self.due, "steps are numbered without gaps");
+        self.due += 1;
+        let total: u32 = meta.rows.iter().map(|r| r.count).sum();
+        assert_eq!(total as usize, meta.token_ids.len());
+        assert!(total > 0 && total <= self.config.max_step_tokens);
+        assert!(meta.rows.len() as u32 <= self.config.max_step_rows);
+        let distinct: HashSet<_> = meta.rows.iter().map(|r| r.sequence).collect();
+        assert_eq!(distinct.len(), meta.rows.len(), "a sequence is twice in one step");
+        for id in &meta.released {
+            self.cached.remove(id);
+        }
+        let mut sampled = Vec::new();
+        let mut at = 0;
+        for row in &meta.rows {
+            let ids = &meta.token_ids[at..at + row.count as usize];
+            at += row.count as usize;
+            assert_eq!(row.reset, row.sampling.is_some(), "sampling travels with reset");
+            if row.reset {
+                self.cached.insert(row.sequence, Cached::default());
+            }
+            let cached = self.cached.get_mut(&row.sequence).expect("unknown and not reset");
+            assert_eq!(row.start as usize, cached.tokens.len(), "positions are contiguous");
+            assert_eq!(row.first_block_index as usize, cached.blocks.len());
+            cached.blocks.extend(&row.new_blocks);
+            cached.tokens.extend(ids);
+            assert_eq!(
+                cached.blocks.len() as u32,
+                (cached.tokens.len() as u32).div_ceil(self.config.block_tokens)
+            );
+            for (i, id) in ids.iter().enumerate() {
+                let position = row.start + i as u32;
+                let block = cached.blocks[(position / self.config.block_tokens) as usize];
+                self.memory.insert((block, position % self.config.block_tokens), (row.sequence, *id));
+            }
+            // Everything the sequence reads must be what was written for it.
+            for (position, token) in cached.tokens.iter().enumerate() {
+                let position = position as u32;
+                let block = cached.blocks[(position / self.config.block_tokens) as usize];
+                let found = self.memory[&(block, position % self.config.block_tokens)];
+                assert_eq!(found, (row.sequence, *token), "another sequence wrote into a block in use");
+            }
+            if row.output() == v1::RowOutput::Token {
+                sampled.push((row.sequence, next_token(&cached.tokens)));
+            }
+        }
+        sampled
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Action {
+    Submit { prompt: u32, max_tokens: u32, deadline: Option<u32> },
+    Cancel(usize),
+    Step,
+    Commit,
+    Fail,
+    Restart,
+}
+
+fn action() -> impl Strategy<Value = Action> {
+    prop_oneof![
+        4 => (1u32..40, 1u32..30, prop::option::weighted(0.2, 0u32..200))
+            .prop_map(|(prompt, max_tokens, deadline)| Action::Submit { prompt, max_tokens, deadline }),
+        1 => any::<usize>().prop_map(Action::Cancel),
+        8 => Just(Action::Step),
+        8 => Just(Action::Commit),
+        1 => Just(Action::Fail),
+        1 => Just(Action::Restart),
+    ]
+}
+
+fn config() -> impl Strategy<Value = Config> {
+    (4u32..24, 1u32..40, 1u32..8, 1u32..40, 1u32..5).prop_map(
+        |(blocks, max_step_tokens, max_step_rows, prefill_chunk, depth)| Config {
+            blocks,
+            block_tokens: 4,
+            max_step_tokens: max_step_tokens.max(max_step_rows),
+            max_step_rows,
+            prefill_chunk,
+            depth,
+        },
+    )
+}
+
+/// A step between issue and commit.
+struct InFlight {
+    step: u64,
+    sampled: Vec<(u64, u32)>,
+    /// Sequences that sample in it, with their epoch.
+    sampling: Vec<(u64, u32)>,
+}
+
+/// The scheduler, the stage, the steps between them, and what each answer must be.
+struct World {
+    scheduler: Scheduler,
+    stage: FakeStage,
+    pipe: VecDeque<InFlight>,
+    /// Tokens of each live sequence, and how many are still to come.
+    live: BTreeMap<u64, (Vec<u32>, u32)>,
+    clock: u32,
+}
+
+impl World {
+    fn new(config: Config) -> Self {
+        let stage =
+            FakeStage { config: config.clone(), due: 0, cached: HashMap::new(), memory: HashMap::new() };
+        World {
+            scheduler: Scheduler::new(config),
+            stage,
+            pipe: VecDeque::new(),
+            live: BTreeMap::new(),
+            clock: 0,
+        }
+    }
+
+    fn submit(&mut self, prompt: u32, max_tokens: u32, deadline: Option<u32>) {
+        let prompt: Vec<u32> = (0..prompt).map(|i| (i * 7 + self.clock) % 50).collect();
+        let request = Request {
+            prompt: prompt.clone(),
+            max_tokens,
+            // One token in fifty ends an answer.
+            eos: vec![13],
+            deadline: deadline.map(|d| Duration::from_secs(u64::from(self.clock + d))),
+            sampling: v1::RowSampling::default(),
+        };
+        let capacity = self.stage.config.blocks * self.stage.config.block_tokens;
+        match self.scheduler.submit(request) {
+            Ok(id) => {
+                assert!(prompt.len() as u32 + max_tokens <= capacity);
+                assert!(self.live.insert(id, (prompt, max_tokens)).is_none(), "an id was reused");
+            }
+            Err(SubmitError::TooLarge { .. }) => assert!(prompt.len() as u32 + max_tokens > capacity),
+        }
+    }
+
+    fn step(&mut self) -> bool {
+        let Some(meta) = self.scheduler.next_step() else { return false };
+        let samples = meta.rows.iter().filter(|r| r.output() == v1::RowOutput::Token);
+        let sampling: Vec<_> =
+            samples.map(|r| (r.sequence, self.scheduler.live[&r.sequence].epoch)).collect();
+        for other in &self.pipe {
+            let twice = sampling.iter().any(|s| other.sampling.contains(s));
+            assert!(!twice, "a sequence samples in two steps at once");
+        }
+        let sampled = self.stage.run(&meta);
+        self.pipe.push_back(InFlight { step: meta.step, sampled, sampling });
+        assert!(self.pipe.len() <= self.stage.config.depth as usize);
+        true
+    }
+
+    fn commit(&mut self) {
+        let Some(InFlight { step, sampled, .. }) = self.pipe.pop_front() else { return };
+        for token in self.scheduler.commit(step, &sampled).unwrap() {
+            let (tokens, left) =
+                self.live.get_mut(&token.sequence).expect("a token for a sequence that ended");
+            assert_eq!(token.token, next_token(tokens), "an answer depends on how it was scheduled");
+            tokens.push(token.token);
+            *left -= 1;
+            let want = match (token.token, *left) {
+                (13, _) => Some(Finish::Eos),
+                (_, 0) => Some(Finish::Length),
+                _ => None,
+            };
+            assert_eq!(token.finished, want);
+            if want.is_some() {
+                self.live.remove(&token.sequence);
+            }
+        }
+    }
+
+    fn fail(&mut self) {
+        let Some(InFlight { step, .. }) = self.pipe.pop_front() else { return };
+        for id in self.scheduler.fail(step).unwrap() {
+            assert!(self.live.remove(&id).is_some());
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        self.clock += 1;
+        match action {
+            Action::Submit { prompt, max_tokens, deadline } => self.submit(prompt, max_tokens, deadline),
+            Action::Cancel(n) => {
+                if let Some(id) = self.live.keys().copied().nth(n % self.live.len().max(1)) {
+                    self.scheduler.cancel(id);
+                    self.live.remove(&id);
+                }
+            }
+            Action::Step => drop(self.step()),
+            Action::Commit => self.commit(),
+            Action::Fail => self.fail(),
+            Action::Restart => {
+                self.pipe.clear();
+                self.stage.due = 0;
+                self.stage.cached.clear();
+                self.stage.memory.clear();
+                assert!(
+                    self.scheduler.restart(self.stage.config.clone()).is_empty(),
+                    "the cache did not shrink"
+                );
+            }
+        }
+        for id in self.scheduler.expire(Duration::from_secs(u64::from(self.clock))) {
+            assert!(self.live.remove(&id).is_some());
+        }
+        self.check();
+    }
+
+    fn check(&self) {
+        let s = &self.scheduler;
+        let held: Vec<u32> = s.live.values().flat_map(|q| q.blocks.iter().copied()).collect();
+        let distinct: HashSet<u32> = held.iter().copied().collect();
+        assert_eq!(held.len(), distinct.len(), "two sequences own one block");
+        assert_eq!(held.len() as u32 + s.blocks.free(), s.blocks.total(), "a block leaked");
+        assert!(s.running.is_disjoint(&s.waiting));
+        assert_eq!(s.running.len() + s.waiting.len(), s.live.len());
+        assert!(self.live.keys().eq(s.live.keys()));
+    }
+
+    /// With no more arrivals or faults, every sequence ends.
+    fn drain(&mut self) {
+        let work: u32 =
+            self.live.values().map(|(tokens, left)| (tokens.len() as u32 + left + 1) * (left + 1)).sum();
+        for _ in 0..work * 4 + 100 {
+            if self.live.is_empty() && self.pipe.is_empty() {
+                break;
+            }
+            while self.step() {}
+            self.commit();
+            self.check();
+        }
+        assert!(self.live.is_empty(), "sequences starve: {:?}", self.live.keys().collect::<Vec<_>>());
+        assert_eq!(self.scheduler.stats().blocks_used, 0);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 600, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_rule_holds_and_every_sequence_ends(
+        config in config(),
+        actions in prop::collection::vec(action(), 1..250),
+    ) {
+        let mut world = World::new(config);
+        for action in actions {
+            world.act(action);
+        }
+        world.drain();
+    }
+}
+
+fn world(blocks: u32, depth: u32) -> World {
+    World::new(Config {
+        blocks,
+        block_tokens: 4,
+        max_step_tokens: 32,
+        max_step_rows: 16,
+        prefill_chunk: 8,
+        depth,
+    })
+}
+
+#[test]
+fn chunks_of_one_prompt_follow_each_other_and_decoders_spread() {
+    let mut w = world(64, 3);
+    w.submit(24, 8, None);
+    let starts: Vec<_> = (0..3).map(|_| w.scheduler.next_step().unwrap().rows[0].start).collect();
+    assert_eq!(starts, [0, 8, 16], "three chunks are in flight at once");
+    assert!(w.scheduler.next_step().is_none());
+
+    let mut w = world(64, 3);
+    for _ in 0..9 {
+        w.submit(2, 20, None);
+    }
+    for _ in 0..6 {
+        while w.step() {}
+        w.commit();
+    }
+    while w.step() {}
+    let sizes: Vec<_> = w.pipe.iter().map(|p| p.sampled.len()).collect();
+    assert_eq!(sizes, [3, 3, 3], "nine decoders fill three micro-batches evenly");
+}
+
+#[test]
+fn the_youngest_is_preempted_and_never_the_oldest() {
+    let mut w = world(6, 1);
+    w.submit(8, 12, None);
+    w.submit(8, 8, None);
+    while w.scheduler.stats().preemptions == 0 {
+        assert!(w.step());
+        w.commit();
+    }
+    assert!(w.scheduler.running.contains(&1) && w.scheduler.waiting.contains(&2));
+    w.drain();
+}
+
+#[test]
+fn a_poison_request_is_tried_alone_and_given_up() {
+    let mut w = world(64, 1);
+    w.submit(4, 4, None);
+    w.submit(4, 4, None);
+    for _ in 0..3 {
+        let step = w.scheduler.next_step().unwrap();
+        assert_eq!(step.rows.len(), 2, "a failed batch is replayed as it was, twice");
+        assert!(step.rows.iter().all(|r| r.reset && r.start == 0));
+        assert!(w.scheduler.fail(step.step).unwrap().is_empty());
+    }
+    let alone = w.scheduler.next_step().unwrap();
+    assert_eq!(alone.rows.len(), 1);
+    let id = alone.rows[0].sequence;
+    assert_eq!(w.scheduler.fail(alone.step).unwrap(), [id]);
+    let other = w.scheduler.next_step().unwrap();
+    assert!(other.rows.len() == 1 && other.rows[0].sequence != id);
+    let committed = w.scheduler.commit(other.step, &[(other.rows[0].sequence, 3)]).unwrap();
+    assert_eq!(committed.len(), 1, "the innocent one goes on");
+}
+
+#[test]
+fn nonsense_from_the_pipeline_is_an_error() {
+    let mut w = world(8, 2);
+    w.submit(4, 4, None);
+    assert_eq!(w.scheduler.commit(0, &[]), Err(CommitError::OutOfOrder { got: 0, due: None }));
+    let meta = w.scheduler.next_step().unwrap();
+    assert_eq!(w.scheduler.commit(meta.step, &[]), Err(CommitError::Missing { step: 0, sequence: 1 }));
+}
+
+#[test]
+fn too_large_says_both_numbers() {
+    let mut w = world(2, 1);
+    let request = Request {
+        prompt: vec![1; 6],
+        max_tokens: 3,
+        eos: vec![],
+        deadline: None,
+        sampling: v1::RowSampling::default(),
+    };
+    let error = w.scheduler.submit(request).unwrap_err().to_string();
+    assert!(error.contains('9') && error.contains('8'), "{error}");
+}

@@ -1,0 +1,250 @@
+//! Flags, read raw. Every one has an environment variable and a place in the configuration file.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use strata_coordinator::planner::Split;
+use strata_proto::{DEFAULT_PORT, DType, LinkKind};
+use strata_worker::device::DeviceSpec;
+
+/// Serves one transformer model across many devices.
+#[derive(Debug, Parser)]
+#[command(name = "strata", version)]
+pub struct Cli {
+    /// What to log on standard error: error, warn, info, debug, or target=level pairs
+    #[arg(long, global = true, env = "STRATA_LOG", default_value = "warn")]
+    pub log: String,
+    /// How to log
+    #[arg(long, global = true, env = "STRATA_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+    /// TOML file with one table per command, e.g. `[serve]`, whose keys are long flag names
+    #[arg(long, global = true, env = "STRATA_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve a model: a coordinator and its workers in one process
+    Serve(ServeArgs),
+    /// Run a coordinator over workers that are processes of their own
+    Coordinator(CoordinatorArgs),
+    /// Run a worker that a coordinator drives
+    Worker(WorkerArgs),
+    /// Show how a model would be split, without loading it
+    Plan(PlanArgs),
+    /// Continue a prompt
+    Generate(GenerateArgs),
+    /// Show what a server is doing
+    Status(StatusArgs),
+}
+
+/// How a model is deployed, whatever the processes.
+#[derive(Debug, Clone, Args)]
+pub struct DeploymentArgs {
+    /// How to split layers: auto, balanced, or layer counts such as 2,2,2
+    #[arg(long, env = "STRATA_SPLIT")]
+    pub split: Option<Split>,
+    /// Format of weights, activations and cache: auto (the checkpoint's), f32, bf16 or f16
+    #[arg(long, env = "STRATA_DTYPE", default_value = "auto", value_parser = parse_dtype)]
+    pub dtype: AutoDType,
+    /// Token positions the cache holds [default: 16 x the context, or what fits]
+    #[arg(long, env = "STRATA_KV_TOKENS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub kv_tokens: Option<u64>,
+    /// Force the links between stages: loopback or tcp
+    #[arg(long, env = "STRATA_LINKS")]
+    pub links: Option<LinkKind>,
+    /// Most tokens in one step
+    #[arg(long, env = "STRATA_MAX_STEP_TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub max_step_tokens: u32,
+    /// Most sequences in one step
+    #[arg(long, env = "STRATA_MAX_STEP_ROWS", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub max_step_rows: u32,
+    /// Most prompt tokens of one sequence in one step
+    #[arg(long, env = "STRATA_PREFILL_CHUNK", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub prefill_chunk: u32,
+    /// Most requests in progress or waiting; more are refused at once
+    #[arg(long, env = "STRATA_MAX_REQUESTS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub max_requests: u32,
+}
+
+/// The checkpoint's format, or a chosen one.
+#[derive(Debug, Clone, Copy)]
+pub struct AutoDType(pub Option<DType>);
+
+fn parse_dtype(s: &str) -> Result<AutoDType, String> {
+    if s == "auto" {
+        return Ok(AutoDType(None));
+    }
+    s.parse().map(|d| AutoDType(Some(d))).map_err(|e: String| format!("{e}, or auto"))
+}
+
+/// Where clients are answered.
+#[derive(Debug, Clone, Args)]
+pub struct ListenArgs {
+    /// Address to answer clients on
+    #[arg(long, env = "STRATA_HOST", default_value = "127.0.0.1")]
+    pub host: String,
+    /// Port to answer clients on; 0 picks a free one
+    #[arg(long, env = "STRATA_PORT", default_value_t = DEFAULT_PORT)]
+    pub port: u16,
+    /// Seconds that answers in progress may take to finish after SIGTERM
+    #[arg(long, env = "STRATA_GRACE", default_value_t = 30)]
+    pub grace: u64,
+}
+
+/// A model and devices of this machine.
+#[derive(Debug, Clone, Args)]
+pub struct HereArgs {
+    /// Model directory in Hugging Face layout
+    #[arg(env = "STRATA_MODEL_DIR")]
+    pub model: PathBuf,
+    /// Workers in this process, which share 90 % of the free memory; the split is then balanced [default: 1]
+    #[arg(long, env = "STRATA_WORKERS", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub workers: Option<u32>,
+    /// Devices of one worker, with optional byte caps: cpu:0=24MiB,cpu:1=24MiB; the split is then auto
+    #[arg(long, env = "STRATA_DEVICES", value_delimiter = ',')]
+    pub devices: Vec<DeviceSpec>,
+}
+
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    pub here: HereArgs,
+    #[command(flatten)]
+    pub deployment: DeploymentArgs,
+    #[command(flatten)]
+    pub listen: ListenArgs,
+    /// Print the plan and stop
+    #[arg(long)]
+    pub dry_run: bool,
+    /// With --dry-run: print the plan as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    pub here: HereArgs,
+    #[command(flatten)]
+    pub deployment: DeploymentArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct CoordinatorArgs {
+    /// URL of a worker; repeat, or separate by commas
+    #[arg(long = "worker", env = "STRATA_WORKER_URLS", value_delimiter = ',', required = true)]
+    pub workers: Vec<String>,
+    /// Name of the model: a directory under each worker's --models
+    #[arg(long, env = "STRATA_MODEL")]
+    pub model: String,
+    /// Seconds to wait for the workers
+    #[arg(long, env = "STRATA_JOIN_TIMEOUT", default_value_t = 120)]
+    pub join_timeout: u64,
+    #[command(flatten)]
+    pub deployment: DeploymentArgs,
+    #[command(flatten)]
+    pub listen: ListenArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct WorkerArgs {
+    /// Address for the coordinator's calls; port 0 picks a free one
+    #[arg(long, env = "STRATA_LISTEN", default_value = "127.0.0.1:0")]
+    pub listen: SocketAddr,
+    /// Address for activations of other workers; port 0 picks a free one [default: the host of --listen, port 0]
+    #[arg(long, env = "STRATA_LINK_LISTEN")]
+    pub link_listen: Option<SocketAddr>,
+    /// Directory whose subdirectories are models
+    #[arg(long, env = "STRATA_MODELS")]
+    pub models: PathBuf,
+    /// Devices, with optional byte caps: cpu:0=24MiB,cpu:1=24MiB [default: cpu]
+    #[arg(long, env = "STRATA_DEVICES", value_delimiter = ',')]
+    pub devices: Vec<DeviceSpec>,
+}
+
+/// Where a server is.
+#[derive(Debug, Clone, Args)]
+pub struct AddressArgs {
+    /// URL of the server
+    #[arg(long, env = "STRATA_ADDRESS", default_value_t = format!("http://127.0.0.1:{DEFAULT_PORT}"))]
+    pub address: String,
+}
+
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    #[command(flatten)]
+    pub address: AddressArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    pub address: AddressArgs,
+    /// Text to continue
+    #[arg(long, env = "STRATA_PROMPT", required_unless_present = "token_ids", conflicts_with = "token_ids")]
+    pub prompt: Option<String>,
+    /// Token ids to continue, taken as they are
+    #[arg(long, env = "STRATA_TOKEN_IDS", value_delimiter = ',')]
+    pub token_ids: Vec<u32>,
+    /// Most new tokens [default: the rest of the context]
+    #[arg(long, env = "STRATA_MAX_TOKENS")]
+    pub max_tokens: Option<u32>,
+    /// 0 is greedy [default: 0]
+    #[arg(long, env = "STRATA_TEMPERATURE", allow_negative_numbers = true)]
+    pub temperature: Option<f32>,
+    /// Keep only this many most likely tokens; 0 is all
+    #[arg(long, env = "STRATA_TOP_K")]
+    pub top_k: Option<u32>,
+    /// Keep the smallest set of tokens of this probability
+    #[arg(long, env = "STRATA_TOP_P", allow_negative_numbers = true)]
+    pub top_p: Option<f32>,
+    /// Drop tokens less likely than this share of the most likely one
+    #[arg(long, env = "STRATA_MIN_P", allow_negative_numbers = true)]
+    pub min_p: Option<f32>,
+    /// Divide the logits of tokens seen before by this
+    #[arg(long, env = "STRATA_REPETITION_PENALTY", allow_negative_numbers = true)]
+    pub repetition_penalty: Option<f32>,
+    /// Subtract this from a token's logit for each time it was generated
+    #[arg(long, env = "STRATA_FREQUENCY_PENALTY", allow_negative_numbers = true)]
+    pub frequency_penalty: Option<f32>,
+    /// Subtract this from the logits of all tokens that were generated
+    #[arg(long, env = "STRATA_PRESENCE_PENALTY", allow_negative_numbers = true)]
+    pub presence_penalty: Option<f32>,
+    /// Seed of the sampler [default: drawn by the server, and shown]
+    #[arg(long, env = "STRATA_SEED")]
+    pub seed: Option<u64>,
+    /// End before this text appears; may be repeated
+    #[arg(long)]
+    pub stop: Vec<String>,
+    /// Go on after an end-of-sequence token
+    #[arg(long)]
+    pub ignore_eos: bool,
+    /// Report log-probabilities, and this many alternatives
+    #[arg(long, env = "STRATA_LOGPROBS")]
+    pub logprobs: Option<u32>,
+    /// Give up after this many milliseconds
+    #[arg(long, env = "STRATA_DEADLINE_MS")]
+    pub deadline_ms: Option<u64>,
+    /// Use the sampling settings the model's makers suggest
+    #[arg(long)]
+    pub model_defaults: bool,
+    /// Print one JSON object per event, and a last one with the whole answer
+    #[arg(long)]
+    pub json: bool,
+}

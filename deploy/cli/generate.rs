@@ -1,0 +1,123 @@
+//! `strata generate`: a prompt in, a stream of text out.
+
+use std::io::Write;
+
+use anyhow::{Context, bail};
+use serde_json::{Value, json};
+use strata_proto::v1::{
+    FinishReason, GenerateRequest, Sampling, Started, TokenLogprobs, Usage, generate_event,
+    inference_client::InferenceClient,
+};
+
+use crate::{
+    args::GenerateArgs,
+    client::{connect, refusal},
+};
+
+/// `strata generate`
+pub async fn generate(args: GenerateArgs) -> anyhow::Result<()> {
+    let json = args.json;
+    let mut client = InferenceClient::new(connect(&args.address.address).await?);
+    let mut stream = client.generate(request(args)).await.map_err(|s| refusal(&s))?.into_inner();
+    let mut out = std::io::stdout().lock();
+    let mut started = Started::default();
+    let (mut text, mut token_ids, mut logprobs) = (String::new(), Vec::new(), Vec::new());
+    while let Some(event) = stream.message().await.map_err(|s| refusal(&s))? {
+        match event.event {
+            Some(generate_event::Event::Started(event)) => {
+                if json {
+                    writeln!(out, "{}", started_json(&event))?;
+                }
+                started = event;
+            }
+            Some(generate_event::Event::Tokens(tokens)) => {
+                let scores: Vec<Value> = tokens.logprobs.iter().map(logprob_json).collect();
+                if json {
+                    let mut line = json!({"event": "tokens", "index": tokens.index, "text": tokens.text,
+                        "token_ids": tokens.token_ids});
+                    if !scores.is_empty() {
+                        line["logprobs"] = json!(scores);
+                    }
+                    writeln!(out, "{line}")?;
+                } else {
+                    write!(out, "{}", tokens.text)?;
+                }
+                out.flush()?;
+                text += &tokens.text;
+                token_ids.extend(tokens.token_ids);
+                logprobs.extend(scores);
+            }
+            Some(generate_event::Event::Finished(finished)) => {
+                text += &finished.text;
+                if json {
+                    let usage = finished.usage.unwrap_or_default();
+                    let mut line = json!({"event": "finished", "text": text, "token_ids": token_ids,
+                        "prompt_token_ids": started.prompt_token_ids,
+                        "finish_reason": reason_name(finished.reason()), "usage": usage_json(usage),
+                        "model": started.model, "seed": started.seed, "request_id": started.request_id});
+                    if !logprobs.is_empty() {
+                        line["logprobs"] = json!(logprobs);
+                    }
+                    writeln!(out, "{line}")?;
+                } else {
+                    writeln!(out, "{}", finished.text)?;
+                }
+                out.flush()?;
+                return Ok(());
+            }
+            None => {
+                bail!("the server sent an event that this client does not know; are their versions equal?")
+            }
+        }
+    }
+    Err(anyhow::anyhow!("the answer broke off"))
+        .context("the server closed the stream before it was finished")
+}
+
+fn request(args: GenerateArgs) -> GenerateRequest {
+    GenerateRequest {
+        model: String::new(),
+        prompt: args.prompt,
+        token_ids: args.token_ids,
+        max_tokens: args.max_tokens,
+        sampling: Some(Sampling {
+            temperature: args.temperature,
+            top_k: args.top_k,
+            top_p: args.top_p,
+            min_p: args.min_p,
+            repetition_penalty: args.repetition_penalty,
+            frequency_penalty: args.frequency_penalty,
+            presence_penalty: args.presence_penalty,
+            seed: args.seed,
+            logit_bias: Default::default(),
+        }),
+        stop: args.stop,
+        ignore_eos: args.ignore_eos,
+        logprobs: args.logprobs,
+        deadline_ms: args.deadline_ms,
+        model_defaults: args.model_defaults,
+    }
+}
+
+fn started_json(started: &Started) -> Value {
+    json!({"event": "started", "request_id": started.request_id, "model": started.model,
+        "prompt_token_ids": started.prompt_token_ids, "seed": started.seed})
+}
+
+fn logprob_json(scores: &TokenLogprobs) -> Value {
+    let top = scores.top.iter().map(|t| json!({"token_id": t.token_id, "logprob": t.logprob}));
+    json!({"logprob": scores.logprob, "top": top.collect::<Vec<_>>()})
+}
+
+fn usage_json(usage: Usage) -> Value {
+    json!({"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens})
+}
+
+fn reason_name(reason: FinishReason) -> &'static str {
+    match reason {
+        FinishReason::Eos => "eos",
+        FinishReason::Stop => "stop",
+        FinishReason::Length => "length",
+        FinishReason::Unspecified => "unknown",
+    }
+}

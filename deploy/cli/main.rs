@@ -1,0 +1,70 @@
+//! `strata`: one binary for every role of a cluster and for its clients.
+
+mod args;
+mod client;
+mod config_file;
+mod generate;
+mod plan;
+mod roles;
+mod show;
+mod signals;
+mod status;
+
+use std::process::ExitCode;
+
+use clap::FromArgMatches;
+use tracing_subscriber::EnvFilter;
+
+use args::{Cli, Command, LogFormat};
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            // One line with the whole chain of causes.
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> anyhow::Result<()> {
+    let command = config_file::with_defaults(std::env::args_os())?;
+    let cli = Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|e| e.exit());
+    start_logging(&cli)?;
+    // Compute has threads of its own; the network needs few.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let outcome = runtime.block_on(async {
+        match cli.command {
+            Command::Serve(args) => roles::serve(args).await,
+            Command::Coordinator(args) => roles::coordinator(args).await,
+            Command::Worker(args) => roles::worker(args).await,
+            Command::Plan(args) => plan::plan(args).await,
+            Command::Generate(args) => generate::generate(args).await,
+            Command::Status(args) => status::status(args).await,
+        }
+    });
+    // Stage threads and blocked connections end with the process.
+    runtime.shutdown_background();
+    outcome
+}
+
+fn start_logging(cli: &Cli) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&cli.log).map_err(|e| {
+        anyhow::anyhow!("--log {:?}: {e}; expected a level such as info, or target=level", cli.log)
+    })?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match cli.log_format {
+        LogFormat::Text => builder.init(),
+        LogFormat::Json => builder.json().init(),
+    }
+    Ok(())
+}
+
+/// Whoever read our standard output has seen enough.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let io =
+        |cause: &(dyn std::error::Error + 'static)| cause.downcast_ref::<std::io::Error>().map(|e| e.kind());
+    error.chain().any(|cause| io(cause) == Some(std::io::ErrorKind::BrokenPipe))
+}

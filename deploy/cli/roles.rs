@@ -1,0 +1,189 @@
+//! The servers: everything in one process, a coordinator, a worker.
+
+use std::{
+    io::Write,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use strata_coordinator::{
+    Coordinator, CoordinatorConfig,
+    engine::{Limits, Notice, Observer},
+    grpc,
+    membership::{self, MemberEvent},
+    pipeline::Deployment,
+    planner::Split,
+};
+use strata_proto::Worker;
+use strata_worker::{
+    LocalWorker, Models, WorkerConfig,
+    device::{DeviceSpec, available_memory},
+    transport::loopback::Hub,
+};
+use tokio::{net::TcpListener, sync::mpsc};
+use tonic::transport::Server;
+
+use crate::{
+    args::{CoordinatorArgs, DeploymentArgs, HereArgs, ListenArgs, ServeArgs, WorkerArgs},
+    plan,
+    show::Loading,
+    signals::{stopping, until_terminated},
+};
+
+/// How long local workers have to join: they are there already.
+const LOCAL_PATIENCE: Duration = Duration::from_secs(10);
+
+/// `strata serve`
+pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
+    if args.dry_run {
+        return plan::show_plan(&args.here, &args.deployment, args.json).await;
+    }
+    // A port that is taken should be known before a model is loaded.
+    let listener = listen(&args.listen).await?;
+    let (config, members) = here(&args.here, &args.deployment)?;
+    answer(config, members, listener, args.listen.grace).await
+}
+
+/// `strata coordinator`
+pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
+    let listener = listen(&args.listen).await?;
+    let members = membership::fixed(&args.workers).map_err(anyhow::Error::msg)?;
+    let patience = Duration::from_secs(args.join_timeout);
+    let config = coordinator_config(&args.deployment, args.model, Split::Auto, args.workers.len(), patience);
+    answer(config, members, listener, args.listen.grace).await
+}
+
+/// `strata worker`
+pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
+    if !args.models.is_dir() {
+        bail!("--models {}: no such directory", args.models.display());
+    }
+    let listener =
+        TcpListener::bind(args.listen).await.with_context(|| format!("--listen {}", args.listen))?;
+    let address = listener.local_addr()?;
+    let devices = if args.devices.is_empty() { vec![DeviceSpec::cpu(None)] } else { args.devices };
+    let worker = LocalWorker::start(WorkerConfig {
+        models: Models::Under(args.models),
+        devices,
+        link_address: args.link_listen.unwrap_or(SocketAddr::new(address.ip(), 0)),
+        hub: Arc::default(),
+        step_hook: None,
+    })?;
+    let worker: Arc<dyn Worker> = Arc::new(worker);
+    say(&format!("listening http://{address}"))?;
+    let incoming =
+        tokio_stream::StreamExt::map(tokio_stream::wrappers::TcpListenerStream::new(listener), |stream| {
+            stream.and_then(|s| s.set_nodelay(true).map(|()| s))
+        });
+    // A coordinator's streams end with this process; there is nothing to finish first.
+    let serve = |stop| async move {
+        Server::builder()
+            .add_service(strata_worker::grpc::service(worker))
+            .serve_with_incoming_shutdown(incoming, stopping(stop))
+            .await
+            .context("serving the coordinator")
+    };
+    until_terminated(serve, Duration::from_secs(1)).await
+}
+
+/// A configuration and workers of this process for a model directory.
+pub fn here(
+    args: &HereArgs,
+    deployment: &DeploymentArgs,
+) -> anyhow::Result<(CoordinatorConfig, mpsc::UnboundedReceiver<MemberEvent>)> {
+    let directory = args.model.canonicalize().with_context(|| format!("model {}", args.model.display()))?;
+    if !directory.is_dir() {
+        bail!("model {}: not a directory; expected one in Hugging Face layout", args.model.display());
+    }
+    let name =
+        directory.file_name().context("the model directory has no name")?.to_string_lossy().into_owned();
+    let (device_lists, split) = match (args.workers, args.devices.is_empty()) {
+        (Some(_), false) => bail!("give --workers or --devices, not both"),
+        (None, false) => (vec![args.devices.clone()], Split::Auto),
+        (workers, true) => {
+            let workers = workers.unwrap_or(1);
+            let share = available_memory() / 10 * 9 / u64::from(workers);
+            (vec![vec![DeviceSpec::cpu(Some(share))]; workers as usize], Split::Balanced)
+        }
+    };
+    let hub = Arc::<Hub>::default();
+    let mut workers: Vec<(String, Arc<dyn Worker>)> = Vec::new();
+    for (index, devices) in device_lists.into_iter().enumerate() {
+        let worker = LocalWorker::start(WorkerConfig {
+            models: Models::One { name: name.clone(), directory: directory.clone() },
+            devices,
+            link_address: SocketAddr::new(IpAddr::from([127, 0, 0, 1]), 0),
+            hub: hub.clone(),
+            step_hook: None,
+        })?;
+        workers.push((format!("worker-{index}"), Arc::new(worker)));
+    }
+    let config = coordinator_config(deployment, name, split, workers.len(), LOCAL_PATIENCE);
+    Ok((config, membership::local(workers)))
+}
+
+fn coordinator_config(
+    args: &DeploymentArgs,
+    model: String,
+    split: Split,
+    expected_members: usize,
+    join_patience: Duration,
+) -> CoordinatorConfig {
+    CoordinatorConfig {
+        deployment: Deployment {
+            model,
+            split: args.split.clone().unwrap_or(split),
+            dtype: args.dtype.0,
+            kv_tokens: args.kv_tokens,
+            links: args.links,
+            max_step_tokens: args.max_step_tokens,
+            // A row has a token at least.
+            max_step_rows: args.max_step_rows.min(args.max_step_tokens),
+        },
+        limits: Limits { prefill_chunk: args.prefill_chunk, max_requests: args.max_requests as usize },
+        expected_members,
+        join_patience,
+    }
+}
+
+async fn listen(args: &ListenArgs) -> anyhow::Result<TcpListener> {
+    let address = (args.host.as_str(), args.port);
+    TcpListener::bind(address).await.with_context(|| format!("listening on {}:{}", args.host, args.port))
+}
+
+/// Brings the deployment up, says `ready`, and answers until told to stop.
+async fn answer(
+    config: CoordinatorConfig,
+    members: mpsc::UnboundedReceiver<MemberEvent>,
+    listener: TcpListener,
+    grace: u64,
+) -> anyhow::Result<()> {
+    let address = listener.local_addr()?;
+    let loading = Arc::new(Loading::default());
+    let observer: Observer = {
+        let loading = loading.clone();
+        Arc::new(move |notice: Notice| loading.show(notice))
+    };
+    let starting = Coordinator::start(config, members, observer);
+    let coordinator = tokio::select! {
+        started = starting => started?,
+        () = crate::signals::terminated() => bail!("stopped before the model was loaded"),
+    };
+    loading.finish();
+    say(&format!("ready http://{address}"))?;
+    let serve = |stop| async move {
+        grpc::serve(coordinator, listener, stopping(stop))
+            .await
+            .map_err(|e| anyhow::anyhow!("serving clients: {e}"))
+    };
+    until_terminated(serve, Duration::from_secs(grace)).await
+}
+
+/// One line of standard output, at once.
+fn say(line: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{line}")?;
+    Ok(out.flush()?)
+}

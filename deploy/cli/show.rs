@@ -1,0 +1,158 @@
+//! What people see: plans as tables, loading as bars, bytes with units.
+
+use std::{
+    io::IsTerminal,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use comfy_table::{CellAlignment, Table, presets};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use strata_coordinator::engine::Notice;
+use strata_proto::Plan;
+
+const BAR_WIDTH: u64 = 16;
+
+/// `1536` as `1.5 KiB`.
+pub fn bytes(n: u64) -> String {
+    let mut value = n as f64;
+    for unit in ["B", "KiB", "MiB", "GiB"] {
+        if value < 1024.0 {
+            return if unit == "B" { format!("{n} B") } else { format!("{value:.1} {unit}") };
+        }
+        value /= 1024.0;
+    }
+    format!("{value:.1} TiB")
+}
+
+/// A plan for people: one row and one bar per stage.
+pub fn plan_table(plan: &Plan) -> String {
+    let mut out = format!("{} in {}", plan.model, plan.dtype);
+    for (index, replica) in plan.replicas.iter().enumerate() {
+        let mut table = Table::new();
+        table.load_style(presets::NOTHING);
+        table.set_header([
+            "stage",
+            "device",
+            "layers",
+            "weights",
+            "cache",
+            "workspace",
+            "of budget",
+            "",
+            "ms/token",
+            "link",
+        ]);
+        for column in [3, 4, 5, 6, 8] {
+            if let Some(column) = table.column_mut(column) {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        for (number, stage) in replica.stages.iter().enumerate() {
+            let used = stage.total_bytes();
+            let budget = stage.budget_bytes.max(1);
+            // At least one cell, so that a stage on a large device can be seen at all.
+            let filled = (used * BAR_WIDTH).div_ceil(budget).min(BAR_WIDTH) as usize;
+            table.add_row([
+                number.to_string(),
+                format!("{}/{}", stage.worker, stage.device),
+                format!("{} ({})", stage.layers, stage.layers.len()),
+                bytes(stage.weight_bytes),
+                bytes(stage.kv_bytes),
+                bytes(stage.workspace_bytes),
+                format!("{} / {}", bytes(used), bytes(stage.budget_bytes)),
+                format!("{}{}", "█".repeat(filled), "░".repeat(BAR_WIDTH as usize - filled)),
+                format!("{:.3}", stage.predicted_ms),
+                stage.link.map_or("", |l| l.name()).to_owned(),
+            ]);
+        }
+        let total: f64 = replica.stages.iter().map(|s| s.predicted_ms).sum();
+        out += &format!(
+            "\nreplica {index}: {} stages, cache for {} tokens, predicted {:.1} tokens/s for one stream\n{table}",
+            replica.stages.len(),
+            replica.kv_capacity_tokens,
+            1e3 / total.max(1e-9),
+        );
+    }
+    out
+}
+
+/// Shows a deployment coming up on standard error: bars on a terminal, plain lines in a pipe.
+#[derive(Default)]
+pub struct Loading {
+    bars: Mutex<Option<Bars>>,
+}
+
+struct Bars {
+    group: MultiProgress,
+    stages: Vec<ProgressBar>,
+    plan: Arc<Plan>,
+}
+
+impl Loading {
+    /// Takes a notice from the coordinator.
+    pub fn show(&self, notice: Notice) {
+        let mut bars = self.bars.lock().unwrap_or_else(PoisonError::into_inner);
+        match notice {
+            Notice::Waiting(joined, expected) => eprintln!("{joined} of {expected} workers are there"),
+            Notice::Planned(plan) => {
+                eprintln!("{}", plan_table(&plan));
+                *bars = Some(Bars::new(plan));
+            }
+            Notice::Loading(update) => {
+                let Some(bars) = &*bars else { return };
+                let Some(bar) = bars.stages.get(update.stage) else { return };
+                bar.set_length(update.bytes_total);
+                bar.set_position(update.bytes_read);
+                if update.bytes_read >= update.bytes_total && !bar.is_finished() {
+                    bar.finish();
+                    if bar.is_hidden() {
+                        let stage = bars.plan.replicas.first().and_then(|r| r.stages.get(update.stage));
+                        let place = stage.map_or(String::new(), |s| format!(" on {}/{}", s.worker, s.device));
+                        eprintln!("stage {}{place} loaded {}", update.stage, bytes(update.bytes_total));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Clears the bars once the server is up.
+    pub fn finish(&self) {
+        if let Some(bars) = self.bars.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            // A terminal that cannot be cleared is no reason to stop.
+            let _ = bars.group.clear();
+        }
+    }
+}
+
+impl Bars {
+    fn new(plan: Arc<Plan>) -> Self {
+        let group = MultiProgress::new();
+        let style = ProgressStyle::with_template(
+            "{prefix:>8} {bar:32} {bytes:>11} / {total_bytes:11} {bytes_per_sec}",
+        )
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
+        let count = plan.replicas.first().map_or(0, |r| r.stages.len());
+        let stages = (0..count).map(|index| {
+            let bar =
+                if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
+            let bar = if bar.is_hidden() { bar } else { group.add(bar) };
+            bar.set_style(style.clone());
+            bar.set_prefix(format!("stage {index}"));
+            bar
+        });
+        Bars { stages: stages.collect(), group, plan }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bytes;
+
+    #[test]
+    fn bytes_have_units() {
+        assert_eq!(bytes(0), "0 B");
+        assert_eq!(bytes(1536), "1.5 KiB");
+        assert_eq!(bytes(24 << 30), "24.0 GiB");
+        assert_eq!(bytes(5 << 40), "5.0 TiB");
+    }
+}

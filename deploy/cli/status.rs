@@ -1,0 +1,83 @@
+//! `strata status`: what a server is doing.
+
+use std::io::Write;
+
+use serde_json::json;
+use strata_proto::{
+    Device, Plan,
+    v1::{StatusRequest, StatusResponse, cluster_client::ClusterClient},
+};
+
+use crate::{
+    args::StatusArgs,
+    client::{connect, refusal},
+    show,
+};
+
+/// `strata status`
+pub async fn status(args: StatusArgs) -> anyhow::Result<()> {
+    let mut client = ClusterClient::new(connect(&args.address.address).await?);
+    let status = client.status(StatusRequest {}).await.map_err(|s| refusal(&s))?.into_inner();
+    let plan = status.plan.clone().map(Plan::try_from).transpose().map_err(anyhow::Error::msg)?;
+    let text = if args.json { as_json(&status, plan.as_ref())? } else { as_text(&status, plan.as_ref()) };
+    writeln!(std::io::stdout(), "{text}")?;
+    Ok(())
+}
+
+fn as_text(status: &StatusResponse, plan: Option<&Plan>) -> String {
+    let load = status.load.unwrap_or_default();
+    let state = if status.ready { "ready".to_owned() } else { format!("not ready: {}", status.reason) };
+    let fence = status.fence.unwrap_or_default();
+    let mut out = format!(
+        "{} {state}, generation {fence}\n\
+         requests  {} running, {} waiting; {} steps in flight\n\
+         cache     {} of {} tokens\n\
+         so far    {} prompt tokens, {} generated, {} steps, {} preemptions\n",
+        status.model,
+        load.running,
+        load.waiting,
+        load.steps_in_flight,
+        load.kv_tokens_used,
+        load.kv_tokens_total,
+        load.prompt_tokens,
+        load.generated_tokens,
+        load.steps,
+        load.preemptions,
+    );
+    for member in &status.members {
+        let devices: Vec<_> =
+            member.devices.iter().map(|d| format!("{} {}", d.id, show::bytes(d.budget_bytes))).collect();
+        let live = if member.live { devices.join(", ") } else { "does not answer".to_owned() };
+        out += &format!("worker    {}: {live}\n", member.worker);
+    }
+    out + &plan.map_or(String::new(), show::plan_table)
+}
+
+fn as_json(status: &StatusResponse, plan: Option<&Plan>) -> anyhow::Result<String> {
+    let load = status.load.unwrap_or_default();
+    let fence = status.fence.unwrap_or_default();
+    let members = status.members.iter().map(|m| {
+        let devices: Result<Vec<_>, _> = m.devices.iter().cloned().map(Device::try_from).collect();
+        Ok(json!({"worker": m.worker, "live": m.live, "devices": devices.map_err(anyhow::Error::msg)?}))
+    });
+    let value = json!({
+        "model": status.model,
+        "ready": status.ready,
+        "reason": status.reason,
+        "fence": {"term": fence.term, "pipeline": fence.pipeline, "generation": fence.generation},
+        "load": {
+            "running": load.running,
+            "waiting": load.waiting,
+            "kv_tokens_used": load.kv_tokens_used,
+            "kv_tokens_total": load.kv_tokens_total,
+            "steps_in_flight": load.steps_in_flight,
+            "prompt_tokens": load.prompt_tokens,
+            "generated_tokens": load.generated_tokens,
+            "preemptions": load.preemptions,
+            "steps": load.steps,
+        },
+        "members": members.collect::<anyhow::Result<Vec<_>>>()?,
+        "plan": plan,
+    });
+    Ok(value.to_string())
+}

@@ -1,0 +1,83 @@
+//! Devices as the planner sees them.
+
+use serde::Serialize;
+
+use crate::v1;
+
+/// What kind of processor a device is. Rates are compared per kind, so that noise cannot change a split.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceKind {
+    /// The host's processor and memory.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
+/// A device of a worker, with what it offers.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Device {
+    /// Unique within its worker: `cpu`, `cpu:1`, `cuda:0`.
+    pub id: String,
+    /// Processor kind.
+    pub kind: DeviceKind,
+    /// Bytes that weights, cache and workspace of one stage may take together.
+    pub budget_bytes: u64,
+    /// Physical bytes.
+    pub total_bytes: u64,
+    /// The user set the budget, so this device ranks as a GPU does.
+    pub capped: bool,
+    /// Memory bandwidth in bytes per second.
+    pub bytes_per_second: f64,
+    /// Arithmetic rate in floating-point operations per second.
+    pub flops_per_second: f64,
+    /// Numerics class of its kernels.
+    pub numerics: String,
+}
+
+impl From<Device> for v1::Device {
+    fn from(d: Device) -> Self {
+        v1::Device {
+            id: d.id,
+            kind: match d.kind {
+                DeviceKind::Cpu => v1::DeviceKind::Cpu,
+                DeviceKind::Cuda => v1::DeviceKind::Cuda,
+            } as i32,
+            budget_bytes: d.budget_bytes,
+            total_bytes: d.total_bytes,
+            capped: d.capped,
+            bytes_per_second: d.bytes_per_second,
+            flops_per_second: d.flops_per_second,
+            numerics: d.numerics,
+        }
+    }
+}
+
+impl TryFrom<v1::Device> for Device {
+    type Error = String;
+
+    fn try_from(d: v1::Device) -> Result<Self, String> {
+        let kind = match d.kind() {
+            v1::DeviceKind::Cpu => DeviceKind::Cpu,
+            v1::DeviceKind::Cuda => DeviceKind::Cuda,
+            v1::DeviceKind::Unspecified => return Err(format!("device {:?} has no kind", d.id)),
+        };
+        let rate = |name: &str, v: f64| {
+            if v.is_finite() && v > 0.0 {
+                Ok(v)
+            } else {
+                Err(format!("device {:?} reports {name} {v}: expected a positive number", d.id))
+            }
+        };
+        Ok(Device {
+            kind,
+            budget_bytes: d.budget_bytes,
+            total_bytes: d.total_bytes,
+            capped: d.capped,
+            bytes_per_second: rate("bytes_per_second", d.bytes_per_second)?,
+            flops_per_second: rate("flops_per_second", d.flops_per_second)?,
+            numerics: d.numerics.clone(),
+            id: d.id,
+        })
+    }
+}

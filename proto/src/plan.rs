@@ -1,0 +1,241 @@
+//! A plan: replicas, their stages, and what each stage costs.
+
+use std::{collections::BTreeMap, fmt, str::FromStr};
+
+use serde::{Serialize, Serializer, ser::SerializeTuple};
+
+use crate::{DType, v1};
+
+/// Layers `first..end`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LayerRange {
+    /// First layer.
+    pub first: u32,
+    /// One past the last layer.
+    pub end: u32,
+}
+
+impl LayerRange {
+    /// Layers `first..end`.
+    pub fn new(first: u32, end: u32) -> Self {
+        LayerRange { first, end }
+    }
+
+    /// Number of layers.
+    pub fn len(self) -> u32 {
+        self.end.saturating_sub(self.first)
+    }
+
+    /// Whether there is no layer in it.
+    pub fn is_empty(self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl fmt::Display for LayerRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}..{}", self.first, self.end)
+    }
+}
+
+impl Serialize for LayerRange {
+    /// As `[first, end]`, half-open.
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        let mut pair = s.serialize_tuple(2)?;
+        pair.serialize_element(&self.first)?;
+        pair.serialize_element(&self.end)?;
+        pair.end()
+    }
+}
+
+impl From<LayerRange> for v1::LayerRange {
+    fn from(r: LayerRange) -> Self {
+        v1::LayerRange { first: r.first, end: r.end }
+    }
+}
+
+impl From<v1::LayerRange> for LayerRange {
+    fn from(r: v1::LayerRange) -> Self {
+        LayerRange { first: r.first, end: r.end }
+    }
+}
+
+/// How two neighbouring stages hand activations on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LinkKind {
+    /// Inside one process: the tensor itself.
+    Loopback,
+    /// Framed over a TCP connection.
+    Tcp,
+}
+
+impl LinkKind {
+    /// The name used on the command line and in plans.
+    pub fn name(self) -> &'static str {
+        match self {
+            LinkKind::Loopback => "loopback",
+            LinkKind::Tcp => "tcp",
+        }
+    }
+}
+
+impl fmt::Display for LinkKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for LinkKind {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "loopback" => Ok(LinkKind::Loopback),
+            "tcp" => Ok(LinkKind::Tcp),
+            _ => Err(format!("unknown link {s:?}: expected loopback or tcp")),
+        }
+    }
+}
+
+/// One stage of a planned pipeline.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StagePlan {
+    /// Worker that runs it.
+    pub worker: String,
+    /// Device of that worker.
+    pub device: String,
+    /// Layers it holds.
+    pub layers: LayerRange,
+    /// Resident weights, embedding and head included where they belong.
+    pub weight_bytes: u64,
+    /// KV cache for the pipeline's capacity.
+    pub kv_bytes: u64,
+    /// Scratch for the largest step.
+    pub workspace_bytes: u64,
+    /// Predicted time of a one-row decode step, in milliseconds.
+    pub predicted_ms: f64,
+    /// What the device offered.
+    pub budget_bytes: u64,
+    /// Numerics class of the device's kernels at the plan's dtype.
+    pub numerics: String,
+    /// Link to the next stage; none on the last, or before links are chosen.
+    pub link: Option<LinkKind>,
+}
+
+impl StagePlan {
+    /// Every byte the stage will hold.
+    pub fn total_bytes(&self) -> u64 {
+        self.weight_bytes + self.kv_bytes + self.workspace_bytes
+    }
+}
+
+/// One pipeline: stages that together hold the whole model.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Replica {
+    /// In order of layers.
+    pub stages: Vec<StagePlan>,
+    /// Token positions the cache holds: the same on every stage.
+    pub kv_capacity_tokens: u64,
+}
+
+/// How a model is spread over devices.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Plan {
+    /// Model name.
+    pub model: String,
+    /// Format of weights, residual stream, wire and cache.
+    pub dtype: DType,
+    /// Whole copies of the model.
+    pub replicas: Vec<Replica>,
+    /// Module name to device as accelerate's `hf_device_map` shows it: an integer for a CUDA device, `cpu`, or
+    /// `cpu:N` when there are several. Of the first replica.
+    pub hf_device_map: BTreeMap<String, MapDevice>,
+}
+
+/// A device as `hf_device_map` names it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum MapDevice {
+    /// A CUDA device by number.
+    Cuda(u32),
+    /// Anything else by name.
+    Named(String),
+}
+
+impl fmt::Display for MapDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            MapDevice::Cuda(n) => write!(f, "{n}"),
+            MapDevice::Named(s) => f.write_str(s),
+        }
+    }
+}
+
+impl From<&Plan> for v1::Plan {
+    fn from(plan: &Plan) -> Self {
+        v1::Plan {
+            model: plan.model.clone(),
+            dtype: plan.dtype.name().to_owned(),
+            replicas: plan.replicas.iter().map(Into::into).collect(),
+            hf_device_map: plan.hf_device_map.iter().map(|(k, v)| (k.clone(), v.to_string())).collect(),
+        }
+    }
+}
+
+impl From<&Replica> for v1::Replica {
+    fn from(replica: &Replica) -> Self {
+        let stages = replica.stages.iter().map(|s| v1::PlannedStage {
+            worker: s.worker.clone(),
+            device: s.device.clone(),
+            layers: Some(s.layers.into()),
+            weight_bytes: s.weight_bytes,
+            kv_bytes: s.kv_bytes,
+            workspace_bytes: s.workspace_bytes,
+            predicted_ms: s.predicted_ms,
+            budget_bytes: s.budget_bytes,
+            numerics: s.numerics.clone(),
+            link: s.link.map_or(String::new(), |l| l.name().to_owned()),
+        });
+        v1::Replica { stages: stages.collect(), kv_capacity_tokens: replica.kv_capacity_tokens }
+    }
+}
+
+impl TryFrom<v1::Plan> for Plan {
+    type Error = String;
+
+    fn try_from(plan: v1::Plan) -> Result<Self, String> {
+        let map_device = |s: String| s.parse().map_or(MapDevice::Named(s), MapDevice::Cuda);
+        Ok(Plan {
+            dtype: plan.dtype.parse()?,
+            model: plan.model,
+            replicas: plan.replicas.into_iter().map(Replica::try_from).collect::<Result<_, _>>()?,
+            hf_device_map: plan.hf_device_map.into_iter().map(|(k, v)| (k, map_device(v))).collect(),
+        })
+    }
+}
+
+impl TryFrom<v1::Replica> for Replica {
+    type Error = String;
+
+    fn try_from(replica: v1::Replica) -> Result<Self, String> {
+        let stage = |s: v1::PlannedStage| {
+            Ok::<_, String>(StagePlan {
+                layers: s.layers.ok_or("a planned stage has no layers")?.into(),
+                link: if s.link.is_empty() { None } else { Some(s.link.parse()?) },
+                worker: s.worker,
+                device: s.device,
+                weight_bytes: s.weight_bytes,
+                kv_bytes: s.kv_bytes,
+                workspace_bytes: s.workspace_bytes,
+                predicted_ms: s.predicted_ms,
+                budget_bytes: s.budget_bytes,
+                numerics: s.numerics,
+            })
+        };
+        Ok(Replica {
+            stages: replica.stages.into_iter().map(stage).collect::<Result<_, _>>()?,
+            kv_capacity_tokens: replica.kv_capacity_tokens,
+        })
+    }
+}

@@ -1,0 +1,59 @@
+//! A client of another make: Python's grpcio, which knows only what reflection tells it.
+
+use std::{io::Write, path::Path, process::Command};
+
+use serde_json::Value;
+
+use crate::cluster::{Cluster, Options};
+
+/// A Python that has grpcio. Without one the test is skipped out loud, except in CI, where that is a failure.
+fn python() -> Option<String> {
+    let python = std::env::var("STRATA_TEST_PYTHON").unwrap_or_else(|_| "python3".into());
+    let has = Command::new(&python).args(["-c", "import grpc, grpc_reflection, grpc_health"]).output();
+    if has.is_ok_and(|o| o.status.success()) {
+        return Some(python);
+    }
+    assert!(
+        std::env::var_os("CI").is_none(),
+        "{python} has no grpcio: CI must install tests/clients/requirements.txt"
+    );
+    // Written past the capture of the test harness, so that a skip is seen.
+    let _ = writeln!(
+        std::io::stderr(),
+        "SKIPPED: foreign_client needs grpcio; pip install -r tests/clients/requirements.txt \
+         and set STRATA_TEST_PYTHON"
+    );
+    None
+}
+
+fn reflect(python: &str, address: &str, extra: &[&str]) -> Vec<Value> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/reflect.py");
+    let address = address.trim_start_matches("http://");
+    let output = Command::new(python).arg(script).arg(address).args(extra).output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn grpcio_finds_health_and_streams_by_reflection_alone() {
+    let Some(python) = python() else { return };
+    let cluster = Cluster::start(&Options { workers: 2, ..Options::default() }).await;
+    let address = cluster.address.clone();
+    let run = |extra: &'static [&'static str]| {
+        let (python, address) = (python.clone(), address.clone());
+        tokio::task::spawn_blocking(move || reflect(&python, &address, extra))
+    };
+    let lines = run(&["--prompt", "ROMEO:\n", "--max-tokens", "12"]).await.unwrap();
+    let services = lines[0]["services"].to_string();
+    for service in ["strata.v1.Inference", "strata.v1.Cluster", "grpc.health.v1.Health"] {
+        assert!(services.contains(service), "{services}");
+    }
+    let text: String = lines.iter().filter_map(|l| l["tokens"]["text"].as_str()).collect();
+    assert!(text.starts_with("O, then"), "{lines:?}");
+    assert_eq!(lines.last().unwrap()["finished"]["reason"], "FINISH_REASON_LENGTH");
+
+    run(&["--prompt", "ROMEO:\n", "--max-tokens", "240", "--hang-up", "3"]).await.unwrap();
+    cluster.wait_idle().await;
+}

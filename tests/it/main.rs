@@ -1,0 +1,9 @@
+//! Whole-system tests: real workers, real coordinators, real ports; in one process or in many.
+
+mod cluster;
+mod faults;
+mod foreign_client;
+mod loading;
+mod parity;
+mod processes;
+mod serving;

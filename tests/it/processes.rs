@@ -1,0 +1,209 @@
+//! Real processes: the binary in its roles, its output, its exit codes.
+
+use std::{
+    io::{BufRead, BufReader, Read},
+    process::{Child, Command, Stdio},
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+use strata_proto::v1::StatusRequest;
+
+use crate::cluster::{PATIENCE, ask, client, expectations, greedy, model};
+
+/// A directory that goes away with the test.
+pub fn free_dir() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+/// A `strata` server process; killed when dropped.
+pub struct Process {
+    child: Child,
+    pub address: String,
+}
+
+impl Process {
+    /// Starts `strata ARGS` and waits for the line that begins with `says`, whose rest is its address.
+    pub fn start(args: &[&str], says: &str) -> Process {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_strata"))
+            .args(args)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .unwrap();
+        let (sender, line) = mpsc::channel();
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        thread::spawn(move || {
+            let mut line = String::new();
+            let _ = out.read_line(&mut line);
+            let _ = sender.send(line);
+            // Keeps the pipe open and empty.
+            let _ = out.read_to_string(&mut String::new());
+        });
+        let line = line.recv_timeout(PATIENCE).unwrap_or_else(|_| panic!("{args:?} said nothing"));
+        let address = line.trim().strip_prefix(says).unwrap_or_else(|| panic!("{args:?} said {line:?}"));
+        Process { address: address.to_owned(), child }
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    fn signal(&self, signal: &str) {
+        let pid = self.id().to_string();
+        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+    }
+
+    fn exited(&mut self) -> std::process::ExitStatus {
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(begun.elapsed() < PATIENCE, "the process does not end");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs `strata ARGS` to its end; its standard output, if it succeeded.
+fn run(args: &[&str]) -> Result<String, String> {
+    let output = Command::new(env!("CARGO_BIN_EXE_strata")).args(args).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
+}
+
+fn workers(count: usize) -> Vec<Process> {
+    let models = model("");
+    let start = |_| Process::start(&["worker", "--models", models.to_str().unwrap()], "listening ");
+    (0..count).map(start).collect()
+}
+
+fn coordinator(workers: &[Process]) -> Process {
+    let urls: Vec<_> = workers.iter().map(|w| w.address.clone()).collect();
+    let urls = urls.join(",");
+    let args = ["coordinator", "--worker", &urls, "--model", "shakespeare", "--dtype", "f32", "--port", "0"];
+    Process::start(&[&args[..], &["--split", "balanced"]].concat(), "ready ")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_coordinator_and_three_workers_answer_as_one_process_does() {
+    let workers = workers(3);
+    let coordinator = coordinator(&workers);
+    let client = client(&coordinator.address).await;
+    let expected = expectations(&model("shakespeare"));
+    let answers = futures::future::join_all(expected.iter().map(|e| ask(&client, greedy(&e.ids, 48)))).await;
+    for (answer, e) in answers.into_iter().zip(&expected) {
+        assert_eq!(answer.unwrap().ids, e.greedy);
+    }
+    let channel = tonic::transport::Channel::from_shared(coordinator.address.clone()).unwrap().connect_lazy();
+    let mut cluster = strata_proto::v1::cluster_client::ClusterClient::new(channel);
+    let status = cluster.status(StatusRequest {}).await.unwrap().into_inner();
+    let stages = &status.plan.unwrap().replicas[0].stages;
+    assert_eq!(stages.len(), 3);
+    assert!(stages[..2].iter().all(|s| s.link == "tcp"), "processes can only be linked by TCP: {stages:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_worker_costs_a_pause_and_no_error() {
+    let mut workers = workers(3);
+    let coordinator = coordinator(&workers);
+    let client = client(&coordinator.address).await;
+    let expected = expectations(&model("shakespeare"));
+    let answers = (0..8).map(|i| {
+        let (client, e) = (client.clone(), expected[i % 5].clone());
+        tokio::spawn(async move { (ask(&client, greedy(&e.ids, 48)).await, e.greedy) })
+    });
+    let answers: Vec<_> = answers.collect();
+    let first = ask(&client, greedy(&expected[0].ids, 4)).await.unwrap();
+    assert_eq!(first.ids, expected[0].greedy[..4]);
+    workers.remove(1).signal("-KILL");
+    for answer in answers {
+        let (answer, want) = answer.await.unwrap();
+        assert_eq!(answer.unwrap().ids, want, "an answer changed when a worker was killed");
+    }
+    let after = ask(&client, greedy(&expected[1].ids, 48)).await.unwrap();
+    assert_eq!(after.ids, expected[1].greedy);
+}
+
+#[test]
+fn serve_and_its_clients_speak_as_documented() {
+    let demo = model("shakespeare");
+    let demo = demo.to_str().unwrap();
+    let mut server =
+        Process::start(&["serve", demo, "--workers", "3", "--port", "0", "--dtype", "f32"], "ready ");
+    assert!(server.address.starts_with("http://127.0.0.1:"));
+    let address = server.address.clone();
+    let generate = |extra: &[&str]| run(&[&["generate", "--address", &address], extra].concat());
+
+    let text = generate(&["--prompt", "ROMEO:\n", "--max-tokens", "48"]).unwrap();
+    assert!(text.starts_with("O, then, I'll be so.\n\nROMEO:\n"), "{text:?}");
+    let out =
+        generate(&["--token-ids", "0,842,28,201", "--max-tokens", "3", "--json", "--logprobs", "2"]).unwrap();
+    let lines: Vec<Value> = out.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let last = lines.last().unwrap();
+    assert_eq!(last["token_ids"], serde_json::json!([49, 14, 536]));
+    assert_eq!(last["prompt_token_ids"], serde_json::json!([0, 842, 28, 201]));
+    assert_eq!(last["finish_reason"], "length");
+    assert_eq!(last["usage"], serde_json::json!({"prompt_tokens": 4, "completion_tokens": 3}));
+    assert_eq!(last["logprobs"].as_array().unwrap().len(), 3);
+    assert_eq!(lines.len(), 5, "started, three tokens, finished: {out}");
+
+    let refused = generate(&["--prompt", "x", "--temperature", "nan"]).unwrap_err();
+    assert!(refused.contains("sampling.temperature: NaN is out of bounds"), "{refused}");
+    let status: Value =
+        serde_json::from_str(&run(&["status", "--address", &address, "--json"]).unwrap()).unwrap();
+    assert_eq!((&status["ready"], &status["model"]), (&Value::Bool(true), &"shakespeare".into()));
+    assert_eq!(status["plan"]["replicas"][0]["stages"].as_array().unwrap().len(), 3);
+    assert!(run(&["status", "--address", &address]).unwrap().contains("shakespeare ready"));
+
+    server.signal("-TERM");
+    assert!(server.exited().success());
+    let gone = generate(&["--prompt", "x"]).unwrap_err();
+    assert!(gone.contains("no server answers at"), "{gone}");
+}
+
+#[test]
+fn plans_are_shown_before_anything_loads() {
+    let demo = model("shakespeare");
+    let demo = demo.to_str().unwrap();
+    let plan = |extra: &[&str]| run(&[&["plan", demo], extra].concat());
+    let json = |extra: &[&str]| -> Value { serde_json::from_str(&plan(extra).unwrap()).unwrap() };
+
+    // Two devices of 24 MiB hold the demo model whole: auto takes one.
+    let capped = ["--json", "--devices", "cpu:0=24MiB,cpu:1=24MiB"];
+    let one = json(&capped);
+    assert_eq!(one["replicas"][0]["stages"].as_array().unwrap().len(), 1);
+    assert_eq!(one["hf_device_map"]["model.layers.0"], "cpu");
+    let two = json(&[&capped[..], &["--split", "balanced", "--kv-tokens", "256"]].concat());
+    let stages = two["replicas"][0]["stages"].as_array().unwrap();
+    assert_eq!(stages.len(), 2);
+    for key in ["worker", "device", "layers", "weight_bytes", "kv_bytes", "workspace_bytes", "predicted_ms"] {
+        assert!(!stages[0][key].is_null(), "a stage has no {key}");
+    }
+    assert_eq!((&stages[0]["layers"][0], &stages[1]["layers"][1]), (&0.into(), &6.into()));
+    assert_eq!(two["replicas"][0]["kv_capacity_tokens"], 256);
+    assert_eq!(two["hf_device_map"]["model.embed_tokens"], "cpu:0");
+    assert_eq!(two["hf_device_map"]["lm_head"], "cpu:1");
+
+    let counts = json(&["--json", "--workers", "3", "--split", "1,2,3", "--links", "tcp"]);
+    let layers: Vec<_> =
+        counts["replicas"][0]["stages"].as_array().unwrap().iter().map(|s| &s["layers"]).collect();
+    assert_eq!(serde_json::json!(layers), serde_json::json!([[0, 1], [1, 3], [3, 6]]));
+    assert!(plan(&["--workers", "3"]).unwrap().contains("█"), "the table has no bars");
+
+    let small = plan(&["--devices", "cpu:0=1MiB,cpu:1=1MiB"]).unwrap_err();
+    assert!(small.starts_with("error: ") && small.contains("MiB"), "{small}");
+    assert!(plan(&["--split", "9,9"]).unwrap_err().contains("6"), "says how many layers there are");
+    assert!(plan(&["--split", "sideways"]).unwrap_err().contains("expected"));
+    assert!(plan(&["--devices", "cuda:0"]).unwrap_err().contains("no CUDA support"));
+}

@@ -1,0 +1,281 @@
+//! What clients see of a server: concurrency, sampling, stopping, bounds, cancellation, deadlines.
+
+use std::time::Duration;
+
+use futures::future::join_all;
+use strata_coordinator::planner::Split;
+use strata_proto::v1::{self, FinishReason, GenerateRequest, Sampling};
+use tonic::Code;
+
+use crate::cluster::{Answer, Cluster, Options, ask, expectations, greedy, model};
+
+fn text_request(prompt: &str, max_tokens: u32) -> GenerateRequest {
+    GenerateRequest {
+        prompt: Some(prompt.into()),
+        max_tokens: Some(max_tokens),
+        ..GenerateRequest::default()
+    }
+}
+
+fn anonymous_bytes() -> u64 {
+    crate::loading::anonymous_bytes(std::process::id())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sixty_four_streams_end_with_the_right_tokens_and_free_everything() {
+    let cluster = Cluster::start(&Options { workers: 3, ..Options::default() }).await;
+    let client = cluster.client().await;
+    let expected = expectations(&model("shakespeare"));
+    let wave = || async {
+        let answers = join_all((0..64).map(|i| {
+            let e = &expected[i % expected.len()];
+            ask(&client, greedy(&e.ids, e.greedy.len() as u32))
+        }));
+        for (i, answer) in answers.await.into_iter().enumerate() {
+            let answer = answer.unwrap();
+            assert_eq!(answer.ids, expected[i % expected.len()].greedy);
+            assert_eq!(answer.reason, FinishReason::Length as i32);
+        }
+        cluster.wait_idle().await;
+    };
+    wave().await;
+    let after_one = anonymous_bytes();
+    for _ in 0..3 {
+        wave().await;
+    }
+    let grown = anonymous_bytes().saturating_sub(after_one);
+    assert!(grown < 32 << 20, "three more waves left {grown} bytes behind");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_small_cache_preempts_and_still_answers_exactly() {
+    // 24 blocks for eight sequences that grow to four or five blocks each.
+    let options = Options { workers: 2, kv_tokens: Some(24 * 16), prefill_chunk: 7, ..Options::default() };
+    let cluster = Cluster::start(&options).await;
+    let client = cluster.client().await;
+    let expected = expectations(&model("shakespeare"));
+    let answers = join_all((0..16).map(|i| ask(&client, greedy(&expected[i % 5].ids, 48)))).await;
+    for (i, answer) in answers.into_iter().enumerate() {
+        assert_eq!(answer.unwrap().ids, expected[i % 5].greedy);
+    }
+    cluster.wait_idle().await;
+    let preemptions = cluster.coordinator.engine().snapshot.borrow().load.preemptions;
+    assert!(preemptions > 0, "the test was meant to preempt");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sampling_depends_on_seed_and_position_alone() {
+    let sampled = |seed| GenerateRequest {
+        sampling: Some(Sampling {
+            temperature: Some(0.9),
+            top_k: Some(50),
+            top_p: Some(0.95),
+            repetition_penalty: Some(1.2),
+            presence_penalty: Some(0.3),
+            seed: Some(seed),
+            ..Sampling::default()
+        }),
+        logprobs: Some(3),
+        ..text_request("ROMEO:\n", 40)
+    };
+    let one = Cluster::start(&Options::default()).await;
+    let alone = ask(&one.client().await, sampled(7)).await.unwrap();
+    assert_eq!(alone.seed, 7);
+    assert_eq!(alone.logprobs.len(), alone.ids.len());
+    assert!(alone.logprobs.iter().all(|l| l.logprob <= 0.0 && l.top.len() == 3));
+    assert_ne!(alone.ids, ask(&one.client().await, sampled(8)).await.unwrap().ids);
+
+    let split =
+        Options { workers: 3, split: Split::Counts(vec![1, 3, 2]), prefill_chunk: 2, ..Options::default() };
+    let three = Cluster::start(&split).await;
+    let client = three.client().await;
+    let together = join_all((0..12).map(|i| ask(&client, sampled(if i % 2 == 0 { 7 } else { i })))).await;
+    for answer in together.into_iter().map(Result::unwrap).filter(|a| a.seed == 7) {
+        assert_eq!(answer, alone, "the same request was answered differently in a batch of a split model");
+    }
+    let drawn = ask(&client, GenerateRequest { sampling: None, ..sampled(0) }).await.unwrap();
+    let again = GenerateRequest {
+        sampling: Some(Sampling { seed: Some(drawn.seed), ..Sampling::default() }),
+        ..sampled(0)
+    };
+    assert_eq!(ask(&client, again).await.unwrap().ids, drawn.ids);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn answers_end_where_they_should() {
+    let cluster = Cluster::start(&Options { workers: 2, ..Options::default() }).await;
+    let client = cluster.client().await;
+    let whole = ask(&client, text_request("ROMEO:\n", 48)).await.unwrap();
+    assert!(whole.text.starts_with("O, then, I'll be so.\n\nROMEO:\nI will not be so"), "{:?}", whole.text);
+    assert_eq!(whole.usage, v1::Usage { prompt_tokens: 4, completion_tokens: 48 });
+
+    let stopped =
+        GenerateRequest { stop: vec!["never".into(), "\n\nROM".into()], ..text_request("ROMEO:\n", 48) };
+    let stopped = ask(&client, stopped).await.unwrap();
+    assert_eq!((stopped.text.as_str(), stopped.reason), ("O, then, I'll be so.", FinishReason::Stop as i32));
+    assert!(stopped.ids.len() < 48 && whole.ids.starts_with(&stopped.ids));
+
+    // Any token can be made the end: forbid all but it from position zero on.
+    let forced = GenerateRequest {
+        sampling: Some(Sampling { logit_bias: [(1, 100.0)].into(), ..Sampling::default() }),
+        ..text_request("ROMEO:\n", 48)
+    };
+    let ended = ask(&client, forced.clone()).await.unwrap();
+    assert_eq!((ended.ids, ended.text, ended.reason), (vec![1], String::new(), FinishReason::Eos as i32));
+    let ignored =
+        ask(&client, GenerateRequest { ignore_eos: true, max_tokens: Some(3), ..forced }).await.unwrap();
+    assert_eq!((ignored.ids, ignored.reason), (vec![1, 1, 1], FinishReason::Length as i32));
+
+    let rest = GenerateRequest { max_tokens: None, ..greedy(&[0, 842, 28, 201], 1) };
+    let rest = ask(&client, rest).await.unwrap();
+    assert_eq!(rest.ids.len(), 252, "unset max_tokens means the rest of the context");
+    cluster.wait_idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bad_requests_name_the_field_and_the_bound_and_disturb_nobody() {
+    let cluster = Cluster::start(&Options { workers: 2, ..Options::default() }).await;
+    let client = cluster.client().await;
+    let expected = &expectations(&model("shakespeare"))[0];
+    let neighbour = tokio::spawn({
+        let (client, request) = (client.clone(), greedy(&expected.ids, 48));
+        async move { ask(&client, request).await.unwrap() }
+    });
+    let sampling = |s: Sampling| GenerateRequest { sampling: Some(s), ..text_request("x", 4) };
+    let cases: Vec<(GenerateRequest, &str, &str)> = vec![
+        (text_request("x", 0), "max_tokens", "at least 1"),
+        (text_request("x", u32::MAX), "max_tokens", "256 tokens"),
+        (text_request("x", 255), "max_tokens", "at most 25"),
+        (text_request("", 4), "prompt", "at least one character"),
+        (GenerateRequest::default(), "prompt", "prompt or token_ids"),
+        (GenerateRequest { prompt: Some("x".into()), ..greedy(&[1], 1) }, "prompt", "one of them"),
+        (greedy(&vec![5; 256], 1), "prompt", "256 tokens"),
+        (text_request(&"word ".repeat(2000), 4), "prompt", "256 tokens"),
+        (text_request(&"x".repeat((1 << 20) + 1), 4), "prompt", "1048576"),
+        (greedy(&[1, 2, 2048], 1), "token_ids", "less than 2048"),
+        (greedy(&[u32::MAX], 1), "token_ids", "less than 2048"),
+        (
+            sampling(Sampling { temperature: Some(f32::NAN), ..Sampling::default() }),
+            "temperature",
+            "[0, 100]",
+        ),
+        (sampling(Sampling { temperature: Some(-0.1), ..Sampling::default() }), "temperature", "[0, 100]"),
+        (sampling(Sampling { top_p: Some(0.0), ..Sampling::default() }), "top_p", "(0, 1]"),
+        (sampling(Sampling { top_k: Some(u32::MAX), ..Sampling::default() }), "top_k", "2048"),
+        (GenerateRequest { logprobs: Some(21), ..text_request("x", 4) }, "logprobs", "20"),
+        (GenerateRequest { stop: vec!["a".into(); 17], ..text_request("x", 4) }, "stop", "16"),
+        (GenerateRequest { stop: vec![String::new()], ..text_request("x", 4) }, "stop", "1 to 1024"),
+        (GenerateRequest { deadline_ms: Some(0), ..text_request("x", 4) }, "deadline_ms", "expected 1"),
+    ];
+    for (request, field, bound) in cases {
+        let status = ask(&client, request).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
+        let text = status.message();
+        assert!(text.contains(field) && text.contains(bound), "{text:?} names not {field:?} and {bound:?}");
+    }
+    // As long as may be: 1 MiB is tokenized, found too long, and refused.
+    let status = ask(&client, text_request(&"x".repeat(1 << 20), 4)).await.unwrap_err();
+    assert!(status.message().starts_with("prompt: "), "{status:?}");
+    let wrong = GenerateRequest { model: "other".into(), ..text_request("x", 4) };
+    assert_eq!(ask(&client, wrong).await.unwrap_err().code(), Code::NotFound);
+    assert_eq!(neighbour.await.unwrap().ids, expected.greedy, "a bad request disturbed its neighbour");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hanging_up_frees_blocks_wherever_the_request_is() {
+    let cluster = Cluster::start(&Options { workers: 2, kv_tokens: Some(512), ..Options::default() }).await;
+    let client = cluster.client().await;
+    for round in 0..40 {
+        // Some hang up while waiting, some at the first event, some in the middle.
+        let streams = join_all((0..4).map(|_| {
+            let mut client = client.clone();
+            async move { client.generate(greedy(&[0, 842, 28, 201], 200)).await.unwrap().into_inner() }
+        }))
+        .await;
+        for (i, mut stream) in streams.into_iter().enumerate() {
+            for _ in 0..(round * i) % 9 {
+                stream.message().await.unwrap();
+            }
+        }
+    }
+    cluster.wait_idle().await;
+    let answer = ask(&client, greedy(&[0, 842, 28, 201], 8)).await.unwrap();
+    assert_eq!(answer.ids.len(), 8);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn deadlines_end_answers_and_overload_is_an_answer() {
+    let hook: strata_worker::StepHook = std::sync::Arc::new(|_| {
+        // Slow enough that a deadline falls into the answer.
+        std::thread::sleep(Duration::from_millis(10));
+        Ok(())
+    });
+    let cluster = Cluster::start(&Options { max_requests: 2, hook: Some(hook), ..Options::default() }).await;
+    let client = cluster.client().await;
+    let late = GenerateRequest { deadline_ms: Some(200), ..greedy(&[0, 842], 250) };
+    let mut first = client.clone().generate(late.clone()).await.unwrap().into_inner();
+    let mut second = client.clone().generate(late).await.unwrap().into_inner();
+    let third = ask(&client, greedy(&[0, 842], 1)).await.unwrap_err();
+    assert_eq!(third.code(), Code::ResourceExhausted);
+    assert!(third.metadata().contains_key("retry-after-ms"), "{third:?}");
+    for stream in [&mut first, &mut second] {
+        let status = loop {
+            match stream.message().await {
+                Ok(event) => assert!(event.is_some(), "an answer ended without a word"),
+                Err(status) => break status,
+            }
+        };
+        assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
+    }
+    cluster.wait_idle().await;
+    // The client's own gRPC timeout counts as a deadline too.
+    let mut request = tonic::Request::new(greedy(&[0, 842], 250));
+    request.metadata_mut().insert("grpc-timeout", "150m".parse().unwrap());
+    let mut stream = client.clone().generate(request).await.unwrap().into_inner();
+    while let Ok(Some(_)) = stream.message().await {}
+    cluster.wait_idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn text_and_ids_convert_as_prompts_do() {
+    let cluster = Cluster::start(&Options::default()).await;
+    let mut client = cluster.client().await;
+    let tokenize = |text: &str, plain| v1::TokenizeRequest { text: text.into(), plain, model: String::new() };
+    let ids = client.tokenize(tokenize("ROMEO:\n", false)).await.unwrap().into_inner().token_ids;
+    assert_eq!(ids, [0, 842, 28, 201]);
+    let plain = client.tokenize(tokenize("<|eos|>", true)).await.unwrap().into_inner().token_ids;
+    assert!(!plain.contains(&1), "text became a control token: {plain:?}");
+    let detokenize = |ids: &[u32], keep_special| v1::DetokenizeRequest {
+        token_ids: ids.to_vec(),
+        keep_special,
+        model: String::new(),
+    };
+    let text = |client: &mut v1::inference_client::InferenceClient<_>, request| {
+        let mut client = client.clone();
+        async move { client.detokenize(request).await.map(|r| r.into_inner().text) }
+    };
+    assert_eq!(text(&mut client, detokenize(&ids, false)).await.unwrap(), "ROMEO:\n");
+    assert_eq!(text(&mut client, detokenize(&ids, true)).await.unwrap(), "<|bos|>ROMEO:\n");
+    let status = text(&mut client, detokenize(&[2048], false)).await.unwrap_err();
+    assert!(
+        status.code() == Code::InvalidArgument && status.message().contains("less than 2048"),
+        "{status:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn half_precision_answers_the_same_for_every_number_of_workers() {
+    for dtype in [strata_proto::DType::BF16, strata_proto::DType::F16] {
+        let mut first: Option<Answer> = None;
+        for (workers, prefill_chunk) in [(1, 256), (2, 3), (6, 16)] {
+            let options = Options { workers, prefill_chunk, dtype: Some(dtype), ..Options::default() };
+            let cluster = Cluster::start(&options).await;
+            let sampling = Some(Sampling { seed: Some(1), ..Sampling::default() });
+            let request =
+                GenerateRequest { sampling, logprobs: Some(5), ..text_request("JULIET:\nO Romeo", 40) };
+            let answer = ask(&cluster.client().await, request).await.unwrap();
+            let same = *first.get_or_insert(answer.clone()) == answer;
+            assert!(same, "{dtype} over {workers} workers: another answer, or other log-probabilities");
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! The devices of a worker: what the user asked for, what they may hold, and how fast they are.
+
+use std::{fmt, str::FromStr, sync::OnceLock, time::Instant};
+
+use strata_proto::{DType, Device, DeviceKind};
+
+use crate::kernels::cpu::{
+    self, Cpu,
+    linear::{Linear, Output, Rows},
+    packed::PackedMatrix,
+};
+
+/// A device as named on the command line: `cpu`, `cpu:1`, `cpu:0=24MiB`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceSpec {
+    /// Unique within a worker.
+    pub id: String,
+    /// Processor kind.
+    pub kind: DeviceKind,
+    /// Most bytes Strata may use on it, if the user said so.
+    pub cap: Option<u64>,
+}
+
+impl DeviceSpec {
+    /// The host's processor, with an optional cap.
+    pub fn cpu(cap: Option<u64>) -> Self {
+        DeviceSpec { id: "cpu".into(), kind: DeviceKind::Cpu, cap }
+    }
+}
+
+impl FromStr for DeviceSpec {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let (id, cap) = match s.split_once('=') {
+            Some((id, cap)) => (id, Some(parse_bytes(cap)?)),
+            None => (s, None),
+        };
+        let (kind, number) = id.split_once(':').map_or((id, None), |(k, n)| (k, Some(n)));
+        if number.is_some_and(|n| n.is_empty() || !n.bytes().all(|b| b.is_ascii_digit())) {
+            return Err(format!("device {id:?}: expected a number after the colon, as in cpu:0"));
+        }
+        match kind {
+            "cpu" => Ok(DeviceSpec { id: id.to_owned(), kind: DeviceKind::Cpu, cap }),
+            "cuda" => Err(format!(
+                "device {id:?}: this build of Strata has no CUDA support; use cpu, or cpu:N=BYTES"
+            )),
+            _ => Err(format!(
+                "device {id:?}: expected cpu or cpu:N, with an optional =BYTES as in cpu:0=24MiB"
+            )),
+        }
+    }
+}
+
+impl fmt::Display for DeviceSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.id)
+    }
+}
+
+/// Reads `24MiB`, `1.5GiB`, `500MB`, `4096`.
+///
+/// # Errors
+/// If it is no number, has an unknown unit, or is not positive.
+pub fn parse_bytes(s: &str) -> Result<u64, String> {
+    let units: [(&str, f64); 10] = [
+        ("KiB", 1024.0),
+        ("MiB", 1024.0 * 1024.0),
+        ("GiB", 1024.0 * 1024.0 * 1024.0),
+        ("TiB", 1024.0 * 1024.0 * 1024.0 * 1024.0),
+        ("KB", 1e3),
+        ("MB", 1e6),
+        ("GB", 1e9),
+        ("TB", 1e12),
+        ("B", 1.0),
+        ("", 1.0),
+    ];
+    let digits = s.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = &s[digits.len()..];
+    let scale = units.iter().find(|(name, _)| name.eq_ignore_ascii_case(unit));
+    let number = digits.trim().parse::<f64>().ok().filter(|n| n.is_finite() && *n > 0.0);
+    match (number, scale) {
+        (Some(number), Some((_, scale))) if number * scale < 9e18 => Ok((number * scale) as u64),
+        _ => Err(format!("{s:?} is no size: expected a positive number with a unit such as 24MiB or 1.5GB")),
+    }
+}
+
+/// Bytes of host memory that are free for use now.
+pub fn available_memory() -> u64 {
+    memory().0
+}
+
+/// Free and total bytes of host memory.
+fn memory() -> (u64, u64) {
+    sysinfo::System::new().map_or((0, 0), |mut system| {
+        system.refresh_memory();
+        (system.available_memory(), system.total_memory())
+    })
+}
+
+/// What the devices offer. An uncapped CPU offers 90 % of the memory that is free now and held by nothing of ours.
+///
+/// `held` is the memory our stages on the device already take, which a new plan may use again.
+pub fn offers(specs: &[DeviceSpec], held: impl Fn(&str) -> u64) -> Vec<Device> {
+    let (free, total) = memory();
+    let uncapped = specs.iter().filter(|s| s.cap.is_none()).count().max(1) as u64;
+    let (bytes_per_second, flops_per_second) = measured_rates();
+    let offer = |spec: &DeviceSpec| Device {
+        id: spec.id.clone(),
+        kind: spec.kind,
+        budget_bytes: spec.cap.unwrap_or_else(|| (free / 10 * 9) / uncapped + held(&spec.id)),
+        total_bytes: total,
+        capped: spec.cap.is_some(),
+        bytes_per_second,
+        flops_per_second,
+        numerics: cpu::NUMERICS.to_owned(),
+    };
+    specs.iter().map(offer).collect()
+}
+
+/// Bytes per second of a one-row product and operations per second of a 64-row one, by the kernel that will do
+/// the work, measured once per process.
+fn measured_rates() -> (f64, f64) {
+    static RATES: OnceLock<(f64, f64)> = OnceLock::new();
+    *RATES.get_or_init(|| {
+        const ROWS: usize = 64;
+        // 16 MiB: more than one core's cache, little enough to take a few milliseconds.
+        const N: usize = 2048;
+        const K: usize = 2048;
+        let Ok(weight) = PackedMatrix::zeros(N, K, DType::F32) else {
+            // Without 16 MiB nothing will run; any positive rate plans as well as another.
+            return (1e9, 1e9);
+        };
+        let cpu = Cpu::detect();
+        let x = vec![0.5; ROWS * K];
+        let mut out = vec![0.0; ROWS * N];
+        let mut best = |rows: usize| {
+            let mut once = |_| {
+                let begun = Instant::now();
+                cpu.linear(Linear {
+                    weight: &weight,
+                    bias: None,
+                    x: Rows { data: &x, stride: K, count: rows },
+                    out: &mut out[..rows * N],
+                    output: Output::Store,
+                });
+                std::hint::black_box(&out);
+                begun.elapsed().as_secs_f64()
+            };
+            (0..3).map(&mut once).fold(f64::INFINITY, f64::min).max(1e-9)
+        };
+        let bandwidth = (N * K * 4) as f64 / best(1);
+        let rate = (2 * ROWS * N * K) as f64 / best(ROWS);
+        (bandwidth, rate)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_device_lists() {
+        let spec: DeviceSpec = "cpu:1=24MiB".parse().unwrap();
+        assert_eq!((spec.id.as_str(), spec.cap), ("cpu:1", Some(24 << 20)));
+        assert_eq!("cpu".parse::<DeviceSpec>().unwrap().cap, None);
+        for bad in ["gpu:0", "cpu:", "cpu:x", "cpu:0=", "cpu=-1GiB", "cpu=5parsecs", "", "cpu=1e40"] {
+            assert!(bad.parse::<DeviceSpec>().is_err(), "{bad:?} was taken");
+        }
+        assert!("cuda:0".parse::<DeviceSpec>().unwrap_err().contains("no CUDA support"));
+    }
+}

@@ -1,0 +1,329 @@
+//! One incarnation of a stage: checks each step, runs it, and turns logits into results.
+
+use std::{
+    collections::HashMap,
+    panic::{AssertUnwindSafe, catch_unwind},
+    time::{Duration, Instant},
+};
+
+use candle_core::Tensor;
+use strata_proto::{
+    BLOCK_TOKENS, DType,
+    v1::{self, Fence, RowOutput, step_result},
+};
+
+use crate::{
+    error::WorkerError,
+    interrupt::Interrupt,
+    model::{BatchRow, StageInput, StageOutput, StageState, StageWeights},
+    sampler::{Draw, SampleError, Sampled, SamplingParams, TokenHistory, sample},
+    stage::StepHook,
+    transport::{Activation, Downstream, Expected, LinkError, Payload, Upstream, candle_dtype, tcp::Pending},
+};
+
+/// Everything that lives and dies with one incarnation of a pipeline.
+pub(crate) struct Generation {
+    pub fence: Fence,
+    pub interrupt: Interrupt,
+    pub state: StageState,
+    pub dtype: DType,
+    pub max_step_tokens: usize,
+    pub pending: Option<Pending>,
+    pub upstream: Option<Box<dyn Upstream>>,
+    pub downstream: Option<Box<dyn Downstream>>,
+    pub sequences: HashMap<u64, Sequence>,
+}
+
+/// What a stage knows of one sequence.
+pub(crate) struct Sequence {
+    blocks: Vec<u32>,
+    /// Positions that are cached.
+    length: u32,
+    /// Only on the last stage.
+    sampler: Option<Sampler>,
+}
+
+/// How the last stage chooses the tokens of one sequence.
+pub(crate) struct Sampler {
+    params: SamplingParams,
+    history: Option<TokenHistory>,
+    seed: u64,
+    prompt_tokens: u32,
+    logprobs: Option<u32>,
+}
+
+impl Sampler {
+    fn new(row: &v1::RowSampling) -> Result<Self, WorkerError> {
+        let params = SamplingParams::try_from(&row.sampling.clone().unwrap_or_default())
+            .map_err(|e| WorkerError::BadMessage(e.to_string()))?;
+        Ok(Sampler {
+            history: params.needs_history().then(TokenHistory::default),
+            params,
+            seed: row.seed,
+            prompt_tokens: row.prompt_tokens,
+            logprobs: row.logprobs,
+        })
+    }
+
+    /// Takes note of input tokens from position `start` on.
+    fn observe(&mut self, ids: &[u32], start: u32) {
+        let Some(history) = &mut self.history else { return };
+        for (position, id) in (start..).zip(ids) {
+            if position < self.prompt_tokens {
+                history.push_prompt(*id);
+            } else {
+                history.push_answer(*id);
+            }
+        }
+    }
+
+    /// Draws the token at `position`.
+    fn sample(&self, logits: &mut [f32], order: &mut [u32], position: u32) -> Result<Sampled, SampleError> {
+        let draw = Draw {
+            params: &self.params,
+            history: self.history.as_ref(),
+            seed: self.seed,
+            position,
+            logprobs: self.logprobs,
+        };
+        sample(logits, order, &draw)
+    }
+}
+
+/// Why a run loop ended.
+pub(crate) enum RunEnd {
+    /// The coordinator closed the stream, or the generation was aborted.
+    Quiet,
+    /// Something broke; the coordinator is told.
+    Broken(WorkerError),
+}
+
+impl<E: Into<WorkerError>> From<E> for RunEnd {
+    fn from(error: E) -> Self {
+        match error.into() {
+            WorkerError::Link(LinkError::Interrupted) => RunEnd::Quiet,
+            error => RunEnd::Broken(error),
+        }
+    }
+}
+
+impl Generation {
+    /// Checks a step against the protocol and takes over its changes to sequences. An error ends the generation.
+    pub fn accept(
+        &mut self,
+        meta: &v1::StepMeta,
+        due: u64,
+        weights: &StageWeights,
+    ) -> Result<(), WorkerError> {
+        let broken = |what: String| Err(WorkerError::BadMessage(format!("step {}: {what}", meta.step)));
+        if meta.fence.as_ref() != Some(&self.fence) {
+            return broken(format!("its fence is not this generation's {}", self.fence));
+        }
+        if meta.step != due {
+            return broken(format!("step {due} was due"));
+        }
+        let tokens: u64 = meta.rows.iter().map(|r| u64::from(r.count)).sum();
+        if tokens != meta.token_ids.len() as u64 || tokens == 0 || tokens > self.max_step_tokens as u64 {
+            return broken(format!(
+                "its rows count {tokens} tokens, {} came, and 1 to {} fit",
+                meta.token_ids.len(),
+                self.max_step_tokens
+            ));
+        }
+        for sequence in &meta.released {
+            self.sequences.remove(sequence);
+        }
+        for row in &meta.rows {
+            if !row.segment_ids.is_empty() || row.rope_set != 0 {
+                return broken("segment ids and rope sets mean nothing to this model".into());
+            }
+            if row.reset {
+                let sampler = match &row.sampling {
+                    Some(sampling) if weights.spec().head => Some(Sampler::new(sampling)?),
+                    _ => None,
+                };
+                self.sequences.insert(row.sequence, Sequence { blocks: Vec::new(), length: 0, sampler });
+            }
+            let Some(sequence) = self.sequences.get_mut(&row.sequence) else {
+                return broken(format!("sequence {} is unknown and not reset", row.sequence));
+            };
+            if row.start != sequence.length || row.count == 0 {
+                return broken(format!(
+                    "sequence {} goes on at {} with {} tokens, but {} are cached",
+                    row.sequence, row.start, row.count, sequence.length
+                ));
+            }
+            if row.first_block_index as usize != sequence.blocks.len() {
+                return broken(format!("sequence {} has {} blocks", row.sequence, sequence.blocks.len()));
+            }
+            sequence.blocks.extend(&row.new_blocks);
+            let end = row.start.checked_add(row.count);
+            let room = sequence.blocks.len() as u64 * u64::from(BLOCK_TOKENS);
+            match end {
+                Some(end) if u64::from(end) <= room => sequence.length = end,
+                _ => return broken(format!("sequence {} has too few blocks", row.sequence)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs one step: receive, compute, send on or sample. The result is the last stage's.
+    pub fn execute(
+        &mut self,
+        meta: &v1::StepMeta,
+        weights: &StageWeights,
+        hook: Option<&StepHook>,
+    ) -> Result<(Option<v1::StepResult>, Duration), RunEnd> {
+        let hidden = match &mut self.upstream {
+            None => Ok(None),
+            Some(upstream) => {
+                let rows = meta.token_ids.len();
+                let expected = [Expected { dtype: self.dtype, rows, columns: weights.model().tower.width }];
+                match upstream.receive(meta.step, &expected)?.payload {
+                    Payload::Tensors(tensors) => Ok(tensors.into_iter().next()),
+                    Payload::Poisoned(reason) => Err(reason),
+                }
+            }
+        };
+        let begun = Instant::now();
+        let computed = hidden.and_then(|hidden| {
+            // A defect met by one batch must not take the worker and everyone's cache with it.
+            catch_unwind(AssertUnwindSafe(|| self.compute(meta, weights, hook, hidden))).unwrap_or_else(
+                |panic| {
+                    let text = panic.downcast_ref::<String>().map(String::as_str);
+                    let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+                    Err(format!("panic in the forward pass: {text}"))
+                },
+            )
+        });
+        let compute = begun.elapsed();
+        if let Err(reason) = &computed {
+            tracing::warn!(step = meta.step, reason, "poisoned step");
+        }
+        if let Some(downstream) = &mut self.downstream {
+            let payload = match computed {
+                Ok(Computed::Hidden(tensor)) => Payload::Tensors(vec![tensor]),
+                Ok(Computed::Output(_)) => {
+                    return Err(WorkerError::Internal("a head before the last stage".into()).into());
+                }
+                Err(reason) => Payload::Poisoned(reason),
+            };
+            downstream.send(Activation { step: meta.step, payload })?;
+            return Ok((None, compute));
+        }
+        let (output, failure) = match computed {
+            Ok(Computed::Output(output)) => (Some(output), None),
+            Ok(Computed::Hidden(_)) => {
+                return Err(WorkerError::Internal("the last stage has no head".into()).into());
+            }
+            Err(reason) => (None, Some(reason)),
+        };
+        Ok((Some(v1::StepResult { step: meta.step, failure, output }), compute))
+    }
+
+    fn compute(
+        &mut self,
+        meta: &v1::StepMeta,
+        weights: &StageWeights,
+        hook: Option<&StepHook>,
+        hidden: Option<Tensor>,
+    ) -> Result<Computed, String> {
+        if let Some(hook) = hook {
+            hook(meta)?;
+        }
+        let rows: Vec<BatchRow<'_>> = meta
+            .rows
+            .iter()
+            .map(|row| BatchRow {
+                start: row.start,
+                count: row.count,
+                blocks: self.sequences.get(&row.sequence).map_or(&[], |s| &s.blocks),
+            })
+            .collect();
+        let mut outputs = Vec::new();
+        let mut at = 0;
+        for row in &meta.rows {
+            at += row.count;
+            if weights.spec().head && row.output() != RowOutput::None {
+                outputs.push(at - 1);
+            }
+        }
+        let host;
+        let input = match &hidden {
+            None => StageInput::Tokens(&meta.token_ids),
+            Some(tensor) => {
+                host = to_host(tensor).map_err(|e| e.to_string())?;
+                StageInput::Hidden(&host)
+            }
+        };
+        match self.state.forward(weights, &rows, input, &outputs).map_err(|e| e.to_string())? {
+            StageOutput::Hidden(values) => {
+                let shape = (meta.token_ids.len(), weights.model().tower.width);
+                Tensor::from_slice(values, shape, &candle_core::Device::Cpu)
+                    .and_then(|t| t.to_dtype(candle_dtype(self.dtype)))
+                    .map(Computed::Hidden)
+                    .map_err(|e| e.to_string())
+            }
+            StageOutput::Logits { logits, order } => {
+                answer(meta, logits, order, weights.model().tower.vocab, &mut self.sequences)
+                    .map(Computed::Output)
+            }
+        }
+    }
+}
+
+/// What a stage computed for a step.
+enum Computed {
+    Hidden(Tensor),
+    Output(step_result::Output),
+}
+
+/// Turns the logits `(outputs, vocab)` of a step into its result; `order` is the sampler's scratch.
+fn answer(
+    meta: &v1::StepMeta,
+    logits: &mut [f32],
+    order: &mut [u32],
+    vocab: usize,
+    sequences: &mut HashMap<u64, Sequence>,
+) -> Result<step_result::Output, String> {
+    let mut logits = logits.chunks_exact_mut(vocab).zip(order.chunks_exact_mut(vocab));
+    let mut tokens = Vec::new();
+    let mut vectors = Vec::new();
+    let mut at = 0;
+    for row in &meta.rows {
+        let ids = &meta.token_ids[at..at + row.count as usize];
+        at += row.count as usize;
+        let mut sampler = sequences.get_mut(&row.sequence).and_then(|s| s.sampler.as_mut());
+        // Every token is seen exactly once: a sampled one when it comes back as the next row's input.
+        if let Some(sampler) = &mut sampler {
+            sampler.observe(ids, row.start);
+        }
+        match row.output() {
+            RowOutput::None => {}
+            RowOutput::Logits => {
+                let values = logits.next().ok_or("a row has no logits")?.0.to_vec();
+                vectors.push(v1::Vector { sequence: row.sequence, values });
+            }
+            RowOutput::Token => {
+                let (logits, order) = logits.next().ok_or("a row has no logits")?;
+                let sampler = sampler.ok_or("a row that samples came without sampling parameters")?;
+                let sampled =
+                    sampler.sample(logits, order, row.start + row.count).map_err(|e| e.to_string())?;
+                tokens.push(v1::SampledToken {
+                    sequence: row.sequence,
+                    token_id: sampled.token,
+                    logprobs: sampled.logprobs,
+                });
+            }
+        }
+    }
+    match (tokens.is_empty(), vectors.is_empty()) {
+        (false, false) => Err("a step cannot yield both tokens and vectors".into()),
+        (true, false) => Ok(step_result::Output::Vectors(v1::Vectors { vectors })),
+        _ => Ok(step_result::Output::Tokens(v1::SampledTokens { tokens })),
+    }
+}
+
+fn to_host(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
+    tensor.to_dtype(candle_core::DType::F32)?.flatten_all()?.to_vec1()
+}

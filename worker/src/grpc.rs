@@ -1,0 +1,107 @@
+//! The worker's calls over gRPC: an adapter, no logic.
+
+use std::{pin::Pin, sync::Arc};
+
+use futures::{Stream, StreamExt};
+use strata_proto::{
+    MAX_STAGE_MESSAGE, Worker,
+    v1::{self, stage_server, to_stage},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming, async_trait};
+
+/// Pieces in which small files travel.
+const CHUNK: usize = 256 << 10;
+
+/// The service `strata.v1.Stage` over any worker.
+pub fn service(worker: Arc<dyn Worker>) -> stage_server::StageServer<StageService> {
+    stage_server::StageServer::new(StageService { worker })
+        .max_decoding_message_size(MAX_STAGE_MESSAGE)
+        .max_encoding_message_size(MAX_STAGE_MESSAGE)
+}
+
+/// Adapter of a [`Worker`] to tonic.
+pub struct StageService {
+    worker: Arc<dyn Worker>,
+}
+
+type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+fn ack((): ()) -> Response<v1::Ack> {
+    Response::new(v1::Ack {})
+}
+
+#[async_trait]
+impl stage_server::Stage for StageService {
+    type ReadTokenizerStream = BoxStream<v1::FileChunk>;
+    type LoadStream = ReceiverStream<Result<v1::LoadProgress, Status>>;
+    type RunStream = BoxStream<v1::FromStage>;
+
+    async fn describe(
+        &self,
+        request: Request<v1::DescribeRequest>,
+    ) -> Result<Response<v1::Described>, Status> {
+        self.worker.describe(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn read_tokenizer(
+        &self,
+        request: Request<v1::ReadTokenizerRequest>,
+    ) -> Result<Response<Self::ReadTokenizerStream>, Status> {
+        let files = self.worker.read_tokenizer(request.into_inner()).await?;
+        let chunks = files.into_iter().flat_map(|(name, data)| {
+            // An empty file is one empty chunk.
+            let count = data.len().div_ceil(CHUNK).max(1);
+            (0..count).map(move |i| {
+                let piece = &data[i * CHUNK..data.len().min((i + 1) * CHUNK)];
+                Ok(v1::FileChunk { name: name.clone(), data: piece.to_vec().into() })
+            })
+        });
+        Ok(Response::new(Box::pin(futures::stream::iter(chunks.collect::<Vec<_>>()))))
+    }
+
+    async fn load(&self, request: Request<v1::LoadRequest>) -> Result<Response<Self::LoadStream>, Status> {
+        Ok(Response::new(ReceiverStream::new(self.worker.load(request.into_inner()).await?)))
+    }
+
+    async fn unload(&self, request: Request<v1::UnloadRequest>) -> Result<Response<v1::Ack>, Status> {
+        self.worker.unload(request.into_inner()).await.map(ack)
+    }
+
+    async fn prepare(&self, request: Request<v1::PrepareRequest>) -> Result<Response<v1::Prepared>, Status> {
+        self.worker.prepare(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn connect(&self, request: Request<v1::ConnectRequest>) -> Result<Response<v1::Ack>, Status> {
+        self.worker.connect(request.into_inner()).await.map(ack)
+    }
+
+    async fn run(
+        &self,
+        request: Request<Streaming<v1::ToStage>>,
+    ) -> Result<Response<Self::RunStream>, Status> {
+        let mut orders = request.into_inner();
+        let Some(v1::ToStage { message: Some(to_stage::Message::Open(open)) }) = orders.message().await?
+        else {
+            return Err(Status::invalid_argument("the first message of a run must be `open`"));
+        };
+        let channel = self.worker.run(open).await?;
+        // When the coordinator goes away, its half ends or breaks; dropping `to` then ends the run.
+        tokio::spawn(async move {
+            while let Ok(Some(order)) = orders.message().await {
+                if channel.to.send(order).await.is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(channel.from).map(Ok))))
+    }
+
+    async fn abort(&self, request: Request<v1::AbortRequest>) -> Result<Response<v1::Ack>, Status> {
+        self.worker.abort(request.into_inner()).await.map(ack)
+    }
+
+    async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::Ack>, Status> {
+        self.worker.drain(request.into_inner()).await.map(ack)
+    }
+}

@@ -1,0 +1,277 @@
+//! Causal attention over the paged cache, with an online softmax.
+//!
+//! Each query row goes over the tiles of its own sequence (one block of 16 positions each, at fixed absolute
+//! positions) from left to right, and reads nothing but the rounded cache. Chunking, batching and the placement of
+//! blocks therefore cannot change a bit. Slots past the row's position are masked by selection, never by a product.
+
+use super::{
+    isa::Kernel,
+    linear::dot,
+    math::{exp, sum_lanes},
+    packed::LANES,
+};
+use crate::{
+    kernels::buffer::{Element, Values},
+    kv_cache::{BLOCK_TOKENS, BatchRow, KvLayer},
+};
+
+const _: () = assert!(BLOCK_TOKENS == LANES, "a block of keys is one tile of the product kernel");
+
+/// Attention of the tokens of a step over their sequences' cached positions.
+pub struct Attention<'a> {
+    /// Rows of `stride`, each beginning with rotated queries `(heads, head_dim)`.
+    pub q: &'a [f32],
+    /// Distance from query row to query row.
+    pub stride: usize,
+    /// `(tokens, heads * head_dim)`.
+    pub out: &'a mut [f32],
+    /// Keys and values, those of this step included.
+    pub cache: &'a KvLayer,
+    /// Where the sequences' tokens lie.
+    pub rows: &'a [BatchRow<'a>],
+    /// Query heads.
+    pub heads: usize,
+    /// Factor on the scores: `1 / sqrt(head_dim)` as a rule.
+    pub scale: f32,
+}
+
+impl Kernel for Attention<'_> {
+    #[inline(always)]
+    fn run(mut self) {
+        let (k, v) = self.cache.parts();
+        match (k, v) {
+            (Values::F32(k), Values::F32(v)) => attend(&mut self, k, v),
+            (Values::BF16(k), Values::BF16(v)) => attend(&mut self, k, v),
+            (Values::F16(k), Values::F16(v)) => attend(&mut self, k, v),
+            _ => unreachable!("keys and values of a layer are made with one format"),
+        }
+    }
+}
+
+#[inline(always)]
+fn attend<T: Element>(call: &mut Attention<'_>, k: &[T], v: &[T]) {
+    let (kv_heads, d) = (call.cache.kv_heads(), call.cache.head_dim());
+    let group = call.heads / kv_heads;
+    let positions = call.rows.iter().flat_map(|r| (r.start..r.start + r.count).map(|p| (p, r.blocks)));
+    for (token, (position, blocks)) in positions.enumerate() {
+        let q = &call.q[token * call.stride..][..call.heads * d];
+        let out = &mut call.out[token * call.heads * d..][..call.heads * d];
+        for kv_head in 0..kv_heads {
+            let sequence = Sequence { k, v, blocks, len: position as usize + 1, kv_heads, kv_head, d };
+            let (mut head, end) = (kv_head * group, (kv_head + 1) * group);
+            while head < end {
+                let (q, out) = (&q[head * d..], &mut out[head * d..]);
+                head += match end - head {
+                    4.. => sequence.heads::<4>(q, out, call.scale),
+                    2.. => sequence.heads::<2>(q, out, call.scale),
+                    _ => sequence.heads::<1>(q, out, call.scale),
+                };
+            }
+        }
+    }
+}
+
+/// What one query row sees of one key-value head: the first `len` positions of its blocks.
+struct Sequence<'a, T> {
+    /// `[block][kv_head][d][16]`.
+    k: &'a [T],
+    /// `[block][kv_head][16][d]`.
+    v: &'a [T],
+    blocks: &'a [u32],
+    len: usize,
+    kv_heads: usize,
+    kv_head: usize,
+    d: usize,
+}
+
+impl<T: Element> Sequence<'_, T> {
+    /// Attention of `R` query heads that share this key-value head; gives back `R`.
+    #[inline(always)]
+    fn heads<const R: usize>(&self, q: &[f32], out: &mut [f32], scale: f32) -> usize {
+        let d = self.d;
+        let q: [&[f32]; R] = std::array::from_fn(|r| &q[r * d..(r + 1) * d]);
+        let mut largest = [f32::NEG_INFINITY; R];
+        let mut total = [0.0f32; R];
+        out[..R * d].fill(0.0);
+        for tile in 0..self.len.div_ceil(BLOCK_TOKENS) {
+            let valid = (self.len - tile * BLOCK_TOKENS).min(BLOCK_TOKENS);
+            let block = self.blocks[tile] as usize;
+            let first = (block * self.kv_heads + self.kv_head) * d * BLOCK_TOKENS;
+            let mut scores = dot::<T, R>(q, self.k[first..first + d * BLOCK_TOKENS].as_chunks().0);
+            let values = &self.v[first..first + valid * d];
+            for r in 0..R {
+                let weights = &mut scores[r];
+                let keep = soften(weights, valid, scale, &mut largest[r], &mut total[r]);
+                accumulate(&mut out[r * d..(r + 1) * d], keep, &weights[..valid], values);
+            }
+        }
+        for r in 0..R {
+            for o in &mut out[r * d..(r + 1) * d] {
+                *o /= total[r];
+            }
+        }
+        R
+    }
+}
+
+/// Turns the scores of one tile into weights relative to the largest score so far, adds them to `total`, and gives
+/// the factor by which what came before must shrink.
+#[inline(always)]
+fn soften(scores: &mut [f32; LANES], valid: usize, scale: f32, largest: &mut f32, total: &mut f32) -> f32 {
+    let mut max = *largest;
+    for (l, s) in scores.iter_mut().enumerate() {
+        *s = if l < valid { *s * scale } else { f32::NEG_INFINITY };
+        max = if *s > max { *s } else { max };
+    }
+    // No finite score yet: subtracting would make NaN of inf - inf.
+    let base = if max == f32::NEG_INFINITY { 0.0 } else { max };
+    for s in scores.iter_mut() {
+        *s = exp(*s - base);
+    }
+    let keep = exp(*largest - base);
+    *largest = max;
+    *total = *total * keep + sum_lanes(*scores);
+    keep
+}
+
+/// `out = out * keep + sum over positions of weight * value`, positions ascending; `values` is `(positions, d)`.
+#[inline(always)]
+fn accumulate<T: Element>(out: &mut [f32], keep: f32, weights: &[f32], values: &[T]) {
+    let d = out.len();
+    let (chunks, tail) = out.as_chunks_mut::<LANES>();
+    let done = chunks.len() * LANES;
+    for (c, chunk) in chunks.iter_mut().enumerate() {
+        let mut acc = chunk.map(|o| o * keep);
+        for (p, w) in weights.iter().enumerate() {
+            if let Some(v) = values[p * d + c * LANES..].first_chunk::<LANES>() {
+                for l in 0..LANES {
+                    acc[l] += w * v[l].to_f32();
+                }
+            }
+        }
+        *chunk = acc;
+    }
+    for (i, o) in tail.iter_mut().enumerate() {
+        *o *= keep;
+        for (p, w) in weights.iter().enumerate() {
+            *o += w * values[p * d + done + i].to_f32();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use strata_proto::DType;
+
+    use super::*;
+    use crate::kernels::{
+        buffer::{round_to, with_values},
+        cpu::{Cpu, isa::Isa, rope::RopeAndStore},
+    };
+
+    const HEADS: usize = 7 * 2;
+    const KV_HEADS: usize = 2;
+    /// Not a multiple of the lanes.
+    const D: usize = 22;
+    const WIDTH: usize = (HEADS + 2 * KV_HEADS) * D;
+    const LEN: usize = 53;
+    const BLOCKS: u32 = 16;
+
+    fn value(sequence: usize, position: usize, column: usize) -> f32 {
+        ((sequence * 7919 + position * 104_729 + column * 1299) as f32 * 0.618).sin() * 2.0
+    }
+
+    /// A cache full of NaN: a slot that no token was written to must not matter.
+    fn poisoned(dtype: DType) -> KvLayer {
+        let mut cache = KvLayer::new(KV_HEADS, D, BLOCKS, dtype).unwrap();
+        let (k, v) = cache.parts_mut();
+        with_values!(k, k => k.fill(Element::from_f32(f32::NAN)));
+        with_values!(v, v => v.fill(Element::from_f32(f32::NAN)));
+        cache
+    }
+
+    /// Writes and attends one step of `(sequence, start, count, blocks)`; adds each token's output to its sequence.
+    fn step(cpu: Cpu, cache: &mut KvLayer, parts: &[(usize, usize, usize, &[u32])], seen: &mut [Vec<u32>]) {
+        let rows: Vec<_> = parts
+            .iter()
+            .map(|(_, start, count, blocks)| BatchRow { start: *start as u32, count: *count as u32, blocks })
+            .collect();
+        let tokens = parts.iter().flat_map(|(s, start, count, _)| (*start..start + count).map(|p| (*s, p)));
+        let mut qkv: Vec<f32> =
+            tokens.clone().flat_map(|(s, p)| (0..WIDTH).map(move |c| value(s, p, c))).collect();
+        let count = tokens.clone().count();
+        let mut out = vec![f32::NAN; count * HEADS * D];
+        // No pair turns: positions enter by the values alone.
+        let angles = vec![0.0; count];
+        let store = RopeAndStore {
+            qkv: &mut qkv,
+            angles: &angles,
+            angle_stride: 1,
+            half: 0,
+            heads: HEADS,
+            rows: &rows,
+        };
+        cpu.rope_and_store(store, cache);
+        let (q, out_rows) = (&qkv[..], &mut out[..]);
+        cpu.attention(Attention {
+            q,
+            stride: WIDTH,
+            out: out_rows,
+            cache,
+            rows: &rows,
+            heads: HEADS,
+            scale: 0.2,
+        });
+        for ((s, _), row) in tokens.zip(out.chunks(HEADS * D)) {
+            seen[s].extend(row.iter().map(|x| x.to_bits()));
+        }
+    }
+
+    /// Softmax over all positions at once, in f64, over the rounded keys and values.
+    fn plain(dtype: DType, position: usize, head: usize, column: usize) -> f64 {
+        let kv = |p, c| f64::from(round_to(dtype, value(0, p, c)));
+        let kv_head = head / (HEADS / KV_HEADS);
+        let score = |p| -> f64 {
+            let q = |i| f64::from(value(0, position, head * D + i));
+            (0..D).map(|i| q(i) * kv(p, (HEADS + kv_head) * D + i)).sum::<f64>() * 0.2
+        };
+        let weights: Vec<f64> = (0..=position).map(|p| score(p).exp()).collect();
+        let at = |p| kv(p, (HEADS + KV_HEADS + kv_head) * D + column);
+        weights.iter().enumerate().map(|(p, w)| w * at(p)).sum::<f64>() / weights.iter().sum::<f64>()
+    }
+
+    #[test]
+    fn chunks_blocks_neighbours_and_instruction_sets_change_no_bit() {
+        let baseline = Cpu::on(Isa::available()[0]);
+        for dtype in DType::ALL {
+            let mut alone = vec![Vec::new(); 2];
+            for sequence in 0..2 {
+                let part: &[_] = &[(sequence, 0, LEN, &[0, 1, 2, 3][..])];
+                step(baseline, &mut poisoned(dtype), part, &mut alone);
+            }
+            for position in [0, 15, 16, LEN - 1] {
+                for (head, column) in [(0, 0), (6, 21), (7, 3), (13, 17)] {
+                    let got = f32::from_bits(alone[0][(position * HEADS + head) * D + column]);
+                    let expected = plain(dtype, position, head, column);
+                    assert!((f64::from(got) - expected).abs() < 1e-5, "{dtype} {position} {head} {column}");
+                }
+            }
+            for isa in Isa::available() {
+                for (chunk, blocks) in [
+                    (1, [[3, 2, 1, 0], [4, 9, 8, 15]]),
+                    (7, [[0, 5, 10, 15], [1, 2, 3, 4]]),
+                    (16, [[8, 7, 9, 6], [0, 1, 2, 3]]),
+                    (LEN, [[12, 0, 4, 8], [15, 11, 7, 3]]),
+                ] {
+                    let (mut cache, mut seen) = (poisoned(dtype), vec![Vec::new(); 2]);
+                    for start in (0..LEN).step_by(chunk) {
+                        let count = chunk.min(LEN - start);
+                        let parts = [(1, start, count, &blocks[1][..]), (0, start, count, &blocks[0][..])];
+                        step(Cpu::on(isa), &mut cache, &parts, &mut seen);
+                    }
+                    assert!(seen == alone, "{dtype} {} chunks of {chunk}", isa.name());
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! Elementary functions of our own: the bits of an answer must not depend on the host's math library.
+
+use super::packed::LANES;
+
+/// `e^x` within 2 ulp; 0 below -87.3 and infinite above 88.37, NaN for NaN. Branch-free, so that loops vectorise.
+///
+/// Range reduction by `n = round(x / ln 2)`, then the polynomial of Cephes' `expf`.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    // Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits of the sum.
+    const MAGIC: f32 = 12_582_912.0;
+    // Few enough bits that its product with `n` is exact.
+    const LN2_HIGH: f32 = 355.0 / 512.0;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let shifted = x * std::f32::consts::LOG2_E + MAGIC;
+    let n = shifted - MAGIC;
+    let r = (x - n * LN2_HIGH) - n * LN2_LOW;
+    let mut p = 1.987_569_1e-4;
+    p = p * r + 1.398_199_9e-3;
+    p = p * r + 8.333_452e-3;
+    p = p * r + 4.166_579_6e-2;
+    p = p * r + 1.666_666_5e-1;
+    p = p * r + 0.5;
+    p = (p * r) * r + r + 1.0;
+    let exponent = shifted.to_bits().wrapping_sub(MAGIC.to_bits()).wrapping_add(127) << 23;
+    let y = p * f32::from_bits(exponent);
+    let y = if x < -87.3 { 0.0 } else { y };
+    if x > 88.37 { f32::INFINITY } else { y }
+}
+
+/// Sine and cosine of `x` for `0 <= x < 2^24`, within 1e-15 (so that rounding to f32 is nearly always correct).
+///
+/// Cody-Waite reduction by pi/2 in parts of 27, 27 and 53 bits, whose products with the quotient are exact; kernels of
+/// fdlibm's `k_sin.c` and `k_cos.c`.
+pub fn sin_cos(x: f64) -> (f64, f64) {
+    const PART1: f64 = 1.570_796_325_802_803;
+    const PART2: f64 = 9.920_935_739_593_517e-10;
+    const PART3: f64 = 5.721_188_726_109_832e-18;
+    let n = (x * std::f64::consts::FRAC_2_PI).round();
+    let r = ((x - n * PART1) - n * PART2) - n * PART3;
+    let z = r * r;
+    let mut s = 1.589_690_995_211_55e-10;
+    for c in [
+        -2.505_076_025_340_686_3e-8,
+        2.755_731_370_707_006_8e-6,
+        -1.984_126_982_985_795e-4,
+        8.333_333_333_322_49e-3,
+        -1.666_666_666_666_663_2e-1,
+    ] {
+        s = s * z + c;
+    }
+    let sin = r + r * z * s;
+    let mut c = -1.135_964_755_778_819_5e-11;
+    for k in [
+        2.087_572_321_298_175e-9,
+        -2.755_731_435_139_066_3e-7,
+        2.480_158_728_947_673e-5,
+        -1.388_888_888_887_411e-3,
+        4.166_666_666_666_66e-2,
+    ] {
+        c = c * z + k;
+    }
+    let cos = (1.0 - 0.5 * z) + z * z * c;
+    match n as u64 % 4 {
+        0 => (sin, cos),
+        1 => (cos, -sin),
+        2 => (-sin, -cos),
+        _ => (-cos, sin),
+    }
+}
+
+/// The sum of 16 lanes by one fixed tree.
+#[inline(always)]
+pub fn sum_lanes(mut x: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            x[i] += x[i + half];
+        }
+        half /= 2;
+    }
+    x[0]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_close_to_the_true_value() {
+        for i in -87_000..88_000 {
+            let x = i as f32 * 1e-3;
+            let (y, t) = (f64::from(exp(x)), f64::from(x).exp());
+            assert!(((y - t) / t).abs() < 2.5e-7, "exp({x}) = {y}, not {t}");
+        }
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!((exp(-1e30), exp(f32::NEG_INFINITY), exp(f32::INFINITY)), (0.0, 0.0, f32::INFINITY));
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn sine_and_cosine_are_close_to_the_true_value() {
+        for i in 0..2_000_000u32 {
+            let x = f64::from(i as f32 * 0.731 * (1.0 + (i % 11) as f32));
+            let (s, c) = sin_cos(x);
+            assert!((s - x.sin()).abs() < 2e-15 && (c - x.cos()).abs() < 2e-15, "{x}");
+        }
+    }
+}

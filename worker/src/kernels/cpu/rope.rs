@@ -1,0 +1,114 @@
+//! Rotary positions and the write of rounded keys and values into the cache.
+
+use super::math::sin_cos;
+use crate::{
+    kernels::buffer::{Element, with_values},
+    kv_cache::{BLOCK_TOKENS, BatchRow, KvLayer},
+};
+
+/// Fills `angles` `(tokens, stride)`: per token `half` cosines, then `half` sines, of `position * inv_freq`.
+///
+/// As transformers: the product is f32; its sine and cosine are computed in f64 and rounded once, times `factor`.
+pub fn angles(rows: &[BatchRow<'_>], inv_freq: &[f32], factor: f32, angles: &mut [f32], stride: usize) {
+    let half = inv_freq.len();
+    let positions = rows.iter().flat_map(|r| r.start..r.start + r.count);
+    for (position, out) in positions.zip(angles.chunks_exact_mut(stride)) {
+        let (cos, sin) = out.split_at_mut(half);
+        for ((c, s), f) in cos.iter_mut().zip(sin).zip(inv_freq) {
+            let (sin, cos) = sin_cos(f64::from(position as f32 * f));
+            *c = cos as f32 * factor;
+            *s = sin as f32 * factor;
+        }
+    }
+}
+
+/// Rotates queries and keys in place and stores keys and values of a step in the cache.
+pub struct RopeAndStore<'a> {
+    /// `(tokens, (heads + 2 kv_heads) * head_dim)`: queries, keys, values.
+    pub qkv: &'a mut [f32],
+    /// As [`angles`] fills them.
+    pub angles: &'a [f32],
+    /// Distance between the angles of two tokens.
+    pub angle_stride: usize,
+    /// Pairs of dimensions that turn: `head_dim / 2` unless the rotation is partial.
+    pub half: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Where the sequences' tokens lie.
+    pub rows: &'a [BatchRow<'a>],
+}
+
+impl RopeAndStore<'_> {
+    pub(super) fn run(self, cache: &mut KvLayer) {
+        let (kv_heads, d) = (cache.kv_heads(), cache.head_dim());
+        let mut tokens = self
+            .qkv
+            .chunks_exact_mut((self.heads + 2 * kv_heads) * d)
+            .zip(self.angles.chunks_exact(self.angle_stride));
+        for row in self.rows {
+            let positions = row.start..row.start + row.count;
+            for (position, (qkv, angles)) in positions.zip(&mut tokens) {
+                let (cos, sin) = angles[..2 * self.half].split_at(self.half);
+                let (rotated, values) = qkv.split_at_mut((self.heads + kv_heads) * d);
+                for head in rotated.chunks_exact_mut(d) {
+                    rotate(head, cos, sin);
+                }
+                let keys = &rotated[self.heads * d..];
+                let block = row.blocks[position as usize / BLOCK_TOKENS] as usize;
+                cache.store(block, position as usize % BLOCK_TOKENS, keys, values);
+            }
+        }
+    }
+}
+
+/// `rotate_half`: dimension `i` turns with `i + half`.
+#[inline(always)]
+fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let (low, high) = head.split_at_mut(cos.len());
+    for (((a, b), c), s) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+        (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+    }
+}
+
+impl KvLayer {
+    /// Rounds keys and values `(kv_heads, head_dim)` of one position into slot `slot` of `block`.
+    fn store(&mut self, block: usize, slot: usize, keys: &[f32], values: &[f32]) {
+        let d = self.head_dim();
+        let first = block * self.kv_heads() * d * BLOCK_TOKENS;
+        let (k_store, v_store) = self.parts_mut();
+        with_values!(k_store, k => {
+            for (i, x) in keys.iter().enumerate() {
+                k[first + i * BLOCK_TOKENS + slot] = Element::from_f32(*x);
+            }
+        });
+        with_values!(v_store, v => {
+            for (h, head) in values.chunks_exact(d).enumerate() {
+                let out = &mut v[first + (h * BLOCK_TOKENS + slot) * d..][..d];
+                for (o, x) in out.iter_mut().zip(head) {
+                    *o = Element::from_f32(*x);
+                }
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_turn_by_position_times_frequency() {
+        let inv_freq = [1.0, 0.01];
+        let row = BatchRow { start: 5, count: 2, blocks: &[0] };
+        let mut table = [0.0; 8];
+        angles(&[row], &inv_freq, 1.0, &mut table, 4);
+        let mut head = [1.0, 2.0, 3.0, 4.0];
+        rotate(&mut head, &table[4..6], &table[6..]);
+        for i in 0..2 {
+            let (s, c) = (6.0 * f64::from(inv_freq[i])).sin_cos();
+            let (a, b) = ([1.0, 2.0][i], [3.0, 4.0][i]);
+            assert!((f64::from(head[i]) - (a * c - b * s)).abs() < 1e-6);
+            assert!((f64::from(head[i + 2]) - (b * c + a * s)).abs() < 1e-6);
+        }
+    }
+}

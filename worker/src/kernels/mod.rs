@@ -1,0 +1,4 @@
+//! Everything that differs by device: buffers, packed weights and the fused operations of the forward pass.
+
+pub mod buffer;
+pub mod cpu;

@@ -1,0 +1,85 @@
+//! Llama 1 to 3 and whoever writes `"model_type": "llama"` (transformers' `modeling_llama.py`).
+
+use super::Description;
+use crate::model::{
+    ModelError,
+    blocks::{
+        Act, Attention, Ffn, Flow, Head, Input, Layer, Mlp, Names, Norm, Position, Slot, Source, Span, Tower,
+    },
+    config::Config,
+    rope,
+};
+
+const SLOTS: &[(Slot, Source)] = &[
+    (Slot::Embedding, Source::Rows("embed_tokens")),
+    (Slot::AttentionNorm, Source::Rows("layers.{}.input_layernorm")),
+    (Slot::Query, Source::Rows("layers.{}.self_attn.q_proj")),
+    (Slot::Key, Source::Rows("layers.{}.self_attn.k_proj")),
+    (Slot::Value, Source::Rows("layers.{}.self_attn.v_proj")),
+    (Slot::AttentionOut, Source::Rows("layers.{}.self_attn.o_proj")),
+    (Slot::FfnNorm, Source::Rows("layers.{}.post_attention_layernorm")),
+    (Slot::Gate, Source::Rows("layers.{}.mlp.gate_proj")),
+    (Slot::Up, Source::Rows("layers.{}.mlp.up_proj")),
+    (Slot::Down, Source::Rows("layers.{}.mlp.down_proj")),
+    (Slot::FinalNorm, Source::Rows("norm")),
+    (Slot::Head, Source::Root("lm_head")),
+];
+
+pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
+    let width = config.required("hidden_size", 1..=1 << 20)?;
+    let heads = config.required("num_attention_heads", 1..=1 << 14)?;
+    let kv_heads = config.integer("num_key_value_heads", 1..=heads)?.unwrap_or(heads);
+    if heads % kv_heads != 0 {
+        let expected = format!("a divisor of num_attention_heads ({heads})");
+        return Err(config.error("num_key_value_heads", expected).into());
+    }
+    let head_dim = match config.integer("head_dim", 2..=1 << 13)? {
+        Some(d) => d,
+        None if width % heads == 0 && width / heads > 1 => width / heads,
+        None => {
+            let expected = format!("a multiple of num_attention_heads ({heads}), as there is no head_dim");
+            return Err(config.error("hidden_size", expected).into());
+        }
+    };
+    if head_dim % 2 != 0 {
+        return Err(config
+            .error("head_dim", format!("even, not {head_dim}: dimensions turn in pairs"))
+            .into());
+    }
+    if !matches!(config.string("hidden_act")?, None | Some("silu" | "swish")) {
+        return Err(config.error("hidden_act", "silu").into());
+    }
+    let norm = Norm::Rms(config.positive("rms_norm_eps")?.unwrap_or(1e-6) as f32);
+    let context = config.integer("max_position_embeddings", 1..=1 << 23)?.unwrap_or(2048);
+    let layer = Layer {
+        flow: Flow::Pre(norm),
+        attention: Attention {
+            heads,
+            kv_heads,
+            head_dim,
+            scale: (head_dim as f64).powf(-0.5) as f32,
+            span: Span::Causal,
+            position: Position::Rope(0),
+        },
+        ffn: Ffn::Gated(Mlp { inner: config.required("intermediate_size", 1..=1 << 22)?, act: Act::Silu }),
+    };
+    let tied = config.flag("tie_word_embeddings", false)?;
+    Ok(Description {
+        tower: Tower {
+            width,
+            vocab: config.required("vocab_size", 1..=1 << 24)?,
+            context,
+            input: Input::Tokens,
+            ropes: vec![rope::resolve(config, head_dim, context)?],
+            layers: vec![layer; config.required("num_hidden_layers", 1..=10_000)?],
+            norm,
+            head: Head::Lm,
+        },
+        names: Names {
+            bases: &["model.", ""],
+            slots: SLOTS,
+            ties: if tied { vec![(Slot::Head, Slot::Embedding)] } else { Vec::new() },
+            ignore: &["rotary_emb.inv_freq"],
+        },
+    })
+}

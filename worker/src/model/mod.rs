@@ -1,0 +1,181 @@
+//! A model: shared blocks, the tensors that fill them, and how a stage of it loads and runs.
+
+pub mod blocks;
+pub mod config;
+mod families;
+mod names;
+mod profile;
+mod rope;
+mod stage;
+mod state;
+#[cfg(test)]
+mod tests;
+mod workspace;
+
+use std::{collections::BTreeMap, path::Path};
+
+use strata_proto::DType;
+
+use self::{
+    blocks::{Slot, Tower},
+    config::{Config, ConfigError},
+};
+pub use self::{
+    names::Bound,
+    profile::describe,
+    stage::{LoadedBytes, RangeSpec, StageWeights},
+    state::{StageInput, StageOutput, StageState, StepError},
+};
+pub use crate::kv_cache::{BLOCK_TOKENS, BatchRow};
+use crate::{
+    kernels::buffer::OutOfMemory,
+    weights::{Checkpoint, TensorDType, WeightsError},
+};
+
+/// Why a model cannot be described or loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The files of weights.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// A field of a configuration file.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// There is no configuration.
+    #[error("{0} is missing: expected a directory in Hugging Face layout")]
+    NoConfig(String),
+    /// A tensor that the model needs is not there.
+    #[error("tensor {0:?} is missing from the checkpoint")]
+    MissingTensor(String),
+    /// A tensor that nothing in the model uses.
+    #[error("tensor {0:?} belongs to nothing in the model that config.json describes")]
+    UnclaimedTensor(String),
+    /// A tensor of other dimensions than the configuration says.
+    #[error("tensor {tensor:?} has shape {found:?}: expected {expected:?} by config.json")]
+    Shape {
+        /// The tensor.
+        tensor: String,
+        /// Its dimensions.
+        found: Vec<usize>,
+        /// What they must be.
+        expected: Vec<usize>,
+    },
+    /// A tensor in a format that weights cannot have.
+    #[error("tensor {0:?} is not of dtype F32, BF16 or F16")]
+    Format(String),
+    /// A weight that the asked-for format cannot hold.
+    #[error("tensor {tensor:?} holds {value}, too large for {dtype}: load it as bf16 or f32")]
+    Unrepresentable {
+        /// The tensor.
+        tensor: String,
+        /// One such value.
+        value: f32,
+        /// The format.
+        dtype: DType,
+    },
+    /// A range that is not of this model.
+    #[error(
+        "layers {range} (embedding: {embedding}, head: {head}) are no stage of a model of {layers} layers"
+    )]
+    Range {
+        /// What was asked for.
+        range: strata_proto::LayerRange,
+        /// With the embedding.
+        embedding: bool,
+        /// With the head.
+        head: bool,
+        /// What the model has.
+        layers: usize,
+    },
+    /// No memory.
+    #[error(transparent)]
+    Memory(#[from] OutOfMemory),
+    /// The caller asked to stop.
+    #[error("loading was cancelled")]
+    Cancelled,
+}
+
+/// Special token ids by `config.json` and `generation_config.json`, each id once.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SpecialTokens {
+    /// Beginning of a sequence.
+    pub bos: Vec<u32>,
+    /// End of a sequence.
+    pub eos: Vec<u32>,
+    /// Padding.
+    pub pad: Vec<u32>,
+}
+
+/// A model whose every tensor has been found, with the right dimensions, and no tensor left over.
+#[derive(Debug, Clone)]
+pub struct Model {
+    /// `model_type` of `config.json`.
+    pub family: String,
+    /// Its blocks.
+    pub tower: Tower,
+    /// The checkpoint's own format.
+    pub dtype: DType,
+    /// Special token ids.
+    pub special: SpecialTokens,
+    bound: BTreeMap<(Slot, usize), Bound>,
+}
+
+impl Model {
+    /// Reads `config.json` beside the weights and binds the tensors of `checkpoint` to it.
+    pub fn open(checkpoint: &Checkpoint) -> Result<Self, ModelError> {
+        let path = || checkpoint.dir().join("config.json").display().to_string();
+        let value = checkpoint.json("config.json")?.ok_or_else(|| ModelError::NoConfig(path()))?;
+        let config = Config::new("config.json", value)?;
+        if config.get("quantization_config").is_some() {
+            return Err(config.error("quantization_config", "none: only plain weights can be loaded").into());
+        }
+        let (family, description) = families::describe(&config)?;
+        let bound = names::bind(checkpoint, &description.tower, &description.names)?;
+        let generation = checkpoint
+            .json("generation_config.json")?
+            .map(|v| Config::new("generation_config.json", v))
+            .transpose()?;
+        let ids = |field| {
+            let mut ids = config.token_ids(field)?;
+            if let Some(generation) = &generation {
+                ids.extend(generation.token_ids(field)?);
+            }
+            let mut seen = std::collections::BTreeSet::new();
+            ids.retain(|id| seen.insert(*id));
+            Ok::<_, ModelError>(ids)
+        };
+        let special =
+            SpecialTokens { bos: ids("bos_token_id")?, eos: ids("eos_token_id")?, pad: ids("pad_token_id")? };
+        let embedding = bound.get(&(Slot::Embedding, 0)).and_then(|b| checkpoint.tensor(&b.weight));
+        let stored = match embedding.map(|t| t.dtype) {
+            Some(TensorDType::Float(dtype)) => dtype,
+            _ => DType::F32,
+        };
+        let dtype = config.dtype()?.unwrap_or(stored);
+        Ok(Model { family, tower: description.tower, dtype, special, bound })
+    }
+
+    /// Opens the checkpoint in `dir` and the model in it.
+    pub fn open_dir(dir: &Path) -> Result<(Checkpoint, Self), ModelError> {
+        let checkpoint = Checkpoint::open(dir)?;
+        let model = Model::open(&checkpoint)?;
+        Ok((checkpoint, model))
+    }
+
+    /// The tensors of a slot; `layer` is 0 for those outside the layers.
+    pub fn bound(&self, slot: Slot, layer: usize) -> Result<&Bound, ModelError> {
+        let missing = || ModelError::MissingTensor(format!("{slot:?} of layer {layer}"));
+        self.bound.get(&(slot, layer)).ok_or_else(missing)
+    }
+
+    /// Whether head and embedding are one tensor.
+    pub fn is_tied(&self) -> bool {
+        let weight = |slot| self.bound.get(&(slot, 0)).map(|b| &b.weight);
+        weight(Slot::Head) == weight(Slot::Embedding)
+    }
+
+    /// Whether any of `slots` of `layer` has a bias.
+    fn has_bias(&self, slots: &[Slot], layer: usize) -> bool {
+        slots.iter().any(|s| self.bound.get(&(*s, layer)).is_some_and(|b| b.bias.is_some()))
+    }
+}

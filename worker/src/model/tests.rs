@@ -1,0 +1,185 @@
+//! Whole models against transformers, and against themselves under every split, chunking and batch.
+
+mod bind;
+mod invariance;
+
+use std::{
+    fs,
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+};
+
+use serde_json::Value;
+use strata_proto::{DType, LayerRange};
+
+use super::*;
+
+fn models() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models")
+}
+
+fn spec(model: &Model, first: u32, end: u32, dtype: DType) -> RangeSpec {
+    let head = end as usize == model.tower.layers.len();
+    RangeSpec { layers: LayerRange::new(first, end), embedding: first == 0, head, dtype }
+}
+
+fn load(checkpoint: &Checkpoint, model: &Model, spec: &RangeSpec) -> StageWeights {
+    StageWeights::load(checkpoint, model, spec, &mut |_| ControlFlow::Continue(())).unwrap()
+}
+
+/// Stages that hold a model together, and the blocks of one sequence (in the given order).
+struct Pipeline {
+    stages: Vec<(StageWeights, StageState)>,
+    blocks: Vec<u32>,
+}
+
+impl Pipeline {
+    fn new(dir: &Path, cuts: &[u32], dtype: DType) -> Self {
+        let (checkpoint, model) = Model::open_dir(dir).unwrap();
+        let ends: Vec<u32> = cuts.iter().copied().chain([model.tower.layers.len() as u32]).collect();
+        let firsts = [0].iter().chain(cuts);
+        let blocks = model.tower.context.div_ceil(BLOCK_TOKENS) as u32;
+        let stages = firsts.zip(&ends).map(|(&first, &end)| {
+            let spec = spec(&model, first, end, dtype);
+            let mut state = StageState::new(&model, &spec, blocks, 512, 512).unwrap();
+            // Whatever was never written must not matter.
+            state.poison();
+            (load(&checkpoint, &model, &spec), state)
+        });
+        Pipeline { stages: stages.collect(), blocks: (0..blocks).collect() }
+    }
+
+    /// Logits of the last token of `ids`, which lie at `start`.
+    fn step(&mut self, ids: &[u32], start: usize) -> Vec<f32> {
+        let row = BatchRow { start: start as u32, count: ids.len() as u32, blocks: &self.blocks };
+        let last = ids.len() as u32 - 1;
+        let mut hidden: Option<Vec<f32>> = None;
+        for (weights, state) in &mut self.stages {
+            let input = hidden.as_deref().map_or(StageInput::Tokens(ids), StageInput::Hidden);
+            match state.forward(weights, &[row], input, &[last]).unwrap() {
+                StageOutput::Hidden(out) => hidden = Some(out.to_vec()),
+                StageOutput::Logits { logits, .. } => return logits.to_vec(),
+            }
+        }
+        panic!("no stage has the head");
+    }
+
+    /// The prompt in chunks, then greedy tokens: logits of the prompt's last token, and the tokens.
+    fn generate(&mut self, prompt: &[u32], chunk: usize, tokens: usize) -> (Vec<f32>, Vec<u32>) {
+        let mut at = 0;
+        let mut logits = Vec::new();
+        for ids in prompt.chunks(chunk) {
+            logits = self.step(ids, at);
+            at += ids.len();
+        }
+        let (first, mut answer) = (logits.clone(), Vec::new());
+        while answer.len() < tokens {
+            let best = logits.iter().enumerate().fold(0, |b, (i, x)| if *x > logits[b] { i } else { b });
+            answer.push(best as u32);
+            if answer.len() < tokens {
+                logits = self.step(&[best as u32], at);
+                at += 1;
+            }
+        }
+        (first, answer)
+    }
+}
+
+fn numbers(value: &Value) -> Vec<f64> {
+    value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    numbers(value).iter().map(|x| *x as u32).collect()
+}
+
+#[test]
+fn every_fixture_matches_transformers_in_float32() {
+    let mut checked = 0;
+    for dir in fs::read_dir(models()).unwrap() {
+        let dir = dir.unwrap().path();
+        let Ok(expected) = fs::read_to_string(dir.join("expected.json")) else { continue };
+        let expected: Value = serde_json::from_str(&expected).unwrap();
+        let mut pipeline = Pipeline::new(&dir, &[], DType::F32);
+        for prompt in expected["prompts"].as_array().unwrap() {
+            let (prompt_ids, greedy) = (ids(&prompt["ids"]), ids(&prompt["greedy_ids"]));
+            let (logits, answer) = pipeline.generate(&prompt_ids, 64, greedy.len());
+            let row = numbers(&prompt["last_row"]);
+            assert_eq!(logits.len(), row.len());
+            let worst = logits.iter().zip(&row).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+            println!("{}: {} ids, worst logit off by {worst:.2e}", dir.display(), prompt_ids.len());
+            assert!(worst < 1e-3, "{}: {worst}", dir.display());
+            assert_eq!(answer, greedy, "{}", dir.display());
+            checked += 1;
+        }
+    }
+    assert!(checked >= 5);
+}
+
+#[test]
+fn the_profile_says_exactly_what_is_allocated() {
+    for dir in fs::read_dir(models()).unwrap() {
+        let dir = dir.unwrap().path();
+        if !dir.join("config.json").exists() {
+            continue;
+        }
+        let (checkpoint, model) = Model::open_dir(&dir).unwrap();
+        let profile = model.profile(&checkpoint, "m");
+        assert_eq!(profile, describe(&dir, "m").unwrap());
+        let count = profile.layer_count();
+        for dtype in DType::ALL {
+            for first in 0..count {
+                for end in first + 1..=count {
+                    let spec = spec(&model, first, end, dtype);
+                    let weights = load(&checkpoint, &model, &spec);
+                    assert_eq!(
+                        weights.resident_bytes(),
+                        profile.weight_bytes(spec.layers, dtype),
+                        "{spec:?}"
+                    );
+                    let state = StageState::new(&model, &spec, 3, 13, 5).unwrap();
+                    let kv = profile.kv_bytes_per_token(spec.layers, dtype);
+                    assert_eq!(state.kv_bytes(), 3 * BLOCK_TOKENS as u64 * kv);
+                    assert_eq!(state.workspace_bytes(), profile.workspace_bytes(spec.layers, 13, 5));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_range_reads_its_own_tensors_only_and_can_be_stopped() {
+    let (checkpoint, model) = Model::open_dir(&models().join("shakespeare")).unwrap();
+    let spec = spec(&model, 2, 4, DType::BF16);
+    let own: u64 = checkpoint
+        .tensors()
+        .iter()
+        .filter(|(name, _)| name.starts_with("model.layers.2.") || name.starts_with("model.layers.3."))
+        .map(|(_, t)| t.bytes)
+        .sum();
+    let count = || checkpoint.bytes_read().load(std::sync::atomic::Ordering::Relaxed);
+    let before = count();
+    let mut last = LoadedBytes { read: 0, total: 0 };
+    StageWeights::load(&checkpoint, &model, &spec, &mut |p| {
+        assert!(p.read > last.read);
+        last = p;
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    assert_eq!((last, count() - before), (LoadedBytes { read: own, total: own }, own));
+    let stopped = StageWeights::load(&checkpoint, &model, &spec, &mut |_| ControlFlow::Break(()));
+    assert!(matches!(stopped, Err(ModelError::Cancelled)));
+}
+
+#[test]
+fn the_profile_of_the_fixture_is_as_expected() {
+    let profile = describe(&models().join("shakespeare"), "shakespeare").unwrap();
+    assert_eq!((profile.family.as_str(), profile.dtype, profile.layer_count()), ("llama", DType::BF16, 6));
+    assert_eq!((profile.hidden_size, profile.vocab_size, profile.context_length), (192, 2048, 256));
+    assert_eq!(profile.shared_tensors, ["model.embed_tokens.weight"]);
+    assert_eq!(profile.shared.bf16, 2048 * 192 * 2);
+    assert_eq!(profile.layers[3].names, ["model.layers.3"]);
+    assert_eq!(profile.layers[3].kv_elements_per_token, 2 * 2 * 32);
+    assert_eq!((profile.bos_token_ids, profile.eos_token_ids), (vec![0], vec![1]));
+    assert_eq!(profile.pad_token_ids, [2]);
+}

@@ -1,0 +1,154 @@
+//! Configurations and tensors that do not fit each other are refused by name.
+
+use std::collections::BTreeMap;
+
+use serde_json::json;
+
+use super::*;
+
+/// A one-layer model: width 8, 2 heads, 1 key-value head, inner width 12, vocabulary 10, own head.
+fn config() -> Value {
+    json!({"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "intermediate_size": 12, "vocab_size": 10, "num_hidden_layers": 1, "max_position_embeddings": 32,
+        "hidden_act": "silu", "rms_norm_eps": 1e-5})
+}
+
+fn shapes() -> BTreeMap<String, Vec<usize>> {
+    let layer = "model.layers.0";
+    [
+        ("model.embed_tokens.weight".to_owned(), vec![10, 8]),
+        (format!("{layer}.input_layernorm.weight"), vec![8]),
+        (format!("{layer}.self_attn.q_proj.weight"), vec![8, 8]),
+        (format!("{layer}.self_attn.k_proj.weight"), vec![4, 8]),
+        (format!("{layer}.self_attn.v_proj.weight"), vec![4, 8]),
+        (format!("{layer}.self_attn.o_proj.weight"), vec![8, 8]),
+        (format!("{layer}.post_attention_layernorm.weight"), vec![8]),
+        (format!("{layer}.mlp.gate_proj.weight"), vec![12, 8]),
+        (format!("{layer}.mlp.up_proj.weight"), vec![12, 8]),
+        (format!("{layer}.mlp.down_proj.weight"), vec![8, 12]),
+        ("model.norm.weight".to_owned(), vec![8]),
+        ("lm_head.weight".to_owned(), vec![10, 8]),
+    ]
+    .into()
+}
+
+fn open_as(
+    config: &Value,
+    tensors: &BTreeMap<String, Vec<usize>>,
+    dtype: impl Fn(&str) -> &'static str,
+) -> Result<(Checkpoint, Model), ModelError> {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
+    for (name, shape) in tensors {
+        let begin = data.len();
+        let size = if dtype(name) == "F32" { 4 } else { 1 };
+        data.resize(begin + shape.iter().product::<usize>() * size, 0u8);
+        let entry = json!({"dtype": dtype(name), "shape": shape, "data_offsets": [begin, data.len()]});
+        header.insert(name.clone(), entry);
+    }
+    let header = Value::Object(header).to_string();
+    let file = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat();
+    fs::write(dir.path().join("model.safetensors"), file).unwrap();
+    fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    Model::open_dir(dir.path())
+}
+
+fn open(config: &Value, tensors: &BTreeMap<String, Vec<usize>>) -> Result<(Checkpoint, Model), ModelError> {
+    open_as(config, tensors, |_| "F32")
+}
+
+#[test]
+fn biases_prefixes_and_ties_follow_the_file() {
+    let (_, model) = open(&config(), &shapes()).unwrap();
+    assert!(!model.is_tied());
+    assert!(model.bound(Slot::Query, 0).unwrap().bias.is_none());
+
+    let mut tensors = shapes();
+    tensors.insert("model.layers.0.self_attn.k_proj.bias".to_owned(), vec![4]);
+    tensors.insert("model.layers.0.self_attn.rotary_emb.inv_freq".to_owned(), vec![2]);
+    let (checkpoint, model) = open(&config(), &tensors).unwrap();
+    assert!(model.bound(Slot::Key, 0).unwrap().bias.is_some());
+    let profile = model.profile(&checkpoint, "m");
+    let spec = spec(&model, 0, 1, DType::BF16);
+    let weights = load(&checkpoint, &model, &spec);
+    assert_eq!(weights.resident_bytes(), profile.weight_bytes(spec.layers, DType::BF16));
+
+    let mut tied = config();
+    tied["tie_word_embeddings"] = json!(true);
+    let mut tensors = shapes();
+    // Present beside the embedding: transformers keeps both, and so do we.
+    assert!(!open(&tied, &tensors).unwrap().1.is_tied());
+    tensors.remove("lm_head.weight");
+    assert!(open(&tied, &tensors).unwrap().1.is_tied());
+    let bare = tensors.into_iter().map(|(n, s)| (n.replace("model.", ""), s)).collect();
+    assert!(open(&tied, &bare).unwrap().1.is_tied());
+}
+
+#[test]
+fn missing_misshapen_and_unclaimed_tensors_are_named() {
+    for name in shapes().keys() {
+        let mut tensors = shapes();
+        tensors.remove(name);
+        let e = open(&config(), &tensors).err().unwrap();
+        assert!(e.to_string().contains(&format!("{name:?} is missing")), "{e}");
+        let mut tensors = shapes();
+        tensors.insert(name.clone(), vec![3, 3]);
+        let e = open(&config(), &tensors).err().unwrap();
+        assert!(matches!(&e, ModelError::Shape { tensor, .. } if tensor == name), "{e}");
+        let e = open_as(&config(), &shapes(), |n| if n == name { "U8" } else { "F32" }).err().unwrap();
+        assert!(matches!(&e, ModelError::Format(tensor) if tensor == name), "{e}");
+    }
+    for name in ["model.layers.1.mlp.up_proj.weight", "score.weight", "model.norm.bias"] {
+        let mut tensors = shapes();
+        tensors.insert(name.to_owned(), vec![8]);
+        let e = open(&config(), &tensors).err().unwrap();
+        assert!(matches!(&e, ModelError::UnclaimedTensor(tensor) if tensor == name), "{e}");
+    }
+}
+
+#[test]
+fn absurd_configurations_are_refused_with_what_was_expected() {
+    for (field, value, expected) in [
+        ("model_type", json!("gpt2"), "model_type is \"gpt2\": expected a supported family (llama)"),
+        ("model_type", Value::Null, "model_type is absent"),
+        ("hidden_size", json!(0), "an integer in 1..="),
+        ("hidden_size", json!(-8), "hidden_size is -8"),
+        ("hidden_size", json!(7), "a multiple of num_attention_heads"),
+        ("hidden_size", json!("8"), "hidden_size is \"8\""),
+        ("hidden_size", json!(1u64 << 60), "an integer in"),
+        ("num_attention_heads", json!(0), "num_attention_heads is 0"),
+        ("num_key_value_heads", json!(3), "num_key_value_heads is 3"),
+        ("num_hidden_layers", json!(0), "1..=10000"),
+        ("num_hidden_layers", json!(10_001), "1..=10000"),
+        ("intermediate_size", json!(1.5), "intermediate_size is 1.5"),
+        ("head_dim", json!(3), "even"),
+        ("head_dim", json!(0), "head_dim is 0"),
+        ("hidden_act", json!("gelu"), "hidden_act is \"gelu\": expected silu"),
+        ("rms_norm_eps", json!(0), "rms_norm_eps is 0"),
+        ("rms_norm_eps", json!(1e300), "positive finite"),
+        ("vocab_size", Value::Null, "vocab_size is absent"),
+        ("max_position_embeddings", json!(0), "max_position_embeddings is 0"),
+        ("eos_token_id", json!("</s>"), "a token id or a list"),
+        ("tie_word_embeddings", json!(1), "true or false"),
+        ("torch_dtype", json!("float8"), "float32, bfloat16 or float16"),
+        ("quantization_config", json!({}), "quantization_config"),
+        ("rope_scaling", json!({"type": "dynamic", "factor": 2}), "default, linear or llama3"),
+    ] {
+        let mut config = config();
+        config[field] = value;
+        let e = open(&config, &shapes()).err().unwrap_or_else(|| panic!("{field} was accepted")).to_string();
+        assert!(e.contains("config.json") && e.contains(expected), "{e}");
+    }
+    let e = open(&json!([]), &shapes()).err().unwrap().to_string();
+    assert!(e.contains("expected an object"), "{e}");
+}
+
+#[test]
+fn special_tokens_may_be_numbers_lists_or_negative() {
+    let mut config = config();
+    config["eos_token_id"] = json!([5, 7, 5]);
+    config["pad_token_id"] = json!(-1);
+    config["bos_token_id"] = json!(1);
+    let special = open(&config, &shapes()).unwrap().1.special;
+    assert_eq!(special, SpecialTokens { bos: vec![1], eos: vec![5, 7], pad: vec![] });
+}

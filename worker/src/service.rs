@@ -1,0 +1,345 @@
+//! A worker: its devices' stage threads behind the calls of `strata_proto::Worker`.
+
+use std::{
+    net::SocketAddr,
+    path::{Component, Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use strata_proto::{
+    BLOCK_TOKENS, Files, PROTOCOL, Progress, StageChannel, Worker,
+    v1::{self, Fence, LinkKind},
+};
+use tonic::{Status, async_trait};
+use uuid::Uuid;
+
+use crate::{
+    device::{self, DeviceSpec},
+    error::WorkerError,
+    model,
+    stage::{Connect, MakeDownstream, MakeUpstream, Prepare, StageThread, StepHook},
+    transport::{
+        LinkError, link_token,
+        loopback::Hub,
+        tcp::{self, Listener},
+    },
+};
+
+/// Small files that travel with a model.
+const TOKENIZER_FILES: [&str; 6] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "config.json",
+];
+/// Largest of them.
+const MAX_FILE: u64 = 64 << 20;
+
+/// Where a worker finds models.
+#[derive(Debug, Clone)]
+pub enum Models {
+    /// A model's name is a directory under this one.
+    Under(PathBuf),
+    /// One model, by this name.
+    One {
+        /// Its name on the wire.
+        name: String,
+        /// Its directory.
+        directory: PathBuf,
+    },
+}
+
+impl Models {
+    /// The directory of `name`.
+    fn resolve(&self, name: &str) -> Result<PathBuf, WorkerError> {
+        let no = |why: &str| WorkerError::NoModel { name: name.to_owned(), why: why.to_owned() };
+        match self {
+            Models::One { name: only, directory } if only == name => Ok(directory.clone()),
+            Models::One { name: only, .. } => Err(no(&format!("it serves {only:?} only"))),
+            Models::Under(root) => {
+                // A name from the wire must not walk out of the model directory.
+                let mut parts = Path::new(name).components();
+                match (parts.next(), parts.next()) {
+                    (Some(Component::Normal(_)), None) if !name.contains(['/', '\\']) => {}
+                    _ => return Err(no("a model name is a plain directory name")),
+                }
+                let directory = root.join(name);
+                if directory.is_dir() {
+                    Ok(directory)
+                } else {
+                    Err(no(&format!("there is no directory {}", directory.display())))
+                }
+            }
+        }
+    }
+}
+
+/// How to set a worker up.
+#[derive(Clone)]
+pub struct WorkerConfig {
+    /// Where models are.
+    pub models: Models,
+    /// Its devices.
+    pub devices: Vec<DeviceSpec>,
+    /// Where to accept activations over TCP.
+    pub link_address: SocketAddr,
+    /// Shared by workers of one process.
+    pub hub: Arc<Hub>,
+    /// Fault injection for tests.
+    pub step_hook: Option<StepHook>,
+}
+
+/// A worker.
+pub struct LocalWorker {
+    config: WorkerConfig,
+    boot_id: String,
+    stages: Vec<(String, StageThread)>,
+    listener: Listener,
+    newest: Mutex<Vec<Fence>>,
+    draining: AtomicBool,
+}
+
+impl LocalWorker {
+    /// Starts the threads of a worker.
+    ///
+    /// # Errors
+    /// If there is no device, two have one id, or the activation port cannot be bound.
+    pub fn start(config: WorkerConfig) -> Result<Self, WorkerError> {
+        let mut ids: Vec<_> = config.devices.iter().map(|d| &d.id).collect();
+        ids.sort();
+        ids.dedup();
+        if ids.is_empty() || ids.len() != config.devices.len() {
+            return Err(WorkerError::BadMessage("a worker needs devices, each named once".into()));
+        }
+        let io = |path: &str| {
+            let path = path.to_owned();
+            move |source| WorkerError::Io { path, source }
+        };
+        let listener = Listener::bind(config.link_address)
+            .map_err(io(&format!("listening on {}", config.link_address)))?;
+        let stages = config
+            .devices
+            .iter()
+            .map(|d| Ok((d.id.clone(), StageThread::spawn(&d.id, config.step_hook.clone())?)))
+            .collect::<std::io::Result<_>>()
+            .map_err(io("starting a stage thread"))?;
+        Ok(LocalWorker {
+            boot_id: Uuid::new_v4().to_string(),
+            stages,
+            listener,
+            newest: Mutex::default(),
+            draining: AtomicBool::new(false),
+            config,
+        })
+    }
+
+    fn stage(&self, device: &str) -> Result<&StageThread, WorkerError> {
+        let found = self.stages.iter().find(|(id, _)| id == device);
+        found.map(|(_, stage)| stage).ok_or_else(|| WorkerError::NoDevice {
+            asked: device.to_owned(),
+            have: self.stages.iter().map(|(id, _)| id.as_str()).collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    /// Refuses a stale fence, remembers a new one, and ends what it supersedes on `device`.
+    fn admit(&self, fence: Option<Fence>, device: &str) -> Result<(Fence, &StageThread), WorkerError> {
+        let fence = fence.ok_or_else(|| WorkerError::BadMessage("the call carries no fence".into()))?;
+        let stage = self.stage(device)?;
+        {
+            let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(newest) = newest.iter().find(|newest| fence.is_stale(newest)) {
+                return Err(WorkerError::Stale { got: fence, newest: *newest });
+            }
+            newest.retain(|old| old.term == fence.term && old.pipeline != fence.pipeline);
+            newest.push(fence);
+        }
+        stage.supersede(&fence);
+        Ok((fence, stage))
+    }
+
+    fn offers(&self) -> Vec<strata_proto::Device> {
+        device::offers(&self.config.devices, |id| self.stage(id).map_or(0, StageThread::held_bytes))
+    }
+}
+
+fn spec_of(spec: Option<v1::StageSpec>) -> Result<v1::StageSpec, WorkerError> {
+    spec.ok_or_else(|| WorkerError::BadMessage("the call names no stage".into()))
+}
+
+/// Runs file work off the async threads.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, WorkerError> + Send + 'static,
+) -> Result<T, WorkerError> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| Err(WorkerError::Internal(e.to_string())))
+}
+
+#[async_trait]
+impl Worker for LocalWorker {
+    async fn describe(&self, request: v1::DescribeRequest) -> Result<v1::Described, Status> {
+        let profile = if request.model.is_empty() {
+            None
+        } else {
+            let directory = self.config.models.resolve(&request.model)?;
+            Some(blocking(move || Ok(model::describe(&directory, &request.model)?)).await?)
+        };
+        let offers = self.offers();
+        Ok(v1::Described {
+            protocol_min: PROTOCOL,
+            protocol_max: PROTOCOL,
+            build: env!("CARGO_PKG_VERSION").into(),
+            boot_id: self.boot_id.clone(),
+            hub_id: self.config.hub.id(),
+            devices: offers.into_iter().map(Into::into).collect(),
+            profile: profile.map(Into::into),
+            resident: self.stages.iter().filter_map(|(_, s)| s.resident()).collect(),
+            draining: self.draining.load(Ordering::Relaxed),
+        })
+    }
+
+    async fn read_tokenizer(&self, request: v1::ReadTokenizerRequest) -> Result<Files, Status> {
+        let directory = self.config.models.resolve(&request.model)?;
+        Ok(blocking(move || read_files(&directory)).await?)
+    }
+
+    async fn load(&self, request: v1::LoadRequest) -> Result<Progress, Status> {
+        if self.draining.load(Ordering::Relaxed) {
+            return Err(WorkerError::Draining.into());
+        }
+        let spec = spec_of(request.spec)?;
+        let (_, stage) = self.admit(request.fence, &spec.device)?;
+        let directory = self.config.models.resolve(&spec.model)?;
+        Ok(stage.load(spec, directory))
+    }
+
+    async fn unload(&self, request: v1::UnloadRequest) -> Result<(), Status> {
+        let spec = spec_of(request.spec)?;
+        let (_, stage) = self.admit(request.fence, &spec.device)?;
+        stage.unload(spec).await;
+        Ok(())
+    }
+
+    async fn prepare(&self, request: v1::PrepareRequest) -> Result<v1::Prepared, Status> {
+        let spec = spec_of(request.spec)?;
+        let (fence, stage) = self.admit(request.fence, &spec.device)?;
+        if request.block_tokens != BLOCK_TOKENS {
+            let text = format!("blocks hold {BLOCK_TOKENS} tokens here, not {}", request.block_tokens);
+            return Err(WorkerError::BadMessage(text).into());
+        }
+        let pending = match request.upstream_token.is_empty() {
+            true => None,
+            false => {
+                Some(self.listener.expect(link_token(&request.upstream_token).map_err(WorkerError::from)?))
+            }
+        };
+        let budget = self.offers().into_iter().find(|d| d.id == spec.device).map_or(0, |d| d.budget_bytes);
+        let prepare = Prepare {
+            fence,
+            spec,
+            kv_blocks: request.kv_blocks,
+            max_step_tokens: request.max_step_tokens,
+            max_step_outputs: request.max_step_outputs,
+            budget,
+            pending,
+        };
+        let prepared = stage.prepare(prepare).await?;
+        Ok(v1::Prepared { link_address: self.listener.address().to_string(), ..prepared })
+    }
+
+    async fn connect(&self, request: v1::ConnectRequest) -> Result<(), Status> {
+        let (fence, stage) = self.admit(request.fence, &request.device)?;
+        let upstream = request.upstream.map(|link| self.upstream(&link, fence)).transpose()?;
+        let downstream = request.downstream.map(|link| self.downstream(&link, fence)).transpose()?;
+        Ok(stage.connect(Connect { fence, upstream, downstream }).await?)
+    }
+
+    async fn run(&self, open: v1::Open) -> Result<StageChannel, Status> {
+        let (fence, stage) = self.admit(open.fence, &open.device)?;
+        Ok(stage.run(fence)?)
+    }
+
+    async fn abort(&self, request: v1::AbortRequest) -> Result<(), Status> {
+        let fence =
+            request.fence.ok_or_else(|| WorkerError::BadMessage("the call carries no fence".into()))?;
+        self.stage(&request.device)?.abort(&fence).await;
+        Ok(())
+    }
+
+    async fn drain(&self, _: v1::DrainRequest) -> Result<(), Status> {
+        self.draining.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+impl LocalWorker {
+    fn upstream(&self, link: &v1::Link, fence: Fence) -> Result<MakeUpstream, WorkerError> {
+        let token = link_token(&link.token)?;
+        let hub = self.config.hub.clone();
+        match link.kind() {
+            LinkKind::Loopback => {
+                Ok(Box::new(move |_, interrupt| Ok(Box::new(hub.upstream(token, interrupt)))))
+            }
+            LinkKind::Tcp => Ok(Box::new(move |pending, interrupt| match pending {
+                Some(pending) if *pending.token() == token => {
+                    Ok(Box::new(pending.accept(fence, &interrupt)?))
+                }
+                _ => Err(LinkError::Protocol("this link's token was not announced by Prepare".into()).into()),
+            })),
+            LinkKind::Unspecified => Err(WorkerError::BadMessage("a link needs a kind".into())),
+        }
+    }
+
+    fn downstream(&self, link: &v1::Link, fence: Fence) -> Result<MakeDownstream, WorkerError> {
+        let token = link_token(&link.token)?;
+        let hub = self.config.hub.clone();
+        let address = link.address.clone();
+        match link.kind() {
+            LinkKind::Loopback => {
+                Ok(Box::new(move |interrupt| Ok(Box::new(hub.downstream(token, interrupt)))))
+            }
+            LinkKind::Tcp => {
+                Ok(Box::new(move |interrupt| Ok(Box::new(tcp::dial(&address, &token, fence, &interrupt)?))))
+            }
+            LinkKind::Unspecified => Err(WorkerError::BadMessage("a link needs a kind".into())),
+        }
+    }
+}
+
+fn read_files(directory: &Path) -> Result<Files, WorkerError> {
+    let mut files = Files::new();
+    for name in TOKENIZER_FILES {
+        let path = directory.join(name);
+        let io = |source| WorkerError::Io { path: path.display().to_string(), source };
+        let size = match path.metadata() {
+            Ok(metadata) => metadata.len(),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(e) => return Err(io(e)),
+        };
+        if size > MAX_FILE {
+            let why = format!("{} has {size} bytes, more than {MAX_FILE}", path.display());
+            return Err(WorkerError::WrongState(why));
+        }
+        files.insert(name.to_owned(), std::fs::read(&path).map_err(io)?);
+    }
+    Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn model_names_cannot_leave_the_directory() {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir(root.path().join("good")).unwrap();
+        let models = Models::Under(root.path().to_owned());
+        models.resolve("good").unwrap();
+        for bad in ["", ".", "..", "../good", "good/", "good/../good", "/etc", "a\\b", "missing"] {
+            assert!(models.resolve(bad).is_err(), "{bad:?} was resolved");
+        }
+    }
+}

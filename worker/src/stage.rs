@@ -1,0 +1,476 @@
+//! The stage thread: owns the weights, cache, workspace and links of one device, and runs steps in order.
+
+use std::{
+    collections::HashMap,
+    ops::ControlFlow,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicI32, AtomicU64, Ordering},
+        mpsc as std_mpsc,
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use strata_proto::{
+    LayerRange,
+    v1::{self, Fence, StagePhase, from_stage, to_stage},
+};
+use tokio::sync::{
+    mpsc::{self, error::TrySendError},
+    oneshot,
+};
+use tonic::Status;
+
+use crate::{
+    error::WorkerError,
+    generation::{Generation, RunEnd},
+    interrupt::Interrupt,
+    model::{LoadedBytes, Model, RangeSpec, StageState, StageWeights},
+    transport::{Downstream, Upstream, tcp::Pending},
+};
+
+/// Steps the coordinator may queue on a stage.
+const STEP_QUEUE: usize = 64;
+/// Messages a stage may be ahead of the coordinator.
+const ANSWER_QUEUE: usize = 1024;
+/// How often a running stage reports its health.
+const HEALTH_EVERY: Duration = Duration::from_millis(500);
+
+/// Called with each step before it is computed; an error poisons the step. For fault injection in tests.
+pub type StepHook = Arc<dyn Fn(&v1::StepMeta) -> Result<(), String> + Send + Sync>;
+
+/// Orders to the stage thread. Replies that nobody waits for are dropped.
+enum Command {
+    Load { spec: v1::StageSpec, directory: PathBuf, progress: mpsc::Sender<Result<v1::LoadProgress, Status>> },
+    Unload { spec: v1::StageSpec, reply: oneshot::Sender<()> },
+    Prepare { request: Box<Prepare>, reply: oneshot::Sender<Result<v1::Prepared, WorkerError>> },
+    Connect { request: Box<Connect>, reply: oneshot::Sender<Result<(), WorkerError>> },
+    Run { fence: Fence, steps: mpsc::Receiver<v1::ToStage>, answers: mpsc::Sender<v1::FromStage> },
+    Release { reply: oneshot::Sender<()> },
+}
+
+/// Validated form of a `PrepareRequest`.
+pub(crate) struct Prepare {
+    pub fence: Fence,
+    pub spec: v1::StageSpec,
+    pub kv_blocks: u32,
+    pub max_step_tokens: u32,
+    pub max_step_outputs: u32,
+    pub budget: u64,
+    pub pending: Option<Pending>,
+}
+
+/// How a stage gets its links: by closures, so that the thread knows no transport.
+pub(crate) type MakeUpstream =
+    Box<dyn FnOnce(Option<Pending>, Interrupt) -> Result<Box<dyn Upstream>, WorkerError> + Send>;
+pub(crate) type MakeDownstream =
+    Box<dyn FnOnce(Interrupt) -> Result<Box<dyn Downstream>, WorkerError> + Send>;
+
+/// Links to bring up.
+pub(crate) struct Connect {
+    pub fence: Fence,
+    pub upstream: Option<MakeUpstream>,
+    pub downstream: Option<MakeDownstream>,
+}
+
+/// What others may see of a stage thread while it works.
+#[derive(Default)]
+struct Shared {
+    phase: AtomicI32,
+    steps: AtomicU64,
+    /// Milliseconds from the start of the thread to the start of the phase.
+    since: AtomicU64,
+    resident: Mutex<Option<v1::ResidentWeights>>,
+    /// Cache and workspace bytes of the live generation.
+    allocated: AtomicU64,
+    current: Mutex<Option<(Fence, Interrupt)>>,
+}
+
+/// Handle of the thread that serves one device.
+pub(crate) struct StageThread {
+    commands: std_mpsc::Sender<Command>,
+    shared: Arc<Shared>,
+    begun: Instant,
+}
+
+impl StageThread {
+    pub fn spawn(device: &str, hook: Option<StepHook>) -> std::io::Result<Self> {
+        let (commands, orders) = std_mpsc::channel();
+        let shared = Arc::<Shared>::default();
+        let begun = Instant::now();
+        let mut stage =
+            Stage { shared: shared.clone(), begun, hook, weights: None, bytes_read: 0, generation: None };
+        thread::Builder::new().name(format!("strata-{device}")).spawn(move || {
+            while let Ok(command) = orders.recv() {
+                stage.obey(command);
+            }
+        })?;
+        Ok(StageThread { commands, shared, begun })
+    }
+
+    /// Weights on the device.
+    pub fn resident(&self) -> Option<v1::ResidentWeights> {
+        lock(&self.shared.resident).clone()
+    }
+
+    /// Bytes that this stage holds now.
+    pub fn held_bytes(&self) -> u64 {
+        self.resident().map_or(0, |r| r.bytes) + self.shared.allocated.load(Ordering::Relaxed)
+    }
+
+    /// Ends the running generation if `newer` supersedes it.
+    pub fn supersede(&self, newer: &Fence) {
+        let current = lock(&self.shared.current);
+        if let Some((fence, interrupt)) = &*current
+            && fence != newer
+            && !newer.is_stale(fence)
+        {
+            interrupt.trip();
+        }
+    }
+
+    pub fn load(&self, spec: v1::StageSpec, directory: PathBuf) -> strata_proto::Progress {
+        let (progress, receiver) = mpsc::channel(16);
+        self.order(Command::Load { spec, directory, progress });
+        receiver
+    }
+
+    pub async fn unload(&self, spec: v1::StageSpec) {
+        let (reply, done) = oneshot::channel();
+        self.order(Command::Unload { spec, reply });
+        // A closed channel means that the thread is gone, and its weights with it.
+        let _ = done.await;
+    }
+
+    pub async fn prepare(&self, request: Prepare) -> Result<v1::Prepared, WorkerError> {
+        let (reply, done) = oneshot::channel();
+        *lock(&self.shared.current) = Some((request.fence, Interrupt::default()));
+        self.order(Command::Prepare { request: Box::new(request), reply });
+        done.await.unwrap_or_else(|_| Err(gone()))
+    }
+
+    pub async fn connect(&self, request: Connect) -> Result<(), WorkerError> {
+        let (reply, done) = oneshot::channel();
+        self.order(Command::Connect { request: Box::new(request), reply });
+        done.await.unwrap_or_else(|_| Err(gone()))
+    }
+
+    /// Starts the run loop; what goes wrong arrives as `fatal` on the channel.
+    pub fn run(&self, fence: Fence) -> Result<strata_proto::StageChannel, WorkerError> {
+        let interrupt = match &*lock(&self.shared.current) {
+            Some((current, interrupt)) if *current == fence => interrupt.clone(),
+            _ => {
+                return Err(WorkerError::WrongState(format!(
+                    "generation {fence} is not prepared on this device"
+                )));
+            }
+        };
+        let (to, steps) = mpsc::channel(STEP_QUEUE);
+        let (answers, from) = mpsc::channel(ANSWER_QUEUE);
+        tokio::spawn(report_health(self.shared.clone(), self.begun, interrupt, answers.clone()));
+        self.order(Command::Run { fence, steps, answers });
+        Ok(strata_proto::StageChannel { to, from })
+    }
+
+    /// Ends the generation `fence` if it is the current one, and waits until its memory is free.
+    pub async fn abort(&self, fence: &Fence) {
+        let interrupt = match &*lock(&self.shared.current) {
+            Some((current, interrupt)) if current == fence => interrupt.clone(),
+            _ => return,
+        };
+        interrupt.trip();
+        let (reply, done) = oneshot::channel();
+        self.order(Command::Release { reply });
+        let _ = done.await;
+    }
+
+    fn order(&self, command: Command) {
+        // A thread that is gone drops the reply channel, which its caller notices.
+        let _ = self.commands.send(command);
+    }
+}
+
+fn gone() -> WorkerError {
+    WorkerError::Internal("the stage thread ended".into())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn report_health(
+    shared: Arc<Shared>,
+    begun: Instant,
+    interrupt: Interrupt,
+    answers: mpsc::Sender<v1::FromStage>,
+) {
+    let report = async {
+        loop {
+            tokio::time::sleep(HEALTH_EVERY).await;
+            let now = begun.elapsed().as_millis() as u64;
+            let health = v1::StageHealth {
+                phase: shared.phase.load(Ordering::Relaxed),
+                steps: shared.steps.load(Ordering::Relaxed),
+                busy_ms: now.saturating_sub(shared.since.load(Ordering::Relaxed)),
+            };
+            if answers.send(message(from_stage::Message::Health(health))).await.is_err() {
+                return;
+            }
+        }
+    };
+    tokio::select! {
+        () = report => {}
+        () = interrupt.tripped() => {}
+    }
+}
+
+fn message(message: from_stage::Message) -> v1::FromStage {
+    v1::FromStage { message: Some(message) }
+}
+
+/// State of the stage thread.
+struct Stage {
+    shared: Arc<Shared>,
+    begun: Instant,
+    hook: Option<StepHook>,
+    weights: Option<(v1::StageSpec, StageWeights)>,
+    /// What the last load read from files.
+    bytes_read: u64,
+    generation: Option<Generation>,
+}
+
+impl Stage {
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Load { spec, directory, progress } => {
+                self.enter(StagePhase::Loading);
+                if let Err(error) = self.load(spec, directory, &progress) {
+                    let _ = progress.blocking_send(Err(error.into()));
+                }
+                self.enter(StagePhase::Idle);
+            }
+            Command::Unload { spec, reply } => {
+                if self.weights.as_ref().is_some_and(|(have, _)| *have == spec) {
+                    self.drop_generation();
+                    self.drop_weights();
+                }
+                let _ = reply.send(());
+            }
+            Command::Prepare { request, reply } => {
+                let _ = reply.send(self.prepare(*request));
+            }
+            Command::Connect { request, reply } => {
+                let _ = reply.send(self.connect(*request));
+            }
+            Command::Run { fence, steps, answers } => {
+                self.run(fence, steps, &answers);
+                self.drop_generation();
+            }
+            Command::Release { reply } => {
+                if self.generation.as_ref().is_some_and(|g| g.interrupt.is_tripped()) {
+                    self.drop_generation();
+                }
+                let _ = reply.send(());
+            }
+        }
+    }
+
+    fn enter(&self, phase: StagePhase) {
+        self.shared.phase.store(phase as i32, Ordering::Relaxed);
+        self.shared.since.store(self.begun.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    fn drop_weights(&mut self) {
+        self.weights = None;
+        *lock(&self.shared.resident) = None;
+    }
+
+    fn drop_generation(&mut self) {
+        if let Some(generation) = self.generation.take() {
+            // Also ends the health reports and a neighbour's wait on our sockets.
+            generation.interrupt.trip();
+        }
+        self.shared.allocated.store(0, Ordering::Relaxed);
+    }
+
+    fn load(
+        &mut self,
+        spec: v1::StageSpec,
+        directory: PathBuf,
+        progress: &mpsc::Sender<Result<v1::LoadProgress, Status>>,
+    ) -> Result<(), WorkerError> {
+        // A new range means a new generation: the old one's cache would only be in the way.
+        self.drop_generation();
+        if !self.weights.as_ref().is_some_and(|(have, _)| *have == spec) {
+            self.drop_weights();
+            let (checkpoint, model) = Model::open_dir(&directory)?;
+            if checkpoint.fingerprint() != spec.fingerprint {
+                return Err(WorkerError::WrongState(format!(
+                    "model {:?} changed on disk since it was described; restart the coordinator to plan anew",
+                    spec.model
+                )));
+            }
+            let mut report = |done: LoadedBytes| {
+                self.bytes_read = done.total;
+                let update =
+                    v1::LoadProgress { bytes_read: done.read, bytes_total: done.total, resident_bytes: None };
+                // Progress is for show: a slow reader must not slow the load. One that is gone ends it.
+                match progress.try_send(Ok(update)) {
+                    Err(TrySendError::Closed(_)) => ControlFlow::Break(()),
+                    _ => ControlFlow::Continue(()),
+                }
+            };
+            let weights = StageWeights::load(&checkpoint, &model, &range_spec(&spec)?, &mut report)?;
+            let resident = v1::ResidentWeights { spec: Some(spec.clone()), bytes: weights.resident_bytes() };
+            *lock(&self.shared.resident) = Some(resident);
+            self.weights = Some((spec, weights));
+        }
+        if let Some((_, weights)) = &self.weights {
+            let done = v1::LoadProgress {
+                bytes_read: self.bytes_read,
+                bytes_total: self.bytes_read,
+                resident_bytes: Some(weights.resident_bytes()),
+            };
+            let _ = progress.blocking_send(Ok(done));
+        }
+        Ok(())
+    }
+
+    fn prepare(&mut self, request: Prepare) -> Result<v1::Prepared, WorkerError> {
+        self.drop_generation();
+        let interrupt = match &*lock(&self.shared.current) {
+            Some((fence, interrupt)) if *fence == request.fence => interrupt.clone(),
+            _ => return Err(WorkerError::Aborted),
+        };
+        let weights = match &self.weights {
+            Some((spec, weights)) if *spec == request.spec => weights,
+            _ => {
+                return Err(WorkerError::WrongState(
+                    "the weights of this stage are not loaded; Load comes first".into(),
+                ));
+            }
+        };
+        let (model, spec) = (weights.model(), weights.spec());
+        let (tokens, outputs) = (request.max_step_tokens, request.max_step_outputs);
+        let needed =
+            weights.resident_bytes() + StageState::bytes_for(model, spec, request.kv_blocks, tokens, outputs);
+        if needed > request.budget {
+            return Err(WorkerError::OverBudget {
+                device: request.spec.device,
+                budget: request.budget,
+                needed,
+            });
+        }
+        let state = StageState::new(model, spec, request.kv_blocks, tokens, outputs)?;
+        let prepared = v1::Prepared {
+            kv_bytes: state.kv_bytes(),
+            workspace_bytes: state.workspace_bytes(),
+            link_address: String::new(),
+        };
+        self.shared.allocated.store(prepared.kv_bytes + prepared.workspace_bytes, Ordering::Relaxed);
+        self.generation = Some(Generation {
+            fence: request.fence,
+            interrupt,
+            state,
+            dtype: spec.dtype,
+            max_step_tokens: request.max_step_tokens as usize,
+            pending: request.pending,
+            upstream: None,
+            downstream: None,
+            sequences: HashMap::new(),
+        });
+        Ok(prepared)
+    }
+
+    fn connect(&mut self, request: Connect) -> Result<(), WorkerError> {
+        let generation = current(&mut self.generation, &request.fence)?;
+        // Down first: the next stage answers the hello without waiting for its own neighbours.
+        if let Some(make) = request.downstream {
+            generation.downstream = Some(make(generation.interrupt.clone())?);
+        }
+        if let Some(make) = request.upstream {
+            generation.upstream = Some(make(generation.pending.take(), generation.interrupt.clone())?);
+        }
+        Ok(())
+    }
+
+    fn run(
+        &mut self,
+        fence: Fence,
+        mut steps: mpsc::Receiver<v1::ToStage>,
+        answers: &mpsc::Sender<v1::FromStage>,
+    ) {
+        let end = self.run_steps(&fence, &mut steps, answers);
+        self.enter(StagePhase::Idle);
+        if let Err(RunEnd::Broken(error)) = end {
+            tracing::warn!(%fence, %error, "the run of a stage broke");
+            let _ = answers.blocking_send(message(from_stage::Message::Fatal(error.to_string())));
+        }
+    }
+
+    /// Runs steps until the stream ends; never returns `Ok`.
+    fn run_steps(
+        &mut self,
+        fence: &Fence,
+        steps: &mut mpsc::Receiver<v1::ToStage>,
+        answers: &mpsc::Sender<v1::FromStage>,
+    ) -> Result<(), RunEnd> {
+        let shared = self.shared.clone();
+        let weights = match &self.weights {
+            Some((_, weights)) => weights,
+            None => return Err(WorkerError::WrongState("no weights are loaded".into()).into()),
+        };
+        let generation = current(&mut self.generation, fence)?;
+        let interrupt = generation.interrupt.clone();
+        let answer = |m| match interrupt.block_on(answers.send(message(m))) {
+            Some(Ok(())) => Ok(()),
+            _ => Err(RunEnd::Quiet),
+        };
+        shared.steps.store(0, Ordering::Relaxed);
+        answer(from_stage::Message::Opened(v1::Opened { next_step: 0 }))?;
+        for due in 0.. {
+            let Some(Some(order)) = interrupt.block_on(steps.recv()) else { return Err(RunEnd::Quiet) };
+            let Some(to_stage::Message::Step(meta)) = order.message else {
+                return Err(WorkerError::BadMessage("a running stage takes steps only".into()).into());
+            };
+            shared.phase.store(StagePhase::Step as i32, Ordering::Relaxed);
+            shared.since.store(self.begun.elapsed().as_millis() as u64, Ordering::Relaxed);
+            generation.accept(&meta, due, weights)?;
+            let (result, compute) = generation.execute(&meta, weights, self.hook.as_ref())?;
+            if let Some(result) = result {
+                answer(from_stage::Message::Result(result))?;
+            }
+            let compute_us = compute.as_micros() as u64;
+            answer(from_stage::Message::Done(v1::StepDone { step: meta.step, compute_us }))?;
+            shared.steps.store(due + 1, Ordering::Relaxed);
+            shared.phase.store(StagePhase::Idle as i32, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+}
+
+fn current<'a>(
+    generation: &'a mut Option<Generation>,
+    fence: &Fence,
+) -> Result<&'a mut Generation, WorkerError> {
+    match generation {
+        Some(g) if g.fence == *fence && !g.interrupt.is_tripped() => Ok(g),
+        _ => Err(WorkerError::WrongState(format!("generation {fence} is not prepared on this device"))),
+    }
+}
+
+/// The range of a stage as the model understands it.
+///
+/// # Errors
+/// If the dtype is unknown or the range is missing.
+fn range_spec(spec: &v1::StageSpec) -> Result<RangeSpec, WorkerError> {
+    let layers = spec.layers.ok_or_else(|| WorkerError::BadMessage("a stage needs a layer range".into()))?;
+    Ok(RangeSpec {
+        layers: LayerRange::from(layers),
+        embedding: spec.embedding,
+        head: spec.head,
+        dtype: spec.dtype.parse().map_err(WorkerError::BadMessage)?,
+    })
+}

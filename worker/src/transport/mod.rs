@@ -1,0 +1,109 @@
+//! Links that carry activations from a stage to the next one.
+//!
+//! One activation per link and step, in step order. A link is owned by its stage thread; waits end when the
+//! generation's [`Interrupt`](crate::interrupt::Interrupt) is tripped.
+
+pub mod loopback;
+pub mod tcp;
+
+use candle_core::Tensor;
+use strata_proto::{DType, v1::Fence};
+
+/// Secret that names one link of one generation.
+pub type LinkToken = [u8; 32];
+
+/// Reads a token from the wire.
+///
+/// # Errors
+/// If it is not 32 bytes long.
+pub fn link_token(bytes: &[u8]) -> Result<LinkToken, LinkError> {
+    bytes
+        .try_into()
+        .map_err(|_| LinkError::Protocol(format!("a link token has 32 bytes, not {}", bytes.len())))
+}
+
+/// What one stage hands to the next for one step.
+#[derive(Debug, Clone)]
+pub struct Activation {
+    /// The step it belongs to.
+    pub step: u64,
+    /// The tensors, or why there are none.
+    pub payload: Payload,
+}
+
+/// Content of an [`Activation`].
+#[derive(Debug, Clone)]
+pub enum Payload {
+    /// The residual stream `(tokens, hidden)` first; encoder-decoders will add the encoder's output.
+    Tensors(Vec<Tensor>),
+    /// A stage failed this step; nothing downstream computes, the last stage reports the reason.
+    Poisoned(String),
+}
+
+/// Shape and format of a tensor that a stage expects, known from `StepMeta` before anything is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Expected {
+    /// Wire format.
+    pub dtype: DType,
+    /// Rows: tokens of the step.
+    pub rows: usize,
+    /// Columns: width of the residual stream.
+    pub columns: usize,
+}
+
+/// The receiving end of a link.
+pub trait Upstream: Send {
+    /// Waits for the activation of `step`; refuses one whose tensors differ from `expected`.
+    fn receive(&mut self, step: u64, expected: &[Expected]) -> Result<Activation, LinkError>;
+}
+
+/// The sending end of a link. Sending overlaps the next step's compute.
+pub trait Downstream: Send {
+    /// Queues an activation.
+    fn send(&mut self, activation: Activation) -> Result<(), LinkError>;
+}
+
+/// Why a link failed. Each of these ends the generation.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// The generation was aborted.
+    #[error("the generation was ended")]
+    Interrupted,
+    /// The other end is gone.
+    #[error("the neighbouring stage is gone: {0}")]
+    Closed(String),
+    /// Bytes or an activation that do not fit what was expected.
+    #[error("the neighbouring stage broke the protocol: {0}")]
+    Protocol(String),
+    /// The peer did not come or answer in time.
+    #[error("no answer from the neighbouring stage within {0:?}")]
+    Timeout(std::time::Duration),
+    /// The operating system refused.
+    #[error("activation link: {0}")]
+    Io(#[from] std::io::Error),
+}
+
+fn check_step(got: u64, want: u64) -> Result<(), LinkError> {
+    if got == want {
+        Ok(())
+    } else {
+        Err(LinkError::Protocol(format!("received the activation of step {got} while step {want} was due")))
+    }
+}
+
+fn same_fence(got: &Fence, want: &Fence) -> Result<(), LinkError> {
+    if got == want {
+        Ok(())
+    } else {
+        Err(LinkError::Protocol(format!("fence {got} is not this generation's {want}")))
+    }
+}
+
+/// candle's name for a wire format.
+pub(crate) fn candle_dtype(dtype: DType) -> candle_core::DType {
+    match dtype {
+        DType::F32 => candle_core::DType::F32,
+        DType::BF16 => candle_core::DType::BF16,
+        DType::F16 => candle_core::DType::F16,
+    }
+}

@@ -1,0 +1,65 @@
+//! A checkpoint's identity, cheap enough to compute on every worker.
+
+use std::{fmt::Write, io::Read};
+
+use sha2::{Digest, Sha256};
+
+use super::{Checkpoint, WeightsError, open_regular};
+
+/// Bytes taken at each sampled place of a tensor.
+const SAMPLE: u64 = 64;
+
+/// SHA-256 over `config.json`, `tokenizer.json`, every header, and three samples of each tensor (its beginning, middle
+/// and end): enough to tell fine-tunes of one architecture apart without reading the weights.
+pub(super) fn compute(checkpoint: &Checkpoint) -> Result<String, WeightsError> {
+    let mut hash = Sha256::new();
+    for name in ["config.json", "tokenizer.json"] {
+        add_file(checkpoint, name, &mut hash)?;
+    }
+    for shard in &checkpoint.shards {
+        frame(&mut hash, &shard.name, shard.header.len() as u64);
+        hash.update(&shard.header);
+    }
+    let mut tensors: Vec<_> = checkpoint.tensors.iter().collect();
+    tensors.sort_by_key(|(_, t)| t.place());
+    let mut sample = [0; SAMPLE as usize];
+    for (name, t) in tensors {
+        let len = t.bytes.min(SAMPLE);
+        frame(&mut hash, name, len);
+        for at in [0, (t.bytes - len) / 2, t.bytes - len] {
+            let sample = &mut sample[..len as usize];
+            checkpoint.read_at(t.shard, t.offset + at, sample)?;
+            hash.update(&*sample);
+        }
+    }
+    Ok(hash.finalize().iter().fold(String::new(), |mut hex, byte| {
+        // Writing to a string cannot fail.
+        let _ = write!(hex, "{byte:02x}");
+        hex
+    }))
+}
+
+/// Lengths go in with the contents, so that no two sequences of parts hash alike.
+fn frame(hash: &mut Sha256, name: &str, len: u64) {
+    hash.update((name.len() as u64).to_le_bytes());
+    hash.update(name.as_bytes());
+    hash.update(len.to_le_bytes());
+}
+
+fn add_file(checkpoint: &Checkpoint, name: &str, hash: &mut Sha256) -> Result<(), WeightsError> {
+    let path = checkpoint.dir.join(name);
+    if !path.exists() {
+        frame(hash, name, u64::MAX);
+        return Ok(());
+    }
+    let mut file = open_regular(&path, name)?;
+    let io = |e| WeightsError::io(name, e);
+    frame(hash, name, file.metadata().map_err(io)?.len());
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        match file.read(&mut buffer).map_err(io)? {
+            0 => return Ok(()),
+            n => hash.update(&buffer[..n]),
+        }
+    }
+}

@@ -1,0 +1,284 @@
+//! A checkpoint on disk: safetensors headers, validated, and positioned reads of tensors.
+
+mod fingerprint;
+mod header;
+
+use std::{
+    collections::BTreeMap,
+    ffi::OsStr,
+    fs::File,
+    io::{self, Read},
+    os::unix::fs::FileExt,
+    path::{Component, Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+pub use header::{TensorDType, TensorInfo};
+
+/// Largest piece of a tensor in memory at once.
+pub const PIECE: usize = 8 << 20;
+/// Largest header of one safetensors file, and largest index.
+const MAX_HEADER: u64 = 64 << 20;
+/// Most tensors of a checkpoint.
+const MAX_TENSORS: usize = 1 << 20;
+/// Most files of a checkpoint.
+const MAX_SHARDS: usize = 4096;
+/// Largest `config.json` or `generation_config.json`.
+const MAX_CONFIG: u64 = 4 << 20;
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// Why a checkpoint cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum WeightsError {
+    /// The operating system refused.
+    #[error("{file}: {source}")]
+    Io {
+        /// The file.
+        file: String,
+        /// What it said.
+        source: io::Error,
+    },
+    /// Neither of the two files that begin a checkpoint is there.
+    #[error("{dir}: neither model.safetensors nor model.safetensors.index.json is there")]
+    NoWeights {
+        /// The directory.
+        dir: String,
+    },
+    /// A file is not what it claims to be.
+    #[error("{file}: {reason}")]
+    File {
+        /// The file.
+        file: String,
+        /// What was wrong, and what was expected.
+        reason: String,
+    },
+    /// A tensor's header entry is impossible.
+    #[error("{file}: tensor {tensor:?}: {reason}")]
+    Tensor {
+        /// The file.
+        file: String,
+        /// The tensor.
+        tensor: String,
+        /// What was wrong, and what was expected.
+        reason: String,
+    },
+}
+
+impl WeightsError {
+    pub(crate) fn file(file: &str, reason: impl Into<String>) -> Self {
+        WeightsError::File { file: file.to_owned(), reason: reason.into() }
+    }
+
+    fn tensor(file: &str, tensor: &str, reason: impl Into<String>) -> Self {
+        WeightsError::Tensor { file: file.to_owned(), tensor: tensor.to_owned(), reason: reason.into() }
+    }
+
+    fn io(file: &str, source: io::Error) -> Self {
+        WeightsError::Io { file: file.to_owned(), source }
+    }
+}
+
+/// One open file of weights.
+struct Shard {
+    name: String,
+    file: File,
+    header: Vec<u8>,
+}
+
+/// An opened checkpoint: every header read and validated, no weights read but for a few sampled bytes.
+pub struct Checkpoint {
+    dir: PathBuf,
+    shards: Vec<Shard>,
+    tensors: BTreeMap<String, TensorInfo>,
+    fingerprint: String,
+    bytes_read: Arc<AtomicU64>,
+}
+
+impl Checkpoint {
+    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names, in `dir`.
+    pub fn open(dir: &Path) -> Result<Self, WeightsError> {
+        let mut checkpoint = Checkpoint {
+            dir: dir.to_owned(),
+            shards: Vec::new(),
+            tensors: BTreeMap::new(),
+            fingerprint: String::new(),
+            bytes_read: Arc::default(),
+        };
+        if dir.join(SINGLE).exists() {
+            checkpoint.add_shard(SINGLE)?;
+        } else if dir.join(INDEX).exists() {
+            let index = read_index(dir)?;
+            let mut names: Vec<&String> = index.values().collect();
+            names.sort();
+            names.dedup();
+            if names.len() > MAX_SHARDS {
+                return Err(WeightsError::file(INDEX, format!("names more than {MAX_SHARDS} files")));
+            }
+            for name in names {
+                checkpoint.add_shard(name)?;
+            }
+            checkpoint.check_index(&index)?;
+        } else {
+            return Err(WeightsError::NoWeights { dir: dir.display().to_string() });
+        }
+        checkpoint.fingerprint = fingerprint::compute(&checkpoint)?;
+        // The headers are needed no longer.
+        checkpoint.shards.iter_mut().for_each(|s| s.header = Vec::new());
+        Ok(checkpoint)
+    }
+
+    /// The directory it was opened in.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Every tensor by name.
+    pub fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
+        &self.tensors
+    }
+
+    /// A tensor by name.
+    pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(name)
+    }
+
+    /// SHA-256, in hexadecimal, over config, headers, tokenizer and sampled bytes of each tensor.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// Bytes read from files of weights since the checkpoint was opened, headers included.
+    pub fn bytes_read(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.bytes_read)
+    }
+
+    /// Contents of a small JSON file beside the weights; `None` if there is no such file.
+    pub fn json(&self, name: &str) -> Result<Option<serde_json::Value>, WeightsError> {
+        let path = self.dir.join(name);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let bytes = read_small(&path, name, MAX_CONFIG)?;
+        let value =
+            serde_json::from_slice(&bytes).map_err(|e| WeightsError::file(name, format!("not JSON: {e}")))?;
+        Ok(Some(value))
+    }
+
+    /// Reads a tensor in pieces of at most [`PIECE`] bytes, in order; `put` gets each with its offset in bytes.
+    pub fn read<E: From<WeightsError>>(
+        &self,
+        tensor: &TensorInfo,
+        buffer: &mut Vec<u8>,
+        mut put: impl FnMut(u64, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut done = 0;
+        while done < tensor.bytes {
+            let len = (tensor.bytes - done).min(PIECE as u64);
+            buffer.resize(len as usize, 0);
+            self.read_at(tensor.shard, tensor.offset + done, buffer)?;
+            put(done, buffer)?;
+            done += len;
+        }
+        Ok(())
+    }
+
+    fn read_at(&self, shard: usize, offset: u64, buffer: &mut [u8]) -> Result<(), WeightsError> {
+        let shard = &self.shards[shard];
+        shard.file.read_exact_at(buffer, offset).map_err(|e| WeightsError::io(&shard.name, e))?;
+        self.bytes_read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn add_shard(&mut self, name: &str) -> Result<(), WeightsError> {
+        let io = |e| WeightsError::io(name, e);
+        let file = open_regular(&self.dir.join(name), name)?;
+        let length = file.metadata().map_err(io)?.len();
+        let mut size = [0; 8];
+        if length < 8 {
+            return Err(WeightsError::file(name, format!("{length} bytes are too few for safetensors")));
+        }
+        file.read_exact_at(&mut size, 0).map_err(io)?;
+        let size = u64::from_le_bytes(size);
+        if size > MAX_HEADER || size > length - 8 {
+            let reason = format!("header of {size} bytes: expected at most {}", MAX_HEADER.min(length - 8));
+            return Err(WeightsError::file(name, reason));
+        }
+        let mut header = vec![0; size as usize];
+        file.read_exact_at(&mut header, 8).map_err(io)?;
+        self.bytes_read.fetch_add(8 + size, Ordering::Relaxed);
+        let shard = self.shards.len();
+        for (tensor, info) in header::parse(name, shard, &header, 8 + size, length)? {
+            if let Some(other) = self.tensors.get(&tensor) {
+                let reason = format!("is in {} too", self.shards[other.shard].name);
+                return Err(WeightsError::tensor(name, &tensor, reason));
+            }
+            self.tensors.insert(tensor, info);
+        }
+        if self.tensors.len() > MAX_TENSORS {
+            return Err(WeightsError::file(name, format!("more than {MAX_TENSORS} tensors")));
+        }
+        self.shards.push(Shard { name: name.to_owned(), file, header });
+        Ok(())
+    }
+
+    fn check_index(&self, index: &BTreeMap<String, String>) -> Result<(), WeightsError> {
+        for (tensor, shard) in index {
+            match self.tensors.get(tensor) {
+                Some(info) if self.shards[info.shard].name == *shard => {}
+                _ => return Err(WeightsError::tensor(INDEX, tensor, format!("is not in {shard}"))),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `weight_map` of the index: tensor to file name, names checked to stay in the directory.
+fn read_index(dir: &Path) -> Result<BTreeMap<String, String>, WeightsError> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let bytes = read_small(&dir.join(INDEX), INDEX, MAX_HEADER)?;
+    let index: Index = serde_json::from_slice(&bytes)
+        .map_err(|e| WeightsError::file(INDEX, format!("not an index with a weight_map: {e}")))?;
+    for (tensor, shard) in &index.weight_map {
+        let mut parts = Path::new(shard).components();
+        let plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(p)), None) if p == OsStr::new(shard));
+        if !plain {
+            let reason = format!("{shard:?} is not a plain file name: shards lie beside the index");
+            return Err(WeightsError::tensor(INDEX, tensor, reason));
+        }
+    }
+    if index.weight_map.is_empty() {
+        return Err(WeightsError::file(INDEX, "weight_map names no tensor"));
+    }
+    Ok(index.weight_map)
+}
+
+/// Opens a file for reading, if it is a regular one (a pipe would block, a device never end).
+fn open_regular(path: &Path, name: &str) -> Result<File, WeightsError> {
+    let io = |e| WeightsError::io(name, e);
+    if !std::fs::metadata(path).map_err(io)?.is_file() {
+        return Err(WeightsError::file(name, "not a regular file"));
+    }
+    File::open(path).map_err(io)
+}
+
+/// A whole file of at most `limit` bytes.
+fn read_small(path: &Path, name: &str, limit: u64) -> Result<Vec<u8>, WeightsError> {
+    let mut bytes = Vec::new();
+    let file = open_regular(path, name)?;
+    file.take(limit + 1).read_to_end(&mut bytes).map_err(|e| WeightsError::io(name, e))?;
+    if bytes.len() as u64 > limit {
+        return Err(WeightsError::file(name, format!("larger than {limit} bytes")));
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests;
