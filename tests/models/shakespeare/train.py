@@ -1,9 +1,11 @@
 """Train the demo model: a ~2.8 M parameter LlamaForCausalLM on a plain-text file of play dialogue.
 
+TEXT is the plays of William Shakespeare (died 1616; in the public domain) as speeches "NAME:\nwords", separated by
+empty lines.
+
 usage: python train.py TEXT OUT_DIR [--cpu-minutes 14] [--wall-minutes 28] [--threads 1] [--seed 0]
 Writes Hugging Face format: config.json, generation_config.json, model.safetensors (bf16),
 tokenizer.json, tokenizer_config.json, chat_template.jinja, train_log.json.
-TEXT for the model kept here was the plays of William Shakespeare, which are in the public domain.
 """
 import argparse, json, math, random, time
 import torch
