@@ -113,6 +113,9 @@ pub struct HereArgs {
     /// Devices of one worker, with optional byte caps: cpu:0=24MiB,cpu:1=24MiB; the split is then auto
     #[arg(long, env = "STRATA_DEVICES", value_delimiter = ',')]
     pub devices: Vec<DeviceSpec>,
+    /// Byte caps by device, of each worker: cpu=64GiB
+    #[arg(long, env = "STRATA_MAX_MEMORY", value_delimiter = ',')]
+    pub max_memory: Vec<DeviceSpec>,
 }
 
 #[derive(Debug, Args)]
@@ -124,10 +127,10 @@ pub struct ServeArgs {
     #[command(flatten)]
     pub listen: ListenArgs,
     /// Print the plan and stop
-    #[arg(long)]
+    #[arg(long, env = "STRATA_DRY_RUN")]
     pub dry_run: bool,
     /// With --dry-run: print the plan as JSON
-    #[arg(long)]
+    #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
 }
 
@@ -138,7 +141,7 @@ pub struct PlanArgs {
     #[command(flatten)]
     pub deployment: DeploymentArgs,
     /// Print JSON
-    #[arg(long)]
+    #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
 }
 
@@ -173,6 +176,9 @@ pub struct WorkerArgs {
     /// Devices, with optional byte caps: cpu:0=24MiB,cpu:1=24MiB [default: cpu]
     #[arg(long, env = "STRATA_DEVICES", value_delimiter = ',')]
     pub devices: Vec<DeviceSpec>,
+    /// Byte caps by device: cpu=64GiB
+    #[arg(long, env = "STRATA_MAX_MEMORY", value_delimiter = ',')]
+    pub max_memory: Vec<DeviceSpec>,
 }
 
 /// Where a server is.
@@ -188,7 +194,7 @@ pub struct StatusArgs {
     #[command(flatten)]
     pub address: AddressArgs,
     /// Print JSON
-    #[arg(long)]
+    #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
 }
 
@@ -230,10 +236,10 @@ pub struct GenerateArgs {
     #[arg(long, env = "STRATA_SEED")]
     pub seed: Option<u64>,
     /// End before this text appears; may be repeated
-    #[arg(long)]
+    #[arg(long, env = "STRATA_STOP")]
     pub stop: Vec<String>,
     /// Go on after an end-of-sequence token
-    #[arg(long)]
+    #[arg(long, env = "STRATA_IGNORE_EOS")]
     pub ignore_eos: bool,
     /// Report log-probabilities, and this many alternatives
     #[arg(long, env = "STRATA_LOGPROBS")]
@@ -242,9 +248,32 @@ pub struct GenerateArgs {
     #[arg(long, env = "STRATA_DEADLINE_MS")]
     pub deadline_ms: Option<u64>,
     /// Use the sampling settings the model's makers suggest
-    #[arg(long)]
+    #[arg(long, env = "STRATA_MODEL_DEFAULTS")]
     pub model_defaults: bool,
     /// Print one JSON object per event, and a last one with the whole answer
-    #[arg(long)]
+    #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::Cli;
+
+    #[test]
+    fn the_command_line_is_sound_and_every_flag_has_a_variable() {
+        let mut command = Cli::command();
+        command.build();
+        command.clone().debug_assert();
+        let subcommands = command.get_subcommands().filter(|c| c.get_name() != "help");
+        for argument in subcommands.flat_map(clap::Command::get_arguments) {
+            let standard = ["help", "version"].contains(&argument.get_id().as_str());
+            assert!(
+                standard || argument.get_env().is_some(),
+                "{} has no environment variable",
+                argument.get_id()
+            );
+        }
+    }
 }

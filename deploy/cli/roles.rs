@@ -64,6 +64,7 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         TcpListener::bind(args.listen).await.with_context(|| format!("--listen {}", args.listen))?;
     let address = listener.local_addr()?;
     let devices = if args.devices.is_empty() { vec![DeviceSpec::cpu(None)] } else { args.devices };
+    let devices = capped(devices, &args.max_memory)?;
     let worker = LocalWorker::start(WorkerConfig {
         models: Models::Under(args.models),
         devices,
@@ -111,6 +112,7 @@ pub fn here(
     let hub = Arc::<Hub>::default();
     let mut workers: Vec<(String, Arc<dyn Worker>)> = Vec::new();
     for (index, devices) in device_lists.into_iter().enumerate() {
+        let devices = capped(devices, &args.max_memory)?;
         let worker = LocalWorker::start(WorkerConfig {
             models: Models::One { name: name.clone(), directory: directory.clone() },
             devices,
@@ -122,6 +124,21 @@ pub fn here(
     }
     let config = coordinator_config(deployment, name, split, workers.len(), LOCAL_PATIENCE);
     Ok((config, membership::local(workers)))
+}
+
+/// Devices with the caps of `--max-memory`.
+fn capped(mut devices: Vec<DeviceSpec>, caps: &[DeviceSpec]) -> anyhow::Result<Vec<DeviceSpec>> {
+    for cap in caps {
+        let Some(bytes) = cap.cap else {
+            bail!("--max-memory {}: expected a size, as in {}=24GiB", cap.id, cap.id)
+        };
+        let Some(device) = devices.iter_mut().find(|d| d.id == cap.id) else {
+            let have: Vec<_> = devices.iter().map(|d| d.id.as_str()).collect();
+            bail!("--max-memory {}: no such device; there are {}", cap.id, have.join(", "));
+        };
+        device.cap = Some(bytes);
+    }
+    Ok(devices)
 }
 
 fn coordinator_config(

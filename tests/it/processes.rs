@@ -201,6 +201,10 @@ fn plans_are_shown_before_anything_loads() {
     assert_eq!(serde_json::json!(layers), serde_json::json!([[0, 1], [1, 3], [3, 6]]));
     assert!(plan(&["--workers", "3"]).unwrap().contains("█"), "the table has no bars");
 
+    let capped = json(&["--json", "--devices", "cpu:0,cpu:1", "--max-memory", "cpu:0=24MiB,cpu:1=30MiB"]);
+    assert_eq!(capped["replicas"][0]["stages"][0]["budget_bytes"], 24 << 20);
+    assert!(plan(&["--max-memory", "cpu:9=1GiB"]).unwrap_err().contains("no such device; there are cpu"));
+
     let small = plan(&["--devices", "cpu:0=1MiB,cpu:1=1MiB"]).unwrap_err();
     assert!(small.starts_with("error: ") && small.contains("MiB"), "{small}");
     assert!(plan(&["--split", "9,9"]).unwrap_err().contains("6"), "says how many layers there are");

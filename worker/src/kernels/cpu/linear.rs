@@ -228,33 +228,4 @@ mod tests {
             }
         }
     }
-
-    /// `cargo test -p strata-worker --release -- --ignored --nocapture product_speed`
-    #[test]
-    #[ignore = "a measurement"]
-    fn product_speed() {
-        let (n, k) = (5632, 2048);
-        for dtype in DType::ALL {
-            let w = matrix(n, k, dtype);
-            for isa in Isa::available() {
-                for m in [1, 2, 4, 8, 64] {
-                    let (x, mut out) = (values(1, m * k), vec![0.0; m * n]);
-                    let (mut best, reps) = (f64::MAX, if m > 8 { 3 } else { 10 });
-                    for _ in 0..reps {
-                        let start = std::time::Instant::now();
-                        Cpu::on(isa).linear(Linear {
-                            weight: &w,
-                            bias: None,
-                            x: Rows { data: &x, stride: k, count: m },
-                            out: &mut out,
-                            output: Output::Store,
-                        });
-                        best = best.min(start.elapsed().as_secs_f64());
-                    }
-                    let (gb, gf) = (w.bytes() as f64 / best * 1e-9, (2 * m * n * k) as f64 / best * 1e-9);
-                    println!("{dtype} {:9} m={m:3} {gb:6.1} GB/s {gf:6.1} GFLOP/s", isa.name());
-                }
-            }
-        }
-    }
 }
