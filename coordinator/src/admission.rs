@@ -9,12 +9,16 @@ use strata_proto::{
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::tokenizer::{GenerationDefaults, Tokenizer, TokenizerError};
+use crate::{
+    chat::Message,
+    tokenizer::{GenerationDefaults, Tokenizer, TokenizerError},
+};
 
 /// Largest text that is tokenized, in bytes.
 pub const MAX_TEXT: usize = 1 << 20;
 /// Most token ids in a Detokenize.
 pub const MAX_IDS: usize = 1 << 20;
+const MAX_MESSAGES: usize = 1024;
 const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 1024;
 const MAX_LOGPROBS: u32 = 20;
@@ -172,7 +176,13 @@ pub fn check(
     if request.max_tokens == Some(0) {
         return Err(field("max_tokens", "0 asks for nothing: expected at least 1"));
     }
-    let prompt = prompt_ids(request.prompt, request.token_ids, tokenizer, profile)?;
+    let prompt = match request.messages.is_empty() {
+        true => prompt_ids(request.prompt, request.token_ids, tokenizer, profile)?,
+        false if request.prompt.is_some() || !request.token_ids.is_empty() => {
+            return Err(field("messages", "given together with prompt or token_ids: expected one of them"));
+        }
+        false => chat_ids(request.messages, tokenizer)?,
+    };
     let max_tokens = check_length(prompt.len(), request.max_tokens, profile, kv_capacity)?;
     Ok(Checked {
         prompt,
@@ -203,7 +213,7 @@ fn prompt_ids(
             }
             Ok(tokenizer.encode(&text, true)?)
         }
-        None if ids.is_empty() => Err(field("prompt", "is missing: expected prompt or token_ids")),
+        None if ids.is_empty() => Err(field("prompt", "is missing: expected prompt, token_ids or messages")),
         None => match ids.iter().position(|id| *id >= profile.vocab_size) {
             Some(at) => {
                 let why = format!(
@@ -215,6 +225,23 @@ fn prompt_ids(
             None => Ok(ids),
         },
     }
+}
+
+fn chat_ids(messages: Vec<v1::ChatMessage>, tokenizer: &Tokenizer) -> Result<Vec<u32>, AdmissionError> {
+    if messages.len() > MAX_MESSAGES {
+        let why = format!("{} messages are too many: at most {MAX_MESSAGES}", messages.len());
+        return Err(field("messages", why));
+    }
+    let bytes: usize = messages.iter().map(|m| m.role.len() + m.content.len()).sum();
+    if bytes > MAX_TEXT {
+        return Err(field("messages", format!("{bytes} bytes are too long: at most {MAX_TEXT} are taken")));
+    }
+    let messages = messages.into_iter().map(|m| Message { role: m.role, content: m.content });
+    let ids = tokenizer.encode_chat(&messages.collect::<Vec<_>>())?;
+    if ids.is_empty() {
+        return Err(field("messages", "the model's chat template makes nothing of them"));
+    }
+    Ok(ids)
 }
 
 /// The number of new tokens that a prompt of this length may have.

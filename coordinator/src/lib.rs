@@ -4,6 +4,7 @@
 //! describes, and a worker is anything with the calls of [`strata_proto::Worker`].
 
 pub mod admission;
+pub mod chat;
 mod coordinator;
 pub mod engine;
 pub mod grpc;

@@ -18,6 +18,8 @@ use crate::{
 
 /// Longest wait for a stage to answer a call other than Load.
 const CALL_PATIENCE: Duration = Duration::from_secs(30);
+/// Longest wait for Prepare, which touches every page of the cache: minutes on a machine with much memory.
+const PREPARE_PATIENCE: Duration = Duration::from_secs(600);
 /// How long an aborted stage has to acknowledge.
 const ABORT_PATIENCE: Duration = Duration::from_secs(1);
 /// Stages report their health twice a second; after this much silence one counts as lost.
@@ -467,7 +469,7 @@ impl Setup {
             upstream_token: upstream_token.into(),
         };
         let prepared =
-            call(&self.member.name, "Prepare", CALL_PATIENCE, self.member.worker.prepare(request)).await?;
+            call(&self.member.name, "Prepare", PREPARE_PATIENCE, self.member.worker.prepare(request)).await?;
         if (prepared.kv_bytes, prepared.workspace_bytes) != (self.plan.kv_bytes, self.plan.workspace_bytes) {
             return Err(self.nonsense(format!(
                 "it allocated {} + {} bytes of cache and workspace where {} + {} were planned",

@@ -3,6 +3,8 @@
 use serde::Deserialize;
 use strata_proto::{Files, ModelProfile};
 
+use crate::chat::{ChatError, ChatTemplate, Message};
+
 /// Why a model's tokenizer cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
@@ -28,6 +30,9 @@ pub enum TokenizerError {
         /// Rows of the embedding.
         rows: u32,
     },
+    /// The chat template is broken, missing, or refuses the messages.
+    #[error(transparent)]
+    Chat(#[from] ChatError),
     /// Encoding or decoding failed.
     #[error("tokenizer: {0}")]
     Failed(String),
@@ -56,6 +61,17 @@ pub struct GenerationDefaults {
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     defaults: GenerationDefaults,
+    chat: Option<Chat>,
+}
+
+/// What chats need beside the tokenizer.
+#[derive(Debug)]
+struct Chat {
+    template: ChatTemplate,
+    /// The same tokenizer, which reads control tokens in its text: for the template's own.
+    control: tokenizers::Tokenizer,
+    /// Text and id of every control token, longest first.
+    tokens: Vec<(String, u32)>,
 }
 
 impl Tokenizer {
@@ -68,11 +84,12 @@ impl Tokenizer {
         let broken = |file, why: String| TokenizerError::Broken { file, why };
         let mut inner =
             tokenizers::Tokenizer::from_bytes(json).map_err(|e| broken("tokenizer.json", e.to_string()))?;
-        // Text of users never becomes a control token.
-        inner.set_encode_special_tokens(true);
         // Lengths are bounded by admission, out loud; nothing is cut or padded in silence.
         inner.with_truncation(None).map_err(|e| broken("tokenizer.json", e.to_string()))?;
         inner.with_padding(None);
+        let chat = ChatTemplate::new(files)?.map(|template| Chat::new(template, &inner));
+        // Text of users never becomes a control token.
+        inner.set_encode_special_tokens(true);
         let highest = inner.get_vocab(true).into_values().max().unwrap_or(0);
         if highest >= profile.vocab_size {
             return Err(TokenizerError::WrongModel { id: highest, rows: profile.vocab_size });
@@ -83,7 +100,7 @@ impl Tokenizer {
                 serde_json::from_slice(json).map_err(|e| broken("generation_config.json", e.to_string()))?
             }
         };
-        Ok(Tokenizer { inner, defaults })
+        Ok(Tokenizer { inner, defaults, chat })
     }
 
     /// Text to ids; `special` adds what the tokenizer puts around a text (BOS).
@@ -93,6 +110,66 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenizerError> {
         let encoding = self.inner.encode_fast(text, special);
         encoding.map(|e| e.get_ids().to_vec()).map_err(|e| TokenizerError::Failed(e.to_string()))
+    }
+
+    /// A chat to ids, by the model's own template, up to the beginning of the model's answer.
+    ///
+    /// # Errors
+    /// If the model has no template, or it refuses these messages.
+    pub fn encode_chat(&self, messages: &[Message]) -> Result<Vec<u32>, TokenizerError> {
+        let chat = self.chat.as_ref().ok_or(ChatError::NoTemplate)?;
+        let said = |text: &str| chat.tokens.iter().any(|(token, _)| text.contains(token.as_str()));
+        if messages.iter().any(|m| said(&m.content) || said(&m.role)) {
+            return self.encode_masked(chat, messages);
+        }
+        let text = chat.template.render(messages, true)?;
+        let encoding = chat.control.encode_fast(text.as_str(), false);
+        encoding.map(|e| e.get_ids().to_vec()).map_err(|e| TokenizerError::Failed(e.to_string()))
+    }
+
+    /// As [`encode_chat`](Self::encode_chat) for messages that contain the text of control tokens: they are masked
+    /// while the template is rendered, so that only the template's own become control tokens.
+    fn encode_masked(&self, chat: &Chat, messages: &[Message]) -> Result<Vec<u32>, TokenizerError> {
+        let used = |c: char| messages.iter().any(|m| m.content.contains(c) || m.role.contains(c));
+        // A private-use character that nobody uses; filters such as `trim` and `upper` leave it and digits alone.
+        let fence = ('\u{e000}'..='\u{f8ff}').find(|c| !used(*c));
+        let fence =
+            fence.ok_or_else(|| TokenizerError::Failed("the messages use every private character".into()))?;
+        let mask = |text: &str| {
+            let masked = chat.tokens.iter().enumerate();
+            masked.fold(text.to_owned(), |text, (i, (token, _))| {
+                text.replace(token, &format!("{fence}{i}{fence}"))
+            })
+        };
+        let unmask = |text: &str| {
+            let masks = chat.tokens.iter().enumerate();
+            masks.fold(text.to_owned(), |text, (i, (token, _))| {
+                text.replace(&format!("{fence}{i}{fence}"), token)
+            })
+        };
+        let masked: Vec<Message> =
+            messages.iter().map(|m| Message { role: mask(&m.role), content: mask(&m.content) }).collect();
+        let text = chat.template.render(&masked, true)?;
+        let mut ids = Vec::new();
+        let mut rest = text.as_str();
+        while !rest.is_empty() {
+            let first =
+                chat.tokens.iter().filter_map(|(token, id)| Some((rest.find(token.as_str())?, token, *id)));
+            // `min_by_key` keeps the first of equals, which is the longest.
+            let (before, control) = match first.min_by_key(|(at, ..)| *at) {
+                Some((at, token, id)) => (at, Some((token, id))),
+                None => (rest.len(), None),
+            };
+            if before > 0 {
+                ids.extend(self.encode(&unmask(&rest[..before]), false)?);
+            }
+            rest = &rest[before..];
+            if let Some((token, id)) = control {
+                ids.push(id);
+                rest = &rest[token.len()..];
+            }
+        }
+        Ok(ids)
     }
 
     /// Ids to text.
@@ -106,6 +183,16 @@ impl Tokenizer {
     /// What the model's makers suggest.
     pub fn defaults(&self) -> &GenerationDefaults {
         &self.defaults
+    }
+}
+
+impl Chat {
+    fn new(template: ChatTemplate, tokenizer: &tokenizers::Tokenizer) -> Self {
+        let added = tokenizer.get_added_tokens_decoder();
+        let mut tokens: Vec<(String, u32)> =
+            added.into_iter().filter(|(_, t)| t.special).map(|(id, t)| (t.content, id)).collect();
+        tokens.sort_by_key(|(text, id)| (std::cmp::Reverse(text.len()), *id));
+        Chat { template, control: tokenizer.clone(), tokens }
     }
 }
 
@@ -194,10 +281,30 @@ mod tests {
     fn demo() -> Tokenizer {
         let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/models/shakespeare");
         let json = std::fs::read(format!("{directory}/tokenizer.json")).unwrap();
-        let inner = tokenizers::Tokenizer::from_bytes(json).unwrap();
-        let mut tokenizer = Tokenizer { inner, defaults: GenerationDefaults::default() };
-        tokenizer.inner.set_encode_special_tokens(true);
-        tokenizer
+        let mut inner = tokenizers::Tokenizer::from_bytes(json).unwrap();
+        let read = |name: &str| (name.to_owned(), std::fs::read(format!("{directory}/{name}")).unwrap());
+        let files = Files::from(["tokenizer_config.json", "chat_template.jinja"].map(read));
+        let chat = ChatTemplate::new(&files).unwrap().map(|t| Chat::new(t, &inner));
+        inner.set_encode_special_tokens(true);
+        Tokenizer { inner, defaults: GenerationDefaults::default(), chat }
+    }
+
+    #[test]
+    fn chats_become_transformers_ids_and_only_the_template_says_control_tokens() {
+        let tokenizer = demo();
+        let say = |content: &str| [Message { role: "user".into(), content: content.into() }];
+        let ids = tokenizer.encode_chat(&say("What say you, good sir?")).unwrap();
+        let expected = [
+            0, 390, 445, 28, 201, 469, 517, 291, 14, 451, 498, 33, 201, 201, 35, 53, 53, 613, 54, 644, 54,
+            28, 201,
+        ];
+        assert_eq!(ids, expected);
+        let ids = tokenizer.encode_chat(&say(" <|eos|>a<|bos|><|eos|> ")).unwrap();
+        assert!(ids[0] == 0 && ids[1..].iter().all(|id| *id > 2), "{ids:?}");
+        let text = tokenizer.decode(&ids, true).unwrap();
+        assert_eq!(text, "<|bos|>USER:\n<|eos|>a<|bos|><|eos|>\n\nASSISTANT:\n");
+        let none = Tokenizer { chat: None, ..demo() };
+        assert!(none.encode_chat(&say("x")).unwrap_err().to_string().contains("no chat template"));
     }
 
     fn stream(text: &str, stops: &[&str]) -> (Vec<Piece>, String) {

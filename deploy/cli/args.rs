@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use strata_coordinator::planner::Split;
-use strata_proto::{DEFAULT_PORT, DType, LinkKind};
+use strata_proto::{DEFAULT_PORT, DType, LinkKind, v1::ChatMessage};
 use strata_worker::device::DeviceSpec;
 
 /// Serves one transformer model across many devices.
@@ -85,6 +85,12 @@ fn parse_dtype(s: &str) -> Result<AutoDType, String> {
         return Ok(AutoDType(None));
     }
     s.parse().map(|d| AutoDType(Some(d))).map_err(|e: String| format!("{e}, or auto"))
+}
+
+fn parse_message(s: &str) -> Result<ChatMessage, String> {
+    let (role, content) =
+        s.split_once('=').ok_or_else(|| format!("{s:?}: expected ROLE=TEXT, as in user=Hello"))?;
+    Ok(ChatMessage { role: role.to_owned(), content: content.to_owned() })
 }
 
 /// Where clients are answered.
@@ -203,11 +209,14 @@ pub struct GenerateArgs {
     #[command(flatten)]
     pub address: AddressArgs,
     /// Text to continue
-    #[arg(long, env = "STRATA_PROMPT", required_unless_present = "token_ids", conflicts_with = "token_ids")]
+    #[arg(long, env = "STRATA_PROMPT", required_unless_present_any = ["token_ids", "message"])]
     pub prompt: Option<String>,
     /// Token ids to continue, taken as they are
-    #[arg(long, env = "STRATA_TOKEN_IDS", value_delimiter = ',')]
+    #[arg(long, env = "STRATA_TOKEN_IDS", value_delimiter = ',', conflicts_with = "prompt")]
     pub token_ids: Vec<u32>,
+    /// A message of a chat, as ROLE=TEXT; may be repeated
+    #[arg(long, env = "STRATA_MESSAGE", value_parser = parse_message, conflicts_with_all = ["prompt", "token_ids"])]
+    pub message: Vec<ChatMessage>,
     /// Most new tokens [default: the rest of the context]
     #[arg(long, env = "STRATA_MAX_TOKENS")]
     pub max_tokens: Option<u32>,

@@ -79,6 +79,7 @@ fn request(args: GenerateArgs) -> GenerateRequest {
         model: String::new(),
         prompt: args.prompt,
         token_ids: args.token_ids,
+        messages: args.message,
         max_tokens: args.max_tokens,
         sampling: Some(Sampling {
             temperature: args.temperature,

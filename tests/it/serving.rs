@@ -147,7 +147,7 @@ async fn bad_requests_name_the_field_and_the_bound_and_disturb_nobody() {
         (text_request("x", u32::MAX), "max_tokens", "256 tokens"),
         (text_request("x", 255), "max_tokens", "at most 25"),
         (text_request("", 4), "prompt", "at least one character"),
-        (GenerateRequest::default(), "prompt", "prompt or token_ids"),
+        (GenerateRequest::default(), "prompt", "prompt, token_ids or messages"),
         (GenerateRequest { prompt: Some("x".into()), ..greedy(&[1], 1) }, "prompt", "one of them"),
         (greedy(&vec![5; 256], 1), "prompt", "256 tokens"),
         (text_request(&"word ".repeat(2000), 4), "prompt", "256 tokens"),
@@ -261,6 +261,26 @@ async fn text_and_ids_convert_as_prompts_do() {
         status.code() == Code::InvalidArgument && status.message().contains("less than 2048"),
         "{status:?}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn chats_are_rendered_with_the_models_own_template() {
+    let cluster = Cluster::start(&Options { workers: 2, ..Options::default() }).await;
+    let client = cluster.client().await;
+    let chat = |content: &str| GenerateRequest {
+        messages: vec![v1::ChatMessage { role: "user".into(), content: content.into() }],
+        max_tokens: Some(4),
+        ..GenerateRequest::default()
+    };
+    let text = std::fs::read_to_string(model("shakespeare").join("expected.json")).unwrap();
+    let expected: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let answer = ask(&client, chat("What say you, good sir?")).await.unwrap();
+    assert_eq!(serde_json::json!(answer.prompt_ids), expected["chat"]["ids"]);
+    let both = GenerateRequest { prompt: Some("x".into()), ..chat("x") };
+    let status = ask(&client, both).await.unwrap_err();
+    assert!(status.message().starts_with("messages: given together"), "{status:?}");
+    let long = ask(&client, chat(&"x".repeat((1 << 20) + 1))).await.unwrap_err();
+    assert!(long.code() == Code::InvalidArgument && long.message().contains("1048576"), "{long:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,0 +1,259 @@
+//! Chat templates: messages to the text a model was trained to continue, as transformers renders them.
+//!
+//! A template comes only from the model's own directory, runs without a loader and with a bound on its work, and its
+//! own text alone may become control tokens.
+
+use std::collections::BTreeMap;
+
+use minijinja::{
+    Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig, value::Kwargs, value::Serde,
+};
+use serde::{Deserialize, Serialize};
+use strata_proto::Files;
+
+/// Steps a template may take; a rendering of a long chat takes thousands.
+const FUEL: u64 = 10_000_000;
+/// The name of the one template.
+const NAME: &str = "chat";
+
+/// Why a chat cannot be rendered.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ChatError {
+    /// The model has none.
+    #[error(
+        "the model has no chat template (chat_template.jinja, or in tokenizer_config.json); send a prompt instead"
+    )]
+    NoTemplate,
+    /// The template does not compile.
+    #[error("the model's chat template does not compile: {0}")]
+    Syntax(String),
+    /// The template refuses these messages, or fails on them.
+    #[error("the model's chat template refuses these messages: {0}")]
+    Refused(String),
+    /// A configuration file that does not parse.
+    #[error("tokenizer_config.json: {0}")]
+    Config(String),
+}
+
+/// One message of a chat.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Message {
+    /// Who says it: `user`, `assistant`, `system`, or what the template knows.
+    pub role: String,
+    /// What is said.
+    pub content: String,
+}
+
+/// What of `tokenizer_config.json` matters to templates.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct TokenizerConfig {
+    chat_template: Option<TemplateEntry>,
+    #[serde(flatten)]
+    rest: BTreeMap<String, serde_json::Value>,
+}
+
+/// transformers 4 keeps a text, or a list of named ones.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum TemplateEntry {
+    Text(String),
+    Named(Vec<NamedTemplate>),
+}
+
+#[derive(Debug, Deserialize)]
+struct NamedTemplate {
+    name: String,
+    template: String,
+}
+
+/// A model's chat template, compiled.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    /// `bos_token`, `eos_token`, …, as templates name them.
+    special_tokens: BTreeMap<String, String>,
+}
+
+impl ChatTemplate {
+    /// The template among a model's files; `None` if it has none.
+    ///
+    /// # Errors
+    /// If it does not compile, or the configuration does not parse.
+    pub fn new(files: &Files) -> Result<Option<Self>, ChatError> {
+        let config: TokenizerConfig = match files.get("tokenizer_config.json") {
+            Some(json) => serde_json::from_slice(json).map_err(|e| ChatError::Config(e.to_string()))?,
+            None => TokenizerConfig::default(),
+        };
+        let source = match (files.get("chat_template.jinja"), config.chat_template) {
+            (Some(text), _) => String::from_utf8_lossy(text).into_owned(),
+            (None, Some(TemplateEntry::Text(text))) => text,
+            (None, Some(TemplateEntry::Named(list))) => {
+                match list.into_iter().find(|t| t.name == "default") {
+                    Some(named) => named.template,
+                    None => return Ok(None),
+                }
+            }
+            (None, None) => return Ok(None),
+        };
+        let special = config.rest.into_iter().filter(|(key, _)| key.ends_with("_token"));
+        let special_tokens = special.filter_map(|(key, value)| {
+            // Either the text, or an object that has it.
+            let text = value.as_str().or_else(|| value.get("content")?.as_str())?.to_owned();
+            Some((key, text))
+        });
+        Self::compile(source, special_tokens.collect()).map(Some)
+    }
+
+    fn compile(source: String, special_tokens: BTreeMap<String, String>) -> Result<Self, ChatError> {
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.map_err(|e| ChatError::Syntax(e.to_string()))?);
+        environment.set_fuel(Some(FUEL));
+        environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_filter("tojson", to_json);
+        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, message))
+        });
+        environment.add_template_owned(NAME, source).map_err(|e| ChatError::Syntax(e.to_string()))?;
+        Ok(ChatTemplate { environment, special_tokens })
+    }
+
+    /// The text of a chat, with the beginning of the model's answer if `prompt`.
+    ///
+    /// # Errors
+    /// If the template raises an exception, fails, or works too long.
+    pub fn render(&self, messages: &[Message], prompt: bool) -> Result<String, ChatError> {
+        let variables = context! {
+            messages => Serde(messages),
+            add_generation_prompt => prompt,
+            ..Value::from(Serde(&self.special_tokens))
+        };
+        let rendered = self.environment.get_template(NAME).and_then(|t| t.render(variables));
+        rendered.map_err(|e| ChatError::Refused(e.detail().map_or_else(|| e.to_string(), str::to_owned)))
+    }
+}
+
+/// Python's `json.dumps(value, ensure_ascii=False)`: spaces after separators, order kept, nothing escaped for HTML.
+fn to_json(value: Value, options: Kwargs) -> Result<Value, Error> {
+    let failed = |e: serde_json::Error| Error::new(ErrorKind::InvalidOperation, e.to_string());
+    let indent: Option<usize> = options.get("indent")?;
+    options.assert_all_used()?;
+    let mut out = Vec::new();
+    match indent {
+        Some(width) => {
+            let pad = vec![b' '; width.min(16)];
+            let pretty = serde_json::ser::PrettyFormatter::with_indent(&pad);
+            value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, pretty)).map_err(failed)?;
+        }
+        None => {
+            let mut serializer = serde_json::Serializer::with_formatter(&mut out, PythonSeparators);
+            value.serialize(&mut serializer).map_err(failed)?;
+        }
+    }
+    Ok(Value::from(String::from_utf8_lossy(&out).into_owned()))
+}
+
+/// `", "` and `": "`.
+struct PythonSeparators;
+
+impl serde_json::ser::Formatter for PythonSeparators {
+    fn begin_array_value<W: ?Sized + std::io::Write>(
+        &mut self,
+        out: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        if first { Ok(()) } else { out.write_all(b", ") }
+    }
+
+    fn begin_object_key<W: ?Sized + std::io::Write>(
+        &mut self,
+        out: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        if first { Ok(()) } else { out.write_all(b", ") }
+    }
+
+    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, out: &mut W) -> std::io::Result<()> {
+        out.write_all(b": ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value as Json;
+
+    use super::*;
+
+    fn models() -> std::path::PathBuf {
+        std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models")
+    }
+
+    fn json(path: &str) -> Json {
+        serde_json::from_slice(&std::fs::read(models().join(path)).unwrap()).unwrap()
+    }
+
+    fn messages(list: &Json) -> Vec<Message> {
+        let text = |m: &Json, key: &str| m[key].as_str().unwrap().to_owned();
+        let list = list.as_array().unwrap().iter();
+        list.map(|m| Message { role: text(m, "role"), content: text(m, "content") }).collect()
+    }
+
+    fn compile(source: &str) -> Result<ChatTemplate, ChatError> {
+        let tokens = [("bos_token", "<|bos|>"), ("eos_token", "<|eos|>")];
+        let tokens = tokens.map(|(k, v)| (k.to_owned(), v.to_owned()));
+        ChatTemplate::compile(source.to_owned(), tokens.into())
+    }
+
+    #[test]
+    fn renders_what_transformers_renders() {
+        let cases = json("chat_templates.json");
+        let chat = messages(&cases["messages"]);
+        for (name, case) in cases["templates"].as_object().unwrap() {
+            let template = compile(case["template"].as_str().unwrap()).unwrap();
+            assert_eq!(
+                template.render(&chat, true).unwrap(),
+                case["with_prompt"].as_str().unwrap(),
+                "{name}"
+            );
+            assert_eq!(
+                template.render(&chat[..2], false).unwrap(),
+                case["first_two"].as_str().unwrap(),
+                "{name}"
+            );
+        }
+    }
+
+    #[test]
+    fn finds_the_template_in_either_place() {
+        let read = |name: &str| std::fs::read(models().join("shakespeare").join(name)).unwrap();
+        let file = |name: &str, data: Vec<u8>| (name.to_owned(), data);
+        let config = read("tokenizer_config.json");
+        let new = Files::from([
+            file("tokenizer_config.json", config),
+            file("chat_template.jinja", read("chat_template.jinja")),
+        ]);
+        let expected = json("shakespeare/expected.json");
+        let chat = messages(&expected["chat"]["messages"]);
+        let text = ChatTemplate::new(&new).unwrap().unwrap().render(&chat, true).unwrap();
+        assert_eq!(text, expected["chat"]["text"].as_str().unwrap());
+
+        let old = r#"{"bos_token": {"content": "<s>"}, "chat_template": [
+            {"name": "tool_use", "template": "x"}, {"name": "default", "template": "{{ bos_token }}!"}]}"#;
+        let old = Files::from([file("tokenizer_config.json", old.into())]);
+        assert_eq!(ChatTemplate::new(&old).unwrap().unwrap().render(&chat, true).unwrap(), "<s>!");
+        assert!(ChatTemplate::new(&Files::new()).unwrap().is_none());
+    }
+
+    #[test]
+    fn what_goes_wrong_is_said_and_bounded() {
+        assert!(matches!(compile("{% for %}"), Err(ChatError::Syntax(_))));
+        let raises = compile("{{ raise_exception('roles must alternate') }}").unwrap();
+        assert_eq!(raises.render(&[], true), Err(ChatError::Refused("roles must alternate".into())));
+        let endless = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}";
+        assert!(matches!(compile(endless).unwrap().render(&[], true), Err(ChatError::Refused(_))));
+        let outside = compile("{% include '/etc/passwd' %}").unwrap();
+        assert!(matches!(outside.render(&[], true), Err(ChatError::Refused(_))));
+    }
+}
