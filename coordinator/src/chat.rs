@@ -53,6 +53,29 @@ struct TokenizerConfig {
     rest: BTreeMap<String, serde_json::Value>,
 }
 
+impl TokenizerConfig {
+    fn read(files: &Files) -> Result<Self, ChatError> {
+        match files.get("tokenizer_config.json") {
+            Some(json) => serde_json::from_slice(json).map_err(|e| ChatError::Config(e.to_string())),
+            None => Ok(TokenizerConfig::default()),
+        }
+    }
+}
+
+/// `bos_token`, `eos_token`, … as tokenizer_config.json names them, with their texts.
+///
+/// # Errors
+/// If the file does not parse.
+pub fn special_tokens(files: &Files) -> Result<BTreeMap<String, String>, ChatError> {
+    let entries = TokenizerConfig::read(files)?.rest.into_iter().filter(|(key, _)| key.ends_with("_token"));
+    let texts = entries.filter_map(|(key, value)| {
+        // Either the text, or an object that has it.
+        let text = value.as_str().or_else(|| value.get("content")?.as_str())?.to_owned();
+        Some((key, text))
+    });
+    Ok(texts.collect())
+}
+
 /// transformers 4 keeps a text, or a list of named ones.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
@@ -81,10 +104,7 @@ impl ChatTemplate {
     /// # Errors
     /// If it does not compile, or the configuration does not parse.
     pub fn new(files: &Files) -> Result<Option<Self>, ChatError> {
-        let config: TokenizerConfig = match files.get("tokenizer_config.json") {
-            Some(json) => serde_json::from_slice(json).map_err(|e| ChatError::Config(e.to_string()))?,
-            None => TokenizerConfig::default(),
-        };
+        let config = TokenizerConfig::read(files)?;
         let source = match (files.get("chat_template.jinja"), config.chat_template) {
             (Some(text), _) => String::from_utf8_lossy(text).into_owned(),
             (None, Some(TemplateEntry::Text(text))) => text,
@@ -96,13 +116,7 @@ impl ChatTemplate {
             }
             (None, None) => return Ok(None),
         };
-        let special = config.rest.into_iter().filter(|(key, _)| key.ends_with("_token"));
-        let special_tokens = special.filter_map(|(key, value)| {
-            // Either the text, or an object that has it.
-            let text = value.as_str().or_else(|| value.get("content")?.as_str())?.to_owned();
-            Some((key, text))
-        });
-        Self::compile(source, special_tokens.collect()).map(Some)
+        Self::compile(source, special_tokens(files)?).map(Some)
     }
 
     fn compile(source: String, special_tokens: BTreeMap<String, String>) -> Result<Self, ChatError> {

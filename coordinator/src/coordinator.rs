@@ -1,17 +1,24 @@
 //! Starting a coordinator: members, plan, tokenizer, engine, first pipeline.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use strata_proto::{ModelProfile, Plan};
+use strata_proto::{ModelProfile, Plan, v1::generate_event};
 use tokio::sync::mpsc;
 
 use crate::{
-    admission::Gate,
-    engine::{Engine, EngineHandle, Event, Limits, Notice, Observer},
+    admission::{Checked, Gate},
+    engine::{Engine, EngineError, EngineHandle, Event, Limits, Notice, Observer, Reply, Submission},
     membership::{self, Member, MemberEvent},
     pipeline::{Deployment, PipelineError, Survey, survey},
-    tokenizer::{Tokenizer, TokenizerError},
+    preflight::{self, Check, Finding},
+    tokenizer::Tokenizer,
 };
+
+/// Alternatives that the output check compares.
+const PROBE_LOGPROBS: u32 = 20;
 
 /// Everything a coordinator needs to know.
 #[derive(Debug, Clone)]
@@ -24,6 +31,8 @@ pub struct CoordinatorConfig {
     pub expected_members: usize,
     /// How long to wait for them.
     pub join_patience: Duration,
+    /// Checks whose failure does not keep the deployment from serving.
+    pub skip_checks: Vec<Check>,
 }
 
 /// Why a coordinator did not start.
@@ -42,12 +51,18 @@ pub enum StartError {
     /// No pipeline.
     #[error(transparent)]
     Pipeline(#[from] PipelineError),
-    /// No tokenizer.
-    #[error(transparent)]
-    Tokenizer(#[from] TokenizerError),
+    /// A check before serving failed.
+    #[error("preflight: {}", refusals(.0))]
+    Preflight(Vec<Finding>),
     /// The engine ended before it began.
     #[error("the engine ended unexpectedly")]
     Engine,
+}
+
+fn refusals(findings: &[Finding]) -> String {
+    let one = |f: &Finding| format!("{}: {}", f.check, f.detail);
+    let all: Vec<_> = findings.iter().filter(|f| f.refuses()).map(one).collect();
+    format!("{} (a check can be ignored with --skip-check NAME)", all.join("; "))
 }
 
 /// A serving coordinator, without its ports.
@@ -93,18 +108,23 @@ impl Coordinator {
         let plan = found.plan(&config.deployment)?;
         let files = found.tokenizer_files(&plan).await?;
         let profile = Arc::new(found.profile.clone());
-        let checked = profile.clone();
-        let tokenizer = tokio::task::spawn_blocking(move || Tokenizer::new(&files, &checked))
-            .await
-            .map_err(|_| StartError::Engine)??;
-        let tokenizer = Arc::new(tokenizer);
+        let (checked, skip) = (profile.clone(), config.skip_checks.clone());
+        let inspected = tokio::task::spawn_blocking(move || preflight::inspect(&files, &checked, &skip));
+        let (tokenizer, mut findings) = inspected.await.map_err(|_| StartError::Engine)?;
+        let tokenizer = match tokenizer {
+            Some(tokenizer) if !findings.iter().any(Finding::refuses) => Arc::new(tokenizer),
+            _ => {
+                observer(Notice::Checked(findings.clone()));
+                return Err(StartError::Preflight(findings));
+            }
+        };
 
         let shared = Arc::new(std::sync::Mutex::new(members.clone()));
         let (engine, up) = Engine::spawn(
             config.deployment.clone(),
             config.limits.clone(),
             tokenizer.clone(),
-            observer,
+            observer.clone(),
             members,
         );
         let (handle, known) = (engine.events.clone(), shared.clone());
@@ -120,14 +140,68 @@ impl Coordinator {
             }
         });
         up.await.map_err(|_| StartError::Engine)??;
-        Ok(Coordinator {
+        let coordinator = Coordinator {
             gate: Gate::new(config.limits.max_requests),
             deployment: config.deployment,
             profile,
             tokenizer,
             engine,
             members: shared,
-        })
+        };
+        let output = coordinator.probe().await;
+        findings.push(Finding::new(Check::Output, output, &config.skip_checks));
+        observer(Notice::Checked(findings.clone()));
+        if findings.iter().any(Finding::refuses) {
+            return Err(StartError::Preflight(findings));
+        }
+        Ok(coordinator)
+    }
+
+    /// Asks the model for one token after each of two inputs: the logits must be finite and differ.
+    async fn probe(&self) -> Result<String, String> {
+        let last = self.profile.vocab_size - 1;
+        let (a, b) = (self.probe_one(vec![0]).await?, self.probe_one(vec![last]).await?);
+        if !a.iter().chain(&b).all(|x| x.is_finite()) {
+            return Err("the model's log-probabilities are not finite: its weights are damaged".into());
+        }
+        if a == b {
+            return Err("two different inputs give the same output: the weights are not the model's".into());
+        }
+        Ok("finite, and different for different inputs".into())
+    }
+
+    /// The best log-probabilities after a prompt.
+    async fn probe_one(&self, prompt: Vec<u32>) -> Result<Vec<f32>, String> {
+        let request = Checked {
+            prompt,
+            max_tokens: 1,
+            sampling: strata_proto::v1::Sampling::default(),
+            seed: 0,
+            stop: Vec::new(),
+            eos: Vec::new(),
+            logprobs: Some(PROBE_LOGPROBS),
+            deadline: None,
+        };
+        let permit = self.gate.enter().map_err(|e| e.to_string())?;
+        let (reply, mut replies) = mpsc::unbounded_channel();
+        let submission = Submission { request, arrived: Instant::now(), reply, permit };
+        let gone = || "the engine ended".to_owned();
+        self.engine.events.send(Event::Submit(Box::new(submission))).map_err(|_| gone())?;
+        loop {
+            match replies.recv().await.ok_or_else(gone)? {
+                Reply::Event(generate_event::Event::Tokens(tokens)) => {
+                    let scores = tokens.logprobs.into_iter().flat_map(|l| l.top).map(|t| t.logprob);
+                    return Ok(scores.collect());
+                }
+                Reply::Failed(EngineError::Poisoned) => {
+                    return Err("the forward pass fails or gives logits that are not finite: the weights are damaged, \
+                                or this dtype cannot hold them; try --dtype f32"
+                        .into());
+                }
+                Reply::Failed(error) => return Err(error.to_string()),
+                Reply::Accepted(_) | Reply::Event(_) => {}
+            }
+        }
     }
 
     /// The engine, for whoever wants to watch it.

@@ -17,6 +17,7 @@ use crate::{
     admission::{Checked, Permit},
     membership::{self, Member, MemberEvent},
     pipeline::{Deployment, LoadUpdate, Pipeline, PipelineError, PipelineEvent, survey},
+    preflight::Finding,
     scheduler::{self, Committed, Scheduler, SequenceId},
     tokenizer::{TextStream, Tokenizer},
 };
@@ -141,6 +142,8 @@ pub enum Notice {
     Planned(Arc<Plan>),
     /// A stage reads its weights.
     Loading(LoadUpdate),
+    /// What the checks before serving found.
+    Checked(Vec<Finding>),
 }
 
 /// Limits of the scheduler that are not part of the plan.

@@ -11,6 +11,7 @@ pub mod grpc;
 pub mod membership;
 pub mod pipeline;
 pub mod planner;
+pub mod preflight;
 mod remote;
 pub mod scheduler;
 pub mod tokenizer;

@@ -1,9 +1,11 @@
 //! The model's own tokenizer, as it came with the weights; incremental text with stop strings.
 
-use serde::Deserialize;
-use strata_proto::{Files, ModelProfile};
+use std::collections::BTreeMap;
 
-use crate::chat::{ChatError, ChatTemplate, Message};
+use serde::Deserialize;
+use strata_proto::Files;
+
+use crate::chat::{ChatError, ChatTemplate, Message, special_tokens};
 
 /// Why a model's tokenizer cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -18,17 +20,6 @@ pub enum TokenizerError {
         file: &'static str,
         /// What is wrong with it.
         why: String,
-    },
-    /// The tokenizer of another model.
-    #[error(
-        "the tokenizer knows token id {id} but the embedding has {rows} rows: this tokenizer belongs to another \
-         model; put the right tokenizer.json beside the weights"
-    )]
-    WrongModel {
-        /// Highest id of the tokenizer.
-        id: u32,
-        /// Rows of the embedding.
-        rows: u32,
     },
     /// The chat template is broken, missing, or refuses the messages.
     #[error(transparent)]
@@ -61,6 +52,8 @@ pub struct GenerationDefaults {
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     defaults: GenerationDefaults,
+    /// `bos_token`, `eos_token`, … of tokenizer_config.json.
+    special: BTreeMap<String, String>,
     chat: Option<Chat>,
 }
 
@@ -75,11 +68,11 @@ struct Chat {
 }
 
 impl Tokenizer {
-    /// Builds the tokenizer from a model's files and checks it against the model.
+    /// Builds the tokenizer from a model's files.
     ///
     /// # Errors
-    /// If a file is missing or broken, or an id lies outside the embedding.
-    pub fn new(files: &Files, profile: &ModelProfile) -> Result<Self, TokenizerError> {
+    /// If a file is missing or broken.
+    pub fn new(files: &Files) -> Result<Self, TokenizerError> {
         let json = files.get("tokenizer.json").ok_or(TokenizerError::Missing)?;
         let broken = |file, why: String| TokenizerError::Broken { file, why };
         let mut inner =
@@ -90,17 +83,14 @@ impl Tokenizer {
         let chat = ChatTemplate::new(files)?.map(|template| Chat::new(template, &inner));
         // Text of users never becomes a control token.
         inner.set_encode_special_tokens(true);
-        let highest = inner.get_vocab(true).into_values().max().unwrap_or(0);
-        if highest >= profile.vocab_size {
-            return Err(TokenizerError::WrongModel { id: highest, rows: profile.vocab_size });
-        }
         let defaults = match files.get("generation_config.json") {
             None => GenerationDefaults::default(),
             Some(json) => {
                 serde_json::from_slice(json).map_err(|e| broken("generation_config.json", e.to_string()))?
             }
         };
-        Ok(Tokenizer { inner, defaults, chat })
+        let special = special_tokens(files)?;
+        Ok(Tokenizer { inner, defaults, special, chat })
     }
 
     /// Text to ids; `special` adds what the tokenizer puts around a text (BOS).
@@ -178,6 +168,26 @@ impl Tokenizer {
     /// If the tokenizer fails on these ids.
     pub fn decode(&self, ids: &[u32], keep_special: bool) -> Result<String, TokenizerError> {
         self.inner.decode(ids, !keep_special).map_err(|e| TokenizerError::Failed(e.to_string()))
+    }
+
+    /// Number of tokens.
+    pub fn size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// The highest token id.
+    pub fn highest_id(&self) -> u32 {
+        self.inner.get_vocab(true).into_values().max().unwrap_or(0)
+    }
+
+    /// The text of `bos_token`, `eos_token`, …, if tokenizer_config.json names it.
+    pub fn special_token(&self, name: &str) -> Option<&str> {
+        self.special.get(name).map(String::as_str)
+    }
+
+    /// The id of a token by its text.
+    pub fn token_id(&self, text: &str) -> Option<u32> {
+        self.inner.token_to_id(text)
     }
 
     /// What the model's makers suggest.
@@ -280,13 +290,9 @@ mod tests {
 
     fn demo() -> Tokenizer {
         let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/models/shakespeare");
-        let json = std::fs::read(format!("{directory}/tokenizer.json")).unwrap();
-        let mut inner = tokenizers::Tokenizer::from_bytes(json).unwrap();
         let read = |name: &str| (name.to_owned(), std::fs::read(format!("{directory}/{name}")).unwrap());
-        let files = Files::from(["tokenizer_config.json", "chat_template.jinja"].map(read));
-        let chat = ChatTemplate::new(&files).unwrap().map(|t| Chat::new(t, &inner));
-        inner.set_encode_special_tokens(true);
-        Tokenizer { inner, defaults: GenerationDefaults::default(), chat }
+        let files = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"].map(read);
+        Tokenizer::new(&Files::from(files)).unwrap()
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use strata_coordinator::planner::Split;
+use strata_coordinator::{planner::Split, preflight::Check};
 use strata_proto::{DEFAULT_PORT, DType, LinkKind, v1::ChatMessage};
 use strata_worker::device::DeviceSpec;
 
@@ -41,6 +41,8 @@ pub enum Command {
     Worker(WorkerArgs),
     /// Show how a model would be split, without loading it
     Plan(PlanArgs),
+    /// Load a model, check that it and its tokenizer belong together, and report
+    Check(PlanArgs),
     /// Continue a prompt
     Generate(GenerateArgs),
     /// Show what a server is doing
@@ -71,6 +73,9 @@ pub struct DeploymentArgs {
     /// Most prompt tokens of one sequence in one step
     #[arg(long, env = "STRATA_PREFILL_CHUNK", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub prefill_chunk: u32,
+    /// Serve although this check fails: token-ids, special-tokens, chat-template, round-trip or output
+    #[arg(long, env = "STRATA_SKIP_CHECK", value_delimiter = ',')]
+    pub skip_check: Vec<Check>,
     /// Most requests in progress or waiting; more are refused at once
     #[arg(long, env = "STRATA_MAX_REQUESTS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub max_requests: u32,

@@ -1,6 +1,7 @@
 //! `strata`: one binary for every role of a cluster and for its clients.
 
 mod args;
+mod check;
 mod client;
 mod config_file;
 mod generate;
@@ -41,6 +42,7 @@ fn run() -> anyhow::Result<()> {
             Command::Coordinator(args) => roles::coordinator(args).await,
             Command::Worker(args) => roles::worker(args).await,
             Command::Plan(args) => plan::plan(args).await,
+            Command::Check(args) => check::check(args).await,
             Command::Generate(args) => generate::generate(args).await,
             Command::Status(args) => status::status(args).await,
         }

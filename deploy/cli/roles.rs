@@ -162,6 +162,7 @@ fn coordinator_config(
         limits: Limits { prefill_chunk: args.prefill_chunk, max_requests: args.max_requests as usize },
         expected_members,
         join_patience,
+        skip_checks: args.skip_check.clone(),
     }
 }
 

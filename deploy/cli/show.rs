@@ -98,6 +98,9 @@ impl Loading {
                 eprintln!("{}", plan_table(&plan));
                 *bars = Some(Bars::new(plan));
             }
+            Notice::Checked(findings) => {
+                findings.iter().filter(|f| !f.passed).for_each(|finding| eprintln!("{finding}"));
+            }
             Notice::Loading(update) => {
                 let Some(bars) = &*bars else { return };
                 let Some(bar) = bars.stages.get(update.stage) else { return };

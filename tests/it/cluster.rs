@@ -155,6 +155,7 @@ impl Cluster {
             limits: Limits { prefill_chunk: options.prefill_chunk, max_requests: options.max_requests },
             expected_members: options.workers,
             join_patience: PATIENCE,
+            skip_checks: Vec::new(),
         };
         let (members, events) = mpsc::unbounded_channel();
         for member in options.members() {

@@ -14,12 +14,13 @@ use crate::cluster::{Cluster, Options, ask, expectations, greedy, model};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failing_or_panicking_step_is_replayed_and_nobody_notices() {
+    // Rare enough that no request meets four faults between two tokens, which would be its end.
     let calls = Arc::new(AtomicU32::new(0));
     let hook: strata_worker::StepHook = {
         let calls = calls.clone();
         Arc::new(move |meta| match calls.fetch_add(1, Ordering::Relaxed) {
-            n if n % 97 == 20 => panic!("injected panic in step {}", meta.step),
-            n if n % 41 == 7 => Err("injected failure".into()),
+            n if n % 401 == 20 => panic!("injected panic in step {}", meta.step),
+            n if n % 173 == 50 => Err("injected failure".into()),
             _ => Ok(()),
         })
     };
@@ -31,7 +32,7 @@ async fn a_failing_or_panicking_step_is_replayed_and_nobody_notices() {
         let answer = ask(&client, greedy(&e.ids, 20)).await.unwrap();
         assert_eq!(answer.ids, e.greedy[..20]);
     }
-    assert!(calls.load(Ordering::Relaxed) > 150, "too few steps to have met the faults");
+    assert!(calls.load(Ordering::Relaxed) > 230, "too few steps to have met the faults");
     cluster.wait_idle().await;
 }
 
@@ -124,4 +125,12 @@ async fn workers_refuse_stale_fences_on_every_call() {
     assert_eq!(none.code(), Code::InvalidArgument);
     let unopened = worker.run(v1::Open { fence: fence(2, 6), device: "cpu".into() }).await.unwrap_err();
     assert!(unopened.message().contains("not prepared"), "{unopened:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_model_that_says_nothing_sensible_is_refused_before_it_serves() {
+    let hook: strata_worker::StepHook = Arc::new(|_| Err("injected: every forward pass fails".into()));
+    let options = Options { hook: Some(hook), ..Options::default() };
+    let Err(error) = Cluster::try_start(&options).await else { panic!("it serves") };
+    assert!(error.to_string().contains("preflight: output: the forward pass fails"), "{error}");
 }

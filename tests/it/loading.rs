@@ -130,7 +130,27 @@ fn a_missing_or_broken_model_is_one_clear_line() {
         assert!(text.contains(from));
         std::fs::write(path, text.replace(from, to)).unwrap();
     }
-    let cases: [(&str, Breakage, &[&str]); 8] = [
+    let cases: [(&str, Breakage, &[&str]); 10] = [
+        (
+            "another model's tokenizer",
+            |d| {
+                let config = d.join("config.json");
+                edit(&config, "\"eos_token_id\": 1,", "\"eos_token_id\": 1500,");
+                edit(&d.join("generation_config.json"), "\"eos_token_id\": 1,", "\"eos_token_id\": 1500,");
+            },
+            &["special-tokens", "eos_token", "another model's"],
+        ),
+        (
+            "NaN weights",
+            |d| {
+                let path = d.join("model.safetensors");
+                let mut bytes = std::fs::read(&path).unwrap();
+                let end = bytes.len();
+                bytes[end - 400_000..].fill(0xff);
+                std::fs::write(&path, bytes).unwrap();
+            },
+            &["output", "not finite"],
+        ),
         ("missing", |d| std::fs::remove_dir_all(d).unwrap(), &["No such file"]),
         ("no config", |d| std::fs::remove_file(d.join("config.json")).unwrap(), &["config.json"]),
         (

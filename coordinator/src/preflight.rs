@@ -1,0 +1,286 @@
+//! Checks before a deployment turns ready: that the tokenizer is the model's, and that the model says something.
+//!
+//! Each has a name, by which it can be skipped, and a failure says what to do.
+
+use std::{collections::BTreeSet, fmt, str::FromStr};
+
+use serde::Serialize;
+use strata_proto::{Files, ModelProfile};
+
+use crate::{
+    chat::{ChatError, Message},
+    tokenizer::{Tokenizer, TokenizerError},
+};
+
+/// A text that every tokenizer of natural language can say.
+const PROBE: &str = "The quick brown fox, aged 12, jumps over 345 lazy dogs.";
+
+/// Something that is checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Check {
+    /// The tokenizer's files are there and parse.
+    Tokenizer,
+    /// Every token id of the tokenizer is a row of the embedding.
+    TokenIds,
+    /// bos, eos and pad of the tokenizer are those of the configuration.
+    SpecialTokens,
+    /// The chat template, if there is one, compiles and renders.
+    ChatTemplate,
+    /// A text survives being encoded and decoded.
+    RoundTrip,
+    /// A forward pass gives finite logits, which depend on the input.
+    Output,
+}
+
+impl Check {
+    /// Every check, in order.
+    pub const ALL: [Check; 6] = [
+        Check::Tokenizer,
+        Check::TokenIds,
+        Check::SpecialTokens,
+        Check::ChatTemplate,
+        Check::RoundTrip,
+        Check::Output,
+    ];
+
+    /// The name by which it is skipped.
+    pub fn name(self) -> &'static str {
+        match self {
+            Check::Tokenizer => "tokenizer",
+            Check::TokenIds => "token-ids",
+            Check::SpecialTokens => "special-tokens",
+            Check::ChatTemplate => "chat-template",
+            Check::RoundTrip => "round-trip",
+            Check::Output => "output",
+        }
+    }
+}
+
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Check {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        match Check::ALL.into_iter().find(|c| c.name() == s) {
+            // Without a tokenizer there is nothing to serve.
+            Some(Check::Tokenizer) | None => {
+                let names: Vec<_> = Check::ALL[1..].iter().map(|c| c.name()).collect();
+                Err(format!("unknown check {s:?}: expected one of {}", names.join(", ")))
+            }
+            Some(check) => Ok(check),
+        }
+    }
+}
+
+/// What a check found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// The check.
+    pub check: Check,
+    /// It found nothing wrong.
+    pub passed: bool,
+    /// Its failure does not count, because the user said so.
+    pub skipped: bool,
+    /// What it found, or what is wrong and what to do.
+    pub detail: String,
+}
+
+impl Finding {
+    /// The outcome of a check; a failure of one in `skip` does not count.
+    pub fn new(check: Check, outcome: Result<String, String>, skip: &[Check]) -> Self {
+        let passed = outcome.is_ok();
+        let skipped = !passed && skip.contains(&check);
+        let (Ok(detail) | Err(detail)) = outcome;
+        if skipped {
+            tracing::warn!(%check, detail, "A FAILED CHECK IS IGNORED, as asked for by --skip-check");
+        }
+        Finding { check, passed, skipped, detail }
+    }
+
+    /// Whether it forbids serving.
+    pub fn refuses(&self) -> bool {
+        !self.passed && !self.skipped
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mark = match (self.passed, self.skipped) {
+            (true, _) => "ok",
+            (_, true) => "FAILED, ignored",
+            _ => "FAILED",
+        };
+        write!(f, "{:15} {mark}: {}", self.check, self.detail)
+    }
+}
+
+/// Runs every check that needs no forward pass. The tokenizer is there if its own check passed.
+pub fn inspect(files: &Files, profile: &ModelProfile, skip: &[Check]) -> (Option<Tokenizer>, Vec<Finding>) {
+    let tokenizer = match Tokenizer::new(files) {
+        Ok(tokenizer) => tokenizer,
+        Err(error) => return (None, vec![Finding::new(Check::Tokenizer, Err(error.to_string()), &[])]),
+    };
+    let findings = [
+        (Check::Tokenizer, Ok(format!("{} tokens", tokenizer.size()))),
+        (Check::TokenIds, token_ids(&tokenizer, profile)),
+        (Check::SpecialTokens, special_tokens(&tokenizer, profile)),
+        (Check::ChatTemplate, chat_template(&tokenizer)),
+        (Check::RoundTrip, round_trip(&tokenizer)),
+    ];
+    let findings = findings.into_iter().map(|(check, outcome)| Finding::new(check, outcome, skip)).collect();
+    (Some(tokenizer), findings)
+}
+
+fn token_ids(tokenizer: &Tokenizer, profile: &ModelProfile) -> Result<String, String> {
+    let (highest, rows) = (tokenizer.highest_id(), profile.vocab_size);
+    if highest < rows {
+        return Ok(format!("highest id {highest}, {rows} embedding rows"));
+    }
+    Err(format!(
+        "the tokenizer knows id {highest} but the embedding has {rows} rows: this tokenizer belongs to another model; \
+         put the right tokenizer.json beside the weights"
+    ))
+}
+
+fn special_tokens(tokenizer: &Tokenizer, profile: &ModelProfile) -> Result<String, String> {
+    let mut agreed = Vec::new();
+    let kinds = [
+        ("bos_token", &profile.bos_token_ids),
+        ("eos_token", &profile.eos_token_ids),
+        ("pad_token", &profile.pad_token_ids),
+    ];
+    for (name, configured) in kinds {
+        let Some(text) = tokenizer.special_token(name) else { continue };
+        let Some(id) = tokenizer.token_id(text) else {
+            return Err(format!(
+                "tokenizer_config.json says {name} is {text:?}, which tokenizer.json does not know: the two files are of \
+                 different models"
+            ));
+        };
+        let configured: BTreeSet<u32> = configured.iter().copied().collect();
+        if !configured.is_empty() && !configured.contains(&id) {
+            return Err(format!(
+                "{name} is {text:?} (id {id}) by the tokenizer but {configured:?} by config.json and \
+                 generation_config.json: the tokenizer is another model's, or a configuration is out of date"
+            ));
+        }
+        agreed.push(format!("{name} {id}"));
+    }
+    Ok(if agreed.is_empty() { "the tokenizer names none".into() } else { agreed.join(", ") })
+}
+
+fn chat_template(tokenizer: &Tokenizer) -> Result<String, String> {
+    let say = Message { role: "user".into(), content: "Hello".into() };
+    match tokenizer.encode_chat(&[say]) {
+        Ok(ids) => Ok(format!("renders a greeting as {} tokens", ids.len())),
+        Err(TokenizerError::Chat(ChatError::NoTemplate)) => Ok("the model has none".into()),
+        Err(error) => Err(format!("{error}; mend chat_template.jinja, or remove it to serve prompts only")),
+    }
+}
+
+fn round_trip(tokenizer: &Tokenizer) -> Result<String, String> {
+    let again = || -> Result<_, TokenizerError> {
+        let ids = tokenizer.encode(PROBE, false)?;
+        let text = tokenizer.decode(&ids, false)?;
+        Ok((tokenizer.encode(&text, false)?, ids, text))
+    };
+    match again() {
+        Ok((again, ids, _)) if again == ids => Ok(format!("{} tokens", ids.len())),
+        Ok((_, _, text)) => Err(format!(
+            "{PROBE:?} comes back as {text:?}, which is encoded differently: the tokenizer's decoder does not fit its \
+             model; fetch the tokenizer's files anew"
+        )),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use strata_proto::{DType, FormatBytes, Module, v1::Task};
+
+    use super::*;
+
+    fn profile(vocab_size: u32, eos: u32) -> ModelProfile {
+        ModelProfile {
+            model: "m".into(),
+            family: "llama".into(),
+            task: Task::Generate,
+            dtype: DType::F32,
+            hidden_size: 8,
+            vocab_size,
+            context_length: 32,
+            layers: vec![Module::default()],
+            embedding: Module::default(),
+            head: Module::default(),
+            shared: FormatBytes::default(),
+            shared_tensors: vec![],
+            bos_token_ids: vec![0],
+            eos_token_ids: vec![eos],
+            pad_token_ids: vec![2],
+            fingerprint: String::new(),
+            recompute_at: None,
+            workspace_bytes_per_token: 0,
+            workspace_bytes_per_output: 0,
+        }
+    }
+
+    fn demo() -> Files {
+        let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/models/shakespeare");
+        let read = |name: &str| (name.to_owned(), std::fs::read(format!("{directory}/{name}")).unwrap());
+        Files::from(["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"].map(read))
+    }
+
+    fn failures(files: &Files, profile: &ModelProfile) -> Vec<(Check, String)> {
+        let (_, findings) = inspect(files, profile, &[]);
+        findings.into_iter().filter(Finding::refuses).map(|f| (f.check, f.detail)).collect()
+    }
+
+    #[test]
+    fn the_models_own_tokenizer_passes_and_every_other_is_refused_with_the_reason() {
+        assert_eq!(failures(&demo(), &profile(2048, 1)), []);
+        let refused = |files: &Files, profile: &ModelProfile, check: Check, says: &str| {
+            let failures = failures(files, profile);
+            let found = failures.iter().any(|(c, detail)| *c == check && detail.contains(says));
+            assert!(found, "{failures:?} does not refuse {check} with {says:?}");
+        };
+        refused(&demo(), &profile(2000, 1), Check::TokenIds, "knows id 2047 but the embedding has 2000 rows");
+        refused(&demo(), &profile(2048, 7), Check::SpecialTokens, "eos_token is \"<|eos|>\" (id 1)");
+        refused(&Files::new(), &profile(2048, 1), Check::Tokenizer, "no tokenizer.json");
+        let with = |name: &str, data: &str| {
+            let mut files = demo();
+            files.insert(name.into(), data.into());
+            files
+        };
+        let garbage = with("tokenizer.json", "{}");
+        refused(&garbage, &profile(2048, 1), Check::Tokenizer, "tokenizer.json");
+        let other = with("tokenizer_config.json", r#"{"eos_token": "</s>"}"#);
+        refused(&other, &profile(2048, 1), Check::SpecialTokens, "does not know");
+        let raises = with("chat_template.jinja", "{{ raise_exception('no') }}");
+        refused(&raises, &profile(2048, 1), Check::ChatTemplate, "refuses these messages: no");
+        let broken = with("chat_template.jinja", "{% if %}");
+        refused(&broken, &profile(2048, 1), Check::Tokenizer, "does not compile");
+        // A decoder that drops what the model's pre-tokenizer wrote.
+        let text = String::from_utf8(demo()["tokenizer.json"].clone()).unwrap();
+        let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        json["decoder"] = serde_json::Value::Null;
+        let undecoded = with("tokenizer.json", &json.to_string());
+        refused(&undecoded, &profile(2048, 1), Check::RoundTrip, "comes back as");
+    }
+
+    #[test]
+    fn a_failure_can_be_skipped_by_name() {
+        let skip = ["token-ids".parse().unwrap()];
+        let (tokenizer, findings) = inspect(&demo(), &profile(2000, 1), &skip);
+        assert!(tokenizer.is_some() && !findings.iter().any(Finding::refuses));
+        assert!(findings.iter().any(|f| f.skipped && f.to_string().contains("FAILED, ignored")));
+        assert!(
+            "tokenizer".parse::<Check>().is_err() && "x".parse::<Check>().unwrap_err().contains("round-trip")
+        );
+    }
+}
