@@ -17,7 +17,7 @@ use strata_coordinator::{
 };
 use strata_proto::{
     DType, LinkKind, Worker,
-    v1::{self, generate_event, inference_client::InferenceClient},
+    v1::{self, cluster_client::ClusterClient, generate_event, inference_client::InferenceClient},
 };
 use strata_worker::{
     LocalWorker, Models, StepHook, WorkerConfig, device::DeviceSpec, transport::loopback::Hub,
@@ -198,6 +198,12 @@ impl Cluster {
 pub async fn client(address: &str) -> InferenceClient<Channel> {
     let channel = Channel::from_shared(address.to_owned()).unwrap().connect().await.unwrap();
     InferenceClient::new(channel)
+}
+
+/// What a server says of itself.
+pub async fn status(address: &str) -> v1::StatusResponse {
+    let channel = Channel::from_shared(address.to_owned()).unwrap().connect().await.unwrap();
+    ClusterClient::new(channel).status(v1::StatusRequest {}).await.unwrap().into_inner()
 }
 
 /// A whole answer.

@@ -59,7 +59,12 @@ async fn a_poison_request_is_given_up_and_its_neighbours_are_not() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_leaves_costs_a_pause_and_no_error() {
-    let cluster = Cluster::start(&Options { workers: 3, ..Options::default() }).await;
+    // Slow enough that the answers last longer than the news takes.
+    let slow: strata_worker::StepHook = Arc::new(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        Ok(())
+    });
+    let cluster = Cluster::start(&Options { workers: 3, hook: Some(slow), ..Options::default() }).await;
     let client = cluster.client().await;
     let expected = expectations(&model("shakespeare"));
     let answers = join_all((0..10).map(|i| ask(&client, greedy(&expected[i % 5].ids, 48))));

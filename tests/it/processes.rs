@@ -3,15 +3,19 @@
 use std::{
     io::{BufRead, BufReader, Read},
     process::{Child, Command, Stdio},
-    sync::mpsc,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+        mpsc,
+    },
     thread,
     time::{Duration, Instant},
 };
 
 use serde_json::Value;
-use strata_proto::v1::StatusRequest;
+use strata_proto::v1::generate_event;
 
-use crate::cluster::{PATIENCE, ask, client, expectations, greedy, model};
+use crate::cluster::{PATIENCE, ask, client, expectations, greedy, model, status};
 
 /// A directory that goes away with the test.
 pub fn free_dir() -> tempfile::TempDir {
@@ -105,34 +109,56 @@ async fn a_coordinator_and_three_workers_answer_as_one_process_does() {
     for (answer, e) in answers.into_iter().zip(&expected) {
         assert_eq!(answer.unwrap().ids, e.greedy);
     }
-    let channel = tonic::transport::Channel::from_shared(coordinator.address.clone()).unwrap().connect_lazy();
-    let mut cluster = strata_proto::v1::cluster_client::ClusterClient::new(channel);
-    let status = cluster.status(StatusRequest {}).await.unwrap().into_inner();
-    let stages = &status.plan.unwrap().replicas[0].stages;
+    let stages = &status(&coordinator.address).await.plan.unwrap().replicas[0].stages;
     assert_eq!(stages.len(), 3);
     assert!(stages[..2].iter().all(|s| s.link == "tcp"), "processes can only be linked by TCP: {stages:?}");
 }
 
+/// FAULTS 1 and 2: the first, a middle and the last stage.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_killed_worker_costs_a_pause_and_no_error() {
-    let mut workers = workers(3);
-    let coordinator = coordinator(&workers);
-    let client = client(&coordinator.address).await;
-    let expected = expectations(&model("shakespeare"));
-    let answers = (0..8).map(|i| {
-        let (client, e) = (client.clone(), expected[i % 5].clone());
-        tokio::spawn(async move { (ask(&client, greedy(&e.ids, 48)).await, e.greedy) })
-    });
-    let answers: Vec<_> = answers.collect();
-    let first = ask(&client, greedy(&expected[0].ids, 4)).await.unwrap();
-    assert_eq!(first.ids, expected[0].greedy[..4]);
-    workers.remove(1).signal("-KILL");
-    for answer in answers {
-        let (answer, want) = answer.await.unwrap();
-        assert_eq!(answer.unwrap().ids, want, "an answer changed when a worker was killed");
+async fn a_worker_killed_mid_answer_costs_a_pause_and_no_error() {
+    const TOKENS: u32 = 200;
+    for victim in 0..3 {
+        let mut workers = workers(3);
+        let coordinator = coordinator(&workers);
+        let client = client(&coordinator.address).await;
+        let prompts: Vec<_> = expectations(&model("shakespeare")).into_iter().map(|e| e.ids).collect();
+        let mut undisturbed = Vec::new();
+        for ids in &prompts {
+            undisturbed.push(ask(&client, greedy(ids, TOKENS)).await.unwrap().ids);
+        }
+        let seen = Arc::new(AtomicU32::new(0));
+        let answers: Vec<_> = (0..10)
+            .map(|i| {
+                let (mut client, ids, seen) = (client.clone(), prompts[i % 5].clone(), seen.clone());
+                tokio::spawn(async move {
+                    let mut stream = client.generate(greedy(&ids, TOKENS)).await?.into_inner();
+                    let mut got = Vec::new();
+                    while let Some(event) = stream.message().await? {
+                        if let Some(generate_event::Event::Tokens(tokens)) = event.event {
+                            assert_eq!(tokens.index as usize, got.len(), "an index is missing or repeated");
+                            seen.fetch_add(1, Ordering::Relaxed);
+                            got.extend(tokens.token_ids);
+                        }
+                    }
+                    Ok::<_, tonic::Status>(got)
+                })
+            })
+            .collect();
+        while seen.load(Ordering::Relaxed) < 100 {
+            tokio::task::yield_now().await;
+        }
+        workers.remove(victim).signal("-KILL");
+        let at_kill = seen.load(Ordering::Relaxed);
+        assert!(at_kill < 10 * TOKENS, "the answers were over before worker {victim} was killed");
+        for (i, answer) in answers.into_iter().enumerate() {
+            let got = answer.await.unwrap().unwrap();
+            assert_eq!(got, undisturbed[i % 5], "an answer changed when worker {victim} was killed");
+        }
+        let status = status(&coordinator.address).await;
+        assert!(status.ready && status.fence.unwrap().generation >= 2);
+        assert_eq!(status.plan.unwrap().replicas[0].stages.len(), 2);
     }
-    let after = ask(&client, greedy(&expected[1].ids, 48)).await.unwrap();
-    assert_eq!(after.ids, expected[1].greedy);
 }
 
 #[test]
