@@ -52,7 +52,7 @@ pub enum Command {
 /// How a model is deployed, whatever the processes.
 #[derive(Debug, Clone, Args)]
 pub struct DeploymentArgs {
-    /// How to split layers: auto, balanced, or layer counts such as 2,2,2
+    /// How to split layers: auto, balanced, balanced_low_0, sequential, layer counts such as 2,2,2, or a device map as JSON
     #[arg(long, env = "STRATA_SPLIT")]
     pub split: Option<Split>,
     /// Format of weights, activations and cache: auto (the checkpoint's), f32, bf16 or f16

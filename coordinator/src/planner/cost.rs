@@ -7,10 +7,13 @@ use std::collections::HashMap;
 
 use strata_proto::{BLOCK_TOKENS, DeviceKind, LayerRange, Module};
 
-use super::Problem;
+use super::{Problem, Split};
 
 /// Rows of the prefill that splits are compared by.
 const PREFILL_ROWS: f64 = 512.0;
+
+/// Penalty of a layer that spilled to a CPU: more than any number of layers on a spared device.
+const SPILLED: u64 = 1 << 32;
 
 /// Sums over layers `0..n`, and what the ends of the model add.
 #[derive(Debug, Clone)]
@@ -55,7 +58,7 @@ pub(super) struct Costs {
     budgets: Vec<u64>,
     times: Vec<usize>,
     kinds: Vec<Times>,
-    spills: Vec<bool>,
+    penalties: Vec<u64>,
 }
 
 impl Costs {
@@ -101,7 +104,17 @@ impl Costs {
             budgets: problem.offers.iter().map(|o| o.device.budget_bytes).collect(),
             times,
             kinds,
-            spills: ranks.into_iter().map(|r| any && !r).collect(),
+            penalties: ranks
+                .into_iter()
+                .enumerate()
+                .map(|(offer, ranks)| {
+                    match (any && !ranks, *problem.split == Split::BalancedLow0 && offer == 0) {
+                        (true, _) => SPILLED,
+                        (false, true) => 1,
+                        (false, false) => 0,
+                    }
+                })
+                .collect(),
         }
     }
 
@@ -117,9 +130,10 @@ impl Costs {
         self.budgets[offer]
     }
 
-    /// Whether layers on this device count as spilled.
-    pub fn spills(&self, offer: usize) -> bool {
-        self.spills[offer]
+    /// What a layer on this device costs before time is looked at: much if it spilled to a CPU, a little if
+    /// `balanced_low_0` spares the device.
+    pub fn penalty(&self, offer: usize) -> u64 {
+        self.penalties[offer]
     }
 
     pub fn kv_bytes(&self, range: LayerRange, blocks: u64) -> u64 {

@@ -35,6 +35,12 @@ pub enum PlanError {
         /// Devices there are.
         devices: usize,
     },
+    /// A device map that describes no pipeline.
+    #[error("device map: {why}")]
+    DeviceMap {
+        /// What is wrong with it.
+        why: String,
+    },
     /// A range chosen by the user does not fit its device.
     #[error(
         "stage {stage} (layers {layers}) needs {} but {device} offers {}: {} are missing; give it fewer layers, more \
@@ -81,7 +87,9 @@ pub enum PlanError {
 impl Classify for PlanError {
     fn kind(&self) -> Kind {
         match self {
-            PlanError::Counts { .. } | PlanError::TooManyStages { .. } => Kind::BadInput,
+            PlanError::Counts { .. } | PlanError::TooManyStages { .. } | PlanError::DeviceMap { .. } => {
+                Kind::BadInput
+            }
             PlanError::NoDevices | PlanError::StageTooLarge { .. } | PlanError::DoesNotFit { .. } => {
                 Kind::WrongState
             }

@@ -1,6 +1,7 @@
 //! Where layers go: `solve(problem) -> plan`, pure and exact.
 
 mod cost;
+mod device_map;
 mod error;
 mod split;
 #[cfg(test)]
@@ -9,7 +10,7 @@ mod tests;
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
 use strata_proto::{
-    BLOCK_TOKENS, DType, Device, DeviceKind, LayerRange, MapDevice, ModelProfile, Plan, Replica, StagePlan,
+    BLOCK_TOKENS, DType, Device, LayerRange, MapDevice, ModelProfile, Plan, Replica, StagePlan,
 };
 
 use cost::Costs;
@@ -35,8 +36,14 @@ pub enum Split {
     Auto,
     /// Every device, the slowest stage as fast as possible.
     Balanced,
+    /// As `Balanced` over all devices but the first, which takes only what fits nowhere else.
+    BalancedLow0,
+    /// Each device in turn takes as many layers as fit.
+    Sequential,
     /// As many layers for each device in turn.
     Counts(Vec<u32>),
+    /// Module name, or a prefix of it, to device, as accelerate's users write it.
+    DeviceMap(BTreeMap<String, MapDevice>),
 }
 
 impl FromStr for Split {
@@ -46,13 +53,21 @@ impl FromStr for Split {
         match s {
             "auto" => Ok(Split::Auto),
             "balanced" => Ok(Split::Balanced),
+            "balanced_low_0" => Ok(Split::BalancedLow0),
+            "sequential" => Ok(Split::Sequential),
+            map if map.trim_start().starts_with('{') => serde_json::from_str(map)
+                .map(Split::DeviceMap)
+                .map_err(|e| format!("device map: {e}; expected {{\"module\": device, …}} with devices such as 0 or \"cpu\"")),
             counts => counts
                 .split(',')
                 .map(|n| n.trim().parse().ok().filter(|n| *n > 0))
                 .collect::<Option<Vec<u32>>>()
                 .map(Split::Counts)
                 .ok_or_else(|| {
-                    format!("unknown split {s:?}: expected auto, balanced, or layer counts such as 10,12,10")
+                    format!(
+                        "unknown split {s:?}: expected auto, balanced, balanced_low_0, sequential, layer counts such as \
+                         10,12,10, or a device map in JSON"
+                    )
                 }),
         }
     }
@@ -63,6 +78,13 @@ impl fmt::Display for Split {
         match self {
             Split::Auto => f.write_str("auto"),
             Split::Balanced => f.write_str("balanced"),
+            Split::BalancedLow0 => f.write_str("balanced_low_0"),
+            Split::Sequential => f.write_str("sequential"),
+            Split::DeviceMap(map) => {
+                let entries: Vec<_> =
+                    map.iter().map(|(module, device)| format!("{module}: {device}")).collect();
+                write!(f, "{{{}}}", entries.join(", "))
+            }
             Split::Counts(counts) => {
                 let counts: Vec<_> = counts.iter().map(u32::to_string).collect();
                 f.write_str(&counts.join(","))
@@ -108,6 +130,7 @@ pub fn solve(problem: &Problem<'_>) -> Result<Plan, PlanError> {
     let costs = Costs::new(problem);
     let (blocks, shares) = match problem.split {
         Split::Counts(counts) => by_counts(problem, &costs, counts)?,
+        Split::DeviceMap(map) => chosen(problem, &costs, device_map::shares(problem, map)?)?,
         _ => by_policy(problem, &costs).ok_or_else(|| error::does_not_fit(problem, &costs))?,
     };
     Ok(describe(problem, &costs, blocks, &shares))
@@ -136,11 +159,19 @@ fn largest(mut low: u64, mut high: u64, mut fits: impl FnMut(u64) -> bool) -> u6
     low
 }
 
-/// `auto` and `balanced`; `None` if even the smallest cache does not fit.
+/// The splits that are named; `None` if even the smallest cache does not fit.
 fn by_policy(problem: &Problem<'_>, costs: &Costs) -> Option<(u64, Vec<Share>)> {
-    let objective =
-        if *problem.split == Split::Auto { Objective::FewestStages } else { Objective::EveryDevice };
     let (least, wanted) = block_bounds(problem);
+    let objective = match problem.split {
+        Split::Auto => Objective::FewestStages,
+        Split::Sequential => {
+            // Filled with the smallest cache: a larger one would move layers on. What room is left makes it grow.
+            let shares = fill(costs, least)?;
+            let fits = |blocks| shares.iter().all(|s| costs.bytes(s.layers, blocks) <= costs.budget(s.offer));
+            return Some((largest(least, wanted, fits), shares));
+        }
+        _ => Objective::EveryDevice,
+    };
     // The shape (how much spills to CPUs, how many stages) is decided with the smallest cache; then the cache grows
     // for as long as the shape holds.
     let (shape, _) = assign(costs, objective, least, None)?;
@@ -151,6 +182,20 @@ fn by_policy(problem: &Problem<'_>, costs: &Costs) -> Option<(u64, Vec<Share>)> 
     // Among the splits with the fastest slowest decode, the one with the fastest slowest prefill.
     let (_, shares) = assign(costs, objective, blocks, Some(best.slowest))?;
     Some((blocks, shares))
+}
+
+/// Each device in turn takes as many layers as fit; `None` if some are left over.
+fn fill(costs: &Costs, blocks: u64) -> Option<Vec<Share>> {
+    let mut shares = Vec::new();
+    let mut first = 0;
+    for offer in 0..costs.offers() {
+        let fits = |end: &u32| costs.bytes(LayerRange::new(first, *end), blocks) <= costs.budget(offer);
+        if let Some(end) = (first + 1..=costs.layers()).take_while(fits).last() {
+            shares.push(Share { offer, layers: LayerRange::new(first, end) });
+            first = end;
+        }
+    }
+    (first == costs.layers()).then_some(shares)
 }
 
 fn by_counts(problem: &Problem<'_>, costs: &Costs, counts: &[u32]) -> Result<(u64, Vec<Share>), PlanError> {
@@ -172,6 +217,11 @@ fn by_counts(problem: &Problem<'_>, costs: &Costs, counts: &[u32]) -> Result<(u6
             Share { offer, layers }
         })
         .collect();
+    chosen(problem, costs, shares)
+}
+
+/// The cache for shares that the user chose, if they fit.
+fn chosen(problem: &Problem<'_>, costs: &Costs, shares: Vec<Share>) -> Result<(u64, Vec<Share>), PlanError> {
     let (least, wanted) = block_bounds(problem);
     let tight = |blocks| shares.iter().find(|s| costs.bytes(s.layers, blocks) > costs.budget(s.offer));
     if let Some(share) = tight(least) {
@@ -215,42 +265,7 @@ fn describe(problem: &Problem<'_>, costs: &Costs, blocks: u64, shares: &[Share])
     Plan {
         model: profile.model.clone(),
         dtype: problem.dtype,
-        hf_device_map: device_map(problem, shares),
+        hf_device_map: device_map::export(problem, shares),
         replicas: vec![replica],
     }
-}
-
-/// The plan as accelerate's users know it: module to device.
-fn device_map(problem: &Problem<'_>, shares: &[Share]) -> BTreeMap<String, MapDevice> {
-    let profile = problem.profile;
-    let cpus: Vec<usize> = shares
-        .iter()
-        .map(|s| s.offer)
-        .filter(|o| problem.offers[*o].device.kind == DeviceKind::Cpu)
-        .collect();
-    let name = |offer: usize| {
-        let device = &problem.offers[offer].device;
-        match (device.kind, cpus.iter().position(|c| *c == offer)) {
-            (DeviceKind::Cuda, _) => {
-                let number = device.id.rsplit(':').next().and_then(|n| n.parse().ok());
-                MapDevice::Cuda(number.unwrap_or(0))
-            }
-            (DeviceKind::Cpu, Some(n)) if cpus.len() > 1 => MapDevice::Named(format!("cpu:{n}")),
-            (DeviceKind::Cpu, _) => MapDevice::Named("cpu".into()),
-        }
-    };
-    let mut map = BTreeMap::new();
-    for share in shares {
-        let range = share.layers.first as usize..share.layers.end as usize;
-        let mut modules: Vec<_> = profile.layers[range].iter().collect();
-        if share.layers.first == 0 {
-            modules.push(&profile.embedding);
-        }
-        if share.layers.end == profile.layer_count() {
-            modules.push(&profile.head);
-        }
-        let names = modules.into_iter().flat_map(|m| m.names.iter().cloned());
-        map.extend(names.map(|module| (module, name(share.offer))));
-    }
-    map
 }

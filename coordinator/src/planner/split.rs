@@ -1,7 +1,7 @@
 //! Exact assignment of contiguous layer ranges to devices in order, by dynamic programming.
 //!
 //! After each device the best way to have placed layers `0..l` is kept. A way is worth
-//! `(layers spilled, stages, slowest stage)`, compared in this order. The first two add up and the third is a maximum,
+//! `(penalty, stages, slowest stage)`, compared in this order. The first two add up and the third is a maximum,
 //! so replacing a prefix by a better one never makes the whole worse, and the result is optimal.
 
 use strata_proto::LayerRange;
@@ -20,7 +20,7 @@ pub(super) enum Objective {
 /// What a way of placing layers is worth; less is better.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Worth {
-    spilled: u32,
+    penalty: u64,
     /// Negative if many stages are wanted.
     stages: i32,
     /// Seconds of the slowest stage.
@@ -29,15 +29,15 @@ pub(super) struct Worth {
 
 impl Worth {
     fn better(&self, other: &Worth) -> bool {
-        (self.spilled, self.stages)
-            .cmp(&(other.spilled, other.stages))
+        (self.penalty, self.stages)
+            .cmp(&(other.penalty, other.stages))
             .then(self.slowest.total_cmp(&other.slowest))
             .is_lt()
     }
 
-    /// Whether both spill as much and have as many stages.
+    /// Whether both have the same penalty and as many stages.
     pub fn same(&self, other: &Worth) -> bool {
-        (self.spilled, self.stages) == (other.spilled, other.stages)
+        (self.penalty, self.stages) == (other.penalty, other.stages)
     }
 }
 
@@ -54,7 +54,7 @@ pub(super) fn assign(
     let layers = costs.layers() as usize;
     let one = if objective == Objective::FewestStages { 1 } else { -1 };
     let mut best: Vec<Option<Worth>> = vec![None; layers + 1];
-    best[0] = Some(Worth { spilled: 0, stages: 0, slowest: 0.0 });
+    best[0] = Some(Worth { penalty: 0, stages: 0, slowest: 0.0 });
     // For each device and each number of layers placed after it: where its range begins, if it has one.
     let mut begins = vec![vec![None::<u32>; layers + 1]; costs.offers()];
     for (offer, begins) in begins.iter_mut().enumerate() {
@@ -74,9 +74,8 @@ pub(super) fn assign(
                     Some(_) => costs.prefill_seconds(offer, range),
                     None => decode,
                 };
-                let spilled = if costs.spills(offer) { range.len() } else { 0 };
                 let with = Worth {
-                    spilled: worth.spilled + spilled,
+                    penalty: worth.penalty + costs.penalty(offer) * u64::from(range.len()),
                     stages: worth.stages + one,
                     slowest: worth.slowest.max(time),
                 };

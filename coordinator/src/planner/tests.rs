@@ -1,7 +1,7 @@
 //! The planner against brute force on small problems, and the cases people ask about.
 
 use proptest::prelude::*;
-use strata_proto::{FormatBytes, Module, v1::Task};
+use strata_proto::{DeviceKind, FormatBytes, Module, v1::Task};
 
 use super::*;
 
@@ -121,8 +121,9 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 1500, ..ProptestConfig::default() })]
 
     #[test]
-    fn plans_are_optimal_and_within_every_budget((profile, offers) in small_problem(), auto in any::<bool>()) {
-        let split = if auto { Split::Auto } else { Split::Balanced };
+    fn plans_are_optimal_and_within_every_budget((profile, offers) in small_problem(), policy in 0..3usize) {
+        let split = [Split::Auto, Split::Balanced, Split::BalancedLow0][policy].clone();
+        let auto = split == Split::Auto;
         let problem = problem(&profile, &offers, &split);
         let costs = Costs::new(&problem);
         let all = brute_force(&costs, 2);
@@ -148,8 +149,8 @@ proptest! {
             offer: offers.iter().position(|o| o.device.id == s.device).unwrap(),
             layers: s.layers,
         }).collect();
-        let spilled = |s: &[Share]| s.iter().filter(|s| costs.spills(s.offer)).map(|s| s.layers.len()).sum::<u32>();
-        let key = |s: &Vec<Share>| (spilled(s), if auto { s.len() as i64 } else { -(s.len() as i64) });
+        let penalty = |s: &[Share]| s.iter().map(|s| costs.penalty(s.offer) * u64::from(s.layers.len())).sum::<u64>();
+        let key = |s: &Vec<Share>| (penalty(s), if auto { s.len() as i64 } else { -(s.len() as i64) });
         let best = all.iter().map(key).min().unwrap();
         prop_assert_eq!(key(&shares), best);
         let rivals: Vec<_> = all.iter().filter(|s| key(s) == best).collect();
@@ -176,7 +177,7 @@ proptest! {
             let ranks = |s: &Vec<Share>| s.iter().all(|s| offers[s.offer].device.capped
                 || offers[s.offer].device.kind == DeviceKind::Cuda);
             let spills = replica.stages.iter().any(|s| Costs::new(&problem)
-                .spills(offers.iter().position(|o| o.device.id == s.device).unwrap()));
+                .penalty(offers.iter().position(|o| o.device.id == s.device).unwrap()) > 0);
             if !spills && offers.iter().any(|o| o.device.capped || o.device.kind == DeviceKind::Cuda) {
                 prop_assert!(!fits_more.iter().any(|s| s.len() <= stages && ranks(s)), "a larger cache fits");
             }
@@ -249,4 +250,56 @@ fn a_refusal_says_what_is_missing_and_what_would_fit() {
     assert!(cache.contains("it would fit with --kv-tokens"), "{cache}");
     let none = refuse(1 << 10, None);
     assert!(none.contains("more devices or memory"), "{none}");
+}
+
+#[test]
+fn the_names_accelerates_users_know() {
+    let profile = profile(&[(100, 1); 6], 0, false);
+    let gpus: Vec<_> = (0..3).map(|n| device(DeviceKind::Cuda, &format!("cuda:{n}"), 2100, false)).collect();
+    let layers = |split: &str| -> Vec<(String, u32)> {
+        let split: Split = split.parse().unwrap();
+        let plan = solve(&problem(&profile, &gpus, &split)).unwrap();
+        plan.replicas[0].stages.iter().map(|s| (s.device.clone(), s.layers.len())).collect()
+    };
+    let on = |counts: &[(u32, u32)]| -> Vec<(String, u32)> {
+        counts.iter().map(|(gpu, n)| (format!("cuda:{gpu}"), *n)).collect()
+    };
+    assert_eq!(layers("balanced"), on(&[(0, 2), (1, 2), (2, 2)]));
+    assert_eq!(layers("balanced_low_0"), on(&[(1, 3), (2, 3)]), "the first GPU is spared");
+    assert_eq!(layers("sequential"), on(&[(0, 3), (1, 3)]), "each takes what fits");
+    assert_eq!("balanced_low_0".parse::<Split>().unwrap().to_string(), "balanced_low_0");
+}
+
+#[test]
+fn device_maps_go_in_as_they_come_out() {
+    let profile = profile(&[(100, 1); 6], 0, false);
+    let offers = [
+        device(DeviceKind::Cuda, "cuda:0", 9000, false),
+        device(DeviceKind::Cuda, "cuda:1", 9000, false),
+        device(DeviceKind::Cpu, "cpu", 9000, false),
+    ];
+    let plan = |map: &str| {
+        let split: Split = map.parse()?;
+        solve(&problem(&profile, &offers, &split)).map_err(|e| e.to_string())
+    };
+    let balanced = solve(&problem(&profile, &offers, &Split::Balanced)).unwrap();
+    let again = plan(&serde_json::to_string(&balanced.hf_device_map).unwrap()).unwrap();
+    assert_eq!(again, balanced);
+    let mixed =
+        plan(r#"{"": 1, "embed": "cuda:0", "layers.0": 0, "layers.5": "cpu", "lm_head": "cpu"}"#).unwrap();
+    let stages: Vec<_> =
+        mixed.replicas[0].stages.iter().map(|s| (s.device.as_str(), s.layers.len())).collect();
+    assert_eq!(stages, [("cuda:0", 1), ("cuda:1", 4), ("cpu", 1)]);
+    for (map, says) in [
+        (r#"{"layers": 0}"#, "\"embed\" is given no device"),
+        (r#"{"": 0, "layers.1": 1}"#, "contiguous"),
+        (r#"{"": 0, "lm_head": 1}"#, "norm and head with the last"),
+        (r#"{"": 7}"#, "no device 7"),
+        (r#"{"": "disk"}"#, "disk"),
+        (r#"{"": "tpu"}"#, "unknown"),
+        (r#"{"": [1]}"#, "device map"),
+    ] {
+        let error = plan(map).unwrap_err();
+        assert!(error.contains(says), "{map}: {error:?} does not say {says:?}");
+    }
 }
