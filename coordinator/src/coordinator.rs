@@ -77,6 +77,19 @@ pub struct Coordinator {
     pub(crate) members: Arc<std::sync::Mutex<Vec<Member>>>,
 }
 
+/// Waits for the expected workers and asks them for their devices and the model; loads nothing.
+///
+/// # Errors
+/// If workers stay away, or the model cannot be described.
+pub async fn survey_members(
+    config: &CoordinatorConfig,
+    members: &mut mpsc::UnboundedReceiver<MemberEvent>,
+    observer: &Observer,
+) -> Result<Survey, StartError> {
+    let members = gather(config, members, observer).await?;
+    Ok(survey(&members, &config.deployment.model).await?)
+}
+
 /// Surveys `members` and plans, without loading anything.
 ///
 /// # Errors
@@ -86,8 +99,7 @@ pub async fn preview(
     members: &mut mpsc::UnboundedReceiver<MemberEvent>,
     observer: &Observer,
 ) -> Result<(Survey, Plan), StartError> {
-    let members = gather(config, members, observer).await?;
-    let survey = survey(&members, &config.deployment.model).await?;
+    let survey = survey_members(config, members, observer).await?;
     let plan = survey.plan(&config.deployment)?;
     Ok((survey, plan))
 }
@@ -107,7 +119,9 @@ impl Coordinator {
         // Planned here only to fail early and to learn whom to ask for the tokenizer; the engine plans anew.
         let plan = found.plan(&config.deployment)?;
         let files = found.tokenizer_files(&plan).await?;
-        let profile = Arc::new(found.profile.clone());
+        let mut profile = found.profile.clone();
+        profile.context_length = config.deployment.context_of(&profile);
+        let profile = Arc::new(profile);
         let (checked, skip) = (profile.clone(), config.skip_checks.clone());
         let inspected = tokio::task::spawn_blocking(move || preflight::inspect(&files, &checked, &skip));
         let (tokenizer, mut findings) = inspected.await.map_err(|_| StartError::Engine)?;

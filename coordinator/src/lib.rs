@@ -16,5 +16,5 @@ mod remote;
 pub mod scheduler;
 pub mod tokenizer;
 
-pub use coordinator::{Coordinator, CoordinatorConfig, StartError, preview};
+pub use coordinator::{Coordinator, CoordinatorConfig, StartError, preview, survey_members};
 pub use remote::RemoteWorker;

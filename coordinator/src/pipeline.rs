@@ -36,14 +36,25 @@ pub struct Deployment {
     pub split: Split,
     /// Format; `None` is the checkpoint's.
     pub dtype: Option<DType>,
-    /// Bound on the cache, in tokens.
+    /// Size of the cache, in tokens; `None` is 16 contexts, or what fits.
     pub kv_tokens: Option<u64>,
+    /// Size of the cache in full contexts, where `kv_tokens` is not set.
+    pub max_sequences: Option<u32>,
+    /// Longest sequence, if shorter than the model's context.
+    pub context: Option<u32>,
     /// Forced link kind.
     pub links: Option<LinkKind>,
     /// Most tokens in one step.
     pub max_step_tokens: u32,
     /// Most rows with an output in one step.
     pub max_step_rows: u32,
+}
+
+impl Deployment {
+    /// The longest sequence that is served.
+    pub fn context_of(&self, profile: &ModelProfile) -> u32 {
+        self.context.map_or(profile.context_length, |c| c.min(profile.context_length))
+    }
 }
 
 /// Why no pipeline could be brought up.
@@ -167,20 +178,31 @@ fn absent(status: &Status) -> bool {
 }
 
 impl Survey {
+    /// Plans a deployment over devices that nobody needs to have; no links are chosen.
+    ///
+    /// # Errors
+    /// If it does not fit.
+    pub fn plan_over(&self, offers: &[Offer], deployment: &Deployment) -> Result<Plan, PlanError> {
+        let mut profile = self.profile.clone();
+        profile.context_length = deployment.context_of(&profile);
+        let contexts = deployment.max_sequences.map(|n| u64::from(n) * u64::from(profile.context_length));
+        planner::solve(&Problem {
+            profile: &profile,
+            offers,
+            split: &deployment.split,
+            dtype: deployment.dtype.unwrap_or(self.profile.dtype),
+            kv_tokens: deployment.kv_tokens.or(contexts),
+            max_step_tokens: deployment.max_step_tokens,
+            max_step_outputs: deployment.max_step_rows,
+        })
+    }
+
     /// Plans a deployment over what was found, links included.
     ///
     /// # Errors
     /// If it does not fit, or a forced link is impossible.
     pub fn plan(&self, deployment: &Deployment) -> Result<Plan, PipelineError> {
-        let mut plan = planner::solve(&Problem {
-            profile: &self.profile,
-            offers: &self.offers,
-            split: &deployment.split,
-            dtype: deployment.dtype.unwrap_or(self.profile.dtype),
-            kv_tokens: deployment.kv_tokens,
-            max_step_tokens: deployment.max_step_tokens,
-            max_step_outputs: deployment.max_step_rows,
-        })?;
+        let mut plan = self.plan_over(&self.offers, deployment)?;
         for replica in &mut plan.replicas {
             for at in 1..replica.stages.len() {
                 let kind = self.link(&replica.stages[at - 1], &replica.stages[at], deployment.links)?;

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use strata_coordinator::{planner::Split, preflight::Check};
 use strata_proto::{DEFAULT_PORT, DType, LinkKind, v1::ChatMessage};
-use strata_worker::device::DeviceSpec;
+use strata_worker::device::{DeviceSpec, parse_bytes};
 
 /// Serves one transformer model across many devices.
 #[derive(Debug, Parser)]
@@ -42,7 +42,7 @@ pub enum Command {
     /// Show how a model would be split, without loading it
     Plan(PlanArgs),
     /// Load a model, check that it and its tokenizer belong together, and report
-    Check(PlanArgs),
+    Check(CheckArgs),
     /// Continue a prompt
     Generate(GenerateArgs),
     /// Show what a server is doing
@@ -61,6 +61,12 @@ pub struct DeploymentArgs {
     /// Token positions the cache holds [default: 16 x the context, or what fits]
     #[arg(long, env = "STRATA_KV_TOKENS", value_parser = clap::value_parser!(u64).range(1..))]
     pub kv_tokens: Option<u64>,
+    /// Size the cache for this many sequences of full context
+    #[arg(long, env = "STRATA_MAX_SEQUENCES", conflicts_with = "kv_tokens", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub max_sequences: Option<u32>,
+    /// Longest sequence, prompt and answer together [default: the model's context]
+    #[arg(long, env = "STRATA_CONTEXT", value_parser = clap::value_parser!(u32).range(2..))]
+    pub context: Option<u32>,
     /// Force the links between stages: loopback or tcp
     #[arg(long, env = "STRATA_LINKS")]
     pub links: Option<LinkKind>,
@@ -90,6 +96,50 @@ fn parse_dtype(s: &str) -> Result<AutoDType, String> {
         return Ok(AutoDType(None));
     }
     s.parse().map(|d| AutoDType(Some(d))).map_err(|e: String| format!("{e}, or auto"))
+}
+
+/// So many equal devices.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ImaginedDevices {
+    /// How many.
+    pub count: u32,
+    /// Bytes of each.
+    pub bytes: u64,
+    /// Memory bandwidth of each, in bytes per second.
+    pub bytes_per_second: f64,
+    /// Arithmetic rate of each, in operations per second.
+    pub flops_per_second: f64,
+}
+
+impl std::str::FromStr for ImaginedDevices {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let mut parts = s.split('@');
+        let size = parts.next().unwrap_or_default();
+        let (count, size) = match size.split_once('x') {
+            Some((count, size)) => (count.parse().ok().filter(|n| (1..=1024).contains(n)), size),
+            None => (Some(1), size),
+        };
+        let count = count.ok_or_else(|| format!("{s:?}: expected a count from 1 to 1024 before the x"))?;
+        // An unnamed rate is that of a recent data-centre GPU, so that splits compare sensibly.
+        let mut rate = |unit: &str, default: f64| match parts.next() {
+            None => Ok(default),
+            Some(text) => {
+                let number = text.strip_suffix("/s").unwrap_or(text).replace(unit, "B");
+                parse_bytes(&number).map(|n| n as f64)
+            }
+        };
+        let (bytes_per_second, flops_per_second) = (rate("B", 2e12)?, rate("FLOP", 4e14)?);
+        match parts.next() {
+            None => {
+                Ok(ImaginedDevices { count, bytes: parse_bytes(size)?, bytes_per_second, flops_per_second })
+            }
+            Some(more) => {
+                Err(format!("{s:?}: {more:?} is too much: expected [COUNTx]SIZE[@BANDWIDTH[@RATE]]"))
+            }
+        }
+    }
 }
 
 fn parse_message(s: &str) -> Result<ChatMessage, String> {
@@ -147,6 +197,21 @@ pub struct ServeArgs {
 
 #[derive(Debug, Args)]
 pub struct PlanArgs {
+    #[command(flatten)]
+    pub here: HereArgs,
+    #[command(flatten)]
+    pub deployment: DeploymentArgs,
+    /// Plan over GPUs this machine need not have, as [COUNTx]SIZE[@BANDWIDTH[@RATE]]: 2x80GiB@3.3TB/s@900TFLOP/s; may be
+    /// repeated
+    #[arg(long = "device", env = "STRATA_DEVICE", conflicts_with_all = ["workers", "devices", "max_memory"])]
+    pub imagined: Vec<ImaginedDevices>,
+    /// Print JSON
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct CheckArgs {
     #[command(flatten)]
     pub here: HereArgs,
     #[command(flatten)]
@@ -273,7 +338,19 @@ pub struct GenerateArgs {
 mod tests {
     use clap::CommandFactory;
 
-    use super::Cli;
+    use super::{Cli, ImaginedDevices};
+
+    #[test]
+    fn reads_imagined_devices() {
+        let read = |s: &str| s.parse::<ImaginedDevices>();
+        let two = read("2x80GiB@3.3TB/s@900TFLOP/s").unwrap();
+        assert_eq!((two.count, two.bytes), (2, 80 << 30));
+        assert_eq!((two.bytes_per_second, two.flops_per_second), (3.3e12, 9e14));
+        assert_eq!(read("24GiB").unwrap().count, 1);
+        for bad in ["0x8GiB", "x8GiB", "2x", "8GiB@fast", "8GiB@1TB/s@1TFLOP/s@1", ""] {
+            assert!(read(bad).is_err(), "{bad:?} was taken");
+        }
+    }
 
     #[test]
     fn the_command_line_is_sound_and_every_flag_has_a_variable() {

@@ -11,10 +11,10 @@ use strata_coordinator::{
     preflight::Finding,
 };
 
-use crate::{args::PlanArgs, roles, show::Loading};
+use crate::{args::CheckArgs, roles, show::Loading};
 
 /// `strata check`
-pub async fn check(args: PlanArgs) -> anyhow::Result<()> {
+pub async fn check(args: CheckArgs) -> anyhow::Result<()> {
     let (config, members) = roles::here(&args.here, &args.deployment)?;
     let findings = Arc::<Mutex<Vec<Finding>>>::default();
     let loading = Arc::new(Loading::default());

@@ -2,24 +2,59 @@
 
 use std::{io::Write, sync::Arc};
 
-use strata_coordinator::{engine::Observer, preview};
+use strata_coordinator::{
+    engine::Observer,
+    planner::{IMAGINED, Offer, Split},
+    preview, survey_members,
+};
+use strata_proto::{Device, DeviceKind};
 
 use crate::{
-    args::{DeploymentArgs, HereArgs, PlanArgs},
+    args::{DeploymentArgs, HereArgs, ImaginedDevices, PlanArgs},
     roles, show,
 };
 
 /// `strata plan`
 pub async fn plan(args: PlanArgs) -> anyhow::Result<()> {
-    show_plan(&args.here, &args.deployment, args.json).await
+    show_plan(&args.here, &args.deployment, &args.imagined, args.json).await
 }
 
-/// Prints the plan for a model directory.
-pub async fn show_plan(here: &HereArgs, deployment: &DeploymentArgs, json: bool) -> anyhow::Result<()> {
-    let (config, mut members) = roles::here(here, deployment)?;
+/// Prints the plan for a model directory, over this machine's devices or imagined ones.
+pub async fn show_plan(
+    here: &HereArgs,
+    deployment: &DeploymentArgs,
+    imagined: &[ImaginedDevices],
+    json: bool,
+) -> anyhow::Result<()> {
+    let (mut config, mut members) = roles::here(here, deployment)?;
     let silent: Observer = Arc::new(|_| {});
-    let (_, plan) = preview(&config, &mut members, &silent).await?;
+    let plan = if imagined.is_empty() {
+        preview(&config, &mut members, &silent).await?.1
+    } else {
+        // The default for devices of one's own list is what GPUs get.
+        config.deployment.split = deployment.split.clone().unwrap_or(Split::Auto);
+        let found = survey_members(&config, &mut members, &silent).await?;
+        found.plan_over(&offers(imagined), &config.deployment)?
+    };
     let text = if json { serde_json::to_string(&plan)? } else { show::plan_table(&plan) };
     writeln!(std::io::stdout(), "{text}")?;
     Ok(())
+}
+
+fn offers(imagined: &[ImaginedDevices]) -> Vec<Offer> {
+    let each = imagined.iter().flat_map(|d| std::iter::repeat_n(d, d.count as usize)).enumerate();
+    let offer = |(number, d): (usize, &ImaginedDevices)| Offer {
+        worker: IMAGINED.into(),
+        device: Device {
+            id: format!("cuda:{number}"),
+            kind: DeviceKind::Cuda,
+            budget_bytes: d.bytes,
+            total_bytes: d.bytes,
+            capped: true,
+            bytes_per_second: d.bytes_per_second,
+            flops_per_second: d.flops_per_second,
+            numerics: IMAGINED.into(),
+        },
+    };
+    each.map(offer).collect()
 }

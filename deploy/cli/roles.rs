@@ -38,7 +38,7 @@ const LOCAL_PATIENCE: Duration = Duration::from_secs(10);
 /// `strata serve`
 pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     if args.dry_run {
-        return plan::show_plan(&args.here, &args.deployment, args.json).await;
+        return plan::show_plan(&args.here, &args.deployment, &[], args.json).await;
     }
     // A port that is taken should be known before a model is loaded.
     let listener = listen(&args.listen).await?;
@@ -154,6 +154,8 @@ fn coordinator_config(
             split: args.split.clone().unwrap_or(split),
             dtype: args.dtype.0,
             kv_tokens: args.kv_tokens,
+            max_sequences: args.max_sequences,
+            context: args.context,
             links: args.links,
             max_step_tokens: args.max_step_tokens,
             // A row has a token at least.

@@ -108,6 +108,8 @@ impl Options {
             split: self.split.clone(),
             dtype: self.dtype,
             kv_tokens: self.kv_tokens,
+            max_sequences: None,
+            context: None,
             links: self.links,
             max_step_tokens: self.max_step_tokens,
             max_step_rows: self.max_step_tokens.min(64),

@@ -231,6 +231,19 @@ fn plans_are_shown_before_anything_loads() {
     assert_eq!(capped["replicas"][0]["stages"][0]["budget_bytes"], 24 << 20);
     assert!(plan(&["--max-memory", "cpu:9=1GiB"]).unwrap_err().contains("no such device; there are cpu"));
 
+    // Machines nobody has here; a context and a number of sequences of one's own.
+    let gpus = json(&["--json", "--device", "2x9MiB@3.3TB/s", "--context", "128", "--max-sequences", "4"]);
+    let devices: Vec<_> =
+        gpus["replicas"][0]["stages"].as_array().unwrap().iter().map(|s| &s["device"]).collect();
+    assert_eq!(serde_json::json!(devices), serde_json::json!(["cuda:0", "cuda:1"]));
+    assert_eq!(gpus["replicas"][0]["kv_capacity_tokens"], 512);
+    assert_eq!(gpus["hf_device_map"]["lm_head"], 1, "CUDA devices are integers");
+    let map = gpus["hf_device_map"].to_string();
+    assert_eq!(
+        json(&["--json", "--device", "2x1GiB", "--split", &map])["hf_device_map"],
+        gpus["hf_device_map"]
+    );
+
     let small = plan(&["--devices", "cpu:0=1MiB,cpu:1=1MiB"]).unwrap_err();
     assert!(small.starts_with("error: ") && small.contains("MiB"), "{small}");
     assert!(plan(&["--split", "9,9"]).unwrap_err().contains("6"), "says how many layers there are");

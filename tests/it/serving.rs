@@ -268,6 +268,49 @@ async fn text_and_ids_convert_as_prompts_do() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn plans_can_be_previewed_for_other_policies_and_for_machines_one_does_not_have() {
+    let cluster = Cluster::start(&Options { workers: 3, ..Options::default() }).await;
+    let channel = tonic::transport::Channel::from_shared(cluster.address.clone()).unwrap().connect_lazy();
+    let client = v1::cluster_client::ClusterClient::new(channel);
+    let preview = |request| {
+        let mut client = client.clone();
+        async move { client.preview_plan(request).await.map(|r| r.into_inner().plan.unwrap()) }
+    };
+    let base = v1::PreviewPlanRequest::default();
+    assert_eq!(preview(base.clone()).await.unwrap().replicas[0].stages.len(), 3, "as served");
+    let auto = v1::PreviewPlanRequest { split: "auto".into(), dtype: "bf16".into(), ..base.clone() };
+    let auto = preview(auto).await.unwrap();
+    assert_eq!((auto.replicas[0].stages.len(), auto.dtype.as_str()), (1, "bf16"));
+    let gpu = v1::Device {
+        id: "cuda:4".into(),
+        kind: v1::DeviceKind::Cuda as i32,
+        budget_bytes: 1 << 30,
+        bytes_per_second: 1e12,
+        flops_per_second: 1e14,
+        ..v1::Device::default()
+    };
+    let imagined = v1::PreviewPlanRequest { devices: vec![gpu.clone()], ..base.clone() };
+    assert_eq!(preview(imagined).await.unwrap().hf_device_map["lm_head"], "4");
+    let bad = [
+        (v1::PreviewPlanRequest { split: "sideways".into(), ..base.clone() }, "split: unknown split"),
+        (v1::PreviewPlanRequest { dtype: "f8".into(), ..base.clone() }, "dtype: unknown dtype"),
+        (v1::PreviewPlanRequest { split: "4,4".into(), ..base.clone() }, "places 8 layers"),
+        (
+            v1::PreviewPlanRequest {
+                devices: vec![v1::Device { bytes_per_second: f64::NAN, ..gpu }],
+                ..base
+            },
+            "bytes_per_second NaN",
+        ),
+    ];
+    for (request, says) in bad {
+        let status = preview(request).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument);
+        assert!(status.message().contains(says), "{status:?} does not say {says:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn chats_are_rendered_with_the_models_own_template() {
     let cluster = Cluster::start(&Options { workers: 2, ..Options::default() }).await;
     let client = cluster.client().await;

@@ -3,7 +3,7 @@
 use std::sync::PoisonError;
 
 use strata_proto::{
-    DType,
+    DType, Device,
     error::{Classify, Kind, status},
     v1::{self, cluster_server::Cluster},
 };
@@ -13,7 +13,7 @@ use crate::{
     coordinator::Coordinator,
     membership::Member,
     pipeline::{Deployment, survey},
-    planner::Split,
+    planner::{IMAGINED, Offer, Split},
 };
 
 pub(super) struct ClusterService {
@@ -69,12 +69,33 @@ impl Cluster for ClusterService {
         &self,
         request: Request<v1::PreviewPlanRequest>,
     ) -> Result<Response<v1::PreviewPlanResponse>, Status> {
-        let deployment =
-            changed(&self.coordinator.deployment, request.into_inner()).map_err(|e| status(&e))?;
+        let mut request = request.into_inner();
+        let devices = std::mem::take(&mut request.devices);
+        let deployment = changed(&self.coordinator.deployment, request).map_err(|e| status(&e))?;
         let found = survey(&self.members(), &deployment.model).await.map_err(|e| status(&e))?;
-        let plan = found.plan(&deployment).map_err(|e| status(&e))?;
+        let plan = if devices.is_empty() {
+            found.plan(&deployment).map_err(|e| status(&e))?
+        } else {
+            let offers = imagined(devices).map_err(|e| status(&e))?;
+            found.plan_over(&offers, &deployment).map_err(|e| status(&e))?
+        };
         Ok(Response::new(v1::PreviewPlanResponse { plan: Some((&plan).into()) }))
     }
+}
+
+/// Most devices of a preview: a plan costs time in proportion.
+const MAX_IMAGINED: usize = 1024;
+
+/// Devices that a preview is to plan over.
+fn imagined(devices: Vec<v1::Device>) -> Result<Vec<Offer>, BadField> {
+    if devices.len() > MAX_IMAGINED {
+        return Err(BadField(format!("devices: {} are too many: at most {MAX_IMAGINED}", devices.len())));
+    }
+    let offer = |device: v1::Device| {
+        let device = Device::try_from(device).map_err(|e| BadField(format!("devices: {e}")))?;
+        Ok(Offer { worker: IMAGINED.into(), device })
+    };
+    devices.into_iter().map(offer).collect()
 }
 
 /// The deployment with what the request sets.

@@ -20,6 +20,9 @@ use split::{Objective, assign};
 /// The default cache holds this many full contexts, if they fit.
 const TARGET_CONTEXTS: u64 = 16;
 
+/// Worker of devices that are only imagined, for a preview.
+pub const IMAGINED: &str = "imagined";
+
 /// A device that a worker offers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Offer {
