@@ -24,8 +24,10 @@ use crate::{
 
 /// How often deadlines are checked.
 const TICK: Duration = Duration::from_millis(50);
-/// How long requests wait for a pipeline to come back before they are turned away.
-const OUTAGE_PATIENCE: Duration = Duration::from_secs(30);
+/// How long requests wait while what is left of the members cannot hold the model.
+const CAPACITY_PATIENCE: Duration = Duration::from_secs(30);
+/// How long they wait in all for a pipeline, loading included.
+const OUTAGE_PATIENCE: Duration = Duration::from_secs(600);
 /// Pause between attempts to bring a pipeline up.
 const RETRY_EVERY: Duration = Duration::from_secs(1);
 /// Term of a coordinator without an election.
@@ -107,6 +109,8 @@ pub enum Event {
     Cancel(SequenceId),
     /// A pipeline of this generation has news.
     Pipeline(u64, PipelineEvent),
+    /// The members can hold the model: a pipeline is being loaded.
+    Planned,
     /// An attempt to bring a pipeline up ended.
     BroughtUp(Box<Result<(Pipeline, Plan), PipelineError>>),
     /// Membership changed.
@@ -201,6 +205,7 @@ pub(crate) struct Engine {
     live: HashMap<SequenceId, Live>,
     begun: Instant,
     down_since: Option<Instant>,
+    no_capacity_since: Option<Instant>,
     first: Option<tokio::sync::oneshot::Sender<Result<(), PipelineError>>>,
     counters: v1::Load,
 }
@@ -233,6 +238,7 @@ impl Engine {
             live: HashMap::new(),
             begun: Instant::now(),
             down_since: Some(Instant::now()),
+            no_capacity_since: None,
             first: Some(first),
             counters: v1::Load::default(),
         };
@@ -274,6 +280,7 @@ impl Engine {
                 self.scheduler.cancel(id);
             }
             Event::Pipeline(generation, event) => self.pipeline_event(generation, event),
+            Event::Planned => self.no_capacity_since = None,
             Event::BroughtUp(outcome) => self.brought_up(*outcome),
             Event::Member(event) => self.member_event(&event),
         }
@@ -320,7 +327,8 @@ impl Engine {
 
     /// Whether the outage has lasted so long that nobody should wait for its end.
     fn turned_away(&self) -> bool {
-        self.down_since.is_some_and(|since| since.elapsed() > OUTAGE_PATIENCE)
+        let longer = |since: Option<Instant>, patience| since.is_some_and(|s| s.elapsed() > patience);
+        longer(self.no_capacity_since, CAPACITY_PATIENCE) || longer(self.down_since, OUTAGE_PATIENCE)
     }
 
     fn submit(&mut self, submission: Submission) {
@@ -503,6 +511,7 @@ impl Engine {
             let outcome = async {
                 let survey = survey(&members, &deployment.model).await?;
                 let plan = survey.plan(&deployment)?;
+                let _ = events.send(Event::Planned);
                 observer(Notice::Planned(Arc::new(plan.clone())));
                 let progress = {
                     let observer = observer.clone();
@@ -542,6 +551,7 @@ impl Engine {
                 });
                 self.state = State::Up(pipeline);
                 self.down_since = None;
+                self.no_capacity_since = None;
                 if let Some(first) = self.first.take() {
                     let _ = first.send(Ok(()));
                 }
@@ -552,6 +562,7 @@ impl Engine {
             Err(error) => {
                 tracing::warn!(%error, "no pipeline came up");
                 self.set_reason(error.to_string());
+                self.no_capacity_since.get_or_insert_with(Instant::now);
                 self.state = State::Down { retry: Instant::now() + RETRY_EVERY };
                 if let Some(first) = self.first.take() {
                     let _ = first.send(Err(error));

@@ -206,6 +206,9 @@ impl Chat {
     }
 }
 
+/// Tokens after which an incomplete character is taken for a wrong one.
+const MAX_PENDING: usize = 8;
+
 /// Turns an answer's tokens into text as they come. Holds back what may still change: an incomplete character,
 /// or the beginning of a stop string.
 #[derive(Debug)]
@@ -242,9 +245,10 @@ impl TextStream {
         self.ids.push(id);
         let before = tokenizer.decode(&self.ids[self.prefix..self.read], false)?;
         let after = tokenizer.decode(&self.ids[self.prefix..], false)?;
-        if !after.ends_with('\u{fffd}') && after.len() > before.len() && after.is_char_boundary(before.len())
-        {
-            self.held.push_str(&after[before.len()..]);
+        // A character has at most four bytes: an end that stays broken for longer is broken for good.
+        let incomplete = after.ends_with('\u{fffd}') && self.ids.len() - self.read <= MAX_PENDING;
+        if !incomplete && let Some(new) = after.get(before.len()..) {
+            self.held.push_str(new);
             self.prefix = self.read;
             self.read = self.ids.len();
         }
@@ -354,6 +358,20 @@ mod tests {
         let cut = &ids[..ids.len() - 1];
         let text: String = cut.iter().map(|id| stream.push(*id, &tokenizer).unwrap().text).collect();
         assert_eq!(text + &stream.finish(&tokenizer).unwrap(), tokenizer.decode(cut, false).unwrap());
+    }
+
+    #[test]
+    fn endless_control_tokens_or_broken_characters_do_not_slow_it_down() {
+        let tokenizer = demo();
+        // Half of a character, again and again; then a token without text.
+        let half = tokenizer.encode("🎭", false).unwrap()[0];
+        for id in [half, 1] {
+            let mut stream = TextStream::new(vec![]);
+            for _ in 0..20_000 {
+                stream.push(id, &tokenizer).unwrap();
+                assert!(stream.ids.len() - stream.prefix <= 2 * MAX_PENDING + 2, "the window grows");
+            }
+        }
     }
 
     #[test]

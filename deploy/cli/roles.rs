@@ -32,6 +32,9 @@ use crate::{
     signals::{stopping, until_terminated},
 };
 
+/// A coordinator that goes away without a word is noticed by pings, and its generation's memory freed.
+const PING_EVERY: Duration = Duration::from_secs(2);
+const PING_PATIENCE: Duration = Duration::from_secs(3);
 /// How long local workers have to join: they are there already.
 const LOCAL_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -81,6 +84,8 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     // A coordinator's streams end with this process; there is nothing to finish first.
     let serve = |stop| async move {
         Server::builder()
+            .http2_keepalive_interval(Some(PING_EVERY))
+            .http2_keepalive_timeout(Some(PING_PATIENCE))
             .add_service(strata_worker::grpc::service(worker))
             .serve_with_incoming_shutdown(incoming, stopping(stop))
             .await

@@ -33,6 +33,8 @@ const FRAME: [u8; 4] = *b"STRF";
 const HELLO_PATIENCE: Duration = Duration::from_secs(3);
 /// Strangers that may be saying hello at once.
 const MAX_STRANGERS: usize = 64;
+/// Pause after a connection that could not be accepted.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// How long the ends of a link wait for each other.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
 /// Activations a stage may be ahead of the socket.
@@ -62,7 +64,11 @@ impl Listener {
         thread::Builder::new().name("strata-links".into()).spawn(move || {
             let strangers = Arc::new(AtomicUsize::new(0));
             for stream in socket.incoming() {
-                let Ok(stream) = stream else { continue };
+                let Ok(stream) = stream else {
+                    // Out of descriptors, most likely: trying again at once would only burn a core.
+                    thread::sleep(ACCEPT_PAUSE);
+                    continue;
+                };
                 if strangers.fetch_add(1, Ordering::Relaxed) >= MAX_STRANGERS {
                     strangers.fetch_sub(1, Ordering::Relaxed);
                     continue;
