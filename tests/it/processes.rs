@@ -161,6 +161,51 @@ async fn a_worker_killed_mid_answer_costs_a_pause_and_no_error() {
     }
 }
 
+/// FAULTS 10: readiness goes, the answer waits, and all comes back by itself when a worker joins.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_capacity_it_is_not_ready_and_recovers_when_a_worker_joins() {
+    let models = model("");
+    let start = |listen: &str| {
+        Process::start(&["worker", "--models", models.to_str().unwrap(), "--listen", listen], "listening ")
+    };
+    let only = start("127.0.0.1:0");
+    let listen = only.address.trim_start_matches("http://").to_owned();
+    let workers = [only];
+    let coordinator = coordinator(&workers);
+    let ids = expectations(&model("shakespeare")).remove(0).ids;
+    let client = client(&coordinator.address).await;
+    let undisturbed = ask(&client, greedy(&ids, 250)).await.unwrap().ids;
+
+    let mut stream = client.clone().generate(greedy(&ids, 250)).await.unwrap().into_inner();
+    assert!(stream.message().await.unwrap().is_some());
+    drop(workers);
+    let wait_until_ready_is = async |ready: bool| {
+        let begun = Instant::now();
+        while status(&coordinator.address).await.ready != ready {
+            assert!(begun.elapsed() < PATIENCE, "readiness does not become {ready}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    wait_until_ready_is(false).await;
+    let channel = tonic::transport::Channel::from_shared(coordinator.address.clone()).unwrap().connect_lazy();
+    let request = tonic_health::pb::HealthCheckRequest { service: "strata.v1.Inference".into() };
+    let health = tonic_health::pb::health_client::HealthClient::new(channel).check(request).await.unwrap();
+    assert_eq!(
+        health.into_inner().status(),
+        tonic_health::pb::health_check_response::ServingStatus::NotServing
+    );
+
+    let _back = start(&listen);
+    wait_until_ready_is(true).await;
+    let mut got = Vec::new();
+    while let Some(event) = stream.message().await.unwrap() {
+        if let Some(generate_event::Event::Tokens(tokens)) = event.event {
+            got.extend(tokens.token_ids);
+        }
+    }
+    assert_eq!(got, undisturbed, "an answer changed when its only worker was replaced");
+}
+
 #[test]
 fn serve_and_its_clients_speak_as_documented() {
     let demo = model("shakespeare");
