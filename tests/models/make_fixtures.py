@@ -1,4 +1,4 @@
-"""Make the small Llama fixtures: seeded random models in every style of checkpoint, with transformers' own outputs.
+"""Make the small fixtures: seeded random models of every family and style of checkpoint, with transformers' own outputs.
 
 usage: python make_fixtures.py [OUT_DIR]        (needs requirements.txt; OUT_DIR defaults to this directory)
 
@@ -17,7 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
@@ -53,6 +53,20 @@ FIXTURES = {
         vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=False,
         rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0)), torch.float32, "1GB"),
+    # A window that is shorter than the longest prompt and no multiple of a cache block.
+    "mistral-window-bf16": (dict(
+        model_type="mistral", vocab_size=320, hidden_size=48, intermediate_size=80, num_hidden_layers=4,
+        num_attention_heads=6, num_key_value_heads=2, head_dim=16, sliding_window=21, tie_word_embeddings=False),
+        torch.bfloat16, "1GB"),
+    # Biases on queries, keys and values alone; windows from the third layer on; tied.
+    "qwen2-windows-f32": (dict(
+        model_type="qwen2", vocab_size=320, hidden_size=40, intermediate_size=72, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, use_sliding_window=True, sliding_window=18, max_window_layers=2,
+        tie_word_embeddings=True), torch.float32, "1GB"),
+    # Norms on queries and keys, head_dim that is not hidden / heads.
+    "qwen3-norms-bf16": (dict(
+        model_type="qwen3", vocab_size=320, hidden_size=48, intermediate_size=72, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=20, tie_word_embeddings=False), torch.bfloat16, "1GB"),
 }
 
 
@@ -72,7 +86,8 @@ def make_tokenizer(out):
 
 def make_model(settings, seed):
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**COMMON, **settings}))
+    config = AutoConfig.for_model(**{"model_type": "llama", **COMMON, **settings})
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
             # Large enough that every layer moves the logits; norms stay near one.
@@ -95,7 +110,7 @@ def expect(model, ids):
 
 def prompts(path):
     """Prompts with a clear margin and what follows them, or None if the model gives none for some length."""
-    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     model.generation_config.eos_token_id = None
     rows = []
     for length in LENGTHS:

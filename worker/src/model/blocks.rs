@@ -72,6 +72,8 @@ pub struct Attention {
     pub span: Span,
     /// How positions enter.
     pub position: Position,
+    /// On every head of queries and keys, before positions enter.
+    pub qk_norm: Option<Norm>,
 }
 
 impl Attention {
@@ -96,6 +98,8 @@ impl Attention {
 pub enum Span {
     /// Its own and all before.
     Causal,
+    /// Its own and those before, so many in all.
+    Window(usize),
 }
 
 /// How positions enter attention.
@@ -159,6 +163,10 @@ pub enum Slot {
     Key,
     /// `(kv_heads * head_dim, width)`.
     Value,
+    /// `(head_dim)`, on each head of queries.
+    QueryNorm,
+    /// `(head_dim)`, on each head of keys.
+    KeyNorm,
     /// `(width, heads * head_dim)`.
     AttentionOut,
     /// `(width)`, before the feed-forward block.
@@ -189,6 +197,7 @@ impl Tower {
             Slot::FinalNorm | Slot::AttentionNorm | Slot::FfnNorm => vec![width],
             Slot::Query => vec![attention().q_width(), width],
             Slot::Key | Slot::Value => vec![attention().kv_width(), width],
+            Slot::QueryNorm | Slot::KeyNorm => vec![attention().head_dim],
             Slot::AttentionOut => vec![width, attention().q_width()],
             Slot::Gate | Slot::Up => vec![mlp.inner, width],
             Slot::Down => vec![width, mlp.inner],
@@ -202,7 +211,7 @@ pub struct Names {
     /// Prefixes that files may carry; the first that leads to an embedding is taken.
     pub bases: &'static [&'static str],
     /// Where each slot's tensor is.
-    pub slots: &'static [(Slot, Source)],
+    pub slots: Vec<(Slot, Source)>,
     /// Slots that share another's tensor if they have none of their own.
     pub ties: Vec<(Slot, Slot)>,
     /// Endings of tensors that are left alone.

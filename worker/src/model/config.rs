@@ -47,6 +47,11 @@ impl Config {
         self.fields.get(field).filter(|v| !v.is_null())
     }
 
+    /// Whether a field is there, `null` or not.
+    pub fn mentions(&self, field: &str) -> bool {
+        self.fields.contains_key(field)
+    }
+
     /// The error that `field` is not as `expected`.
     pub fn error(&self, field: &str, expected: impl Display) -> ConfigError {
         ConfigError {
@@ -99,6 +104,13 @@ impl Config {
     pub fn string(&self, field: &str) -> Result<Option<&str>, ConfigError> {
         let Some(value) = self.get(field) else { return Ok(None) };
         value.as_str().map(Some).ok_or_else(|| self.error(field, "a string"))
+    }
+
+    /// A list of strings, if the field is there.
+    pub fn strings(&self, field: &str) -> Result<Option<Vec<String>>, ConfigError> {
+        let Some(value) = self.get(field) else { return Ok(None) };
+        let list = value.as_array().and_then(|l| l.iter().map(|v| v.as_str().map(str::to_owned)).collect());
+        list.map(Some).ok_or_else(|| self.error(field, "a list of strings"))
     }
 
     /// A boolean, `default` if the field is absent.

@@ -18,7 +18,8 @@ pub struct Bound {
 }
 
 /// Slots that cannot have a bias: an embedding, and norms by the root mean square.
-const WITHOUT_BIAS: [Slot; 4] = [Slot::Embedding, Slot::FinalNorm, Slot::AttentionNorm, Slot::FfnNorm];
+const WITHOUT_BIAS: [Slot; 6] =
+    [Slot::Embedding, Slot::FinalNorm, Slot::AttentionNorm, Slot::FfnNorm, Slot::QueryNorm, Slot::KeyNorm];
 
 pub(super) fn bind(
     checkpoint: &Checkpoint,
@@ -28,7 +29,7 @@ pub(super) fn bind(
     let base = base(checkpoint, names);
     let mut bound = BTreeMap::new();
     let mut claimed = BTreeSet::new();
-    for &(slot, source) in names.slots {
+    for &(slot, source) in &names.slots {
         let layers = if slot.is_per_layer() { tower.layers.len() } else { 1 };
         for layer in 0..layers {
             let module = match source {

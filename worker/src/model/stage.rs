@@ -96,6 +96,8 @@ impl Projection {
 /// Weights of one layer.
 pub(super) struct LayerWeights {
     pub attention_norm: Buffer<f32>,
+    /// On each head of queries and of keys.
+    pub qk_norm: Option<[Buffer<f32>; 2]>,
     pub qkv: Projection,
     pub attention_out: Projection,
     pub ffn_norm: Buffer<f32>,
@@ -106,12 +108,22 @@ pub(super) struct LayerWeights {
 impl LayerWeights {
     pub fn bytes_for(model: &Model, layer: usize, dtype: DType) -> u64 {
         let projections = [QKV, ATTENTION_OUT, GATE_UP, DOWN];
+        let attention = &model.tower.layers[layer].attention;
+        let head_norms = if attention.qk_norm.is_some() { 2 } else { 0 };
         2 * Buffer::<f32>::bytes_for(model.tower.width)
+            + head_norms * Buffer::<f32>::bytes_for(attention.head_dim)
             + projections.iter().map(|p| Projection::bytes_for(model, p, layer, dtype)).sum::<u64>()
     }
 
     fn zeros(model: &Model, layer: usize, dtype: DType) -> Result<Self, OutOfMemory> {
+        let attention = &model.tower.layers[layer].attention;
+        let head_norm = || Buffer::zeros(attention.head_dim);
+        let qk_norm = match attention.qk_norm {
+            Some(_) => Some([head_norm()?, head_norm()?]),
+            None => None,
+        };
         Ok(LayerWeights {
+            qk_norm,
             attention_norm: Buffer::zeros(model.tower.width)?,
             qkv: Projection::zeros(model, QKV, layer, dtype)?,
             attention_out: Projection::zeros(model, ATTENTION_OUT, layer, dtype)?,
@@ -123,7 +135,9 @@ impl LayerWeights {
 
     fn bytes(&self) -> u64 {
         let projections = [&self.qkv, &self.attention_out, &self.gate_up, &self.down];
-        self.attention_norm.bytes()
+        let head_norms = self.qk_norm.iter().flatten().map(Buffer::bytes).sum::<u64>();
+        head_norms
+            + self.attention_norm.bytes()
             + self.ffn_norm.bytes()
             + projections.iter().map(|p| p.bytes()).sum::<u64>()
     }
@@ -251,6 +265,9 @@ impl StageWeights {
         for layer in self.spec.layers.first..self.spec.layers.end {
             let all = [&[Slot::AttentionNorm, Slot::FfnNorm], QKV, ATTENTION_OUT, GATE_UP, DOWN];
             slots.extend(all.concat().into_iter().map(|slot| (slot, layer as usize)));
+            if model.tower.layers[layer as usize].attention.qk_norm.is_some() {
+                slots.extend([(Slot::QueryNorm, layer as usize), (Slot::KeyNorm, layer as usize)]);
+            }
         }
         if self.head.is_some() {
             slots.extend([(Slot::FinalNorm, 0), (Slot::Head, 0)]);
@@ -289,6 +306,10 @@ impl StageWeights {
                 match slot {
                     Slot::AttentionNorm => vector(&mut l.attention_norm),
                     Slot::FfnNorm => vector(&mut l.ffn_norm),
+                    Slot::QueryNorm | Slot::KeyNorm => {
+                        let which = usize::from(slot == Slot::KeyNorm);
+                        l.qk_norm.as_mut().map_or(Ok(()), |norms| vector(&mut norms[which]))
+                    }
                     Slot::AttentionOut => l.attention_out.write(first_row, piece),
                     Slot::Gate | Slot::Up => l.gate_up.write(first_row, piece),
                     Slot::Down => l.down.write(first_row, piece),

@@ -2,7 +2,7 @@
 
 use super::{
     Model, ModelError,
-    blocks::{Act, Attention, Ffn, Flow, Layer, Norm, Position, Tower},
+    blocks::{Act, Attention, Ffn, Flow, Layer, Norm, Position, Span, Tower},
     stage::{LayerWeights, RangeSpec, StageWeights},
     workspace::{self, Workspace},
 };
@@ -11,7 +11,7 @@ use crate::{
         Cpu,
         attention::Attention as AttentionCall,
         linear::{Linear, Output, Rows},
-        norm::{RmsNorm, SiluMul},
+        norm::{HeadNorm, RmsNorm, SiluMul},
         rope::{self, RopeAndStore},
     },
     kv_cache::{BLOCK_TOKENS, BatchRow, KvLayer},
@@ -330,6 +330,16 @@ impl StageState {
             out: &mut work.qkv,
             output: Output::Store,
         });
+        if let (Some(Norm::Rms(eps)), Some([query, key])) = (attention.qk_norm, &weights.qk_norm) {
+            cpu.head_norm(HeadNorm {
+                qkv: &mut work.qkv[..tokens * qkv_width],
+                stride: qkv_width,
+                heads: attention.heads,
+                kv_heads: attention.kv_heads,
+                weights: [query, key],
+                eps,
+            });
+        }
         let rope = RopeAndStore {
             qkv: &mut work.qkv[..tokens * qkv_width],
             angles,
@@ -347,6 +357,10 @@ impl StageState {
             rows,
             heads: attention.heads,
             scale: attention.scale,
+            window: match attention.span {
+                Span::Causal => None,
+                Span::Window(window) => Some(window),
+            },
         });
         cpu.linear(Linear {
             weight: &weights.attention_out.matrix,

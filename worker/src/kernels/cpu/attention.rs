@@ -4,6 +4,8 @@
 //! positions) from left to right, and reads nothing but the rounded cache. Chunking, batching and the placement of
 //! blocks therefore cannot change a bit. Slots past the row's position are masked by selection, never by a product.
 
+use std::ops::Range;
+
 use super::{
     isa::Kernel,
     linear::dot,
@@ -33,6 +35,8 @@ pub struct Attention<'a> {
     pub heads: usize,
     /// Factor on the scores: `1 / sqrt(head_dim)` as a rule.
     pub scale: f32,
+    /// Positions a query sees, its own included; `None` for all.
+    pub window: Option<usize>,
 }
 
 impl Kernel for Attention<'_> {
@@ -57,7 +61,9 @@ fn attend<T: Element>(call: &mut Attention<'_>, k: &[T], v: &[T]) {
         let q = &call.q[token * call.stride..][..call.heads * d];
         let out = &mut call.out[token * call.heads * d..][..call.heads * d];
         for kv_head in 0..kv_heads {
-            let sequence = Sequence { k, v, blocks, len: position as usize + 1, kv_heads, kv_head, d };
+            let len = position as usize + 1;
+            let begin = call.window.map_or(0, |w| len.saturating_sub(w));
+            let sequence = Sequence { k, v, blocks, begin, len, kv_heads, kv_head, d };
             let (mut head, end) = (kv_head * group, (kv_head + 1) * group);
             while head < end {
                 let (q, out) = (&q[head * d..], &mut out[head * d..]);
@@ -71,13 +77,14 @@ fn attend<T: Element>(call: &mut Attention<'_>, k: &[T], v: &[T]) {
     }
 }
 
-/// What one query row sees of one key-value head: the first `len` positions of its blocks.
+/// What one query row sees of one key-value head: positions `begin..len` of its blocks.
 struct Sequence<'a, T> {
     /// `[block][kv_head][d][16]`.
     k: &'a [T],
     /// `[block][kv_head][16][d]`.
     v: &'a [T],
     blocks: &'a [u32],
+    begin: usize,
     len: usize,
     kv_heads: usize,
     kv_head: usize,
@@ -93,16 +100,18 @@ impl<T: Element> Sequence<'_, T> {
         let mut largest = [f32::NEG_INFINITY; R];
         let mut total = [0.0f32; R];
         out[..R * d].fill(0.0);
-        for tile in 0..self.len.div_ceil(BLOCK_TOKENS) {
-            let valid = (self.len - tile * BLOCK_TOKENS).min(BLOCK_TOKENS);
+        // Tiles before the window are skipped; those left lie where they always lie.
+        for tile in self.begin / BLOCK_TOKENS..self.len.div_ceil(BLOCK_TOKENS) {
+            let valid = self.begin.saturating_sub(tile * BLOCK_TOKENS)
+                ..(self.len - tile * BLOCK_TOKENS).min(BLOCK_TOKENS);
             let block = self.blocks[tile] as usize;
             let first = (block * self.kv_heads + self.kv_head) * d * BLOCK_TOKENS;
             let mut scores = dot::<T, R>(q, self.k[first..first + d * BLOCK_TOKENS].as_chunks().0);
-            let values = &self.v[first..first + valid * d];
+            let values = &self.v[first + valid.start * d..first + valid.end * d];
             for r in 0..R {
                 let weights = &mut scores[r];
-                let keep = soften(weights, valid, scale, &mut largest[r], &mut total[r]);
-                accumulate(&mut out[r * d..(r + 1) * d], keep, &weights[..valid], values);
+                let keep = soften(weights, &valid, scale, &mut largest[r], &mut total[r]);
+                accumulate(&mut out[r * d..(r + 1) * d], keep, &weights[valid.clone()], values);
             }
         }
         for r in 0..R {
@@ -117,10 +126,16 @@ impl<T: Element> Sequence<'_, T> {
 /// Turns the scores of one tile into weights relative to the largest score so far, adds them to `total`, and gives
 /// the factor by which what came before must shrink.
 #[inline(always)]
-fn soften(scores: &mut [f32; LANES], valid: usize, scale: f32, largest: &mut f32, total: &mut f32) -> f32 {
+fn soften(
+    scores: &mut [f32; LANES],
+    valid: &Range<usize>,
+    scale: f32,
+    largest: &mut f32,
+    total: &mut f32,
+) -> f32 {
     let mut max = *largest;
     for (l, s) in scores.iter_mut().enumerate() {
-        *s = if l < valid { *s * scale } else { f32::NEG_INFINITY };
+        *s = if valid.contains(&l) { *s * scale } else { f32::NEG_INFINITY };
         max = if *s > max { *s } else { max };
     }
     // No finite score yet: subtracting would make NaN of inf - inf.
@@ -190,8 +205,11 @@ mod tests {
         cache
     }
 
-    /// Writes and attends one step of `(sequence, start, count, blocks)`; adds each token's output to its sequence.
-    fn step(cpu: Cpu, cache: &mut KvLayer, parts: &[(usize, usize, usize, &[u32])], seen: &mut [Vec<u32>]) {
+    /// A sequence, its first position in the step, how many, and its blocks.
+    type Part<'a> = (usize, usize, usize, &'a [u32]);
+
+    /// Writes and attends one step; adds each token's output to its sequence.
+    fn step(cpu: Cpu, window: Option<usize>, cache: &mut KvLayer, parts: &[Part<'_>], seen: &mut [Vec<u32>]) {
         let rows: Vec<_> = parts
             .iter()
             .map(|(_, start, count, blocks)| BatchRow { start: *start as u32, count: *count as u32, blocks })
@@ -221,6 +239,7 @@ mod tests {
             rows: &rows,
             heads: HEADS,
             scale: 0.2,
+            window,
         });
         for ((s, _), row) in tokens.zip(out.chunks(HEADS * D)) {
             seen[s].extend(row.iter().map(|x| x.to_bits()));
@@ -228,31 +247,33 @@ mod tests {
     }
 
     /// Softmax over all positions at once, in f64, over the rounded keys and values.
-    fn plain(dtype: DType, position: usize, head: usize, column: usize) -> f64 {
+    fn plain(dtype: DType, window: Option<usize>, position: usize, head: usize, column: usize) -> f64 {
         let kv = |p, c| f64::from(round_to(dtype, value(0, p, c)));
         let kv_head = head / (HEADS / KV_HEADS);
         let score = |p| -> f64 {
             let q = |i| f64::from(value(0, position, head * D + i));
             (0..D).map(|i| q(i) * kv(p, (HEADS + kv_head) * D + i)).sum::<f64>() * 0.2
         };
-        let weights: Vec<f64> = (0..=position).map(|p| score(p).exp()).collect();
+        let first = window.map_or(0, |w| (position + 1).saturating_sub(w));
+        let weights: Vec<f64> = (first..=position).map(|p| score(p).exp()).collect();
         let at = |p| kv(p, (HEADS + KV_HEADS + kv_head) * D + column);
-        weights.iter().enumerate().map(|(p, w)| w * at(p)).sum::<f64>() / weights.iter().sum::<f64>()
+        weights.iter().enumerate().map(|(i, w)| w * at(first + i)).sum::<f64>() / weights.iter().sum::<f64>()
     }
 
     #[test]
     fn chunks_blocks_neighbours_and_instruction_sets_change_no_bit() {
         let baseline = Cpu::on(Isa::available()[0]);
-        for dtype in DType::ALL {
+        for (dtype, window) in DType::ALL.into_iter().flat_map(|d| [None, Some(19), Some(1)].map(|w| (d, w)))
+        {
             let mut alone = vec![Vec::new(); 2];
             for sequence in 0..2 {
                 let part: &[_] = &[(sequence, 0, LEN, &[0, 1, 2, 3][..])];
-                step(baseline, &mut poisoned(dtype), part, &mut alone);
+                step(baseline, window, &mut poisoned(dtype), part, &mut alone);
             }
             for position in [0, 15, 16, LEN - 1] {
                 for (head, column) in [(0, 0), (6, 21), (7, 3), (13, 17)] {
                     let got = f32::from_bits(alone[0][(position * HEADS + head) * D + column]);
-                    let expected = plain(dtype, position, head, column);
+                    let expected = plain(dtype, window, position, head, column);
                     assert!((f64::from(got) - expected).abs() < 1e-5, "{dtype} {position} {head} {column}");
                 }
             }
@@ -267,7 +288,7 @@ mod tests {
                     for start in (0..LEN).step_by(chunk) {
                         let count = chunk.min(LEN - start);
                         let parts = [(1, start, count, &blocks[1][..]), (0, start, count, &blocks[0][..])];
-                        step(Cpu::on(isa), &mut cache, &parts, &mut seen);
+                        step(Cpu::on(isa), window, &mut cache, &parts, &mut seen);
                     }
                     assert!(seen == alone, "{dtype} {} chunks of {chunk}", isa.name());
                 }

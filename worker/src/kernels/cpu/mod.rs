@@ -15,7 +15,7 @@ use self::{
     attention::Attention,
     isa::Isa,
     linear::{Linear, LinearKernel},
-    norm::{RmsNorm, SiluMul},
+    norm::{HeadNorm, RmsNorm, SiluMul},
     rope::RopeAndStore,
 };
 use crate::kv_cache::KvLayer;
@@ -49,6 +49,11 @@ impl Cpu {
 
     /// Root-mean-square norm.
     pub fn rms_norm(&self, call: RmsNorm<'_>) {
+        self.isa.run(call);
+    }
+
+    /// Norm of every head of queries and keys.
+    pub fn head_norm(&self, call: HeadNorm<'_>) {
         self.isa.run(call);
     }
 

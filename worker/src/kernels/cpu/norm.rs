@@ -26,19 +26,57 @@ impl Kernel for RmsNorm<'_> {
         for r in 0..self.x.count {
             let x = &self.x.data[r * self.x.stride..][..width];
             let out = &mut self.out[r * width..][..width];
-            let mut sums = [0.0; LANES];
-            let (chunks, tail) = x.as_chunks::<LANES>();
-            for c in chunks {
-                for l in 0..LANES {
-                    sums[l] += c[l] * c[l];
-                }
-            }
-            for (s, t) in sums.iter_mut().zip(tail) {
-                *s += t * t;
-            }
-            let scale = 1.0 / (sum_lanes(sums) / width as f32 + self.eps).sqrt();
+            let scale = inverse_rms(x, self.eps);
             for ((o, x), w) in out.iter_mut().zip(x).zip(self.weight) {
                 *o = x * scale * w;
+            }
+        }
+    }
+}
+
+/// `1 / sqrt(mean(x^2) + eps)`.
+#[inline(always)]
+fn inverse_rms(x: &[f32], eps: f32) -> f32 {
+    let mut sums = [0.0; LANES];
+    let (chunks, tail) = x.as_chunks::<LANES>();
+    for c in chunks {
+        for l in 0..LANES {
+            sums[l] += c[l] * c[l];
+        }
+    }
+    for (s, t) in sums.iter_mut().zip(tail) {
+        *s += t * t;
+    }
+    1.0 / (sum_lanes(sums) / x.len() as f32 + eps).sqrt()
+}
+
+/// Root-mean-square norm of each head of queries and keys, in place (transformers' `q_norm` and `k_norm`).
+pub struct HeadNorm<'a> {
+    /// Rows of `stride`, each beginning with `(heads, head_dim)` queries, then `(kv_heads, head_dim)` keys.
+    pub qkv: &'a mut [f32],
+    /// Distance from row to row.
+    pub stride: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key heads.
+    pub kv_heads: usize,
+    /// `(head_dim)` factors for queries, and for keys.
+    pub weights: [&'a [f32]; 2],
+    /// Keeps the root away from zero.
+    pub eps: f32,
+}
+
+impl Kernel for HeadNorm<'_> {
+    #[inline(always)]
+    fn run(self) {
+        let d = self.weights[0].len();
+        for row in self.qkv.chunks_exact_mut(self.stride) {
+            let heads = row.chunks_exact_mut(d).take(self.heads + self.kv_heads);
+            for (h, head) in heads.enumerate() {
+                let scale = inverse_rms(head, self.eps);
+                for (x, w) in head.iter_mut().zip(self.weights[usize::from(h >= self.heads)]) {
+                    *x = *x * scale * w;
+                }
             }
         }
     }

@@ -60,6 +60,7 @@ pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
             scale: (head_dim as f64).powf(-0.5) as f32,
             span: Span::Causal,
             position: Position::Rope(0),
+            qk_norm: None,
         },
         ffn: Ffn::Gated(Mlp { inner: config.required("intermediate_size", 1..=1 << 22)?, act: Act::Silu }),
     };
@@ -77,7 +78,7 @@ pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
         },
         names: Names {
             bases: &["model.", ""],
-            slots: SLOTS,
+            slots: SLOTS.to_vec(),
             ties: if tied { vec![(Slot::Head, Slot::Embedding)] } else { Vec::new() },
             ignore: &["rotary_emb.inv_freq"],
         },

@@ -1,6 +1,8 @@
 //! One file per model family: `config.json` and tensor names mapped onto the shared blocks.
 
 mod llama;
+mod mistral;
+mod qwen;
 
 use super::{
     ModelError,
@@ -18,7 +20,12 @@ pub(super) struct Description {
 type Describe = fn(&Config) -> Result<Description, ModelError>;
 
 /// Families by `model_type`.
-const FAMILIES: &[(&str, Describe)] = &[("llama", llama::describe)];
+const FAMILIES: &[(&str, Describe)] = &[
+    ("llama", llama::describe),
+    ("mistral", mistral::describe),
+    ("qwen2", qwen::describe_2),
+    ("qwen3", qwen::describe_3),
+];
 
 /// The family that `model_type` names, and its description of `config`.
 pub(super) fn describe(config: &Config) -> Result<(String, Description), ModelError> {

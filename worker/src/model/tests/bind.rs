@@ -109,7 +109,7 @@ fn missing_misshapen_and_unclaimed_tensors_are_named() {
 #[test]
 fn absurd_configurations_are_refused_with_what_was_expected() {
     for (field, value, expected) in [
-        ("model_type", json!("gpt2"), "model_type is \"gpt2\": expected a supported family (llama)"),
+        ("model_type", json!("gpt2"), "model_type is \"gpt2\": expected a supported family (llama"),
         ("model_type", Value::Null, "model_type is absent"),
         ("hidden_size", json!(0), "an integer in 1..="),
         ("hidden_size", json!(-8), "hidden_size is -8"),
@@ -141,6 +141,69 @@ fn absurd_configurations_are_refused_with_what_was_expected() {
     }
     let e = open(&json!([]), &shapes()).err().unwrap().to_string();
     assert!(e.contains("expected an object"), "{e}");
+}
+
+/// The window of each layer that a configuration gives, or why there is none.
+fn windows(changes: &[(&str, Value)]) -> Result<Vec<Option<usize>>, String> {
+    let mut config = config();
+    config["num_hidden_layers"] = json!(3);
+    for (field, value) in changes {
+        config[*field] = value.clone();
+    }
+    let mut tensors = shapes();
+    for layer in 1..3 {
+        let copies = shapes().into_iter().filter(|(name, _)| name.contains("layers.0"));
+        tensors.extend(
+            copies.map(|(name, shape)| (name.replace("layers.0", &format!("layers.{layer}")), shape)),
+        );
+    }
+    if config["model_type"] == "qwen3" {
+        for layer in 0..3 {
+            for norm in ["q_norm", "k_norm"] {
+                tensors.insert(format!("model.layers.{layer}.self_attn.{norm}.weight"), vec![4]);
+            }
+        }
+    }
+    let (_, model) = open(&config, &tensors).map_err(|e| e.to_string())?;
+    let window = |l: &blocks::Layer| match l.attention.span {
+        blocks::Span::Causal => None,
+        blocks::Span::Window(w) => Some(w),
+    };
+    Ok(model.tower.layers.iter().map(window).collect())
+}
+
+#[test]
+fn windows_are_read_as_transformers_reads_them() {
+    let mistral = ("model_type", json!("mistral"));
+    let read = |value: Value| windows(&[mistral.clone(), ("sliding_window", value)]).unwrap()[0];
+    assert_eq!(read(json!(7)), Some(7));
+    assert_eq!(read(Value::Null), None, "null is no window");
+    assert_eq!(
+        windows(std::slice::from_ref(&mistral)).unwrap()[0],
+        Some(4096),
+        "absent is transformers' default"
+    );
+    assert!(windows(&[mistral, ("sliding_window", json!(-1))]).unwrap_err().contains("sliding_window is -1"));
+
+    for family in ["qwen2", "qwen3"] {
+        let with = |changes: &[(&str, Value)]| {
+            let base = [("model_type", json!(family)), ("sliding_window", json!(9))];
+            windows(&[&base[..], changes].concat())
+        };
+        let on = || ("use_sliding_window", json!(true));
+        let types = |list: &[&str]| ("layer_types", json!(list));
+        let mixed = ["sliding_attention", "full_attention", "sliding_attention"];
+        assert_eq!(with(&[]).unwrap(), [None; 3], "a window counts only if it is used");
+        assert_eq!(with(&[types(&mixed)]).unwrap(), [None; 3]);
+        assert_eq!(with(&[on(), ("max_window_layers", json!(1))]).unwrap(), [None, Some(9), Some(9)]);
+        assert_eq!(with(&[on()]).unwrap(), [None; 3], "windows begin at layer 28 unless told otherwise");
+        assert_eq!(with(&[on(), types(&mixed)]).unwrap(), [Some(9), None, Some(9)]);
+        for bad in [types(&mixed[..2]), types(&["x", "x", "x"]), ("layer_types", json!(3))] {
+            assert!(with(&[on(), bad]).unwrap_err().contains("layer_types"));
+        }
+    }
+    let qwen3 = windows(&[("model_type", json!("qwen3")), ("head_dim", json!(4))]);
+    assert!(qwen3.is_ok(), "{qwen3:?}");
 }
 
 #[test]
