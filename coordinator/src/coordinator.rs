@@ -10,10 +10,11 @@ use tokio::sync::mpsc;
 
 use crate::{
     admission::{Checked, Gate},
-    engine::{Engine, EngineError, EngineHandle, Event, Limits, Notice, Observer, Reply, Submission},
+    engine::Engine,
     membership::{self, Member, MemberEvent},
-    pipeline::{Deployment, PipelineError, Survey, survey},
+    messages::{EngineError, EngineHandle, Event, Limits, Notice, Observer, Reply, Submission},
     preflight::{self, Check, Finding},
+    survey::{Deployment, PipelineError, Survey, survey},
     tokenizer::Tokenizer,
 };
 

@@ -14,11 +14,12 @@ use strata_proto::{
 use tokio::sync::{mpsc, watch};
 
 use crate::{
-    admission::{Checked, Permit},
+    admission::Permit,
     membership::{self, Member, MemberEvent},
-    pipeline::{Deployment, LoadUpdate, Pipeline, PipelineError, PipelineEvent, survey},
-    preflight::Finding,
+    messages::{EngineError, EngineHandle, Event, Limits, Notice, Observer, Reply, Snapshot, Submission},
+    pipeline::{Pipeline, PipelineEvent},
     scheduler::{self, Committed, Scheduler, SequenceId},
+    survey::{Deployment, PipelineError, survey},
     tokenizer::{TextStream, Tokenizer},
 };
 
@@ -32,141 +33,6 @@ const OUTAGE_PATIENCE: Duration = Duration::from_secs(600);
 const RETRY_EVERY: Duration = Duration::from_secs(1);
 /// Term of a coordinator without an election.
 const FIXED_TERM: u64 = 1;
-
-/// Why an accepted or waiting request ended without an answer.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum EngineError {
-    /// The scheduler has no room.
-    #[error("{message}")]
-    Refused {
-        /// What was wrong.
-        message: String,
-        /// What it means to the caller.
-        kind: Kind,
-    },
-    /// The caller's deadline passed.
-    #[error("the deadline passed after {tokens} tokens")]
-    Deadline {
-        /// Tokens generated until then.
-        tokens: u32,
-    },
-    /// No pipeline came back in time.
-    #[error("no pipeline is serving: {0}; try again later")]
-    NoPipeline(String),
-    /// The batch of this request failed again and again, even alone.
-    #[error("this request failed in the model three times and was given up; the server's log has the reason")]
-    Poisoned,
-    /// A defect of ours.
-    #[error("internal error; the server's log has the reason")]
-    Internal,
-    /// The coordinator is going down.
-    #[error("the server is shutting down")]
-    ShuttingDown,
-}
-
-impl Classify for EngineError {
-    fn kind(&self) -> Kind {
-        match self {
-            EngineError::Refused { kind, .. } => *kind,
-            EngineError::Deadline { .. } => Kind::Deadline,
-            EngineError::NoPipeline(_) | EngineError::ShuttingDown => Kind::NoCapacity,
-            EngineError::Poisoned | EngineError::Internal => Kind::Internal,
-        }
-    }
-}
-
-/// One message of an answer. The channel's memory is bounded by the context length, so a client that does not
-/// read cannot hold up the engine.
-#[derive(Debug)]
-pub enum Reply {
-    /// The request is in; cancel it by this id.
-    Accepted(SequenceId),
-    /// Something to send on.
-    Event(generate_event::Event),
-    /// The answer is over without a finish.
-    Failed(EngineError),
-}
-
-/// A checked request on its way to the engine.
-#[derive(Debug)]
-pub struct Submission {
-    /// The request.
-    pub request: Checked,
-    /// When it arrived.
-    pub arrived: Instant,
-    /// Where its answer goes.
-    pub reply: mpsc::UnboundedSender<Reply>,
-    /// Its place at the gate.
-    pub permit: Permit,
-}
-
-/// Everything the engine reacts to.
-#[derive(Debug)]
-pub enum Event {
-    /// A new request.
-    Submit(Box<Submission>),
-    /// A client went away.
-    Cancel(SequenceId),
-    /// A pipeline of this generation has news.
-    Pipeline(u64, PipelineEvent),
-    /// The members can hold the model: a pipeline is being loaded.
-    Planned,
-    /// An attempt to bring a pipeline up ended.
-    BroughtUp(Box<Result<(Pipeline, Plan), PipelineError>>),
-    /// Membership changed.
-    Member(MemberEvent),
-}
-
-/// What the engine shows of itself.
-#[derive(Debug, Clone, Default)]
-pub struct Snapshot {
-    /// A pipeline is up.
-    pub ready: bool,
-    /// Why not.
-    pub reason: String,
-    /// The live plan, or the last one.
-    pub plan: Option<Arc<Plan>>,
-    /// The live incarnation, or the last one.
-    pub fence: Fence,
-    /// Counters and gauges.
-    pub load: v1::Load,
-    /// Names of the members.
-    pub members: Vec<String>,
-}
-
-/// Told about what happens while a deployment comes up.
-pub type Observer = Arc<dyn Fn(Notice) + Send + Sync>;
-
-/// Something a person waiting for the server wants to see.
-#[derive(Debug)]
-pub enum Notice {
-    /// Still waiting for workers: how many of how many have joined.
-    Waiting(usize, usize),
-    /// This plan is about to be loaded.
-    Planned(Arc<Plan>),
-    /// A stage reads its weights.
-    Loading(LoadUpdate),
-    /// What the checks before serving found.
-    Checked(Vec<Finding>),
-}
-
-/// Limits of the scheduler that are not part of the plan.
-#[derive(Debug, Clone)]
-pub struct Limits {
-    /// Most prompt tokens of one sequence in one step.
-    pub prefill_chunk: u32,
-    /// Most requests in progress or waiting.
-    pub max_requests: usize,
-}
-
-/// Way to a running engine.
-#[derive(Debug, Clone)]
-pub struct EngineHandle {
-    /// Where events go. Unbounded: requests are bounded by the gate, stage messages by the steps in flight.
-    pub events: mpsc::UnboundedSender<Event>,
-    /// What the engine shows of itself.
-    pub snapshot: watch::Receiver<Snapshot>,
-}
 
 /// A request in progress.
 struct Live {

@@ -6,14 +6,16 @@
 pub mod admission;
 pub mod chat;
 mod coordinator;
-pub mod engine;
+mod engine;
 pub mod grpc;
 pub mod membership;
+pub mod messages;
 pub mod pipeline;
 pub mod planner;
 pub mod preflight;
 mod remote;
 pub mod scheduler;
+pub mod survey;
 pub mod tokenizer;
 
 pub use coordinator::{Coordinator, CoordinatorConfig, StartError, preview, survey_members};

@@ -7,7 +7,7 @@ use std::{
 
 use strata_coordinator::{
     Coordinator, StartError,
-    engine::{Notice, Observer},
+    messages::{Notice, Observer},
     preflight::Finding,
 };
 

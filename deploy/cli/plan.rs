@@ -3,7 +3,7 @@
 use std::{io::Write, sync::Arc};
 
 use strata_coordinator::{
-    engine::Observer,
+    messages::Observer,
     planner::{IMAGINED, Offer, Split},
     preview, survey_members,
 };

@@ -9,12 +9,11 @@ use std::{
 
 use anyhow::{Context, bail};
 use strata_coordinator::{
-    Coordinator, CoordinatorConfig,
-    engine::{Limits, Notice, Observer},
-    grpc,
+    Coordinator, CoordinatorConfig, grpc,
     membership::{self, MemberEvent},
-    pipeline::Deployment,
+    messages::{Limits, Notice, Observer},
     planner::Split,
+    survey::Deployment,
 };
 use strata_proto::Worker;
 use strata_worker::{

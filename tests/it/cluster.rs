@@ -8,12 +8,11 @@ use std::{
 
 use serde_json::Value;
 use strata_coordinator::{
-    Coordinator, CoordinatorConfig, StartError,
-    engine::{Limits, Snapshot},
-    grpc,
+    Coordinator, CoordinatorConfig, StartError, grpc,
     membership::{Member, MemberEvent},
-    pipeline::Deployment,
+    messages::{Limits, Snapshot},
     planner::Split,
+    survey::Deployment,
 };
 use strata_proto::{
     DType, LinkKind, Worker,

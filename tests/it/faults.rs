@@ -6,7 +6,7 @@ use std::sync::{
 };
 
 use futures::future::join_all;
-use strata_coordinator::{membership::MemberEvent, pipeline::survey};
+use strata_coordinator::{membership::MemberEvent, survey::survey};
 use strata_proto::v1::{self, Fence};
 use tonic::Code;
 

@@ -4,8 +4,9 @@
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use strata_coordinator::{
-    pipeline::{Pipeline, PipelineEvent, survey},
+    pipeline::{Pipeline, PipelineEvent},
     planner::Split,
+    survey::survey,
 };
 use strata_proto::{
     BLOCK_TOKENS, LinkKind,

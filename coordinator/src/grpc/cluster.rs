@@ -12,8 +12,8 @@ use tonic::{Request, Response, Status, async_trait};
 use crate::{
     coordinator::Coordinator,
     membership::Member,
-    pipeline::{Deployment, survey},
     planner::{IMAGINED, Offer, Split},
+    survey::{Deployment, survey},
 };
 
 pub(super) struct ClusterService {

@@ -17,7 +17,7 @@ use tonic::{Request, Response, Status, async_trait, metadata::MetadataMap};
 use crate::{
     admission::{self, AdmissionError, MAX_IDS},
     coordinator::Coordinator,
-    engine::{EngineError, Event, Reply, Submission},
+    messages::{EngineError, Event, Reply, Submission},
     scheduler::SequenceId,
 };
 

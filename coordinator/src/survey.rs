@@ -1,0 +1,249 @@
+//! What the members said of themselves and of the model, and what can be planned over them.
+
+use std::{collections::HashMap, time::Duration};
+
+use futures::future::try_join_all;
+use strata_proto::{
+    DType, Device, Files, LinkKind, ModelProfile, Plan, StagePlan,
+    error::{Classify, Kind},
+    v1,
+};
+use tonic::{Code, Status};
+
+use crate::{
+    membership::Member,
+    planner::{self, Offer, PlanError, Problem, Split},
+};
+
+/// Longest wait for a worker to answer a call that only looks something up or sets something small up.
+pub(crate) const CALL_PATIENCE: Duration = Duration::from_secs(30);
+
+/// What is to be served, and how.
+#[derive(Debug, Clone)]
+pub struct Deployment {
+    /// Model name.
+    pub model: String,
+    /// How layers are split.
+    pub split: Split,
+    /// Format; `None` is the checkpoint's.
+    pub dtype: Option<DType>,
+    /// Size of the cache, in tokens; `None` is 16 contexts, or what fits.
+    pub kv_tokens: Option<u64>,
+    /// Size of the cache in full contexts, where `kv_tokens` is not set.
+    pub max_sequences: Option<u32>,
+    /// Longest sequence, if shorter than the model's context.
+    pub context: Option<u32>,
+    /// Forced link kind.
+    pub links: Option<LinkKind>,
+    /// Most tokens in one step.
+    pub max_step_tokens: u32,
+    /// Most rows with an output in one step.
+    pub max_step_rows: u32,
+}
+
+impl Deployment {
+    /// The longest sequence that is served.
+    pub fn context_of(&self, profile: &ModelProfile) -> u32 {
+        self.context.map_or(profile.context_length, |c| c.min(profile.context_length))
+    }
+}
+
+/// Why no pipeline could be brought up.
+#[derive(Debug, thiserror::Error)]
+pub enum PipelineError {
+    /// No member has answered.
+    #[error("no worker is available")]
+    NoWorkers,
+    /// The model does not fit, or the split makes no sense.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// Workers disagree about the model.
+    #[error("workers {a} and {b} hold different versions of model {model:?}; make their directories equal")]
+    Fingerprints {
+        /// One worker.
+        a: String,
+        /// Another one.
+        b: String,
+        /// The model.
+        model: String,
+    },
+    /// A forced link that two stages cannot have.
+    #[error(
+        "stages on {from} and {to} are in different processes: they cannot be linked by loopback; use --links tcp"
+    )]
+    NoLink {
+        /// Upstream worker.
+        from: String,
+        /// Downstream worker.
+        to: String,
+    },
+    /// A worker said something that makes no sense.
+    #[error("worker {worker}: {why}")]
+    Nonsense {
+        /// The worker.
+        worker: String,
+        /// What it said.
+        why: String,
+    },
+    /// A call failed.
+    #[error("worker {worker}: {doing} failed: {}", status.message())]
+    Call {
+        /// The worker.
+        worker: String,
+        /// Which call.
+        doing: &'static str,
+        /// Its answer.
+        status: Status,
+    },
+}
+
+impl Classify for PipelineError {
+    fn kind(&self) -> Kind {
+        match self {
+            PipelineError::Plan(error) => error.kind(),
+            _ => Kind::NoCapacity,
+        }
+    }
+}
+
+/// What the members said of themselves and of the model.
+#[derive(Debug, Clone)]
+pub struct Survey {
+    /// The model.
+    pub profile: ModelProfile,
+    /// Every device, in order of members.
+    pub offers: Vec<Offer>,
+    /// Members by name, with their hub.
+    pub(crate) members: HashMap<String, (Member, String)>,
+}
+
+/// Asks every member for its devices and for the model.
+///
+/// # Errors
+/// If no member answers, one has no such model, or two disagree about it.
+pub async fn survey(members: &[Member], model: &str) -> Result<Survey, PipelineError> {
+    let described = members.iter().map(|member| async move {
+        let request = v1::DescribeRequest { model: model.to_owned() };
+        // Reading headers and sampling bytes of a large checkpoint takes its time.
+        match call(&member.name, "Describe", CALL_PATIENCE, member.worker.describe(request)).await {
+            Ok(described) => Ok(Some((member, described))),
+            // Membership may not have noticed yet that it is gone.
+            Err(PipelineError::Call { status, .. }) if absent(&status) => {
+                tracing::warn!(worker = member.name, %status, "does not answer; planning without it");
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    });
+    let mut profile: Option<(String, ModelProfile)> = None;
+    let mut offers = Vec::new();
+    let mut found = HashMap::new();
+    for (member, described) in try_join_all(described).await?.into_iter().flatten() {
+        let nonsense = |why| PipelineError::Nonsense { worker: member.name.clone(), why };
+        if described.draining {
+            continue;
+        }
+        let theirs = described.profile.ok_or_else(|| nonsense("it described no model".into()))?;
+        let theirs = ModelProfile::try_from(theirs).map_err(nonsense)?;
+        match &profile {
+            Some((a, ours)) if ours.fingerprint != theirs.fingerprint => {
+                let (a, b) = (a.clone(), member.name.clone());
+                return Err(PipelineError::Fingerprints { a, b, model: model.to_owned() });
+            }
+            Some(_) => {}
+            None => profile = Some((member.name.clone(), theirs)),
+        }
+        for device in described.devices {
+            let device = Device::try_from(device).map_err(nonsense)?;
+            offers.push(Offer { worker: member.name.clone(), device });
+        }
+        found.insert(member.name.clone(), (member.clone(), described.hub_id));
+    }
+    let (_, profile) = profile.ok_or(PipelineError::NoWorkers)?;
+    Ok(Survey { profile, offers, members: found })
+}
+
+/// Whether a call failed because there was nobody to take it.
+fn absent(status: &Status) -> bool {
+    matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled)
+}
+
+impl Survey {
+    /// Plans a deployment over devices that nobody needs to have; no links are chosen.
+    ///
+    /// # Errors
+    /// If it does not fit.
+    pub fn plan_over(&self, offers: &[Offer], deployment: &Deployment) -> Result<Plan, PlanError> {
+        let mut profile = self.profile.clone();
+        profile.context_length = deployment.context_of(&profile);
+        let contexts = deployment.max_sequences.map(|n| u64::from(n) * u64::from(profile.context_length));
+        planner::solve(&Problem {
+            profile: &profile,
+            offers,
+            split: &deployment.split,
+            dtype: deployment.dtype.unwrap_or(self.profile.dtype),
+            kv_tokens: deployment.kv_tokens.or(contexts),
+            max_step_tokens: deployment.max_step_tokens,
+            max_step_outputs: deployment.max_step_rows,
+        })
+    }
+
+    /// Plans a deployment over what was found, links included.
+    ///
+    /// # Errors
+    /// If it does not fit, or a forced link is impossible.
+    pub fn plan(&self, deployment: &Deployment) -> Result<Plan, PipelineError> {
+        let mut plan = self.plan_over(&self.offers, deployment)?;
+        for replica in &mut plan.replicas {
+            for at in 1..replica.stages.len() {
+                let kind = self.link(&replica.stages[at - 1], &replica.stages[at], deployment.links)?;
+                replica.stages[at - 1].link = Some(kind);
+            }
+        }
+        Ok(plan)
+    }
+
+    /// The best link that both ends support, or the forced one.
+    fn link(
+        &self,
+        a: &StagePlan,
+        b: &StagePlan,
+        forced: Option<LinkKind>,
+    ) -> Result<LinkKind, PipelineError> {
+        let hub = |stage: &StagePlan| self.members.get(&stage.worker).map(|(_, hub)| hub);
+        match (hub(a) == hub(b), forced) {
+            (_, Some(LinkKind::Tcp)) | (false, None) => Ok(LinkKind::Tcp),
+            (true, _) => Ok(LinkKind::Loopback),
+            (false, Some(LinkKind::Loopback)) => {
+                Err(PipelineError::NoLink { from: a.worker.clone(), to: b.worker.clone() })
+            }
+        }
+    }
+
+    /// The tokenizer's files, from the worker of the first stage.
+    ///
+    /// # Errors
+    /// If the worker does not answer.
+    pub async fn tokenizer_files(&self, plan: &Plan) -> Result<Files, PipelineError> {
+        let name = plan.replicas.first().and_then(|r| r.stages.first()).map(|s| &s.worker);
+        let Some((member, _)) = name.and_then(|n| self.members.get(n)) else {
+            return Err(PipelineError::NoWorkers);
+        };
+        let request = v1::ReadTokenizerRequest { model: self.profile.model.clone() };
+        call(&member.name, "ReadTokenizer", CALL_PATIENCE, member.worker.read_tokenizer(request)).await
+    }
+}
+
+/// Makes a call on a worker; an answer that does not come in time is an error too.
+pub(crate) async fn call<T>(
+    worker: &str,
+    doing: &'static str,
+    patience: Duration,
+    future: impl Future<Output = Result<T, Status>>,
+) -> Result<T, PipelineError> {
+    let answer = match tokio::time::timeout(patience, future).await {
+        Ok(answer) => answer,
+        Err(_) => Err(Status::deadline_exceeded(format!("no answer within {patience:?}"))),
+    };
+    answer.map_err(|status| PipelineError::Call { worker: worker.to_owned(), doing, status })
+}
