@@ -136,26 +136,31 @@ impl Costs {
         self.penalties[offer]
     }
 
+    /// Bytes of the cache; saturating, since the number of blocks may be anything that a caller asks for.
     pub fn kv_bytes(&self, range: LayerRange, blocks: u64) -> u64 {
         let per_token = self.kv[range.end as usize] - self.kv[range.first as usize];
-        blocks * u64::from(BLOCK_TOKENS) * per_token
+        blocks.saturating_mul(u64::from(BLOCK_TOKENS)).saturating_mul(per_token)
+    }
+
+    /// Scratch of a stage.
+    pub fn workspace_bytes(&self, range: LayerRange) -> u64 {
+        self.workspace + if range.end == self.layers() { self.workspace_head } else { 0 }
     }
 
     /// Every byte of a stage.
     pub fn bytes(&self, range: LayerRange, blocks: u64) -> u64 {
         let (first, last) = (range.first == 0, range.end == self.layers());
-        let mut bytes =
-            self.weights[range.end as usize] - self.weights[range.first as usize] + self.workspace;
+        let mut bytes = self.weights[range.end as usize] - self.weights[range.first as usize];
         if first {
             bytes += self.embedding;
         }
         if last {
-            bytes += self.head + self.workspace_head;
+            bytes += self.head;
         }
         if first && last {
             bytes -= self.shared;
         }
-        bytes + self.kv_bytes(range, blocks)
+        (bytes + self.workspace_bytes(range)).saturating_add(self.kv_bytes(range, blocks))
     }
 
     /// One decode step of one row.

@@ -142,7 +142,7 @@ pub(super) fn does_not_fit(problem: &Problem<'_>, costs: &Costs) -> PlanError {
     let remedy = if let Some(dtype) = narrower.find(|d| fits(*d, problem.kv_tokens)) {
         Remedy::DType(dtype)
     } else if fits(problem.dtype, Some(block)) {
-        Remedy::KvTokens(largest(1, blocks, |b| fits(problem.dtype, Some(b * block))) * block)
+        Remedy::KvTokens(largest(1, blocks, |b| fits(problem.dtype, Some(b.saturating_mul(block)))) * block)
     } else {
         Remedy::MoreMemory
     };
@@ -150,10 +150,10 @@ pub(super) fn does_not_fit(problem: &Problem<'_>, costs: &Costs) -> PlanError {
         dtype: problem.dtype,
         needed,
         weights,
-        kv_tokens: blocks * block,
+        kv_tokens: blocks.saturating_mul(block),
         kv,
-        workspace: needed - weights - kv,
-        offered: problem.offers.iter().map(|o| o.device.budget_bytes).sum(),
+        workspace: costs.workspace_bytes(whole),
+        offered: problem.offers.iter().fold(0, |sum, o| sum.saturating_add(o.device.budget_bytes)),
         remedy,
     }
 }

@@ -15,7 +15,7 @@ use strata_proto::{
 
 use cost::Costs;
 pub use error::{PlanError, Remedy};
-use split::{Objective, assign};
+use split::{Measure, Objective, assign};
 
 /// The default cache holds this many full contexts, if they fit.
 const TARGET_CONTEXTS: u64 = 16;
@@ -151,6 +151,10 @@ fn block_bounds(problem: &Problem<'_>) -> (u64, u64) {
 
 /// The largest number in `low..=high` for which `fits` holds, given that it holds for `low` and is monotone.
 fn largest(mut low: u64, mut high: u64, mut fits: impl FnMut(u64) -> bool) -> u64 {
+    // Mostly everything that is wanted fits.
+    if fits(high) {
+        return high;
+    }
     while low < high {
         let middle = low + (high - low).div_ceil(2);
         if fits(middle) {
@@ -177,13 +181,12 @@ fn by_policy(problem: &Problem<'_>, costs: &Costs) -> Option<(u64, Vec<Share>)> 
     };
     // The shape (how much spills to CPUs, how many stages) is decided with the smallest cache; then the cache grows
     // for as long as the shape holds.
-    let (shape, _) = assign(costs, objective, least, None)?;
-    let keeps_shape =
-        |blocks| assign(costs, objective, blocks, None).is_some_and(|(other, _)| other.same(&shape));
-    let blocks = largest(least, wanted, keeps_shape);
-    let (best, _) = assign(costs, objective, blocks, None)?;
+    let shape_with = |blocks| assign(costs, objective, blocks, Measure::Shape).map(|(worth, _)| worth);
+    let shape = shape_with(least)?;
+    let blocks = largest(least, wanted, |blocks| shape_with(blocks).is_some_and(|s| s.same(&shape)));
+    let (best, _) = assign(costs, objective, blocks, Measure::Decode)?;
     // Among the splits with the fastest slowest decode, the one with the fastest slowest prefill.
-    let (_, shares) = assign(costs, objective, blocks, Some(best.slowest))?;
+    let (_, shares) = assign(costs, objective, blocks, Measure::PrefillWithin(best.slowest))?;
     Some((blocks, shares))
 }
 
@@ -250,11 +253,7 @@ fn describe(problem: &Problem<'_>, costs: &Costs, blocks: u64, shares: &[Share])
             layers: share.layers,
             weight_bytes: profile.weight_bytes(share.layers, problem.dtype),
             kv_bytes: costs.kv_bytes(share.layers, blocks),
-            workspace_bytes: profile.workspace_bytes(
-                share.layers,
-                problem.max_step_tokens,
-                problem.max_step_outputs,
-            ),
+            workspace_bytes: costs.workspace_bytes(share.layers),
             predicted_ms: costs.decode_seconds(share.offer, share.layers) * 1e3,
             budget_bytes: device.budget_bytes,
             numerics: format!("{}/{}", device.numerics, problem.dtype),
@@ -263,7 +262,7 @@ fn describe(problem: &Problem<'_>, costs: &Costs, blocks: u64, shares: &[Share])
     };
     let replica = Replica {
         stages: shares.iter().map(stage).collect(),
-        kv_capacity_tokens: blocks * u64::from(BLOCK_TOKENS),
+        kv_capacity_tokens: blocks.saturating_mul(u64::from(BLOCK_TOKENS)),
     };
     Plan {
         model: profile.model.clone(),

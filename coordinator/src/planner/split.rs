@@ -17,13 +17,24 @@ pub(super) enum Objective {
     EveryDevice,
 }
 
+/// What time counts, among ways with the same penalty and number of stages.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Measure {
+    /// None: any way is as good as another.
+    Shape,
+    /// Decode of the slowest stage.
+    Decode,
+    /// Prefill of the slowest stage, where every stage decodes within so many seconds.
+    PrefillWithin(f64),
+}
+
 /// What a way of placing layers is worth; less is better.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Worth {
     penalty: u64,
     /// Negative if many stages are wanted.
     stages: i32,
-    /// Seconds of the slowest stage.
+    /// Seconds of the slowest stage, by the [`Measure`].
     pub slowest: f64,
 }
 
@@ -35,6 +46,14 @@ impl Worth {
             .is_lt()
     }
 
+    /// The best that a way can come to if `more` further stages are possible.
+    fn at_best(&self, objective: Objective, more: usize) -> Worth {
+        match objective {
+            Objective::FewestStages => *self,
+            Objective::EveryDevice => Worth { stages: self.stages - more as i32, ..*self },
+        }
+    }
+
     /// Whether both have the same penalty and as many stages.
     pub fn same(&self, other: &Worth) -> bool {
         (self.penalty, self.stages) == (other.penalty, other.stages)
@@ -42,14 +61,11 @@ impl Worth {
 }
 
 /// The best assignment with a cache of `blocks` blocks, or `None` if there is none.
-///
-/// The slowest stage is measured in decode time; or, with `decode_limit` in seconds, in prefill time among the
-/// assignments whose every stage decodes within the limit.
 pub(super) fn assign(
     costs: &Costs,
     objective: Objective,
     blocks: u64,
-    decode_limit: Option<f64>,
+    measure: Measure,
 ) -> Option<(Worth, Vec<Share>)> {
     let layers = costs.layers() as usize;
     let one = if objective == Objective::FewestStages { 1 } else { -1 };
@@ -59,26 +75,40 @@ pub(super) fn assign(
     let mut begins = vec![vec![None::<u32>; layers + 1]; costs.offers()];
     for (offer, begins) in begins.iter_mut().enumerate() {
         let before = best.clone();
+        let offers_left = costs.offers() - offer - 1;
+        // What cannot end up better than the whole in hand is not followed up. That never changes the result.
+        let hopeless = |way: &Worth, more: usize, whole: &Option<Worth>| {
+            whole.as_ref().is_some_and(|whole| !way.at_best(objective, more).better(whole))
+        };
         for (first, worth) in before.iter().enumerate().take(layers) {
             let Some(worth) = worth else { continue };
+            let staged = Worth { stages: worth.stages + one, ..*worth };
+            if hopeless(&staged, offers_left.min(layers - first - 1), &best[layers]) {
+                continue;
+            }
             for end in first + 1..=layers {
                 let range = LayerRange::new(first as u32, end as u32);
                 if costs.bytes(range, blocks) > costs.budget(offer) {
                     // More layers only need more.
                     break;
                 }
-                let decode = costs.decode_seconds(offer, range);
-                let time = match decode_limit {
+                let decode = || costs.decode_seconds(offer, range);
+                let time = match measure {
+                    Measure::Shape => 0.0,
+                    Measure::Decode => decode(),
                     // Sums in another order may differ in the last bits.
-                    Some(limit) if decode > limit * (1.0 + 1e-12) => continue,
-                    Some(_) => costs.prefill_seconds(offer, range),
-                    None => decode,
+                    Measure::PrefillWithin(limit) if decode() > limit * (1.0 + 1e-12) => break,
+                    Measure::PrefillWithin(_) => costs.prefill_seconds(offer, range),
                 };
                 let with = Worth {
                     penalty: worth.penalty + costs.penalty(offer) * u64::from(range.len()),
-                    stages: worth.stages + one,
+                    stages: staged.stages,
                     slowest: worth.slowest.max(time),
                 };
+                if hopeless(&with, offers_left.min(layers - end), &best[layers]) {
+                    // More layers in this stage only make it slower, and leave fewer for others.
+                    break;
+                }
                 if best[end].as_ref().is_none_or(|old| with.better(old)) {
                     best[end] = Some(with);
                     begins[end] = Some(first as u32);

@@ -303,3 +303,13 @@ fn device_maps_go_in_as_they_come_out() {
         assert!(error.contains(says), "{map}: {error:?} does not say {says:?}");
     }
 }
+
+#[test]
+fn a_cache_of_any_size_is_refused_not_overflowed() {
+    let profile = profile(&[(100, 1); 6], 0, false);
+    let offers = [device(DeviceKind::Cpu, "cpu", 1 << 30, true)];
+    for split in [Split::Auto, Split::Sequential, Split::Counts(vec![6])] {
+        let problem = Problem { kv_tokens: Some(u64::MAX), ..problem(&profile, &offers, &split) };
+        assert!(solve(&problem).is_err(), "{split}");
+    }
+}

@@ -45,6 +45,8 @@ pub(super) struct Sequence {
     pub blocks: Vec<u32>,
     /// How many of them the stages know of.
     announced: u32,
+    /// Stages hold state of it, be it outdated: they must be told when it is gone.
+    pub on_stages: bool,
     /// Positions that are in steps, committed or in flight.
     pub scheduled: u32,
     /// Rows in flight.
@@ -70,6 +72,7 @@ impl Sequence {
             sampling: request.sampling,
             blocks: Vec::new(),
             announced: 0,
+            on_stages: false,
             scheduled: 0,
             in_flight: 0,
             awaiting: false,
@@ -98,7 +101,7 @@ impl Sequence {
         !self.awaiting && self.scheduled > 0 && self.remaining() == 1
     }
 
-    /// Forgets all state that stages have of it; returns its blocks.
+    /// Starts over: all its state is to be computed anew. Returns its blocks.
     pub fn forget(&mut self) -> Vec<u32> {
         self.epoch += 1;
         self.scheduled = 0;
@@ -120,6 +123,7 @@ impl Sequence {
         self.announced += new_blocks.len() as u32;
         self.scheduled = end;
         self.in_flight += 1;
+        self.on_stages = true;
         self.awaiting = samples;
         v1::Row {
             sequence: id,

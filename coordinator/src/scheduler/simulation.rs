@@ -79,12 +79,19 @@ impl FakeStage {
 
 #[derive(Debug, Clone)]
 enum Action {
-    Submit { prompt: u32, max_tokens: u32, deadline: Option<u32> },
+    Submit {
+        prompt: u32,
+        max_tokens: u32,
+        deadline: Option<u32>,
+    },
     Cancel(usize),
     Step,
     Commit,
     Fail,
-    Restart,
+    /// The last stage forgets a token.
+    Garble(usize),
+    /// A new generation with so many blocks.
+    Restart(u32),
 }
 
 fn action() -> impl Strategy<Value = Action> {
@@ -95,7 +102,8 @@ fn action() -> impl Strategy<Value = Action> {
         8 => Just(Action::Step),
         8 => Just(Action::Commit),
         1 => Just(Action::Fail),
-        1 => Just(Action::Restart),
+        1 => any::<usize>().prop_map(Action::Garble),
+        1 => (4u32..24).prop_map(Action::Restart),
     ]
 }
 
@@ -180,7 +188,12 @@ impl World {
 
     fn commit(&mut self) {
         let Some(InFlight { step, sampled, .. }) = self.pipe.pop_front() else { return };
-        for token in self.scheduler.commit(step, &sampled).unwrap() {
+        let committed = self.scheduler.commit(step, &sampled).unwrap();
+        self.receive(committed);
+    }
+
+    fn receive(&mut self, committed: Vec<Committed>) {
+        for token in committed {
             let (tokens, left) =
                 self.live.get_mut(&token.sequence).expect("a token for a sequence that ended");
             assert_eq!(token.token, next_token(tokens), "an answer depends on how it was scheduled");
@@ -205,6 +218,31 @@ impl World {
         }
     }
 
+    fn garble(&mut self, n: usize) {
+        let Some(InFlight { step, mut sampled, .. }) = self.pipe.pop_front() else { return };
+        if !sampled.is_empty() {
+            sampled.swap_remove(n % sampled.len());
+        }
+        match self.scheduler.commit(step, &sampled) {
+            // The token was of a sequence that had ended or begun anew.
+            Ok(committed) => self.receive(committed),
+            Err(_) => self.restart(self.stage.config.blocks),
+        }
+    }
+
+    fn restart(&mut self, blocks: u32) {
+        self.pipe.clear();
+        let config = Config { blocks, ..self.stage.config.clone() };
+        self.stage =
+            FakeStage { config: config.clone(), due: 0, cached: HashMap::new(), memory: HashMap::new() };
+        let capacity = config.blocks * config.block_tokens;
+        let lost = self.scheduler.restart(config);
+        let too_large = |(tokens, left): &(Vec<u32>, u32)| tokens.len() as u32 + left > capacity;
+        let expected: Vec<_> = self.live.iter().filter(|(_, a)| too_large(a)).map(|(id, _)| *id).collect();
+        assert_eq!(lost, expected, "exactly those are lost that cannot fit any more");
+        self.live.retain(|id, _| !lost.contains(id));
+    }
+
     fn act(&mut self, action: Action) {
         self.clock += 1;
         match action {
@@ -218,16 +256,8 @@ impl World {
             Action::Step => drop(self.step()),
             Action::Commit => self.commit(),
             Action::Fail => self.fail(),
-            Action::Restart => {
-                self.pipe.clear();
-                self.stage.due = 0;
-                self.stage.cached.clear();
-                self.stage.memory.clear();
-                assert!(
-                    self.scheduler.restart(self.stage.config.clone()).is_empty(),
-                    "the cache did not shrink"
-                );
-            }
+            Action::Garble(n) => self.garble(n),
+            Action::Restart(blocks) => self.restart(blocks),
         }
         for id in self.scheduler.expire(Duration::from_secs(u64::from(self.clock))) {
             assert!(self.live.remove(&id).is_some());
@@ -260,6 +290,11 @@ impl World {
         }
         assert!(self.live.is_empty(), "sequences starve: {:?}", self.live.keys().collect::<Vec<_>>());
         assert_eq!(self.scheduler.stats().blocks_used, 0);
+        // Stages hear of the last ones to end with the next step, whenever that is.
+        self.submit(1, 1, None);
+        assert!(self.step());
+        self.commit();
+        assert_eq!(self.stage.cached.len(), 1, "stages keep state of sequences that ended");
     }
 }
 
@@ -352,6 +387,33 @@ fn nonsense_from_the_pipeline_is_an_error() {
     assert_eq!(w.scheduler.commit(0, &[]), Err(CommitError::OutOfOrder { got: 0, due: None }));
     let meta = w.scheduler.next_step().unwrap();
     assert_eq!(w.scheduler.commit(meta.step, &[]), Err(CommitError::Missing { step: 0, sequence: 1 }));
+}
+
+#[test]
+fn a_token_counts_only_if_its_whole_step_does() {
+    let mut w = world(64, 1);
+    w.submit(4, 4, None);
+    w.submit(4, 1, None);
+    let meta = w.scheduler.next_step().unwrap();
+    let missing = Err(CommitError::Missing { step: 0, sequence: 1 });
+    assert_eq!(w.scheduler.commit(meta.step, &[(2, 3)]), missing);
+    w.restart(64);
+    let counts: Vec<_> = w.scheduler.next_step().unwrap().rows.iter().map(|r| r.count).collect();
+    assert_eq!(counts, [4, 4], "nobody saw a token, so none is part of an answer, and none ended one");
+}
+
+#[test]
+fn stages_hear_of_the_end_of_a_preempted_sequence() {
+    let mut w = world(6, 1);
+    w.submit(8, 12, None);
+    w.submit(8, 8, None);
+    while w.scheduler.stats().preemptions == 0 {
+        assert!(w.step());
+        w.commit();
+    }
+    w.act(Action::Cancel(1));
+    let released = w.scheduler.next_step().unwrap().released;
+    assert_eq!(released, [2], "it had state on the stages although it was waiting");
 }
 
 #[test]
