@@ -201,8 +201,8 @@ pub struct PlanArgs {
     pub here: HereArgs,
     #[command(flatten)]
     pub deployment: DeploymentArgs,
-    /// Plan over GPUs this machine need not have, as [COUNTx]SIZE[@BANDWIDTH[@RATE]]: 2x80GiB@3.3TB/s@900TFLOP/s; may be
-    /// repeated
+    /// Plan over GPUs this machine need not have: 2x80GiB@3.3TB/s@900TFLOP/s, where count, bandwidth and rate may be left
+    /// out; may be repeated
     #[arg(long = "device", env = "STRATA_DEVICE", conflicts_with_all = ["workers", "devices", "max_memory"])]
     pub imagined: Vec<ImaginedDevices>,
     /// Print JSON

@@ -222,6 +222,12 @@ async fn deadlines_end_answers_and_overload_is_an_answer() {
     let third = ask(&client, greedy(&[0, 842], 1)).await.unwrap_err();
     assert_eq!(third.code(), Code::ResourceExhausted);
     assert!(third.metadata().contains_key("retry-after-ms"), "{third:?}");
+    let tokenize = client.clone().tokenize(v1::TokenizeRequest::default()).await.unwrap_err();
+    assert_eq!(
+        tokenize.code(),
+        Code::ResourceExhausted,
+        "everything that costs something goes through the gate"
+    );
     for stream in [&mut first, &mut second] {
         let status = loop {
             match stream.message().await {

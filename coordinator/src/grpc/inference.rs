@@ -93,6 +93,7 @@ impl Inference for InferenceService {
         &self,
         request: Request<v1::TokenizeRequest>,
     ) -> Result<Response<v1::TokenizeResponse>, Status> {
+        let _permit = self.coordinator.gate.enter().map_err(|e| status(&e))?;
         let request = request.into_inner();
         let token_ids = self.tokenizing(move |c| {
             admission::check_model(&request.model, &c.profile.model)?;
@@ -106,6 +107,7 @@ impl Inference for InferenceService {
         &self,
         request: Request<v1::DetokenizeRequest>,
     ) -> Result<Response<v1::DetokenizeResponse>, Status> {
+        let _permit = self.coordinator.gate.enter().map_err(|e| status(&e))?;
         let request = request.into_inner();
         let text = self.tokenizing(move |c| {
             admission::check_model(&request.model, &c.profile.model)?;
