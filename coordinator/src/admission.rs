@@ -11,6 +11,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
     chat::Message,
+    encode::check_task,
     tokenizer::{GenerationDefaults, Tokenizer, TokenizerError},
 };
 
@@ -46,6 +47,16 @@ pub enum AdmissionError {
         /// The name served.
         served: String,
     },
+    /// The model does something else.
+    #[error("model {model:?} answers {served}, not {asked}")]
+    WrongTask {
+        /// The call made.
+        asked: &'static str,
+        /// The call that it answers.
+        served: &'static str,
+        /// The model.
+        model: String,
+    },
     /// Too many requests at once.
     #[error("{limit} requests are in progress or waiting, the most this server takes; try again later")]
     Overload {
@@ -60,20 +71,22 @@ pub enum AdmissionError {
 impl Classify for AdmissionError {
     fn kind(&self) -> Kind {
         match self {
-            AdmissionError::Field { .. } | AdmissionError::Tokenizer(_) => Kind::BadInput,
+            AdmissionError::Field { .. }
+            | AdmissionError::WrongTask { .. }
+            | AdmissionError::Tokenizer(_) => Kind::BadInput,
             AdmissionError::WrongModel { .. } => Kind::WrongModel,
             AdmissionError::Overload { .. } => Kind::Overload { retry_after: RETRY_AFTER },
         }
     }
 }
 
-fn field(field: &'static str, why: impl Into<String>) -> AdmissionError {
+pub(crate) fn field(field: &'static str, why: impl Into<String>) -> AdmissionError {
     AdmissionError::Field { field, why: why.into() }
 }
 
-/// A place among the requests in progress; freed by dropping it.
-#[derive(Debug)]
-pub struct Permit(#[allow(dead_code, reason = "held for its Drop")] OwnedSemaphorePermit);
+/// A place among the requests in progress; freed by dropping it and all its clones.
+#[derive(Debug, Clone)]
+pub struct Permit(#[allow(dead_code, reason = "held for its Drop")] Arc<OwnedSemaphorePermit>);
 
 /// Bounds the number of requests in progress.
 #[derive(Debug, Clone)]
@@ -94,7 +107,7 @@ impl Gate {
     /// [`AdmissionError::Overload`] at once if every place is taken.
     pub fn enter(&self) -> Result<Permit, AdmissionError> {
         let permit = self.permits.clone().try_acquire_owned();
-        permit.map(Permit).map_err(|_| AdmissionError::Overload { limit: self.limit })
+        permit.map(|p| Permit(Arc::new(p))).map_err(|_| AdmissionError::Overload { limit: self.limit })
     }
 }
 
@@ -141,6 +154,18 @@ pub fn check_text(name: &'static str, text: &str) -> Result<(), AdmissionError> 
     Ok(())
 }
 
+/// The time that a caller allows.
+///
+/// # Errors
+/// If it is nothing, or more than a day.
+pub(crate) fn check_deadline(millis: Option<u64>) -> Result<Option<Duration>, AdmissionError> {
+    let deadline = millis.map(Duration::from_millis);
+    if deadline.is_some_and(|d| d.is_zero() || d > MAX_DEADLINE) {
+        return Err(field("deadline_ms", format!("expected 1 to {}", MAX_DEADLINE.as_millis())));
+    }
+    Ok(deadline)
+}
+
 /// Checks everything about a request, and tokenizes its prompt. Heavy: not for an async thread.
 ///
 /// # Errors
@@ -152,6 +177,7 @@ pub fn check(
     kv_capacity: u64,
 ) -> Result<Checked, AdmissionError> {
     check_model(&request.model, &profile.model)?;
+    check_task(v1::Task::Generate, profile)?;
     let defaults = request.model_defaults.then(|| tokenizer.defaults());
     let sampling = check_sampling(request.sampling.unwrap_or_default(), defaults, profile.vocab_size)?;
     if request.stop.len() > MAX_STOPS {
@@ -169,10 +195,7 @@ pub fn check(
     if let Some(n) = request.logprobs.filter(|n| *n > MAX_LOGPROBS) {
         return Err(field("logprobs", format!("{n} is too large: at most {MAX_LOGPROBS}")));
     }
-    let deadline = request.deadline_ms.map(Duration::from_millis);
-    if deadline.is_some_and(|d| d.is_zero() || d > MAX_DEADLINE) {
-        return Err(field("deadline_ms", format!("expected 1 to {}", MAX_DEADLINE.as_millis())));
-    }
+    let deadline = check_deadline(request.deadline_ms)?;
     if request.max_tokens == Some(0) {
         return Err(field("max_tokens", "0 asks for nothing: expected at least 1"));
     }

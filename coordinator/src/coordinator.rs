@@ -5,15 +5,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-use strata_proto::{ModelProfile, Plan, v1::generate_event};
+use strata_proto::{
+    ModelProfile, Plan,
+    v1::{Task, generate_event},
+};
 use tokio::sync::mpsc;
 
 use crate::{
     admission::{Checked, Gate},
+    encode::CheckedInput,
     engine::Engine,
     membership::{self, Member, MemberEvent},
-    messages::{EngineError, EngineHandle, Event, Limits, Notice, Observer, Reply, Submission},
+    messages::{Asked, EngineError, EngineHandle, Event, Limits, Notice, Observer, Reply, Submission},
     preflight::{self, Check, Finding},
+    scheduler::Encode,
     survey::{Deployment, PipelineError, Survey, survey},
     tokenizer::Tokenizer,
 };
@@ -138,7 +143,7 @@ impl Coordinator {
         let (engine, up) = Engine::spawn(
             config.deployment.clone(),
             config.limits.clone(),
-            tokenizer.clone(),
+            (profile.clone(), tokenizer.clone()),
             observer.clone(),
             members,
         );
@@ -172,12 +177,12 @@ impl Coordinator {
         Ok(coordinator)
     }
 
-    /// Asks the model for one token after each of two inputs: the logits must be finite and differ.
+    /// Asks the model about two inputs: what it says must be finite and differ.
     async fn probe(&self) -> Result<String, String> {
         let last = self.profile.vocab_size - 1;
         let (a, b) = (self.probe_one(vec![0]).await?, self.probe_one(vec![last]).await?);
         if !a.iter().chain(&b).all(|x| x.is_finite()) {
-            return Err("the model's log-probabilities are not finite: its weights are damaged".into());
+            return Err("the model's output is not finite: its weights are damaged".into());
         }
         if a == b {
             return Err("two different inputs give the same output: the weights are not the model's".into());
@@ -185,17 +190,25 @@ impl Coordinator {
         Ok("finite, and different for different inputs".into())
     }
 
-    /// The best log-probabilities after a prompt.
+    /// What the model makes of a prompt: log-probabilities, a vector, or the logits of classes.
     async fn probe_one(&self, prompt: Vec<u32>) -> Result<Vec<f32>, String> {
-        let request = Checked {
-            prompt,
-            max_tokens: 1,
-            sampling: strata_proto::v1::Sampling::default(),
-            seed: 0,
-            stop: Vec::new(),
-            eos: Vec::new(),
-            logprobs: Some(PROBE_LOGPROBS),
-            deadline: None,
+        let encode = |masked| {
+            let encode = Encode { segments: Vec::new(), masked, candidates: PROBE_LOGPROBS };
+            Asked::Encode(CheckedInput { ids: prompt.clone(), encode, dropped: 0 }, None)
+        };
+        let request = match self.profile.task {
+            Task::Classify | Task::Embed => encode(Vec::new()),
+            Task::FillMask => encode(vec![0]),
+            Task::Generate | Task::Unspecified => Asked::Generate(Box::new(Checked {
+                prompt: prompt.clone(),
+                max_tokens: 1,
+                sampling: strata_proto::v1::Sampling::default(),
+                seed: 0,
+                stop: Vec::new(),
+                eos: Vec::new(),
+                logprobs: Some(PROBE_LOGPROBS),
+                deadline: None,
+            })),
         };
         let permit = self.gate.enter().map_err(|e| e.to_string())?;
         let (reply, mut replies) = mpsc::unbounded_channel();
@@ -208,6 +221,10 @@ impl Coordinator {
                     let scores = tokens.logprobs.into_iter().flat_map(|l| l.top).map(|t| t.logprob);
                     return Ok(scores.collect());
                 }
+                Reply::Vector(values) => return Ok(values),
+                Reply::Guesses(masks) => {
+                    return Ok(masks.into_iter().flatten().map(|t| t.logprob).collect());
+                }
                 Reply::Failed(EngineError::Poisoned) => {
                     return Err("the forward pass fails or gives logits that are not finite: the weights are damaged, \
                                 or this dtype cannot hold them; try --dtype f32"
@@ -217,6 +234,11 @@ impl Coordinator {
                 Reply::Accepted(_) | Reply::Event(_) => {}
             }
         }
+    }
+
+    /// Most tokens of an input that is computed in one step.
+    pub(crate) fn longest_input(&self) -> u32 {
+        self.profile.context_length.min(self.deployment.max_step_tokens)
     }
 
     /// The engine, for whoever wants to watch it.

@@ -1,24 +1,26 @@
 //! The engine loop: one closed set of events, one owner of the scheduler and of the live pipeline.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use strata_proto::{
-    Plan,
+    ModelProfile, Plan,
     error::{Classify, Kind},
     v1::{self, Fence, FinishReason, generate_event, step_result},
 };
 use tokio::sync::{mpsc, watch};
 
 use crate::{
-    admission::Permit,
+    admission::{Checked, Permit},
     membership::{self, Member, MemberEvent},
-    messages::{EngineError, EngineHandle, Event, Limits, Notice, Observer, Reply, Snapshot, Submission},
+    messages::{
+        Asked, EngineError, EngineHandle, Event, Limits, Notice, Observer, Reply, Snapshot, Submission,
+    },
     pipeline::{Pipeline, PipelineEvent},
-    scheduler::{self, Committed, Scheduler, SequenceId},
+    scheduler::{self, Scheduler, SequenceId},
     survey::{Deployment, PipelineError, survey},
     tokenizer::{TextStream, Tokenizer},
 };
@@ -37,10 +39,16 @@ const FIXED_TERM: u64 = 1;
 /// A request in progress.
 struct Live {
     reply: mpsc::UnboundedSender<Reply>,
+    /// Of a generation.
+    answer: Option<Answer>,
+    _permit: Permit,
+}
+
+/// A text in progress.
+struct Answer {
     text: TextStream,
     prompt_tokens: u32,
     generated: u32,
-    _permit: Permit,
 }
 
 /// The pipeline, or what is being done about there being none.
@@ -59,6 +67,7 @@ enum State {
 pub(crate) struct Engine {
     deployment: Deployment,
     limits: Limits,
+    profile: Arc<ModelProfile>,
     tokenizer: Arc<Tokenizer>,
     observer: Observer,
     handle: mpsc::UnboundedSender<Event>,
@@ -81,17 +90,18 @@ impl Engine {
     pub fn spawn(
         deployment: Deployment,
         limits: Limits,
-        tokenizer: Arc<Tokenizer>,
+        (profile, tokenizer): (Arc<ModelProfile>, Arc<Tokenizer>),
         observer: Observer,
         members: Vec<Member>,
     ) -> (EngineHandle, tokio::sync::oneshot::Receiver<Result<(), PipelineError>>) {
         let (handle, events) = mpsc::unbounded_channel();
         let (snapshot, view) = watch::channel(Snapshot { reason: "starting".into(), ..Snapshot::default() });
         let (first, up) = tokio::sync::oneshot::channel();
-        let scheduler = Scheduler::new(scheduler_config(&deployment, &limits, 0, 1));
+        let scheduler = Scheduler::new(scheduler_config(&deployment, &limits, &profile, 0, 1));
         let engine = Engine {
             deployment,
             limits,
+            profile,
             tokenizer,
             observer,
             handle: handle.clone(),
@@ -174,7 +184,8 @@ impl Engine {
 
     fn tick(&mut self) {
         for id in self.scheduler.expire(self.begun.elapsed()) {
-            let tokens = self.live.get(&id).map_or(0, |l| l.generated);
+            let answer = self.live.get(&id).and_then(|l| l.answer.as_ref());
+            let tokens = answer.map_or(0, |a| a.generated);
             self.fail(id, EngineError::Deadline { tokens });
         }
         if let State::Down { retry } = self.state
@@ -204,30 +215,19 @@ impl Engine {
             let _ = reply.send(Reply::Failed(EngineError::NoPipeline(reason)));
             return;
         }
-        let prompt_tokens = request.prompt.len() as u32;
-        let sampling = v1::RowSampling {
-            sampling: Some(request.sampling),
-            seed: request.seed,
-            prompt_tokens,
-            logprobs: request.logprobs,
+        let (asked, answer) = match request {
+            Asked::Generate(request) => generation(*request, arrived.duration_since(self.begun)),
+            Asked::Encode(input, deadline) => {
+                let deadline = deadline.map(|d| arrived.duration_since(self.begun) + d);
+                let work = scheduler::Work::Encode(input.encode);
+                (scheduler::Request { prompt: input.ids, deadline, work }, None)
+            }
         };
-        let asked = scheduler::Request {
-            prompt: request.prompt,
-            max_tokens: request.max_tokens,
-            eos: request.eos,
-            deadline: request.deadline.map(|d| arrived.duration_since(self.begun) + d),
-            sampling,
-        };
+        let prompt_tokens = asked.prompt.len() as u64;
         match self.scheduler.submit(asked) {
             Ok(id) => {
-                let live = Live {
-                    reply: reply.clone(),
-                    text: TextStream::new(request.stop),
-                    prompt_tokens,
-                    generated: 0,
-                    _permit: permit,
-                };
-                self.counters.prompt_tokens += u64::from(prompt_tokens);
+                let live = Live { reply: reply.clone(), answer, _permit: permit };
+                self.counters.prompt_tokens += prompt_tokens;
                 self.live.insert(id, live);
                 if reply.send(Reply::Accepted(id)).is_err() {
                     self.live.remove(&id);
@@ -270,19 +270,23 @@ impl Engine {
             }
             return;
         }
-        let (ids, mut logprobs): (Vec<_>, _) = match result.output {
-            Some(step_result::Output::Tokens(tokens)) => {
-                let ids = tokens.tokens.iter().map(|t| (t.sequence, t.token_id)).collect();
-                let logprobs = tokens.tokens.into_iter().filter_map(|t| Some((t.sequence, t.logprobs?)));
-                (ids, logprobs.collect::<HashMap<_, _>>())
-            }
-            _ => (Vec::new(), HashMap::new()),
-        };
-        match self.scheduler.commit(result.step, &ids) {
+        let (outputs, mut results) = outputs(result.output);
+        match self.scheduler.commit(result.step, &outputs) {
             Ok(committed) => {
-                for token in committed {
-                    let logprobs = logprobs.remove(&token.sequence);
-                    self.emit(&token, logprobs);
+                for output in committed {
+                    let result = results.remove(&output.sequence);
+                    match (output.output, result) {
+                        (scheduler::Output::Token(token), Some(Yield::Token(logprobs))) => {
+                            self.emit(output.sequence, token, output.finished, logprobs);
+                        }
+                        (_, Some(Yield::Whole(reply))) => {
+                            if let Some(live) = self.live.remove(&output.sequence) {
+                                // A receiver that is gone needs no telling.
+                                let _ = live.reply.send(reply);
+                            }
+                        }
+                        _ => self.fail(output.sequence, EngineError::Internal),
+                    }
                 }
             }
             Err(error) => self.lost("the last stage", &error.to_string()),
@@ -290,35 +294,41 @@ impl Engine {
     }
 
     /// Sends a committed token on, and ends the answer where it ends.
-    fn emit(&mut self, token: &Committed, logprobs: Option<v1::TokenLogprobs>) {
-        let Some(live) = self.live.get_mut(&token.sequence) else { return };
-        let id = token.token;
-        let piece = match live.text.push(id, &self.tokenizer) {
+    fn emit(
+        &mut self,
+        sequence: SequenceId,
+        id: u32,
+        finished: Option<scheduler::Finish>,
+        logprobs: Option<v1::TokenLogprobs>,
+    ) {
+        let Some(live) = self.live.get_mut(&sequence) else { return };
+        let Some(answer) = &mut live.answer else { return };
+        let piece = match answer.text.push(id, &self.tokenizer) {
             Ok(piece) => piece,
             Err(error) => {
                 tracing::error!(%error, token = id, "cannot decode a token");
-                self.scheduler.cancel(token.sequence);
-                return self.fail(token.sequence, EngineError::Internal);
+                self.scheduler.cancel(sequence);
+                return self.fail(sequence, EngineError::Internal);
             }
         };
         let tokens = v1::Tokens {
             text: piece.text,
             token_ids: vec![id],
             logprobs: logprobs.into_iter().collect(),
-            index: live.generated,
+            index: answer.generated,
         };
-        live.generated += 1;
+        answer.generated += 1;
         self.counters.generated_tokens += 1;
         let gone = live.reply.send(Reply::Event(generate_event::Event::Tokens(tokens))).is_err();
-        let finish = match token.finished {
+        let finish = match finished {
             _ if piece.stopped => Some(FinishReason::Stop),
             Some(scheduler::Finish::Eos) => Some(FinishReason::Eos),
-            Some(scheduler::Finish::Length) => Some(FinishReason::Length),
+            Some(scheduler::Finish::Length | scheduler::Finish::Encoded) => Some(FinishReason::Length),
             None => None,
         };
         if gone || finish.is_some() {
-            self.scheduler.cancel(token.sequence);
-            if let (Some(live), Some(reason)) = (self.live.remove(&token.sequence), finish) {
+            self.scheduler.cancel(sequence);
+            if let (Some(live), Some(reason)) = (self.live.remove(&sequence), finish) {
                 finish_answer(live, reason, &self.tokenizer);
             }
         }
@@ -400,6 +410,7 @@ impl Engine {
                 let config = scheduler_config(
                     &self.deployment,
                     &self.limits,
+                    &self.profile,
                     blocks.unwrap_or(u32::MAX),
                     replica.stages.len() as u32,
                 );
@@ -460,15 +471,73 @@ impl Engine {
     }
 }
 
+/// What the last stage made of a sequence, beside what the scheduler is told.
+enum Yield {
+    /// A token, with log-probabilities if they were asked for.
+    Token(Option<v1::TokenLogprobs>),
+    /// All that was asked for.
+    Whole(Reply),
+}
+
+/// Sorts the outputs of a step by sequence.
+fn outputs(
+    output: Option<step_result::Output>,
+) -> (Vec<(SequenceId, scheduler::Output)>, HashMap<SequenceId, Yield>) {
+    let (mut outputs, mut results) = (Vec::new(), HashMap::new());
+    let whole = scheduler::Output::Whole;
+    match output {
+        None => {}
+        Some(step_result::Output::Tokens(tokens)) => {
+            for token in tokens.tokens {
+                outputs.push((token.sequence, scheduler::Output::Token(token.token_id)));
+                results.insert(token.sequence, Yield::Token(token.logprobs));
+            }
+        }
+        Some(step_result::Output::Vectors(vectors)) => {
+            for vector in vectors.vectors {
+                outputs.push((vector.sequence, whole));
+                results.insert(vector.sequence, Yield::Whole(Reply::Vector(vector.values)));
+            }
+        }
+        Some(step_result::Output::Guesses(guesses)) => {
+            let mut masks: BTreeMap<SequenceId, Vec<_>> = BTreeMap::new();
+            for guess in guesses.guesses {
+                masks.entry(guess.sequence).or_default().push(guess.top);
+            }
+            for (sequence, masks) in masks {
+                outputs.push((sequence, whole));
+                results.insert(sequence, Yield::Whole(Reply::Guesses(masks)));
+            }
+        }
+    }
+    (outputs, results)
+}
+
+/// A generation as the scheduler sees it, and its answer; it arrived at `arrived` on the engine's clock.
+fn generation(request: Checked, arrived: Duration) -> (scheduler::Request, Option<Answer>) {
+    let prompt_tokens = request.prompt.len() as u32;
+    let sampling = v1::RowSampling {
+        sampling: Some(request.sampling),
+        seed: request.seed,
+        prompt_tokens,
+        logprobs: request.logprobs,
+    };
+    let work = scheduler::Work::Generate { max_tokens: request.max_tokens, eos: request.eos, sampling };
+    let asked =
+        scheduler::Request { prompt: request.prompt, deadline: request.deadline.map(|d| arrived + d), work };
+    (asked, Some(Answer { text: TextStream::new(request.stop), prompt_tokens, generated: 0 }))
+}
+
 fn finish_answer(live: Live, reason: FinishReason, tokenizer: &Tokenizer) {
+    let Some(Answer { text, prompt_tokens, generated }) = live.answer else { return };
     // After a stop string, what was held back is behind it.
     let rest = match reason {
         FinishReason::Stop => Ok(String::new()),
-        _ => live.text.finish(tokenizer),
+        _ => text.finish(tokenizer),
     };
     let reply = match rest {
         Ok(text) => {
-            let usage = v1::Usage { prompt_tokens: live.prompt_tokens, completion_tokens: live.generated };
+            let usage = v1::Usage { prompt_tokens, completion_tokens: generated };
             let finished = v1::Finished { reason: reason as i32, usage: Some(usage), text };
             Reply::Event(generate_event::Event::Finished(finished))
         }
@@ -481,7 +550,13 @@ fn finish_answer(live: Live, reason: FinishReason, tokenizer: &Tokenizer) {
     let _ = live.reply.send(reply);
 }
 
-fn scheduler_config(deployment: &Deployment, limits: &Limits, blocks: u32, stages: u32) -> scheduler::Config {
+fn scheduler_config(
+    deployment: &Deployment,
+    limits: &Limits,
+    profile: &ModelProfile,
+    blocks: u32,
+    stages: u32,
+) -> scheduler::Config {
     scheduler::Config {
         blocks,
         block_tokens: strata_proto::BLOCK_TOKENS,
@@ -490,5 +565,6 @@ fn scheduler_config(deployment: &Deployment, limits: &Limits, blocks: u32, stage
         prefill_chunk: limits.prefill_chunk,
         // One step for each stage, and one more that hides the way back to the coordinator.
         depth: if stages > 1 { stages + 1 } else { 1 },
+        rope_switch: profile.recompute_at,
     }
 }

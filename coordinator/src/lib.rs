@@ -6,6 +6,7 @@
 pub mod admission;
 pub mod chat;
 mod coordinator;
+pub mod encode;
 mod engine;
 pub mod grpc;
 pub mod membership;

@@ -1,6 +1,9 @@
 //! What goes in and out of the engine.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use strata_proto::{
     Plan,
@@ -11,6 +14,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::{
     admission::{Checked, Permit},
+    encode::CheckedInput,
     membership::MemberEvent,
     pipeline::{LoadUpdate, Pipeline, PipelineEvent},
     preflight::Finding,
@@ -68,15 +72,28 @@ pub enum Reply {
     Accepted(SequenceId),
     /// Something to send on.
     Event(generate_event::Event),
+    /// What the model's head yields of an input: a vector, or the logits of classes. The last message.
+    Vector(Vec<f32>),
+    /// Candidates for each mask of an input. The last message.
+    Guesses(Vec<Vec<v1::Alternative>>),
     /// The answer is over without a finish.
     Failed(EngineError),
+}
+
+/// What is asked of the engine.
+#[derive(Debug)]
+pub enum Asked {
+    /// To continue a prompt.
+    Generate(Box<Checked>),
+    /// To encode an input, until a deadline from arrival.
+    Encode(CheckedInput, Option<Duration>),
 }
 
 /// A checked request on its way to the engine.
 #[derive(Debug)]
 pub struct Submission {
     /// The request.
-    pub request: Checked,
+    pub request: Asked,
     /// When it arrived.
     pub arrived: Instant,
     /// Where its answer goes.

@@ -227,6 +227,9 @@ mod tests {
             recompute_at: None,
             workspace_bytes_per_token: 0,
             workspace_bytes_per_output: 0,
+            labels: vec![],
+            scoring: strata_proto::v1::Scoring::Unspecified,
+            segments: 0,
         }
     }
 

@@ -3,7 +3,11 @@
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
-use strata_proto::Files;
+use strata_proto::{Files, v1::Truncation};
+use tokenizers::{
+    Encoding, PostProcessor, TruncationDirection, TruncationParams, TruncationStrategy,
+    utils::truncation::truncate_encodings,
+};
 
 use crate::chat::{ChatError, ChatTemplate, Message, special_tokens};
 
@@ -55,6 +59,27 @@ pub struct Tokenizer {
     /// `bos_token`, `eos_token`, … of tokenizer_config.json.
     special: BTreeMap<String, String>,
     chat: Option<Chat>,
+    mask: Option<Mask>,
+}
+
+/// What inputs with masks need beside the tokenizer.
+#[derive(Debug)]
+struct Mask {
+    text: String,
+    id: u32,
+    /// The same tokenizer, to which the mask token is an ordinary one: it alone is read in a text.
+    tokenizer: tokenizers::Tokenizer,
+}
+
+/// An input of an encoder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Encoded {
+    /// Its tokens, special ones included.
+    pub ids: Vec<u32>,
+    /// The segment of each.
+    pub segments: Vec<u32>,
+    /// Tokens that were cut off.
+    pub dropped: u32,
 }
 
 /// What chats need beside the tokenizer.
@@ -90,7 +115,8 @@ impl Tokenizer {
             }
         };
         let special = special_tokens(files)?;
-        Ok(Tokenizer { inner, defaults, special, chat })
+        let mask = special.get("mask_token").map(|text| Mask::new(text, json)).transpose()?.flatten();
+        Ok(Tokenizer { inner, defaults, special, chat, mask })
     }
 
     /// Text to ids; `special` adds what the tokenizer puts around a text (BOS).
@@ -100,6 +126,52 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenizerError> {
         let encoding = self.inner.encode_fast(text, special);
         encoding.map(|e| e.get_ids().to_vec()).map_err(|e| TokenizerError::Failed(e.to_string()))
+    }
+
+    /// A text, or a pair of texts, as an encoder reads it, special tokens included. The mask token, if the tokenizer has
+    /// one, is the only one that a text may contain. `longest` cuts what is longer, of a pair the longer text first.
+    ///
+    /// # Errors
+    /// If the tokenizer fails on this text, or `longest` leaves no room for a text.
+    pub fn encode_input(
+        &self,
+        text: &str,
+        pair: Option<&str>,
+        longest: Option<(u32, Truncation)>,
+    ) -> Result<Encoded, TokenizerError> {
+        let failed = |e: tokenizers::Error| TokenizerError::Failed(e.to_string());
+        let tokenizer = self.mask.as_ref().map_or(&self.inner, |mask| &mask.tokenizer);
+        let mut first = tokenizer.encode(text, false).map_err(failed)?;
+        let mut second = pair.map(|pair| tokenizer.encode(pair, false)).transpose().map_err(failed)?;
+        let count = |a: &Encoding, b: &Option<Encoding>| a.len() + b.as_ref().map_or(0, Encoding::len);
+        let before = count(&first, &second);
+        if let Some((longest, keep)) = longest {
+            let around = tokenizer.get_post_processor().map_or(0, |p| p.added_tokens(pair.is_some()));
+            let room =
+                (longest as usize).checked_sub(around).filter(|room| *room > usize::from(pair.is_some()));
+            let room = room.ok_or_else(|| {
+                TokenizerError::Failed(format!("{longest} tokens leave no room beside {around} special ones"))
+            })?;
+            let params = TruncationParams {
+                max_length: room,
+                strategy: TruncationStrategy::LongestFirst,
+                stride: 0,
+                direction: match keep {
+                    Truncation::KeepTail => TruncationDirection::Left,
+                    _ => TruncationDirection::Right,
+                },
+            };
+            (first, second) = truncate_encodings(first, second, &params).map_err(failed)?;
+        }
+        let dropped = (before - count(&first, &second)) as u32;
+        // The second text's segment is the post-processor's to set; without one, it is 1.
+        let encoding = tokenizer.post_process(first, second, true).map_err(failed)?;
+        Ok(Encoded { ids: encoding.get_ids().to_vec(), segments: encoding.get_type_ids().to_vec(), dropped })
+    }
+
+    /// Text and id of the mask token.
+    pub fn mask(&self) -> Option<(&str, u32)> {
+        self.mask.as_ref().map(|mask| (mask.text.as_str(), mask.id))
     }
 
     /// A chat to ids, by the model's own template, up to the beginning of the model's answer.
@@ -193,6 +265,25 @@ impl Tokenizer {
     /// What the model's makers suggest.
     pub fn defaults(&self) -> &GenerationDefaults {
         &self.defaults
+    }
+}
+
+impl Mask {
+    /// `None` if the tokenizer does not know the token.
+    fn new(text: &str, json: &[u8]) -> Result<Option<Self>, TokenizerError> {
+        let broken = |why: String| TokenizerError::Broken { file: "tokenizer.json", why };
+        let mut value: serde_json::Value = serde_json::from_slice(json).map_err(|e| broken(e.to_string()))?;
+        let tokens = value.get_mut("added_tokens").and_then(|t| t.as_array_mut());
+        for token in tokens.into_iter().flatten().filter(|t| t["content"] == text) {
+            token["special"] = false.into();
+        }
+        let bytes = value.to_string().into_bytes();
+        let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| broken(e.to_string()))?;
+        tokenizer.with_truncation(None).map_err(|e| broken(e.to_string()))?;
+        tokenizer.with_padding(None);
+        tokenizer.set_encode_special_tokens(true);
+        let id = tokenizer.token_to_id(text);
+        Ok(id.map(|id| Mask { text: text.to_owned(), id, tokenizer }))
     }
 }
 

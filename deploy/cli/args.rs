@@ -4,7 +4,10 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use strata_coordinator::{planner::Split, preflight::Check};
-use strata_proto::{DEFAULT_PORT, DType, LinkKind, v1::ChatMessage};
+use strata_proto::{
+    DEFAULT_PORT, DType, LinkKind,
+    v1::{ChatMessage, Truncation},
+};
 use strata_worker::device::{DeviceSpec, parse_bytes};
 
 /// Serves one transformer model across many devices.
@@ -45,6 +48,12 @@ pub enum Command {
     Check(CheckArgs),
     /// Continue a prompt
     Generate(GenerateArgs),
+    /// Score texts by a classifier's classes
+    Classify(ClassifyArgs),
+    /// Turn texts into vectors
+    Embed(EmbedArgs),
+    /// Guess the tokens behind the masks of texts
+    FillMask(FillMaskArgs),
     /// Show what a server is doing
     Status(StatusArgs),
 }
@@ -332,6 +341,68 @@ pub struct GenerateArgs {
     /// Print one JSON object per event, and a last one with the whole answer
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
+}
+
+/// Which part of a long input is kept.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Keep {
+    Head,
+    Tail,
+}
+
+impl From<Keep> for Truncation {
+    fn from(keep: Keep) -> Self {
+        match keep {
+            Keep::Head => Truncation::KeepHead,
+            Keep::Tail => Truncation::KeepTail,
+        }
+    }
+}
+
+/// Inputs of an encoder.
+#[derive(Debug, Args)]
+pub struct InputArgs {
+    #[command(flatten)]
+    pub address: AddressArgs,
+    /// A text; may be repeated
+    #[arg(long, env = "STRATA_TEXT", required_unless_present = "token_ids")]
+    pub text: Vec<String>,
+    /// The second text of a pair: the first --pair goes with the first --text, and so on
+    #[arg(long, env = "STRATA_PAIR", requires = "text")]
+    pub pair: Vec<String>,
+    /// Token ids, taken as they are
+    #[arg(long, env = "STRATA_TOKEN_IDS", value_delimiter = ',', conflicts_with = "text")]
+    pub token_ids: Vec<u32>,
+    /// Keep this end of an input that is too long, instead of refusing it
+    #[arg(long, env = "STRATA_TRUNCATE", value_enum)]
+    pub truncate: Option<Keep>,
+    /// Give up after this many milliseconds
+    #[arg(long, env = "STRATA_DEADLINE_MS")]
+    pub deadline_ms: Option<u64>,
+    /// Print one JSON object per input
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ClassifyArgs {
+    #[command(flatten)]
+    pub input: InputArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct EmbedArgs {
+    #[command(flatten)]
+    pub input: InputArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct FillMaskArgs {
+    #[command(flatten)]
+    pub input: InputArgs,
+    /// Candidates for each mask [default: 5]
+    #[arg(long, env = "STRATA_TOP_K")]
+    pub top_k: Option<u32>,
 }
 
 #[cfg(test)]

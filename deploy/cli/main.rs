@@ -4,6 +4,7 @@ mod args;
 mod check;
 mod client;
 mod config_file;
+mod encode;
 mod generate;
 mod plan;
 mod roles;
@@ -44,6 +45,9 @@ fn run() -> anyhow::Result<()> {
             Command::Plan(args) => plan::plan(args).await,
             Command::Check(args) => check::check(args).await,
             Command::Generate(args) => generate::generate(args).await,
+            Command::Classify(args) => encode::classify(args).await,
+            Command::Embed(args) => encode::embed(args).await,
+            Command::FillMask(args) => encode::fill_mask(args).await,
             Command::Status(args) => status::status(args).await,
         }
     });

@@ -14,7 +14,7 @@ mod worker;
 pub use device::{Device, DeviceKind};
 pub use dtype::DType;
 pub use plan::{LayerRange, LinkKind, MapDevice, Plan, Replica, StagePlan};
-pub use profile::{FormatBytes, ModelProfile, Module};
+pub use profile::{Experts, FormatBytes, ModelProfile, Module};
 pub use worker::{Files, Progress, StageChannel, Worker};
 
 /// Generated messages and services of `strata.v1`.

@@ -1,6 +1,6 @@
 //! A model as the planner sees it: an ordered list of modules with costs.
 
-use crate::{DType, LayerRange, v1};
+use crate::{BLOCK_TOKENS, DType, LayerRange, v1};
 
 /// Resident bytes of something in each format it could be held in.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -40,6 +40,19 @@ pub struct Module {
     pub kv_elements_per_token: u64,
     /// Multiply-adds per token (per output row for the head).
     pub macs_per_token: u64,
+    /// Set if it is a mixture of experts; their bytes are part of `bytes`.
+    pub experts: Option<Experts>,
+}
+
+/// The experts of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Experts {
+    /// All of them.
+    pub count: u32,
+    /// Those that one token goes through.
+    pub active: u32,
+    /// Resident bytes of one.
+    pub bytes: FormatBytes,
 }
 
 /// What a worker says of a model, read from `config.json` and the safetensors headers.
@@ -83,6 +96,12 @@ pub struct ModelProfile {
     pub workspace_bytes_per_token: u64,
     /// Workspace bytes on the last stage for each row that may yield an output in a step.
     pub workspace_bytes_per_output: u64,
+    /// Names of a classifier's classes, in order of its logits.
+    pub labels: Vec<String>,
+    /// What becomes of them.
+    pub scoring: v1::Scoring,
+    /// Kinds of segments that the embedding knows.
+    pub segments: u32,
 }
 
 impl ModelProfile {
@@ -117,7 +136,8 @@ impl ModelProfile {
     pub fn workspace_bytes(&self, layers: LayerRange, tokens: u32, outputs: u32) -> u64 {
         let last = layers.end == self.layer_count();
         let head = if last { self.workspace_bytes_per_output * u64::from(outputs) } else { 0 };
-        self.workspace_bytes_per_token * u64::from(tokens) + head
+        // Whole blocks, as the worker allocates it.
+        self.workspace_bytes_per_token * u64::from(tokens).next_multiple_of(u64::from(BLOCK_TOKENS)) + head
     }
 
     fn slice(&self, layers: LayerRange) -> &[Module] {
@@ -137,6 +157,18 @@ impl From<v1::FormatBytes> for FormatBytes {
     }
 }
 
+impl From<Experts> for v1::Experts {
+    fn from(e: Experts) -> Self {
+        v1::Experts { count: e.count, active: e.active, bytes: Some(e.bytes.into()) }
+    }
+}
+
+impl From<v1::Experts> for Experts {
+    fn from(e: v1::Experts) -> Self {
+        Experts { count: e.count, active: e.active, bytes: e.bytes.unwrap_or_default().into() }
+    }
+}
+
 impl From<Module> for v1::Module {
     fn from(m: Module) -> Self {
         v1::Module {
@@ -144,6 +176,7 @@ impl From<Module> for v1::Module {
             bytes: Some(m.bytes.into()),
             kv_elements_per_token: m.kv_elements_per_token,
             macs_per_token: m.macs_per_token,
+            experts: m.experts.map(Into::into),
         }
     }
 }
@@ -155,6 +188,7 @@ impl From<v1::Module> for Module {
             bytes: m.bytes.unwrap_or_default().into(),
             kv_elements_per_token: m.kv_elements_per_token,
             macs_per_token: m.macs_per_token,
+            experts: m.experts.map(Into::into),
         }
     }
 }
@@ -181,6 +215,9 @@ impl From<ModelProfile> for v1::Profile {
             shared_tensors: p.shared_tensors,
             workspace_bytes_per_token: p.workspace_bytes_per_token,
             workspace_bytes_per_output: p.workspace_bytes_per_output,
+            labels: p.labels,
+            scoring: p.scoring as i32,
+            segments: p.segments,
         }
     }
 }
@@ -189,12 +226,15 @@ impl TryFrom<v1::Profile> for ModelProfile {
     type Error = String;
 
     fn try_from(p: v1::Profile) -> Result<Self, String> {
-        let task = p.task();
+        let (task, scoring) = (p.task(), p.scoring());
         if p.layers.is_empty() || p.vocab_size == 0 || p.context_length == 0 {
             return Err(format!("profile of {:?} has no layers, vocabulary or context", p.model));
         }
         Ok(ModelProfile {
             task,
+            scoring,
+            labels: p.labels,
+            segments: p.segments,
             dtype: p.dtype.parse()?,
             hidden_size: p.hidden_size,
             vocab_size: p.vocab_size,

@@ -130,7 +130,7 @@ fn a_missing_or_broken_model_is_one_clear_line() {
         assert!(text.contains(from));
         std::fs::write(path, text.replace(from, to)).unwrap();
     }
-    let cases: [(&str, Breakage, &[&str]); 10] = [
+    let cases: [(&str, Breakage, &[&str]); 11] = [
         (
             "another model's tokenizer",
             |d| {
@@ -147,6 +147,18 @@ fn a_missing_or_broken_model_is_one_clear_line() {
                 let mut bytes = std::fs::read(&path).unwrap();
                 let end = bytes.len();
                 bytes[end - 400_000..].fill(0xff);
+                std::fs::write(&path, bytes).unwrap();
+            },
+            &["holds NaN", "download it again"],
+        ),
+        (
+            "infinite weights",
+            |d| {
+                let path = d.join("model.safetensors");
+                let mut bytes = std::fs::read(&path).unwrap();
+                let end = bytes.len();
+                // Infinity in bfloat16.
+                bytes[end - 400_000..].as_chunks_mut().0.fill(0x7f80u16.to_le_bytes());
                 std::fs::write(&path, bytes).unwrap();
             },
             &["output", "not finite"],

@@ -21,6 +21,8 @@ struct Driver {
     pipeline: Pipeline,
     events: mpsc::UnboundedReceiver<PipelineEvent>,
     step: u64,
+    /// Sequences longer than this turn by other frequencies.
+    switch: usize,
     next_block: u32,
     next_sequence: u64,
 }
@@ -77,8 +79,9 @@ impl Driver {
         let sink = Arc::new(move |_, event| {
             let _ = sink.send(event);
         });
+        let switch = survey.profile.recompute_at.map_or(usize::MAX, |n| n as usize);
         let up = Pipeline::bring_up(&survey, &plan, fence, Arc::new(|_| {}), sink, &deployment).await;
-        Driver { pipeline: up.unwrap(), events, step: 0, next_block: 0, next_sequence: 0 }
+        Driver { pipeline: up.unwrap(), events, step: 0, switch, next_block: 0, next_sequence: 0 }
     }
 
     /// Runs requests to their end, all that have arrived in every step.
@@ -110,6 +113,10 @@ impl Driver {
                     for token in tokens.tokens {
                         let request = requests.iter_mut().find(|r| r.sequence == token.sequence).unwrap();
                         request.ids.push(token.token_id);
+                        if request.ids.len() - 1 == self.switch {
+                            // All that is cached has turned by the wrong angles.
+                            (request.cached, request.blocks) = (0, 0);
+                        }
                         request.sampled.push(v1::SampledToken { sequence: 0, ..token });
                     }
                 }
@@ -147,6 +154,7 @@ impl Driver {
             new_blocks,
             output: if count == left { request.output } else { RowOutput::None } as i32,
             sampling: reset.then_some(sampling),
+            rope_set: u32::from(request.ids.len() > self.switch),
             ..v1::Row::default()
         }
     }
@@ -219,9 +227,7 @@ async fn observe(options: &Options, expected: &[Expected]) -> (Vec<Vec<u32>>, Ve
 
 async fn check_every_split(directory: &Path) {
     let expected = expectations(directory);
-    let config: serde_json::Value =
-        serde_json::from_str(&std::fs::read_to_string(directory.join("config.json")).unwrap()).unwrap();
-    let layers = config["num_hidden_layers"].as_u64().unwrap() as u32;
+    let layers = strata_worker::model::describe(directory, "m").unwrap().layer_count();
     let mut reference = None;
     let mut seen = BTreeMap::new();
     for counts in every_split(layers) {

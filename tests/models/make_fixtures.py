@@ -1,6 +1,6 @@
 """Make the small fixtures: seeded random models of every family and style of checkpoint, with transformers' own outputs.
 
-usage: python make_fixtures.py [OUT_DIR]        (needs requirements.txt; OUT_DIR defaults to this directory)
+usage: python make_fixtures.py [OUT_DIR [NAME…]]        (needs requirements.txt; OUT_DIR defaults to this directory)
 
 Expected outputs are float32 logits and greedy continuations of the model as it was reloaded from disk, so that the
 storage format's rounding counts. Seeds of models and prompts are searched until every greedy choice has a clear
@@ -67,6 +67,64 @@ FIXTURES = {
     "qwen3-norms-bf16": (dict(
         model_type="qwen3", vocab_size=320, hidden_size=48, intermediate_size=72, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, head_dim=20, tie_word_embeddings=False), torch.bfloat16, "1GB"),
+    # Experts in every layer, and a window.
+    "mixtral-bf16": (dict(
+        model_type="mixtral", vocab_size=320, hidden_size=40, intermediate_size=24, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=12, num_local_experts=5, num_experts_per_tok=2,
+        sliding_window=19, tie_word_embeddings=False), torch.bfloat16, "60KB"),
+    # A dense layer between layers of experts, whose shares add up to 1; the experts are narrower than the dense block.
+    "qwen3-moe-f32": (dict(
+        model_type="qwen3_moe", vocab_size=320, hidden_size=32, intermediate_size=56, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=12, num_experts=6, num_experts_per_tok=3,
+        moe_intermediate_size=20, norm_topk_prob=True, mlp_only_layers=[2], tie_word_embeddings=False),
+        torch.float32, "1GB"),
+    # Windows on every second layer, bounds low enough to matter, a scale that is not that of head_dim.
+    "gemma2-softcaps-f32": (dict(
+        model_type="gemma2", vocab_size=320, hidden_size=40, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=12, sliding_window=17, query_pre_attn_scalar=20,
+        attn_logit_softcapping=2.0, final_logit_softcapping=8.0), torch.float32, "1GB"),
+    # Every third layer global, with scaled rotation; local layers turn by another base.
+    "gemma3-local-bf16": (dict(
+        model_type="gemma3_text", vocab_size=320, hidden_size=48, intermediate_size=72, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=1, head_dim=16, sliding_window=13, query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        rope_parameters=dict(full_attention=dict(rope_type="linear", factor=4.0, rope_theta=1000000.0),
+                             sliding_attention=dict(rope_type="default", rope_theta=10000.0))),
+        torch.bfloat16, "1GB"),
+    # As phi-2: parallel, a part of each head turns, biases everywhere, the head's too.
+    "phi-parallel-f16": (dict(
+        model_type="phi", vocab_size=320, hidden_size=48, intermediate_size=96, num_hidden_layers=4,
+        num_attention_heads=4, rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5)),
+        torch.float16, "1GB"),
+    # Layer norms on the heads of queries and keys; grouped.
+    "phi-norms-f32": (dict(
+        model_type="phi", vocab_size=320, hidden_size=40, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, qk_layernorm=True,
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.4)), torch.float32, "1GB"),
+    # Fused products; prompts and answers cross the length at which the rotation changes; a part of each head turns.
+    "phi3-longrope-f32": (dict(
+        model_type="phi3", vocab_size=320, hidden_size=48, intermediate_size=56, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, original_max_position_embeddings=32,
+        rope_parameters=dict(rope_type="longrope", rope_theta=10000.0, partial_rotary_factor=0.67,
+                             short_factor=[1.0, 1.05, 1.1, 1.4], long_factor=[1.0, 1.9, 3.4, 7.5])),
+        torch.float32, "1GB"),
+    # Scores scaled by layer, an inner width that is not four times the outer; tied.
+    "gpt2-scaled-f32": (dict(
+        model_type="gpt2", vocab_size=320, hidden_size=40, n_inner=72, num_hidden_layers=4, num_attention_heads=4,
+        scale_attn_by_inverse_layer_idx=True), torch.float32, "1GB"),
+    # As old files are: no prefix, masks beside the weights; scores not scaled at all.
+    "gpt2-old-bf16": (dict(
+        model_type="gpt2", vocab_size=320, hidden_size=40, num_hidden_layers=5, num_attention_heads=4, n_inner=64,
+        scale_attn_weights=False), torch.bfloat16, "1GB"),
+    "neox-parallel-bf16": (dict(
+        model_type="gpt_neox", vocab_size=320, hidden_size=48, intermediate_size=80, num_hidden_layers=4,
+        num_attention_heads=4, rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.34)),
+        torch.bfloat16, "1GB"),
+    # No biases in attention, another base, and one block after the other.
+    "neox-sequential-f32": (dict(
+        model_type="gpt_neox", vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, use_parallel_residual=False, attention_bias=False, hidden_act="gelu_new",
+        rope_parameters=dict(rope_type="default", rope_theta=500.0, partial_rotary_factor=1.0)), torch.float32, "1GB"),
 }
 
 
@@ -86,14 +144,20 @@ def make_tokenizer(out):
 
 def make_model(settings, seed):
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(**{"model_type": "llama", **COMMON, **settings})
+    settings = {"model_type": "llama", **COMMON, **settings}
+    if not hasattr(AutoConfig.for_model(settings["model_type"]), "rms_norm_eps"):
+        del settings["rms_norm_eps"]
+    config = AutoConfig.for_model(**settings)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            # Large enough that every layer moves the logits; norms stay near one.
-            p.copy_(1 + 0.2 * torch.randn_like(p) if "norm" in name else torch.randn_like(p) * p.shape[-1] ** -0.5
+            # Large enough that every layer moves the logits; norms stay near one, of which Gemma's files leave out the one.
+            norm = ("norm" in name.lower() or "ln_" in name) and name.endswith("weight")
+            one = 0 if "gemma" in config.model_type else 1
+            p.copy_(one + 0.2 * torch.randn_like(p) if norm else torch.randn_like(p) * p.shape[-1] ** -0.5
                     if p.dim() > 1 else 0.2 * torch.randn_like(p))
-        model.lm_head.weight.mul_(3)
+        if one:
+            model.get_output_embeddings().weight.mul_(3)
     return model
 
 
@@ -141,16 +205,18 @@ def to_version_4(path, legacy):
     (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def without_prefix(path, layers):
-    """Drop the base prefix from tensor names and add the rotary tensors that old files carry."""
-    tensors = {name.removeprefix("model."): t for name, t in load_file(path / "model.safetensors").items()}
+def without_prefix(path, base, layers, extra):
+    """Drop the base prefix from tensor names and add a tensor to every layer that old files carry."""
+    tensors = {name.removeprefix(base): t for name, t in load_file(path / "model.safetensors").items()}
     for layer in range(layers):
-        tensors[f"layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        tensors[extra[0].format(layer)] = extra[1].clone()
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
-def main(out):
+def main(out, only):
     for number, (name, (settings, dtype, shard)) in enumerate(FIXTURES.items()):
+        if only and name not in only:
+            continue
         path = out / name
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
@@ -167,7 +233,11 @@ def main(out):
             to_version_4(path, legacy=False)
         if name == "llama-v4-legacy":
             to_version_4(path, legacy=True)
-            without_prefix(path, settings["num_hidden_layers"])
+            without_prefix(path, "model.", settings["num_hidden_layers"],
+                           ("layers.{}.self_attn.rotary_emb.inv_freq", torch.ones(4)))
+        if name == "gpt2-old-bf16":
+            without_prefix(path, "transformer.", settings["num_hidden_layers"],
+                           ("h.{}.attn.bias", torch.ones(1, 1, 32, 32, dtype=torch.uint8).tril()))
         versions = {m.__name__: m.__version__ for m in (transformers, torch, tokenizers)}
         (path / "expected.json").write_text(json.dumps({"versions": versions, "prompts": rows}) + "\n")
         size = sum(f.stat().st_size for f in path.iterdir())
@@ -175,4 +245,5 @@ def main(out):
         print(name, f"{size} bytes, model seed {seed},", "margins", [row["min_top2_gap"] for row in rows])
 
 
-main(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else pathlib.Path(__file__).parent))
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else pathlib.Path(__file__).parent), sys.argv[2:])

@@ -15,8 +15,8 @@ use strata_proto::{
 use crate::{
     error::WorkerError,
     interrupt::Interrupt,
-    model::{BatchRow, StageInput, StageOutput, StageState, StageWeights},
-    sampler::{Draw, SampleError, Sampled, SamplingParams, TokenHistory, sample},
+    model::{BatchRow, StageInput, StageOutput, StageState, StageWeights, blocks::Head},
+    sampler::{Draw, SampleError, Sampled, SamplingParams, TokenHistory, candidates, sample},
     stage::StepHook,
     transport::{Activation, Downstream, Expected, LinkError, Payload, Upstream, candle_dtype, tcp::Pending},
 };
@@ -39,6 +39,7 @@ pub(crate) struct Sequence {
     blocks: Vec<u32>,
     /// Positions that are cached.
     length: u32,
+    rope_set: u32,
     /// Only on the last stage.
     sampler: Option<Sampler>,
 }
@@ -134,15 +135,19 @@ impl Generation {
             self.sequences.remove(sequence);
         }
         for row in &meta.rows {
-            if !row.segment_ids.is_empty() || row.rope_set != 0 {
-                return broken("segment ids and rope sets mean nothing to this model".into());
+            check_row(row, weights)
+                .map_err(|e| WorkerError::BadMessage(format!("step {}: {e}", meta.step)))?;
+            if weights.model().tower.is_encoder() {
+                // Computed whole; nothing is kept.
+                continue;
             }
             if row.reset {
                 let sampler = match &row.sampling {
                     Some(sampling) if weights.spec().head => Some(Sampler::new(sampling)?),
                     _ => None,
                 };
-                self.sequences.insert(row.sequence, Sequence { blocks: Vec::new(), length: 0, sampler });
+                let sequence = Sequence { blocks: Vec::new(), length: 0, rope_set: row.rope_set, sampler };
+                self.sequences.insert(row.sequence, sequence);
             }
             let Some(sequence) = self.sequences.get_mut(&row.sequence) else {
                 return broken(format!("sequence {} is unknown and not reset", row.sequence));
@@ -152,6 +157,9 @@ impl Generation {
                     "sequence {} goes on at {} with {} tokens, but {} are cached",
                     row.sequence, row.start, row.count, sequence.length
                 ));
+            }
+            if row.rope_set != sequence.rope_set {
+                return broken(format!("sequence {} changes its rope set without a reset", row.sequence));
             }
             if row.first_block_index as usize != sequence.blocks.len() {
                 return broken(format!("sequence {} has {} blocks", row.sequence, sequence.blocks.len()));
@@ -238,19 +246,29 @@ impl Generation {
                 start: row.start,
                 count: row.count,
                 blocks: self.sequences.get(&row.sequence).map_or(&[], |s| &s.blocks),
+                rope_set: row.rope_set,
             })
             .collect();
         let mut outputs = Vec::new();
+        let mut segments = Vec::new();
         let mut at = 0;
         for row in &meta.rows {
+            match row.output() {
+                _ if !weights.spec().head => {}
+                RowOutput::None => {}
+                RowOutput::Token | RowOutput::Logits => outputs.push(at + row.count - 1),
+                RowOutput::Vector => outputs.push(at),
+                RowOutput::Masks => outputs.extend(row.masked.iter().map(|position| at + position)),
+            }
+            segments.extend(&row.segment_ids);
             at += row.count;
-            if weights.spec().head && row.output() != RowOutput::None {
-                outputs.push(at - 1);
+            if !segments.is_empty() {
+                segments.resize(at as usize, 0);
             }
         }
         let host;
         let input = match &hidden {
-            None => StageInput::Tokens(&meta.token_ids),
+            None => StageInput::Tokens { ids: &meta.token_ids, segments: &segments },
             Some(tensor) => {
                 host = to_host(tensor).map_err(|e| e.to_string())?;
                 StageInput::Hidden(&host)
@@ -264,8 +282,8 @@ impl Generation {
                     .map(Computed::Hidden)
                     .map_err(|e| e.to_string())
             }
-            StageOutput::Logits { logits, order } => {
-                answer(meta, logits, order, weights.model().tower.vocab, &mut self.sequences)
+            StageOutput::Values { values, order } => {
+                answer(meta, values, order, weights.model().tower.outputs(), &mut self.sequences)
                     .map(Computed::Output)
             }
         }
@@ -278,17 +296,50 @@ enum Computed {
     Output(step_result::Output),
 }
 
-/// Turns the logits `(outputs, vocab)` of a step into its result; `order` is the sampler's scratch.
+/// Whether a row asks for what this model can do.
+fn check_row(row: &v1::Row, weights: &StageWeights) -> Result<(), String> {
+    let (sequence, tower) = (row.sequence, &weights.model().tower);
+    if !row.segment_ids.is_empty() && row.segment_ids.len() != row.count as usize {
+        return Err(format!(
+            "sequence {sequence} has {} segment ids for {} tokens",
+            row.segment_ids.len(),
+            row.count
+        ));
+    }
+    let fits = matches!(
+        (row.output(), &tower.head),
+        (RowOutput::None, _)
+            | (RowOutput::Token | RowOutput::Logits, Head::Lm { .. })
+            | (RowOutput::Vector, Head::Classify { .. } | Head::Embed { .. })
+            | (RowOutput::Masks, Head::Mlm(..))
+    );
+    if !fits {
+        return Err(format!("sequence {sequence} asks for {:?}, which this model cannot give", row.output()));
+    }
+    let masked = row.output() == RowOutput::Masks;
+    let ascending = row.masked.is_sorted_by(|a, b| a < b) && row.masked.iter().all(|p| *p < row.count);
+    if masked == row.masked.is_empty() || !ascending {
+        return Err(format!("sequence {sequence} needs ascending positions of masks within its tokens"));
+    }
+    if tower.is_encoder() && (!row.reset || row.start != 0 || row.count == 0 || !row.new_blocks.is_empty()) {
+        return Err(format!(
+            "sequence {sequence} is not whole: an encoder computes it in one step, without a cache"
+        ));
+    }
+    Ok(())
+}
+
+/// Turns the values `(outputs, width)` of a step into its result; `order` is the sampler's scratch.
 fn answer(
     meta: &v1::StepMeta,
-    logits: &mut [f32],
+    values: &mut [f32],
     order: &mut [u32],
-    vocab: usize,
+    width: usize,
     sequences: &mut HashMap<u64, Sequence>,
 ) -> Result<step_result::Output, String> {
-    let mut logits = logits.chunks_exact_mut(vocab).zip(order.chunks_exact_mut(vocab));
-    let mut tokens = Vec::new();
-    let mut vectors = Vec::new();
+    let mut values = values.chunks_exact_mut(width).zip(order.chunks_exact_mut(width));
+    let mut next = || values.next().ok_or("a row has no values");
+    let (mut tokens, mut vectors, mut guesses) = (Vec::new(), Vec::new(), Vec::new());
     let mut at = 0;
     for row in &meta.rows {
         let ids = &meta.token_ids[at..at + row.count as usize];
@@ -300,12 +351,12 @@ fn answer(
         }
         match row.output() {
             RowOutput::None => {}
-            RowOutput::Logits => {
-                let values = logits.next().ok_or("a row has no logits")?.0.to_vec();
+            RowOutput::Logits | RowOutput::Vector => {
+                let values = next()?.0.to_vec();
                 vectors.push(v1::Vector { sequence: row.sequence, values });
             }
             RowOutput::Token => {
-                let (logits, order) = logits.next().ok_or("a row has no logits")?;
+                let (logits, order) = next()?;
                 let sampler = sampler.ok_or("a row that samples came without sampling parameters")?;
                 let sampled =
                     sampler.sample(logits, order, row.start + row.count).map_err(|e| e.to_string())?;
@@ -315,12 +366,19 @@ fn answer(
                     logprobs: sampled.logprobs,
                 });
             }
+            RowOutput::Masks => {
+                for _ in &row.masked {
+                    let top = candidates(next()?.0, row.candidates).map_err(|e| e.to_string())?;
+                    guesses.push(v1::Guess { sequence: row.sequence, top });
+                }
+            }
         }
     }
-    match (tokens.is_empty(), vectors.is_empty()) {
-        (false, false) => Err("a step cannot yield both tokens and vectors".into()),
-        (true, false) => Ok(step_result::Output::Vectors(v1::Vectors { vectors })),
-        _ => Ok(step_result::Output::Tokens(v1::SampledTokens { tokens })),
+    match (tokens.is_empty(), vectors.is_empty(), guesses.is_empty()) {
+        (_, true, true) => Ok(step_result::Output::Tokens(v1::SampledTokens { tokens })),
+        (true, false, true) => Ok(step_result::Output::Vectors(v1::Vectors { vectors })),
+        (true, true, false) => Ok(step_result::Output::Guesses(v1::Guesses { guesses })),
+        _ => Err("a step yields one kind of output".into()),
     }
 }
 

@@ -16,6 +16,8 @@ pub struct BatchRow<'a> {
     pub count: u32,
     /// The sequence's whole block table: position `p` lies in block `blocks[p / 16]`.
     pub blocks: &'a [u32],
+    /// Which set of rotary frequencies the sequence uses.
+    pub rope_set: u32,
 }
 
 /// Keys and values of one layer.
@@ -61,6 +63,14 @@ impl KvLayer {
     /// Bytes it occupies.
     pub fn bytes(&self) -> u64 {
         self.keys.bytes() + self.values.bytes()
+    }
+
+    /// Makes NaN of all of it, for tests of what a step may read.
+    #[cfg(test)]
+    pub fn poison(&mut self) {
+        use crate::kernels::buffer::{Element, with_values};
+        with_values!(&mut self.keys, k => k.fill(Element::from_f32(f32::NAN)));
+        with_values!(&mut self.values, v => v.fill(Element::from_f32(f32::NAN)));
     }
 
     pub(crate) fn parts(&self) -> (&Values, &Values) {

@@ -11,7 +11,9 @@ use strata_proto::v1;
 use crate::kernels::cpu::math::exp;
 
 /// Most alternatives that are reported.
-const MAX_ALTERNATIVES: usize = 20;
+const MAX_ALTERNATIVES: u32 = 20;
+/// Most candidates for a masked position.
+const MAX_CANDIDATES: u32 = 100;
 /// Most entries of a logit bias.
 const MAX_BIASES: usize = 1024;
 
@@ -155,7 +157,7 @@ pub fn sample(logits: &mut [f32], order: &mut [u32], draw: &Draw<'_>) -> Result<
     if let Some(token) = logits.iter().position(|x| !x.is_finite()) {
         return Err(SampleError::NotFinite { token: token as u32, value: logits[token] });
     }
-    let raw = draw.logprobs.map(|count| Raw::of(logits, count));
+    let raw = draw.logprobs.map(|count| Raw::of(logits, count.min(MAX_ALTERNATIVES)));
     let changed = adjust(logits, draw);
     let token = if draw.params.temperature == 0.0 { argmax(logits) } else { choose(logits, order, draw) };
     let logprobs = raw.map(|raw| {
@@ -163,6 +165,17 @@ pub fn sample(logits: &mut [f32], order: &mut [u32], draw: &Draw<'_>) -> Result<
         v1::TokenLogprobs { logprob: raw.logprob(logit), top: raw.alternatives() }
     });
     Ok(Sampled { token, logprobs })
+}
+
+/// The `count` most likely tokens by `logits`, best first, with their log-probabilities.
+///
+/// # Errors
+/// If a logit is not a number.
+pub fn candidates(logits: &[f32], count: u32) -> Result<Vec<v1::Alternative>, SampleError> {
+    if let Some(token) = logits.iter().position(|x| !x.is_finite()) {
+        return Err(SampleError::NotFinite { token: token as u32, value: logits[token] });
+    }
+    Ok(Raw::of(logits, count.min(MAX_CANDIDATES)).alternatives())
 }
 
 /// The most likely token; ties to the lowest id.
@@ -286,7 +299,7 @@ struct Raw {
 
 impl Raw {
     fn of(logits: &[f32], count: u32) -> Self {
-        let count = (count as usize).min(MAX_ALTERNATIVES);
+        let count = count as usize;
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let sum: f64 = logits.iter().map(|x| f64::from(exp(x - max))).sum();
         let mut top: Vec<(u32, f32)> = Vec::with_capacity(count + 1);

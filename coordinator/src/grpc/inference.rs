@@ -9,7 +9,7 @@ use std::{
 use futures::Stream;
 use strata_proto::{
     error::status,
-    v1::{self, generate_event, inference_server::Inference},
+    v1::{self, Task, generate_event, inference_server::Inference},
 };
 use tokio::sync::mpsc;
 use tonic::{Request, Response, Status, async_trait, metadata::MetadataMap};
@@ -17,7 +17,8 @@ use tonic::{Request, Response, Status, async_trait, metadata::MetadataMap};
 use crate::{
     admission::{self, AdmissionError, MAX_IDS},
     coordinator::Coordinator,
-    messages::{EngineError, Event, Reply, Submission},
+    encode,
+    messages::{Asked, EngineError, Event, Reply, Submission},
     scheduler::SequenceId,
 };
 
@@ -46,6 +47,98 @@ impl InferenceService {
     }
 }
 
+/// What is remembered of an input until its answer comes.
+struct Sent {
+    tokens: u32,
+    dropped: u32,
+    masked: Vec<u32>,
+}
+
+impl InferenceService {
+    /// Has every input computed, and makes an answer of each with `answer`. Inputs whose call ended are dropped.
+    async fn encode<T>(
+        &self,
+        asked: encode::Request,
+        metadata: &MetadataMap,
+        mut answer: impl FnMut(Sent, Reply) -> Option<T>,
+    ) -> Result<Vec<T>, Status> {
+        let arrived = Instant::now();
+        let permit = self.coordinator.gate.enter().map_err(|e| status(&e))?;
+        let timeout = grpc_timeout(metadata);
+        let (inputs, deadline) = self
+            .tokenizing(move |c| encode::check(asked, &c.tokenizer, &c.profile, c.longest_input()))
+            .await?;
+        let deadline = sooner(deadline, timeout);
+        let events = &self.coordinator.engine.events;
+        let gone = || status(&EngineError::ShuttingDown);
+        let mut waiting = Vec::with_capacity(inputs.len());
+        for input in inputs {
+            let sent = Sent {
+                tokens: input.ids.len() as u32,
+                dropped: input.dropped,
+                masked: input.encode.masked.clone(),
+            };
+            let (reply, replies) = mpsc::unbounded_channel();
+            let request = Asked::Encode(input, deadline);
+            let submission = Submission { request, arrived, reply, permit: permit.clone() };
+            events.send(Event::Submit(Box::new(submission))).map_err(|_| gone())?;
+            waiting.push((sent, Awaited { replies, cancel: None, events }));
+        }
+        let mut answers = Vec::with_capacity(waiting.len());
+        for (sent, awaited) in waiting {
+            let reply = awaited.reply().await?;
+            answers.push(answer(sent, reply).ok_or_else(|| status(&EngineError::Internal))?);
+        }
+        Ok(answers)
+    }
+}
+
+/// An input whose answer is awaited. Dropped before, it cancels the computation.
+struct Awaited<'a> {
+    replies: mpsc::UnboundedReceiver<Reply>,
+    cancel: Option<SequenceId>,
+    events: &'a mpsc::UnboundedSender<Event>,
+}
+
+impl Awaited<'_> {
+    async fn reply(mut self) -> Result<Reply, Status> {
+        loop {
+            match self.replies.recv().await {
+                Some(Reply::Accepted(id)) => self.cancel = Some(id),
+                other => {
+                    self.cancel = None;
+                    return match other {
+                        Some(Reply::Failed(error)) => Err(status(&error)),
+                        Some(reply) => Ok(reply),
+                        None => Err(status(&EngineError::ShuttingDown)),
+                    };
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Awaited<'_> {
+    fn drop(&mut self) {
+        // Its number may have come meanwhile.
+        while let Ok(Reply::Accepted(id)) = self.replies.try_recv() {
+            self.cancel = Some(id);
+        }
+        if let Some(id) = self.cancel {
+            // An engine that is gone has nothing to free.
+            let _ = self.events.send(Event::Cancel(id));
+        }
+    }
+}
+
+/// The sooner of two deadlines.
+fn sooner(a: Option<Duration>, b: Option<Duration>) -> Option<Duration> {
+    match (a, b) {
+        (Some(a), Some(b)) => Some(a.min(b)),
+        (a, b) => a.or(b),
+    }
+}
+
 #[async_trait]
 impl Inference for InferenceService {
     type GenerateStream = Answer;
@@ -64,10 +157,7 @@ impl Inference for InferenceService {
                 admission::check(request, &c.tokenizer, &c.profile, capacity)
             })
             .await?;
-        checked.deadline = match (checked.deadline, timeout) {
-            (Some(a), Some(b)) => Some(a.min(b)),
-            (a, b) => a.or(b),
-        };
+        checked.deadline = sooner(checked.deadline, timeout);
         let started = v1::Started {
             request_id: uuid::Uuid::now_v7().to_string(),
             model: self.coordinator.profile.model.clone(),
@@ -76,7 +166,8 @@ impl Inference for InferenceService {
         };
         tracing::debug!(request_id = started.request_id, prompt_tokens = checked.prompt.len(), "accepted");
         let (reply, mut replies) = mpsc::unbounded_channel();
-        let submission = Submission { request: checked, arrived, reply, permit };
+        let request = Asked::Generate(Box::new(checked));
+        let submission = Submission { request, arrived, reply, permit };
         let events = self.coordinator.engine.events.clone();
         let gone = || status(&EngineError::ShuttingDown);
         events.send(Event::Submit(Box::new(submission))).map_err(|_| gone())?;
@@ -85,8 +176,82 @@ impl Inference for InferenceService {
                 Ok(Response::new(Answer { started: Some(started), replies, cancel: Some((id, events)) }))
             }
             Some(Reply::Failed(error)) => Err(status(&error)),
-            Some(Reply::Event(_)) | None => Err(gone()),
+            Some(Reply::Event(_) | Reply::Vector(_) | Reply::Guesses(_)) | None => Err(gone()),
         }
+    }
+
+    async fn classify(
+        &self,
+        request: Request<v1::ClassifyRequest>,
+    ) -> Result<Response<v1::ClassifyResponse>, Status> {
+        let (metadata, _, request) = request.into_parts();
+        let asked = encode::Request {
+            truncation: request.truncation(),
+            model: request.model,
+            task: Task::Classify,
+            inputs: request.inputs,
+            candidates: None,
+            deadline_ms: request.deadline_ms,
+        };
+        let profile = self.coordinator.profile.clone();
+        let results = self.encode(asked, &metadata, |input, reply| {
+            let Reply::Vector(logits) = reply else { return None };
+            let classes = encode::classification(&profile, &logits);
+            Some(v1::Classification { classes, tokens: input.tokens, dropped_tokens: input.dropped })
+        });
+        let results = results.await?;
+        Ok(Response::new(v1::ClassifyResponse { model: self.coordinator.profile.model.clone(), results }))
+    }
+
+    async fn embed(&self, request: Request<v1::EmbedRequest>) -> Result<Response<v1::EmbedResponse>, Status> {
+        let (metadata, _, request) = request.into_parts();
+        let asked = encode::Request {
+            truncation: request.truncation(),
+            model: request.model,
+            task: Task::Embed,
+            inputs: request.inputs,
+            candidates: None,
+            deadline_ms: request.deadline_ms,
+        };
+        let results = self.encode(asked, &metadata, |input, reply| {
+            let Reply::Vector(values) = reply else { return None };
+            Some(v1::Embedding { values, tokens: input.tokens, dropped_tokens: input.dropped })
+        });
+        let results = results.await?;
+        Ok(Response::new(v1::EmbedResponse { model: self.coordinator.profile.model.clone(), results }))
+    }
+
+    async fn fill_mask(
+        &self,
+        request: Request<v1::FillMaskRequest>,
+    ) -> Result<Response<v1::FillMaskResponse>, Status> {
+        let (metadata, _, request) = request.into_parts();
+        let asked = encode::Request {
+            truncation: request.truncation(),
+            model: request.model,
+            task: Task::FillMask,
+            inputs: request.inputs,
+            candidates: Some(request.top_k.unwrap_or(encode::DEFAULT_CANDIDATES)),
+            deadline_ms: request.deadline_ms,
+        };
+        let tokenizer = self.coordinator.tokenizer.clone();
+        let results = self.encode(asked, &metadata, |input, reply| {
+            let Reply::Guesses(guesses) = reply else { return None };
+            let candidate = |c: v1::Alternative| v1::Candidate {
+                token_id: c.token_id,
+                // An id without a text is shown as none.
+                text: tokenizer.decode(&[c.token_id], true).unwrap_or_default(),
+                score: c.logprob.exp(),
+            };
+            let masks = input.masked.iter().zip(guesses).map(|(position, top)| v1::FilledMask {
+                position: *position,
+                candidates: top.into_iter().map(candidate).collect(),
+            });
+            let masks = masks.collect();
+            Some(v1::FilledMasks { masks, tokens: input.tokens, dropped_tokens: input.dropped })
+        });
+        let results = results.await?;
+        Ok(Response::new(v1::FillMaskResponse { model: self.coordinator.profile.model.clone(), results }))
     }
 
     async fn tokenize(
@@ -158,7 +323,7 @@ impl Stream for Answer {
                 self.cancel = None;
                 Poll::Ready(Some(Err(status(&error))))
             }
-            Poll::Ready(Some(Reply::Accepted(_)) | None) => {
+            Poll::Ready(Some(Reply::Accepted(_) | Reply::Vector(_) | Reply::Guesses(_)) | None) => {
                 self.cancel = None;
                 Poll::Ready(Some(Err(status(&EngineError::ShuttingDown))))
             }

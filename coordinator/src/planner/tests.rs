@@ -7,7 +7,13 @@ use super::*;
 
 fn module(name: &str, bytes: u64, kv: u64, macs: u64) -> Module {
     let bytes = FormatBytes::of(|d| bytes * d.size() / 4);
-    Module { names: vec![name.to_owned()], bytes, kv_elements_per_token: kv, macs_per_token: macs }
+    Module {
+        names: vec![name.to_owned()],
+        bytes,
+        kv_elements_per_token: kv,
+        macs_per_token: macs,
+        experts: None,
+    }
 }
 
 /// A model whose layers cost `(bytes in f32, multiply-adds)` each.
@@ -37,6 +43,9 @@ fn profile(layers: &[(u64, u64)], embedding: u64, tied: bool) -> ModelProfile {
         recompute_at: None,
         workspace_bytes_per_token: 3,
         workspace_bytes_per_output: 5,
+        labels: vec![],
+        scoring: strata_proto::v1::Scoring::Unspecified,
+        segments: 0,
     }
 }
 

@@ -11,13 +11,15 @@ impl Scheduler {
     /// Gives a waiting sequence blocks for all its known tokens, if there are any to spare.
     fn admit(&mut self, id: SequenceId) -> bool {
         let Some(sequence) = self.live.get_mut(&id) else { return false };
-        let known = sequence.len().div_ceil(self.config.block_tokens);
-        // The first sampled token needs a slot too.
-        let needed = (sequence.len() + 1).div_ceil(self.config.block_tokens);
-        // Every running sequence may soon want a block; whoever runs alone need not mind.
-        let headroom = self.running.len() as u32;
-        if self.blocks.free() < needed + headroom {
-            return false;
+        let known = sequence.cached().div_ceil(self.config.block_tokens);
+        if known > 0 {
+            // The first sampled token needs a slot too.
+            let needed = (sequence.cached() + 1).div_ceil(self.config.block_tokens);
+            // Every running sequence may soon want a block; whoever runs alone need not mind.
+            let headroom = self.running.len() as u32;
+            if self.blocks.free() < needed + headroom {
+                return false;
+            }
         }
         let Some(blocks) = self.blocks.take(known) else { return false };
         sequence.blocks = blocks;
@@ -59,20 +61,29 @@ impl Scheduler {
         for id in running {
             self.add_chunk(id, step);
         }
-        while step.has_room(&self.config) {
-            // Nobody overtakes the first in line.
-            match self.waiting.first().copied() {
-                Some(id) if !self.live[&id].suspect() && self.admit(id) => self.add_chunk(id, step),
-                _ => break,
+        // Nobody overtakes the first in line.
+        while let Some(id) = self.waiting.first().copied() {
+            let sequence = &self.live[&id];
+            if sequence.suspect() || self.count_for(sequence, step) == 0 || !self.admit(id) {
+                break;
             }
+            self.add_chunk(id, step);
         }
+    }
+
+    /// The tokens of a sequence that go into this step.
+    fn count_for(&self, sequence: &Sequence, step: &Step) -> u32 {
+        let Config { max_step_tokens, max_step_rows, prefill_chunk, .. } = self.config;
+        if step.outputs + sequence.outputs() > max_step_rows {
+            return 0;
+        }
+        sequence.next_count(prefill_chunk, max_step_tokens - step.tokens())
     }
 
     fn add_chunk(&mut self, id: SequenceId, step: &mut Step) {
         let sequence = &self.live[&id];
-        let room = self.config.max_step_tokens - step.tokens();
-        let count = sequence.remaining().min(self.config.prefill_chunk).min(room);
-        if count > 0 && !sequence.decodes() && !sequence.suspect() && step.has_room(&self.config) {
+        let count = self.count_for(sequence, step);
+        if count > 0 && !sequence.decodes() && !sequence.suspect() {
             self.add_row(id, count, step);
         }
     }
@@ -82,7 +93,7 @@ impl Scheduler {
             return;
         }
         let Some(sequence) = self.live.get(&id) else { return };
-        let count = sequence.remaining().min(self.config.prefill_chunk).min(self.config.max_step_tokens);
+        let count = self.count_for(sequence, step);
         if count > 0 && self.grow(id, step) {
             self.add_row(id, count, step);
         }
@@ -92,7 +103,7 @@ impl Scheduler {
     fn grow(&mut self, id: SequenceId, step: &Step) -> bool {
         loop {
             let Some(sequence) = self.live.get_mut(&id) else { return false };
-            if sequence.len().div_ceil(self.config.block_tokens) <= sequence.blocks.len() as u32 {
+            if sequence.cached().div_ceil(self.config.block_tokens) <= sequence.blocks.len() as u32 {
                 return true;
             }
             if let Some(block) = self.blocks.take(1) {
@@ -123,9 +134,11 @@ impl Scheduler {
         let Some(sequence) = self.live.get_mut(&id) else { return };
         let start = sequence.scheduled as usize;
         step.token_ids.extend(&sequence.tokens[start..start + count as usize]);
-        step.rows.push(sequence.row(id, count, self.config.block_tokens));
+        // A chunk that is not the last counts too: the bound is on rows as well.
+        step.outputs += sequence.outputs();
+        step.rows.push(sequence.row(id, count, self.config.block_tokens, self.config.rope_switch));
         sequence.last_step = self.next_step + 1;
-        step.flights.push(Flight { sequence: id, epoch: sequence.epoch, samples: sequence.awaiting });
+        step.flights.push(Flight { sequence: id, epoch: sequence.epoch, yields: sequence.awaiting });
     }
 }
 
@@ -142,14 +155,12 @@ pub(super) struct Step {
     pub rows: Vec<v1::Row>,
     pub token_ids: Vec<u32>,
     pub flights: Vec<Flight>,
+    /// Outputs that the rows may take, at least one each.
+    outputs: u32,
 }
 
 impl Step {
     fn tokens(&self) -> u32 {
         self.token_ids.len() as u32
-    }
-
-    fn has_room(&self, config: &Config) -> bool {
-        self.tokens() < config.max_step_tokens && (self.rows.len() as u32) < config.max_step_rows
     }
 }

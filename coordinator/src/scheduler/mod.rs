@@ -23,7 +23,7 @@ use strata_proto::{
 pub use blocks::BlockAllocator;
 use compose::{ALONE_AFTER, Step};
 use sequence::Sequence;
-pub use sequence::{Finish, Request, SequenceId};
+pub use sequence::{Encode, Finish, Request, SequenceId, Work};
 
 /// Size of the machine that is scheduled for.
 #[derive(Debug, Clone)]
@@ -34,12 +34,14 @@ pub struct Config {
     pub block_tokens: u32,
     /// Most tokens in one step.
     pub max_step_tokens: u32,
-    /// Most rows in one step.
+    /// Most rows, and most outputs, in one step.
     pub max_step_rows: u32,
     /// Most prompt tokens of one sequence in one step.
     pub prefill_chunk: u32,
     /// Steps in flight: enough to keep every stage busy.
     pub depth: u32,
+    /// Sequences that grow longer than this must be computed anew, by other rotary frequencies (longrope).
+    pub rope_switch: Option<u32>,
 }
 
 /// Why a request cannot be scheduled.
@@ -52,6 +54,21 @@ pub enum SubmitError {
         needed: u64,
         /// What the cache holds.
         capacity: u64,
+    },
+    /// An input that must be computed at once does not fit a step.
+    #[error(
+        "an input of {tokens} tokens and {outputs} outputs does not fit a step of {max_tokens} and {max_outputs}; raise \
+         --max-step-tokens or --max-step-rows"
+    )]
+    TooLargeForAStep {
+        /// Tokens of the input.
+        tokens: u32,
+        /// Outputs wanted.
+        outputs: u32,
+        /// Tokens of a step.
+        max_tokens: u32,
+        /// Outputs of a step.
+        max_outputs: u32,
     },
 }
 
@@ -72,8 +89,8 @@ pub enum CommitError {
         /// The oldest step in flight.
         due: Option<u64>,
     },
-    /// A row that samples has no token.
-    #[error("step {step} has no token for sequence {sequence}")]
+    /// A row that yields something has nothing.
+    #[error("step {step} has no output for sequence {sequence}")]
     Missing {
         /// The step.
         step: u64,
@@ -82,13 +99,22 @@ pub enum CommitError {
     },
 }
 
-/// A token that counts from now on.
+/// What the last stage made of a row, as far as the scheduler cares.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Output {
+    /// A sampled token.
+    Token(u32),
+    /// All that an encoder was asked for.
+    Whole,
+}
+
+/// An output that counts from now on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Committed {
     /// Whose.
     pub sequence: SequenceId,
-    /// The token.
-    pub token: u32,
+    /// The output.
+    pub output: Output,
     /// Set if it was the last one; the sequence is gone then.
     pub finished: Option<Finish>,
 }
@@ -115,7 +141,7 @@ pub struct Stats {
 struct Flight {
     sequence: SequenceId,
     epoch: u32,
-    samples: bool,
+    yields: bool,
 }
 
 /// The scheduler of one pipeline.
@@ -162,6 +188,11 @@ impl Scheduler {
         if capacity > 0 && sequence.most() > capacity {
             return Err(SubmitError::TooLarge { needed: sequence.most(), capacity });
         }
+        if matches!(sequence.work, Work::Encode(_)) && !self.fits_a_step(&sequence) {
+            let (tokens, outputs) = (sequence.len(), sequence.outputs());
+            let (max_tokens, max_outputs) = (self.config.max_step_tokens, self.config.max_step_rows);
+            return Err(SubmitError::TooLargeForAStep { tokens, outputs, max_tokens, max_outputs });
+        }
         let id = self.next_id;
         self.next_id += 1;
         self.live.insert(id, sequence);
@@ -202,18 +233,22 @@ impl Scheduler {
         })
     }
 
-    /// Takes the tokens of a step that the last stage committed.
+    /// Takes the outputs of a step that the last stage committed.
     ///
     /// # Errors
-    /// If the step is not the oldest in flight, or a token is missing: the pipeline is broken then, no token of the
+    /// If the step is not the oldest in flight, or an output is missing: the pipeline is broken then, no output of the
     /// step counts, and only [`restart`](Self::restart) goes on.
-    pub fn commit(&mut self, step: u64, tokens: &[(SequenceId, u32)]) -> Result<Vec<Committed>, CommitError> {
+    pub fn commit(
+        &mut self,
+        step: u64,
+        outputs: &[(SequenceId, Output)],
+    ) -> Result<Vec<Committed>, CommitError> {
         let flights = self.land(step)?;
-        let tokens: HashMap<SequenceId, u32> = tokens.iter().copied().collect();
-        // Looked for before anything is taken: a token must count if and only if the caller gets to see it.
+        let outputs: HashMap<SequenceId, Output> = outputs.iter().copied().collect();
+        // Looked for before anything is taken: an output must count if and only if the caller gets to see it.
         let current =
-            |f: &&Flight| f.samples && self.live.get(&f.sequence).is_some_and(|s| s.epoch == f.epoch);
-        if let Some(missing) = flights.iter().filter(current).find(|f| !tokens.contains_key(&f.sequence)) {
+            |f: &&Flight| f.yields && self.live.get(&f.sequence).is_some_and(|s| s.epoch == f.epoch);
+        if let Some(missing) = flights.iter().filter(current).find(|f| !outputs.contains_key(&f.sequence)) {
             return Err(CommitError::Missing { step, sequence: missing.sequence });
         }
         let mut committed = Vec::new();
@@ -223,14 +258,18 @@ impl Scheduler {
                 continue;
             };
             sequence.in_flight -= 1;
-            let Some(token) = tokens.get(&flight.sequence).copied().filter(|_| flight.samples) else {
+            let Some(output) = outputs.get(&flight.sequence).copied().filter(|_| flight.yields) else {
                 continue;
             };
-            let finished = sequence.append(token);
+            let finished = sequence.append(output);
+            let switches = Some(sequence.len() - 1) == self.config.rope_switch;
             if finished.is_some() {
                 self.cancel(flight.sequence);
+            } else if switches {
+                // All that is cached has turned by the wrong angles.
+                self.requeue(flight.sequence);
             }
-            committed.push(Committed { sequence: flight.sequence, token, finished });
+            committed.push(Committed { sequence: flight.sequence, output, finished });
         }
         Ok(committed)
     }
@@ -296,7 +335,8 @@ impl Scheduler {
         self.running.clear();
         self.waiting = self.live.keys().copied().collect();
         let capacity = self.capacity();
-        let lost: Vec<_> = self.live.iter().filter(|(_, s)| s.most() > capacity).map(|(id, _)| *id).collect();
+        let lost = |s: &Sequence| s.most() > capacity || !self.fits_a_step(s);
+        let lost: Vec<_> = self.live.iter().filter(|(_, s)| lost(s)).map(|(id, _)| *id).collect();
         for id in &lost {
             self.cancel(*id);
         }
@@ -313,6 +353,16 @@ impl Scheduler {
             blocks_total: self.blocks.total(),
             in_flight: self.in_flight.len() as u32,
             preemptions: self.preemptions,
+        }
+    }
+
+    /// Whether what must be computed at once can be.
+    fn fits_a_step(&self, sequence: &Sequence) -> bool {
+        match &sequence.work {
+            Work::Generate { .. } => true,
+            Work::Encode(encode) => {
+                sequence.len() <= self.config.max_step_tokens && encode.outputs() <= self.config.max_step_rows
+            }
         }
     }
 

@@ -4,22 +4,54 @@ use std::time::Duration;
 
 use strata_proto::v1;
 
+use super::Output;
+
 /// Names a request for its whole life; ascending in order of arrival, never reused.
 pub type SequenceId = u64;
 
 /// What the scheduler needs to know of a request.
 #[derive(Debug, Clone)]
 pub struct Request {
-    /// Prompt, never empty.
+    /// Prompt or input, never empty.
     pub prompt: Vec<u32>,
-    /// Most new tokens, at least one.
-    pub max_tokens: u32,
-    /// Tokens that end the answer.
-    pub eos: Vec<u32>,
     /// When to give up, on the caller's clock.
     pub deadline: Option<Duration>,
-    /// Sent to the last stage whenever the sequence's state is built anew.
-    pub sampling: v1::RowSampling,
+    /// What is to be done with it.
+    pub work: Work,
+}
+
+/// What a model does with a prompt.
+#[derive(Debug, Clone)]
+pub enum Work {
+    /// Go on, token by token, over a cache.
+    Generate {
+        /// Most new tokens, at least one.
+        max_tokens: u32,
+        /// Tokens that end the answer.
+        eos: Vec<u32>,
+        /// Sent to the last stage whenever the sequence's state is built anew.
+        sampling: v1::RowSampling,
+    },
+    /// Compute it once, whole: an encoder.
+    Encode(Encode),
+}
+
+/// What an encoder makes of an input.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Encode {
+    /// Segment of each token; empty if all are 0.
+    pub segments: Vec<u32>,
+    /// Positions to guess the tokens of, ascending. Empty: the head's vector of the whole is wanted.
+    pub masked: Vec<u32>,
+    /// Candidates for each of them.
+    pub candidates: u32,
+}
+
+impl Encode {
+    /// Outputs that the last stage yields for it.
+    pub fn outputs(&self) -> u32 {
+        (self.masked.len() as u32).max(1)
+    }
 }
 
 /// Why an answer is complete.
@@ -29,6 +61,8 @@ pub enum Finish {
     Eos,
     /// As many tokens as were asked for.
     Length,
+    /// It was computed, whole.
+    Encoded,
 }
 
 /// A live request.
@@ -37,10 +71,8 @@ pub(super) struct Sequence {
     /// Prompt and answer so far.
     pub tokens: Vec<u32>,
     prompt: u32,
-    max_tokens: u32,
-    eos: Vec<u32>,
+    pub work: Work,
     pub deadline: Option<Duration>,
-    sampling: v1::RowSampling,
     /// Blocks it owns, in order of positions; none while it waits.
     pub blocks: Vec<u32>,
     /// How many of them the stages know of.
@@ -66,10 +98,8 @@ impl Sequence {
         Sequence {
             prompt: request.prompt.len() as u32,
             tokens: request.prompt,
-            max_tokens: request.max_tokens,
-            eos: request.eos,
+            work: request.work,
             deadline: request.deadline,
-            sampling: request.sampling,
             blocks: Vec::new(),
             announced: 0,
             on_stages: false,
@@ -86,9 +116,38 @@ impl Sequence {
         self.tokens.len() as u32
     }
 
-    /// Most positions it can ever occupy.
+    /// Most positions of the cache that it can ever occupy.
     pub fn most(&self) -> u64 {
-        u64::from(self.prompt) + u64::from(self.max_tokens)
+        match &self.work {
+            Work::Generate { max_tokens, .. } => u64::from(self.prompt) + u64::from(*max_tokens),
+            Work::Encode(_) => 0,
+        }
+    }
+
+    /// Positions of the cache that it needs now.
+    pub fn cached(&self) -> u32 {
+        match self.work {
+            Work::Generate { .. } => self.len(),
+            Work::Encode(_) => 0,
+        }
+    }
+
+    /// Outputs of the last stage that its next row may take.
+    pub fn outputs(&self) -> u32 {
+        match &self.work {
+            Work::Generate { .. } => 1,
+            Work::Encode(encode) => encode.outputs(),
+        }
+    }
+
+    /// The tokens of its next row, if `room` are free in the step and chunks are at most `chunk`; 0 if it must wait.
+    pub fn next_count(&self, chunk: u32, room: u32) -> u32 {
+        match self.work {
+            Work::Generate { .. } => self.remaining().min(chunk).min(room),
+            // Whole or not at all.
+            Work::Encode(_) if self.remaining() > room => 0,
+            Work::Encode(_) => self.remaining(),
+        }
     }
 
     /// Positions that are known and in no step yet.
@@ -111,45 +170,62 @@ impl Sequence {
         std::mem::take(&mut self.blocks)
     }
 
-    /// The next `count` positions as a row of a step. Its blocks must cover them.
-    pub fn row(&mut self, id: SequenceId, count: u32, block_tokens: u32) -> v1::Row {
+    /// The next `count` positions as a row of a step. Its blocks must cover them. Sequences longer than `switch` turn by
+    /// the second set of rotary frequencies.
+    pub fn row(&mut self, id: SequenceId, count: u32, block_tokens: u32, switch: Option<u32>) -> v1::Row {
         let start = self.scheduled;
         let end = start + count;
+        let ends = end == self.len();
+        self.scheduled = end;
+        self.in_flight += 1;
+        self.awaiting = ends;
+        let row = v1::Row { sequence: id, start, count, reset: start == 0, ..v1::Row::default() };
+        let sampling = match &self.work {
+            Work::Generate { sampling, .. } => (start == 0).then(|| sampling.clone()),
+            Work::Encode(encode) => {
+                let masks = !encode.masked.is_empty();
+                let output = if masks { v1::RowOutput::Masks } else { v1::RowOutput::Vector };
+                return v1::Row {
+                    output: output as i32,
+                    segment_ids: encode.segments.clone(),
+                    masked: encode.masked.clone(),
+                    candidates: encode.candidates,
+                    ..row
+                };
+            }
+        };
         let covered = end.div_ceil(block_tokens);
         let first_block_index = self.announced;
         let new_blocks =
             self.blocks[first_block_index as usize..covered.max(first_block_index) as usize].to_vec();
-        let samples = end == self.len();
         self.announced += new_blocks.len() as u32;
-        self.scheduled = end;
-        self.in_flight += 1;
         self.on_stages = true;
-        self.awaiting = samples;
         v1::Row {
-            sequence: id,
-            start,
-            count,
-            reset: start == 0,
             first_block_index,
             new_blocks,
-            output: if samples { v1::RowOutput::Token } else { v1::RowOutput::None } as i32,
-            sampling: (start == 0).then(|| self.sampling.clone()),
-            segment_ids: Vec::new(),
-            rope_set: 0,
+            output: if ends { v1::RowOutput::Token } else { v1::RowOutput::None } as i32,
+            sampling,
+            rope_set: u32::from(switch.is_some_and(|switch| self.len() > switch)),
+            ..row
         }
     }
 
-    /// Takes a sampled token; says whether the answer is complete.
-    pub fn append(&mut self, token: u32) -> Option<Finish> {
+    /// Takes what the last stage made of its last row; says whether the answer is complete.
+    pub fn append(&mut self, output: Output) -> Option<Finish> {
         self.awaiting = false;
         self.failures = 0;
-        self.tokens.push(token);
-        if self.eos.contains(&token) {
-            Some(Finish::Eos)
-        } else if self.len() - self.prompt >= self.max_tokens {
-            Some(Finish::Length)
-        } else {
-            None
+        match (&self.work, output) {
+            (Work::Generate { max_tokens, eos, .. }, Output::Token(token)) => {
+                self.tokens.push(token);
+                if eos.contains(&token) {
+                    Some(Finish::Eos)
+                } else if self.len() - self.prompt >= *max_tokens {
+                    Some(Finish::Length)
+                } else {
+                    None
+                }
+            }
+            _ => Some(Finish::Encoded),
         }
     }
 }

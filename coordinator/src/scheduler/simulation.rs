@@ -11,6 +11,7 @@ use super::*;
 struct Cached {
     blocks: Vec<u32>,
     tokens: Vec<u32>,
+    rope_set: u32,
 }
 
 /// A stage that checks every rule of the protocol, and "samples" by hashing everything it has cached.
@@ -22,18 +23,23 @@ struct FakeStage {
     memory: HashMap<(u32, u32), (u64, u32)>,
 }
 
+/// Ends the input of an encoder, and is in no other place.
+const LAST: u32 = 99;
+
 fn next_token(tokens: &[u32]) -> u32 {
     tokens.iter().fold(17u32, |h, t| h.wrapping_mul(31).wrapping_add(*t)) % 50
 }
 
 impl FakeStage {
-    fn run(&mut self, meta: &v1::StepMeta) -> Vec<(u64, u32)> {
+    fn run(&mut self, meta: &v1::StepMeta) -> Vec<(u64, Output)> {
         assert_eq!(meta.step, self.due, "steps are numbered without gaps");
         self.due += 1;
         let total: u32 = meta.rows.iter().map(|r| r.count).sum();
         assert_eq!(total as usize, meta.token_ids.len());
         assert!(total > 0 && total <= self.config.max_step_tokens);
         assert!(meta.rows.len() as u32 <= self.config.max_step_rows);
+        let outputs: usize = meta.rows.iter().map(|r| r.masked.len().max(1)).sum();
+        assert!(outputs as u32 <= self.config.max_step_rows, "more outputs than a stage is prepared for");
         let distinct: HashSet<_> = meta.rows.iter().map(|r| r.sequence).collect();
         assert_eq!(distinct.len(), meta.rows.len(), "a sequence is twice in one step");
         for id in &meta.released {
@@ -44,12 +50,23 @@ impl FakeStage {
         for row in &meta.rows {
             let ids = &meta.token_ids[at..at + row.count as usize];
             at += row.count as usize;
+            if matches!(row.output(), v1::RowOutput::Vector | v1::RowOutput::Masks) {
+                assert!(
+                    row.reset && row.start == 0 && row.new_blocks.is_empty(),
+                    "an encoder's row is whole"
+                );
+                assert_eq!(ids.last(), Some(&LAST), "and has its end in this step");
+                sampled.push((row.sequence, Output::Whole));
+                continue;
+            }
             assert_eq!(row.reset, row.sampling.is_some(), "sampling travels with reset");
             if row.reset {
-                self.cached.insert(row.sequence, Cached::default());
+                let begun = Cached { rope_set: row.rope_set, ..Cached::default() };
+                self.cached.insert(row.sequence, begun);
             }
             let cached = self.cached.get_mut(&row.sequence).expect("unknown and not reset");
             assert_eq!(row.start as usize, cached.tokens.len(), "positions are contiguous");
+            assert_eq!(row.rope_set, cached.rope_set, "one cache, one set of frequencies");
             assert_eq!(row.first_block_index as usize, cached.blocks.len());
             cached.blocks.extend(&row.new_blocks);
             cached.tokens.extend(ids);
@@ -70,7 +87,10 @@ impl FakeStage {
                 assert_eq!(found, (row.sequence, *token), "another sequence wrote into a block in use");
             }
             if row.output() == v1::RowOutput::Token {
-                sampled.push((row.sequence, next_token(&cached.tokens)));
+                let switch = self.config.rope_switch;
+                let long = switch.is_some_and(|switch| cached.tokens.len() as u32 > switch);
+                assert_eq!(row.rope_set, u32::from(long), "the length of a sequence chooses its frequencies");
+                sampled.push((row.sequence, Output::Token(next_token(&cached.tokens))));
             }
         }
         sampled
@@ -83,6 +103,11 @@ enum Action {
         prompt: u32,
         max_tokens: u32,
         deadline: Option<u32>,
+    },
+    /// An input for an encoder, with so many masks.
+    Encode {
+        tokens: u32,
+        masks: u32,
     },
     Cancel(usize),
     Step,
@@ -98,6 +123,7 @@ fn action() -> impl Strategy<Value = Action> {
     prop_oneof![
         4 => (1u32..40, 1u32..30, prop::option::weighted(0.2, 0u32..200))
             .prop_map(|(prompt, max_tokens, deadline)| Action::Submit { prompt, max_tokens, deadline }),
+        2 => (1u32..40, 0u32..5).prop_map(|(tokens, masks)| Action::Encode { tokens, masks }),
         1 => any::<usize>().prop_map(Action::Cancel),
         8 => Just(Action::Step),
         8 => Just(Action::Commit),
@@ -108,14 +134,15 @@ fn action() -> impl Strategy<Value = Action> {
 }
 
 fn config() -> impl Strategy<Value = Config> {
-    (4u32..24, 1u32..40, 1u32..8, 1u32..40, 1u32..5).prop_map(
-        |(blocks, max_step_tokens, max_step_rows, prefill_chunk, depth)| Config {
+    (4u32..24, 1u32..40, 1u32..8, 1u32..40, 1u32..5, prop::option::of(1u32..40)).prop_map(
+        |(blocks, max_step_tokens, max_step_rows, prefill_chunk, depth, rope_switch)| Config {
             blocks,
             block_tokens: 4,
             max_step_tokens: max_step_tokens.max(max_step_rows),
             max_step_rows,
             prefill_chunk,
             depth,
+            rope_switch,
         },
     )
 }
@@ -123,7 +150,7 @@ fn config() -> impl Strategy<Value = Config> {
 /// A step between issue and commit.
 struct InFlight {
     step: u64,
-    sampled: Vec<(u64, u32)>,
+    sampled: Vec<(u64, Output)>,
     /// Sequences that sample in it, with their epoch.
     sampling: Vec<(u64, u32)>,
 }
@@ -135,6 +162,8 @@ struct World {
     pipe: VecDeque<InFlight>,
     /// Tokens of each live sequence, and how many are still to come.
     live: BTreeMap<u64, (Vec<u32>, u32)>,
+    /// Those of them that an encoder computes, whole.
+    encodes: HashSet<u64>,
     clock: u32,
 }
 
@@ -147,6 +176,7 @@ impl World {
             stage,
             pipe: VecDeque::new(),
             live: BTreeMap::new(),
+            encodes: HashSet::new(),
             clock: 0,
         }
     }
@@ -155,11 +185,9 @@ impl World {
         let prompt: Vec<u32> = (0..prompt).map(|i| (i * 7 + self.clock) % 50).collect();
         let request = Request {
             prompt: prompt.clone(),
-            max_tokens,
-            // One token in fifty ends an answer.
-            eos: vec![13],
             deadline: deadline.map(|d| Duration::from_secs(u64::from(self.clock + d))),
-            sampling: v1::RowSampling::default(),
+            // One token in fifty ends an answer.
+            work: Work::Generate { max_tokens, eos: vec![13], sampling: v1::RowSampling::default() },
         };
         let capacity = self.stage.config.blocks * self.stage.config.block_tokens;
         match self.scheduler.submit(request) {
@@ -167,13 +195,34 @@ impl World {
                 assert!(prompt.len() as u32 + max_tokens <= capacity);
                 assert!(self.live.insert(id, (prompt, max_tokens)).is_none(), "an id was reused");
             }
-            Err(SubmitError::TooLarge { .. }) => assert!(prompt.len() as u32 + max_tokens > capacity),
+            Err(error) => {
+                assert!(matches!(error, SubmitError::TooLarge { .. }), "{error}");
+                assert!(prompt.len() as u32 + max_tokens > capacity);
+            }
+        }
+    }
+
+    fn encode(&mut self, tokens: u32, masks: u32) {
+        let mut prompt = vec![1; tokens as usize];
+        prompt[tokens as usize - 1] = LAST;
+        let masked: Vec<u32> = (0..masks.min(tokens)).collect();
+        let work = Encode { masked, candidates: 5, ..Encode::default() };
+        let outputs = work.outputs();
+        let request = Request { prompt: prompt.clone(), deadline: None, work: Work::Encode(work) };
+        let config = &self.stage.config;
+        let fits = tokens <= config.max_step_tokens && outputs <= config.max_step_rows;
+        match self.scheduler.submit(request) {
+            Ok(id) => {
+                assert!(fits && self.live.insert(id, (prompt, 0)).is_none());
+                self.encodes.insert(id);
+            }
+            Err(error) => assert!(!fits && matches!(error, SubmitError::TooLargeForAStep { .. })),
         }
     }
 
     fn step(&mut self) -> bool {
         let Some(meta) = self.scheduler.next_step() else { return false };
-        let samples = meta.rows.iter().filter(|r| r.output() == v1::RowOutput::Token);
+        let samples = meta.rows.iter().filter(|r| r.output() != v1::RowOutput::None);
         let sampling: Vec<_> =
             samples.map(|r| (r.sequence, self.scheduler.live[&r.sequence].epoch)).collect();
         for other in &self.pipe {
@@ -196,10 +245,16 @@ impl World {
         for token in committed {
             let (tokens, left) =
                 self.live.get_mut(&token.sequence).expect("a token for a sequence that ended");
-            assert_eq!(token.token, next_token(tokens), "an answer depends on how it was scheduled");
-            tokens.push(token.token);
+            let Output::Token(id) = token.output else {
+                assert_eq!(token.finished, Some(Finish::Encoded));
+                assert!(self.encodes.contains(&token.sequence));
+                self.live.remove(&token.sequence);
+                continue;
+            };
+            assert_eq!(id, next_token(tokens), "an answer depends on how it was scheduled");
+            tokens.push(id);
             *left -= 1;
-            let want = match (token.token, *left) {
+            let want = match (id, *left) {
                 (13, _) => Some(Finish::Eos),
                 (_, 0) => Some(Finish::Length),
                 _ => None,
@@ -237,8 +292,10 @@ impl World {
             FakeStage { config: config.clone(), due: 0, cached: HashMap::new(), memory: HashMap::new() };
         let capacity = config.blocks * config.block_tokens;
         let lost = self.scheduler.restart(config);
-        let too_large = |(tokens, left): &(Vec<u32>, u32)| tokens.len() as u32 + left > capacity;
-        let expected: Vec<_> = self.live.iter().filter(|(_, a)| too_large(a)).map(|(id, _)| *id).collect();
+        let too_large = |(id, (tokens, left)): &(&u64, &(Vec<u32>, u32))| {
+            !self.encodes.contains(id) && tokens.len() as u32 + left > capacity
+        };
+        let expected: Vec<_> = self.live.iter().filter(too_large).map(|(id, _)| *id).collect();
         assert_eq!(lost, expected, "exactly those are lost that cannot fit any more");
         self.live.retain(|id, _| !lost.contains(id));
     }
@@ -247,6 +304,7 @@ impl World {
         self.clock += 1;
         match action {
             Action::Submit { prompt, max_tokens, deadline } => self.submit(prompt, max_tokens, deadline),
+            Action::Encode { tokens, masks } => self.encode(tokens, masks),
             Action::Cancel(n) => {
                 if let Some(id) = self.live.keys().copied().nth(n % self.live.len().max(1)) {
                     self.scheduler.cancel(id);
@@ -322,6 +380,7 @@ fn world(blocks: u32, depth: u32) -> World {
         max_step_rows: 16,
         prefill_chunk: 8,
         depth,
+        rope_switch: None,
     })
 }
 
@@ -376,7 +435,7 @@ fn a_poison_request_is_tried_alone_and_given_up() {
     assert_eq!(w.scheduler.fail(alone.step).unwrap(), [id]);
     let other = w.scheduler.next_step().unwrap();
     assert!(other.rows.len() == 1 && other.rows[0].sequence != id);
-    let committed = w.scheduler.commit(other.step, &[(other.rows[0].sequence, 3)]).unwrap();
+    let committed = w.scheduler.commit(other.step, &[(other.rows[0].sequence, Output::Token(3))]).unwrap();
     assert_eq!(committed.len(), 1, "the innocent one goes on");
 }
 
@@ -396,7 +455,7 @@ fn a_token_counts_only_if_its_whole_step_does() {
     w.submit(4, 1, None);
     let meta = w.scheduler.next_step().unwrap();
     let missing = Err(CommitError::Missing { step: 0, sequence: 1 });
-    assert_eq!(w.scheduler.commit(meta.step, &[(2, 3)]), missing);
+    assert_eq!(w.scheduler.commit(meta.step, &[(2, Output::Token(3))]), missing);
     w.restart(64);
     let counts: Vec<_> = w.scheduler.next_step().unwrap().rows.iter().map(|r| r.count).collect();
     assert_eq!(counts, [4, 4], "nobody saw a token, so none is part of an answer, and none ended one");
@@ -421,11 +480,41 @@ fn too_large_says_both_numbers() {
     let mut w = world(2, 1);
     let request = Request {
         prompt: vec![1; 6],
-        max_tokens: 3,
-        eos: vec![],
         deadline: None,
-        sampling: v1::RowSampling::default(),
+        work: Work::Generate { max_tokens: 3, eos: vec![], sampling: v1::RowSampling::default() },
     };
     let error = w.scheduler.submit(request).unwrap_err().to_string();
     assert!(error.contains('9') && error.contains('8'), "{error}");
+}
+
+#[test]
+fn inputs_of_an_encoder_share_a_step_for_as_long_as_they_fit() {
+    let mut w = world(64, 1);
+    for (tokens, masks) in [(20, 0), (10, 4), (3, 0), (2, 12)] {
+        w.encode(tokens, masks);
+    }
+    let sequences = |meta: &v1::StepMeta| meta.rows.iter().map(|r| r.sequence).collect::<Vec<_>>();
+    let first = w.scheduler.next_step().unwrap();
+    assert_eq!(sequences(&first), [1, 2], "33 tokens are too many, and nobody overtakes");
+    let all = [(1, Output::Whole), (2, Output::Whole)];
+    assert_eq!(w.scheduler.commit(first.step, &all).unwrap().len(), 2);
+    let second = w.scheduler.next_step().unwrap();
+    assert_eq!(sequences(&second), [3, 4]);
+}
+
+#[test]
+fn a_sequence_that_grows_past_the_switch_is_computed_anew() {
+    let mut w = world(64, 1);
+    w.scheduler.config.rope_switch = Some(5);
+    w.stage.config.rope_switch = Some(5);
+    w.submit(4, 8, None);
+    let mut sets = Vec::new();
+    for _ in 0..4 {
+        let meta = w.scheduler.next_step().unwrap();
+        let row = &meta.rows[0];
+        sets.push((row.start, row.count, row.rope_set));
+        let id = row.sequence;
+        w.scheduler.commit(meta.step, &[(id, Output::Token(7))]).unwrap();
+    }
+    assert_eq!(sets, [(0, 4, 0), (4, 1, 0), (0, 6, 1), (6, 1, 1)]);
 }

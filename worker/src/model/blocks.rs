@@ -2,7 +2,14 @@
 
 use std::sync::Arc;
 
-/// A decoder: embedding, layers, final norm, head.
+use strata_proto::v1;
+
+pub use crate::kernels::cpu::{
+    attention::Span,
+    norm::{Act, Norm},
+};
+
+/// A stack of layers between an embedding and a head.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tower {
     /// Width of the residual stream.
@@ -17,26 +24,62 @@ pub struct Tower {
     pub ropes: Vec<Rope>,
     /// The layers, in order.
     pub layers: Vec<Layer>,
-    /// Before the head.
-    pub norm: Norm,
+    /// Before the head; none where each layer ends with a norm.
+    pub norm: Option<Norm>,
     /// What the last stage yields.
     pub head: Head,
 }
 
-/// How the residual stream begins.
+/// How the residual stream begins: the sum of a token's rows of up to three tables.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Input {
-    /// Rows of the embedding.
-    Tokens,
+pub struct Input {
+    /// Factor on the token's row.
+    pub scale: f32,
+    /// A learned row per position.
+    pub positions: Option<Learned>,
+    /// Kinds of segments, a learned row each; 0 for none.
+    pub segments: usize,
+    /// On the sum.
+    pub norm: Option<Norm>,
 }
 
-/// Rotary frequencies, all scaling resolved.
+impl Input {
+    /// Rows of the embedding, as they are.
+    pub const TOKENS: Input = Input { scale: 1.0, positions: None, segments: 0, norm: None };
+}
+
+/// Learned positions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Learned {
+    /// Rows of the table.
+    pub rows: usize,
+    /// Row of the first position.
+    pub first: usize,
+}
+
+/// Rotary frequencies, all scaling resolved. Which set a sequence uses is its own (longrope); the first is the default.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
+    /// The sets; as many dimensions turn in each.
+    pub sets: Vec<Frequencies>,
+    /// Sequences longer than this use the second set.
+    pub switch: Option<usize>,
+}
+
+/// One set of rotary frequencies.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Frequencies {
     /// Angle per position of each pair of dimensions.
     pub inv_freq: Arc<[f32]>,
     /// Factor on sine and cosine.
     pub factor: f32,
+}
+
+impl Rope {
+    /// Pairs of dimensions that turn; the dimensions after them do not.
+    pub fn pairs(&self) -> usize {
+        self.sets.first().map_or(0, |set| set.inv_freq.len())
+    }
 }
 
 /// One layer.
@@ -53,8 +96,28 @@ pub struct Layer {
 /// How norms and residuals surround attention and feed-forward.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Flow {
-    /// `x += f(norm(x))` for each.
+    /// `x += f(norm(x))` for each (Llama, GPT-2).
     Pre(Norm),
+    /// `x = norm(x + f(x))` for each (BERT).
+    Post(Norm),
+    /// `x += norm(f(norm(x)))` for each (Gemma 2).
+    Sandwich(Norm),
+    /// `n = norm(x); x += attention(n) + ffn(n)` (Phi).
+    ParallelOne(Norm),
+    /// `x += attention(norm(x)) + ffn(norm'(x))` (GPT-NeoX).
+    ParallelTwo(Norm),
+}
+
+impl Flow {
+    /// The kind of all its norms.
+    pub fn norm(self) -> Norm {
+        let (Flow::Pre(norm)
+        | Flow::Post(norm)
+        | Flow::Sandwich(norm)
+        | Flow::ParallelOne(norm)
+        | Flow::ParallelTwo(norm)) = self;
+        norm
+    }
 }
 
 /// Self-attention with grouped key-value heads.
@@ -74,6 +137,8 @@ pub struct Attention {
     pub position: Position,
     /// On every head of queries and keys, before positions enter.
     pub qk_norm: Option<Norm>,
+    /// Scores become `cap * tanh(score / cap)`.
+    pub softcap: Option<f32>,
 }
 
 impl Attention {
@@ -93,18 +158,11 @@ impl Attention {
     }
 }
 
-/// The positions a query sees.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Span {
-    /// Its own and all before.
-    Causal,
-    /// Its own and those before, so many in all.
-    Window(usize),
-}
-
 /// How positions enter attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Position {
+    /// Not there: they are in the embedding.
+    None,
     /// Rotation by [`Tower::ropes`] of this index.
     Rope(usize),
 }
@@ -112,8 +170,36 @@ pub enum Position {
 /// A feed-forward block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ffn {
+    /// `down(act(up(x)))`.
+    Plain(Mlp),
     /// `down(act(gate(x)) * up(x))`.
     Gated(Mlp),
+    /// A mixture of gated blocks.
+    Moe(Moe),
+}
+
+impl Ffn {
+    /// The block, or each of its experts.
+    pub fn mlp(self) -> Mlp {
+        let (Ffn::Plain(mlp) | Ffn::Gated(mlp) | Ffn::Moe(Moe { mlp, .. })) = self;
+        mlp
+    }
+
+    /// Blocks it consists of.
+    pub fn experts(self) -> usize {
+        if let Ffn::Moe(moe) = self { moe.experts } else { 1 }
+    }
+
+    /// Blocks that compute for one token.
+    pub fn active(self) -> usize {
+        if let Ffn::Moe(moe) = self { moe.active } else { 1 }
+    }
+
+    /// Width of its first product.
+    pub fn up_width(self) -> usize {
+        let factor = if matches!(self, Ffn::Plain(_)) { 1 } else { 2 };
+        factor * self.mlp().inner
+    }
 }
 
 /// Sizes of a feed-forward block.
@@ -125,38 +211,75 @@ pub struct Mlp {
     pub act: Act,
 }
 
-/// An activation function.
+/// A mixture of experts: each token goes through the `active` likeliest by the softmax of the router.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Act {
-    /// `x / (1 + e^-x)`.
-    Silu,
-}
-
-/// A norm.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Norm {
-    /// Root mean square, with this epsilon.
-    Rms(f32),
+pub struct Moe {
+    /// All experts.
+    pub experts: usize,
+    /// Experts per token.
+    pub active: usize,
+    /// Whether the chosen experts' shares are made to add up to 1.
+    pub normalize: bool,
+    /// Each expert.
+    pub mlp: Mlp,
 }
 
 /// What the last stage yields.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Head {
-    /// Logits over the vocabulary.
-    Lm,
+    /// Logits over the vocabulary, for a token to follow.
+    Lm {
+        /// Logits become `cap * tanh(logit / cap)`.
+        softcap: Option<f32>,
+    },
+    /// Logits over the vocabulary, for the token at a position: `head(norm(act(dense(x))))`.
+    Mlm(Act, Norm),
+    /// Logits over classes from the first token: `head(act(dense(x)))`.
+    Classify {
+        /// Between the two products.
+        act: Act,
+        /// What the classes are called.
+        labels: Vec<String>,
+        /// How their logits become scores.
+        scoring: v1::Scoring,
+    },
+    /// One vector per sequence.
+    Embed {
+        /// How tokens become one.
+        pool: Pool,
+        /// Whether it has length 1.
+        normalize: bool,
+    },
 }
 
-/// A place for a tensor.
+/// How the vectors of a sequence's tokens become one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pool {
+    /// That of the first token.
+    First,
+    /// That of the last token.
+    Last,
+    /// Their mean.
+    Mean,
+    /// The largest of each element.
+    Max,
+}
+
+/// A place for weights. Those of one product may come from one tensor or from the [parts](Slot::parts) of the slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Slot {
     /// `(vocab, width)`.
     Embedding,
-    /// `(width)`, before the head.
-    FinalNorm,
-    /// `(vocab, width)`.
-    Head,
-    /// `(width)`, before attention.
+    /// `(positions, width)`.
+    Positions,
+    /// `(segments, width)`.
+    Segments,
+    /// `(width)`, on the sum of the three.
+    InputNorm,
+    /// `(width)`, before attention, or after it in a post-norm layer.
     AttentionNorm,
+    /// `(qkv_width, width)`: queries, keys, values.
+    Qkv,
     /// `(heads * head_dim, width)`.
     Query,
     /// `(kv_heads * head_dim, width)`.
@@ -169,39 +292,167 @@ pub enum Slot {
     KeyNorm,
     /// `(width, heads * head_dim)`.
     AttentionOut,
-    /// `(width)`, before the feed-forward block.
+    /// `(width)`, on what attention yields.
+    AttentionPostNorm,
+    /// `(width)`, before the feed-forward block, or after it in a post-norm layer.
     FfnNorm,
+    /// `(experts, width)`.
+    Router,
+    /// `(2 * inner, width)`: gate, up.
+    GateUp,
     /// `(inner, width)`.
     Gate,
     /// `(inner, width)`.
     Up,
     /// `(width, inner)`.
     Down,
+    /// `(width)`, on what the feed-forward block yields.
+    FfnPostNorm,
+    /// `(width)`, before the head.
+    FinalNorm,
+    /// `(width, width)`, before the head proper.
+    HeadDense,
+    /// `(width)`, after [`Slot::HeadDense`].
+    HeadNorm,
+    /// `(vocab or classes, width)`.
+    Head,
 }
 
 impl Slot {
-    /// Whether each layer has one.
-    pub fn is_per_layer(self) -> bool {
-        !matches!(self, Slot::Embedding | Slot::FinalNorm | Slot::Head)
+    /// The slots whose tensors, one after the other, make up this one's where a file has them apart.
+    pub fn parts(self) -> &'static [Slot] {
+        match self {
+            Slot::Qkv => &[Slot::Query, Slot::Key, Slot::Value],
+            Slot::GateUp => &[Slot::Gate, Slot::Up],
+            _ => &[],
+        }
+    }
+}
+
+/// Which of a tower's weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Site {
+    /// With the first stage.
+    Input,
+    /// With the stage of this layer.
+    Layer(usize),
+    /// With the last stage.
+    Output,
+}
+
+/// What lies in a slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shape {
+    /// Factors of a norm, and perhaps a bias.
+    Norm(usize),
+    /// Rows to be looked up: rows, columns.
+    Table(usize, usize),
+    /// Weights of a product: outputs, inputs.
+    Product(usize, usize),
+}
+
+impl Shape {
+    /// Dimensions of the tensor.
+    pub fn dimensions(self) -> Vec<usize> {
+        match self {
+            Shape::Norm(len) => vec![len],
+            Shape::Table(n, k) | Shape::Product(n, k) => vec![n, k],
+        }
     }
 }
 
 impl Tower {
-    /// Dimensions that the tensor of `slot` (of `layer`) must have: `(rows, columns)`, or one dimension for a norm.
-    pub fn shape(&self, slot: Slot, layer: usize) -> Vec<usize> {
+    /// The slots that `site` fills, in one fixed order, and what lies in them.
+    pub fn slots(&self, site: Site) -> Vec<(Slot, Shape)> {
         let width = self.width;
-        let attention = || &self.layers[layer].attention;
-        let Ffn::Gated(mlp) = self.layers[layer.min(self.layers.len() - 1)].ffn;
-        match slot {
-            Slot::Embedding | Slot::Head => vec![self.vocab, width],
-            Slot::FinalNorm | Slot::AttentionNorm | Slot::FfnNorm => vec![width],
-            Slot::Query => vec![attention().q_width(), width],
-            Slot::Key | Slot::Value => vec![attention().kv_width(), width],
-            Slot::QueryNorm | Slot::KeyNorm => vec![attention().head_dim],
-            Slot::AttentionOut => vec![width, attention().q_width()],
-            Slot::Gate | Slot::Up => vec![mlp.inner, width],
-            Slot::Down => vec![width, mlp.inner],
+        let norm = Shape::Norm(width);
+        let mut slots = Vec::new();
+        match site {
+            Site::Input => {
+                slots.push((Slot::Embedding, Shape::Table(self.vocab, width)));
+                if let Some(learned) = self.input.positions {
+                    slots.push((Slot::Positions, Shape::Table(learned.rows, width)));
+                }
+                if self.input.segments > 0 {
+                    slots.push((Slot::Segments, Shape::Table(self.input.segments, width)));
+                }
+                slots.extend(self.input.norm.map(|_| (Slot::InputNorm, norm)));
+            }
+            Site::Layer(layer) => {
+                let Layer { flow, attention, ffn } = &self.layers[layer];
+                let sandwich = matches!(flow, Flow::Sandwich(_));
+                slots.push((Slot::AttentionNorm, norm));
+                slots.push((Slot::Qkv, Shape::Product(attention.qkv_width(), width)));
+                if attention.qk_norm.is_some() {
+                    let head = Shape::Norm(attention.head_dim);
+                    slots.extend([(Slot::QueryNorm, head), (Slot::KeyNorm, head)]);
+                }
+                slots.push((Slot::AttentionOut, Shape::Product(width, attention.q_width())));
+                slots.extend(sandwich.then_some((Slot::AttentionPostNorm, norm)));
+                if !matches!(flow, Flow::ParallelOne(_)) {
+                    slots.push((Slot::FfnNorm, norm));
+                }
+                if let Ffn::Moe(moe) = ffn {
+                    slots.push((Slot::Router, Shape::Product(moe.experts, width)));
+                }
+                let first = if matches!(ffn, Ffn::Plain(_)) { Slot::Up } else { Slot::GateUp };
+                slots.push((first, Shape::Product(ffn.up_width(), width)));
+                slots.push((Slot::Down, Shape::Product(width, ffn.mlp().inner)));
+                slots.extend(sandwich.then_some((Slot::FfnPostNorm, norm)));
+            }
+            Site::Output => {
+                slots.extend(self.norm.map(|_| (Slot::FinalNorm, norm)));
+                if matches!(self.head, Head::Mlm(..) | Head::Classify { .. }) {
+                    slots.push((Slot::HeadDense, Shape::Product(width, width)));
+                }
+                if matches!(self.head, Head::Mlm(..)) {
+                    slots.push((Slot::HeadNorm, norm));
+                }
+                if !matches!(self.head, Head::Embed { .. }) {
+                    slots.push((Slot::Head, Shape::Product(self.outputs(), width)));
+                }
+            }
         }
+        slots
+    }
+
+    /// Blocks of weights in `slot` of `site`: one per expert.
+    pub fn copies(&self, site: Site, slot: Slot) -> usize {
+        match (site, slot) {
+            (Site::Layer(layer), Slot::GateUp | Slot::Down) => self.layers[layer].ffn.experts(),
+            _ => 1,
+        }
+    }
+
+    /// Rows that a part of `slot` has (see [`Slot::parts`]).
+    pub fn part_rows(&self, site: Site, part: Slot) -> usize {
+        let Site::Layer(layer) = site else { return 0 };
+        let Layer { attention, ffn, .. } = &self.layers[layer];
+        match part {
+            Slot::Query => attention.q_width(),
+            Slot::Key | Slot::Value => attention.kv_width(),
+            _ => ffn.mlp().inner,
+        }
+    }
+
+    /// All sites, in order.
+    pub fn sites(&self) -> impl Iterator<Item = Site> {
+        let layers = (0..self.layers.len()).map(Site::Layer);
+        [Site::Input].into_iter().chain(layers).chain([Site::Output])
+    }
+
+    /// Values that the head yields per output.
+    pub fn outputs(&self) -> usize {
+        match &self.head {
+            Head::Lm { .. } | Head::Mlm(..) => self.vocab,
+            Head::Classify { labels, .. } => labels.len(),
+            Head::Embed { .. } => self.width,
+        }
+    }
+
+    /// Whether sequences are computed whole, in one step, without a cache.
+    pub fn is_encoder(&self) -> bool {
+        self.layers.iter().any(|l| l.attention.span == Span::Full)
     }
 }
 
@@ -210,19 +461,36 @@ impl Tower {
 pub struct Names {
     /// Prefixes that files may carry; the first that leads to an embedding is taken.
     pub bases: &'static [&'static str],
-    /// Where each slot's tensor is.
+    /// Where the tensors under the prefix are. `{}` stands for the layer, `{e}` for the expert; a name with `{e}` is
+    /// for layers with experts only, and a feed-forward name without it for the others.
     pub slots: Vec<(Slot, Source)>,
-    /// Slots that share another's tensor if they have none of their own.
-    pub ties: Vec<(Slot, Slot)>,
+    /// The same for tensors that have no prefix.
+    pub root: Vec<(Slot, Source)>,
+    /// Whether the head may be the embedding.
+    pub tied: bool,
+    /// Endings that stand for another where that is absent.
+    pub aliases: &'static [(&'static str, &'static str)],
     /// Endings of tensors that are left alone.
     pub ignore: &'static [&'static str],
 }
 
-/// Where a slot's tensor is; `.weight` (and `.bias`, if there is one) follow, and `{}` stands for the layer.
+/// Where a tensor is, and how it lies there; `.weight` (and `.bias`, if there is one) follow the name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Source {
-    /// Output rows by input columns, or a vector, under the base prefix.
+    /// Output rows by input columns, or a vector.
     Rows(&'static str),
-    /// The same, without the base prefix.
-    Root(&'static str),
+    /// Input rows by output columns (`Conv1D` of GPT-2).
+    Columns(&'static str),
+    /// Rows of queries, keys and values side by side, head by head (GPT-NeoX).
+    Heads(&'static str),
+    /// A vector from which 1 was taken (norms of Gemma).
+    PlusOne(&'static str),
+}
+
+impl Source {
+    /// The name.
+    pub fn name(self) -> &'static str {
+        let (Source::Rows(name) | Source::Columns(name) | Source::Heads(name) | Source::PlusOne(name)) = self;
+        name
+    }
 }

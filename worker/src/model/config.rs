@@ -42,6 +42,27 @@ impl Config {
         }
     }
 
+    /// The objects of the list at the top of `file`.
+    pub fn list(file: &'static str, value: Value) -> Result<Vec<Self>, ConfigError> {
+        let wrong = |found: &Value| ConfigError {
+            file,
+            field: "the whole".to_owned(),
+            found: short(Some(found)),
+            expected: "a list of objects".to_owned(),
+        };
+        let Value::Array(items) = value else { return Err(wrong(&value)) };
+        let object = |(i, item): (usize, Value)| match item {
+            Value::Object(fields) => Ok(Config { file, prefix: format!("{i}."), fields }),
+            other => Err(wrong(&other)),
+        };
+        items.into_iter().enumerate().map(object).collect()
+    }
+
+    /// Number of its fields.
+    pub fn count(&self) -> usize {
+        self.fields.len()
+    }
+
     /// A field's value; `null` counts as absent.
     pub fn get(&self, field: &str) -> Option<&Value> {
         self.fields.get(field).filter(|v| !v.is_null())
@@ -91,6 +112,20 @@ impl Config {
         self.integer(field, range)?.ok_or_else(|| self.error(field, expected))
     }
 
+    /// A list of integers within `range`, if the field is there.
+    pub fn integers(
+        &self,
+        field: &str,
+        range: RangeInclusive<usize>,
+    ) -> Result<Option<Vec<usize>>, ConfigError> {
+        let Some(value) = self.get(field) else { return Ok(None) };
+        let usable =
+            |v: &Value| v.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| range.contains(n));
+        let list = value.as_array().and_then(|l| l.iter().map(usable).collect());
+        let expected = format!("a list of integers in {}..={}", range.start(), range.end());
+        list.map(Some).ok_or_else(|| self.error(field, expected))
+    }
+
     /// A positive, finite number, if the field is there.
     pub fn positive(&self, field: &str) -> Result<Option<f64>, ConfigError> {
         let Some(value) = self.get(field) else { return Ok(None) };
@@ -98,6 +133,15 @@ impl Config {
         let usable = |x: &f64| *x > 0.0 && (*x as f32) > 0.0 && (*x as f32).is_finite();
         let number = value.as_f64().filter(usable);
         number.map(Some).ok_or_else(|| self.error(field, "a positive finite number"))
+    }
+
+    /// A list of positive, finite numbers, if the field is there.
+    pub fn positives(&self, field: &str) -> Result<Option<Vec<f64>>, ConfigError> {
+        let Some(value) = self.get(field) else { return Ok(None) };
+        let usable =
+            |v: &Value| v.as_f64().filter(|x| *x > 0.0 && (*x as f32) > 0.0 && (*x as f32).is_finite());
+        let list = value.as_array().and_then(|l| l.iter().map(usable).collect());
+        list.map(Some).ok_or_else(|| self.error(field, "a list of positive finite numbers"))
     }
 
     /// A string, if the field is there.

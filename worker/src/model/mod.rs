@@ -3,7 +3,9 @@
 pub mod blocks;
 pub mod config;
 mod families;
+mod forward;
 mod names;
+mod pooling;
 mod profile;
 mod rope;
 mod stage;
@@ -12,16 +14,16 @@ mod state;
 mod tests;
 mod workspace;
 
-use std::{collections::BTreeMap, path::Path};
+use std::path::Path;
 
 use strata_proto::DType;
 
 use self::{
-    blocks::{Slot, Tower},
+    blocks::{Head, Names, Site, Slot, Tower},
     config::{Config, ConfigError},
+    names::{Bindings, Bound},
 };
 pub use self::{
-    names::Bound,
     profile::describe,
     stage::{LoadedBytes, RangeSpec, StageWeights},
     state::{StageInput, StageOutput, StageState, StepError},
@@ -73,6 +75,9 @@ pub enum ModelError {
         /// The format.
         dtype: DType,
     },
+    /// A weight that is no number.
+    #[error("tensor {0:?} holds NaN: the file is damaged; download it again")]
+    NotANumber(String),
     /// A range that is not of this model.
     #[error(
         "layers {range} (embedding: {embedding}, head: {head}) are no stage of a model of {layers} layers"
@@ -117,7 +122,8 @@ pub struct Model {
     pub dtype: DType,
     /// Special token ids.
     pub special: SpecialTokens,
-    bound: BTreeMap<(Slot, usize), Bound>,
+    names: Names,
+    bound: Bindings,
 }
 
 impl Model {
@@ -129,7 +135,13 @@ impl Model {
         if config.get("quantization_config").is_some() {
             return Err(config.error("quantization_config", "none: only plain weights can be loaded").into());
         }
-        let (family, description) = families::describe(&config)?;
+        let (family, mut description) = families::describe(&config)?;
+        if let Head::Embed { pool, normalize } = &mut description.tower.head {
+            let pooling = pooling::read(checkpoint)?;
+            (*pool, *normalize) = (pooling.pool, pooling.normalize);
+            let context = &mut description.tower.context;
+            *context = pooling.longest.map_or(*context, |n| n.min(*context));
+        }
         let bound = names::bind(checkpoint, &description.tower, &description.names)?;
         let generation = checkpoint
             .json("generation_config.json")?
@@ -146,13 +158,13 @@ impl Model {
         };
         let special =
             SpecialTokens { bos: ids("bos_token_id")?, eos: ids("eos_token_id")?, pad: ids("pad_token_id")? };
-        let embedding = bound.get(&(Slot::Embedding, 0)).and_then(|b| checkpoint.tensor(&b.weight));
-        let stored = match embedding.map(|t| t.dtype) {
+        let embedding = bound.get(&(Site::Input, Slot::Embedding, 0)).and_then(|b| b.first());
+        let stored = match embedding.and_then(|b| checkpoint.tensor(&b.weight)).map(|t| t.dtype) {
             Some(TensorDType::Float(dtype)) => dtype,
             _ => DType::F32,
         };
         let dtype = config.dtype()?.unwrap_or(stored);
-        Ok(Model { family, tower: description.tower, dtype, special, bound })
+        Ok(Model { family, tower: description.tower, dtype, special, names: description.names, bound })
     }
 
     /// Opens the checkpoint in `dir` and the model in it.
@@ -162,20 +174,25 @@ impl Model {
         Ok((checkpoint, model))
     }
 
-    /// The tensors of a slot; `layer` is 0 for those outside the layers.
-    pub fn bound(&self, slot: Slot, layer: usize) -> Result<&Bound, ModelError> {
-        let missing = || ModelError::MissingTensor(format!("{slot:?} of layer {layer}"));
-        self.bound.get(&(slot, layer)).ok_or_else(missing)
+    /// The tensors that fill a slot, of one expert.
+    fn bound(&self, site: Site, (slot, expert): (Slot, usize)) -> &[Bound] {
+        self.bound.get(&(site, slot, expert)).map_or(&[], Vec::as_slice)
+    }
+
+    /// The tensor that is both head and embedding, if there is one.
+    pub fn tied(&self) -> Option<&str> {
+        let weight = |site, slot| self.bound(site, (slot, 0)).first().map(|b| b.weight.as_str());
+        let embedding = weight(Site::Input, Slot::Embedding);
+        embedding.filter(|_| weight(Site::Output, Slot::Head) == embedding)
     }
 
     /// Whether head and embedding are one tensor.
     pub fn is_tied(&self) -> bool {
-        let weight = |slot| self.bound.get(&(slot, 0)).map(|b| &b.weight);
-        weight(Slot::Head) == weight(Slot::Embedding)
+        self.tied().is_some()
     }
 
-    /// Whether any of `slots` of `layer` has a bias.
-    fn has_bias(&self, slots: &[Slot], layer: usize) -> bool {
-        slots.iter().any(|s| self.bound.get(&(*s, layer)).is_some_and(|b| b.bias.is_some()))
+    /// Whether a slot has a bias.
+    fn has_bias(&self, site: Site, key: (Slot, usize)) -> bool {
+        self.bound(site, key).iter().any(|b| b.bias.is_some())
     }
 }

@@ -4,51 +4,85 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     ModelError,
-    blocks::{Names, Slot, Source, Tower},
+    blocks::{Ffn, Head, Names, Norm, Shape, Site, Slot, Source, Tower},
 };
 use crate::weights::{Checkpoint, TensorDType};
 
-/// The tensors of one slot.
+/// Where the weights of one expert's slot come from: one tensor, or one per part.
+pub(super) type Bindings = BTreeMap<(Site, Slot, usize), Vec<Bound>>;
+
+/// A tensor, where in its slot it belongs, and how it lies in the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bound {
     /// The weight.
     pub weight: String,
     /// The bias, if the file has one.
     pub bias: Option<String>,
+    /// Row of the slot where it begins.
+    pub first_row: usize,
+    /// How it lies in the file.
+    pub layout: Layout,
 }
 
-/// Slots that cannot have a bias: an embedding, and norms by the root mean square.
-const WITHOUT_BIAS: [Slot; 6] =
-    [Slot::Embedding, Slot::FinalNorm, Slot::AttentionNorm, Slot::FfnNorm, Slot::QueryNorm, Slot::KeyNorm];
+/// How the elements of a tensor lie in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// As in the slot.
+    Rows,
+    /// Transposed.
+    Columns,
+    /// For each of so many heads: so many rows of its queries, of its keys, of its values.
+    Heads {
+        /// Heads.
+        heads: usize,
+        /// Rows of each.
+        head_dim: usize,
+    },
+    /// Less by one than in the slot.
+    PlusOne,
+}
 
-pub(super) fn bind(
-    checkpoint: &Checkpoint,
-    tower: &Tower,
-    names: &Names,
-) -> Result<BTreeMap<(Slot, usize), Bound>, ModelError> {
-    let base = base(checkpoint, names);
-    let mut bound = BTreeMap::new();
-    let mut claimed = BTreeSet::new();
-    for &(slot, source) in &names.slots {
-        let layers = if slot.is_per_layer() { tower.layers.len() } else { 1 };
-        for layer in 0..layers {
-            let module = match source {
-                Source::Rows(name) => format!("{base}{}", name.replace("{}", &layer.to_string())),
-                Source::Root(name) => name.to_owned(),
-            };
-            let tensors = find(checkpoint, tower, slot, layer, &module);
-            let tie = names.ties.iter().find(|(s, _)| *s == slot).and_then(|(_, to)| bound.get(&(*to, 0)));
-            let tensors = match (tensors, tie) {
-                (Err(ModelError::MissingTensor(_)), Some(shared)) => Bound::clone(shared),
-                (tensors, _) => tensors?,
-            };
-            claimed.insert(tensors.weight.clone());
-            claimed.extend(tensors.bias.clone());
-            bound.insert((slot, layer), tensors);
+impl Layout {
+    /// Row and column in the slot of element `i` of a file's tensor that has `n` rows and `k` columns in the slot.
+    pub fn place(self, i: usize, n: usize, k: usize) -> (usize, usize) {
+        match self {
+            Layout::Rows | Layout::PlusOne => (i / k, i % k),
+            Layout::Columns => (i % n, i / n),
+            Layout::Heads { .. } => (self.row(i / k), i % k),
         }
     }
-    let ignored = |name: &String| names.ignore.iter().any(|end| name.ends_with(end));
-    match checkpoint.tensors().keys().find(|name| !claimed.contains(*name) && !ignored(name)) {
+
+    /// Row in the slot of the file's row (or element of a bias) `row`.
+    pub fn row(self, row: usize) -> usize {
+        match self {
+            Layout::Heads { heads, head_dim } => {
+                let (head, kind) = (row / (3 * head_dim), row / head_dim % 3);
+                (kind * heads + head) * head_dim + row % head_dim
+            }
+            _ => row,
+        }
+    }
+}
+
+pub(super) fn bind(checkpoint: &Checkpoint, tower: &Tower, names: &Names) -> Result<Bindings, ModelError> {
+    let mut binder =
+        Binder { checkpoint, tower, names, base: base(checkpoint, names), claimed: BTreeSet::new() };
+    let mut bound = BTreeMap::new();
+    for site in tower.sites() {
+        for (slot, shape) in tower.slots(site) {
+            for expert in 0..tower.copies(site, slot) {
+                let tensors = match binder.fill(site, slot, shape, expert) {
+                    Err(ModelError::MissingTensor(name)) if slot == Slot::Head && names.tied => {
+                        binder.tie(&bound, &name)?
+                    }
+                    tensors => tensors?,
+                };
+                bound.insert((site, slot, expert), tensors);
+            }
+        }
+    }
+    let unclaimed = |name: &&String| !binder.claimed.contains(*name) && !binder.is_ignored(name);
+    match checkpoint.tensors().keys().find(unclaimed) {
         Some(name) => Err(ModelError::UnclaimedTensor(name.clone())),
         None => Ok(bound),
     }
@@ -56,45 +90,160 @@ pub(super) fn bind(
 
 /// The prefix of this file's names.
 fn base(checkpoint: &Checkpoint, names: &Names) -> &'static str {
-    let embedding = names.slots.iter().find_map(|(slot, source)| match (slot, source) {
-        (Slot::Embedding, Source::Rows(name)) => Some(*name),
-        _ => None,
-    });
+    let embedding = names.slots.iter().find(|(slot, _)| *slot == Slot::Embedding);
     let fits = |base: &&&str| {
-        embedding.is_some_and(|name| checkpoint.tensor(&format!("{base}{name}.weight")).is_some())
+        embedding.is_some_and(|(_, source)| {
+            checkpoint.tensor(&format!("{base}{}.weight", source.name())).is_some()
+        })
     };
     names.bases.iter().find(fits).or(names.bases.first()).copied().unwrap_or_default()
 }
 
-fn find(
-    checkpoint: &Checkpoint,
-    tower: &Tower,
-    slot: Slot,
-    layer: usize,
-    module: &str,
-) -> Result<Bound, ModelError> {
-    let shape = tower.shape(slot, layer);
-    let weight = format!("{module}.weight");
-    check(checkpoint, &weight, &shape)?;
-    let bias = format!("{module}.bias");
-    let has_bias = checkpoint.tensor(&bias).is_some() && !WITHOUT_BIAS.contains(&slot);
-    if has_bias {
-        check(checkpoint, &bias, &shape[..1])?;
-    }
-    Ok(Bound { weight, bias: has_bias.then_some(bias) })
+struct Binder<'a> {
+    checkpoint: &'a Checkpoint,
+    tower: &'a Tower,
+    names: &'a Names,
+    base: &'static str,
+    claimed: BTreeSet<String>,
 }
 
-fn check(checkpoint: &Checkpoint, name: &str, expected: &[usize]) -> Result<(), ModelError> {
-    let tensor = checkpoint.tensor(name).ok_or_else(|| ModelError::MissingTensor(name.to_owned()))?;
-    if tensor.shape != expected {
-        return Err(ModelError::Shape {
-            tensor: name.to_owned(),
-            found: tensor.shape.clone(),
-            expected: expected.to_vec(),
-        });
+impl Binder<'_> {
+    /// The tensors of a slot: its own, or those of its parts.
+    fn fill(
+        &mut self,
+        site: Site,
+        slot: Slot,
+        shape: Shape,
+        expert: usize,
+    ) -> Result<Vec<Bound>, ModelError> {
+        let whole = self.module(site, slot, expert);
+        if let Some((module, source)) = whole {
+            return Ok(vec![self.find(site, &module, source, shape, 0)?]);
+        }
+        let (Shape::Product(_, k), [_, ..]) = (shape, slot.parts()) else {
+            return Err(ModelError::MissingTensor(format!("{slot:?} of {site:?}")));
+        };
+        let mut first_row = 0;
+        slot.parts()
+            .iter()
+            .map(|part| {
+                let missing = || ModelError::MissingTensor(format!("{part:?} of {site:?}"));
+                let (module, source) = self.module(site, *part, expert).ok_or_else(missing)?;
+                let rows = self.tower.part_rows(site, *part);
+                let bound = self.find(site, &module, source, Shape::Product(rows, k), first_row);
+                first_row += rows;
+                bound
+            })
+            .collect()
     }
-    match tensor.dtype {
-        TensorDType::Float(_) => Ok(()),
-        TensorDType::Other { .. } => Err(ModelError::Format(name.to_owned())),
+
+    /// The head as the embedding; its bias is its own.
+    fn tie(&mut self, bound: &Bindings, head: &str) -> Result<Vec<Bound>, ModelError> {
+        let missing = || ModelError::MissingTensor(head.to_owned());
+        let embedding = bound.get(&(Site::Input, Slot::Embedding, 0)).ok_or_else(missing)?;
+        let mut tied = embedding.clone();
+        let bias = head.strip_suffix(".weight").map(|module| format!("{module}.bias"));
+        for tensor in &mut tied {
+            tensor.bias = bias.as_ref().and_then(|name| self.claim(name));
+            if let Some(bias) = &tensor.bias {
+                self.check(bias, &[self.tower.vocab])?;
+            }
+        }
+        Ok(tied)
+    }
+
+    /// The name of a slot's module in this file, without its ending, and how its tensor lies.
+    fn module(&self, site: Site, slot: Slot, expert: usize) -> Option<(String, Source)> {
+        let experts = match site {
+            Site::Layer(layer) => matches!(self.tower.layers[layer].ffn, Ffn::Moe(_)),
+            _ => false,
+        };
+        let ffn = [Slot::GateUp, Slot::Gate, Slot::Up, Slot::Down].contains(&slot);
+        let fits =
+            |(s, source): &&(Slot, Source)| *s == slot && (!ffn || source.name().contains("{e}") == experts);
+        let (base, (_, source)) = match self.names.slots.iter().find(fits) {
+            Some(found) => (self.base, found),
+            None => ("", self.names.root.iter().find(fits)?),
+        };
+        let layer = if let Site::Layer(layer) = site { layer } else { 0 };
+        let name = source.name().replace("{}", &layer.to_string()).replace("{e}", &expert.to_string());
+        Some((format!("{base}{name}"), *source))
+    }
+
+    fn find(
+        &mut self,
+        site: Site,
+        module: &str,
+        source: Source,
+        shape: Shape,
+        first_row: usize,
+    ) -> Result<Bound, ModelError> {
+        let mut dimensions = shape.dimensions();
+        let layout = match (source, site) {
+            (Source::Columns(_), _) => {
+                dimensions.reverse();
+                Layout::Columns
+            }
+            (Source::Heads(_), Site::Layer(layer)) => {
+                let attention = &self.tower.layers[layer].attention;
+                Layout::Heads { heads: attention.heads, head_dim: attention.head_dim }
+            }
+            (Source::PlusOne(_), _) => Layout::PlusOne,
+            _ => Layout::Rows,
+        };
+        let name = format!("{module}.weight");
+        let weight = self.claim(&name).ok_or(ModelError::MissingTensor(name))?;
+        self.check(&weight, &dimensions)?;
+        // A norm by the root mean square moves nothing, and neither does a table.
+        let may_have_bias = match shape {
+            Shape::Norm(_) => !matches!(self.norm(site), Some(Norm::Rms(_))),
+            Shape::Table(..) => false,
+            Shape::Product(..) => true,
+        };
+        let bias = if may_have_bias { self.claim(&format!("{module}.bias")) } else { None };
+        if let Some(bias) = &bias {
+            self.check(bias, &shape.dimensions()[..1])?;
+        }
+        Ok(Bound { weight, bias, first_row, layout })
+    }
+
+    /// The kind of the norms of `site`.
+    fn norm(&self, site: Site) -> Option<Norm> {
+        match (site, &self.tower.head) {
+            (Site::Input, _) => self.tower.input.norm,
+            (Site::Layer(layer), _) => Some(self.tower.layers[layer].flow.norm()),
+            (Site::Output, Head::Mlm(_, norm)) => Some(*norm),
+            (Site::Output, _) => self.tower.norm,
+        }
+    }
+
+    /// The tensor called `name`, or by an alias of it, taken. A file that has both means the same by them.
+    fn claim(&mut self, name: &str) -> Option<String> {
+        let aliases = self.names.aliases.iter();
+        let aliases = aliases.filter_map(|(alias, of)| Some(format!("{}{alias}", name.strip_suffix(of)?)));
+        let names = [name.to_owned()].into_iter().chain(aliases);
+        let found: Vec<String> = names.filter(|name| self.checkpoint.tensor(name).is_some()).collect();
+        self.claimed.extend(found.iter().cloned());
+        found.into_iter().next()
+    }
+
+    fn is_ignored(&self, name: &str) -> bool {
+        self.names.ignore.iter().any(|end| name.ends_with(end))
+    }
+
+    fn check(&self, name: &str, expected: &[usize]) -> Result<(), ModelError> {
+        let tensor =
+            self.checkpoint.tensor(name).ok_or_else(|| ModelError::MissingTensor(name.to_owned()))?;
+        if tensor.shape != expected {
+            return Err(ModelError::Shape {
+                tensor: name.to_owned(),
+                found: tensor.shape.clone(),
+                expected: expected.to_vec(),
+            });
+        }
+        match tensor.dtype {
+            TensorDType::Float(_) => Ok(()),
+            TensorDType::Other { .. } => Err(ModelError::Format(name.to_owned())),
+        }
     }
 }

@@ -3,12 +3,12 @@
 
 use std::path::Path;
 
-use strata_proto::{FormatBytes, ModelProfile, Module, v1};
+use strata_proto::{Experts, FormatBytes, ModelProfile, Module, v1};
 
 use super::{
     Model, ModelError,
-    blocks::{Ffn, Layer, Slot},
-    stage::{HeadWeights, LayerWeights},
+    blocks::{Attention, Ffn, Head, Layer, Site, Slot, Source},
+    stage::Block,
     workspace,
 };
 use crate::{kernels::cpu::packed::Table, kv_cache::KvLayer, weights::Checkpoint};
@@ -24,56 +24,93 @@ impl Model {
     /// The model as the planner sees it.
     pub fn profile(&self, checkpoint: &Checkpoint, name: &str) -> ModelProfile {
         let tower = &self.tower;
-        let table = FormatBytes::of(|d| Table::bytes_for(tower.vocab, tower.width, d));
-        let layers = tower.layers.iter().enumerate().map(|(i, layer)| Module {
-            names: vec![format!("model.layers.{i}")],
-            bytes: FormatBytes::of(|d| LayerWeights::bytes_for(self, i, d)),
-            kv_elements_per_token: KvLayer::elements_per_token(
-                layer.attention.kv_heads,
-                layer.attention.head_dim,
-            ) as u64,
-            macs_per_token: macs(tower.width, layer),
+        let module = |site, kv_elements_per_token, macs_per_token| Module {
+            names: self.modules(site),
+            bytes: FormatBytes::of(|d| Block::bytes_for(self, site, d)),
+            kv_elements_per_token,
+            macs_per_token,
+            experts: match site {
+                Site::Layer(i) => experts(self, i),
+                _ => None,
+            },
+        };
+        let layers = tower.layers.iter().enumerate().map(|(i, layer)| {
+            let Attention { kv_heads, head_dim, .. } = layer.attention;
+            let kv = if tower.is_encoder() { 0 } else { KvLayer::elements_per_token(kv_heads, head_dim) };
+            module(Site::Layer(i), kv as u64, macs(tower.width, layer))
         });
+        let dense = if matches!(tower.head, Head::Lm { .. } | Head::Embed { .. }) { 0 } else { tower.width };
+        let head = if matches!(tower.head, Head::Embed { .. }) { 0 } else { tower.outputs() };
+        let (scoring, labels) = match &tower.head {
+            Head::Classify { labels, scoring, .. } => (*scoring, labels.clone()),
+            _ => (v1::Scoring::Unspecified, Vec::new()),
+        };
+        let table = FormatBytes::of(|d| Table::bytes_for(tower.vocab, tower.width, d));
         ModelProfile {
             model: name.to_owned(),
             family: self.family.clone(),
-            task: v1::Task::Generate,
+            task: match tower.head {
+                Head::Lm { .. } => v1::Task::Generate,
+                Head::Mlm(..) => v1::Task::FillMask,
+                Head::Classify { .. } => v1::Task::Classify,
+                Head::Embed { .. } => v1::Task::Embed,
+            },
             dtype: self.dtype,
             hidden_size: tower.width as u32,
             vocab_size: tower.vocab as u32,
             context_length: tower.context as u32,
             layers: layers.collect(),
-            embedding: Module {
-                names: vec!["model.embed_tokens".to_owned()],
-                bytes: table,
-                ..Module::default()
-            },
-            head: Module {
-                names: vec!["model.norm".to_owned(), "lm_head".to_owned()],
-                bytes: FormatBytes::of(|d| HeadWeights::bytes_for(self, d)),
-                kv_elements_per_token: 0,
-                macs_per_token: (tower.width * tower.vocab) as u64,
-            },
+            embedding: module(Site::Input, 0, 0),
+            head: module(Site::Output, 0, (tower.width * (dense + head)) as u64),
             // With both on one stage, rows are gathered from the packed head and there is no table.
             shared: if self.is_tied() { table } else { FormatBytes::default() },
-            shared_tensors: match self.bound(Slot::Embedding, 0) {
-                Ok(embedding) if self.is_tied() => vec![embedding.weight.clone()],
-                _ => Vec::new(),
-            },
+            shared_tensors: self.tied().map(str::to_owned).into_iter().collect(),
             bos_token_ids: self.special.bos.clone(),
             eos_token_ids: self.special.eos.clone(),
             pad_token_ids: self.special.pad.clone(),
             fingerprint: checkpoint.fingerprint().to_owned(),
-            recompute_at: None,
+            recompute_at: tower.ropes.iter().filter_map(|r| r.switch).min().map(|n| n as u32),
             workspace_bytes_per_token: workspace::bytes_per_token(tower),
             workspace_bytes_per_output: workspace::bytes_per_output(tower),
+            labels,
+            scoring,
+            segments: tower.input.segments as u32,
         }
     }
 }
 
+impl Model {
+    /// What transformers calls the modules of `site`.
+    fn modules(&self, site: Site) -> Vec<String> {
+        let names = &self.names;
+        let base = names.bases.first().copied().unwrap_or_default();
+        if let Site::Layer(layer) = site {
+            let stem = names.slots.iter().find_map(|(_, source)| source.name().split_once("{}"));
+            return stem.map(|(stem, _)| format!("{base}{stem}{layer}")).into_iter().collect();
+        }
+        let slots = self.tower.slots(site);
+        let here = |(slot, _): &&(Slot, Source)| slots.iter().any(|(s, _)| s == slot);
+        let under = names.slots.iter().filter(here).map(|(_, source)| format!("{base}{}", source.name()));
+        let root = names.root.iter().filter(here).map(|(_, source)| source.name().to_owned());
+        under.chain(root).collect()
+    }
+}
+
+/// The experts of a layer, if it has several.
+fn experts(model: &Model, layer: usize) -> Option<Experts> {
+    let ffn = model.tower.layers[layer].ffn;
+    matches!(ffn, Ffn::Moe(_)).then(|| Experts {
+        count: ffn.experts() as u32,
+        active: ffn.active() as u32,
+        bytes: FormatBytes::of(|d| Block::expert_bytes_for(model, Site::Layer(layer), d)),
+    })
+}
+
 /// Multiply-adds of a layer's products for one token; attention's depend on the context and are left out.
 fn macs(width: usize, layer: &Layer) -> u64 {
-    let Ffn::Gated(mlp) = layer.ffn;
-    let attention = layer.attention.qkv_width() + layer.attention.q_width();
-    (width as u64) * (attention as u64 + 3 * mlp.inner as u64)
+    let Layer { attention, ffn, .. } = layer;
+    let router = if let Ffn::Moe(moe) = ffn { moe.experts } else { 0 };
+    let attention = attention.qkv_width() + attention.q_width();
+    let ffn = ffn.active() * (ffn.up_width() + ffn.mlp().inner);
+    width as u64 * (attention + router + ffn) as u64
 }

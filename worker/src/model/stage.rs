@@ -3,25 +3,22 @@
 //! Matrices are held in the plan's format, rounded to nearest even. Norms and biases stay f32 in every format, exactly
 //! as the checkpoint has them: they are small, and nothing is gained by rounding them.
 
-use std::ops::ControlFlow;
+use std::{collections::BTreeMap, ops::ControlFlow};
 
 use strata_proto::{DType, LayerRange};
 
-use super::{Model, ModelError, blocks::Slot};
+use super::{
+    Model, ModelError, StepError,
+    blocks::{Shape, Site, Slot},
+    names::{Bound, Layout},
+};
 use crate::{
     kernels::{
         buffer::{Buffer, OutOfMemory},
-        cpu::packed::{PackedMatrix, Table, Unrepresentable, write_f32},
+        cpu::packed::{PackedMatrix, Table, Unrepresentable, read_f32},
     },
     weights::{Checkpoint, TensorDType, TensorInfo},
 };
-
-/// Slots whose matrices are one product, in the order of their outputs.
-pub(super) const QKV: &[Slot] = &[Slot::Query, Slot::Key, Slot::Value];
-pub(super) const ATTENTION_OUT: &[Slot] = &[Slot::AttentionOut];
-pub(super) const GATE_UP: &[Slot] = &[Slot::Gate, Slot::Up];
-pub(super) const DOWN: &[Slot] = &[Slot::Down];
-pub(super) const HEAD: &[Slot] = &[Slot::Head];
 
 /// Which part of a model a stage holds, and in which format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,118 +53,168 @@ pub struct LoadedBytes {
     pub total: u64,
 }
 
-/// Packed weights of one product, `(sum of the slots' rows, columns)`, and their bias.
+/// Weights of a product, `(n, k)`, and their bias.
 pub(super) struct Projection {
     pub matrix: PackedMatrix,
     pub bias: Option<Buffer<f32>>,
 }
 
-impl Projection {
-    fn shape(model: &Model, slots: &[Slot], layer: usize) -> (usize, usize) {
-        let shapes = slots.iter().map(|s| model.tower.shape(*s, layer));
-        shapes.fold((0, 0), |(rows, _), shape| (rows + shape[0], shape[1]))
-    }
+/// Factors of a norm, and its bias.
+pub(super) struct NormWeights {
+    pub weight: Buffer<f32>,
+    pub bias: Option<Buffer<f32>>,
+}
 
-    pub fn bytes_for(model: &Model, slots: &[Slot], layer: usize, dtype: DType) -> u64 {
-        let (n, k) = Self::shape(model, slots, layer);
-        let bias = if model.has_bias(slots, layer) { Buffer::<f32>::bytes_for(n) } else { 0 };
-        PackedMatrix::bytes_for(n, k, dtype) + bias
-    }
+/// What fills one slot.
+enum Part {
+    Norm(NormWeights),
+    Table(Table),
+    Product(Projection),
+}
 
-    fn zeros(model: &Model, slots: &[Slot], layer: usize, dtype: DType) -> Result<Self, OutOfMemory> {
-        let (n, k) = Self::shape(model, slots, layer);
-        // A slot without a bias beside one with a bias adds zero.
-        let bias = model.has_bias(slots, layer).then(|| Buffer::zeros(n)).transpose()?;
-        Ok(Projection { matrix: PackedMatrix::zeros(n, k, dtype)?, bias })
-    }
-
-    fn bytes(&self) -> u64 {
-        self.matrix.bytes() + self.bias.as_ref().map_or(0, Buffer::bytes)
-    }
-
-    fn write(&mut self, first_row: usize, piece: &Piece<'_>) -> Result<(), Unrepresentable> {
-        match &mut self.bias {
-            Some(bias) if piece.is_bias => write_f32(bias, first_row + piece.first, piece.data, piece.from),
-            _ => self.matrix.write(first_row * self.matrix.k() + piece.first, piece.data, piece.from),
+impl Part {
+    fn bytes_for(shape: Shape, biased: bool, dtype: DType) -> u64 {
+        let bias = |n| if biased { Buffer::<f32>::bytes_for(n) } else { 0 };
+        match shape {
+            Shape::Norm(n) => Buffer::<f32>::bytes_for(n) + bias(n),
+            Shape::Table(n, k) => Table::bytes_for(n, k, dtype),
+            Shape::Product(n, k) => PackedMatrix::bytes_for(n, k, dtype) + bias(n),
         }
     }
-}
 
-/// Weights of one layer.
-pub(super) struct LayerWeights {
-    pub attention_norm: Buffer<f32>,
-    /// On each head of queries and of keys.
-    pub qk_norm: Option<[Buffer<f32>; 2]>,
-    pub qkv: Projection,
-    pub attention_out: Projection,
-    pub ffn_norm: Buffer<f32>,
-    pub gate_up: Projection,
-    pub down: Projection,
-}
-
-impl LayerWeights {
-    pub fn bytes_for(model: &Model, layer: usize, dtype: DType) -> u64 {
-        let projections = [QKV, ATTENTION_OUT, GATE_UP, DOWN];
-        let attention = &model.tower.layers[layer].attention;
-        let head_norms = if attention.qk_norm.is_some() { 2 } else { 0 };
-        2 * Buffer::<f32>::bytes_for(model.tower.width)
-            + head_norms * Buffer::<f32>::bytes_for(attention.head_dim)
-            + projections.iter().map(|p| Projection::bytes_for(model, p, layer, dtype)).sum::<u64>()
-    }
-
-    fn zeros(model: &Model, layer: usize, dtype: DType) -> Result<Self, OutOfMemory> {
-        let attention = &model.tower.layers[layer].attention;
-        let head_norm = || Buffer::zeros(attention.head_dim);
-        let qk_norm = match attention.qk_norm {
-            Some(_) => Some([head_norm()?, head_norm()?]),
-            None => None,
-        };
-        Ok(LayerWeights {
-            qk_norm,
-            attention_norm: Buffer::zeros(model.tower.width)?,
-            qkv: Projection::zeros(model, QKV, layer, dtype)?,
-            attention_out: Projection::zeros(model, ATTENTION_OUT, layer, dtype)?,
-            ffn_norm: Buffer::zeros(model.tower.width)?,
-            gate_up: Projection::zeros(model, GATE_UP, layer, dtype)?,
-            down: Projection::zeros(model, DOWN, layer, dtype)?,
+    fn zeros(shape: Shape, biased: bool, dtype: DType) -> Result<Self, OutOfMemory> {
+        // A tensor without a bias beside one with a bias, in one slot, adds zero.
+        let bias = |n| biased.then(|| Buffer::zeros(n)).transpose();
+        Ok(match shape {
+            Shape::Norm(n) => Part::Norm(NormWeights { weight: Buffer::zeros(n)?, bias: bias(n)? }),
+            Shape::Table(n, k) => Part::Table(Table::zeros(n, k, dtype)?),
+            Shape::Product(n, k) => {
+                Part::Product(Projection { matrix: PackedMatrix::zeros(n, k, dtype)?, bias: bias(n)? })
+            }
         })
     }
 
     fn bytes(&self) -> u64 {
-        let projections = [&self.qkv, &self.attention_out, &self.gate_up, &self.down];
-        let head_norms = self.qk_norm.iter().flatten().map(Buffer::bytes).sum::<u64>();
-        head_norms
-            + self.attention_norm.bytes()
-            + self.ffn_norm.bytes()
-            + projections.iter().map(|p| p.bytes()).sum::<u64>()
+        let bias = |bias: &Option<Buffer<f32>>| bias.as_ref().map_or(0, Buffer::bytes);
+        match self {
+            Part::Norm(norm) => norm.weight.bytes() + bias(&norm.bias),
+            Part::Table(table) => table.bytes(),
+            Part::Product(product) => product.matrix.bytes() + bias(&product.bias),
+        }
+    }
+
+    fn write(&mut self, piece: &Piece<'_>) -> Result<(), Unrepresentable> {
+        let &Piece { is_bias, first, data, from, rows, bound: &Bound { first_row, layout, .. } } = piece;
+        let bias = |bias: &mut Option<Buffer<f32>>| match bias {
+            Some(bias) => read_f32(first, data, from, |i, x| bias[first_row + layout.row(i)] = x),
+            None => Ok(()),
+        };
+        match self {
+            Part::Norm(norm) if is_bias => bias(&mut norm.bias),
+            Part::Norm(norm) => {
+                let plus = if layout == Layout::PlusOne { 1.0 } else { 0.0 };
+                read_f32(first, data, from, |i, x| norm.weight[i] = x + plus)
+            }
+            Part::Table(table) => table.write(first, data, from),
+            Part::Product(product) if is_bias => bias(&mut product.bias),
+            Part::Product(product) => {
+                let k = product.matrix.k();
+                product.matrix.write(first, data, from, |i| {
+                    let (row, column) = layout.place(i, rows, k);
+                    (first_row + row, column)
+                })
+            }
+        }
     }
 }
 
-/// Final norm and head.
-pub(super) struct HeadWeights {
-    pub norm: Buffer<f32>,
-    pub projection: Projection,
+/// The weights of one site, by slot and expert.
+pub(super) struct Block(BTreeMap<(Slot, usize), Part>);
+
+impl Block {
+    /// Bytes that the weights of `site` occupy.
+    pub fn bytes_for(model: &Model, site: Site, dtype: DType) -> u64 {
+        let parts = parts(model, site);
+        parts
+            .map(|(key, shape)| Part::bytes_for(shape, model.has_bias(site, key), format(key.0, dtype)))
+            .sum()
+    }
+
+    /// Bytes of one expert among them.
+    pub fn expert_bytes_for(model: &Model, site: Site, dtype: DType) -> u64 {
+        let one = [Slot::GateUp, Slot::Down].map(|slot| (slot, 0));
+        let parts = parts(model, site).filter(|(key, _)| one.contains(key));
+        parts
+            .map(|(key, shape)| Part::bytes_for(shape, model.has_bias(site, key), format(key.0, dtype)))
+            .sum()
+    }
+
+    fn zeros(model: &Model, site: Site, dtype: DType, without: Option<Slot>) -> Result<Self, OutOfMemory> {
+        let parts = parts(model, site).filter(|((slot, _), _)| Some(*slot) != without);
+        let part = |(key, shape): (_, Shape)| {
+            Ok((key, Part::zeros(shape, model.has_bias(site, key), format(key.0, dtype))?))
+        };
+        Ok(Block(parts.map(part).collect::<Result<_, OutOfMemory>>()?))
+    }
+
+    fn bytes(&self) -> u64 {
+        self.0.values().map(Part::bytes).sum()
+    }
+
+    /// The norm in `slot`.
+    pub fn norm(&self, slot: Slot) -> Result<&NormWeights, StepError> {
+        match self.0.get(&(slot, 0)) {
+            Some(Part::Norm(norm)) => Ok(norm),
+            _ => Err(StepError::Weights),
+        }
+    }
+
+    /// The product in `slot`, of `expert` where there are several.
+    pub fn product(&self, slot: Slot, expert: usize) -> Result<&Projection, StepError> {
+        match self.0.get(&(slot, expert)) {
+            Some(Part::Product(product)) => Ok(product),
+            _ => Err(StepError::Weights),
+        }
+    }
+
+    /// The table in `slot`, if it is here.
+    pub fn table(&self, slot: Slot) -> Option<&Table> {
+        match self.0.get(&(slot, 0)) {
+            Some(Part::Table(table)) => Some(table),
+            _ => None,
+        }
+    }
 }
 
-impl HeadWeights {
-    pub fn bytes_for(model: &Model, dtype: DType) -> u64 {
-        Buffer::<f32>::bytes_for(model.tower.width) + Projection::bytes_for(model, HEAD, 0, dtype)
-    }
+/// Everything that the slots of `site` hold, by slot and expert.
+fn parts(model: &Model, site: Site) -> impl Iterator<Item = ((Slot, usize), Shape)> {
+    let slots = model.tower.slots(site).into_iter();
+    slots.flat_map(move |(slot, shape)| {
+        (0..model.tower.copies(site, slot)).map(move |expert| ((slot, expert), shape))
+    })
+}
+
+/// The format that a slot is held in: routers decide, so theirs is f32.
+fn format(slot: Slot, dtype: DType) -> DType {
+    if slot == Slot::Router { DType::F32 } else { dtype }
 }
 
 /// The weights of a stage, resident.
 pub struct StageWeights {
     pub(super) model: Model,
     pub(super) spec: RangeSpec,
-    /// Absent if the head is here and tied: then rows are gathered from the packed head.
-    pub(super) embedding: Option<Table>,
-    pub(super) layers: Vec<LayerWeights>,
-    pub(super) head: Option<HeadWeights>,
+    /// Without the embedding's table if the head is here and the same: then rows are gathered from the packed head.
+    pub(super) input: Option<Block>,
+    pub(super) layers: Vec<Block>,
+    pub(super) output: Option<Block>,
 }
 
 /// Some elements of a tensor on their way into memory.
 struct Piece<'a> {
+    bound: &'a Bound,
     is_bias: bool,
+    /// Rows that the whole tensor fills.
+    rows: usize,
     /// Index of the first element in its tensor.
     first: usize,
     data: &'a [u8],
@@ -178,9 +225,11 @@ struct Piece<'a> {
 struct Job<'a> {
     name: &'a str,
     tensor: &'a TensorInfo,
-    slot: Slot,
-    layer: usize,
+    bound: &'a Bound,
     is_bias: bool,
+    rows: usize,
+    site: Site,
+    key: (Slot, usize),
 }
 
 impl StageWeights {
@@ -201,13 +250,17 @@ impl StageWeights {
             let TensorDType::Float(from) = job.tensor.dtype else {
                 return Err(ModelError::Format(job.name.to_owned()));
             };
+            let part = weights.block(job.site).and_then(|block| block.0.get_mut(&job.key));
+            let part = part.ok_or_else(|| ModelError::MissingTensor(job.name.to_owned()))?;
             checkpoint.read(job.tensor, &mut buffer, |offset, data| {
                 let first = (offset / from.size()) as usize;
-                let piece = Piece { is_bias: job.is_bias, first, data, from };
-                weights.write(job.slot, job.layer, &piece).map_err(|e| ModelError::Unrepresentable {
-                    tensor: job.name.to_owned(),
-                    value: e.0,
-                    dtype: spec.dtype,
+                let Job { bound, is_bias, rows, .. } = job;
+                part.write(&Piece { bound, is_bias, rows, first, data, from }).map_err(|e| {
+                    let (tensor, value) = (job.name.to_owned(), e.0);
+                    if value.is_nan() {
+                        return ModelError::NotANumber(tensor);
+                    }
+                    ModelError::Unrepresentable { tensor, value, dtype: spec.dtype }
                 })?;
                 read += data.len() as u64;
                 match progress(LoadedBytes { read, total }) {
@@ -231,91 +284,54 @@ impl StageWeights {
 
     /// Bytes of memory it occupies: exactly what the model's profile says.
     pub fn resident_bytes(&self) -> u64 {
-        let head = self.head.as_ref().map_or(0, |h| h.norm.bytes() + h.projection.bytes());
-        let layers: u64 = self.layers.iter().map(LayerWeights::bytes).sum();
-        self.embedding.as_ref().map_or(0, Table::bytes) + layers + head
+        self.input.iter().chain(&self.layers).chain(&self.output).map(Block::bytes).sum()
     }
 
     fn zeros(model: &Model, spec: &RangeSpec) -> Result<Self, ModelError> {
-        let (width, vocab) = (model.tower.width, model.tower.vocab);
-        let own_table = spec.embedding && !(spec.head && model.is_tied());
-        let mut weights = StageWeights {
+        let block = |site, without| Block::zeros(model, site, spec.dtype, without);
+        let gathered = (spec.head && model.is_tied()).then_some(Slot::Embedding);
+        let layers = spec.layers.first as usize..spec.layers.end as usize;
+        Ok(StageWeights {
             model: model.clone(),
             spec: *spec,
-            embedding: own_table.then(|| Table::zeros(vocab, width, spec.dtype)).transpose()?,
-            layers: Vec::with_capacity(spec.layers.len() as usize),
-            head: None,
-        };
-        for layer in spec.layers.first..spec.layers.end {
-            weights.layers.push(LayerWeights::zeros(model, layer as usize, spec.dtype)?);
+            input: spec.embedding.then(|| block(Site::Input, gathered)).transpose()?,
+            layers: layers.map(|l| block(Site::Layer(l), None)).collect::<Result<_, _>>()?,
+            output: spec.head.then(|| block(Site::Output, None)).transpose()?,
+        })
+    }
+
+    fn block(&mut self, site: Site) -> Option<&mut Block> {
+        match site {
+            Site::Input => self.input.as_mut(),
+            Site::Layer(layer) => self.layers.get_mut(layer.checked_sub(self.spec.layers.first as usize)?),
+            Site::Output => self.output.as_mut(),
         }
-        if spec.head {
-            let projection = Projection::zeros(model, HEAD, 0, spec.dtype)?;
-            weights.head = Some(HeadWeights { norm: Buffer::zeros(width)?, projection });
-        }
-        Ok(weights)
     }
 
     /// The tensors of this stage, as they lie in the files.
     fn jobs<'a>(&self, checkpoint: &'a Checkpoint, model: &'a Model) -> Result<Vec<Job<'a>>, ModelError> {
-        let mut slots = Vec::new();
-        if self.embedding.is_some() {
-            slots.push((Slot::Embedding, 0));
-        }
-        for layer in self.spec.layers.first..self.spec.layers.end {
-            let all = [&[Slot::AttentionNorm, Slot::FfnNorm], QKV, ATTENTION_OUT, GATE_UP, DOWN];
-            slots.extend(all.concat().into_iter().map(|slot| (slot, layer as usize)));
-            if model.tower.layers[layer as usize].attention.qk_norm.is_some() {
-                slots.extend([(Slot::QueryNorm, layer as usize), (Slot::KeyNorm, layer as usize)]);
-            }
-        }
-        if self.head.is_some() {
-            slots.extend([(Slot::FinalNorm, 0), (Slot::Head, 0)]);
-        }
+        let first = self.spec.layers.first as usize;
+        let layers = self.layers.iter().enumerate().map(|(i, block)| (Site::Layer(first + i), block));
+        let ends = [(Site::Input, &self.input), (Site::Output, &self.output)];
+        let ends = ends.into_iter().filter_map(|(site, block)| Some((site, block.as_ref()?)));
         let mut jobs = Vec::new();
-        for (slot, layer) in slots {
-            let bound = model.bound(slot, layer)?;
-            for (name, is_bias) in [(Some(&bound.weight), false), (bound.bias.as_ref(), true)] {
-                let Some(name) = name else { continue };
-                let missing = || ModelError::MissingTensor(name.clone());
-                let tensor = checkpoint.tensor(name).ok_or_else(missing)?;
-                jobs.push(Job { name, tensor, slot, layer, is_bias });
+        for (site, block) in layers.chain(ends) {
+            for key in block.0.keys() {
+                for bound in model.bound(site, *key) {
+                    for (name, is_bias) in [(Some(&bound.weight), false), (bound.bias.as_ref(), true)] {
+                        let Some(name) = name else { continue };
+                        let missing = || ModelError::MissingTensor(name.clone());
+                        let tensor = checkpoint.tensor(name).ok_or_else(missing)?;
+                        let rows = match (bound.layout, &tensor.shape[..]) {
+                            (Layout::Columns, [_, rows]) | (_, [rows, ..]) => *rows,
+                            _ => 0,
+                        };
+                        jobs.push(Job { name, tensor, bound, is_bias, rows, site, key: *key });
+                    }
+                }
             }
         }
         jobs.sort_by_key(|j| j.tensor.place());
         Ok(jobs)
-    }
-
-    fn write(&mut self, slot: Slot, layer: usize, piece: &Piece<'_>) -> Result<(), Unrepresentable> {
-        let rows = |slot| self.model.tower.shape(slot, layer)[0];
-        let first_row = match slot {
-            Slot::Key => rows(Slot::Query),
-            Slot::Value => rows(Slot::Query) + rows(Slot::Key),
-            Slot::Up => rows(Slot::Gate),
-            _ => 0,
-        };
-        let vector = |v: &mut Buffer<f32>| write_f32(v, piece.first, piece.data, piece.from);
-        match slot {
-            Slot::Embedding => {
-                self.embedding.as_mut().map_or(Ok(()), |t| t.write(piece.first, piece.data, piece.from))
-            }
-            Slot::FinalNorm => self.head.as_mut().map_or(Ok(()), |h| vector(&mut h.norm)),
-            Slot::Head => self.head.as_mut().map_or(Ok(()), |h| h.projection.write(first_row, piece)),
-            _ => {
-                let l = &mut self.layers[layer - self.spec.layers.first as usize];
-                match slot {
-                    Slot::AttentionNorm => vector(&mut l.attention_norm),
-                    Slot::FfnNorm => vector(&mut l.ffn_norm),
-                    Slot::QueryNorm | Slot::KeyNorm => {
-                        let which = usize::from(slot == Slot::KeyNorm);
-                        l.qk_norm.as_mut().map_or(Ok(()), |norms| vector(&mut norms[which]))
-                    }
-                    Slot::AttentionOut => l.attention_out.write(first_row, piece),
-                    Slot::Gate | Slot::Up => l.gate_up.write(first_row, piece),
-                    Slot::Down => l.down.write(first_row, piece),
-                    _ => l.qkv.write(first_row, piece),
-                }
-            }
-        }
     }
 }

@@ -1,19 +1,14 @@
-//! What a stage keeps between steps (cache, scratch), and the forward pass of one step.
+//! What a stage keeps between steps (cache, scratch), and the checks of a step before it runs.
 
 use super::{
     Model, ModelError,
-    blocks::{Act, Attention, Ffn, Flow, Layer, Norm, Position, Span, Tower},
-    stage::{LayerWeights, RangeSpec, StageWeights},
+    blocks::{Layer, Tower},
+    forward::Pass,
+    stage::{RangeSpec, StageWeights},
     workspace::{self, Workspace},
 };
 use crate::{
-    kernels::cpu::{
-        Cpu,
-        attention::Attention as AttentionCall,
-        linear::{Linear, Output, Rows},
-        norm::{HeadNorm, RmsNorm, SiluMul},
-        rope::{self, RopeAndStore},
-    },
+    kernels::cpu::Cpu,
     kv_cache::{BLOCK_TOKENS, BatchRow, KvLayer},
 };
 
@@ -82,6 +77,24 @@ pub enum StepError {
         /// Blocks of the cache.
         limit: u32,
     },
+    /// A segment that the model does not know.
+    #[error("segment {segment}: expected less than {limit}")]
+    Segment {
+        /// The segment.
+        segment: u32,
+        /// Rows of the table.
+        limit: usize,
+    },
+    /// A set of rotary frequencies that the model does not have.
+    #[error("row {row} asks for set {set} of rotary frequencies: there are {sets}")]
+    RopeSet {
+        /// Index of the row.
+        row: usize,
+        /// The set.
+        set: u32,
+        /// What there is.
+        sets: usize,
+    },
     /// Output rows that do not fit.
     #[error("outputs must be ascending indexes of the step's tokens, at most {limit} of them")]
     Outputs {
@@ -96,8 +109,13 @@ pub enum StepError {
 /// What a step begins with.
 #[derive(Debug, Clone, Copy)]
 pub enum StageInput<'a> {
-    /// Ids of all tokens, on the first stage.
-    Tokens(&'a [u32]),
+    /// On the first stage.
+    Tokens {
+        /// Ids of all tokens.
+        ids: &'a [u32],
+        /// Their segments; empty if all are 0.
+        segments: &'a [u32],
+    },
     /// The residual stream `(tokens, width)` of the stage before.
     Hidden(&'a [f32]),
 }
@@ -108,10 +126,10 @@ pub enum StageOutput<'a> {
     /// The residual stream `(tokens, width)`, every value rounded to the plan's format.
     Hidden(&'a [f32]),
     /// On the last stage.
-    Logits {
-        /// `(outputs, vocab)`; the sampler may overwrite it.
-        logits: &'a mut [f32],
-        /// Scratch for the sampler: at least `vocab` indexes per output.
+    Values {
+        /// `(outputs, values)`, [`Tower::outputs`] values each; the sampler may overwrite it.
+        values: &'a mut [f32],
+        /// Scratch for the sampler: as many indexes.
         order: &'a mut [u32],
     },
 }
@@ -123,13 +141,14 @@ pub struct StageState {
     kv_blocks: u32,
     max_tokens: u32,
     max_outputs: u32,
+    /// One per layer; none in an encoder.
     cache: Vec<KvLayer>,
     work: Workspace,
 }
 
 impl StageState {
-    /// Memory for `kv_blocks` blocks, and for steps of at most `max_tokens` tokens and, with the head, `max_outputs`
-    /// output rows.
+    /// Memory for `kv_blocks` blocks (which an encoder needs none of), and for steps of at most `max_tokens` tokens
+    /// and, with the head, `max_outputs` output rows.
     pub fn new(
         model: &Model,
         spec: &RangeSpec,
@@ -139,9 +158,8 @@ impl StageState {
     ) -> Result<Self, ModelError> {
         spec.check(model)?;
         let max_outputs = if spec.head { max_outputs } else { 0 };
-        let layers = &model.tower.layers[spec.layers.first as usize..spec.layers.end as usize];
+        let layers = cached(model, spec).iter();
         let cache = layers
-            .iter()
             .map(|l| KvLayer::new(l.attention.kv_heads, l.attention.head_dim, kv_blocks, spec.dtype))
             .collect::<Result<_, _>>()?;
         Ok(StageState {
@@ -163,13 +181,12 @@ impl StageState {
         max_tokens: u32,
         max_outputs: u32,
     ) -> u64 {
-        let layers = &model.tower.layers[spec.layers.first as usize..spec.layers.end as usize];
         let elements =
             |l: &Layer| KvLayer::elements_per_token(l.attention.kv_heads, l.attention.head_dim) as u64;
-        let per_token: u64 = layers.iter().map(elements).sum::<u64>() * spec.dtype.size();
+        let per_token: u64 = cached(model, spec).iter().map(elements).sum::<u64>() * spec.dtype.size();
         let outputs = if spec.head { u64::from(max_outputs) } else { 0 };
         u64::from(kv_blocks) * BLOCK_TOKENS as u64 * per_token
-            + workspace::bytes_per_token(&model.tower) * u64::from(max_tokens)
+            + model.tower.step_bytes(max_tokens)
             + workspace::bytes_per_output(&model.tower) * outputs
     }
 
@@ -186,21 +203,12 @@ impl StageState {
     /// Makes NaN of the whole cache and scratch, for tests of what a step may read.
     #[cfg(test)]
     pub(super) fn poison(&mut self) {
-        use crate::kernels::buffer::{Element, with_values};
-        for layer in &mut self.cache {
-            let (k, v) = layer.parts_mut();
-            with_values!(k, k => k.fill(Element::from_f32(f32::NAN)));
-            with_values!(v, v => v.fill(Element::from_f32(f32::NAN)));
-        }
-        let work = &mut self.work;
-        for buffer in [&mut work.residual, &mut work.normed, &mut work.qkv, &mut work.attention] {
-            buffer.fill(f32::NAN);
-        }
-        work.gate_up.fill(f32::NAN);
-        work.logits.fill(f32::NAN);
+        self.cache.iter_mut().for_each(KvLayer::poison);
+        self.work.poison();
     }
 
-    /// Runs one step. `outputs` are the packed tokens whose logits are wanted, ascending; ignored without the head.
+    /// Runs one step. `outputs` are the packed tokens whose values are wanted, ascending; ignored without the head. A
+    /// head that pools yields the vector of the row in which the token lies.
     ///
     /// Every index is checked first, so an error leaves the cache as it was.
     pub fn forward(
@@ -215,8 +223,7 @@ impl StageState {
         }
         let tower = &weights.model.tower;
         let tokens = self.check_rows(tower, rows)?;
-        self.begin(weights, tokens, input)?;
-        let outputs = if weights.head.is_some() { outputs } else { &[] };
+        let outputs = if weights.output.is_some() { outputs } else { &[] };
         let ascending = outputs.is_sorted_by(|a, b| a < b);
         if !ascending
             || outputs.len() > self.max_outputs as usize
@@ -224,22 +231,34 @@ impl StageState {
         {
             return Err(StepError::Outputs { limit: self.max_outputs });
         }
-        for (rope, (angles, stride)) in tower.ropes.iter().zip(&mut self.work.angles) {
-            rope::angles(rows, &rope.inv_freq, rope.factor, angles, *stride);
+        self.check_input(weights, tokens, input)?;
+        let mut pass = Pass {
+            cpu: self.cpu,
+            work: &mut self.work,
+            cache: &mut self.cache,
+            tower,
+            rows,
+            tokens,
+            dtype: self.spec.dtype,
+        };
+        match (input, &weights.input) {
+            (StageInput::Tokens { ids, segments }, Some(block)) => {
+                pass.embed(block, weights.output.as_ref(), ids, segments)?;
+            }
+            (StageInput::Hidden(hidden), _) => pass.work.residual[..hidden.len()].copy_from_slice(hidden),
+            (StageInput::Tokens { .. }, None) => return Err(StepError::Weights),
         }
-        let first = self.spec.layers.first as usize;
-        for (i, weights) in weights.layers.iter().enumerate() {
-            let layer = &tower.layers[first + i];
-            let Flow::Pre(norm) = layer.flow;
-            self.norm_all(norm, &weights.attention_norm, tokens);
-            self.attend(tower, &layer.attention, i, weights, rows, tokens);
-            self.norm_all(norm, &weights.ffn_norm, tokens);
-            self.feed_forward(layer, weights, tokens);
+        pass.angles();
+        for (i, block) in weights.layers.iter().enumerate() {
+            pass.layer(i, &tower.layers[self.spec.layers.first as usize + i], block)?;
         }
-        if weights.head.is_none() {
+        let Some(head) = &weights.output else {
             return Ok(StageOutput::Hidden(&self.work.residual[..tokens * tower.width]));
-        }
-        Ok(self.finish(weights, outputs))
+        };
+        pass.finish(head, outputs)?;
+        let len = outputs.len() * tower.outputs();
+        let Workspace { values, order, .. } = &mut self.work;
+        Ok(StageOutput::Values { values: &mut values[..len], order: &mut order[..len] })
     }
 
     /// Checks rows against cache and context; gives the number of tokens.
@@ -248,13 +267,18 @@ impl StageState {
         if tokens == 0 || tokens > u64::from(self.max_tokens) {
             return Err(StepError::Tokens { tokens, limit: self.max_tokens });
         }
-        for (row, BatchRow { start, count, blocks }) in rows.iter().enumerate() {
+        let sets = tower.ropes.iter().map(|r| r.sets.len()).max().unwrap_or(1);
+        for (row, BatchRow { start, count, blocks, rope_set }) in rows.iter().enumerate() {
             let end = *start as usize + *count as usize;
-            if *count == 0 || end > tower.context {
+            let whole = !tower.is_encoder() || *start == 0;
+            if *count == 0 || end > tower.context || !whole {
                 let (start, count, context) = (*start, *count, tower.context);
                 return Err(StepError::Position { row, start, count, context });
             }
-            let needed = end.div_ceil(BLOCK_TOKENS);
+            if *rope_set as usize >= sets {
+                return Err(StepError::RopeSet { row, set: *rope_set, sets });
+            }
+            let needed = if tower.is_encoder() { 0 } else { end.div_ceil(BLOCK_TOKENS) };
             if blocks.len() < needed {
                 return Err(StepError::BlockTable { row, blocks: blocks.len(), needed });
             }
@@ -265,156 +289,46 @@ impl StageState {
         Ok(tokens as usize)
     }
 
-    /// Fills the residual stream from the input.
-    fn begin(
-        &mut self,
+    /// Checks that the input is of the kind and the size that the stage needs.
+    fn check_input(
+        &self,
         weights: &StageWeights,
         tokens: usize,
         input: StageInput<'_>,
     ) -> Result<(), StepError> {
-        let (width, vocab) = (weights.model.tower.width, weights.model.tower.vocab);
-        let mismatch = |input: usize| StepError::Input { rows: tokens as u64, input: input as u64 };
-        let residual = &mut self.work.residual[..tokens * width];
-        match (input, self.spec.embedding) {
-            (StageInput::Tokens(ids), true) => {
-                if ids.len() != tokens {
-                    return Err(mismatch(ids.len()));
-                }
-                if let Some(&id) = ids.iter().find(|id| **id as usize >= vocab) {
-                    return Err(StepError::TokenId { id, vocab });
-                }
-                for (id, out) in ids.iter().zip(residual.chunks_exact_mut(width)) {
-                    match (&weights.embedding, &weights.head) {
-                        (Some(table), _) => table.gather(*id as usize, out),
-                        (None, Some(head)) => head.projection.matrix.gather(*id as usize, out),
-                        (None, None) => return Err(StepError::Weights),
-                    }
-                }
-            }
-            (StageInput::Hidden(hidden), false) => {
-                if hidden.len() != residual.len() {
-                    return Err(mismatch(hidden.len() / width));
-                }
-                residual.copy_from_slice(hidden);
-            }
-            (_, true) => return Err(StepError::InputKind { expected: "token ids" }),
-            (_, false) => return Err(StepError::InputKind { expected: "the residual stream" }),
-        }
-        Ok(())
-    }
-
-    fn norm_all(&mut self, norm: Norm, weight: &[f32], tokens: usize) {
-        let Norm::Rms(eps) = norm;
-        let x = Rows { data: &self.work.residual, stride: weight.len(), count: tokens };
-        self.cpu.rms_norm(RmsNorm { x, weight, eps, out: &mut self.work.normed });
-    }
-
-    /// Attention of layer `index` of this stage, added to the residual stream.
-    fn attend(
-        &mut self,
-        tower: &Tower,
-        attention: &Attention,
-        index: usize,
-        weights: &LayerWeights,
-        rows: &[BatchRow<'_>],
-        tokens: usize,
-    ) {
-        let Self { cpu, work, cache, spec, .. } = self;
-        let (width, qkv_width) = (tower.width, attention.qkv_width());
-        let Position::Rope(set) = attention.position;
-        let (angles, angle_stride) = &work.angles[set];
-        cpu.linear(Linear {
-            weight: &weights.qkv.matrix,
-            bias: weights.qkv.bias.as_deref(),
-            x: Rows { data: &work.normed, stride: width, count: tokens },
-            out: &mut work.qkv,
-            output: Output::Store,
-        });
-        if let (Some(Norm::Rms(eps)), Some([query, key])) = (attention.qk_norm, &weights.qk_norm) {
-            cpu.head_norm(HeadNorm {
-                qkv: &mut work.qkv[..tokens * qkv_width],
-                stride: qkv_width,
-                heads: attention.heads,
-                kv_heads: attention.kv_heads,
-                weights: [query, key],
-                eps,
-            });
-        }
-        let rope = RopeAndStore {
-            qkv: &mut work.qkv[..tokens * qkv_width],
-            angles,
-            angle_stride: *angle_stride,
-            half: tower.ropes[set].inv_freq.len(),
-            heads: attention.heads,
-            rows,
-        };
-        cpu.rope_and_store(rope, &mut cache[index]);
-        cpu.attention(AttentionCall {
-            q: &work.qkv,
-            stride: qkv_width,
-            out: &mut work.attention,
-            cache: &cache[index],
-            rows,
-            heads: attention.heads,
-            scale: attention.scale,
-            window: match attention.span {
-                Span::Causal => None,
-                Span::Window(window) => Some(window),
-            },
-        });
-        cpu.linear(Linear {
-            weight: &weights.attention_out.matrix,
-            bias: weights.attention_out.bias.as_deref(),
-            x: Rows { data: &work.attention, stride: attention.q_width(), count: tokens },
-            out: &mut work.residual,
-            output: Output::AddRounded(spec.dtype),
-        });
-    }
-
-    /// The feed-forward block, added to the residual stream.
-    fn feed_forward(&mut self, layer: &Layer, weights: &LayerWeights, tokens: usize) {
-        let Self { cpu, work, spec, .. } = self;
-        let Ffn::Gated(mlp) = layer.ffn;
-        cpu.linear(Linear {
-            weight: &weights.gate_up.matrix,
-            bias: weights.gate_up.bias.as_deref(),
-            x: Rows { data: &work.normed, stride: weights.gate_up.matrix.k(), count: tokens },
-            out: &mut work.gate_up,
-            output: Output::Store,
-        });
-        let gate_up = &mut work.gate_up[..tokens * 2 * mlp.inner];
-        match mlp.act {
-            Act::Silu => cpu.silu_mul(SiluMul { gate_up, width: mlp.inner }),
-        }
-        cpu.linear(Linear {
-            weight: &weights.down.matrix,
-            bias: weights.down.bias.as_deref(),
-            x: Rows { data: &work.gate_up, stride: 2 * mlp.inner, count: tokens },
-            out: &mut work.residual,
-            output: Output::AddRounded(spec.dtype),
-        });
-    }
-
-    /// Final norm and logits of the wanted rows.
-    fn finish(&mut self, weights: &StageWeights, outputs: &[u32]) -> StageOutput<'_> {
-        let Self { cpu, work, .. } = self;
         let tower = &weights.model.tower;
-        let (Norm::Rms(eps), width) = (tower.norm, tower.width);
-        let len = outputs.len() * tower.vocab;
-        if let Some(head) = &weights.head {
-            for (token, out) in outputs.iter().zip(work.normed.chunks_exact_mut(width)) {
-                let data = &work.residual[*token as usize * width..];
-                let x = Rows { data, stride: width, count: 1 };
-                cpu.rms_norm(RmsNorm { x, weight: &head.norm, eps, out });
+        let mismatch = |input: usize| Err(StepError::Input { rows: tokens as u64, input: input as u64 });
+        match (input, self.spec.embedding) {
+            (StageInput::Tokens { .. }, false) => {
+                Err(StepError::InputKind { expected: "the residual stream" })
             }
-            cpu.linear(Linear {
-                weight: &head.projection.matrix,
-                bias: head.projection.bias.as_deref(),
-                x: Rows { data: &work.normed, stride: width, count: outputs.len() },
-                out: &mut work.logits,
-                output: Output::Store,
-            });
+            (StageInput::Hidden(_), true) => Err(StepError::InputKind { expected: "token ids" }),
+            (StageInput::Hidden(hidden), false) if hidden.len() != tokens * tower.width => {
+                mismatch(hidden.len() / tower.width)
+            }
+            (StageInput::Hidden(_), false) => Ok(()),
+            (StageInput::Tokens { ids, .. }, true) if ids.len() != tokens => mismatch(ids.len()),
+            (StageInput::Tokens { segments, .. }, true) if ![0, tokens].contains(&segments.len()) => {
+                mismatch(segments.len())
+            }
+            (StageInput::Tokens { ids, segments }, true) => {
+                if let Some(&id) = ids.iter().find(|id| **id as usize >= tower.vocab) {
+                    return Err(StepError::TokenId { id, vocab: tower.vocab });
+                }
+                let limit = tower.input.segments.max(1);
+                match segments.iter().find(|s| **s as usize >= limit) {
+                    Some(&segment) => Err(StepError::Segment { segment, limit }),
+                    None => Ok(()),
+                }
+            }
         }
-        StageOutput::Logits { logits: &mut work.logits[..len], order: &mut work.order[..len] }
+    }
+}
+
+/// The layers of a stage that have a cache.
+fn cached<'a>(model: &'a Model, spec: &RangeSpec) -> &'a [Layer] {
+    match model.tower.is_encoder() {
+        true => &[],
+        false => &model.tower.layers[spec.layers.first as usize..spec.layers.end as usize],
     }
 }

@@ -31,6 +31,8 @@ fn load(checkpoint: &Checkpoint, model: &Model, spec: &RangeSpec) -> StageWeight
 struct Pipeline {
     stages: Vec<(StageWeights, StageState)>,
     blocks: Vec<u32>,
+    /// Sequences longer than this turn otherwise.
+    switch: usize,
 }
 
 impl Pipeline {
@@ -46,42 +48,50 @@ impl Pipeline {
             state.poison();
             (load(&checkpoint, &model, &spec), state)
         });
-        Pipeline { stages: stages.collect(), blocks: (0..blocks).collect() }
+        let switch = model.tower.ropes.iter().find_map(|r| r.switch).unwrap_or(usize::MAX);
+        Pipeline { stages: stages.collect(), blocks: (0..blocks).collect(), switch }
     }
 
-    /// Logits of the last token of `ids`, which lie at `start`.
-    fn step(&mut self, ids: &[u32], start: usize) -> Vec<f32> {
-        let row = BatchRow { start: start as u32, count: ids.len() as u32, blocks: &self.blocks };
-        let last = ids.len() as u32 - 1;
+    /// What the last stage yields of `rows` for `outputs`.
+    fn run(&mut self, rows: &[BatchRow<'_>], ids: &[u32], segments: &[u32], outputs: &[u32]) -> Vec<f32> {
         let mut hidden: Option<Vec<f32>> = None;
         for (weights, state) in &mut self.stages {
-            let input = hidden.as_deref().map_or(StageInput::Tokens(ids), StageInput::Hidden);
-            match state.forward(weights, &[row], input, &[last]).unwrap() {
+            let input = hidden.as_deref().map_or(StageInput::Tokens { ids, segments }, StageInput::Hidden);
+            match state.forward(weights, rows, input, outputs).unwrap() {
                 StageOutput::Hidden(out) => hidden = Some(out.to_vec()),
-                StageOutput::Logits { logits, .. } => return logits.to_vec(),
+                StageOutput::Values { values, .. } => return values.to_vec(),
             }
         }
         panic!("no stage has the head");
     }
 
+    /// Logits of the last of the tokens `ids`, those from `cached` on computed in chunks.
+    fn step(&mut self, ids: &[u32], cached: usize, chunk: usize) -> Vec<f32> {
+        let (mut at, mut logits) = (cached, Vec::new());
+        let rope_set = u32::from(ids.len() > self.switch);
+        for part in ids[cached..].chunks(chunk) {
+            let blocks = self.blocks.clone();
+            let row = BatchRow { start: at as u32, count: part.len() as u32, blocks: &blocks, rope_set };
+            logits = self.run(&[row], part, &[], &[part.len() as u32 - 1]);
+            at += part.len();
+        }
+        logits
+    }
+
     /// The prompt in chunks, then greedy tokens: logits of the prompt's last token, and the tokens.
     fn generate(&mut self, prompt: &[u32], chunk: usize, tokens: usize) -> (Vec<f32>, Vec<u32>) {
-        let mut at = 0;
-        let mut logits = Vec::new();
-        for ids in prompt.chunks(chunk) {
-            logits = self.step(ids, at);
-            at += ids.len();
-        }
-        let (first, mut answer) = (logits.clone(), Vec::new());
-        while answer.len() < tokens {
+        let mut logits = self.step(prompt, 0, chunk);
+        let (first, mut ids) = (logits.clone(), prompt.to_vec());
+        while ids.len() < prompt.len() + tokens {
             let best = logits.iter().enumerate().fold(0, |b, (i, x)| if *x > logits[b] { i } else { b });
-            answer.push(best as u32);
-            if answer.len() < tokens {
-                logits = self.step(&[best as u32], at);
-                at += 1;
+            ids.push(best as u32);
+            if ids.len() < prompt.len() + tokens {
+                // One token past the switch, all that was cached has turned by the wrong angles.
+                let cached = if ids.len() - 1 == self.switch { 0 } else { ids.len() - 1 };
+                logits = self.step(&ids, cached, chunk);
             }
         }
-        (first, answer)
+        (first, ids.split_off(prompt.len()))
     }
 }
 

@@ -159,7 +159,15 @@ impl Checkpoint {
 
     /// Contents of a small JSON file beside the weights; `None` if there is no such file.
     pub fn json(&self, name: &str) -> Result<Option<serde_json::Value>, WeightsError> {
-        let path = self.dir.join(name);
+        self.json_in("", name)
+    }
+
+    /// The same for a file in a directory beside the weights.
+    pub fn json_in(&self, directory: &str, name: &str) -> Result<Option<serde_json::Value>, WeightsError> {
+        if !directory.is_empty() && !is_plain(directory) {
+            return Err(WeightsError::file(directory, "not a plain directory name beside the weights"));
+        }
+        let path = self.dir.join(directory).join(name);
         if !path.exists() {
             return Ok(None);
         }
@@ -247,9 +255,7 @@ fn read_index(dir: &Path) -> Result<BTreeMap<String, String>, WeightsError> {
     let index: Index = serde_json::from_slice(&bytes)
         .map_err(|e| WeightsError::file(INDEX, format!("not an index with a weight_map: {e}")))?;
     for (tensor, shard) in &index.weight_map {
-        let mut parts = Path::new(shard).components();
-        let plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(p)), None) if p == OsStr::new(shard));
-        if !plain {
+        if !is_plain(shard) {
             let reason = format!("{shard:?} is not a plain file name: shards lie beside the index");
             return Err(WeightsError::tensor(INDEX, tensor, reason));
         }
@@ -258,6 +264,12 @@ fn read_index(dir: &Path) -> Result<BTreeMap<String, String>, WeightsError> {
         return Err(WeightsError::file(INDEX, "weight_map names no tensor"));
     }
     Ok(index.weight_map)
+}
+
+/// Whether `name` is one component of a path, and no way out of a directory.
+fn is_plain(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    matches!((parts.next(), parts.next()), (Some(Component::Normal(p)), None) if p == OsStr::new(name))
 }
 
 /// Opens a file for reading, if it is a regular one (a pipe would block, a device never end).

@@ -1,4 +1,4 @@
-//! Causal attention over the paged cache, with an online softmax.
+//! Attention over the paged cache, with an online softmax.
 //!
 //! Each query row goes over the tiles of its own sequence (one block of 16 positions each, at fixed absolute
 //! positions) from left to right, and reads nothing but the rounded cache. Chunking, batching and the placement of
@@ -9,7 +9,7 @@ use std::ops::Range;
 use super::{
     isa::Kernel,
     linear::dot,
-    math::{exp, sum_lanes},
+    math::{exp, sum_lanes, tanh},
     packed::LANES,
 };
 use crate::{
@@ -18,6 +18,29 @@ use crate::{
 };
 
 const _: () = assert!(BLOCK_TOKENS == LANES, "a block of keys is one tile of the product kernel");
+
+/// The positions that a query sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Span {
+    /// All of its sequence: an encoder, whose sequences are computed in one step and cached nowhere.
+    Full,
+    /// Its own and all before.
+    Causal,
+    /// Its own and those before, so many in all.
+    Window(usize),
+}
+
+impl Span {
+    /// What the query at `position` sees of a sequence that ends at `end`.
+    #[inline(always)]
+    fn seen(self, position: usize, end: usize) -> Range<usize> {
+        match self {
+            Span::Full => 0..end,
+            Span::Causal => 0..position + 1,
+            Span::Window(window) => (position + 1).saturating_sub(window)..position + 1,
+        }
+    }
+}
 
 /// Attention of the tokens of a step over their sequences' cached positions.
 pub struct Attention<'a> {
@@ -35,8 +58,10 @@ pub struct Attention<'a> {
     pub heads: usize,
     /// Factor on the scores: `1 / sqrt(head_dim)` as a rule.
     pub scale: f32,
-    /// Positions a query sees, its own included; `None` for all.
-    pub window: Option<usize>,
+    /// Scores become `cap * tanh(score / cap)`.
+    pub softcap: Option<f32>,
+    /// The positions that a query sees.
+    pub span: Span,
 }
 
 impl Kernel for Attention<'_> {
@@ -56,22 +81,45 @@ impl Kernel for Attention<'_> {
 fn attend<T: Element>(call: &mut Attention<'_>, k: &[T], v: &[T]) {
     let (kv_heads, d) = (call.cache.kv_heads(), call.cache.head_dim());
     let group = call.heads / kv_heads;
-    let positions = call.rows.iter().flat_map(|r| (r.start..r.start + r.count).map(|p| (p, r.blocks)));
-    for (token, (position, blocks)) in positions.enumerate() {
+    let positions = call.rows.iter().flat_map(|r| (r.start..r.start + r.count).map(move |p| (p, r)));
+    for (token, (position, row)) in positions.enumerate() {
+        let blocks = row.blocks;
+        let seen = call.span.seen(position as usize, (row.start + row.count) as usize);
         let q = &call.q[token * call.stride..][..call.heads * d];
         let out = &mut call.out[token * call.heads * d..][..call.heads * d];
         for kv_head in 0..kv_heads {
-            let len = position as usize + 1;
-            let begin = call.window.map_or(0, |w| len.saturating_sub(w));
+            let Range { start: begin, end: len } = seen;
             let sequence = Sequence { k, v, blocks, begin, len, kv_heads, kv_head, d };
+            let scores = Scores { scale: call.scale, softcap: call.softcap };
             let (mut head, end) = (kv_head * group, (kv_head + 1) * group);
             while head < end {
                 let (q, out) = (&q[head * d..], &mut out[head * d..]);
                 head += match end - head {
-                    4.. => sequence.heads::<4>(q, out, call.scale),
-                    2.. => sequence.heads::<2>(q, out, call.scale),
-                    _ => sequence.heads::<1>(q, out, call.scale),
+                    4.. => sequence.heads::<4>(q, out, scores),
+                    2.. => sequence.heads::<2>(q, out, scores),
+                    _ => sequence.heads::<1>(q, out, scores),
                 };
+            }
+        }
+    }
+}
+
+/// What becomes of the products of queries and keys.
+#[derive(Clone, Copy)]
+struct Scores {
+    scale: f32,
+    softcap: Option<f32>,
+}
+
+impl Scores {
+    #[inline(always)]
+    fn apply(self, products: &mut [f32; LANES]) {
+        for s in products.iter_mut() {
+            *s *= self.scale;
+        }
+        if let Some(cap) = self.softcap {
+            for s in products.iter_mut() {
+                *s = cap * tanh(*s / cap);
             }
         }
     }
@@ -94,7 +142,7 @@ struct Sequence<'a, T> {
 impl<T: Element> Sequence<'_, T> {
     /// Attention of `R` query heads that share this key-value head; gives back `R`.
     #[inline(always)]
-    fn heads<const R: usize>(&self, q: &[f32], out: &mut [f32], scale: f32) -> usize {
+    fn heads<const R: usize>(&self, q: &[f32], out: &mut [f32], scores: Scores) -> usize {
         let d = self.d;
         let q: [&[f32]; R] = std::array::from_fn(|r| &q[r * d..(r + 1) * d]);
         let mut largest = [f32::NEG_INFINITY; R];
@@ -106,11 +154,12 @@ impl<T: Element> Sequence<'_, T> {
                 ..(self.len - tile * BLOCK_TOKENS).min(BLOCK_TOKENS);
             let block = self.blocks[tile] as usize;
             let first = (block * self.kv_heads + self.kv_head) * d * BLOCK_TOKENS;
-            let mut scores = dot::<T, R>(q, self.k[first..first + d * BLOCK_TOKENS].as_chunks().0);
+            let mut products = dot::<T, R>(q, self.k[first..first + d * BLOCK_TOKENS].as_chunks().0);
             let values = &self.v[first + valid.start * d..first + valid.end * d];
             for r in 0..R {
-                let weights = &mut scores[r];
-                let keep = soften(weights, &valid, scale, &mut largest[r], &mut total[r]);
+                let weights = &mut products[r];
+                scores.apply(weights);
+                let keep = soften(weights, &valid, &mut largest[r], &mut total[r]);
                 accumulate(&mut out[r * d..(r + 1) * d], keep, &weights[valid.clone()], values);
             }
         }
@@ -126,16 +175,10 @@ impl<T: Element> Sequence<'_, T> {
 /// Turns the scores of one tile into weights relative to the largest score so far, adds them to `total`, and gives
 /// the factor by which what came before must shrink.
 #[inline(always)]
-fn soften(
-    scores: &mut [f32; LANES],
-    valid: &Range<usize>,
-    scale: f32,
-    largest: &mut f32,
-    total: &mut f32,
-) -> f32 {
+fn soften(scores: &mut [f32; LANES], valid: &Range<usize>, largest: &mut f32, total: &mut f32) -> f32 {
     let mut max = *largest;
     for (l, s) in scores.iter_mut().enumerate() {
-        *s = if valid.contains(&l) { *s * scale } else { f32::NEG_INFINITY };
+        *s = if valid.contains(&l) { *s } else { f32::NEG_INFINITY };
         max = if *s > max { *s } else { max };
     }
     // No finite score yet: subtracting would make NaN of inf - inf.
@@ -180,8 +223,12 @@ mod tests {
 
     use super::*;
     use crate::kernels::{
-        buffer::{round_to, with_values},
-        cpu::{Cpu, isa::Isa, rope::RopeAndStore},
+        buffer::round_to,
+        cpu::{
+            Cpu,
+            isa::Isa,
+            rope::{Angles, RopeAndStore},
+        },
     };
 
     const HEADS: usize = 7 * 2;
@@ -199,20 +246,26 @@ mod tests {
     /// A cache full of NaN: a slot that no token was written to must not matter.
     fn poisoned(dtype: DType) -> KvLayer {
         let mut cache = KvLayer::new(KV_HEADS, D, BLOCKS, dtype).unwrap();
-        let (k, v) = cache.parts_mut();
-        with_values!(k, k => k.fill(Element::from_f32(f32::NAN)));
-        with_values!(v, v => v.fill(Element::from_f32(f32::NAN)));
+        cache.poison();
         cache
     }
+
+    /// What a query sees, and the bound on its scores.
+    type Look = (Span, Option<f32>);
 
     /// A sequence, its first position in the step, how many, and its blocks.
     type Part<'a> = (usize, usize, usize, &'a [u32]);
 
     /// Writes and attends one step; adds each token's output to its sequence.
-    fn step(cpu: Cpu, window: Option<usize>, cache: &mut KvLayer, parts: &[Part<'_>], seen: &mut [Vec<u32>]) {
+    fn step(cpu: Cpu, look: Look, cache: &mut KvLayer, parts: &[Part<'_>], seen: &mut [Vec<u32>]) {
         let rows: Vec<_> = parts
             .iter()
-            .map(|(_, start, count, blocks)| BatchRow { start: *start as u32, count: *count as u32, blocks })
+            .map(|(_, start, count, blocks)| BatchRow {
+                start: *start as u32,
+                count: *count as u32,
+                blocks,
+                rope_set: 0,
+            })
             .collect();
         let tokens = parts.iter().flat_map(|(s, start, count, _)| (*start..start + count).map(|p| (*s, p)));
         let mut qkv: Vec<f32> =
@@ -221,14 +274,8 @@ mod tests {
         let mut out = vec![f32::NAN; count * HEADS * D];
         // No pair turns: positions enter by the values alone.
         let angles = vec![0.0; count];
-        let store = RopeAndStore {
-            qkv: &mut qkv,
-            angles: &angles,
-            angle_stride: 1,
-            half: 0,
-            heads: HEADS,
-            rows: &rows,
-        };
+        let angles = Angles { table: &angles, stride: 1, pairs: 0 };
+        let store = RopeAndStore { qkv: &mut qkv, angles: Some(angles), heads: HEADS, rows: &rows };
         cpu.rope_and_store(store, cache);
         let (q, out_rows) = (&qkv[..], &mut out[..]);
         cpu.attention(Attention {
@@ -239,7 +286,8 @@ mod tests {
             rows: &rows,
             heads: HEADS,
             scale: 0.2,
-            window,
+            softcap: look.1,
+            span: look.0,
         });
         for ((s, _), row) in tokens.zip(out.chunks(HEADS * D)) {
             seen[s].extend(row.iter().map(|x| x.to_bits()));
@@ -247,15 +295,16 @@ mod tests {
     }
 
     /// Softmax over all positions at once, in f64, over the rounded keys and values.
-    fn plain(dtype: DType, window: Option<usize>, position: usize, head: usize, column: usize) -> f64 {
+    fn plain(dtype: DType, (span, cap): Look, position: usize, head: usize, column: usize) -> f64 {
         let kv = |p, c| f64::from(round_to(dtype, value(0, p, c)));
         let kv_head = head / (HEADS / KV_HEADS);
         let score = |p| -> f64 {
             let q = |i| f64::from(value(0, position, head * D + i));
-            (0..D).map(|i| q(i) * kv(p, (HEADS + kv_head) * D + i)).sum::<f64>() * 0.2
+            let s = (0..D).map(|i| q(i) * kv(p, (HEADS + kv_head) * D + i)).sum::<f64>() * 0.2;
+            cap.map_or(s, |c| f64::from(c) * (s / f64::from(c)).tanh())
         };
-        let first = window.map_or(0, |w| (position + 1).saturating_sub(w));
-        let weights: Vec<f64> = (first..=position).map(|p| score(p).exp()).collect();
+        let Range { start: first, end } = span.seen(position, LEN);
+        let weights: Vec<f64> = (first..end).map(|p| score(p).exp()).collect();
         let at = |p| kv(p, (HEADS + KV_HEADS + kv_head) * D + column);
         weights.iter().enumerate().map(|(i, w)| w * at(first + i)).sum::<f64>() / weights.iter().sum::<f64>()
     }
@@ -263,17 +312,23 @@ mod tests {
     #[test]
     fn chunks_blocks_neighbours_and_instruction_sets_change_no_bit() {
         let baseline = Cpu::on(Isa::available()[0]);
-        for (dtype, window) in DType::ALL.into_iter().flat_map(|d| [None, Some(19), Some(1)].map(|w| (d, w)))
-        {
+        let looks = [
+            (Span::Causal, None),
+            (Span::Causal, Some(1.5)),
+            (Span::Window(19), None),
+            (Span::Window(1), None),
+            (Span::Full, Some(3.0)),
+        ];
+        for (dtype, look) in DType::ALL.into_iter().flat_map(|d| looks.map(|l| (d, l))) {
             let mut alone = vec![Vec::new(); 2];
             for sequence in 0..2 {
                 let part: &[_] = &[(sequence, 0, LEN, &[0, 1, 2, 3][..])];
-                step(baseline, window, &mut poisoned(dtype), part, &mut alone);
+                step(baseline, look, &mut poisoned(dtype), part, &mut alone);
             }
             for position in [0, 15, 16, LEN - 1] {
                 for (head, column) in [(0, 0), (6, 21), (7, 3), (13, 17)] {
                     let got = f32::from_bits(alone[0][(position * HEADS + head) * D + column]);
-                    let expected = plain(dtype, window, position, head, column);
+                    let expected = plain(dtype, look, position, head, column);
                     assert!((f64::from(got) - expected).abs() < 1e-5, "{dtype} {position} {head} {column}");
                 }
             }
@@ -284,11 +339,14 @@ mod tests {
                     (16, [[8, 7, 9, 6], [0, 1, 2, 3]]),
                     (LEN, [[12, 0, 4, 8], [15, 11, 7, 3]]),
                 ] {
+                    if look.0 == Span::Full && chunk < LEN {
+                        continue;
+                    }
                     let (mut cache, mut seen) = (poisoned(dtype), vec![Vec::new(); 2]);
                     for start in (0..LEN).step_by(chunk) {
                         let count = chunk.min(LEN - start);
                         let parts = [(1, start, count, &blocks[1][..]), (0, start, count, &blocks[0][..])];
-                        step(Cpu::on(isa), window, &mut cache, &parts, &mut seen);
+                        step(Cpu::on(isa), look, &mut cache, &parts, &mut seen);
                     }
                     assert!(seen == alone, "{dtype} {} chunks of {chunk}", isa.name());
                 }

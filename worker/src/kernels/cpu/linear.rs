@@ -22,13 +22,27 @@ pub struct Rows<'a> {
     pub count: usize,
 }
 
-/// What becomes of a product.
+/// What becomes of a result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Output {
     /// It replaces what was there.
     Store,
+    /// It replaces what was there, rounded to this format.
+    StoreRounded(DType),
     /// It is added to the residual stream, rounded to this format.
     AddRounded(DType),
+}
+
+impl Output {
+    /// What `old` becomes, given the product `y`.
+    #[inline(always)]
+    pub(super) fn apply(self, old: f32, y: f32) -> f32 {
+        match self {
+            Output::Store => y,
+            Output::StoreRounded(dtype) => round_to(dtype, y),
+            Output::AddRounded(dtype) => round_to(dtype, old + y),
+        }
+    }
 }
 
 /// One product: `x (rows, k)`, weight `(n, k)`, out `(rows, n)`.
@@ -99,10 +113,7 @@ fn one_tile<T: Element, const R: usize>(
         let out = &mut call.out[(row + r) * n + column..][..width];
         for (i, (o, a)) in out.iter_mut().zip(acc).enumerate() {
             let y = bias.map_or(*a, |b| *a + b[i]);
-            *o = match call.output {
-                Output::Store => y,
-                Output::AddRounded(dtype) => round_to(dtype, *o + y),
-            };
+            *o = call.output.apply(*o, y);
         }
     }
     R
@@ -162,7 +173,7 @@ mod tests {
     fn matrix(n: usize, k: usize, dtype: DType) -> PackedMatrix {
         let mut w = PackedMatrix::zeros(n, k, dtype).unwrap();
         let data: Vec<u8> = values(7, n * k).iter().flat_map(|x| x.to_le_bytes()).collect();
-        w.write(0, &data, DType::F32).unwrap();
+        w.write(0, &data, DType::F32, |i| (i / k, i % k)).unwrap();
         w
     }
 

@@ -7,6 +7,7 @@ pub mod attention;
 pub mod isa;
 pub mod linear;
 pub mod math;
+pub mod moe;
 pub mod norm;
 pub mod packed;
 pub mod rope;
@@ -15,7 +16,7 @@ use self::{
     attention::Attention,
     isa::Isa,
     linear::{Linear, LinearKernel},
-    norm::{HeadNorm, RmsNorm, SiluMul},
+    norm::{Activate, GateMul, HeadNorm, NormRows, SoftCap},
     rope::RopeAndStore,
 };
 use crate::kv_cache::KvLayer;
@@ -47,8 +48,8 @@ impl Cpu {
         self.isa.run(LinearKernel { call, row_group: self.isa.row_group() });
     }
 
-    /// Root-mean-square norm.
-    pub fn rms_norm(&self, call: RmsNorm<'_>) {
+    /// Norm of rows.
+    pub fn norm(&self, call: NormRows<'_>) {
         self.isa.run(call);
     }
 
@@ -57,8 +58,18 @@ impl Cpu {
         self.isa.run(call);
     }
 
+    /// An activation.
+    pub fn activate(&self, call: Activate<'_>) {
+        self.isa.run(call);
+    }
+
     /// The gate of a gated feed-forward block.
-    pub fn silu_mul(&self, call: SiluMul<'_>) {
+    pub fn gate_mul(&self, call: GateMul<'_>) {
+        self.isa.run(call);
+    }
+
+    /// A soft bound.
+    pub fn soft_cap(&self, call: SoftCap<'_>) {
         self.isa.run(call);
     }
 

@@ -1,57 +1,128 @@
-//! Elementwise operations and norms over rows.
+//! Norms, activations and other elementwise operations over rows.
 
 use super::{
     isa::Kernel,
-    linear::Rows,
-    math::{exp, sum_lanes},
+    linear::{Output, Rows},
+    math::{exp, normal, sum_lanes, tanh},
     packed::LANES,
 };
 
-/// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row (transformers' `LlamaRMSNorm`, all in f32).
-pub struct RmsNorm<'a> {
+/// A norm, with its epsilon.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Norm {
+    /// `x / sqrt(mean(x^2) + eps) * weight` (transformers' `LlamaRMSNorm`, all in f32).
+    Rms(f32),
+    /// `(x - mean) / sqrt(variance + eps) * weight + bias`.
+    Layer(f32),
+}
+
+/// An activation function.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Act {
+    /// `x / (1 + e^-x)`.
+    Silu,
+    /// `x` times the normal distribution function.
+    Gelu,
+    /// `x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2`.
+    GeluTanh,
+    /// `x / (1 + e^(-1.702 x))`.
+    GeluQuick,
+    /// `max(x, 0)`.
+    Relu,
+    /// The hyperbolic tangent.
+    Tanh,
+}
+
+impl Act {
+    #[inline(always)]
+    fn apply(self, x: f32) -> f32 {
+        match self {
+            Act::Silu => x / (1.0 + exp(-x)),
+            Act::Gelu => x * normal(x),
+            Act::GeluTanh => {
+                let inner = 0.797_884_6 * (x + 0.044_715 * x * x * x);
+                0.5 * x * (1.0 + tanh(inner))
+            }
+            Act::GeluQuick => x / (1.0 + exp(-1.702 * x)),
+            // A comparison keeps NaN, which `max` would hide.
+            Act::Relu => {
+                if x < 0.0 {
+                    0.0
+                } else {
+                    x
+                }
+            }
+            Act::Tanh => tanh(x),
+        }
+    }
+}
+
+/// A norm, row by row.
+pub struct NormRows<'a> {
+    /// Which.
+    pub norm: Norm,
     /// The rows; as wide as `weight`.
     pub x: Rows<'a>,
     /// One factor per column.
     pub weight: &'a [f32],
-    /// Keeps the root away from zero.
-    pub eps: f32,
+    /// One summand per column.
+    pub bias: Option<&'a [f32]>,
     /// Rows without gaps.
     pub out: &'a mut [f32],
+    /// What becomes of them.
+    pub output: Output,
 }
 
-impl Kernel for RmsNorm<'_> {
+impl Kernel for NormRows<'_> {
     #[inline(always)]
     fn run(self) {
         let width = self.weight.len();
         for r in 0..self.x.count {
             let x = &self.x.data[r * self.x.stride..][..width];
             let out = &mut self.out[r * width..][..width];
-            let scale = inverse_rms(x, self.eps);
-            for ((o, x), w) in out.iter_mut().zip(x).zip(self.weight) {
-                *o = x * scale * w;
+            let (mean, scale) = moments(self.norm, x);
+            for (i, ((o, x), w)) in out.iter_mut().zip(x).zip(self.weight).enumerate() {
+                let y = (x - mean) * scale * w;
+                *o = self.output.apply(*o, self.bias.map_or(y, |b| y + b[i]));
             }
         }
     }
 }
 
-/// `1 / sqrt(mean(x^2) + eps)`.
+/// What is taken from each value of `x`, and by what the rest is multiplied.
 #[inline(always)]
-fn inverse_rms(x: &[f32], eps: f32) -> f32 {
+fn moments(norm: Norm, x: &[f32]) -> (f32, f32) {
+    let len = x.len() as f32;
+    match norm {
+        Norm::Rms(eps) => (0.0, 1.0 / (sum(x, |x| x * x) / len + eps).sqrt()),
+        Norm::Layer(eps) => {
+            let mean = sum(x, |x| x) / len;
+            let variance = sum(x, |x| (x - mean) * (x - mean)) / len;
+            (mean, 1.0 / (variance + eps).sqrt())
+        }
+    }
+}
+
+/// Sum of `f` of each value, in 16 lanes and one fixed tree.
+#[inline(always)]
+fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     let mut sums = [0.0; LANES];
     let (chunks, tail) = x.as_chunks::<LANES>();
     for c in chunks {
         for l in 0..LANES {
-            sums[l] += c[l] * c[l];
+            sums[l] += f(c[l]);
         }
     }
     for (s, t) in sums.iter_mut().zip(tail) {
-        *s += t * t;
+        *s += f(*t);
     }
-    1.0 / (sum_lanes(sums) / x.len() as f32 + eps).sqrt()
+    sum_lanes(sums)
 }
 
-/// Root-mean-square norm of each head of queries and keys, in place (transformers' `q_norm` and `k_norm`).
+/// Norm of each head of queries and keys, in place (transformers' `q_norm` and `k_norm`).
 pub struct HeadNorm<'a> {
+    /// Which.
+    pub norm: Norm,
     /// Rows of `stride`, each beginning with `(heads, head_dim)` queries, then `(kv_heads, head_dim)` keys.
     pub qkv: &'a mut [f32],
     /// Distance from row to row.
@@ -62,8 +133,8 @@ pub struct HeadNorm<'a> {
     pub kv_heads: usize,
     /// `(head_dim)` factors for queries, and for keys.
     pub weights: [&'a [f32]; 2],
-    /// Keeps the root away from zero.
-    pub eps: f32,
+    /// `(head_dim)` summands for queries, and for keys.
+    pub biases: [Option<&'a [f32]>; 2],
 }
 
 impl Kernel for HeadNorm<'_> {
@@ -73,31 +144,69 @@ impl Kernel for HeadNorm<'_> {
         for row in self.qkv.chunks_exact_mut(self.stride) {
             let heads = row.chunks_exact_mut(d).take(self.heads + self.kv_heads);
             for (h, head) in heads.enumerate() {
-                let scale = inverse_rms(head, self.eps);
-                for (x, w) in head.iter_mut().zip(self.weights[usize::from(h >= self.heads)]) {
-                    *x = *x * scale * w;
+                let which = usize::from(h >= self.heads);
+                let (mean, scale) = moments(self.norm, head);
+                for (i, (x, w)) in head.iter_mut().zip(self.weights[which]).enumerate() {
+                    let y = (*x - mean) * scale * w;
+                    *x = self.biases[which].map_or(y, |b| y + b[i]);
                 }
             }
         }
     }
 }
 
-/// `gate = silu(gate) * up`, in place; rows are `(gate | up)`, each half `width` wide.
-pub struct SiluMul<'a> {
+/// An activation of every value, in place.
+pub struct Activate<'a> {
+    /// Which.
+    pub act: Act,
+    /// The values.
+    pub x: &'a mut [f32],
+}
+
+impl Kernel for Activate<'_> {
+    #[inline(always)]
+    fn run(self) {
+        for x in self.x {
+            *x = self.act.apply(*x);
+        }
+    }
+}
+
+/// `gate = act(gate) * up`, in place; rows are `(gate | up)`, each half `width` wide.
+pub struct GateMul<'a> {
+    /// Of the gate.
+    pub act: Act,
     /// Rows of `2 * width`.
     pub gate_up: &'a mut [f32],
     /// Width of each half.
     pub width: usize,
 }
 
-impl Kernel for SiluMul<'_> {
+impl Kernel for GateMul<'_> {
     #[inline(always)]
     fn run(self) {
         for row in self.gate_up.chunks_exact_mut(2 * self.width) {
             let (gate, up) = row.split_at_mut(self.width);
             for (g, u) in gate.iter_mut().zip(up) {
-                *g = *g / (1.0 + exp(-*g)) * *u;
+                *g = self.act.apply(*g) * *u;
             }
+        }
+    }
+}
+
+/// `x = cap * tanh(x / cap)`, in place.
+pub struct SoftCap<'a> {
+    /// The bound.
+    pub cap: f32,
+    /// The values.
+    pub x: &'a mut [f32],
+}
+
+impl Kernel for SoftCap<'_> {
+    #[inline(always)]
+    fn run(self) {
+        for x in self.x {
+            *x = self.cap * tanh(*x / self.cap);
         }
     }
 }
@@ -107,31 +216,74 @@ mod tests {
     use super::*;
     use crate::kernels::cpu::{Cpu, isa::Isa};
 
+    const ACTS: [Act; 6] = [Act::Silu, Act::Gelu, Act::GeluTanh, Act::GeluQuick, Act::Relu, Act::Tanh];
+
+    fn true_value(act: Act, x: f64) -> f64 {
+        match act {
+            Act::Silu => x / (1.0 + (-x).exp()),
+            // By the series of the error function, which converges for the values tested.
+            Act::Gelu => {
+                let z = x * std::f64::consts::FRAC_1_SQRT_2;
+                let (mut term, mut erf) = (z, z);
+                for n in 1..80 {
+                    term *= -z * z / f64::from(n);
+                    erf += term / f64::from(2 * n + 1);
+                }
+                0.5 * x * (1.0 + erf * std::f64::consts::FRAC_2_SQRT_PI)
+            }
+            Act::GeluTanh => {
+                let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3));
+                0.5 * x * (1.0 + inner.tanh())
+            }
+            Act::GeluQuick => x / (1.0 + (-1.702 * x).exp()),
+            Act::Relu => x.max(0.0),
+            Act::Tanh => x.tanh(),
+        }
+    }
+
     #[test]
-    fn norm_and_gate_give_equal_bits_on_every_instruction_set_and_the_right_values() {
+    fn norms_and_activations_give_equal_bits_on_every_instruction_set_and_the_right_values() {
         let width = 53;
-        let x: Vec<f32> = (0..2 * width).map(|i| (i as f32 * 0.7).sin() * 3.0).collect();
+        let x: Vec<f32> = (0..2 * width).map(|i| (i as f32 * 0.7).sin() * 3.0 + 0.4).collect();
         let weight: Vec<f32> = (0..width).map(|i| 1.0 + i as f32 * 0.01).collect();
+        let bias: Vec<f32> = (0..width).map(|i| i as f32 * 0.02 - 0.5).collect();
         let run = |isa| {
-            let mut out = vec![0.0; 2 * width];
-            let rows = Rows { data: &x, stride: width, count: 2 };
-            Cpu::on(isa).rms_norm(RmsNorm { x: rows, weight: &weight, eps: 1e-5, out: &mut out });
-            let mut gated = x.clone();
-            Cpu::on(isa).silu_mul(SiluMul { gate_up: &mut gated, width });
-            (out, gated)
+            let mut all = Vec::new();
+            for norm in [Norm::Rms(1e-5), Norm::Layer(1e-5)] {
+                let mut out = vec![0.0; 2 * width];
+                let rows = Rows { data: &x, stride: width, count: 2 };
+                let bias = Some(&bias[..]);
+                let output = Output::Store;
+                Cpu::on(isa).norm(NormRows { norm, x: rows, weight: &weight, bias, out: &mut out, output });
+                all.extend(out);
+            }
+            for act in ACTS {
+                let mut gated = x.clone();
+                Cpu::on(isa).gate_mul(GateMul { act, gate_up: &mut gated, width });
+                all.extend(gated);
+            }
+            let mut capped = x.clone();
+            Cpu::on(isa).soft_cap(SoftCap { cap: 2.0, x: &mut capped });
+            all.extend(capped);
+            all
         };
-        let (out, gated) = run(Isa::available()[0]);
+        let all = run(Isa::available()[0]);
         for isa in Isa::available() {
             let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-            assert_eq!(bits(&run(isa).0), bits(&out));
-            assert_eq!(bits(&run(isa).1), bits(&gated));
+            assert_eq!(bits(&run(isa)), bits(&all));
         }
-        let mean = x[..width].iter().map(|x| f64::from(x * x)).sum::<f64>() / width as f64;
+        let row: Vec<f64> = x[..width].iter().map(|x| f64::from(*x)).collect();
+        let mean = row.iter().sum::<f64>() / width as f64;
+        let square = row.iter().map(|x| x * x).sum::<f64>() / width as f64;
+        let near = |a: f32, b: f64| assert!((f64::from(a) - b).abs() < 1e-5, "{a}, not {b}");
         for i in 0..width {
-            let norm = f64::from(x[i]) / (mean + 1e-5).sqrt() * f64::from(weight[i]);
-            assert!((f64::from(out[i]) - norm).abs() < 1e-5);
-            let (g, u) = (f64::from(x[i]), f64::from(x[width + i]));
-            assert!((f64::from(gated[i]) - g / (1.0 + (-g).exp()) * u).abs() < 1e-5);
+            let (w, b) = (f64::from(weight[i]), f64::from(bias[i]));
+            near(all[i], row[i] / (square + 1e-5).sqrt() * w + b);
+            near(all[2 * width + i], (row[i] - mean) / (square - mean * mean + 1e-5).sqrt() * w + b);
+            for (a, act) in ACTS.into_iter().enumerate() {
+                near(all[(4 + 2 * a) * width + i], true_value(act, row[i]) * f64::from(x[width + i]));
+            }
+            near(all[(4 + 2 * ACTS.len()) * width + i], 2.0 * (row[i] / 2.0).tanh());
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::kernels::buffer::{Element, OutOfMemory, Values, with_values};
 /// Outputs per tile: the lanes of every kernel.
 pub const LANES: usize = 16;
 
-/// A value of the checkpoint that the target format cannot hold.
+/// A value of the checkpoint that the target format cannot hold, or NaN.
 #[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
 #[error("the value {0} does not fit the format")]
 pub struct Unrepresentable(pub f32);
@@ -51,15 +51,21 @@ impl PackedMatrix {
         &self.values
     }
 
-    /// Writes checkpoint elements `data` (little endian, of format `from`) that start at element `first` of the
-    /// row-major matrix.
-    pub fn write(&mut self, first: usize, data: &[u8], from: DType) -> Result<(), Unrepresentable> {
+    /// Writes checkpoint elements `data` (little endian, of format `from`) that start at element `first` of their
+    /// tensor; `place` gives the row and column of each.
+    pub fn write(
+        &mut self,
+        first: usize,
+        data: &[u8],
+        from: DType,
+        place: impl Fn(usize) -> (usize, usize),
+    ) -> Result<(), Unrepresentable> {
         let k = self.k;
-        let place = |i: usize| {
-            let (row, column) = (i / k, i % k);
+        let at = |i: usize| {
+            let (row, column) = place(i);
             (row / LANES * k + column) * LANES + row % LANES
         };
-        with_values!(&mut self.values, v => convert(first, data, from, |i, x| v[place(i)] = x))
+        with_values!(&mut self.values, v => convert(first, data, from, |i, x| v[at(i)] = x))
     }
 
     /// Row `row` widened into `out`, of `k` elements.
@@ -95,7 +101,7 @@ impl Table {
         self.values.bytes()
     }
 
-    /// As [`PackedMatrix::write`].
+    /// Writes checkpoint elements `data` (little endian, of format `from`) from element `first` on.
     pub fn write(&mut self, first: usize, data: &[u8], from: DType) -> Result<(), Unrepresentable> {
         with_values!(&mut self.values, v => convert(first, data, from, |i, x| v[i] = x))
     }
@@ -110,9 +116,14 @@ impl Table {
     }
 }
 
-/// Widens checkpoint elements into f32 (norms and biases, which every format keeps in f32).
-pub fn write_f32(out: &mut [f32], first: usize, data: &[u8], from: DType) -> Result<(), Unrepresentable> {
-    convert(first, data, from, |i, x: f32| out[i] = x)
+/// Widens checkpoint elements to f32 (norms and biases, which every format keeps in f32); `put` gets each with its index.
+pub fn read_f32(
+    first: usize,
+    data: &[u8],
+    from: DType,
+    put: impl FnMut(usize, f32),
+) -> Result<(), Unrepresentable> {
+    convert(first, data, from, put)
 }
 
 /// Calls `put(first + i, element i of data)` for each element, rounded to `T`.
@@ -125,7 +136,7 @@ fn convert<T: Element>(
     let mut worst = None;
     let mut one = |i: usize, x: f32| {
         let y = T::from_f32(x);
-        if x.is_finite() && !y.to_f32().is_finite() {
+        if !y.to_f32().is_finite() && !x.is_infinite() {
             worst = Some(x);
         }
         put(first + i, y);
@@ -159,7 +170,7 @@ mod tests {
             let mut table = Table::zeros(n, k, dtype).unwrap();
             let bytes: Vec<u8> = source.iter().flat_map(|x| x.to_le_bytes()).collect();
             for (piece, data) in bytes.chunks(4 * 23).enumerate() {
-                packed.write(piece * 23, data, DType::F32).unwrap();
+                packed.write(piece * 23, data, DType::F32, |i| (i / k, i % k)).unwrap();
                 table.write(piece * 23, data, DType::F32).unwrap();
             }
             assert_eq!(packed.bytes(), PackedMatrix::bytes_for(n, k, dtype));
@@ -177,10 +188,12 @@ mod tests {
     }
 
     #[test]
-    fn a_value_too_large_for_f16_is_refused() {
+    fn a_value_too_large_for_f16_and_nan_are_refused() {
         let mut packed = PackedMatrix::zeros(1, 1, DType::F16).unwrap();
-        let e = packed.write(0, &bf16::from_f32(1e6).to_le_bytes(), DType::BF16).unwrap_err();
+        let e = packed.write(0, &bf16::from_f32(1e6).to_le_bytes(), DType::BF16, |i| (i, i)).unwrap_err();
         assert!(e.0 > 9e5);
-        packed.write(0, &f32::INFINITY.to_le_bytes(), DType::F32).unwrap();
+        let e = packed.write(0, &f32::NAN.to_le_bytes(), DType::F32, |i| (i, i)).unwrap_err();
+        assert!(e.0.is_nan());
+        packed.write(0, &f32::INFINITY.to_le_bytes(), DType::F32, |i| (i, i)).unwrap();
     }
 }

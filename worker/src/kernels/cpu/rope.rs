@@ -6,32 +6,47 @@ use crate::{
     kv_cache::{BLOCK_TOKENS, BatchRow, KvLayer},
 };
 
-/// Fills `angles` `(tokens, stride)`: per token `half` cosines, then `half` sines, of `position * inv_freq`.
+/// Fills `angles` `(tokens, stride)`: per token `pairs` cosines, then `pairs` sines, of `position * inv_freq`.
 ///
-/// As transformers: the product is f32; its sine and cosine are computed in f64 and rounded once, times `factor`.
-pub fn angles(rows: &[BatchRow<'_>], inv_freq: &[f32], factor: f32, angles: &mut [f32], stride: usize) {
-    let half = inv_freq.len();
-    let positions = rows.iter().flat_map(|r| r.start..r.start + r.count);
-    for (position, out) in positions.zip(angles.chunks_exact_mut(stride)) {
-        let (cos, sin) = out.split_at_mut(half);
-        for ((c, s), f) in cos.iter_mut().zip(sin).zip(inv_freq) {
-            let (sin, cos) = sin_cos(f64::from(position as f32 * f));
-            *c = cos as f32 * factor;
-            *s = sin as f32 * factor;
+/// `set` gives a row's frequencies and the factor on sine and cosine. As transformers: the product is f32; its sine and
+/// cosine are computed in f64 and rounded once, times the factor.
+pub fn angles<'a>(
+    rows: &[BatchRow<'_>],
+    set: impl Fn(&BatchRow<'_>) -> (&'a [f32], f32),
+    angles: &mut [f32],
+    stride: usize,
+) {
+    let mut out = angles.chunks_exact_mut(stride);
+    for row in rows {
+        let (inv_freq, factor) = set(row);
+        for (position, out) in (row.start..row.start + row.count).zip(&mut out) {
+            let (cos, sin) = out.split_at_mut(inv_freq.len());
+            for ((c, s), f) in cos.iter_mut().zip(sin).zip(inv_freq) {
+                let (sin, cos) = sin_cos(f64::from(position as f32 * f));
+                *c = cos as f32 * factor;
+                *s = sin as f32 * factor;
+            }
         }
     }
+}
+
+/// The angles of a step's tokens, as [`angles()`] fills them.
+#[derive(Clone, Copy)]
+pub struct Angles<'a> {
+    /// `(tokens, stride)`.
+    pub table: &'a [f32],
+    /// Distance from token to token.
+    pub stride: usize,
+    /// Pairs of dimensions that turn: `head_dim / 2` unless the rotation is partial.
+    pub pairs: usize,
 }
 
 /// Rotates queries and keys in place and stores keys and values of a step in the cache.
 pub struct RopeAndStore<'a> {
     /// `(tokens, (heads + 2 kv_heads) * head_dim)`: queries, keys, values.
     pub qkv: &'a mut [f32],
-    /// As [`angles`] fills them.
-    pub angles: &'a [f32],
-    /// Distance between the angles of two tokens.
-    pub angle_stride: usize,
-    /// Pairs of dimensions that turn: `head_dim / 2` unless the rotation is partial.
-    pub half: usize,
+    /// How far each token turns; `None` where positions enter otherwise.
+    pub angles: Option<Angles<'a>>,
     /// Query heads.
     pub heads: usize,
     /// Where the sequences' tokens lie.
@@ -41,17 +56,16 @@ pub struct RopeAndStore<'a> {
 impl RopeAndStore<'_> {
     pub(super) fn run(self, cache: &mut KvLayer) {
         let (kv_heads, d) = (cache.kv_heads(), cache.head_dim());
-        let mut tokens = self
-            .qkv
-            .chunks_exact_mut((self.heads + 2 * kv_heads) * d)
-            .zip(self.angles.chunks_exact(self.angle_stride));
+        let mut tokens = self.qkv.chunks_exact_mut((self.heads + 2 * kv_heads) * d).enumerate();
         for row in self.rows {
             let positions = row.start..row.start + row.count;
-            for (position, (qkv, angles)) in positions.zip(&mut tokens) {
-                let (cos, sin) = angles[..2 * self.half].split_at(self.half);
+            for (position, (token, qkv)) in positions.zip(&mut tokens) {
                 let (rotated, values) = qkv.split_at_mut((self.heads + kv_heads) * d);
-                for head in rotated.chunks_exact_mut(d) {
-                    rotate(head, cos, sin);
+                if let Some(Angles { table, stride, pairs }) = self.angles {
+                    let (cos, sin) = table[token * stride..][..2 * pairs].split_at(pairs);
+                    for head in rotated.chunks_exact_mut(d) {
+                        rotate(head, cos, sin);
+                    }
                 }
                 let keys = &rotated[self.heads * d..];
                 let block = row.blocks[position as usize / BLOCK_TOKENS] as usize;
@@ -61,7 +75,7 @@ impl RopeAndStore<'_> {
     }
 }
 
-/// `rotate_half`: dimension `i` turns with `i + half`.
+/// `rotate_half`: dimension `i` turns with `i + pairs`; those past the pairs stay.
 #[inline(always)]
 fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
     let (low, high) = head.split_at_mut(cos.len());
@@ -99,10 +113,10 @@ mod tests {
     #[test]
     fn pairs_turn_by_position_times_frequency() {
         let inv_freq = [1.0, 0.01];
-        let row = BatchRow { start: 5, count: 2, blocks: &[0] };
+        let row = BatchRow { start: 5, count: 2, blocks: &[0], rope_set: 0 };
         let mut table = [0.0; 8];
-        angles(&[row], &inv_freq, 1.0, &mut table, 4);
-        let mut head = [1.0, 2.0, 3.0, 4.0];
+        angles(&[row], |_| (&inv_freq, 1.0), &mut table, 4);
+        let mut head = [1.0, 2.0, 3.0, 4.0, 5.0];
         rotate(&mut head, &table[4..6], &table[6..]);
         for i in 0..2 {
             let (s, c) = (6.0 * f64::from(inv_freq[i])).sin_cos();
@@ -110,5 +124,6 @@ mod tests {
             assert!((f64::from(head[i]) - (a * c - b * s)).abs() < 1e-6);
             assert!((f64::from(head[i + 2]) - (b * c + a * s)).abs() < 1e-6);
         }
+        assert_eq!(head[4], 5.0);
     }
 }

@@ -10,7 +10,7 @@ use crate::model::{
     rope,
 };
 
-const SLOTS: &[(Slot, Source)] = &[
+pub(super) const SLOTS: &[(Slot, Source)] = &[
     (Slot::Embedding, Source::Rows("embed_tokens")),
     (Slot::AttentionNorm, Source::Rows("layers.{}.input_layernorm")),
     (Slot::Query, Source::Rows("layers.{}.self_attn.q_proj")),
@@ -22,10 +22,23 @@ const SLOTS: &[(Slot, Source)] = &[
     (Slot::Up, Source::Rows("layers.{}.mlp.up_proj")),
     (Slot::Down, Source::Rows("layers.{}.mlp.down_proj")),
     (Slot::FinalNorm, Source::Rows("norm")),
-    (Slot::Head, Source::Root("lm_head")),
 ];
 
 pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
+    describe_with(config, rope::DEFAULTS)
+}
+
+/// A Llama whose rotary frequencies have other defaults.
+pub(super) fn describe_with(config: &Config, rope: rope::Defaults) -> Result<Description, ModelError> {
+    let mut description = plain(config)?;
+    let tower = &mut description.tower;
+    let head_dim = tower.layers[0].attention.head_dim;
+    tower.ropes = vec![rope::resolve(config, head_dim, tower.context, rope)?];
+    Ok(description)
+}
+
+/// A Llama without its rotary frequencies.
+pub(super) fn plain(config: &Config) -> Result<Description, ModelError> {
     let width = config.required("hidden_size", 1..=1 << 20)?;
     let heads = config.required("num_attention_heads", 1..=1 << 14)?;
     let kv_heads = config.integer("num_key_value_heads", 1..=heads)?.unwrap_or(heads);
@@ -35,22 +48,15 @@ pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
     }
     let head_dim = match config.integer("head_dim", 2..=1 << 13)? {
         Some(d) => d,
-        None if width % heads == 0 && width / heads > 1 => width / heads,
-        None => {
-            let expected = format!("a multiple of num_attention_heads ({heads}), as there is no head_dim");
-            return Err(config.error("hidden_size", expected).into());
-        }
+        None => super::head_dim(config, "hidden_size", width, heads)?,
     };
     if head_dim % 2 != 0 {
         return Err(config
             .error("head_dim", format!("even, not {head_dim}: dimensions turn in pairs"))
             .into());
     }
-    if !matches!(config.string("hidden_act")?, None | Some("silu" | "swish")) {
-        return Err(config.error("hidden_act", "silu").into());
-    }
+    let act = super::act(config, "hidden_act", Act::Silu)?;
     let norm = Norm::Rms(config.positive("rms_norm_eps")?.unwrap_or(1e-6) as f32);
-    let context = config.integer("max_position_embeddings", 1..=1 << 23)?.unwrap_or(2048);
     let layer = Layer {
         flow: Flow::Pre(norm),
         attention: Attention {
@@ -61,25 +67,27 @@ pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
             span: Span::Causal,
             position: Position::Rope(0),
             qk_norm: None,
+            softcap: None,
         },
-        ffn: Ffn::Gated(Mlp { inner: config.required("intermediate_size", 1..=1 << 22)?, act: Act::Silu }),
+        ffn: Ffn::Gated(Mlp { inner: config.required("intermediate_size", 1..=1 << 22)?, act }),
     };
-    let tied = config.flag("tie_word_embeddings", false)?;
     Ok(Description {
         tower: Tower {
             width,
             vocab: config.required("vocab_size", 1..=1 << 24)?,
-            context,
-            input: Input::Tokens,
-            ropes: vec![rope::resolve(config, head_dim, context)?],
+            context: config.integer("max_position_embeddings", 1..=1 << 23)?.unwrap_or(2048),
+            input: Input::TOKENS,
+            ropes: Vec::new(),
             layers: vec![layer; config.required("num_hidden_layers", 1..=10_000)?],
-            norm,
-            head: Head::Lm,
+            norm: Some(norm),
+            head: Head::Lm { softcap: None },
         },
         names: Names {
             bases: &["model.", ""],
             slots: SLOTS.to_vec(),
-            ties: if tied { vec![(Slot::Head, Slot::Embedding)] } else { Vec::new() },
+            root: vec![(Slot::Head, Source::Rows("lm_head"))],
+            tied: config.flag("tie_word_embeddings", false)?,
+            aliases: &[],
             ignore: &["rotary_emb.inv_freq"],
         },
     })

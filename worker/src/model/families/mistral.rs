@@ -1,9 +1,15 @@
-//! Mistral (transformers' `modeling_mistral.py`): Llama with a sliding window.
+//! Mistral and Mixtral (transformers' `modeling_mistral.py`, `modeling_mixtral.py`): Llama with a sliding window;
+//! Mixtral with experts.
 
 use super::{Description, llama};
-use crate::model::{ModelError, blocks::Span, config::Config};
+use crate::model::{
+    ModelError,
+    blocks::{Ffn, Moe, Slot, Source, Span},
+    config::Config,
+    rope,
+};
 
-/// What transformers assumes where the file does not mention a window.
+/// What transformers assumes where Mistral's file does not mention a window.
 const DEFAULT_WINDOW: usize = 4096;
 
 pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
@@ -12,10 +18,32 @@ pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
         None if config.mentions("sliding_window") => None,
         window => Some(window.unwrap_or(DEFAULT_WINDOW)),
     };
-    if let Some(window) = window {
-        for layer in &mut description.tower.layers {
-            layer.attention.span = Span::Window(window);
-        }
-    }
+    slide(&mut description, window);
     Ok(description)
+}
+
+pub(super) fn describe_mixtral(config: &Config) -> Result<Description, ModelError> {
+    let mut description = llama::describe_with(config, rope::Defaults { theta: 1e6, ..rope::DEFAULTS })?;
+    slide(&mut description, config.integer("sliding_window", 1..=1 << 23)?);
+    let experts = config.integer("num_local_experts", 1..=1 << 14)?.unwrap_or(8);
+    let active = config.integer("num_experts_per_tok", 1..=experts)?.unwrap_or(2.min(experts));
+    for layer in &mut description.tower.layers {
+        layer.ffn = Ffn::Moe(Moe { experts, active, normalize: true, mlp: layer.ffn.mlp() });
+    }
+    let names = &mut description.names.slots;
+    names.retain(|(slot, _)| ![Slot::Gate, Slot::Up, Slot::Down].contains(slot));
+    names.extend([
+        (Slot::Router, Source::Rows("layers.{}.block_sparse_moe.gate")),
+        (Slot::Gate, Source::Rows("layers.{}.block_sparse_moe.experts.{e}.w1")),
+        (Slot::Up, Source::Rows("layers.{}.block_sparse_moe.experts.{e}.w3")),
+        (Slot::Down, Source::Rows("layers.{}.block_sparse_moe.experts.{e}.w2")),
+    ]);
+    Ok(description)
+}
+
+/// Gives every layer the same window.
+pub(super) fn slide(description: &mut Description, window: Option<usize>) {
+    for layer in &mut description.tower.layers {
+        layer.attention.span = window.map_or(Span::Causal, Span::Window);
+    }
 }

@@ -1,13 +1,17 @@
 //! One file per model family: `config.json` and tensor names mapped onto the shared blocks.
 
+mod bert;
+mod gemma;
+mod gpt;
 mod llama;
 mod mistral;
+mod phi;
 mod qwen;
 
 use super::{
     ModelError,
-    blocks::{Names, Tower},
-    config::Config,
+    blocks::{Act, Names, Tower},
+    config::{Config, ConfigError},
 };
 
 /// What a family makes of a configuration.
@@ -21,10 +25,21 @@ type Describe = fn(&Config) -> Result<Description, ModelError>;
 
 /// Families by `model_type`.
 const FAMILIES: &[(&str, Describe)] = &[
+    ("bert", bert::describe),
+    ("distilbert", bert::describe_distil),
+    ("gemma2", gemma::describe_2),
+    ("gemma3_text", gemma::describe_3),
+    ("gpt2", gpt::describe_2),
+    ("gpt_neox", gpt::describe_neox),
     ("llama", llama::describe),
     ("mistral", mistral::describe),
+    ("mixtral", mistral::describe_mixtral),
+    ("phi", phi::describe),
+    ("phi3", phi::describe_3),
     ("qwen2", qwen::describe_2),
     ("qwen3", qwen::describe_3),
+    ("qwen3_moe", qwen::describe_3_moe),
+    ("roberta", bert::describe_roberta),
 ];
 
 /// The family that `model_type` names, and its description of `config`.
@@ -39,4 +54,42 @@ pub(super) fn describe(config: &Config) -> Result<(String, Description), ModelEr
         .find(|(name, _)| *name == family)
         .ok_or_else(|| config.error("model_type", expected()))?;
     Ok((family.to_owned(), describe(config)?))
+}
+
+/// The activation that `field` names.
+fn act(config: &Config, field: &str, default: Act) -> Result<Act, ConfigError> {
+    match config.string(field)? {
+        None => Ok(default),
+        Some("silu" | "swish") => Ok(Act::Silu),
+        Some("gelu") => Ok(Act::Gelu),
+        Some("gelu_new" | "gelu_pytorch_tanh" | "gelu_fast") => Ok(Act::GeluTanh),
+        Some("quick_gelu") => Ok(Act::GeluQuick),
+        Some("relu") => Ok(Act::Relu),
+        Some("tanh") => Ok(Act::Tanh),
+        Some(_) => Err(config
+            .error(field, "silu, gelu, gelu_new, gelu_pytorch_tanh, gelu_fast, quick_gelu, relu or tanh")),
+    }
+}
+
+/// Elements per head, where `heads` of them make up `width`, which `field` gives.
+fn head_dim(config: &Config, field: &str, width: usize, heads: usize) -> Result<usize, ConfigError> {
+    match width % heads {
+        0 if width > heads => Ok(width / heads),
+        _ => Err(config.error(field, format!("a multiple of the number of heads ({heads})"))),
+    }
+}
+
+/// Which layers have a window: as `layer_types` lists them, or by `default`.
+fn sliding_layers(
+    config: &Config,
+    layers: usize,
+    default: impl Fn(usize) -> bool,
+) -> Result<Vec<bool>, ConfigError> {
+    let Some(types) = config.strings("layer_types")? else { return Ok((0..layers).map(default).collect()) };
+    let known = |t: &String| ["full_attention", "sliding_attention"].contains(&t.as_str());
+    if types.len() != layers || !types.iter().all(known) {
+        let expected = format!("full_attention or sliding_attention for each of {layers} layers");
+        return Err(config.error("layer_types", expected));
+    }
+    Ok(types.iter().map(|t| t == "sliding_attention").collect())
 }

@@ -1,10 +1,10 @@
-//! Qwen2 and Qwen3 (transformers' `modeling_qwen2.py`, `modeling_qwen3.py`): Llama with windows on some layers; Qwen2 has
-//! biases on queries, keys and values, Qwen3 norms on queries and keys.
+//! Qwen2, Qwen3 and Qwen3-MoE (transformers' `modeling_qwen2.py`, `modeling_qwen3.py`, `modeling_qwen3_moe.py`): Llama
+//! with windows on some layers; Qwen2 has biases on queries, keys and values, Qwen3 norms on queries and keys.
 
-use super::{Description, llama};
+use super::{Description, llama, mistral};
 use crate::model::{
     ModelError,
-    blocks::{Flow, Slot, Source, Span},
+    blocks::{Ffn, Mlp, Moe, Slot, Source, Span},
     config::Config,
 };
 
@@ -14,9 +14,13 @@ const DEFAULT_FIRST_WINDOW_LAYER: usize = 28;
 
 pub(super) fn describe_2(config: &Config) -> Result<Description, ModelError> {
     let mut description = llama::describe(config)?;
-    let layers = description.tower.layers.len();
-    for (layer, slides) in description.tower.layers.iter_mut().zip(sliding(config, layers)?) {
-        if let Some(window) = slides {
+    let Some(window) = window(config)? else { return Ok(description) };
+    let layers = &mut description.tower.layers;
+    // Version 5 lists which layers slide; in version 4 they begin at `max_window_layers`.
+    let first = config.integer("max_window_layers", 0..=1 << 20)?.unwrap_or(DEFAULT_FIRST_WINDOW_LAYER);
+    let slides = super::sliding_layers(config, layers.len(), |layer| layer >= first)?;
+    for (layer, slides) in layers.iter_mut().zip(slides) {
+        if slides {
             layer.attention.span = Span::Window(window);
         }
     }
@@ -25,38 +29,55 @@ pub(super) fn describe_2(config: &Config) -> Result<Description, ModelError> {
 
 pub(super) fn describe_3(config: &Config) -> Result<Description, ModelError> {
     let mut description = describe_2(config)?;
+    norm_heads(&mut description);
+    Ok(description)
+}
+
+pub(super) fn describe_3_moe(config: &Config) -> Result<Description, ModelError> {
+    let mut description = llama::describe(config)?;
+    norm_heads(&mut description);
+    mistral::slide(&mut description, window(config)?);
+    // Version 5 writes the second name.
+    let field = if config.get("num_experts").is_some() { "num_experts" } else { "num_local_experts" };
+    let experts = config.integer(field, 1..=1 << 14)?.unwrap_or(128);
+    let moe = Moe {
+        experts,
+        active: config.integer("num_experts_per_tok", 1..=experts)?.unwrap_or(8.min(experts)),
+        normalize: config.flag("norm_topk_prob", false)?,
+        mlp: Mlp {
+            inner: config.required("moe_intermediate_size", 1..=1 << 22)?,
+            ..description.tower.layers[0].ffn.mlp()
+        },
+    };
+    let step = config.integer("decoder_sparse_step", 1..=10_000)?.unwrap_or(1);
+    let dense = config.integers("mlp_only_layers", 0..=10_000)?.unwrap_or_default();
+    for (i, layer) in description.tower.layers.iter_mut().enumerate() {
+        if !dense.contains(&i) && (i + 1) % step == 0 {
+            layer.ffn = Ffn::Moe(moe);
+        }
+    }
+    description.names.slots.extend([
+        (Slot::Router, Source::Rows("layers.{}.mlp.gate")),
+        (Slot::Gate, Source::Rows("layers.{}.mlp.experts.{e}.gate_proj")),
+        (Slot::Up, Source::Rows("layers.{}.mlp.experts.{e}.up_proj")),
+        (Slot::Down, Source::Rows("layers.{}.mlp.experts.{e}.down_proj")),
+    ]);
+    Ok(description)
+}
+
+/// The window, which counts only if it is used.
+fn window(config: &Config) -> Result<Option<usize>, ModelError> {
+    let window = config.integer("sliding_window", 1..=1 << 23)?.unwrap_or(DEFAULT_WINDOW);
+    Ok(config.flag("use_sliding_window", false)?.then_some(window))
+}
+
+/// Norms on every head of queries and keys, of the same kind as the others.
+pub(super) fn norm_heads(description: &mut Description) {
     for layer in &mut description.tower.layers {
-        let Flow::Pre(norm) = layer.flow;
-        layer.attention.qk_norm = Some(norm);
+        layer.attention.qk_norm = Some(layer.flow.norm());
     }
     description.names.slots.extend([
         (Slot::QueryNorm, Source::Rows("layers.{}.self_attn.q_norm")),
         (Slot::KeyNorm, Source::Rows("layers.{}.self_attn.k_norm")),
     ]);
-    Ok(description)
-}
-
-/// The window of each layer that has one. Nothing counts unless `use_sliding_window`; which layers slide is listed by
-/// version 5, and begins at `max_window_layers` in version 4.
-fn sliding(config: &Config, layers: usize) -> Result<Vec<Option<usize>>, ModelError> {
-    if !config.flag("use_sliding_window", false)? {
-        return Ok(vec![None; layers]);
-    }
-    let window = config.integer("sliding_window", 1..=1 << 23)?.unwrap_or(DEFAULT_WINDOW);
-    let slides = match config.strings("layer_types")? {
-        Some(types) => {
-            let known = |t: &String| ["full_attention", "sliding_attention"].contains(&t.as_str());
-            if types.len() != layers || !types.iter().all(known) {
-                let expected = format!("full_attention or sliding_attention for each of {layers} layers");
-                return Err(config.error("layer_types", expected).into());
-            }
-            types.iter().map(|t| t == "sliding_attention").collect::<Vec<_>>()
-        }
-        None => {
-            let first =
-                config.integer("max_window_layers", 0..=1 << 20)?.unwrap_or(DEFAULT_FIRST_WINDOW_LAYER);
-            (0..layers).map(|layer| layer >= first).collect()
-        }
-    };
-    Ok(slides.into_iter().map(|slides| slides.then_some(window)).collect())
 }

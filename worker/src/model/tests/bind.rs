@@ -61,13 +61,13 @@ fn open(config: &Value, tensors: &BTreeMap<String, Vec<usize>>) -> Result<(Check
 fn biases_prefixes_and_ties_follow_the_file() {
     let (_, model) = open(&config(), &shapes()).unwrap();
     assert!(!model.is_tied());
-    assert!(model.bound(Slot::Query, 0).unwrap().bias.is_none());
+    assert!(model.bound(Site::Layer(0), (Slot::Qkv, 0)).iter().all(|b| b.bias.is_none()));
 
     let mut tensors = shapes();
     tensors.insert("model.layers.0.self_attn.k_proj.bias".to_owned(), vec![4]);
     tensors.insert("model.layers.0.self_attn.rotary_emb.inv_freq".to_owned(), vec![2]);
     let (checkpoint, model) = open(&config(), &tensors).unwrap();
-    assert!(model.bound(Slot::Key, 0).unwrap().bias.is_some());
+    assert!(model.bound(Site::Layer(0), (Slot::Qkv, 0))[1].bias.is_some());
     let profile = model.profile(&checkpoint, "m");
     let spec = spec(&model, 0, 1, DType::BF16);
     let weights = load(&checkpoint, &model, &spec);
@@ -109,11 +109,11 @@ fn missing_misshapen_and_unclaimed_tensors_are_named() {
 #[test]
 fn absurd_configurations_are_refused_with_what_was_expected() {
     for (field, value, expected) in [
-        ("model_type", json!("gpt2"), "model_type is \"gpt2\": expected a supported family (llama"),
+        ("model_type", json!("t5"), "model_type is \"t5\": expected a supported family (bert"),
         ("model_type", Value::Null, "model_type is absent"),
         ("hidden_size", json!(0), "an integer in 1..="),
         ("hidden_size", json!(-8), "hidden_size is -8"),
-        ("hidden_size", json!(7), "a multiple of num_attention_heads"),
+        ("hidden_size", json!(7), "a multiple of the number of heads"),
         ("hidden_size", json!("8"), "hidden_size is \"8\""),
         ("hidden_size", json!(1u64 << 60), "an integer in"),
         ("num_attention_heads", json!(0), "num_attention_heads is 0"),
@@ -123,7 +123,7 @@ fn absurd_configurations_are_refused_with_what_was_expected() {
         ("intermediate_size", json!(1.5), "intermediate_size is 1.5"),
         ("head_dim", json!(3), "even"),
         ("head_dim", json!(0), "head_dim is 0"),
-        ("hidden_act", json!("gelu"), "hidden_act is \"gelu\": expected silu"),
+        ("hidden_act", json!("mish"), "hidden_act is \"mish\": expected silu, gelu"),
         ("rms_norm_eps", json!(0), "rms_norm_eps is 0"),
         ("rms_norm_eps", json!(1e300), "positive finite"),
         ("vocab_size", Value::Null, "vocab_size is absent"),
@@ -132,7 +132,7 @@ fn absurd_configurations_are_refused_with_what_was_expected() {
         ("tie_word_embeddings", json!(1), "true or false"),
         ("torch_dtype", json!("float8"), "float32, bfloat16 or float16"),
         ("quantization_config", json!({}), "quantization_config"),
-        ("rope_scaling", json!({"type": "dynamic", "factor": 2}), "default, linear or llama3"),
+        ("rope_scaling", json!({"type": "dynamic", "factor": 2}), "default, linear, llama3 or longrope"),
     ] {
         let mut config = config();
         config[field] = value;
@@ -166,7 +166,7 @@ fn windows(changes: &[(&str, Value)]) -> Result<Vec<Option<usize>>, String> {
     }
     let (_, model) = open(&config, &tensors).map_err(|e| e.to_string())?;
     let window = |l: &blocks::Layer| match l.attention.span {
-        blocks::Span::Causal => None,
+        blocks::Span::Full | blocks::Span::Causal => None,
         blocks::Span::Window(w) => Some(w),
     };
     Ok(model.tower.layers.iter().map(window).collect())

@@ -53,7 +53,12 @@ fn neighbours_and_block_placement_change_no_bit() {
                     continue;
                 }
                 let count = sizes[s].min(PROMPT - done[s]);
-                rows.push(BatchRow { start: done[s] as u32, count: count as u32, blocks: tables[s] });
+                rows.push(BatchRow {
+                    start: done[s] as u32,
+                    count: count as u32,
+                    blocks: tables[s],
+                    rope_set: 0,
+                });
                 ids.extend_from_slice(&prompts[s][done[s]..done[s] + count]);
                 done[s] += count;
                 if done[s] == PROMPT {
@@ -61,8 +66,9 @@ fn neighbours_and_block_placement_change_no_bit() {
                     finished.push(s);
                 }
             }
-            let StageOutput::Logits { logits, .. } =
-                state.forward(weights, &rows, StageInput::Tokens(&ids), &outputs).unwrap()
+            let StageOutput::Values { values: logits, .. } = state
+                .forward(weights, &rows, StageInput::Tokens { ids: &ids, segments: &[] }, &outputs)
+                .unwrap()
             else {
                 panic!("the stage has the head");
             };
@@ -82,11 +88,11 @@ fn a_step_that_does_not_fit_is_refused() {
     let mut state = StageState::new(&model, &whole, 4, 20, 2).unwrap();
     let ids = [1; 21];
     let blocks: &[u32] = &[0, 1, 2, 3];
-    let row = |start, count, blocks| BatchRow { start, count, blocks };
+    let row = |start, count, blocks| BatchRow { start, count, blocks, rope_set: 0 };
     let mut refuse = |rows: &[BatchRow<'_>], input, outputs: &[u32]| {
         state.forward(&weights, rows, input, outputs).map(|_| ()).unwrap_err()
     };
-    let tokens = |n: usize| StageInput::Tokens(&ids[..n]);
+    let tokens = |n: usize| StageInput::Tokens { ids: &ids[..n], segments: &[] };
     assert!(matches!(refuse(&[], tokens(0), &[]), StepError::Tokens { tokens: 0, .. }));
     assert!(matches!(refuse(&[row(0, 21, blocks)], tokens(21), &[]), StepError::Tokens { .. }));
     let wrap = [row(0, u32::MAX, blocks), row(0, u32::MAX, blocks)];
@@ -101,7 +107,7 @@ fn a_step_that_does_not_fit_is_refused() {
         refuse(&[row(0, 1, &[4])], tokens(1), &[]),
         StepError::Block { block: 4, limit: 4, .. }
     ));
-    let bad = StageInput::Tokens(&[2048]);
+    let bad = StageInput::Tokens { ids: &[2048], segments: &[] };
     assert!(matches!(refuse(&[row(0, 1, blocks)], bad, &[]), StepError::TokenId { id: 2048, .. }));
     let hidden = StageInput::Hidden(&[0.0; 192]);
     assert!(matches!(refuse(&[row(0, 1, blocks)], hidden, &[]), StepError::InputKind { .. }));

@@ -1,0 +1,194 @@
+//! Inputs of encoders: what is let in, and what is made of the answers.
+
+use std::time::Duration;
+
+use strata_proto::{
+    ModelProfile,
+    v1::{self, Scoring, Task, Truncation},
+};
+
+use crate::{
+    admission::{AdmissionError, MAX_TEXT, check_deadline, check_model, field},
+    scheduler::Encode,
+    tokenizer::{Encoded, Tokenizer},
+};
+
+/// Most inputs of one call.
+pub const MAX_INPUTS: usize = 1024;
+/// Most candidates for a mask.
+const MAX_CANDIDATES: u32 = 100;
+/// Candidates for a mask unless asked for otherwise.
+pub const DEFAULT_CANDIDATES: u32 = 5;
+
+/// What is asked of an encoder, whichever call it came by.
+#[derive(Debug)]
+pub struct Request {
+    /// As the client names it.
+    pub model: String,
+    /// What the call is for.
+    pub task: Task,
+    /// What to compute.
+    pub inputs: Vec<v1::Input>,
+    /// What to do with long ones.
+    pub truncation: Truncation,
+    /// Candidates for each mask; only for FillMask.
+    pub candidates: Option<u32>,
+    /// Milliseconds from arrival.
+    pub deadline_ms: Option<u64>,
+}
+
+/// An input as the model reads it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CheckedInput {
+    /// Never empty.
+    pub ids: Vec<u32>,
+    /// What to compute.
+    pub encode: Encode,
+    /// Tokens left out.
+    pub dropped: u32,
+}
+
+/// Checks and tokenizes the inputs of a call; `longest` is the most tokens that one may have. Heavy: not for an async
+/// thread.
+///
+/// # Errors
+/// The first thing that is out of its bounds, with the bound and the index of the input.
+pub fn check(
+    request: Request,
+    tokenizer: &Tokenizer,
+    profile: &ModelProfile,
+    longest: u32,
+) -> Result<(Vec<CheckedInput>, Option<Duration>), AdmissionError> {
+    check_model(&request.model, &profile.model)?;
+    check_task(request.task, profile)?;
+    let deadline = check_deadline(request.deadline_ms)?;
+    let count = request.inputs.len();
+    if !(1..=MAX_INPUTS).contains(&count) {
+        return Err(field("inputs", format!("{count} inputs: expected 1 to {MAX_INPUTS}")));
+    }
+    let candidates = request.candidates.unwrap_or(DEFAULT_CANDIDATES);
+    if !(1..=MAX_CANDIDATES.min(profile.vocab_size)).contains(&candidates) {
+        return Err(field("top_k", format!("{candidates}: expected 1 to {MAX_CANDIDATES}")));
+    }
+    let bytes =
+        |i: &v1::Input| i.text.as_ref().map_or(0, String::len) + i.pair.as_ref().map_or(0, String::len);
+    let bytes: usize = request.inputs.iter().map(bytes).sum();
+    if bytes > MAX_TEXT {
+        return Err(field("inputs", format!("{bytes} bytes are too long: at most {MAX_TEXT} are taken")));
+    }
+    let one = |(index, input)| {
+        let encoded = encode(input, request.truncation, tokenizer, profile, longest)
+            .map_err(|why| field("inputs", format!("input {index}: {why}")))?;
+        let masked = match request.task {
+            Task::FillMask => masks(&encoded.ids, tokenizer)
+                .map_err(|why| field("inputs", format!("input {index}: {why}")))?,
+            _ => Vec::new(),
+        };
+        // Where the embedding knows one kind only, a pair is told apart by its separators.
+        let segments = if profile.segments > 1 { encoded.segments } else { Vec::new() };
+        let encode = Encode { segments, masked, candidates };
+        Ok(CheckedInput { ids: encoded.ids, encode, dropped: encoded.dropped })
+    };
+    let inputs = request.inputs.into_iter().enumerate().map(one).collect::<Result<_, AdmissionError>>()?;
+    Ok((inputs, deadline))
+}
+
+/// Refuses a call that the served model cannot answer.
+///
+/// # Errors
+/// [`AdmissionError::WrongTask`], with the call that it does answer.
+pub fn check_task(asked: Task, profile: &ModelProfile) -> Result<(), AdmissionError> {
+    if asked == profile.task {
+        return Ok(());
+    }
+    let (asked, served) = (call_name(asked), call_name(profile.task));
+    Err(AdmissionError::WrongTask { asked, served, model: profile.model.clone() })
+}
+
+/// The call by which a task is asked for.
+fn call_name(task: Task) -> &'static str {
+    match task {
+        Task::Generate => "Generate",
+        Task::Classify => "Classify",
+        Task::Embed => "Embed",
+        Task::FillMask => "FillMask",
+        Task::Unspecified => "nothing",
+    }
+}
+
+fn encode(
+    input: v1::Input,
+    truncation: Truncation,
+    tokenizer: &Tokenizer,
+    profile: &ModelProfile,
+    longest: u32,
+) -> Result<Encoded, String> {
+    let v1::Input { text, pair, token_ids } = input;
+    let mut encoded = match (text, pair) {
+        (None, None) if token_ids.is_empty() => return Err("is empty: expected text or token_ids".into()),
+        (None, None) => Encoded { ids: token_ids, segments: Vec::new(), dropped: 0 },
+        (None, Some(_)) => return Err("has a pair but no text".into()),
+        (Some(_), _) if !token_ids.is_empty() => return Err("has both text and token_ids".into()),
+        (Some(text), pair) => {
+            let longest = (truncation != Truncation::Unspecified).then_some((longest, truncation));
+            tokenizer.encode_input(&text, pair.as_deref(), longest).map_err(|e| e.to_string())?
+        }
+    };
+    if let Some(at) = encoded.ids.iter().position(|id| *id >= profile.vocab_size) {
+        let (id, vocab) = (encoded.ids[at], profile.vocab_size);
+        return Err(format!("id {id} at index {at} is unknown: expected less than {vocab}"));
+    }
+    let excess = encoded.ids.len().saturating_sub(longest as usize);
+    match truncation {
+        _ if excess == 0 => {}
+        Truncation::Unspecified => {
+            return Err(format!(
+                "{} tokens are too many: {longest} is the most that this deployment takes; shorten the input, or ask for \
+                 truncation",
+                encoded.ids.len()
+            ));
+        }
+        // Only of token ids: a text has been cut, its special tokens kept.
+        Truncation::KeepHead => encoded.ids.truncate(longest as usize),
+        Truncation::KeepTail => drop(encoded.ids.drain(..excess)),
+    }
+    encoded.dropped += excess as u32;
+    if encoded.ids.is_empty() {
+        return Err("is empty: the tokenizer makes nothing of it".into());
+    }
+    Ok(encoded)
+}
+
+/// Where the mask tokens are.
+fn masks(ids: &[u32], tokenizer: &Tokenizer) -> Result<Vec<u32>, String> {
+    let Some((text, mask)) = tokenizer.mask() else { return Err("the tokenizer has no mask token".into()) };
+    let positions = ids.iter().zip(0..).filter(|(id, _)| **id == mask);
+    let positions: Vec<u32> = positions.map(|(_, position)| position).collect();
+    match positions.is_empty() {
+        true => Err(format!("has no mask: expected {text} at least once")),
+        false => Ok(positions),
+    }
+}
+
+/// Scores of a classifier's classes, best first.
+pub fn classification(profile: &ModelProfile, logits: &[f32]) -> Vec<v1::ClassScore> {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let total: f64 = logits.iter().map(|x| f64::from(x - largest).exp()).sum();
+    let score = |logit: f32| match profile.scoring {
+        Scoring::Softmax => (f64::from(logit - largest).exp() / total) as f32,
+        Scoring::Sigmoid => (1.0 / (1.0 + f64::from(-logit).exp())) as f32,
+        Scoring::None | Scoring::Unspecified => logit,
+    };
+    let label = |index: usize| profile.labels.get(index).cloned().unwrap_or_default();
+    let classes = logits.iter().zip(0u32..);
+    let mut classes: Vec<_> = classes
+        .map(|(logit, index)| v1::ClassScore {
+            index,
+            label: label(index as usize),
+            score: score(*logit),
+            logit: *logit,
+        })
+        .collect();
+    classes.sort_by(|a, b| b.logit.total_cmp(&a.logit).then(a.index.cmp(&b.index)));
+    classes
+}

@@ -1,0 +1,135 @@
+//! `strata classify`, `strata embed`, `strata fill-mask`: inputs to an encoder, and what it makes of them.
+
+use std::io::Write;
+
+use serde_json::{Value, json};
+use strata_proto::v1::{
+    ClassifyRequest, EmbedRequest, FillMaskRequest, Input, Truncation, inference_client::InferenceClient,
+};
+use tonic::transport::Channel;
+
+use crate::{
+    args::{ClassifyArgs, EmbedArgs, FillMaskArgs, InputArgs},
+    client::{connect, refusal},
+};
+
+/// Largest answer that is taken: vectors of many inputs.
+const MAX_ANSWER: usize = 256 << 20;
+/// Elements of a vector that are shown to a person.
+const SHOWN: usize = 8;
+
+/// `strata classify`
+pub async fn classify(args: ClassifyArgs) -> anyhow::Result<()> {
+    let (truncation, deadline_ms) = (truncation(&args.input), args.input.deadline_ms);
+    let request =
+        ClassifyRequest { model: String::new(), inputs: inputs(&args.input), truncation, deadline_ms };
+    let mut client = client(&args.input).await?;
+    let answer = client.classify(request).await.map_err(|s| refusal(&s))?.into_inner();
+    let mut out = std::io::stdout().lock();
+    for (index, result) in answer.results.iter().enumerate() {
+        if args.input.json {
+            let classes = result
+                .classes
+                .iter()
+                .map(|c| json!({"index": c.index, "label": c.label, "score": c.score, "logit": c.logit}));
+            let mut line = line(index, result.tokens, result.dropped_tokens);
+            line["classes"] = classes.collect();
+            writeln!(out, "{line}")?;
+            continue;
+        }
+        let classes = result.classes.iter().map(|c| format!("{} {:.4}", c.label, c.score));
+        let classes: Vec<_> = classes.collect();
+        writeln!(out, "{}{}", classes.join("  "), note(result.dropped_tokens))?;
+    }
+    Ok(())
+}
+
+/// `strata embed`
+pub async fn embed(args: EmbedArgs) -> anyhow::Result<()> {
+    let (truncation, deadline_ms) = (truncation(&args.input), args.input.deadline_ms);
+    let request = EmbedRequest { model: String::new(), inputs: inputs(&args.input), truncation, deadline_ms };
+    let mut client = client(&args.input).await?;
+    let answer = client.embed(request).await.map_err(|s| refusal(&s))?.into_inner();
+    let mut out = std::io::stdout().lock();
+    for (index, result) in answer.results.iter().enumerate() {
+        if args.input.json {
+            let mut line = line(index, result.tokens, result.dropped_tokens);
+            line["values"] = json!(result.values);
+            writeln!(out, "{line}")?;
+            continue;
+        }
+        let values =
+            result.values.iter().take(SHOWN).map(|x| format!("{x:+.4}")).collect::<Vec<_>>().join(" ");
+        let more = if result.values.len() > SHOWN { " …" } else { "" };
+        let note = note(result.dropped_tokens);
+        writeln!(out, "{values}{more}  ({} elements, {} tokens){note}", result.values.len(), result.tokens)?;
+    }
+    Ok(())
+}
+
+/// `strata fill-mask`
+pub async fn fill_mask(args: FillMaskArgs) -> anyhow::Result<()> {
+    let (truncation, deadline_ms) = (truncation(&args.input), args.input.deadline_ms);
+    let request = FillMaskRequest {
+        model: String::new(),
+        inputs: inputs(&args.input),
+        top_k: args.top_k,
+        truncation,
+        deadline_ms,
+    };
+    let mut client = client(&args.input).await?;
+    let answer = client.fill_mask(request).await.map_err(|s| refusal(&s))?.into_inner();
+    let mut out = std::io::stdout().lock();
+    for (index, result) in answer.results.iter().enumerate() {
+        if args.input.json {
+            let masks = result.masks.iter().map(|mask| {
+                let candidates = mask
+                    .candidates
+                    .iter()
+                    .map(|c| json!({"token_id": c.token_id, "text": c.text, "score": c.score}));
+                json!({"position": mask.position, "candidates": candidates.collect::<Value>()})
+            });
+            let mut line = line(index, result.tokens, result.dropped_tokens);
+            line["masks"] = masks.collect();
+            writeln!(out, "{line}")?;
+            continue;
+        }
+        for mask in &result.masks {
+            let candidates = mask.candidates.iter().map(|c| format!("{} {:.4}", c.text.trim(), c.score));
+            let candidates = candidates.collect::<Vec<_>>().join("  ");
+            writeln!(out, "{candidates}{}", note(result.dropped_tokens))?;
+        }
+    }
+    Ok(())
+}
+
+async fn client(args: &InputArgs) -> anyhow::Result<InferenceClient<Channel>> {
+    let channel = connect(&args.address.address).await?;
+    Ok(InferenceClient::new(channel).max_decoding_message_size(MAX_ANSWER))
+}
+
+/// Each text with the pair at the same place, or the one input of token ids.
+fn inputs(args: &InputArgs) -> Vec<Input> {
+    if !args.token_ids.is_empty() {
+        return vec![Input { token_ids: args.token_ids.clone(), ..Input::default() }];
+    }
+    let texts = args.text.iter().enumerate();
+    let input = |(i, text): (usize, &String)| Input {
+        text: Some(text.clone()),
+        pair: args.pair.get(i).cloned(),
+        token_ids: Vec::new(),
+    };
+    texts.map(input).collect()
+}
+
+fn truncation(args: &InputArgs) -> i32 {
+    args.truncate.map_or(Truncation::Unspecified, Into::into) as i32
+}
+
+fn line(index: usize, tokens: u32, dropped: u32) -> Value {
+    json!({"index": index, "tokens": tokens, "dropped_tokens": dropped})
+}
+
+fn note(dropped: u32) -> String {
+    if dropped == 0 { String::new() } else { format!("  ({dropped} tokens were left out)") }
+}

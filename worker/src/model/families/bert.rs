@@ -1,0 +1,273 @@
+//! BERT, RoBERTa and DistilBERT (transformers' `modeling_bert.py`, `modeling_roberta.py`, `modeling_distilbert.py`):
+//! encoders whose norms follow each block, with learned positions. What they answer is named by `architectures`.
+
+use strata_proto::v1::Scoring;
+
+use super::Description;
+use crate::model::{
+    ModelError,
+    blocks::{
+        Act, Attention, Ffn, Flow, Head, Input, Layer, Learned, Mlp, Names, Norm, Pool, Position, Slot,
+        Source, Span, Tower,
+    },
+    config::Config,
+};
+
+/// Most classes of a classifier.
+const MAX_LABELS: usize = 1 << 16;
+
+/// What one of the three calls a thing.
+struct Dialect {
+    bases: &'static [&'static str],
+    sizes: Sizes,
+    /// Row of the first position.
+    first_position: usize,
+    segments: usize,
+    layer: &'static [(Slot, Source)],
+    /// Dense, head; the first is under the base prefix in BERT.
+    classify: [(Slot, Source); 2],
+    classify_act: Act,
+    /// Dense, norm, head.
+    mlm: [(Slot, Source); 3],
+    /// `None` for that of the layers.
+    mlm_act: Option<Act>,
+}
+
+/// Fields of `config.json`.
+struct Sizes {
+    width: &'static str,
+    layers: &'static str,
+    heads: &'static str,
+    inner: &'static str,
+    act: &'static str,
+}
+
+const SIZES: Sizes = Sizes {
+    width: "hidden_size",
+    layers: "num_hidden_layers",
+    heads: "num_attention_heads",
+    inner: "intermediate_size",
+    act: "hidden_act",
+};
+
+const LAYER: &[(Slot, Source)] = &[
+    (Slot::Segments, Source::Rows("embeddings.token_type_embeddings")),
+    (Slot::Query, Source::Rows("encoder.layer.{}.attention.self.query")),
+    (Slot::Key, Source::Rows("encoder.layer.{}.attention.self.key")),
+    (Slot::Value, Source::Rows("encoder.layer.{}.attention.self.value")),
+    (Slot::AttentionOut, Source::Rows("encoder.layer.{}.attention.output.dense")),
+    (Slot::AttentionNorm, Source::Rows("encoder.layer.{}.attention.output.LayerNorm")),
+    (Slot::Up, Source::Rows("encoder.layer.{}.intermediate.dense")),
+    (Slot::Down, Source::Rows("encoder.layer.{}.output.dense")),
+    (Slot::FfnNorm, Source::Rows("encoder.layer.{}.output.LayerNorm")),
+];
+
+const DISTIL_LAYER: &[(Slot, Source)] = &[
+    (Slot::Query, Source::Rows("transformer.layer.{}.attention.q_lin")),
+    (Slot::Key, Source::Rows("transformer.layer.{}.attention.k_lin")),
+    (Slot::Value, Source::Rows("transformer.layer.{}.attention.v_lin")),
+    (Slot::AttentionOut, Source::Rows("transformer.layer.{}.attention.out_lin")),
+    (Slot::AttentionNorm, Source::Rows("transformer.layer.{}.sa_layer_norm")),
+    (Slot::Up, Source::Rows("transformer.layer.{}.ffn.lin1")),
+    (Slot::Down, Source::Rows("transformer.layer.{}.ffn.lin2")),
+    (Slot::FfnNorm, Source::Rows("transformer.layer.{}.output_layer_norm")),
+];
+
+pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
+    let dialect = Dialect {
+        bases: &["bert.", ""],
+        sizes: SIZES,
+        first_position: 0,
+        segments: config.integer("type_vocab_size", 1..=1 << 10)?.unwrap_or(2),
+        layer: LAYER,
+        classify: [
+            (Slot::HeadDense, Source::Rows("bert.pooler.dense")),
+            (Slot::Head, Source::Rows("classifier")),
+        ],
+        classify_act: Act::Tanh,
+        mlm: [
+            (Slot::HeadDense, Source::Rows("cls.predictions.transform.dense")),
+            (Slot::HeadNorm, Source::Rows("cls.predictions.transform.LayerNorm")),
+            (Slot::Head, Source::Rows("cls.predictions.decoder")),
+        ],
+        mlm_act: None,
+    };
+    describe_as(config, dialect)
+}
+
+pub(super) fn describe_roberta(config: &Config) -> Result<Description, ModelError> {
+    let pad = config.integer("pad_token_id", 0..=1 << 20)?.unwrap_or(1);
+    let dialect = Dialect {
+        bases: &["roberta.", ""],
+        sizes: SIZES,
+        // Positions are counted from the row after the padding token's.
+        first_position: pad + 1,
+        segments: config.integer("type_vocab_size", 1..=1 << 10)?.unwrap_or(2),
+        layer: LAYER,
+        classify: [
+            (Slot::HeadDense, Source::Rows("classifier.dense")),
+            (Slot::Head, Source::Rows("classifier.out_proj")),
+        ],
+        classify_act: Act::Tanh,
+        mlm: [
+            (Slot::HeadDense, Source::Rows("lm_head.dense")),
+            (Slot::HeadNorm, Source::Rows("lm_head.layer_norm")),
+            (Slot::Head, Source::Rows("lm_head.decoder")),
+        ],
+        mlm_act: Some(Act::Gelu),
+    };
+    describe_as(config, dialect)
+}
+
+pub(super) fn describe_distil(config: &Config) -> Result<Description, ModelError> {
+    let dialect = Dialect {
+        bases: &["distilbert.", ""],
+        sizes: Sizes {
+            width: "dim",
+            layers: "n_layers",
+            heads: "n_heads",
+            inner: "hidden_dim",
+            act: "activation",
+        },
+        first_position: 0,
+        segments: 0,
+        layer: DISTIL_LAYER,
+        classify: [
+            (Slot::HeadDense, Source::Rows("pre_classifier")),
+            (Slot::Head, Source::Rows("classifier")),
+        ],
+        classify_act: Act::Relu,
+        mlm: [
+            (Slot::HeadDense, Source::Rows("vocab_transform")),
+            (Slot::HeadNorm, Source::Rows("vocab_layer_norm")),
+            (Slot::Head, Source::Rows("vocab_projector")),
+        ],
+        mlm_act: None,
+    };
+    describe_as(config, dialect)
+}
+
+fn describe_as(config: &Config, dialect: Dialect) -> Result<Description, ModelError> {
+    let Dialect { bases, sizes, first_position, segments, layer, .. } = dialect;
+    if !matches!(config.string("position_embedding_type")?, None | Some("absolute")) {
+        return Err(config.error("position_embedding_type", "absolute").into());
+    }
+    if config.flag("is_decoder", false)? {
+        return Err(config.error("is_decoder", "false").into());
+    }
+    let width = config.required(sizes.width, 1..=1 << 20)?;
+    let heads = config.required(sizes.heads, 1..=1 << 14)?;
+    let head_dim = super::head_dim(config, sizes.width, width, heads)?;
+    let act = super::act(config, sizes.act, Act::Gelu)?;
+    let norm = Norm::Layer(config.positive("layer_norm_eps")?.unwrap_or(1e-12) as f32);
+    let rows = config.integer("max_position_embeddings", first_position + 1..=1 << 23)?;
+    let rows = rows.unwrap_or(first_position + 512);
+    let (head, own) = match task(config)? {
+        "ForMaskedLM" => (Head::Mlm(dialect.mlm_act.unwrap_or(act), norm), &dialect.mlm[..]),
+        "ForSequenceClassification" => (classifier(config, dialect.classify_act)?, &dialect.classify[..]),
+        _ => (Head::Embed { pool: Pool::Mean, normalize: false }, &[][..]),
+    };
+    // Whatever is computed from the first token alone is of no use to the other heads.
+    let ignore: &[&str] = match head {
+        Head::Classify { .. } => &["position_ids"],
+        _ => &[
+            "position_ids",
+            "pooler.dense.weight",
+            "pooler.dense.bias",
+            "seq_relationship.weight",
+            "seq_relationship.bias",
+        ],
+    };
+    let block = Layer {
+        flow: Flow::Post(norm),
+        attention: Attention {
+            heads,
+            kv_heads: heads,
+            head_dim,
+            scale: (head_dim as f64).powf(-0.5) as f32,
+            span: Span::Full,
+            position: Position::None,
+            qk_norm: None,
+            softcap: None,
+        },
+        ffn: Ffn::Plain(Mlp { inner: config.required(sizes.inner, 1..=1 << 22)?, act }),
+    };
+    let mut slots = vec![
+        (Slot::Embedding, Source::Rows("embeddings.word_embeddings")),
+        (Slot::Positions, Source::Rows("embeddings.position_embeddings")),
+        (Slot::InputNorm, Source::Rows("embeddings.LayerNorm")),
+    ];
+    slots.extend(layer);
+    let learned = Learned { rows, first: first_position };
+    Ok(Description {
+        tower: Tower {
+            width,
+            vocab: config.required("vocab_size", 1..=1 << 24)?,
+            context: rows - first_position,
+            input: Input { scale: 1.0, positions: Some(learned), segments, norm: Some(norm) },
+            ropes: Vec::new(),
+            layers: vec![block; config.required(sizes.layers, 1..=10_000)?],
+            norm: None,
+            head,
+        },
+        names: Names {
+            bases,
+            slots,
+            root: own.to_vec(),
+            tied: config.flag("tie_word_embeddings", true)?,
+            aliases: &[
+                ("LayerNorm.gamma", "LayerNorm.weight"),
+                ("LayerNorm.beta", "LayerNorm.bias"),
+                ("cls.predictions.bias", "cls.predictions.decoder.bias"),
+                ("lm_head.bias", "lm_head.decoder.bias"),
+            ],
+            ignore,
+        },
+    })
+}
+
+/// What the model was made for: the end of its architecture's name.
+fn task(config: &Config) -> Result<&'static str, ModelError> {
+    let Some(architectures) = config.strings("architectures")? else { return Ok("Model") };
+    let known = [
+        ("ForMaskedLM", "ForMaskedLM"),
+        ("ForPreTraining", "ForMaskedLM"),
+        ("ForSequenceClassification", "ForSequenceClassification"),
+        ("Model", "Model"),
+    ];
+    let task = known.into_iter().find(|(end, _)| architectures.iter().any(|a| a.ends_with(end)));
+    task.map(|(_, task)| task).ok_or_else(|| {
+        config.error("architectures", "a model, or one for MaskedLM or SequenceClassification").into()
+    })
+}
+
+/// The classes that `id2label` names, and how their logits are read.
+fn classifier(config: &Config, act: Act) -> Result<Head, ModelError> {
+    let labels = match config.object("id2label")? {
+        Some(names) => (0..names.count())
+            .map(|i| {
+                let field = i.to_string();
+                let name = names.string(&field)?.map(str::to_owned);
+                name.ok_or_else(|| names.error(&field, "a name for each class, numbered from 0"))
+            })
+            .collect::<Result<Vec<_>, _>>()?,
+        None => {
+            let count = config.integer("num_labels", 1..=MAX_LABELS)?.unwrap_or(2);
+            (0..count).map(|i| format!("LABEL_{i}")).collect()
+        }
+    };
+    if labels.is_empty() || labels.len() > MAX_LABELS {
+        return Err(config.error("id2label", format!("1 to {MAX_LABELS} classes")).into());
+    }
+    let scoring = match config.string("problem_type")? {
+        Some("multi_label_classification") => Scoring::Sigmoid,
+        Some("regression") => Scoring::None,
+        None | Some("single_label_classification") if labels.len() > 1 => Scoring::Softmax,
+        None | Some("single_label_classification") => Scoring::Sigmoid,
+        Some(_) => {
+            let expected = "single_label_classification, multi_label_classification or regression";
+            return Err(config.error("problem_type", expected).into());
+        }
+    };
+    Ok(Head::Classify { act, labels, scoring })
+}

@@ -1,0 +1,444 @@
+//! The forward pass of one step through the layers of a stage.
+
+use strata_proto::DType;
+
+use super::{
+    StepError,
+    blocks::{Attention, Ffn, Flow, Head, Input, Layer, Moe, Norm, Pool, Position, Slot, Tower},
+    stage::{Block, NormWeights, Projection},
+    workspace::Workspace,
+};
+use crate::{
+    kernels::{
+        buffer::round_to,
+        cpu::{
+            Cpu,
+            attention::Attention as AttentionCall,
+            linear::{Linear, Output, Rows},
+            moe::Route,
+            norm::{Activate, GateMul, HeadNorm, NormRows, SoftCap},
+            packed::Table,
+            rope::{self, Angles, RopeAndStore},
+        },
+    },
+    kv_cache::{BLOCK_TOKENS, BatchRow, KvLayer},
+};
+
+/// Least length by which a vector is divided (torch's `normalize`).
+const MIN_LENGTH: f32 = 1e-12;
+
+/// One step on its way through a stage. All its inputs have been checked.
+pub(super) struct Pass<'a> {
+    pub cpu: Cpu,
+    pub work: &'a mut Workspace,
+    /// One per layer of the stage; none in an encoder.
+    pub cache: &'a mut [KvLayer],
+    pub tower: &'a Tower,
+    pub rows: &'a [BatchRow<'a>],
+    pub tokens: usize,
+    /// Format of the residual stream.
+    pub dtype: DType,
+}
+
+impl Pass<'_> {
+    /// The residual stream of token ids. `tied` holds the embedding's rows if `block` does not.
+    pub fn embed(
+        &mut self,
+        block: &Block,
+        tied: Option<&Block>,
+        ids: &[u32],
+        segments: &[u32],
+    ) -> Result<(), StepError> {
+        let (width, input, dtype) = (self.tower.width, self.tower.input, self.dtype);
+        let Workspace { residual, normed, .. } = &mut *self.work;
+        let residual = &mut residual[..ids.len() * width];
+        for (id, out) in ids.iter().zip(residual.chunks_exact_mut(width)) {
+            match (block.table(Slot::Embedding), tied) {
+                (Some(table), _) => table.gather(*id as usize, out),
+                (None, Some(head)) => head.product(Slot::Head, 0)?.matrix.gather(*id as usize, out),
+                (None, None) => return Err(StepError::Weights),
+            }
+        }
+        if input == Input::TOKENS {
+            return Ok(());
+        }
+        let scale = round_to(dtype, input.scale);
+        let other = &mut normed[..width];
+        let mut add = |out: &mut [f32], table: Option<&Table>, index: usize| {
+            table.ok_or(StepError::Weights)?.gather(index, other);
+            out.iter_mut().zip(&*other).for_each(|(x, y)| *x += y);
+            Ok(())
+        };
+        let positions = self.rows.iter().flat_map(|r| r.start..r.start + r.count);
+        for (i, (out, position)) in residual.chunks_exact_mut(width).zip(positions).enumerate() {
+            out.iter_mut().for_each(|x| *x *= scale);
+            if input.segments > 0 {
+                add(out, block.table(Slot::Segments), segments.get(i).map_or(0, |s| *s as usize))?;
+            }
+            if let Some(learned) = input.positions {
+                add(out, block.table(Slot::Positions), learned.first + position as usize)?;
+            }
+            out.iter_mut().for_each(|x| *x = round_to(dtype, *x));
+        }
+        if let Some(norm) = input.norm {
+            self.renorm(norm, block.norm(Slot::InputNorm)?)
+        }
+        Ok(())
+    }
+
+    /// Sine and cosine of every token, for each set of frequencies.
+    pub fn angles(&mut self) {
+        for (rope, (angles, stride)) in self.tower.ropes.iter().zip(&mut self.work.angles) {
+            let set = |row: &BatchRow<'_>| {
+                let set = &rope.sets[(row.rope_set as usize).min(rope.sets.len() - 1)];
+                (&*set.inv_freq, set.factor)
+            };
+            rope::angles(self.rows, set, angles, *stride);
+        }
+    }
+
+    /// One layer, the stage's `index`th: what attention and the feed-forward block yield is added to the residual.
+    pub fn layer(&mut self, index: usize, layer: &Layer, block: &Block) -> Result<(), StepError> {
+        let Layer { flow, attention, ffn } = layer;
+        let norm = flow.norm();
+        self.enter(*flow, block, Slot::AttentionNorm)?;
+        self.attend(attention, index, block)?;
+        if matches!(flow, Flow::ParallelTwo(_)) {
+            // Attention has not been added yet.
+            self.enter(*flow, block, Slot::FfnNorm)?;
+        }
+        self.project(*flow, block.product(Slot::AttentionOut, 0)?, Inner::Attention, attention.q_width());
+        match flow {
+            Flow::Sandwich(_) => self.add_normed(norm, block.norm(Slot::AttentionPostNorm)?),
+            Flow::Post(_) => self.renorm(norm, block.norm(Slot::AttentionNorm)?),
+            _ => {}
+        }
+        if matches!(flow, Flow::Pre(_) | Flow::Post(_) | Flow::Sandwich(_)) {
+            self.enter(*flow, block, Slot::FfnNorm)?;
+        }
+        match ffn {
+            Ffn::Moe(moe) => self.experts(*flow, *moe, block)?,
+            Ffn::Plain(_) | Ffn::Gated(_) => {
+                self.up(*ffn, block)?;
+                self.project(*flow, block.product(Slot::Down, 0)?, Inner::Up, ffn.up_width());
+            }
+        }
+        match flow {
+            Flow::Sandwich(_) => self.add_normed(norm, block.norm(Slot::FfnPostNorm)?),
+            Flow::Post(_) => self.renorm(norm, block.norm(Slot::FfnNorm)?),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Makes the input of a block (`normed`) from the residual stream.
+    fn enter(&mut self, flow: Flow, block: &Block, slot: Slot) -> Result<(), StepError> {
+        if matches!(flow, Flow::Post(_)) {
+            let len = self.tokens * self.tower.width;
+            self.work.normed[..len].copy_from_slice(&self.work.residual[..len]);
+            return Ok(());
+        }
+        let NormWeights { weight, bias } = block.norm(slot)?;
+        let x = Rows { data: &self.work.residual, stride: self.tower.width, count: self.tokens };
+        self.cpu.norm(NormRows {
+            norm: flow.norm(),
+            x,
+            weight,
+            bias: bias.as_deref(),
+            out: &mut self.work.normed,
+            output: Output::Store,
+        });
+        Ok(())
+    }
+
+    /// Adds the norm of `normed` to the residual stream.
+    fn add_normed(&mut self, norm: Norm, NormWeights { weight, bias }: &NormWeights) {
+        let Workspace { residual, normed, .. } = &mut *self.work;
+        let x = Rows { data: normed, stride: self.tower.width, count: self.tokens };
+        let (bias, output) = (bias.as_deref(), Output::AddRounded(self.dtype));
+        self.cpu.norm(NormRows { norm, x, weight, bias, out: residual, output });
+    }
+
+    /// Replaces the residual stream by its norm.
+    fn renorm(&mut self, norm: Norm, NormWeights { weight, bias }: &NormWeights) {
+        let Workspace { residual, normed, .. } = &mut *self.work;
+        let len = self.tokens * self.tower.width;
+        let x = Rows { data: residual, stride: self.tower.width, count: self.tokens };
+        let (bias, output) = (bias.as_deref(), Output::StoreRounded(self.dtype));
+        self.cpu.norm(NormRows { norm, x, weight, bias, out: normed, output });
+        residual[..len].copy_from_slice(&normed[..len]);
+    }
+
+    /// The last product of a block: into the residual stream, or into `normed` where a norm follows.
+    fn project(&mut self, flow: Flow, product: &Projection, from: Inner, stride: usize) {
+        let Workspace { residual, normed, attention, up, .. } = &mut *self.work;
+        let data: &[f32] = match from {
+            Inner::Attention => attention,
+            Inner::Up => up,
+        };
+        let (out, output) = match flow {
+            Flow::Sandwich(_) => (normed, Output::Store),
+            _ => (residual, Output::AddRounded(self.dtype)),
+        };
+        self.cpu.linear(Linear {
+            weight: &product.matrix,
+            bias: product.bias.as_deref(),
+            x: Rows { data, stride, count: self.tokens },
+            out,
+            output,
+        });
+    }
+
+    /// Attention over `normed`, before its last product.
+    fn attend(&mut self, attention: &Attention, index: usize, block: &Block) -> Result<(), StepError> {
+        let Self { cpu, work, cache, tower, rows, tokens, .. } = self;
+        let Workspace { normed, qkv, attention: out, angles, sequence, .. } = &mut **work;
+        let stride = attention.qkv_width();
+        let qkv = &mut qkv[..*tokens * stride];
+        let product = block.product(Slot::Qkv, 0)?;
+        cpu.linear(Linear {
+            weight: &product.matrix,
+            bias: product.bias.as_deref(),
+            x: Rows { data: normed, stride: tower.width, count: *tokens },
+            out: qkv,
+            output: Output::Store,
+        });
+        if let Some(norm) = attention.qk_norm {
+            let (query, key) = (block.norm(Slot::QueryNorm)?, block.norm(Slot::KeyNorm)?);
+            cpu.head_norm(HeadNorm {
+                norm,
+                qkv,
+                stride,
+                heads: attention.heads,
+                kv_heads: attention.kv_heads,
+                weights: [&query.weight, &key.weight],
+                biases: [query.bias.as_deref(), key.bias.as_deref()],
+            });
+        }
+        let mut attend = |first: usize, rows: &[BatchRow<'_>], cache: &mut KvLayer| {
+            let qkv = &mut qkv[first * stride..];
+            let angles = match attention.position {
+                Position::None => None,
+                Position::Rope(set) => {
+                    let (table, stride) = &angles[set];
+                    let pairs = tower.ropes[set].pairs();
+                    Some(Angles { table: &table[first * stride..], stride: *stride, pairs })
+                }
+            };
+            cpu.rope_and_store(RopeAndStore { qkv, angles, heads: attention.heads, rows }, cache);
+            cpu.attention(AttentionCall {
+                q: qkv,
+                stride,
+                out: &mut out[first * attention.q_width()..],
+                cache,
+                rows,
+                heads: attention.heads,
+                scale: attention.scale,
+                softcap: attention.softcap,
+                span: attention.span,
+            });
+        };
+        let Some(sequence) = sequence else {
+            attend(0, rows, &mut cache[index]);
+            return Ok(());
+        };
+        // Nothing is kept: one sequence's keys and values at a time are enough.
+        let mut first = 0;
+        let blocks: Vec<u32> = (0..tokens.div_ceil(BLOCK_TOKENS) as u32).collect();
+        for row in *rows {
+            attend(first, &[BatchRow { blocks: &blocks, ..*row }], sequence);
+            first += row.count as usize;
+        }
+        Ok(())
+    }
+
+    /// The inner rows of a feed-forward block from `normed`.
+    fn up(&mut self, ffn: Ffn, block: &Block) -> Result<(), StepError> {
+        let slot = if matches!(ffn, Ffn::Plain(_)) { Slot::Up } else { Slot::GateUp };
+        let Workspace { normed, up, .. } = &mut *self.work;
+        let product = block.product(slot, 0)?;
+        let (mlp, up) = (ffn.mlp(), &mut up[..self.tokens * ffn.up_width()]);
+        self.cpu.linear(Linear {
+            weight: &product.matrix,
+            bias: product.bias.as_deref(),
+            x: Rows { data: normed, stride: self.tower.width, count: self.tokens },
+            out: up,
+            output: Output::Store,
+        });
+        match ffn {
+            Ffn::Plain(_) => self.cpu.activate(Activate { act: mlp.act, x: up }),
+            _ => self.cpu.gate_mul(GateMul { act: mlp.act, gate_up: up, width: mlp.inner }),
+        }
+        Ok(())
+    }
+
+    /// A mixture of experts over `normed`. Each expert computes the rows that chose it; what they yield is added up by
+    /// ascending expert, so a token's bits depend on nobody else's choice.
+    fn experts(&mut self, flow: Flow, moe: Moe, block: &Block) -> Result<(), StepError> {
+        let (tokens, width, inner) = (self.tokens, self.tower.width, moe.mlp.inner);
+        let Workspace { residual, normed, up, experts: Some(scratch), .. } = &mut *self.work else {
+            return Err(StepError::Weights);
+        };
+        let router = block.product(Slot::Router, 0)?;
+        self.cpu.linear(Linear {
+            weight: &router.matrix,
+            bias: router.bias.as_deref(),
+            x: Rows { data: normed, stride: width, count: tokens },
+            out: &mut scratch.logits,
+            output: Output::Store,
+        });
+        let chosen = &mut scratch.chosen[..tokens * moe.active];
+        let shares = &mut scratch.shares[..tokens * moe.active];
+        Route {
+            logits: &mut scratch.logits[..tokens * moe.experts],
+            experts: moe.experts,
+            normalize: moe.normalize,
+            chosen: &mut *chosen,
+            shares: &mut *shares,
+            active: moe.active,
+        }
+        .run();
+        let sum = &mut scratch.sum[..tokens * width];
+        sum.fill(0.0);
+        for expert in 0..moe.experts {
+            let takers = || (0..chosen.len()).filter(|i| chosen[*i] as usize == expert);
+            let mut count = 0;
+            for (i, row) in takers().zip(scratch.rows.chunks_exact_mut(width)) {
+                row.copy_from_slice(&normed[i / moe.active * width..][..width]);
+                count += 1;
+            }
+            if count == 0 {
+                continue;
+            }
+            let (first, down) = (block.product(Slot::GateUp, expert)?, block.product(Slot::Down, expert)?);
+            self.cpu.linear(Linear {
+                weight: &first.matrix,
+                bias: first.bias.as_deref(),
+                x: Rows { data: &scratch.rows, stride: width, count },
+                out: up,
+                output: Output::Store,
+            });
+            let gate_up = &mut up[..count * 2 * inner];
+            self.cpu.gate_mul(GateMul { act: moe.mlp.act, gate_up, width: inner });
+            self.cpu.linear(Linear {
+                weight: &down.matrix,
+                bias: down.bias.as_deref(),
+                x: Rows { data: up, stride: 2 * inner, count },
+                out: &mut scratch.rows,
+                output: Output::Store,
+            });
+            for (i, row) in takers().zip(scratch.rows.chunks_exact(width)) {
+                let sum = &mut sum[i / moe.active * width..][..width];
+                sum.iter_mut().zip(row).for_each(|(s, x)| *s += shares[i] * x);
+            }
+        }
+        match flow {
+            Flow::Sandwich(_) => normed[..sum.len()].copy_from_slice(sum),
+            _ => residual.iter_mut().zip(&*sum).for_each(|(x, y)| *x = round_to(self.dtype, *x + y)),
+        }
+        Ok(())
+    }
+
+    /// Final norm and head of the wanted tokens, into `values`.
+    pub fn finish(&mut self, block: &Block, outputs: &[u32]) -> Result<(), StepError> {
+        let Self { cpu, tower, tokens, .. } = *self;
+        let width = tower.width;
+        if let Head::Embed { pool, normalize } = tower.head {
+            self.norm_rows(block, 0, 0, tokens)?;
+            self.pool(pool, normalize, outputs);
+            return Ok(());
+        }
+        for (i, token) in outputs.iter().enumerate() {
+            self.norm_rows(block, *token as usize, i, 1)?;
+        }
+        let Workspace { residual, normed, values, .. } = &mut *self.work;
+        let linear = |slot, x: &[f32], out: &mut [f32]| {
+            let Projection { matrix, bias } = block.product(slot, 0)?;
+            let x = Rows { data: x, stride: width, count: outputs.len() };
+            cpu.linear(Linear { weight: matrix, bias: bias.as_deref(), x, out, output: Output::Store });
+            Ok(())
+        };
+        let used = outputs.len() * width;
+        if let Head::Mlm(act, _) | Head::Classify { act, .. } = tower.head {
+            // Of the residual stream, nothing is needed any more.
+            linear(Slot::HeadDense, normed, residual)?;
+            cpu.activate(Activate { act, x: &mut residual[..used] });
+            normed[..used].copy_from_slice(&residual[..used]);
+        }
+        if let Head::Mlm(_, norm) = tower.head {
+            let NormWeights { weight, bias } = block.norm(Slot::HeadNorm)?;
+            let x = Rows { data: residual, stride: width, count: outputs.len() };
+            let (bias, output) = (bias.as_deref(), Output::Store);
+            cpu.norm(NormRows { norm, x, weight, bias, out: normed, output });
+        }
+        linear(Slot::Head, normed, values)?;
+        if let Head::Lm { softcap: Some(cap) } = tower.head {
+            cpu.soft_cap(SoftCap { cap, x: &mut values[..outputs.len() * tower.vocab] });
+        }
+        Ok(())
+    }
+
+    /// Final norm of `count` rows of the residual stream from row `from` on, into `normed` from row `to` on.
+    fn norm_rows(&mut self, block: &Block, from: usize, to: usize, count: usize) -> Result<(), StepError> {
+        let width = self.tower.width;
+        let Workspace { residual, normed, .. } = &mut *self.work;
+        let data = &residual[from * width..(from + count) * width];
+        let out = &mut normed[to * width..(to + count) * width];
+        let Some(norm) = self.tower.norm else {
+            out.copy_from_slice(data);
+            return Ok(());
+        };
+        let NormWeights { weight, bias } = block.norm(Slot::FinalNorm)?;
+        let x = Rows { data, stride: width, count };
+        self.cpu.norm(NormRows { norm, x, weight, bias: bias.as_deref(), out, output: Output::Store });
+        Ok(())
+    }
+
+    /// One vector for the sequence of each of `outputs`, from `normed`.
+    fn pool(&mut self, pool: Pool, normalize: bool, outputs: &[u32]) {
+        let width = self.tower.width;
+        let Workspace { normed, values, .. } = &mut *self.work;
+        let mut values = outputs.iter().zip(values.chunks_exact_mut(width)).peekable();
+        let mut first = 0;
+        for row in self.rows {
+            let end = first + row.count as usize;
+            let tokens = &normed[first * width..end * width];
+            while let Some((_, out)) = values.next_if(|(output, _)| (**output as usize) < end) {
+                pool_one(pool, tokens, out);
+                if normalize {
+                    let length = out.iter().map(|x| x * x).sum::<f32>().sqrt().max(MIN_LENGTH);
+                    out.iter_mut().for_each(|x| *x /= length);
+                }
+            }
+            first = end;
+        }
+    }
+}
+
+/// Where the input of a product lies.
+enum Inner {
+    Attention,
+    Up,
+}
+
+/// One vector of `tokens` `(count, width)`.
+fn pool_one(pool: Pool, tokens: &[f32], out: &mut [f32]) {
+    let width = out.len();
+    let mut rows = tokens.chunks_exact(width);
+    let count = rows.len() as f32;
+    let first = match pool {
+        Pool::Last => rows.next_back(),
+        _ => rows.next(),
+    };
+    out.copy_from_slice(first.unwrap_or(&tokens[..width]));
+    match pool {
+        Pool::First | Pool::Last => {}
+        Pool::Mean => {
+            rows.for_each(|row| out.iter_mut().zip(row).for_each(|(o, x)| *o += x));
+            out.iter_mut().for_each(|o| *o /= count);
+        }
+        Pool::Max => rows.for_each(|row| {
+            out.iter_mut().zip(row).for_each(|(o, x)| *o = if *x > *o { *x } else { *o });
+        }),
+    }
+}
