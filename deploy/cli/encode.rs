@@ -97,7 +97,7 @@ pub async fn fill_mask(args: FillMaskArgs) -> anyhow::Result<()> {
         for mask in &result.masks {
             let candidates = mask.candidates.iter().map(|c| format!("{} {:.4}", c.text.trim(), c.score));
             let candidates = candidates.collect::<Vec<_>>().join("  ");
-            writeln!(out, "{candidates}{}", note(result.dropped_tokens))?;
+            writeln!(out, "{index}:{}  {candidates}{}", mask.position, note(result.dropped_tokens))?;
         }
     }
     Ok(())

@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use serde::Deserialize;
 use serde_json::Value;
 use strata_coordinator::{
     Coordinator, CoordinatorConfig, StartError, grpc,
@@ -42,6 +43,26 @@ pub fn models_with_expectations() -> Vec<PathBuf> {
     found.sort();
     assert!(found.len() >= 5, "the fixtures are missing: {found:?}");
     found
+}
+
+/// What transformers makes of one input of an encoder.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ExpectedInput {
+    pub text: String,
+    pub pair: Option<String>,
+    pub ids: Vec<u32>,
+    #[serde(default)]
+    pub masked: Vec<u32>,
+    /// A vector, the logits of classes, or the logits of each mask.
+    pub values: Vec<Vec<f32>>,
+}
+
+/// What transformers makes of the inputs of an encoder; `None` for a decoder.
+pub fn encoder_expectations(directory: &Path) -> Option<Vec<ExpectedInput>> {
+    let text = std::fs::read_to_string(directory.join("expected.json")).unwrap();
+    let mut json: Value = serde_json::from_str(&text).unwrap();
+    let inputs = json["inputs"].take();
+    (!inputs.is_null()).then(|| serde_json::from_value(inputs).unwrap())
 }
 
 /// What transformers says about one prompt.

@@ -6,23 +6,26 @@ use serde_json::Value;
 
 use crate::cluster::{Cluster, Options};
 
-/// A Python that has grpcio. Without one the test is skipped out loud, except in CI, where that is a failure.
-fn python() -> Option<String> {
-    let python = std::env::var("STRATA_TEST_PYTHON").unwrap_or_else(|_| "python3".into());
+/// The Python whose packages tests use.
+pub fn python() -> String {
+    std::env::var("STRATA_TEST_PYTHON").unwrap_or_else(|_| "python3".into())
+}
+
+/// Skips a test out loud, as something is not installed; in CI, that is a failure.
+pub fn skip(why: &str) {
+    assert!(std::env::var_os("CI").is_none(), "in CI nothing is skipped: {why}");
+    // Written past the capture of the test harness, so that a skip is seen.
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {why}, and set STRATA_TEST_PYTHON");
+}
+
+/// A Python that has grpcio.
+fn python_with_grpcio() -> Option<String> {
+    let python = python();
     let has = Command::new(&python).args(["-c", "import grpc, grpc_reflection, grpc_health"]).output();
     if has.is_ok_and(|o| o.status.success()) {
         return Some(python);
     }
-    assert!(
-        std::env::var_os("CI").is_none(),
-        "{python} has no grpcio: CI must install tests/clients/requirements.txt"
-    );
-    // Written past the capture of the test harness, so that a skip is seen.
-    let _ = writeln!(
-        std::io::stderr(),
-        "SKIPPED: foreign_client needs grpcio; pip install -r tests/clients/requirements.txt \
-         and set STRATA_TEST_PYTHON"
-    );
+    skip("foreign_client needs grpcio; pip install -r tests/clients/requirements.txt");
     None
 }
 
@@ -38,7 +41,7 @@ fn reflect(python: &str, address: &str, extra: &[&str]) -> Vec<Value> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn grpcio_finds_health_and_streams_by_reflection_alone() {
-    let Some(python) = python() else { return };
+    let Some(python) = python_with_grpcio() else { return };
     let cluster = Cluster::start(&Options { workers: 2, ..Options::default() }).await;
     let address = cluster.address.clone();
     let run = |extra: &'static [&'static str]| {

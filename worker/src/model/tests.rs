@@ -1,6 +1,7 @@
 //! Whole models against transformers, and against themselves under every split, chunking and batch.
 
 mod bind;
+mod encoders;
 mod invariance;
 
 use std::{
@@ -110,8 +111,9 @@ fn every_fixture_matches_transformers_in_float32() {
         let dir = dir.unwrap().path();
         let Ok(expected) = fs::read_to_string(dir.join("expected.json")) else { continue };
         let expected: Value = serde_json::from_str(&expected).unwrap();
+        let Some(prompts) = expected["prompts"].as_array() else { continue };
         let mut pipeline = Pipeline::new(&dir, &[], DType::F32);
-        for prompt in expected["prompts"].as_array().unwrap() {
+        for prompt in prompts {
             let (prompt_ids, greedy) = (ids(&prompt["ids"]), ids(&prompt["greedy_ids"]));
             let (logits, answer) = pipeline.generate(&prompt_ids, 64, greedy.len());
             let row = numbers(&prompt["last_row"]);
@@ -123,7 +125,7 @@ fn every_fixture_matches_transformers_in_float32() {
             checked += 1;
         }
     }
-    assert!(checked >= 5);
+    assert!(checked >= 70);
 }
 
 #[test]

@@ -9,11 +9,15 @@ use super::{Checkpoint, WeightsError, open_regular};
 /// Bytes taken at each sampled place of a tensor.
 const SAMPLE: u64 = 64;
 
-/// SHA-256 over `config.json`, `tokenizer.json`, every header, and three samples of each tensor (its beginning, middle
+/// Files beside the weights that change what a model answers.
+const NAMED: [&str; 5] =
+    ["config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json", "sentence_bert_config.json"];
+
+/// SHA-256 over the [files](NAMED) beside the weights, every header, and three samples of each tensor (its beginning, middle
 /// and end): enough to tell fine-tunes of one architecture apart without reading the weights.
 pub(super) fn compute(checkpoint: &Checkpoint) -> Result<String, WeightsError> {
     let mut hash = Sha256::new();
-    for name in ["config.json", "tokenizer.json"] {
+    for name in NAMED {
         add_file(checkpoint, name, &mut hash)?;
     }
     for shard in &checkpoint.shards {
