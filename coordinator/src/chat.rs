@@ -5,8 +5,14 @@
 
 use std::collections::BTreeMap;
 
+use chrono::{
+    DateTime, Local,
+    format::{Item, StrftimeItems},
+};
 use minijinja::{
-    Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig, value::Kwargs, value::Serde,
+    Environment, Error, ErrorKind, State, Value, context,
+    syntax::SyntaxConfig,
+    value::{Kwargs, Serde, from_args},
 };
 use serde::{Deserialize, Serialize};
 use strata_proto::Files;
@@ -125,11 +131,13 @@ impl ChatTemplate {
         environment.set_syntax(syntax.map_err(|e| ChatError::Syntax(e.to_string()))?);
         environment.set_fuel(Some(FUEL));
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(python_method);
+        environment.add_function("strftime_now", |format: String| strftime(&format, Local::now()));
         environment.add_filter("tojson", to_json);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
+        let source = without_generation(&source);
         environment.add_template_owned(NAME, source).map_err(|e| ChatError::Syntax(e.to_string()))?;
         Ok(ChatTemplate { environment, special_tokens })
     }
@@ -147,6 +155,71 @@ impl ChatTemplate {
         let rendered = self.environment.get_template(NAME).and_then(|t| t.render(variables));
         rendered.map_err(|e| ChatError::Refused(e.detail().map_or_else(|| e.to_string(), str::to_owned)))
     }
+}
+
+/// Methods of Python's strings and lists: minijinja's, and some more that templates use.
+fn python_method(
+    state: &mut State<'_, '_>,
+    value: &Value,
+    method: &str,
+    args: &[Value],
+) -> Result<Value, Error> {
+    let missing = || Error::new(ErrorKind::InvalidOperation, "index: the value is not there");
+    match (value.as_str(), method) {
+        (Some(text), "removeprefix" | "removesuffix") => {
+            let (part,): (&str,) = from_args(args)?;
+            let rest = match method {
+                "removeprefix" => text.strip_prefix(part),
+                _ => text.strip_suffix(part),
+            };
+            Ok(Value::from(rest.unwrap_or(text)))
+        }
+        (Some(text), "index") => {
+            let (part,): (&str,) = from_args(args)?;
+            let at = text.find(part).ok_or_else(missing)?;
+            Ok(Value::from(text[..at].chars().count()))
+        }
+        (None, "index") => {
+            let (wanted,): (Value,) = from_args(args)?;
+            let at = value.try_iter()?.position(|item| item == wanted);
+            Ok(Value::from(at.ok_or_else(missing)?))
+        }
+        _ => minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args),
+    }
+}
+
+/// `now` as Python's `strftime` writes it.
+fn strftime(format: &str, now: DateTime<Local>) -> Result<String, Error> {
+    let items: Vec<_> = StrftimeItems::new(format).collect();
+    if items.contains(&Item::Error) {
+        let why = format!("strftime_now: {format:?} is no format of a time");
+        return Err(Error::new(ErrorKind::InvalidOperation, why));
+    }
+    Ok(now.format_with_items(items.iter()).to_string())
+}
+
+/// The template without transformers' `generation` blocks, which mark the model's part for training and write nothing:
+/// blocks that trim the same space around them take their place.
+fn without_generation(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(begin) = rest.find("{%") {
+        let Some(len) = rest[begin..].find("%}") else { break };
+        let (before, tag) = (&rest[..begin], &rest[begin + 2..begin + len]);
+        out.push_str(before);
+        let name = tag.trim_matches(['-', '+']).trim();
+        let instead = match name {
+            "generation" => Some("if true"),
+            "endgeneration" => Some("endif"),
+            _ => None,
+        };
+        out.push_str("{%");
+        out.push_str(&instead.map_or_else(|| tag.to_owned(), |instead| tag.replacen(name, instead, 1)));
+        out.push_str("%}");
+        rest = &rest[begin + len + 2..];
+    }
+    out.push_str(rest);
+    out
 }
 
 /// Python's `json.dumps(value, ensure_ascii=False)`: spaces after separators, order kept, nothing escaped for HTML.
@@ -258,6 +331,18 @@ mod tests {
         let old = Files::from([file("tokenizer_config.json", old.into())]);
         assert_eq!(ChatTemplate::new(&old).unwrap().unwrap().render(&chat, true).unwrap(), "<s>!");
         assert!(ChatTemplate::new(&Files::new()).unwrap().is_none());
+    }
+
+    #[test]
+    fn times_are_written_as_python_writes_them() {
+        use chrono::TimeZone;
+        let then = Local.with_ymd_and_hms(2026, 3, 7, 9, 5, 0).unwrap();
+        assert_eq!(strftime("%d %b %Y, %H:%M", then).unwrap(), "07 Mar 2026, 09:05");
+        assert!(strftime("%!", then).is_err());
+        let today = compile("{{ strftime_now('%Y') | length }}").unwrap();
+        assert_eq!(today.render(&[], true).unwrap(), "4");
+        let bad = compile("{{ strftime_now('%!') }}").unwrap();
+        assert!(matches!(bad.render(&[], true), Err(ChatError::Refused(_))));
     }
 
     #[test]

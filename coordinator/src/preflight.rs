@@ -5,7 +5,7 @@
 use std::{collections::BTreeSet, fmt, str::FromStr};
 
 use serde::Serialize;
-use strata_proto::{Files, ModelProfile};
+use strata_proto::{Files, ModelProfile, v1::Task};
 
 use crate::{
     chat::{ChatError, Message},
@@ -23,6 +23,8 @@ pub enum Check {
     Tokenizer,
     /// Every token id of the tokenizer is a row of the embedding.
     TokenIds,
+    /// The tokenizer is of a kind that the model's family has, and frames an encoder's input.
+    Family,
     /// bos, eos and pad of the tokenizer are those of the configuration.
     SpecialTokens,
     /// The chat template, if there is one, compiles and renders.
@@ -35,9 +37,10 @@ pub enum Check {
 
 impl Check {
     /// Every check, in order.
-    pub const ALL: [Check; 6] = [
+    pub const ALL: [Check; 7] = [
         Check::Tokenizer,
         Check::TokenIds,
+        Check::Family,
         Check::SpecialTokens,
         Check::ChatTemplate,
         Check::RoundTrip,
@@ -49,6 +52,7 @@ impl Check {
         match self {
             Check::Tokenizer => "tokenizer",
             Check::TokenIds => "token-ids",
+            Check::Family => "family",
             Check::SpecialTokens => "special-tokens",
             Check::ChatTemplate => "chat-template",
             Check::RoundTrip => "round-trip",
@@ -129,6 +133,7 @@ pub fn inspect(files: &Files, profile: &ModelProfile, skip: &[Check]) -> (Option
     let findings = [
         (Check::Tokenizer, Ok(format!("{} tokens", tokenizer.size()))),
         (Check::TokenIds, token_ids(&tokenizer, profile)),
+        (Check::Family, family(&tokenizer, profile)),
         (Check::SpecialTokens, special_tokens(&tokenizer, profile)),
         (Check::ChatTemplate, chat_template(&tokenizer)),
         (Check::RoundTrip, round_trip(&tokenizer)),
@@ -146,6 +151,34 @@ fn token_ids(tokenizer: &Tokenizer, profile: &ModelProfile) -> Result<String, St
         "the tokenizer knows id {highest} but the embedding has {rows} rows: this tokenizer belongs to another model; \
          put the right tokenizer.json beside the weights"
     ))
+}
+
+fn family(tokenizer: &Tokenizer, profile: &ModelProfile) -> Result<String, String> {
+    let (kind, family) = (tokenizer.kind(), &profile.family);
+    if !profile.tokenizers.iter().any(|t| t == kind) {
+        return Err(format!(
+            "the tokenizer is a {kind} one, but models of family {family} have {}: it belongs to another model; put the \
+             right tokenizer.json beside the weights",
+            profile.tokenizers.join(" or ")
+        ));
+    }
+    if profile.task == Task::Generate {
+        return Ok(format!("{kind}, as {family} has"));
+    }
+    if profile.task == Task::FillMask && tokenizer.mask().is_none() {
+        return Err("the tokenizer has no mask token: name one as mask_token in tokenizer_config.json".into());
+    }
+    let ids = tokenizer.encode_input(PROBE, None, None).map_err(|e| e.to_string())?.ids;
+    for (name, found) in [("cls_token", ids.first()), ("sep_token", ids.last())] {
+        let expected = tokenizer.special_token(name).and_then(|text| tokenizer.token_id(text));
+        if expected.is_some() && expected.as_ref() != found {
+            return Err(format!(
+                "the tokenizer does not put {name} around a text, which this encoder was trained on: its tokenizer.json has \
+                 no post-processor; convert the tokenizer anew"
+            ));
+        }
+    }
+    Ok(format!("{kind}, as {family} has, and frames a text"))
 }
 
 fn special_tokens(tokenizer: &Tokenizer, profile: &ModelProfile) -> Result<String, String> {
@@ -202,7 +235,7 @@ fn round_trip(tokenizer: &Tokenizer) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
-    use strata_proto::{DType, FormatBytes, Module, v1::Task};
+    use strata_proto::{DType, FormatBytes, Module};
 
     use super::*;
 
@@ -230,6 +263,7 @@ mod tests {
             labels: vec![],
             scoring: strata_proto::v1::Scoring::Unspecified,
             segments: 0,
+            tokenizers: vec!["BPE".into()],
         }
     }
 
@@ -264,6 +298,18 @@ mod tests {
         refused(&garbage, &profile(2048, 1), Check::Tokenizer, "tokenizer.json");
         let other = with("tokenizer_config.json", r#"{"eos_token": "</s>"}"#);
         refused(&other, &profile(2048, 1), Check::SpecialTokens, "does not know");
+        let other_kind = ModelProfile { tokenizers: vec!["WordPiece".into()], ..profile(2048, 1) };
+        refused(
+            &demo(),
+            &other_kind,
+            Check::Family,
+            "is a BPE one, but models of family llama have WordPiece",
+        );
+        let masks = ModelProfile { task: Task::FillMask, ..profile(2048, 1) };
+        refused(&demo(), &masks, Check::Family, "no mask token");
+        let unframed = with("tokenizer_config.json", r#"{"cls_token": "<|eos|>"}"#);
+        let embeds = ModelProfile { task: Task::Embed, ..profile(2048, 1) };
+        refused(&unframed, &embeds, Check::Family, "does not put cls_token around a text");
         let raises = with("chat_template.jinja", "{{ raise_exception('no') }}");
         refused(&raises, &profile(2048, 1), Check::ChatTemplate, "refuses these messages: no");
         let broken = with("chat_template.jinja", "{% if %}");

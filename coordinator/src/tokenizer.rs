@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use strata_proto::{Files, v1::Truncation};
 use tokenizers::{
-    Encoding, PostProcessor, TruncationDirection, TruncationParams, TruncationStrategy,
+    Encoding, ModelWrapper, PostProcessor, TruncationDirection, TruncationParams, TruncationStrategy,
     utils::truncation::truncate_encodings,
 };
 
@@ -141,6 +141,8 @@ impl Tokenizer {
     ) -> Result<Encoded, TokenizerError> {
         let failed = |e: tokenizers::Error| TokenizerError::Failed(e.to_string());
         let tokenizer = self.mask.as_ref().map_or(&self.inner, |mask| &mask.tokenizer);
+        // As transformers: an empty second text is none.
+        let pair = pair.filter(|pair| !pair.is_empty());
         let mut first = tokenizer.encode(text, false).map_err(failed)?;
         let mut second = pair.map(|pair| tokenizer.encode(pair, false)).transpose().map_err(failed)?;
         let count = |a: &Encoding, b: &Option<Encoding>| a.len() + b.as_ref().map_or(0, Encoding::len);
@@ -240,6 +242,16 @@ impl Tokenizer {
     /// If the tokenizer fails on these ids.
     pub fn decode(&self, ids: &[u32], keep_special: bool) -> Result<String, TokenizerError> {
         self.inner.decode(ids, !keep_special).map_err(|e| TokenizerError::Failed(e.to_string()))
+    }
+
+    /// What kind it is, as `model.type` of tokenizer.json names it.
+    pub fn kind(&self) -> &'static str {
+        match self.inner.get_model() {
+            ModelWrapper::BPE(_) => "BPE",
+            ModelWrapper::WordPiece(_) => "WordPiece",
+            ModelWrapper::WordLevel(_) => "WordLevel",
+            ModelWrapper::Unigram(_) => "Unigram",
+        }
     }
 
     /// Number of tokens.
@@ -429,6 +441,37 @@ mod tests {
         assert_eq!(ids[0], 0, "BOS is put in front");
         assert!(ids[1..].iter().all(|id| *id > 2), "{ids:?}");
         assert_eq!(tokenizer.decode(&ids, false).unwrap(), "a<|eos|>b");
+    }
+
+    #[test]
+    fn every_kind_of_tokenizer_gives_transformers_ids_for_hard_strings() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/models/tokenizers.json");
+        let json: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let ids = |v: &serde_json::Value| -> Vec<u32> {
+            v.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+        };
+        for (kind, entry) in json.as_object().unwrap() {
+            let file =
+                |name: &str, value: &serde_json::Value| (name.to_owned(), value.to_string().into_bytes());
+            let files = [
+                file("tokenizer.json", &entry["tokenizer"]),
+                file("tokenizer_config.json", &entry["config"]),
+            ];
+            let tokenizer = Tokenizer::new(&Files::from(files)).unwrap();
+            assert!(kind.ends_with(tokenizer.kind()) || kind.starts_with(tokenizer.kind()));
+            for case in entry["cases"].as_array().unwrap() {
+                let text = case["text"].as_str().unwrap();
+                assert_eq!(tokenizer.encode(text, true).unwrap(), ids(&case["ids"]), "{kind}: {text:?}");
+                let input = tokenizer.encode_input(text, None, None).unwrap();
+                assert_eq!(input.ids, ids(&case["ids"]), "{kind}, as an input: {text:?}");
+            }
+            for case in entry["pairs"].as_array().unwrap() {
+                let (text, pair) = (case["text"].as_str().unwrap(), case["pair"].as_str().unwrap());
+                let both = tokenizer.encode_input(text, Some(pair), None).unwrap();
+                assert_eq!(both.ids, ids(&case["ids"]), "{kind}: {text:?}, {pair:?}");
+                assert_eq!(both.segments, ids(&case["segments"]), "{kind}: {text:?}, {pair:?}");
+            }
+        }
     }
 
     #[test]

@@ -88,7 +88,7 @@ pub struct DeploymentArgs {
     /// Most prompt tokens of one sequence in one step
     #[arg(long, env = "STRATA_PREFILL_CHUNK", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub prefill_chunk: u32,
-    /// Serve although this check fails: token-ids, special-tokens, chat-template, round-trip or output
+    /// Serve although this check fails: token-ids, family, special-tokens, chat-template, round-trip or output
     #[arg(long, env = "STRATA_SKIP_CHECK", value_delimiter = ',')]
     pub skip_check: Vec<Check>,
     /// Most requests in progress or waiting; more are refused at once

@@ -102,6 +102,8 @@ pub struct ModelProfile {
     pub scoring: v1::Scoring,
     /// Kinds of segments that the embedding knows.
     pub segments: u32,
+    /// Kinds of tokenizer that models of this family have, as `model.type` of tokenizer.json names them.
+    pub tokenizers: Vec<String>,
 }
 
 impl ModelProfile {
@@ -218,6 +220,7 @@ impl From<ModelProfile> for v1::Profile {
             labels: p.labels,
             scoring: p.scoring as i32,
             segments: p.segments,
+            tokenizers: p.tokenizers,
         }
     }
 }
@@ -235,6 +238,7 @@ impl TryFrom<v1::Profile> for ModelProfile {
             scoring,
             labels: p.labels,
             segments: p.segments,
+            tokenizers: p.tokenizers,
             dtype: p.dtype.parse()?,
             hidden_size: p.hidden_size,
             vocab_size: p.vocab_size,

@@ -60,6 +60,20 @@ impl Worth {
     }
 }
 
+/// The end of the longest range from `first` on that fits `offer`, or of the shortest one if none does.
+fn longest(costs: &Costs, offer: usize, first: usize, blocks: u64) -> usize {
+    let (mut low, mut high) = (first + 1, costs.layers() as usize);
+    while low < high {
+        let middle = low + (high - low).div_ceil(2);
+        if costs.bytes(LayerRange::new(first as u32, middle as u32), blocks) <= costs.budget(offer) {
+            low = middle;
+        } else {
+            high = middle - 1;
+        }
+    }
+    low
+}
+
 /// The best assignment with a cache of `blocks` blocks, or `None` if there is none.
 pub(super) fn assign(
     costs: &Costs,
@@ -80,13 +94,32 @@ pub(super) fn assign(
         let hopeless = |way: &Worth, more: usize, whole: &Option<Worth>| {
             whole.as_ref().is_some_and(|whole| !way.at_best(objective, more).better(whole))
         };
-        for (first, worth) in before.iter().enumerate().take(layers) {
+        // Where only the number of stages counts, whoever has placed more layers at no higher price is never worse off.
+        let greedy = objective == Objective::FewestStages && matches!(measure, Measure::Shape);
+        let mut ahead: Option<Worth> = None;
+        for (first, worth) in before.iter().enumerate().rev() {
             let Some(worth) = worth else { continue };
+            if greedy && ahead.as_ref().is_some_and(|ahead| !worth.better(ahead)) {
+                continue;
+            }
+            ahead = Some(*worth);
+            if first == layers {
+                continue;
+            }
             let staged = Worth { stages: worth.stages + one, ..*worth };
             if hopeless(&staged, offers_left.min(layers - first - 1), &best[layers]) {
                 continue;
             }
-            for end in first + 1..=layers {
+            // If a stage after this one is too many, this one must hold the rest.
+            let one_more = Worth { stages: staged.stages + 1, ..staged };
+            let must_end = objective == Objective::FewestStages && hopeless(&one_more, 0, &best[layers]);
+            let shortest = match must_end {
+                true => layers,
+                // For the same reason, a device that costs nothing takes all it can.
+                false if greedy && costs.penalty(offer) == 0 => longest(costs, offer, first, blocks),
+                false => first + 1,
+            };
+            for end in shortest..=layers {
                 let range = LayerRange::new(first as u32, end as u32);
                 if costs.bytes(range, blocks) > costs.budget(offer) {
                     // More layers only need more.

@@ -46,6 +46,7 @@ fn profile(layers: &[(u64, u64)], embedding: u64, tied: bool) -> ModelProfile {
         labels: vec![],
         scoring: strata_proto::v1::Scoring::Unspecified,
         segments: 0,
+        tokenizers: vec!["BPE".into()],
     }
 }
 

@@ -8,6 +8,7 @@ use strata_proto::{Experts, FormatBytes, ModelProfile, Module, v1};
 use super::{
     Model, ModelError,
     blocks::{Attention, Ffn, Head, Layer, Site, Slot, Source},
+    families,
     stage::Block,
     workspace,
 };
@@ -75,6 +76,7 @@ impl Model {
             labels,
             scoring,
             segments: tower.input.segments as u32,
+            tokenizers: families::tokenizers(&self.family),
         }
     }
 }

@@ -3,6 +3,7 @@
 mod bind;
 mod encoders;
 mod invariance;
+mod mutations;
 
 use std::{
     fs,

@@ -23,37 +23,58 @@ pub(super) struct Description {
 /// Reads a configuration into the shared blocks.
 type Describe = fn(&Config) -> Result<Description, ModelError>;
 
-/// Families by `model_type`.
-const FAMILIES: &[(&str, Describe)] = &[
-    ("bert", bert::describe),
-    ("distilbert", bert::describe_distil),
-    ("gemma2", gemma::describe_2),
-    ("gemma3_text", gemma::describe_3),
-    ("gpt2", gpt::describe_2),
-    ("gpt_neox", gpt::describe_neox),
-    ("llama", llama::describe),
-    ("mistral", mistral::describe),
-    ("mixtral", mistral::describe_mixtral),
-    ("phi", phi::describe),
-    ("phi3", phi::describe_3),
-    ("qwen2", qwen::describe_2),
-    ("qwen3", qwen::describe_3),
-    ("qwen3_moe", qwen::describe_3_moe),
-    ("roberta", bert::describe_roberta),
+/// A family that is served.
+struct Family {
+    /// `model_type` of its files.
+    name: &'static str,
+    describe: Describe,
+    /// Kinds of tokenizer that its models have, as `model.type` of tokenizer.json names them.
+    tokenizers: &'static [&'static str],
+}
+
+const fn bpe(name: &'static str, describe: Describe) -> Family {
+    Family { name, describe, tokenizers: &["BPE", "Unigram"] }
+}
+
+const fn word_piece(name: &'static str, describe: Describe) -> Family {
+    Family { name, describe, tokenizers: &["WordPiece"] }
+}
+
+/// Every family, by name.
+const FAMILIES: &[Family] = &[
+    word_piece("bert", bert::describe),
+    word_piece("distilbert", bert::describe_distil),
+    bpe("gemma2", gemma::describe_2),
+    bpe("gemma3_text", gemma::describe_3),
+    bpe("gpt2", gpt::describe_2),
+    bpe("gpt_neox", gpt::describe_neox),
+    bpe("llama", llama::describe),
+    bpe("mistral", mistral::describe),
+    bpe("mixtral", mistral::describe_mixtral),
+    bpe("phi", phi::describe),
+    bpe("phi3", phi::describe_3),
+    bpe("qwen2", qwen::describe_2),
+    bpe("qwen3", qwen::describe_3),
+    bpe("qwen3_moe", qwen::describe_3_moe),
+    bpe("roberta", bert::describe_roberta),
 ];
 
 /// The family that `model_type` names, and its description of `config`.
 pub(super) fn describe(config: &Config) -> Result<(String, Description), ModelError> {
     let expected = || {
-        let names: Vec<_> = FAMILIES.iter().map(|(name, _)| *name).collect();
+        let names: Vec<_> = FAMILIES.iter().map(|family| family.name).collect();
         format!("a supported family ({})", names.join(", "))
     };
-    let family = config.string("model_type")?.ok_or_else(|| config.error("model_type", expected()))?;
-    let (_, describe) = FAMILIES
-        .iter()
-        .find(|(name, _)| *name == family)
-        .ok_or_else(|| config.error("model_type", expected()))?;
-    Ok((family.to_owned(), describe(config)?))
+    let name = config.string("model_type")?.ok_or_else(|| config.error("model_type", expected()))?;
+    let family = FAMILIES.iter().find(|family| family.name == name);
+    let family = family.ok_or_else(|| config.error("model_type", expected()))?;
+    Ok((name.to_owned(), (family.describe)(config)?))
+}
+
+/// Kinds of tokenizer that models of a family have.
+pub(super) fn tokenizers(family: &str) -> Vec<String> {
+    let family = FAMILIES.iter().find(|f| f.name == family);
+    family.map_or(&[][..], |f| f.tokenizers).iter().map(|t| (*t).to_owned()).collect()
 }
 
 /// The activation that `field` names.

@@ -215,3 +215,72 @@ fn special_tokens_may_be_numbers_lists_or_negative() {
     let special = open(&config, &shapes()).unwrap().1.special;
     assert_eq!(special, SpecialTokens { bos: vec![1], eos: vec![5, 7], pad: vec![] });
 }
+
+/// A configuration as transformers 4 wrote it.
+fn to_version_4(config: &mut Value) {
+    let fields = config.as_object_mut().unwrap();
+    if let Some(dtype) = fields.shift_remove("dtype") {
+        fields.insert("torch_dtype".into(), dtype);
+    }
+    let family = fields["model_type"].as_str().unwrap().to_owned();
+    if let Some(experts) = fields.shift_remove("num_local_experts").filter(|_| family == "qwen3_moe") {
+        fields.insert("num_experts".into(), experts);
+    } else if family == "mixtral" {
+        fields.insert("num_local_experts".into(), json!(5));
+    }
+    if fields.shift_remove("layer_types").is_some() && family == "gemma3_text" {
+        fields.insert("sliding_window_pattern".into(), json!(3));
+    }
+    let Some(mut rope) = fields.shift_remove("rope_parameters") else { return };
+    if let Some(local) = rope.get("sliding_attention") {
+        fields.insert("rope_local_base_freq".into(), local["rope_theta"].clone());
+        rope = rope["full_attention"].clone();
+    }
+    let rope = rope.as_object_mut().unwrap();
+    let neox = family == "gpt_neox";
+    for (new, old) in [
+        ("rope_theta", if neox { "rotary_emb_base" } else { "rope_theta" }),
+        ("partial_rotary_factor", if neox { "rotary_pct" } else { "partial_rotary_factor" }),
+    ] {
+        if let Some(value) = rope.shift_remove(new) {
+            fields.insert(old.into(), value);
+        }
+    }
+    if let Some(kind) = rope.shift_remove("rope_type").filter(|kind| kind != "default") {
+        rope.insert("type".into(), kind);
+        fields.insert("rope_scaling".into(), Value::Object(rope.clone()));
+    }
+}
+
+#[test]
+fn both_generations_of_configuration_describe_the_same_model() {
+    let mut checked = 0;
+    for entry in fs::read_dir(models()).unwrap() {
+        let dir = entry.unwrap().path();
+        let Ok(text) = fs::read_to_string(dir.join("config.json")) else { continue };
+        let mut config: Value = serde_json::from_str(&text).unwrap();
+        if !config["transformers_version"].as_str().is_some_and(|v| v.starts_with('5')) {
+            continue;
+        }
+        let old = tempfile::tempdir().unwrap();
+        for file in fs::read_dir(&dir).unwrap() {
+            let file = file.unwrap().path();
+            if file.is_file() {
+                fs::copy(&file, old.path().join(file.file_name().unwrap())).unwrap();
+            }
+        }
+        let pooling = dir.join("1_Pooling");
+        if pooling.exists() {
+            fs::create_dir(old.path().join("1_Pooling")).unwrap();
+            fs::copy(pooling.join("config.json"), old.path().join("1_Pooling/config.json")).unwrap();
+        }
+        to_version_4(&mut config);
+        fs::write(old.path().join("config.json"), config.to_string()).unwrap();
+        let (_, new) = Model::open_dir(&dir).unwrap();
+        let (_, old) = Model::open_dir(old.path()).unwrap();
+        assert_eq!(new.tower, old.tower, "{}", dir.display());
+        assert_eq!(new.dtype, old.dtype, "{}", dir.display());
+        checked += 1;
+    }
+    assert!(checked >= 20, "{checked}");
+}
