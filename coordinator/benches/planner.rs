@@ -91,6 +91,8 @@ fn offer(i: usize, range: u64) -> Offer {
         bytes_per_second: 1e12,
         flops_per_second: 1e14,
         numerics: "bench".into(),
+        rates: Vec::new(),
+        host_cores: 0,
     };
-    Offer { worker: "w".into(), device }
+    Offer { worker: "w".into(), host: "h".into(), device }
 }

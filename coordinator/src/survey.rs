@@ -155,7 +155,8 @@ pub async fn survey(members: &[Member], model: &str) -> Result<Survey, PipelineE
         }
         for device in described.devices {
             let device = Device::try_from(device).map_err(nonsense)?;
-            offers.push(Offer { worker: member.name.clone(), device });
+            let (worker, host) = (member.name.clone(), member.host.clone());
+            offers.push(Offer { worker, host, device });
         }
         found.insert(member.name.clone(), (member.clone(), described.hub_id));
     }

@@ -45,6 +45,7 @@ fn offers(imagined: &[ImaginedDevices]) -> Vec<Offer> {
     let each = imagined.iter().flat_map(|d| std::iter::repeat_n(d, d.count as usize)).enumerate();
     let offer = |(number, d): (usize, &ImaginedDevices)| Offer {
         worker: IMAGINED.into(),
+        host: IMAGINED.into(),
         device: Device {
             id: format!("cuda:{number}"),
             kind: DeviceKind::Cuda,
@@ -54,6 +55,8 @@ fn offers(imagined: &[ImaginedDevices]) -> Vec<Offer> {
             bytes_per_second: d.bytes_per_second,
             flops_per_second: d.flops_per_second,
             numerics: IMAGINED.into(),
+            rates: Vec::new(),
+            host_cores: 0,
         },
     };
     each.map(offer).collect()

@@ -8,7 +8,7 @@ use std::{
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use strata_coordinator::messages::Notice;
-use strata_proto::Plan;
+use strata_proto::{Forecast, Plan};
 
 const BAR_WIDTH: u64 = 16;
 
@@ -65,13 +65,15 @@ pub fn plan_table(plan: &Plan) -> String {
                 stage.link.map_or("", |l| l.name()).to_owned(),
             ]);
         }
-        let total: f64 = replica.stages.iter().map(|s| s.predicted_ms).sum();
-        out += &format!(
-            "\nreplica {index}: {} stages, cache for {} tokens, predicted {:.1} tokens/s for one stream\n{table}",
-            replica.stages.len(),
-            replica.kv_capacity_tokens,
-            1e3 / total.max(1e-9),
-        );
+        let Forecast { single, batch, full } = replica.forecast;
+        let (stages, kv) = (replica.stages.len(), replica.kv_capacity_tokens);
+        let what = match kv {
+            0 => format!("predicted {single:.1} tokens/s for one input, {full:.1} in full steps of {batch}"),
+            _ => format!(
+                "cache for {kv} tokens, predicted {single:.1} tokens/s for one stream, {full:.1} for {batch} at once"
+            ),
+        };
+        out += &format!("\nreplica {index}: {stages} stages, {what}\n{table}");
     }
     out
 }

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::v1;
+use crate::{DType, v1};
 
 /// What kind of processor a device is. Rates are compared per kind, so that noise cannot change a split.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -33,6 +33,44 @@ pub struct Device {
     pub flops_per_second: f64,
     /// Numerics class of its kernels.
     pub numerics: String,
+    /// Measured arithmetic rates by format and rows; empty where only one is known.
+    pub rates: Vec<Rate>,
+    /// Cores of its host, which stages on CPUs share; 0 if it shares nothing.
+    pub host_cores: u32,
+}
+
+/// How fast products are.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Rate {
+    /// Format of the weights.
+    pub dtype: DType,
+    /// Rows of activations.
+    pub rows: u32,
+    /// Floating-point operations per second.
+    pub flops_per_second: f64,
+}
+
+impl Device {
+    /// Operations per second of products with weights in `dtype` and `rows` rows: between measurements, along the
+    /// logarithm of the rows.
+    pub fn flops(&self, dtype: DType, rows: f64) -> f64 {
+        let mut known: Vec<(f64, f64)> = self
+            .rates
+            .iter()
+            .filter(|r| r.dtype == dtype)
+            .map(|r| (f64::from(r.rows.max(1)).ln(), r.flops_per_second))
+            .collect();
+        known.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let at = rows.max(1.0).ln();
+        match known.iter().position(|(rows, _)| *rows >= at) {
+            Some(0) => known[0].1,
+            Some(next) => {
+                let ((a, low), (b, high)) = (known[next - 1], known[next]);
+                low + (high - low) * (at - a) / (b - a)
+            }
+            None => known.last().map_or(self.flops_per_second, |(_, rate)| *rate),
+        }
+    }
 }
 
 impl From<Device> for v1::Device {
@@ -49,6 +87,16 @@ impl From<Device> for v1::Device {
             bytes_per_second: d.bytes_per_second,
             flops_per_second: d.flops_per_second,
             numerics: d.numerics,
+            rates: d
+                .rates
+                .iter()
+                .map(|r| v1::Rate {
+                    dtype: r.dtype.name().to_owned(),
+                    rows: r.rows,
+                    flops_per_second: r.flops_per_second,
+                })
+                .collect(),
+            host_cores: d.host_cores,
         }
     }
 }
@@ -77,6 +125,15 @@ impl TryFrom<v1::Device> for Device {
             bytes_per_second: rate("bytes_per_second", d.bytes_per_second)?,
             flops_per_second: rate("flops_per_second", d.flops_per_second)?,
             numerics: d.numerics.clone(),
+            rates: d
+                .rates
+                .iter()
+                .map(|r| {
+                    let flops_per_second = rate("a rate", r.flops_per_second)?;
+                    Ok(Rate { dtype: r.dtype.parse()?, rows: r.rows, flops_per_second })
+                })
+                .collect::<Result<_, String>>()?,
+            host_cores: d.host_cores,
             id: d.id,
         })
     }

@@ -11,9 +11,9 @@ mod plan;
 mod profile;
 mod worker;
 
-pub use device::{Device, DeviceKind};
+pub use device::{Device, DeviceKind, Rate};
 pub use dtype::DType;
-pub use plan::{LayerRange, LinkKind, MapDevice, Plan, Replica, StagePlan};
+pub use plan::{Forecast, LayerRange, LinkKind, MapDevice, Plan, Replica, StagePlan};
 pub use profile::{Experts, FormatBytes, ModelProfile, Module};
 pub use worker::{Files, Progress, StageChannel, Worker};
 

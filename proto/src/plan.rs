@@ -137,6 +137,19 @@ pub struct Replica {
     pub stages: Vec<StagePlan>,
     /// Token positions the cache holds: the same on every stage.
     pub kv_capacity_tokens: u64,
+    /// How fast it is going to be.
+    pub forecast: Forecast,
+}
+
+/// Predicted speed of a pipeline, in tokens per second.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Forecast {
+    /// Of one stream.
+    pub single: f64,
+    /// Streams at once that `full` is about: those whose whole contexts the cache holds. Of an encoder: tokens of a step.
+    pub batch: u32,
+    /// Of all of them together.
+    pub full: f64,
 }
 
 /// How a model is spread over devices.
@@ -197,7 +210,12 @@ impl From<&Replica> for v1::Replica {
             numerics: s.numerics.clone(),
             link: s.link.map_or(String::new(), |l| l.name().to_owned()),
         });
-        v1::Replica { stages: stages.collect(), kv_capacity_tokens: replica.kv_capacity_tokens }
+        let Forecast { single, batch, full } = replica.forecast;
+        v1::Replica {
+            stages: stages.collect(),
+            kv_capacity_tokens: replica.kv_capacity_tokens,
+            forecast: Some(v1::Forecast { single, batch, full }),
+        }
     }
 }
 
@@ -236,6 +254,11 @@ impl TryFrom<v1::Replica> for Replica {
         Ok(Replica {
             stages: replica.stages.into_iter().map(stage).collect::<Result<_, _>>()?,
             kv_capacity_tokens: replica.kv_capacity_tokens,
+            forecast: replica.forecast.map_or(Forecast::default(), |f| Forecast {
+                single: f.single,
+                batch: f.batch,
+                full: f.full,
+            }),
         })
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{fmt, str::FromStr, sync::OnceLock, time::Instant};
 
-use strata_proto::{DType, Device, DeviceKind};
+use strata_proto::{DType, Device, DeviceKind, Rate};
 
 use crate::kernels::cpu::{
     self, Cpu,
@@ -104,7 +104,8 @@ fn memory() -> (u64, u64) {
 pub fn offers(specs: &[DeviceSpec], held: impl Fn(&str) -> u64) -> Vec<Device> {
     let (free, total) = memory();
     let uncapped = specs.iter().filter(|s| s.cap.is_none()).count().max(1) as u64;
-    let (bytes_per_second, flops_per_second) = measured_rates();
+    let &Measured { bytes_per_second, ref rates } = measured();
+    let flops_per_second = rates.iter().map(|r| r.flops_per_second).fold(1.0, f64::max);
     let offer = |spec: &DeviceSpec| Device {
         id: spec.id.clone(),
         kind: spec.kind,
@@ -114,45 +115,60 @@ pub fn offers(specs: &[DeviceSpec], held: impl Fn(&str) -> u64) -> Vec<Device> {
         bytes_per_second,
         flops_per_second,
         numerics: cpu::NUMERICS.to_owned(),
+        rates: rates.clone(),
+        host_cores: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
     };
     specs.iter().map(offer).collect()
 }
 
-/// Bytes per second of a one-row product and operations per second of a 64-row one, by the kernel that will do
-/// the work, measured once per process.
-fn measured_rates() -> (f64, f64) {
-    static RATES: OnceLock<(f64, f64)> = OnceLock::new();
-    *RATES.get_or_init(|| {
-        const ROWS: usize = 64;
-        // 16 MiB: more than one core's cache, little enough to take a few milliseconds.
-        const N: usize = 2048;
-        const K: usize = 2048;
-        let Ok(weight) = PackedMatrix::zeros(N, K, DType::F32) else {
+/// Speeds of this processor, by the kernels that will do the work.
+struct Measured {
+    bytes_per_second: f64,
+    rates: Vec<Rate>,
+}
+
+/// Rows at which arithmetic is measured.
+const ROWS: [usize; 4] = [1, 8, 64, 512];
+
+/// Measures once per process, in some tens of milliseconds.
+fn measured() -> &'static Measured {
+    static MEASURED: OnceLock<Measured> = OnceLock::new();
+    MEASURED.get_or_init(|| {
+        // 16 MiB: more than one core's cache. Little, which stays in it: then arithmetic is what takes time.
+        let bandwidth = product_seconds(2048, 2048, DType::F32, 1);
+        let (n, k) = (256, 1024);
+        let rates = DType::ALL.into_iter().flat_map(|dtype| {
+            ROWS.into_iter().filter_map(move |rows| {
+                let seconds = product_seconds(n, k, dtype, rows)?;
+                let flops_per_second = (2 * rows * n * k) as f64 / seconds;
+                Some(Rate { dtype, rows: rows as u32, flops_per_second })
+            })
+        });
+        Measured {
             // Without 16 MiB nothing will run; any positive rate plans as well as another.
-            return (1e9, 1e9);
-        };
-        let cpu = Cpu::detect();
-        let x = vec![0.5; ROWS * K];
-        let mut out = vec![0.0; ROWS * N];
-        let mut best = |rows: usize| {
-            let mut once = |_| {
-                let begun = Instant::now();
-                cpu.linear(Linear {
-                    weight: &weight,
-                    bias: None,
-                    x: Rows { data: &x, stride: K, count: rows },
-                    out: &mut out[..rows * N],
-                    output: Output::Store,
-                });
-                std::hint::black_box(&out);
-                begun.elapsed().as_secs_f64()
-            };
-            (0..3).map(&mut once).fold(f64::INFINITY, f64::min).max(1e-9)
-        };
-        let bandwidth = (N * K * 4) as f64 / best(1);
-        let rate = (2 * ROWS * N * K) as f64 / best(ROWS);
-        (bandwidth, rate)
+            bytes_per_second: bandwidth.map_or(1e9, |seconds| f64::from(2048 * 2048 * 4) / seconds),
+            rates: rates.collect(),
+        }
     })
+}
+
+/// The best of three times of a product of `rows` rows with an `(n, k)` matrix; `None` if there is no memory for it.
+fn product_seconds(n: usize, k: usize, dtype: DType, rows: usize) -> Option<f64> {
+    let weight = PackedMatrix::zeros(n, k, dtype).ok()?;
+    let (x, mut out) = (vec![0.5; rows * k], vec![0.0; rows * n]);
+    let mut once = |_| {
+        let begun = Instant::now();
+        Cpu::detect().linear(Linear {
+            weight: &weight,
+            bias: None,
+            x: Rows { data: &x, stride: k, count: rows },
+            out: &mut out,
+            output: Output::Store,
+        });
+        std::hint::black_box(&out);
+        begun.elapsed().as_secs_f64()
+    };
+    Some((0..3).map(&mut once).fold(f64::INFINITY, f64::min).max(1e-9))
 }
 
 #[cfg(test)]

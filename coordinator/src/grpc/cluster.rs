@@ -93,7 +93,7 @@ fn imagined(devices: Vec<v1::Device>) -> Result<Vec<Offer>, BadField> {
     }
     let offer = |device: v1::Device| {
         let device = Device::try_from(device).map_err(|e| BadField(format!("devices: {e}")))?;
-        Ok(Offer { worker: IMAGINED.into(), device })
+        Ok(Offer { worker: IMAGINED.into(), host: IMAGINED.into(), device })
     };
     devices.into_iter().map(offer).collect()
 }

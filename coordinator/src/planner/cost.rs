@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use strata_proto::{BLOCK_TOKENS, DeviceKind, LayerRange, Module};
+use strata_proto::{BLOCK_TOKENS, DType, DeviceKind, LayerRange, Module, v1::Task};
 
 use super::{Problem, Split};
 
@@ -37,11 +37,76 @@ impl Prefix {
     }
 }
 
-/// Speeds of one kind of device.
+/// Rows at which arithmetic rates are compared.
+const ROWS: [f64; 4] = [1.0, 8.0, 64.0, 512.0];
+
+/// Starting the kernels of a layer, in seconds: about ten on a GPU, no cost on a CPU.
+const LAUNCHES: f64 = 30e-6;
+
+/// How fast one kind of device is with the plan's format.
+#[derive(Debug, Clone)]
+struct Speeds {
+    bytes_per_second: f64,
+    /// Operations per second at [`ROWS`].
+    flops: [f64; 4],
+    /// Seconds per layer.
+    launches: f64,
+}
+
+impl Speeds {
+    /// Those of a kind. The median of their rates stands for all, so that noise cannot change a split.
+    fn of(problem: &Problem<'_>, kind: DeviceKind) -> Self {
+        let median = |rate: &dyn Fn(&strata_proto::Device) -> f64| {
+            let mut rates: Vec<f64> =
+                problem.offers.iter().map(|o| &o.device).filter(|d| d.kind == kind).map(rate).collect();
+            rates.sort_by(f64::total_cmp);
+            rates[rates.len() / 2]
+        };
+        Speeds {
+            bytes_per_second: median(&|d| d.bytes_per_second),
+            flops: ROWS.map(|rows| median(&|d| d.flops(problem.dtype, rows))),
+            launches: if kind == DeviceKind::Cuda { LAUNCHES } else { 0.0 },
+        }
+    }
+
+    /// Operations per second at `rows`, along the logarithm of the rows.
+    fn flops(&self, rows: f64) -> f64 {
+        let next = ROWS.iter().position(|r| *r >= rows);
+        match next {
+            Some(0) => self.flops[0],
+            Some(i) => {
+                let share = (rows / ROWS[i - 1]).ln() / (ROWS[i] / ROWS[i - 1]).ln();
+                self.flops[i - 1] + (self.flops[i] - self.flops[i - 1]) * share
+            }
+            None => self.flops[ROWS.len() - 1],
+        }
+    }
+
+    /// Seconds of a module over `rows` rows.
+    fn op(&self, module: &Module, dtype: DType, rows: f64) -> f64 {
+        let mut bytes = module.bytes.at(dtype) as f64;
+        if let Some(experts) = module.experts {
+            // Only the experts that some row chose are read.
+            let (count, active) = (f64::from(experts.count), f64::from(experts.active));
+            let idle = count * (1.0 - active / count).powf(rows);
+            bytes -= idle * experts.bytes.at(dtype) as f64;
+        }
+        (bytes / self.bytes_per_second).max(2.0 * module.macs_per_token as f64 * rows / self.flops(rows))
+    }
+
+    /// Seconds to read the cache of one sequence at half its context.
+    fn cache(&self, module: &Module, problem: &Problem<'_>) -> f64 {
+        let elements = module.kv_elements_per_token * problem.dtype.size();
+        elements as f64 * f64::from(problem.profile.context_length) / 2.0 / self.bytes_per_second
+    }
+}
+
+/// Times of ranges on one kind of device.
 #[derive(Debug, Clone)]
 struct Times {
     decode: Prefix,
     prefill: Prefix,
+    speeds: Speeds,
 }
 
 /// Costs of every range on every device, by prefix sums.
@@ -168,30 +233,35 @@ impl Costs {
         self.kinds[self.times[offer]].decode.range(range)
     }
 
+    /// One step of `rows` rows, each of a sequence of its own at half its context.
+    pub fn step_seconds(&self, problem: &Problem<'_>, offer: usize, range: LayerRange, rows: f64) -> f64 {
+        let (profile, speeds) = (problem.profile, &self.kinds[self.times[offer]].speeds);
+        let layers = &profile.layers[range.first as usize..range.end as usize];
+        let layer = |m: &Module| {
+            speeds.op(m, problem.dtype, rows) + rows * speeds.cache(m, problem) + speeds.launches
+        };
+        let mut seconds: f64 = layers.iter().map(layer).sum();
+        if range.first == 0 {
+            seconds += rows * lookup(problem, speeds);
+        }
+        if range.end == self.layers() {
+            // An encoder's head is computed for few of its rows.
+            let outputs = if profile.task == Task::Generate { rows } else { 1.0 };
+            seconds += speeds.op(&profile.head, problem.dtype, outputs);
+        }
+        seconds
+    }
+
     /// One prefill step of [`PREFILL_ROWS`] rows.
     pub fn prefill_seconds(&self, offer: usize, range: LayerRange) -> f64 {
         self.kinds[self.times[offer]].prefill.range(range)
     }
 }
 
-/// Times on one kind of device. The median of their rates stands for all, so that noise cannot change a split.
+/// Times on one kind of device.
 fn kind_times(problem: &Problem<'_>, kind: DeviceKind) -> Times {
-    let median = |rate: &dyn Fn(&strata_proto::Device) -> f64| {
-        let mut rates: Vec<f64> =
-            problem.offers.iter().map(|o| &o.device).filter(|d| d.kind == kind).map(rate).collect();
-        rates.sort_by(f64::total_cmp);
-        rates[rates.len() / 2]
-    };
-    let bandwidth = median(&|d| d.bytes_per_second);
-    let rate = median(&|d| d.flops_per_second);
-    let profile = problem.profile;
-    let element = problem.dtype.size() as f64;
-    let op = |m: &Module, rows: f64| {
-        (m.bytes.at(problem.dtype) as f64 / bandwidth).max(2.0 * m.macs_per_token as f64 * rows / rate)
-    };
-    // An embedding is looked up: only its rows are read.
-    let lookup = f64::from(profile.hidden_size) * element / bandwidth;
-    let half_context = f64::from(profile.context_length) / 2.0;
+    let speeds = Speeds::of(problem, kind);
+    let (profile, dtype) = (problem.profile, problem.dtype);
     let prefix = |f: &dyn Fn(&Module) -> f64, embedding: f64, head: f64| {
         let mut total = 0.0;
         let mut layers = vec![0.0];
@@ -201,10 +271,25 @@ fn kind_times(problem: &Problem<'_>, kind: DeviceKind) -> Times {
         }));
         Prefix { layers, embedding, head }
     };
-    let kv_read = |m: &Module| m.kv_elements_per_token as f64 * element * half_context / bandwidth;
+    let op = |m: &Module, rows: f64| speeds.op(m, dtype, rows);
+    let lookup = lookup(problem, &speeds);
     Times {
-        decode: prefix(&|m| op(m, 1.0) + kv_read(m), lookup, op(&profile.head, 1.0)),
+        decode: prefix(
+            &|m| op(m, 1.0) + speeds.cache(m, problem) + speeds.launches,
+            lookup,
+            op(&profile.head, 1.0),
+        ),
         // A prefill needs the head for one row only.
-        prefill: prefix(&|m| op(m, PREFILL_ROWS), lookup * PREFILL_ROWS, op(&profile.head, 1.0)),
+        prefill: prefix(
+            &|m| op(m, PREFILL_ROWS) + speeds.launches,
+            lookup * PREFILL_ROWS,
+            op(&profile.head, 1.0),
+        ),
+        speeds,
     }
+}
+
+/// Seconds to look one token up: of an embedding, only its row is read.
+fn lookup(problem: &Problem<'_>, speeds: &Speeds) -> f64 {
+    f64::from(problem.profile.hidden_size) * problem.dtype.size() as f64 / speeds.bytes_per_second
 }

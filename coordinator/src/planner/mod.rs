@@ -3,6 +3,7 @@
 mod cost;
 mod device_map;
 mod error;
+mod forecast;
 mod split;
 #[cfg(test)]
 mod tests;
@@ -28,6 +29,8 @@ pub const IMAGINED: &str = "imagined";
 pub struct Offer {
     /// Worker that has it.
     pub worker: String,
+    /// Machine of the worker, whose cores its CPU stages share.
+    pub host: String,
     /// What it offers.
     pub device: Device,
 }
@@ -143,6 +146,10 @@ pub fn solve(problem: &Problem<'_>) -> Result<Plan, PlanError> {
 fn block_bounds(problem: &Problem<'_>) -> (u64, u64) {
     let block = u64::from(BLOCK_TOKENS);
     let context = u64::from(problem.profile.context_length);
+    if problem.profile.layers.iter().all(|m| m.kv_elements_per_token == 0) {
+        // An encoder caches nothing.
+        return (0, 0);
+    }
     match problem.kv_tokens {
         Some(tokens) => (tokens.div_ceil(block).max(1), tokens.div_ceil(block).max(1)),
         None => (context.div_ceil(block), (TARGET_CONTEXTS * context).div_ceil(block)),
@@ -246,7 +253,7 @@ fn chosen(problem: &Problem<'_>, costs: &Costs, shares: Vec<Share>) -> Result<(u
 fn describe(problem: &Problem<'_>, costs: &Costs, blocks: u64, shares: &[Share]) -> Plan {
     let profile = problem.profile;
     let stage = |share: &Share| {
-        let Offer { worker, device } = &problem.offers[share.offer];
+        let Offer { worker, device, .. } = &problem.offers[share.offer];
         StagePlan {
             worker: worker.clone(),
             device: device.id.clone(),
@@ -263,6 +270,7 @@ fn describe(problem: &Problem<'_>, costs: &Costs, blocks: u64, shares: &[Share])
     let replica = Replica {
         stages: shares.iter().map(stage).collect(),
         kv_capacity_tokens: blocks.saturating_mul(u64::from(BLOCK_TOKENS)),
+        forecast: forecast::forecast(problem, costs, blocks, shares),
     };
     Plan {
         model: profile.model.clone(),

@@ -60,8 +60,10 @@ fn device(kind: DeviceKind, id: &str, budget: u64, capped: bool) -> Offer {
         bytes_per_second: if kind == DeviceKind::Cuda { 1e6 } else { 1e4 },
         flops_per_second: if kind == DeviceKind::Cuda { 1e6 } else { 1e4 },
         numerics: "test".into(),
+        rates: Vec::new(),
+        host_cores: 0,
     };
-    Offer { worker: "w".into(), device }
+    Offer { worker: "w".into(), host: "h".into(), device }
 }
 
 fn problem<'a>(profile: &'a ModelProfile, offers: &'a [Offer], split: &'a Split) -> Problem<'a> {
@@ -322,4 +324,82 @@ fn a_cache_of_any_size_is_refused_not_overflowed() {
         let problem = Problem { kv_tokens: Some(u64::MAX), ..problem(&profile, &offers, &split) };
         assert!(solve(&problem).is_err(), "{split}");
     }
+}
+
+/// Devices of a kind, one per worker, with `bytes` each.
+fn workers(count: usize, kind: DeviceKind, bytes: u64) -> Vec<Offer> {
+    let offer =
+        |i| Offer { worker: format!("w{i}"), host: format!("host {i}"), ..device(kind, "d", bytes, true) };
+    (0..count).map(offer).collect()
+}
+
+#[test]
+fn forecasts_follow_the_cost_model() {
+    // Layers of 1000 bytes and 250 multiply-adds: on these devices memory and arithmetic take 1 ms and 0.5 ms a row.
+    let profile = profile(&[(1000, 250); 4], 0, false);
+    let (mut offers, split) = (workers(2, DeviceKind::Cuda, 1 << 20), Split::Balanced);
+    for offer in &mut offers {
+        offer.device.flops_per_second = 1e6;
+    }
+    let given = |kv_tokens, max_step_outputs| Problem {
+        kv_tokens: Some(kv_tokens),
+        max_step_outputs,
+        ..problem(&profile, &offers, &split)
+    };
+    let layer = |rows: f64| (1000.0f64 / 1e6).max(500.0 * rows / 1e6) + rows * 4.0 * 4.0 * 16.0 / 1e6 + 30e-6;
+    let lookup = 8.0 * 4.0 / 1e6;
+    let stage = |rows: f64| [2.0 * layer(rows) + rows * lookup, 2.0 * layer(rows) + 8.0 / 1e6];
+    let hop = |rows: f64| 100e-6 + rows * 8.0 * 4.0 / 1.25e9;
+    let whole = |rows: f64| stage(rows).iter().sum::<f64>() + hop(rows) + 100e-6;
+    let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-9, "{a}, not {b}");
+
+    let one = solve(&given(32, 100)).unwrap().replicas[0].forecast;
+    near(one.single, 1.0 / whole(1.0));
+    assert_eq!(one.batch, 1);
+    near(one.full, one.single);
+    // A cache for 24 contexts: eight rows in each of three micro-batches, which keep both stages busy.
+    let many = solve(&given(24 * 32, 100)).unwrap().replicas[0].forecast;
+    assert_eq!(many.batch, 24);
+    near(many.full, 8.0 / stage(8.0)[0].max(whole(8.0) / 3.0));
+    assert!(many.full > many.single);
+    let bounded = solve(&given(24 * 32, 2)).unwrap().replicas[0].forecast;
+    assert_eq!(bounded.batch, 6, "two rows in each of three micro-batches");
+}
+
+#[test]
+fn experts_are_read_only_if_chosen_and_cores_of_a_host_are_shared() {
+    let mut profile = profile(&[(9000, 250); 2], 0, false);
+    let expert = FormatBytes::of(|d| 1000 * d.size() / 4);
+    for layer in &mut profile.layers {
+        layer.experts = Some(strata_proto::Experts { count: 8, active: 2, bytes: expert });
+        layer.kv_elements_per_token = 1;
+    }
+    let offers = workers(1, DeviceKind::Cuda, 1 << 20);
+    let split = Split::Auto;
+    let problem = problem(&profile, &offers, &split);
+    let costs = Costs::new(&problem);
+    let seconds = |rows| costs.step_seconds(&problem, 0, LayerRange::new(0, 1), rows) - rows * 96e-6 - 30e-6;
+    // 1000 bytes that all rows share, and 8 (1 - (1 - 2/8)^rows) experts.
+    for rows in [1.0, 4.0, 30.0] {
+        let bytes = 1000.0 + 8000.0 * (1.0 - 0.75f64.powf(rows));
+        assert!((seconds(rows) / (bytes / 1e6).max(500.0 * rows / 1e6) - 1.0).abs() < 1e-6, "{rows}");
+    }
+
+    let profile = super::tests::profile(&[(1000, 0); 4], 0, false);
+    let full = |host_cores, hosts: usize| {
+        let mut offers = workers(4, DeviceKind::Cpu, 1 << 20);
+        for (i, offer) in offers.iter_mut().enumerate() {
+            offer.device.host_cores = host_cores;
+            offer.host = format!("host {}", i % hosts);
+        }
+        let kv_tokens = Some(64 * 32);
+        solve(&Problem { kv_tokens, ..super::tests::problem(&profile, &offers, &Split::Balanced) })
+            .unwrap()
+            .replicas[0]
+            .forecast
+            .full
+    };
+    let alone = full(1, 4);
+    assert!((alone / full(4, 1) - 1.0).abs() < 1e-9, "as many cores as stages");
+    assert!((3.0..4.2).contains(&(alone / full(1, 1))), "four stages on one core");
 }
