@@ -1,7 +1,7 @@
-//! The engine loop: one closed set of events, one owner of the scheduler and of the live pipeline.
+//! The engine loop: one closed set of events, one owner of the schedulers and of the live pipelines.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -9,20 +9,22 @@ use std::{
 use strata_proto::{
     ModelProfile, Plan,
     error::{Classify, Kind},
-    v1::{self, Fence, FinishReason, generate_event, step_result},
+    v1::{self, Fence, FinishReason, generate_event},
 };
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
-    admission::{Checked, Permit},
+    answer::{self, Live, Yield},
+    lane::{self, Lane, State},
     membership::{self, Member, MemberEvent},
     messages::{
         Asked, EngineError, EngineHandle, Event, Limits, Notice, Observer, Reply, Snapshot, Submission,
     },
     pipeline::{Pipeline, PipelineEvent},
-    scheduler::{self, Scheduler, SequenceId},
+    planner::Split,
+    scheduler::{self, SequenceId},
     survey::{Deployment, PipelineError, survey},
-    tokenizer::{TextStream, Tokenizer},
+    tokenizer::Tokenizer,
 };
 
 /// How often deadlines are checked.
@@ -36,34 +38,6 @@ const RETRY_EVERY: Duration = Duration::from_secs(1);
 /// Term of a coordinator without an election.
 const FIXED_TERM: u64 = 1;
 
-/// A request in progress.
-struct Live {
-    reply: mpsc::UnboundedSender<Reply>,
-    /// Of a generation.
-    answer: Option<Answer>,
-    _permit: Permit,
-}
-
-/// A text in progress.
-struct Answer {
-    text: TextStream,
-    prompt_tokens: u32,
-    generated: u32,
-}
-
-/// The pipeline, or what is being done about there being none.
-enum State {
-    Up(Pipeline),
-    /// A task is at work; `lost` if its pipeline broke before the engine took it over.
-    BringingUp {
-        generation: u64,
-        lost: bool,
-    },
-    Down {
-        retry: Instant,
-    },
-}
-
 pub(crate) struct Engine {
     deployment: Deployment,
     limits: Limits,
@@ -74,14 +48,17 @@ pub(crate) struct Engine {
     events: mpsc::UnboundedReceiver<Event>,
     snapshot: watch::Sender<Snapshot>,
     members: Vec<Member>,
-    state: State,
+    /// Never empty once the engine runs.
+    lanes: Vec<Lane>,
+    /// Of the last pipeline that was begun, of whichever lane.
     generation: u64,
-    scheduler: Scheduler,
+    last_id: SequenceId,
     live: HashMap<SequenceId, Live>,
     begun: Instant,
+    /// Since when no pipeline is up.
     down_since: Option<Instant>,
     no_capacity_since: Option<Instant>,
-    first: Option<tokio::sync::oneshot::Sender<Result<(), PipelineError>>>,
+    first: Option<oneshot::Sender<Result<(), PipelineError>>>,
     counters: v1::Load,
 }
 
@@ -93,11 +70,10 @@ impl Engine {
         (profile, tokenizer): (Arc<ModelProfile>, Arc<Tokenizer>),
         observer: Observer,
         members: Vec<Member>,
-    ) -> (EngineHandle, tokio::sync::oneshot::Receiver<Result<(), PipelineError>>) {
+    ) -> (EngineHandle, oneshot::Receiver<Result<(), PipelineError>>) {
         let (handle, events) = mpsc::unbounded_channel();
         let (snapshot, view) = watch::channel(Snapshot { reason: "starting".into(), ..Snapshot::default() });
-        let (first, up) = tokio::sync::oneshot::channel();
-        let scheduler = Scheduler::new(scheduler_config(&deployment, &limits, &profile, 0, 1));
+        let (first, up) = oneshot::channel();
         let engine = Engine {
             deployment,
             limits,
@@ -108,9 +84,9 @@ impl Engine {
             events,
             snapshot,
             members,
-            state: State::Down { retry: Instant::now() },
+            lanes: Vec::new(),
             generation: 0,
-            scheduler,
+            last_id: 0,
             live: HashMap::new(),
             begun: Instant::now(),
             down_since: Some(Instant::now()),
@@ -125,7 +101,7 @@ impl Engine {
     async fn run(mut self) {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
-        self.bring_up(None);
+        self.add_lane();
         while !self.snapshot.is_closed() {
             tokio::select! {
                 event = self.events.recv() => match event {
@@ -143,9 +119,11 @@ impl Engine {
         for (_, live) in self.live.drain() {
             let _ = live.reply.send(Reply::Failed(EngineError::ShuttingDown));
         }
-        if let State::Up(pipeline) = self.state {
-            pipeline.abort().abort().await;
-        }
+        let pipelines = self.lanes.into_iter().filter_map(|lane| match lane.state {
+            State::Up(pipeline) => Some(pipeline.abort()),
+            _ => None,
+        });
+        futures::future::join_all(pipelines.map(|abort| async move { abort.abort().await })).await;
     }
 
     fn react(&mut self, event: Event) {
@@ -153,11 +131,11 @@ impl Engine {
             Event::Submit(submission) => self.submit(*submission),
             Event::Cancel(id) => {
                 self.live.remove(&id);
-                self.scheduler.cancel(id);
+                self.cancel(id);
             }
             Event::Pipeline(generation, event) => self.pipeline_event(generation, event),
-            Event::Planned => self.no_capacity_since = None,
-            Event::BroughtUp(outcome) => self.brought_up(*outcome),
+            Event::Planned(generation, plan) => self.planned(generation, plan),
+            Event::BroughtUp(generation, outcome) => self.brought_up(generation, *outcome),
             Event::Member(event) => self.member_event(&event),
         }
     }
@@ -167,36 +145,39 @@ impl Engine {
         match event {
             MemberEvent::Joined(member) => {
                 tracing::info!(worker = member.name, "joined");
-                if matches!(self.state, State::Down { .. }) {
-                    self.bring_up(None);
+                let down = |lane: &Lane| matches!(lane.state, State::Down { .. });
+                if let Some(at) = self.lanes.iter().position(down) {
+                    self.bring_up(at, None);
+                } else if self.deployment.split == Split::Auto && self.lanes.iter().all(Lane::is_up) {
+                    // Its devices may hold another copy; if not, the lane goes again.
+                    self.add_lane();
                 }
             }
             MemberEvent::Left(name) => {
                 tracing::warn!(worker = name, "left");
-                if let State::Up(pipeline) = &self.state
-                    && pipeline.replica().stages.iter().any(|s| s.worker == *name)
-                {
-                    self.lost(name, "it left");
+                while let Some(at) = self.lanes.iter().position(|lane| lane.uses(name)) {
+                    self.lost(at, name, "it left");
                 }
             }
         }
     }
 
     fn tick(&mut self) {
-        for id in self.scheduler.expire(self.begun.elapsed()) {
+        let now = self.begun.elapsed();
+        let expired: Vec<_> = self.lanes.iter_mut().flat_map(|lane| lane.scheduler.expire(now)).collect();
+        for id in expired {
             let answer = self.live.get(&id).and_then(|l| l.answer.as_ref());
             let tokens = answer.map_or(0, |a| a.generated);
             self.fail(id, EngineError::Deadline { tokens });
         }
-        if let State::Down { retry } = self.state
-            && Instant::now() >= retry
-        {
-            self.bring_up(None);
+        let due = |lane: &Lane| matches!(lane.state, State::Down { retry } if Instant::now() >= retry);
+        while let Some(at) = self.lanes.iter().position(due) {
+            self.bring_up(at, None);
         }
         if self.turned_away() {
             let reason = self.snapshot.borrow().reason.clone();
             for id in self.live.keys().copied().collect::<Vec<_>>() {
-                self.scheduler.cancel(id);
+                self.cancel(id);
                 self.fail(id, EngineError::NoPipeline(reason.clone()));
             }
         }
@@ -215,23 +196,26 @@ impl Engine {
             let _ = reply.send(Reply::Failed(EngineError::NoPipeline(reason)));
             return;
         }
+        let arrived = arrived.duration_since(self.begun);
         let (asked, answer) = match request {
-            Asked::Generate(request) => generation(*request, arrived.duration_since(self.begun)),
+            Asked::Generate(request) => answer::generation(*request, arrived),
             Asked::Encode(input, deadline) => {
-                let deadline = deadline.map(|d| arrived.duration_since(self.begun) + d);
                 let work = scheduler::Work::Encode(input.encode);
+                let deadline = deadline.map(|d| arrived + d);
                 (scheduler::Request { prompt: input.ids, deadline, work }, None)
             }
         };
         let prompt_tokens = asked.prompt.len() as u64;
-        match self.scheduler.submit(asked) {
-            Ok(id) => {
+        self.last_id += 1;
+        let id = self.last_id;
+        match self.place(id, asked) {
+            Ok(()) => {
                 let live = Live { reply: reply.clone(), answer, _permit: permit };
                 self.counters.prompt_tokens += prompt_tokens;
                 self.live.insert(id, live);
                 if reply.send(Reply::Accepted(id)).is_err() {
                     self.live.remove(&id);
-                    self.scheduler.cancel(id);
+                    self.cancel(id);
                 }
             }
             Err(error) => {
@@ -241,37 +225,56 @@ impl Engine {
         }
     }
 
-    fn pipeline_event(&mut self, generation: u64, event: PipelineEvent) {
-        let current = match &mut self.state {
-            State::Up(pipeline) => pipeline.fence().generation == generation,
-            State::BringingUp { generation: coming, lost } if *coming == generation => {
-                *lost |= matches!(event, PipelineEvent::Lost { .. });
-                false
+    /// Gives a request to the least busy lane that is up and has room for it; to the first while none is up.
+    fn place(&mut self, id: SequenceId, request: scheduler::Request) -> Result<(), scheduler::SubmitError> {
+        let mut order: Vec<usize> = (0..self.lanes.len()).filter(|i| self.lanes[*i].is_up()).collect();
+        if order.is_empty() {
+            order.push(0);
+        }
+        order.sort_by_key(|i| self.lanes[*i].load());
+        let mut refused = None;
+        for lane in order {
+            let lane = &mut self.lanes[lane];
+            match lane.scheduler.submit(id, request.clone()) {
+                Ok(()) => return Ok(()),
+                // The largest of the caches is the one to speak of.
+                Err(error)
+                    if refused.as_ref().is_none_or(|r: &scheduler::SubmitError| error.room() > r.room()) =>
+                {
+                    refused = Some(error)
+                }
+                Err(_) => {}
             }
-            _ => false,
-        };
-        if !current {
+        }
+        Err(refused.unwrap_or(scheduler::SubmitError::TooLarge { needed: 0, capacity: 0 }))
+    }
+
+    fn pipeline_event(&mut self, generation: u64, event: PipelineEvent) {
+        let Some(at) = self.lanes.iter().position(|lane| lane.has(generation)) else { return };
+        if let State::BringingUp { lost, .. } = &mut self.lanes[at].state {
+            *lost |= matches!(event, PipelineEvent::Lost { .. });
             return;
         }
         match event {
             PipelineEvent::Done { .. } => {}
-            PipelineEvent::Lost { worker, reason } => self.lost(&worker, &reason),
-            PipelineEvent::Result(result) => self.commit(result),
+            PipelineEvent::Lost { worker, reason } => self.lost(at, &worker, &reason),
+            PipelineEvent::Result(result) => self.commit(at, result),
         }
     }
 
-    fn commit(&mut self, result: v1::StepResult) {
+    fn commit(&mut self, lane: usize, result: v1::StepResult) {
         self.counters.steps += 1;
+        let scheduler = &mut self.lanes[lane].scheduler;
         if let Some(failure) = result.failure {
             tracing::warn!(step = result.step, failure, "a step was poisoned; its batch is replayed");
-            match self.scheduler.fail(result.step) {
+            match scheduler.fail(result.step) {
                 Ok(given_up) => given_up.into_iter().for_each(|id| self.fail(id, EngineError::Poisoned)),
-                Err(error) => self.lost("the last stage", &error.to_string()),
+                Err(error) => self.lost(lane, "the last stage", &error.to_string()),
             }
             return;
         }
-        let (outputs, mut results) = outputs(result.output);
-        match self.scheduler.commit(result.step, &outputs) {
+        let (outputs, mut results) = answer::outputs(result.output);
+        match scheduler.commit(result.step, &outputs) {
             Ok(committed) => {
                 for output in committed {
                     let result = results.remove(&output.sequence);
@@ -289,7 +292,7 @@ impl Engine {
                     }
                 }
             }
-            Err(error) => self.lost("the last stage", &error.to_string()),
+            Err(error) => self.lost(lane, "the last stage", &error.to_string()),
         }
     }
 
@@ -307,7 +310,7 @@ impl Engine {
             Ok(piece) => piece,
             Err(error) => {
                 tracing::error!(%error, token = id, "cannot decode a token");
-                self.scheduler.cancel(sequence);
+                self.cancel(sequence);
                 return self.fail(sequence, EngineError::Internal);
             }
         };
@@ -327,11 +330,16 @@ impl Engine {
             None => None,
         };
         if gone || finish.is_some() {
-            self.scheduler.cancel(sequence);
+            self.cancel(sequence);
             if let (Some(live), Some(reason)) = (self.live.remove(&sequence), finish) {
-                finish_answer(live, reason, &self.tokenizer);
+                answer::finish(live, reason, &self.tokenizer);
             }
         }
+    }
+
+    /// Takes a sequence from whichever scheduler has it.
+    fn cancel(&mut self, id: SequenceId) {
+        self.lanes.iter_mut().for_each(|lane| lane.scheduler.cancel(id));
     }
 
     fn fail(&mut self, id: SequenceId, error: EngineError) {
@@ -341,39 +349,56 @@ impl Engine {
         }
     }
 
-    /// Hands steps to the pipeline for as long as the scheduler has any.
+    /// Hands steps to the pipelines for as long as their schedulers have any.
     fn issue(&mut self) {
-        while let State::Up(pipeline) = &self.state {
-            let Some(meta) = self.scheduler.next_step() else { return };
-            if let Err(worker) = pipeline.issue(meta) {
-                self.lost(&worker, "it takes no steps");
+        for at in 0..self.lanes.len() {
+            while let Some(Lane { state: State::Up(pipeline), scheduler, .. }) = self.lanes.get_mut(at) {
+                let Some(meta) = scheduler.next_step() else { break };
+                if let Err(worker) = pipeline.issue(meta) {
+                    self.lost(at, &worker, "it takes no steps");
+                }
             }
         }
     }
 
-    /// The live generation is over: its sequences wait for the next one.
-    fn lost(&mut self, worker: &str, reason: &str) {
+    /// The live generation of a lane is over: its sequences go to other lanes, or wait for its next one.
+    fn lost(&mut self, at: usize, worker: &str, reason: &str) {
         tracing::warn!(worker, reason, "lost a stage; planning anew");
+        let lane = &mut self.lanes[at];
         let down = State::Down { retry: Instant::now() };
-        if let State::Up(pipeline) = std::mem::replace(&mut self.state, down) {
+        let State::Up(pipeline) = std::mem::replace(&mut lane.state, down) else { return };
+        lane.plan = None;
+        lane::move_away(&mut self.lanes, at);
+        if !self.lanes.iter().any(Lane::is_up) {
             self.down_since = Some(Instant::now());
-            self.set_reason(format!("worker {worker} was lost: {reason}"));
-            self.bring_up(Some(pipeline));
         }
+        self.show_lanes(format!("worker {worker} was lost: {reason}"));
+        self.bring_up(at, Some(pipeline));
     }
 
-    fn set_reason(&self, reason: String) {
-        self.snapshot.send_modify(|s| {
-            s.ready = false;
-            s.reason = reason;
-        });
+    /// Adds a lane and tries to bring a pipeline up for it.
+    fn add_lane(&mut self) {
+        let number = (0..).find(|n| self.lanes.iter().all(|lane| lane.number != *n)).unwrap_or(0);
+        self.lanes.push(Lane::new(number, self.scheduler_config(0, 1)));
+        self.bring_up(self.lanes.len() - 1, None);
     }
 
-    /// Starts a task that ends `old` and brings a new generation up over the members there are.
-    fn bring_up(&mut self, old: Option<Pipeline>) {
+    /// Starts a task that ends `old` and brings a new generation of a lane up over the devices that no other has.
+    fn bring_up(&mut self, at: usize, old: Option<Pipeline>) {
+        if self.lanes.iter().enumerate().any(|(i, lane)| i != at && lane.is_planning()) {
+            // Two that look for devices at once might find the same.
+            self.lanes[at].state = State::Down { retry: Instant::now() + TICK };
+            if let Some(old) = old {
+                tokio::spawn(async move { old.abort().abort().await });
+            }
+            return;
+        }
         self.generation += 1;
-        let fence = Fence { term: FIXED_TERM, pipeline: 0, generation: self.generation };
-        self.state = State::BringingUp { generation: self.generation, lost: false };
+        let generation = self.generation;
+        let lane = &mut self.lanes[at];
+        lane.state = State::BringingUp { generation, lost: false };
+        let fence = Fence { term: FIXED_TERM, pipeline: lane.number, generation };
+        let taken: Vec<_> = self.lanes.iter().filter_map(|lane| lane.plan.clone()).collect();
         let (members, deployment) = (self.members.clone(), self.deployment.clone());
         let (events, observer) = (self.handle.clone(), self.observer.clone());
         let sink_events = events.clone();
@@ -385,62 +410,76 @@ impl Engine {
                 old.abort().abort().await;
             }
             let outcome = async {
-                let survey = survey(&members, &deployment.model).await?;
-                let plan = survey.plan(&deployment)?;
-                let _ = events.send(Event::Planned);
-                observer(Notice::Planned(Arc::new(plan.clone())));
+                let mut survey = survey(&members, &deployment.model).await?;
+                survey.leave_out(&taken);
+                let plan = Arc::new(survey.plan(&deployment)?);
+                let _ = events.send(Event::Planned(generation, plan.clone()));
                 let progress = {
                     let observer = observer.clone();
                     Arc::new(move |update| observer(Notice::Loading(update)))
                 };
-                let pipeline = Pipeline::bring_up(&survey, &plan, fence, progress, sink, &deployment).await?;
-                Ok((pipeline, plan))
+                Pipeline::bring_up(&survey, &plan, fence, progress, sink, &deployment).await
             };
-            let _ = events.send(Event::BroughtUp(Box::new(outcome.await)));
+            let outcome = outcome.await;
+            let _ = events.send(Event::BroughtUp(generation, Box::new(outcome)));
         });
     }
 
-    fn brought_up(&mut self, outcome: Result<(Pipeline, Plan), PipelineError>) {
-        let lost = matches!(self.state, State::BringingUp { lost: true, .. });
+    /// A lane has found devices; what it leaves over may hold another copy of the model.
+    fn planned(&mut self, generation: u64, plan: Arc<Plan>) {
+        self.no_capacity_since = None;
+        let Some(at) = self.lanes.iter().position(|lane| lane.has(generation)) else { return };
+        let more = plan.replicas.len() > 1;
+        if self.lanes.len() == 1 {
+            // Others begin with what this one leaves, as this plan says.
+            (self.observer)(Notice::Planned(plan.clone()));
+        }
+        self.lanes[at].plan = Some(plan);
+        if more && self.lanes.iter().all(|lane| lane.plan.is_some()) {
+            self.add_lane();
+        }
+    }
+
+    fn brought_up(&mut self, generation: u64, outcome: Result<Pipeline, PipelineError>) {
+        let Some(at) = self.lanes.iter().position(|lane| lane.has(generation)) else { return };
+        let lost = matches!(self.lanes[at].state, State::BringingUp { lost: true, .. });
         match outcome {
-            Ok((pipeline, plan)) => {
+            Ok(pipeline) => {
                 let replica = pipeline.replica();
-                let blocks =
-                    u32::try_from(replica.kv_capacity_tokens / u64::from(strata_proto::BLOCK_TOKENS));
-                let config = scheduler_config(
-                    &self.deployment,
-                    &self.limits,
-                    &self.profile,
-                    blocks.unwrap_or(u32::MAX),
-                    replica.stages.len() as u32,
-                );
-                for id in self.scheduler.restart(config) {
+                let blocks = replica.kv_capacity_tokens / u64::from(strata_proto::BLOCK_TOKENS);
+                let stages = replica.stages.len();
+                let config = self.scheduler_config(u32::try_from(blocks).unwrap_or(u32::MAX), stages as u32);
+                let lane = &mut self.lanes[at];
+                for id in lane.scheduler.restart(config) {
                     let message = "the cache that is left is too small for this request".to_owned();
                     self.fail(id, EngineError::Refused { message, kind: Kind::NoCapacity });
                 }
-                let fence = pipeline.fence();
-                tracing::info!(%fence, stages = replica.stages.len(), "the pipeline is up");
-                self.snapshot.send_modify(|s| {
-                    s.ready = true;
-                    s.reason.clear();
-                    s.plan = Some(Arc::new(plan));
-                    s.fence = fence;
-                });
-                self.state = State::Up(pipeline);
+                tracing::info!(fence = %pipeline.fence(), stages, "a pipeline is up");
+                self.lanes[at].state = State::Up(pipeline);
                 self.down_since = None;
                 self.no_capacity_since = None;
+                self.show_lanes(String::new());
                 if let Some(first) = self.first.take() {
                     let _ = first.send(Ok(()));
                 }
                 if lost {
-                    self.lost("of the new pipeline", "it broke as it came up");
+                    self.lost(at, "of the new pipeline", "it broke as it came up");
                 }
             }
             Err(error) => {
+                let lane = &mut self.lanes[at];
+                lane.plan = None;
+                lane.state = State::Down { retry: Instant::now() + RETRY_EVERY };
+                if lane.load() == 0 && self.lanes.iter().any(Lane::is_up) {
+                    tracing::info!(%error, "no further replica");
+                    self.lanes.remove(at);
+                    return;
+                }
                 tracing::warn!(%error, "no pipeline came up");
-                self.set_reason(error.to_string());
-                self.no_capacity_since.get_or_insert_with(Instant::now);
-                self.state = State::Down { retry: Instant::now() + RETRY_EVERY };
+                if !self.lanes.iter().any(Lane::is_up) {
+                    self.show_lanes(error.to_string());
+                    self.no_capacity_since.get_or_insert_with(Instant::now);
+                }
                 if let Some(first) = self.first.take() {
                     let _ = first.send(Err(error));
                 }
@@ -448,18 +487,38 @@ impl Engine {
         }
     }
 
+    /// Shows which pipelines are up, and why none is.
+    fn show_lanes(&self, reason: String) {
+        let up = self.lanes.iter().filter_map(|lane| match &lane.state {
+            State::Up(pipeline) => Some((pipeline, lane.plan.as_ref()?)),
+            _ => None,
+        });
+        let up: Vec<_> = up.collect();
+        let replicas = up.iter().map(|(pipeline, _)| pipeline.replica().clone()).collect();
+        self.snapshot.send_modify(|s| {
+            s.ready = !up.is_empty();
+            s.capacity = up.iter().map(|(p, _)| p.replica().kv_capacity_tokens).max().unwrap_or(0);
+            let Some((pipeline, plan)) = up.first() else {
+                s.reason = reason;
+                return;
+            };
+            s.reason.clear();
+            s.plan = Some(Arc::new(Plan { replicas, ..Plan::clone(plan) }));
+            s.fence = pipeline.fence();
+        });
+    }
+
     fn publish(&self) {
-        let stats = self.scheduler.stats();
         let block = u64::from(strata_proto::BLOCK_TOKENS);
-        let load = v1::Load {
-            running: stats.running,
-            waiting: stats.waiting,
-            kv_tokens_used: u64::from(stats.blocks_used) * block,
-            kv_tokens_total: u64::from(stats.blocks_total) * block,
-            steps_in_flight: stats.in_flight,
-            preemptions: stats.preemptions,
-            ..self.counters
-        };
+        let mut load = self.counters;
+        for stats in self.lanes.iter().map(|lane| lane.scheduler.stats()) {
+            load.running += stats.running;
+            load.waiting += stats.waiting;
+            load.kv_tokens_used += u64::from(stats.blocks_used) * block;
+            load.kv_tokens_total += u64::from(stats.blocks_total) * block;
+            load.steps_in_flight += stats.in_flight;
+            load.preemptions += stats.preemptions;
+        }
         self.snapshot.send_if_modified(|s| {
             let changed = s.load != load || s.members.len() != self.members.len();
             if changed {
@@ -469,102 +528,17 @@ impl Engine {
             changed
         });
     }
-}
 
-/// What the last stage made of a sequence, beside what the scheduler is told.
-enum Yield {
-    /// A token, with log-probabilities if they were asked for.
-    Token(Option<v1::TokenLogprobs>),
-    /// All that was asked for.
-    Whole(Reply),
-}
-
-/// Sorts the outputs of a step by sequence.
-fn outputs(
-    output: Option<step_result::Output>,
-) -> (Vec<(SequenceId, scheduler::Output)>, HashMap<SequenceId, Yield>) {
-    let (mut outputs, mut results) = (Vec::new(), HashMap::new());
-    let whole = scheduler::Output::Whole;
-    match output {
-        None => {}
-        Some(step_result::Output::Tokens(tokens)) => {
-            for token in tokens.tokens {
-                outputs.push((token.sequence, scheduler::Output::Token(token.token_id)));
-                results.insert(token.sequence, Yield::Token(token.logprobs));
-            }
+    fn scheduler_config(&self, blocks: u32, stages: u32) -> scheduler::Config {
+        scheduler::Config {
+            blocks,
+            block_tokens: strata_proto::BLOCK_TOKENS,
+            max_step_tokens: self.deployment.max_step_tokens,
+            max_step_rows: self.deployment.max_step_rows,
+            prefill_chunk: self.limits.prefill_chunk,
+            // One step for each stage, and one more that hides the way back to the coordinator.
+            depth: if stages > 1 { stages + 1 } else { 1 },
+            rope_switch: self.profile.recompute_at,
         }
-        Some(step_result::Output::Vectors(vectors)) => {
-            for vector in vectors.vectors {
-                outputs.push((vector.sequence, whole));
-                results.insert(vector.sequence, Yield::Whole(Reply::Vector(vector.values)));
-            }
-        }
-        Some(step_result::Output::Guesses(guesses)) => {
-            let mut masks: BTreeMap<SequenceId, Vec<_>> = BTreeMap::new();
-            for guess in guesses.guesses {
-                masks.entry(guess.sequence).or_default().push(guess.top);
-            }
-            for (sequence, masks) in masks {
-                outputs.push((sequence, whole));
-                results.insert(sequence, Yield::Whole(Reply::Guesses(masks)));
-            }
-        }
-    }
-    (outputs, results)
-}
-
-/// A generation as the scheduler sees it, and its answer; it arrived at `arrived` on the engine's clock.
-fn generation(request: Checked, arrived: Duration) -> (scheduler::Request, Option<Answer>) {
-    let prompt_tokens = request.prompt.len() as u32;
-    let sampling = v1::RowSampling {
-        sampling: Some(request.sampling),
-        seed: request.seed,
-        prompt_tokens,
-        logprobs: request.logprobs,
-    };
-    let work = scheduler::Work::Generate { max_tokens: request.max_tokens, eos: request.eos, sampling };
-    let asked =
-        scheduler::Request { prompt: request.prompt, deadline: request.deadline.map(|d| arrived + d), work };
-    (asked, Some(Answer { text: TextStream::new(request.stop), prompt_tokens, generated: 0 }))
-}
-
-fn finish_answer(live: Live, reason: FinishReason, tokenizer: &Tokenizer) {
-    let Some(Answer { text, prompt_tokens, generated }) = live.answer else { return };
-    // After a stop string, what was held back is behind it.
-    let rest = match reason {
-        FinishReason::Stop => Ok(String::new()),
-        _ => text.finish(tokenizer),
-    };
-    let reply = match rest {
-        Ok(text) => {
-            let usage = v1::Usage { prompt_tokens, completion_tokens: generated };
-            let finished = v1::Finished { reason: reason as i32, usage: Some(usage), text };
-            Reply::Event(generate_event::Event::Finished(finished))
-        }
-        Err(error) => {
-            tracing::error!(%error, "cannot decode the end of an answer");
-            Reply::Failed(EngineError::Internal)
-        }
-    };
-    // A receiver that is gone needs no telling.
-    let _ = live.reply.send(reply);
-}
-
-fn scheduler_config(
-    deployment: &Deployment,
-    limits: &Limits,
-    profile: &ModelProfile,
-    blocks: u32,
-    stages: u32,
-) -> scheduler::Config {
-    scheduler::Config {
-        blocks,
-        block_tokens: strata_proto::BLOCK_TOKENS,
-        max_step_tokens: deployment.max_step_tokens,
-        max_step_rows: deployment.max_step_rows,
-        prefill_chunk: limits.prefill_chunk,
-        // One step for each stage, and one more that hides the way back to the coordinator.
-        depth: if stages > 1 { stages + 1 } else { 1 },
-        rope_switch: profile.recompute_at,
     }
 }

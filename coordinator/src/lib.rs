@@ -4,11 +4,13 @@
 //! describes, and a worker is anything with the calls of [`strata_proto::Worker`].
 
 pub mod admission;
+mod answer;
 pub mod chat;
 mod coordinator;
 pub mod encode;
 mod engine;
 pub mod grpc;
+mod lane;
 pub mod membership;
 pub mod messages;
 pub mod pipeline;

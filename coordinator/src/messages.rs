@@ -111,10 +111,10 @@ pub enum Event {
     Cancel(SequenceId),
     /// A pipeline of this generation has news.
     Pipeline(u64, PipelineEvent),
-    /// The members can hold the model: a pipeline is being loaded.
-    Planned,
-    /// An attempt to bring a pipeline up ended.
-    BroughtUp(Box<Result<(Pipeline, Plan), PipelineError>>),
+    /// The pipeline of this generation is about to be loaded.
+    Planned(u64, Arc<Plan>),
+    /// The attempt to bring the pipeline of this generation up ended.
+    BroughtUp(u64, Box<Result<Pipeline, PipelineError>>),
     /// Membership changed.
     Member(MemberEvent),
 }
@@ -130,7 +130,9 @@ pub struct Snapshot {
     pub plan: Option<Arc<Plan>>,
     /// The live incarnation, or the last one.
     pub fence: Fence,
-    /// Counters and gauges.
+    /// Positions that the largest cache of a pipeline holds; 0 while there is none.
+    pub capacity: u64,
+    /// Counters and gauges, of all pipelines together.
     pub load: v1::Load,
     /// Names of the members.
     pub members: Vec<String>,

@@ -27,6 +27,8 @@ const STEP_PATIENCE: Duration = Duration::from_secs(120);
 /// How far a stage has loaded.
 #[derive(Debug, Clone, Copy)]
 pub struct LoadUpdate {
+    /// Which pipeline.
+    pub pipeline: u32,
     /// Index of the stage.
     pub stage: usize,
     /// Bytes read from files so far.
@@ -69,7 +71,7 @@ pub struct Pipeline {
 pub type EventSink = Arc<dyn Fn(u64, PipelineEvent) + Send + Sync>;
 
 impl Pipeline {
-    /// Loads, prepares, connects and opens every stage of `replica`.
+    /// Loads, prepares, connects and opens every stage of the plan's first replica.
     ///
     /// # Errors
     /// The first call that fails; the stages that were up are aborted.
@@ -81,7 +83,7 @@ impl Pipeline {
         sink: EventSink,
         deployment: &Deployment,
     ) -> Result<Pipeline, PipelineError> {
-        let replica = plan.replicas.get(fence.pipeline as usize).cloned().ok_or(PipelineError::NoWorkers)?;
+        let replica = plan.replicas.first().cloned().ok_or(PipelineError::NoWorkers)?;
         let setups = setups(survey, plan, &replica, fence);
         let abort = AbortHandle {
             fence,
@@ -228,7 +230,13 @@ impl Setup {
         let mut resident = None;
         while let Some(update) = updates.recv().await {
             let update = update.map_err(failed)?;
-            progress(LoadUpdate { stage, bytes_read: update.bytes_read, bytes_total: update.bytes_total });
+            let pipeline = self.fence.pipeline;
+            progress(LoadUpdate {
+                pipeline,
+                stage,
+                bytes_read: update.bytes_read,
+                bytes_total: update.bytes_total,
+            });
             resident = update.resident_bytes;
         }
         match resident {

@@ -1,6 +1,6 @@
 //! What the members said of themselves and of the model, and what can be planned over them.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures::future::try_join_all;
 use strata_proto::{
@@ -170,6 +170,15 @@ fn absent(status: &Status) -> bool {
 }
 
 impl Survey {
+    /// Leaves out the devices that the first replicas of `plans` have.
+    pub fn leave_out(&mut self, plans: &[Arc<Plan>]) {
+        let taken = |offer: &Offer| {
+            let stages = plans.iter().filter_map(|plan| plan.replicas.first()).flat_map(|r| &r.stages);
+            stages.clone().any(|s| s.worker == offer.worker && s.device == offer.device.id)
+        };
+        self.offers.retain(|offer| !taken(offer));
+    }
+
     /// Plans a deployment over devices that nobody needs to have; no links are chosen.
     ///
     /// # Errors

@@ -105,13 +105,14 @@ impl Loading {
             }
             Notice::Loading(update) => {
                 let Some(bars) = &*bars else { return };
-                let Some(bar) = bars.stages.get(update.stage) else { return };
+                let Some(bar) = bars.bar(update.pipeline, update.stage) else { return };
                 bar.set_length(update.bytes_total);
                 bar.set_position(update.bytes_read);
                 if update.bytes_read >= update.bytes_total && !bar.is_finished() {
                     bar.finish();
                     if bar.is_hidden() {
-                        let stage = bars.plan.replicas.first().and_then(|r| r.stages.get(update.stage));
+                        let replica = bars.plan.replicas.get(update.pipeline as usize);
+                        let stage = replica.and_then(|r| r.stages.get(update.stage));
                         let place = stage.map_or(String::new(), |s| format!(" on {}/{}", s.worker, s.device));
                         eprintln!("stage {}{place} loaded {}", update.stage, bytes(update.bytes_total));
                     }
@@ -136,8 +137,7 @@ impl Bars {
             "{prefix:>8} {bar:32} {bytes:>11} / {total_bytes:11} {bytes_per_sec}",
         )
         .unwrap_or_else(|_| ProgressStyle::default_bar());
-        let count = plan.replicas.first().map_or(0, |r| r.stages.len());
-        let stages = (0..count).map(|index| {
+        let stages = plan.replicas.iter().flat_map(|r| 0..r.stages.len()).map(|index| {
             let bar =
                 if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
             let bar = if bar.is_hidden() { bar } else { group.add(bar) };
@@ -145,7 +145,13 @@ impl Bars {
             bar.set_prefix(format!("stage {index}"));
             bar
         });
-        Bars { stages: stages.collect(), group, plan }
+        Bars { stages: stages.collect(), group, plan: plan.clone() }
+    }
+
+    /// The bar of a stage; replicas follow each other.
+    fn bar(&self, replica: u32, stage: usize) -> Option<&ProgressBar> {
+        let before = self.plan.replicas.iter().take(replica as usize);
+        self.stages.get(before.map(|r| r.stages.len()).sum::<usize>() + stage)
     }
 }
 

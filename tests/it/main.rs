@@ -7,4 +7,5 @@ mod foreign_client;
 mod loading;
 mod parity;
 mod processes;
+mod replicas;
 mod serving;

@@ -151,7 +151,7 @@ impl Inference for InferenceService {
         let request = request.into_inner();
         let mut checked = self
             .tokenizing(move |c| {
-                let capacity = c.engine.snapshot.borrow().load.kv_tokens_total;
+                let capacity = c.engine.snapshot.borrow().capacity;
                 // While no pipeline is up its capacity is unknown; the scheduler checks again when there is one.
                 let capacity = if capacity == 0 { u64::MAX } else { capacity };
                 admission::check(request, &c.tokenizer, &c.profile, capacity)

@@ -11,7 +11,7 @@ mod tests;
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
 use strata_proto::{
-    BLOCK_TOKENS, DType, Device, LayerRange, MapDevice, ModelProfile, Plan, Replica, StagePlan,
+    BLOCK_TOKENS, DType, Device, DeviceKind, LayerRange, MapDevice, ModelProfile, Plan, Replica, StagePlan,
 };
 
 use cost::Costs;
@@ -20,6 +20,9 @@ use split::{Measure, Objective, assign};
 
 /// The default cache holds this many full contexts, if they fit.
 const TARGET_CONTEXTS: u64 = 16;
+
+/// Most copies of a model in one deployment.
+const MAX_REPLICAS: usize = 64;
 
 /// Worker of devices that are only imagined, for a preview.
 pub const IMAGINED: &str = "imagined";
@@ -38,7 +41,7 @@ pub struct Offer {
 /// How layers are split.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Split {
-    /// The fewest stages that fit.
+    /// The fewest stages that fit, and copies of the model on the devices that are left over.
     Auto,
     /// Every device, the slowest stage as fast as possible.
     Balanced,
@@ -139,7 +142,42 @@ pub fn solve(problem: &Problem<'_>) -> Result<Plan, PlanError> {
         Split::DeviceMap(map) => chosen(problem, &costs, device_map::shares(problem, map)?)?,
         _ => by_policy(problem, &costs).ok_or_else(|| error::does_not_fit(problem, &costs))?,
     };
-    Ok(describe(problem, &costs, blocks, &shares))
+    let mut replicas = vec![describe(problem, &costs, blocks, &shares)];
+    if *problem.split == Split::Auto {
+        replicas.extend(further_replicas(problem, &shares));
+    }
+    Ok(Plan {
+        model: problem.profile.model.clone(),
+        dtype: problem.dtype,
+        hf_device_map: device_map::export(problem, &shares),
+        replicas,
+    })
+}
+
+/// Copies of the model on the devices that `taken` leaves over. CPUs that nobody capped never hold one: those of one
+/// host would only take each other's time.
+///
+/// Each is made of the next devices that hold the model together, and split over them as if there were no others: exact
+/// within a copy, though not over all of them.
+fn further_replicas(problem: &Problem<'_>, taken: &[Share]) -> Vec<Replica> {
+    let free = problem.offers.iter().enumerate().filter(|(i, offer)| {
+        let gpu_like = offer.device.kind != DeviceKind::Cpu || offer.device.capped;
+        gpu_like && !taken.iter().any(|share| share.offer == *i)
+    });
+    let mut left: Vec<Offer> = free.map(|(_, offer)| offer.clone()).collect();
+    let mut replicas = Vec::new();
+    while replicas.len() + 1 < MAX_REPLICAS && !left.is_empty() {
+        let rest = Problem { offers: &left, ..*problem };
+        let Some(shares) = fill(&Costs::new(&rest), block_bounds(&rest).0) else { break };
+        let group: Vec<Offer> = shares.iter().map(|share| left[share.offer].clone()).collect();
+        let within = Problem { offers: &group, ..*problem };
+        let costs = Costs::new(&within);
+        let Some((blocks, shares)) = by_policy(&within, &costs) else { break };
+        replicas.push(describe(&within, &costs, blocks, &shares));
+        let used = |offer: &Offer| shares.iter().any(|share| group[share.offer] == *offer);
+        left.retain(|offer| !used(offer));
+    }
+    replicas
 }
 
 /// Smallest and wanted number of KV blocks.
@@ -249,8 +287,8 @@ fn chosen(problem: &Problem<'_>, costs: &Costs, shares: Vec<Share>) -> Result<(u
     Ok((largest(least, wanted, |blocks| tight(blocks).is_none()), shares))
 }
 
-/// Writes a decision out as a plan.
-fn describe(problem: &Problem<'_>, costs: &Costs, blocks: u64, shares: &[Share]) -> Plan {
+/// Writes a decision out.
+fn describe(problem: &Problem<'_>, costs: &Costs, blocks: u64, shares: &[Share]) -> Replica {
     let profile = problem.profile;
     let stage = |share: &Share| {
         let Offer { worker, device, .. } = &problem.offers[share.offer];
@@ -267,15 +305,9 @@ fn describe(problem: &Problem<'_>, costs: &Costs, blocks: u64, shares: &[Share])
             link: None,
         }
     };
-    let replica = Replica {
+    Replica {
         stages: shares.iter().map(stage).collect(),
         kv_capacity_tokens: blocks.saturating_mul(u64::from(BLOCK_TOKENS)),
         forecast: forecast::forecast(problem, costs, blocks, shares),
-    };
-    Plan {
-        model: profile.model.clone(),
-        dtype: problem.dtype,
-        hf_device_map: device_map::export(problem, shares),
-        replicas: vec![replica],
     }
 }

@@ -403,3 +403,30 @@ fn experts_are_read_only_if_chosen_and_cores_of_a_host_are_shared() {
     assert!((alone / full(4, 1) - 1.0).abs() < 1e-9, "as many cores as stages");
     assert!((3.0..4.2).contains(&(alone / full(1, 1))), "four stages on one core");
 }
+
+#[test]
+fn devices_that_are_left_over_become_replicas() {
+    let profile = profile(&[(1000, 1); 4], 0, false);
+    let plan = |offers: &[Offer], split: &Split| solve(&problem(&profile, offers, split)).unwrap();
+    let names = |plan: &Plan| -> Vec<Vec<String>> {
+        let stages = |r: &Replica| r.stages.iter().map(|s| format!("{} {}", s.worker, s.layers)).collect();
+        plan.replicas.iter().map(stages).collect()
+    };
+    // Each device holds half of the model and its cache.
+    let mut offers = workers(5, DeviceKind::Cuda, 3300);
+    let auto = plan(&offers, &Split::Auto);
+    assert_eq!(names(&auto), [["w0 0..2", "w1 2..4"], ["w2 0..2", "w3 2..4"]], "the fifth is left over");
+    assert!(auto.replicas.iter().all(|r| r.kv_capacity_tokens == auto.replicas[0].kv_capacity_tokens));
+    assert_eq!(plan(&offers, &Split::Balanced).replicas.len(), 1);
+    // One that holds all becomes a copy of its own, between others too small for anything.
+    offers.insert(3, device(DeviceKind::Cuda, "large", 1 << 20, false));
+    offers.insert(1, device(DeviceKind::Cuda, "tiny", 10, false));
+    let auto = names(&plan(&offers, &Split::Auto));
+    assert_eq!(auto, [vec!["w 0..4"], vec!["w0 0..2", "w1 2..4"], vec!["w2 0..2", "w3 2..4"]]);
+    // Processors that nobody capped are for what fits nowhere else.
+    let mut cpus = workers(3, DeviceKind::Cpu, 1 << 20);
+    cpus.iter_mut().for_each(|offer| offer.device.capped = false);
+    assert_eq!(plan(&cpus, &Split::Auto).replicas.len(), 1);
+    assert_eq!(plan(&workers(3, DeviceKind::Cpu, 1 << 20), &Split::Auto).replicas.len(), 3);
+    assert_eq!(plan(&workers(100, DeviceKind::Cuda, 1 << 20), &Split::Auto).replicas.len(), MAX_REPLICAS);
+}

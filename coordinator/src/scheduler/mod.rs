@@ -72,6 +72,16 @@ pub enum SubmitError {
     },
 }
 
+impl SubmitError {
+    /// The room that there was.
+    pub fn room(&self) -> u64 {
+        match self {
+            SubmitError::TooLarge { capacity, .. } => *capacity,
+            SubmitError::TooLargeForAStep { max_tokens, .. } => u64::from(*max_tokens),
+        }
+    }
+}
+
 impl Classify for SubmitError {
     fn kind(&self) -> Kind {
         Kind::BadInput
@@ -136,6 +146,14 @@ pub struct Stats {
     pub preemptions: u64,
 }
 
+/// A sequence between two schedulers.
+#[derive(Debug)]
+pub struct Surrendered {
+    /// Its id, which it keeps.
+    pub id: SequenceId,
+    sequence: Sequence,
+}
+
 /// A row in flight.
 #[derive(Debug)]
 struct Flight {
@@ -155,7 +173,6 @@ pub struct Scheduler {
     in_flight: VecDeque<(u64, Vec<Flight>)>,
     /// Sequences that stages may forget, told with the next step.
     released: Vec<SequenceId>,
-    next_id: SequenceId,
     next_step: u64,
     preemptions: u64,
 }
@@ -171,33 +188,64 @@ impl Scheduler {
             waiting: BTreeSet::new(),
             in_flight: VecDeque::new(),
             released: Vec::new(),
-            next_id: 1,
             next_step: 0,
             preemptions: 0,
         }
     }
 
-    /// Takes a request in, to run when there is room.
+    /// Takes a request in, to run when there is room. Its id is higher than any before, whichever scheduler had that.
     ///
     /// # Errors
     /// If it could not run even with the whole cache. Not checked while there is no cache (0 blocks): then
     /// [`restart`](Self::restart) checks.
-    pub fn submit(&mut self, request: Request) -> Result<SequenceId, SubmitError> {
+    pub fn submit(&mut self, id: SequenceId, request: Request) -> Result<(), SubmitError> {
         let sequence = Sequence::new(request);
+        self.check(&sequence)?;
+        self.live.insert(id, sequence);
+        self.waiting.insert(id);
+        Ok(())
+    }
+
+    /// Gives up every sequence, with all that is known of it, for other schedulers to [adopt](Self::adopt).
+    pub fn surrender(&mut self) -> Vec<Surrendered> {
+        let live = std::mem::take(&mut self.live).into_iter();
+        let moved = live.map(|(id, mut sequence)| {
+            self.blocks.give_back(sequence.forget());
+            sequence.on_stages = false;
+            sequence.last_step = 0;
+            Surrendered { id, sequence }
+        });
+        let moved = moved.collect();
+        self.running.clear();
+        self.waiting.clear();
+        self.in_flight.clear();
+        moved
+    }
+
+    /// Whether it could run a sequence that another scheduler gave up.
+    pub fn could_run(&self, moved: &Surrendered) -> bool {
+        self.check(&moved.sequence).is_ok()
+    }
+
+    /// Goes on with a sequence that a scheduler gave up: computed anew, in its old place in line. Ask
+    /// [`could_run`](Self::could_run) first, unless it was its own; then [`restart`](Self::restart) decides.
+    pub fn adopt(&mut self, moved: Surrendered) {
+        self.waiting.insert(moved.id);
+        self.live.insert(moved.id, moved.sequence);
+    }
+
+    /// Whether a sequence could run here at all.
+    fn check(&self, sequence: &Sequence) -> Result<(), SubmitError> {
         let capacity = self.capacity();
         if capacity > 0 && sequence.most() > capacity {
             return Err(SubmitError::TooLarge { needed: sequence.most(), capacity });
         }
-        if matches!(sequence.work, Work::Encode(_)) && !self.fits_a_step(&sequence) {
+        if !self.fits_a_step(sequence) {
             let (tokens, outputs) = (sequence.len(), sequence.outputs());
             let (max_tokens, max_outputs) = (self.config.max_step_tokens, self.config.max_step_rows);
             return Err(SubmitError::TooLargeForAStep { tokens, outputs, max_tokens, max_outputs });
         }
-        let id = self.next_id;
-        self.next_id += 1;
-        self.live.insert(id, sequence);
-        self.waiting.insert(id);
-        Ok(id)
+        Ok(())
     }
 
     /// The next step, its fence left empty; `None` if enough are in flight or nothing can be done now.

@@ -117,6 +117,8 @@ enum Action {
     Garble(usize),
     /// A new generation with so many blocks.
     Restart(u32),
+    /// Another scheduler takes over, with so many blocks.
+    Move(u32),
 }
 
 fn action() -> impl Strategy<Value = Action> {
@@ -130,6 +132,7 @@ fn action() -> impl Strategy<Value = Action> {
         1 => Just(Action::Fail),
         1 => any::<usize>().prop_map(Action::Garble),
         1 => (4u32..24).prop_map(Action::Restart),
+        1 => (4u32..24).prop_map(Action::Move),
     ]
 }
 
@@ -164,6 +167,7 @@ struct World {
     live: BTreeMap<u64, (Vec<u32>, u32)>,
     /// Those of them that an encoder computes, whole.
     encodes: HashSet<u64>,
+    next_id: u64,
     clock: u32,
 }
 
@@ -177,6 +181,7 @@ impl World {
             pipe: VecDeque::new(),
             live: BTreeMap::new(),
             encodes: HashSet::new(),
+            next_id: 0,
             clock: 0,
         }
     }
@@ -190,8 +195,10 @@ impl World {
             work: Work::Generate { max_tokens, eos: vec![13], sampling: v1::RowSampling::default() },
         };
         let capacity = self.stage.config.blocks * self.stage.config.block_tokens;
-        match self.scheduler.submit(request) {
-            Ok(id) => {
+        self.next_id += 1;
+        let id = self.next_id;
+        match self.scheduler.submit(id, request) {
+            Ok(()) => {
                 assert!(prompt.len() as u32 + max_tokens <= capacity);
                 assert!(self.live.insert(id, (prompt, max_tokens)).is_none(), "an id was reused");
             }
@@ -211,8 +218,10 @@ impl World {
         let request = Request { prompt: prompt.clone(), deadline: None, work: Work::Encode(work) };
         let config = &self.stage.config;
         let fits = tokens <= config.max_step_tokens && outputs <= config.max_step_rows;
-        match self.scheduler.submit(request) {
-            Ok(id) => {
+        self.next_id += 1;
+        let id = self.next_id;
+        match self.scheduler.submit(id, request) {
+            Ok(()) => {
                 assert!(fits && self.live.insert(id, (prompt, 0)).is_none());
                 self.encodes.insert(id);
             }
@@ -300,6 +309,27 @@ impl World {
         self.live.retain(|id, _| !lost.contains(id));
     }
 
+    fn move_to_another(&mut self, blocks: u32) {
+        let moved = self.scheduler.surrender();
+        assert_eq!(self.scheduler.stats().blocks_used, 0);
+        assert!(moved.iter().map(|m| m.id).eq(self.live.keys().copied()), "all of them, in order");
+        let config = Config { blocks, ..self.stage.config.clone() };
+        let capacity = config.blocks * config.block_tokens;
+        self.pipe.clear();
+        self.stage =
+            FakeStage { config: config.clone(), due: 0, cached: HashMap::new(), memory: HashMap::new() };
+        self.scheduler = Scheduler::new(config);
+        for moved in moved {
+            if self.scheduler.could_run(&moved) {
+                self.scheduler.adopt(moved);
+            } else {
+                let (tokens, more) = &self.live[&moved.id];
+                assert!(tokens.len() as u32 + more > capacity && !self.encodes.contains(&moved.id));
+                self.live.remove(&moved.id);
+            }
+        }
+    }
+
     fn act(&mut self, action: Action) {
         self.clock += 1;
         match action {
@@ -316,6 +346,7 @@ impl World {
             Action::Fail => self.fail(),
             Action::Garble(n) => self.garble(n),
             Action::Restart(blocks) => self.restart(blocks),
+            Action::Move(blocks) => self.move_to_another(blocks),
         }
         for id in self.scheduler.expire(Duration::from_secs(u64::from(self.clock))) {
             assert!(self.live.remove(&id).is_some());
@@ -483,7 +514,7 @@ fn too_large_says_both_numbers() {
         deadline: None,
         work: Work::Generate { max_tokens: 3, eos: vec![], sampling: v1::RowSampling::default() },
     };
-    let error = w.scheduler.submit(request).unwrap_err().to_string();
+    let error = w.scheduler.submit(1, request).unwrap_err().to_string();
     assert!(error.contains('9') && error.contains('8'), "{error}");
 }
 

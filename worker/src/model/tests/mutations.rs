@@ -171,7 +171,7 @@ fn damaged_headers_are_refused_or_run_and_never_panic() {
         let whole = fs::read(path).unwrap();
         let header = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
         for case in 0..CASES {
-            let mut random = Random(1 << 32 | number as u64 * 1000 + case);
+            let mut random = Random((1 << 32) + number as u64 * 1000 + case);
             let mut bytes = whole.clone();
             match random.below(5) {
                 0 => bytes.truncate(random.below(whole.len())),

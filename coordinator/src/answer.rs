@@ -1,0 +1,111 @@
+//! Requests in progress: what is remembered of each, and what a step's outputs mean to it.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
+
+use strata_proto::v1::{self, FinishReason, generate_event, step_result};
+use tokio::sync::mpsc;
+
+use crate::{
+    admission::{Checked, Permit},
+    messages::{EngineError, Reply},
+    scheduler::{self, SequenceId},
+    tokenizer::{TextStream, Tokenizer},
+};
+
+/// A request in progress.
+pub(crate) struct Live {
+    pub reply: mpsc::UnboundedSender<Reply>,
+    /// Of a generation.
+    pub answer: Option<Answer>,
+    pub _permit: Permit,
+}
+
+/// A text in progress.
+pub(crate) struct Answer {
+    pub text: TextStream,
+    pub prompt_tokens: u32,
+    pub generated: u32,
+}
+
+/// What the last stage made of a sequence, beside what the scheduler is told.
+pub(crate) enum Yield {
+    /// A token, with log-probabilities if they were asked for.
+    Token(Option<v1::TokenLogprobs>),
+    /// All that was asked for.
+    Whole(Reply),
+}
+
+/// Sorts the outputs of a step by sequence.
+pub(crate) fn outputs(
+    output: Option<step_result::Output>,
+) -> (Vec<(SequenceId, scheduler::Output)>, HashMap<SequenceId, Yield>) {
+    let (mut outputs, mut results) = (Vec::new(), HashMap::new());
+    let whole = scheduler::Output::Whole;
+    match output {
+        None => {}
+        Some(step_result::Output::Tokens(tokens)) => {
+            for token in tokens.tokens {
+                outputs.push((token.sequence, scheduler::Output::Token(token.token_id)));
+                results.insert(token.sequence, Yield::Token(token.logprobs));
+            }
+        }
+        Some(step_result::Output::Vectors(vectors)) => {
+            for vector in vectors.vectors {
+                outputs.push((vector.sequence, whole));
+                results.insert(vector.sequence, Yield::Whole(Reply::Vector(vector.values)));
+            }
+        }
+        Some(step_result::Output::Guesses(guesses)) => {
+            let mut masks: BTreeMap<SequenceId, Vec<_>> = BTreeMap::new();
+            for guess in guesses.guesses {
+                masks.entry(guess.sequence).or_default().push(guess.top);
+            }
+            for (sequence, masks) in masks {
+                outputs.push((sequence, whole));
+                results.insert(sequence, Yield::Whole(Reply::Guesses(masks)));
+            }
+        }
+    }
+    (outputs, results)
+}
+
+/// A generation as the scheduler sees it, and its answer; it arrived at `arrived` on the engine's clock.
+pub(crate) fn generation(request: Checked, arrived: Duration) -> (scheduler::Request, Option<Answer>) {
+    let prompt_tokens = request.prompt.len() as u32;
+    let sampling = v1::RowSampling {
+        sampling: Some(request.sampling),
+        seed: request.seed,
+        prompt_tokens,
+        logprobs: request.logprobs,
+    };
+    let work = scheduler::Work::Generate { max_tokens: request.max_tokens, eos: request.eos, sampling };
+    let asked =
+        scheduler::Request { prompt: request.prompt, deadline: request.deadline.map(|d| arrived + d), work };
+    (asked, Some(Answer { text: TextStream::new(request.stop), prompt_tokens, generated: 0 }))
+}
+
+/// Ends an answer for `reason`.
+pub(crate) fn finish(live: Live, reason: FinishReason, tokenizer: &Tokenizer) {
+    let Some(Answer { text, prompt_tokens, generated }) = live.answer else { return };
+    // After a stop string, what was held back is behind it.
+    let rest = match reason {
+        FinishReason::Stop => Ok(String::new()),
+        _ => text.finish(tokenizer),
+    };
+    let reply = match rest {
+        Ok(text) => {
+            let usage = v1::Usage { prompt_tokens, completion_tokens: generated };
+            let finished = v1::Finished { reason: reason as i32, usage: Some(usage), text };
+            Reply::Event(generate_event::Event::Finished(finished))
+        }
+        Err(error) => {
+            tracing::error!(%error, "cannot decode the end of an answer");
+            Reply::Failed(EngineError::Internal)
+        }
+    };
+    // A receiver that is gone needs no telling.
+    let _ = live.reply.send(reply);
+}

@@ -1,0 +1,91 @@
+//! One of the pipelines of a deployment, with the sequences that it computes.
+
+use std::{sync::Arc, time::Instant};
+
+use strata_proto::Plan;
+
+use crate::{
+    pipeline::Pipeline,
+    scheduler::{self, Scheduler},
+};
+
+/// A pipeline, or what is being done about there being none.
+pub(crate) enum State {
+    /// It takes steps.
+    Up(Pipeline),
+    /// A task is at work; `lost` if its pipeline broke before the engine took it over.
+    BringingUp {
+        /// Of the pipeline to come.
+        generation: u64,
+        /// It broke already.
+        lost: bool,
+    },
+    /// To be tried again.
+    Down {
+        /// When.
+        retry: Instant,
+    },
+}
+
+/// One replica of the model.
+pub(crate) struct Lane {
+    /// Which pipeline it is in fences; never reused while another has it.
+    pub number: u32,
+    pub state: State,
+    pub scheduler: Scheduler,
+    /// What it runs by, or is being brought up by: the devices of its first replica are nobody else's.
+    pub plan: Option<Arc<Plan>>,
+}
+
+impl Lane {
+    pub fn new(number: u32, config: scheduler::Config) -> Self {
+        let state = State::Down { retry: Instant::now() };
+        Lane { number, state, scheduler: Scheduler::new(config), plan: None }
+    }
+
+    pub fn is_up(&self) -> bool {
+        matches!(self.state, State::Up(_))
+    }
+
+    /// Whether its pipeline is, or is going to be, of this generation.
+    pub fn has(&self, generation: u64) -> bool {
+        match &self.state {
+            State::Up(pipeline) => pipeline.fence().generation == generation,
+            State::BringingUp { generation: coming, .. } => *coming == generation,
+            State::Down { .. } => false,
+        }
+    }
+
+    /// Whether a stage of its live pipeline is on `worker`.
+    pub fn uses(&self, worker: &str) -> bool {
+        match &self.state {
+            State::Up(pipeline) => pipeline.replica().stages.iter().any(|s| s.worker == worker),
+            _ => false,
+        }
+    }
+
+    /// Whether it is looking for devices.
+    pub fn is_planning(&self) -> bool {
+        matches!(self.state, State::BringingUp { .. }) && self.plan.is_none()
+    }
+
+    /// Sequences that it has.
+    pub fn load(&self) -> u32 {
+        let stats = self.scheduler.stats();
+        stats.running + stats.waiting
+    }
+}
+
+/// Gives what `from` can no longer compute to the least busy of the lanes that are up and could; what fits nowhere else
+/// stays.
+pub(crate) fn move_away(lanes: &mut [Lane], from: usize) {
+    let mut others: Vec<usize> = (0..lanes.len()).filter(|i| *i != from && lanes[*i].is_up()).collect();
+    if others.is_empty() {
+        return;
+    }
+    for sequence in lanes[from].scheduler.surrender() {
+        others.sort_by_key(|i| lanes[*i].load());
+        let home = others.iter().copied().find(|i| lanes[*i].scheduler.could_run(&sequence));
+        lanes[home.unwrap_or(from)].scheduler.adopt(sequence);
+    }
+}
