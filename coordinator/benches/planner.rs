@@ -49,6 +49,7 @@ fn main() {
                 offers: &offers,
                 split: &split,
                 dtype: DType::BF16,
+                quantization: None,
                 kv_tokens: None,
                 max_step_tokens: 512,
                 max_step_outputs: 128,
@@ -71,7 +72,7 @@ fn main() {
 fn module(name: String, bytes: u64, kv: u64) -> Module {
     Module {
         names: vec![name],
-        bytes: FormatBytes { f32: 2 * bytes, bf16: bytes, f16: bytes },
+        bytes: FormatBytes { f32: 2 * bytes, bf16: bytes, f16: bytes, int8: bytes / 2, int4: bytes / 4 },
         kv_elements_per_token: kv,
         macs_per_token: bytes / 2,
         experts: None,

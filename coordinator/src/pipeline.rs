@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use futures::future::try_join_all;
 use strata_proto::{
-    BLOCK_TOKENS, LinkKind, Plan, Replica, StagePlan,
+    BLOCK_TOKENS, LinkKind, Plan, Quantization, Replica, StagePlan,
     v1::{self, Fence, from_stage, to_stage},
 };
 use tokio::sync::mpsc;
@@ -169,6 +169,7 @@ fn setups(survey: &Survey, plan: &Plan, replica: &Replica, fence: Fence) -> Vec<
             embedding: index == 0,
             head: index == last,
             dtype: plan.dtype.name().to_owned(),
+            quantization: Quantization::to_wire(plan.quantization),
         };
         Some(Setup { member: member.clone(), fence, spec, plan: stage.clone() })
     };

@@ -4,7 +4,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures::future::try_join_all;
 use strata_proto::{
-    DType, Device, Files, LinkKind, ModelProfile, Plan, StagePlan,
+    DType, Device, Files, LinkKind, ModelProfile, Plan, Quantization, StagePlan,
     error::{Classify, Kind},
     v1,
 };
@@ -27,6 +27,8 @@ pub struct Deployment {
     pub split: Split,
     /// Format; `None` is the checkpoint's.
     pub dtype: Option<DType>,
+    /// What weights are turned into when they are loaded.
+    pub quantization: Option<Quantization>,
     /// Size of the cache, in tokens; `None` is 16 contexts, or what fits.
     pub kv_tokens: Option<u64>,
     /// Size of the cache in full contexts, where `kv_tokens` is not set.
@@ -192,6 +194,7 @@ impl Survey {
             offers,
             split: &deployment.split,
             dtype: deployment.dtype.unwrap_or(self.profile.dtype),
+            quantization: deployment.quantization,
             kv_tokens: deployment.kv_tokens.or(contexts),
             max_step_tokens: deployment.max_step_tokens,
             max_step_outputs: deployment.max_step_rows,

@@ -5,10 +5,13 @@ use std::{net::SocketAddr, path::PathBuf};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use strata_coordinator::{planner::Split, preflight::Check};
 use strata_proto::{
-    DEFAULT_PORT, DType, LinkKind,
+    DEFAULT_PORT, DType, LinkKind, Quantization,
     v1::{ChatMessage, Truncation},
 };
-use strata_worker::device::{DeviceSpec, parse_bytes};
+use strata_worker::{
+    device::{Compute, DeviceSpec, parse_bytes},
+    kernels::cpu::isa::Isa,
+};
 
 /// Serves one transformer model across many devices.
 #[derive(Debug, Parser)]
@@ -67,6 +70,9 @@ pub struct DeploymentArgs {
     /// Format of weights, activations and cache: auto (the checkpoint's), f32, bf16 or f16
     #[arg(long, env = "STRATA_DTYPE", default_value = "auto", value_parser = parse_dtype)]
     pub dtype: AutoDType,
+    /// Turn weights into int8 or int4 when they are loaded
+    #[arg(long, env = "STRATA_QUANTIZE")]
+    pub quantize: Option<Quantization>,
     /// Token positions the cache holds [default: 16 x the context, or what fits]
     #[arg(long, env = "STRATA_KV_TOKENS", value_parser = clap::value_parser!(u64).range(1..))]
     pub kv_tokens: Option<u64>,
@@ -171,6 +177,28 @@ pub struct ListenArgs {
     pub grace: u64,
 }
 
+/// How this machine's processors compute.
+#[derive(Debug, Clone, Args)]
+pub struct ComputeArgs {
+    /// Threads of each CPU device [default: the cores, shared among the devices]
+    #[arg(long, env = "STRATA_THREADS", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Option<u32>,
+    /// Instruction set of the kernels: portable, avx2 or avx512 [default: the widest there is]
+    #[arg(long, env = "STRATA_ISA")]
+    pub isa: Option<Isa>,
+}
+
+impl ComputeArgs {
+    /// What was asked for, for a process with so many CPU devices.
+    pub fn resolve(&self, devices: usize) -> Compute {
+        let default = Compute::shared_by(devices);
+        Compute {
+            isa: self.isa.unwrap_or(default.isa),
+            threads: self.threads.map_or(default.threads, |n| n as usize),
+        }
+    }
+}
+
 /// A model and devices of this machine.
 #[derive(Debug, Clone, Args)]
 pub struct HereArgs {
@@ -186,6 +214,8 @@ pub struct HereArgs {
     /// Byte caps by device, of each worker: cpu=64GiB
     #[arg(long, env = "STRATA_MAX_MEMORY", value_delimiter = ',')]
     pub max_memory: Vec<DeviceSpec>,
+    #[command(flatten)]
+    pub compute: ComputeArgs,
 }
 
 #[derive(Debug, Args)]
@@ -264,6 +294,8 @@ pub struct WorkerArgs {
     /// Byte caps by device: cpu=64GiB
     #[arg(long, env = "STRATA_MAX_MEMORY", value_delimiter = ',')]
     pub max_memory: Vec<DeviceSpec>,
+    #[command(flatten)]
+    pub compute: ComputeArgs,
 }
 
 /// Where a server is.

@@ -36,7 +36,11 @@ pub async fn show_plan(
         let found = survey_members(&config, &mut members, &silent).await?;
         found.plan_over(&offers(imagined), &config.deployment)?
     };
-    let text = if json { serde_json::to_string(&plan)? } else { show::plan_table(&plan) };
+    let text = if json {
+        serde_json::to_string(&plan)?
+    } else {
+        format!("{}\n\n{}", show::plan_table(&plan), show::footprint_table(&plan))
+    };
     writeln!(std::io::stdout(), "{text}")?;
     Ok(())
 }

@@ -67,9 +67,11 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
     let devices = if args.devices.is_empty() { vec![DeviceSpec::cpu(None)] } else { args.devices };
     let devices = capped(devices, &args.max_memory)?;
+    let compute = args.compute.resolve(devices.len());
     let worker = LocalWorker::start(WorkerConfig {
         models: Models::Under(args.models),
         devices,
+        compute,
         link_address: args.link_listen.unwrap_or(SocketAddr::new(address.ip(), 0)),
         hub: Arc::default(),
         step_hook: None,
@@ -113,6 +115,7 @@ pub fn here(
             (vec![vec![DeviceSpec::cpu(Some(share))]; workers as usize], Split::Balanced)
         }
     };
+    let compute = args.compute.resolve(device_lists.iter().map(Vec::len).sum());
     let hub = Arc::<Hub>::default();
     let mut workers: Vec<(String, Arc<dyn Worker>)> = Vec::new();
     for (index, devices) in device_lists.into_iter().enumerate() {
@@ -120,6 +123,7 @@ pub fn here(
         let worker = LocalWorker::start(WorkerConfig {
             models: Models::One { name: name.clone(), directory: directory.clone() },
             devices,
+            compute,
             link_address: SocketAddr::new(IpAddr::from([127, 0, 0, 1]), 0),
             hub: hub.clone(),
             step_hook: None,
@@ -157,6 +161,7 @@ fn coordinator_config(
             model,
             split: args.split.clone().unwrap_or(split),
             dtype: args.dtype.0,
+            quantization: args.quantize,
             kv_tokens: args.kv_tokens,
             max_sequences: args.max_sequences,
             context: args.context,

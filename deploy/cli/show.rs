@@ -8,7 +8,7 @@ use std::{
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use strata_coordinator::messages::Notice;
-use strata_proto::{Forecast, Plan};
+use strata_proto::{Forecast, FormatBytes, Plan};
 
 const BAR_WIDTH: u64 = 16;
 
@@ -26,7 +26,8 @@ pub fn bytes(n: u64) -> String {
 
 /// A plan for people: one row and one bar per stage.
 pub fn plan_table(plan: &Plan) -> String {
-    let mut out = format!("{} in {}", plan.model, plan.dtype);
+    let weights = plan.quantization.map_or(String::new(), |q| format!(", weights in {q}"));
+    let mut out = format!("{} in {}{weights}", plan.model, plan.dtype);
     for (index, replica) in plan.replicas.iter().enumerate() {
         let mut table = Table::new();
         table.load_style(presets::NOTHING);
@@ -76,6 +77,26 @@ pub fn plan_table(plan: &Plan) -> String {
         out += &format!("\nreplica {index}: {stages} stages, {what}\n{table}");
     }
     out
+}
+
+/// What the weights of each stage would take in each format.
+pub fn footprint_table(plan: &Plan) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.set_header(["weights of", "f32", "bf16 or f16", "int8", "int4"]);
+    let mut total = FormatBytes::default();
+    let row =
+        |name: String, b: &FormatBytes| [name, bytes(b.f32), bytes(b.bf16), bytes(b.int8), bytes(b.int4)];
+    for (number, stage) in plan.replicas.iter().take(1).flat_map(|r| &r.stages).enumerate() {
+        let b = &stage.footprint;
+        table.add_row(row(format!("stage {number}"), b));
+        total = FormatBytes::of(|format| total.at(format) + b.at(format));
+    }
+    table.add_row(row("all".into(), &total));
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table.to_string()
 }
 
 /// Shows a deployment coming up on standard error: bars on a terminal, plain lines in a pipe.

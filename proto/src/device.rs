@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::{DType, v1};
+use crate::{Format, v1};
 
 /// What kind of processor a device is. Rates are compared per kind, so that noise cannot change a split.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -43,7 +43,7 @@ pub struct Device {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Rate {
     /// Format of the weights.
-    pub dtype: DType,
+    pub format: Format,
     /// Rows of activations.
     pub rows: u32,
     /// Floating-point operations per second.
@@ -51,13 +51,13 @@ pub struct Rate {
 }
 
 impl Device {
-    /// Operations per second of products with weights in `dtype` and `rows` rows: between measurements, along the
+    /// Operations per second of products with weights in `format` and `rows` rows: between measurements, along the
     /// logarithm of the rows.
-    pub fn flops(&self, dtype: DType, rows: f64) -> f64 {
+    pub fn flops(&self, format: Format, rows: f64) -> f64 {
         let mut known: Vec<(f64, f64)> = self
             .rates
             .iter()
-            .filter(|r| r.dtype == dtype)
+            .filter(|r| r.format == format)
             .map(|r| (f64::from(r.rows.max(1)).ln(), r.flops_per_second))
             .collect();
         known.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -91,7 +91,7 @@ impl From<Device> for v1::Device {
                 .rates
                 .iter()
                 .map(|r| v1::Rate {
-                    dtype: r.dtype.name().to_owned(),
+                    format: r.format.to_string(),
                     rows: r.rows,
                     flops_per_second: r.flops_per_second,
                 })
@@ -130,7 +130,7 @@ impl TryFrom<v1::Device> for Device {
                 .iter()
                 .map(|r| {
                     let flops_per_second = rate("a rate", r.flops_per_second)?;
-                    Ok(Rate { dtype: r.dtype.parse()?, rows: r.rows, flops_per_second })
+                    Ok(Rate { format: r.format.parse()?, rows: r.rows, flops_per_second })
                 })
                 .collect::<Result<_, String>>()?,
             host_cores: d.host_cores,

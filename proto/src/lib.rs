@@ -12,7 +12,7 @@ mod profile;
 mod worker;
 
 pub use device::{Device, DeviceKind, Rate};
-pub use dtype::DType;
+pub use dtype::{DType, Format, Quantization};
 pub use plan::{Forecast, LayerRange, LinkKind, MapDevice, Plan, Replica, StagePlan};
 pub use profile::{Experts, FormatBytes, ModelProfile, Module};
 pub use worker::{Files, Progress, StageChannel, Worker};

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize, Serializer, ser::SerializeTuple};
 
-use crate::{DType, v1};
+use crate::{DType, FormatBytes, Quantization, v1};
 
 /// Layers `first..end`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -121,6 +121,8 @@ pub struct StagePlan {
     pub numerics: String,
     /// Link to the next stage; none on the last, or before links are chosen.
     pub link: Option<LinkKind>,
+    /// What its weights would take in each format.
+    pub footprint: FormatBytes,
 }
 
 impl StagePlan {
@@ -157,8 +159,10 @@ pub struct Forecast {
 pub struct Plan {
     /// Model name.
     pub model: String,
-    /// Format of weights, residual stream, wire and cache.
+    /// Format of residual stream, wire and cache, and of weights that are not quantized.
     pub dtype: DType,
+    /// What weights are turned into when they are loaded.
+    pub quantization: Option<Quantization>,
     /// Whole copies of the model.
     pub replicas: Vec<Replica>,
     /// Module name to device as accelerate's `hf_device_map` shows it: an integer for a CUDA device, `cpu`, or
@@ -190,6 +194,7 @@ impl From<&Plan> for v1::Plan {
         v1::Plan {
             model: plan.model.clone(),
             dtype: plan.dtype.name().to_owned(),
+            quantization: Quantization::to_wire(plan.quantization),
             replicas: plan.replicas.iter().map(Into::into).collect(),
             hf_device_map: plan.hf_device_map.iter().map(|(k, v)| (k.clone(), v.to_string())).collect(),
         }
@@ -209,6 +214,7 @@ impl From<&Replica> for v1::Replica {
             budget_bytes: s.budget_bytes,
             numerics: s.numerics.clone(),
             link: s.link.map_or(String::new(), |l| l.name().to_owned()),
+            footprint: Some(s.footprint.into()),
         });
         let Forecast { single, batch, full } = replica.forecast;
         v1::Replica {
@@ -226,6 +232,7 @@ impl TryFrom<v1::Plan> for Plan {
         let map_device = |s: String| s.parse().map_or(MapDevice::Named(s), MapDevice::Cuda);
         Ok(Plan {
             dtype: plan.dtype.parse()?,
+            quantization: Quantization::from_wire(&plan.quantization)?,
             model: plan.model,
             replicas: plan.replicas.into_iter().map(Replica::try_from).collect::<Result<_, _>>()?,
             hf_device_map: plan.hf_device_map.into_iter().map(|(k, v)| (k, map_device(v))).collect(),
@@ -242,6 +249,7 @@ impl TryFrom<v1::Replica> for Replica {
                 layers: s.layers.ok_or("a planned stage has no layers")?.into(),
                 link: if s.link.is_empty() { None } else { Some(s.link.parse()?) },
                 worker: s.worker,
+                footprint: s.footprint.unwrap_or_default().into(),
                 device: s.device,
                 weight_bytes: s.weight_bytes,
                 kv_bytes: s.kv_bytes,

@@ -1,9 +1,11 @@
 //! A model as the planner sees it: an ordered list of modules with costs.
 
-use crate::{BLOCK_TOKENS, DType, LayerRange, v1};
+use serde::Serialize;
+
+use crate::{BLOCK_TOKENS, DType, Format, LayerRange, Quantization, v1};
 
 /// Resident bytes of something in each format it could be held in.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct FormatBytes {
     /// Held as f32.
     pub f32: u64,
@@ -11,21 +13,33 @@ pub struct FormatBytes {
     pub bf16: u64,
     /// Held as f16.
     pub f16: u64,
+    /// Held as int8.
+    pub int8: u64,
+    /// Held as int4.
+    pub int4: u64,
 }
 
 impl FormatBytes {
-    /// Bytes when held in `dtype`.
-    pub fn at(&self, dtype: DType) -> u64 {
-        match dtype {
-            DType::F32 => self.f32,
-            DType::BF16 => self.bf16,
-            DType::F16 => self.f16,
+    /// Bytes when held in `format`.
+    pub fn at(&self, format: Format) -> u64 {
+        match format {
+            Format::Float(DType::F32) => self.f32,
+            Format::Float(DType::BF16) => self.bf16,
+            Format::Float(DType::F16) => self.f16,
+            Format::Quantized(Quantization::Int8) => self.int8,
+            Format::Quantized(Quantization::Int4) => self.int4,
         }
     }
 
     /// Computes the bytes for every format.
-    pub fn of(f: impl Fn(DType) -> u64) -> Self {
-        FormatBytes { f32: f(DType::F32), bf16: f(DType::BF16), f16: f(DType::F16) }
+    pub fn of(f: impl Fn(Format) -> u64) -> Self {
+        FormatBytes {
+            f32: f(Format::Float(DType::F32)),
+            bf16: f(Format::Float(DType::BF16)),
+            f16: f(Format::Float(DType::F16)),
+            int8: f(Format::Quantized(Quantization::Int8)),
+            int4: f(Format::Quantized(Quantization::Int4)),
+        }
     }
 }
 
@@ -113,18 +127,18 @@ impl ModelProfile {
     }
 
     /// Resident weight bytes of a stage that holds `layers`, with embedding if first and head if last.
-    pub fn weight_bytes(&self, layers: LayerRange, dtype: DType) -> u64 {
+    pub fn weight_bytes(&self, layers: LayerRange, format: Format) -> u64 {
         let first = layers.first == 0;
         let last = layers.end == self.layer_count();
-        let mut bytes: u64 = self.slice(layers).iter().map(|m| m.bytes.at(dtype)).sum();
+        let mut bytes: u64 = self.slice(layers).iter().map(|m| m.bytes.at(format)).sum();
         if first {
-            bytes += self.embedding.bytes.at(dtype);
+            bytes += self.embedding.bytes.at(format);
         }
         if last {
-            bytes += self.head.bytes.at(dtype);
+            bytes += self.head.bytes.at(format);
         }
         if first && last {
-            bytes -= self.shared.at(dtype);
+            bytes -= self.shared.at(format);
         }
         bytes
     }
@@ -149,13 +163,13 @@ impl ModelProfile {
 
 impl From<FormatBytes> for v1::FormatBytes {
     fn from(b: FormatBytes) -> Self {
-        v1::FormatBytes { f32: b.f32, bf16: b.bf16, f16: b.f16 }
+        v1::FormatBytes { f32: b.f32, bf16: b.bf16, f16: b.f16, int8: b.int8, int4: b.int4 }
     }
 }
 
 impl From<v1::FormatBytes> for FormatBytes {
     fn from(b: v1::FormatBytes) -> Self {
-        FormatBytes { f32: b.f32, bf16: b.bf16, f16: b.f16 }
+        FormatBytes { f32: b.f32, bf16: b.bf16, f16: b.f16, int8: b.int8, int4: b.int4 }
     }
 }
 

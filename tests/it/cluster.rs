@@ -16,11 +16,13 @@ use strata_coordinator::{
     survey::Deployment,
 };
 use strata_proto::{
-    DType, LinkKind, Worker,
+    DType, LinkKind, Quantization, Worker,
     v1::{self, cluster_client::ClusterClient, generate_event, inference_client::InferenceClient},
 };
 use strata_worker::{
-    LocalWorker, Models, StepHook, WorkerConfig, device::DeviceSpec, transport::loopback::Hub,
+    LocalWorker, Models, StepHook, WorkerConfig,
+    device::{Compute, DeviceSpec},
+    transport::loopback::Hub,
 };
 use tokio::sync::{mpsc, oneshot};
 use tonic::{Status, transport::Channel};
@@ -97,6 +99,8 @@ pub struct Options {
     pub split: Split,
     pub links: Option<LinkKind>,
     pub dtype: Option<DType>,
+    pub quantization: Option<Quantization>,
+    pub threads: usize,
     pub kv_tokens: Option<u64>,
     pub max_step_tokens: u32,
     pub prefill_chunk: u32,
@@ -112,6 +116,8 @@ impl Default for Options {
             split: Split::Balanced,
             links: None,
             dtype: Some(DType::F32),
+            quantization: None,
+            threads: 1,
             kv_tokens: None,
             max_step_tokens: 256,
             prefill_chunk: 64,
@@ -127,6 +133,7 @@ impl Options {
             model: name_of(&self.model),
             split: self.split.clone(),
             dtype: self.dtype,
+            quantization: self.quantization,
             kv_tokens: self.kv_tokens,
             max_sequences: None,
             context: None,
@@ -143,6 +150,7 @@ impl Options {
             let worker = LocalWorker::start(WorkerConfig {
                 models: Models::One { name: name_of(&self.model), directory: self.model.clone() },
                 devices: vec![DeviceSpec::cpu(Some(1 << 30))],
+                compute: Compute { threads: self.threads, ..Compute::shared_by(1) },
                 link_address: "127.0.0.1:0".parse().unwrap(),
                 hub: hub.clone(),
                 step_hook: self.hook.clone(),

@@ -10,7 +10,7 @@ use half::bf16;
 use safetensors::{Dtype, tensor::TensorView};
 use strata_coordinator::RemoteWorker;
 use strata_proto::{
-    DType, LayerRange, ModelProfile, Worker,
+    Format, LayerRange, ModelProfile, Worker,
     v1::{self, Fence},
 };
 
@@ -90,6 +90,7 @@ async fn a_third_of_the_layers_costs_a_third_of_the_bytes_and_of_the_memory() {
         embedding: false,
         head: false,
         dtype: "bf16".into(),
+        quantization: String::new(),
     };
     let fence = Some(Fence { term: 1, pipeline: 0, generation: 1 });
     let mut progress = worker.load(v1::LoadRequest { fence, spec: Some(spec) }).await.unwrap();
@@ -104,7 +105,10 @@ async fn a_third_of_the_layers_costs_a_third_of_the_bytes_and_of_the_memory() {
     third("bytes read", last.bytes_read);
     third("bytes resident by its own count", last.resident_bytes.unwrap());
     third("anonymous memory", anonymous_bytes(process.id()) - idle);
-    assert_eq!(last.resident_bytes.unwrap(), profile.weight_bytes(LayerRange::new(4, 8), DType::BF16));
+    assert_eq!(
+        last.resident_bytes.unwrap(),
+        profile.weight_bytes(LayerRange::new(4, 8), Format::Float(strata_proto::DType::BF16))
+    );
 }
 
 fn serve(model: &Path) -> Output {

@@ -277,7 +277,7 @@ fn plans_are_shown_before_anything_loads() {
     assert!(plan(&["--max-memory", "cpu:9=1GiB"]).unwrap_err().contains("no such device; there are cpu"));
 
     // Machines nobody has here; a context and a number of sequences of one's own.
-    let gpus = json(&["--json", "--device", "2x9MiB@3.3TB/s", "--context", "128", "--max-sequences", "4"]);
+    let gpus = json(&["--json", "--device", "2x10MiB@3.3TB/s", "--context", "128", "--max-sequences", "4"]);
     let devices: Vec<_> =
         gpus["replicas"][0]["stages"].as_array().unwrap().iter().map(|s| &s["device"]).collect();
     assert_eq!(serde_json::json!(devices), serde_json::json!(["cuda:0", "cuda:1"]));
@@ -288,6 +288,17 @@ fn plans_are_shown_before_anything_loads() {
         json(&["--json", "--device", "2x1GiB", "--split", &map])["hf_device_map"],
         gpus["hf_device_map"]
     );
+
+    // What would fit is named, and then fits.
+    let refused = plan(&["--device", "2x10750KiB", "--max-sequences", "2", "--dtype", "f32"]).unwrap_err();
+    assert!(refused.contains("it would fit with --dtype bf16"), "{refused}");
+    let refused = plan(&["--device", "2x8500KiB", "--kv-tokens", "16"]).unwrap_err();
+    assert!(refused.contains("it would fit with --quantize int8"), "{refused}");
+    let int8 = json(&["--json", "--device", "2x8500KiB", "--kv-tokens", "16", "--quantize", "int8"]);
+    assert_eq!((&int8["dtype"], &int8["quantization"]), (&"bf16".into(), &"int8".into()));
+    let stage = &int8["replicas"][0]["stages"][0];
+    assert_eq!(stage["weight_bytes"], stage["footprint"]["int8"]);
+    assert!(plan(&["--quantize", "nf4"]).unwrap_err().contains("expected int8 or int4"));
 
     let small = plan(&["--devices", "cpu:0=1MiB,cpu:1=1MiB"]).unwrap_err();
     assert!(small.starts_with("error: ") && small.contains("MiB"), "{small}");

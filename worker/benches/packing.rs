@@ -7,7 +7,10 @@ use std::{ops::ControlFlow, path::Path, time::Instant};
 
 use serde_json::json;
 use strata_proto::{DType, LayerRange};
-use strata_worker::model::{BatchRow, Model, RangeSpec, StageInput, StageOutput, StageState, StageWeights};
+use strata_worker::{
+    device::Compute,
+    model::{BatchRow, Model, RangeSpec, StageInput, StageOutput, StageState, StageWeights},
+};
 
 const LAYERS: usize = 6;
 const WIDTH: usize = 384;
@@ -22,11 +25,18 @@ fn main() {
     write_model(dir.path());
     let (checkpoint, model) = Model::open_dir(dir.path()).expect("the model that was just written");
     let layers = LayerRange::new(0, LAYERS as u32);
-    let spec = RangeSpec { layers, embedding: true, head: true, dtype: DType::F32 };
+    let spec = RangeSpec { layers, embedding: true, head: true, dtype: DType::F32, quantization: None };
     let weights =
         StageWeights::load(&checkpoint, &model, &spec, &mut |_| ControlFlow::Continue(())).expect("loading");
-    let mut state =
-        StageState::new(&model, &spec, 0, (INPUTS * LONGEST) as u32, INPUTS as u32).expect("memory");
+    let mut state = StageState::new(
+        &model,
+        &spec,
+        0,
+        (INPUTS * LONGEST) as u32,
+        INPUTS as u32,
+        Compute::shared_by(1).cpu(),
+    )
+    .expect("memory");
     // Lengths as sentences have them: many short, few long.
     let lengths: Vec<usize> = (0..INPUTS)
         .map(|i| (8.0 * (LONGEST as f64 / 8.0).powf((i * 7 % INPUTS) as f64 / (INPUTS - 1) as f64)) as usize)

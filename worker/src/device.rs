@@ -1,13 +1,23 @@
 //! The devices of a worker: what the user asked for, what they may hold, and how fast they are.
 
-use std::{fmt, str::FromStr, sync::OnceLock, time::Instant};
+use std::{
+    fmt,
+    str::FromStr,
+    sync::{Mutex, PoisonError},
+    time::Instant,
+};
 
-use strata_proto::{DType, Device, DeviceKind, Rate};
+use strata_proto::{DType, Device, DeviceKind, Format, Rate};
 
-use crate::kernels::cpu::{
-    self, Cpu,
-    linear::{Linear, Output, Rows},
-    packed::PackedMatrix,
+use crate::kernels::{
+    buffer::Arena,
+    cpu::{
+        Cpu,
+        isa::Isa,
+        linear::{self, Linear, Output, Rows},
+        packed::PackedMatrix,
+        pool::Pool,
+    },
 };
 
 /// A device as named on the command line: `cpu`, `cpu:1`, `cpu:0=24MiB`.
@@ -98,13 +108,39 @@ fn memory() -> (u64, u64) {
     })
 }
 
+/// How a worker's processors compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Compute {
+    /// Instruction set of its kernels.
+    pub isa: Isa,
+    /// Threads of each CPU device.
+    pub threads: usize,
+}
+
+impl Compute {
+    /// The widest instruction set; this machine's cores, shared among `devices`.
+    pub fn shared_by(devices: usize) -> Self {
+        Compute { isa: Isa::detect(), threads: (cores() / devices.max(1)).max(1) }
+    }
+
+    /// The operations, on threads of their own.
+    pub fn cpu(self) -> Cpu {
+        Cpu::new(self.isa, Pool::new(self.threads).into())
+    }
+}
+
+/// Cores that this process may use.
+pub fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get())
+}
+
 /// What the devices offer. An uncapped CPU offers 90 % of the memory that is free now and held by nothing of ours.
 ///
 /// `held` is the memory our stages on the device already take, which a new plan may use again.
-pub fn offers(specs: &[DeviceSpec], held: impl Fn(&str) -> u64) -> Vec<Device> {
+pub fn offers(specs: &[DeviceSpec], compute: Compute, held: impl Fn(&str) -> u64) -> Vec<Device> {
     let (free, total) = memory();
     let uncapped = specs.iter().filter(|s| s.cap.is_none()).count().max(1) as u64;
-    let &Measured { bytes_per_second, ref rates } = measured();
+    let Measured { bytes_per_second, rates } = measured(compute);
     let flops_per_second = rates.iter().map(|r| r.flops_per_second).fold(1.0, f64::max);
     let offer = |spec: &DeviceSpec| Device {
         id: spec.id.clone(),
@@ -114,14 +150,15 @@ pub fn offers(specs: &[DeviceSpec], held: impl Fn(&str) -> u64) -> Vec<Device> {
         capped: spec.cap.is_some(),
         bytes_per_second,
         flops_per_second,
-        numerics: cpu::NUMERICS.to_owned(),
+        numerics: Cpu::numerics(compute.isa),
         rates: rates.clone(),
-        host_cores: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
+        host_cores: cores().div_ceil(compute.threads) as u32,
     };
     specs.iter().map(offer).collect()
 }
 
 /// Speeds of this processor, by the kernels that will do the work.
+#[derive(Clone)]
 struct Measured {
     bytes_per_second: f64,
     rates: Vec<Rate>,
@@ -130,38 +167,48 @@ struct Measured {
 /// Rows at which arithmetic is measured.
 const ROWS: [usize; 4] = [1, 8, 64, 512];
 
-/// Measures once per process, in some tens of milliseconds.
-fn measured() -> &'static Measured {
-    static MEASURED: OnceLock<Measured> = OnceLock::new();
-    MEASURED.get_or_init(|| {
-        // 16 MiB: more than one core's cache. Little, which stays in it: then arithmetic is what takes time.
-        let bandwidth = product_seconds(2048, 2048, DType::F32, 1);
-        let (n, k) = (256, 1024);
-        let rates = DType::ALL.into_iter().flat_map(|dtype| {
-            ROWS.into_iter().filter_map(move |rows| {
-                let seconds = product_seconds(n, k, dtype, rows)?;
-                let flops_per_second = (2 * rows * n * k) as f64 / seconds;
-                Some(Rate { dtype, rows: rows as u32, flops_per_second })
-            })
-        });
-        Measured {
-            // Without 16 MiB nothing will run; any positive rate plans as well as another.
-            bytes_per_second: bandwidth.map_or(1e9, |seconds| f64::from(2048 * 2048 * 4) / seconds),
-            rates: rates.collect(),
-        }
-    })
+/// Measures once per process and way to compute, in some hundred milliseconds.
+fn measured(compute: Compute) -> Measured {
+    static MEASURED: Mutex<Vec<(Compute, Measured)>> = Mutex::new(Vec::new());
+    let mut known = MEASURED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, measured)) = known.iter().find(|(c, _)| *c == compute) {
+        return measured.clone();
+    }
+    let cpu = compute.cpu();
+    // More than the caches hold. Little, which stays in them: then arithmetic is what takes time.
+    let (n, k) = (8192, 2048);
+    let bandwidth = product_seconds(&cpu, (n, k), Format::Float(DType::F32), 1);
+    let rates = Format::ALL.into_iter().flat_map(|format| {
+        let cpu = &cpu;
+        ROWS.into_iter().filter_map(move |rows| {
+            let (n, k) = (256, 1024);
+            let seconds = product_seconds(cpu, (n, k), format, rows)?;
+            let flops_per_second = (2 * rows * n * k) as f64 / seconds;
+            Some(Rate { format, rows: rows as u32, flops_per_second })
+        })
+    });
+    let measured = Measured {
+        // Without 64 MiB nothing will run; any positive rate plans as well as another.
+        bytes_per_second: bandwidth.map_or(1e9, |seconds| (n * k * 4) as f64 / seconds),
+        rates: rates.collect(),
+    };
+    known.push((compute, measured.clone()));
+    measured
 }
 
 /// The best of three times of a product of `rows` rows with an `(n, k)` matrix; `None` if there is no memory for it.
-fn product_seconds(n: usize, k: usize, dtype: DType, rows: usize) -> Option<f64> {
-    let weight = PackedMatrix::zeros(n, k, dtype).ok()?;
+fn product_seconds(cpu: &Cpu, (n, k): (usize, usize), format: Format, rows: usize) -> Option<f64> {
+    let mut arena = Arena::new(PackedMatrix::bytes_for(n, k, format)).ok()?;
+    let weight = PackedMatrix::zeros(n, k, format, &mut arena).ok()?;
     let (x, mut out) = (vec![0.5; rows * k], vec![0.0; rows * n]);
+    let mut packed = vec![0; rows * linear::packed_words(k)];
     let mut once = |_| {
         let begun = Instant::now();
-        Cpu::detect().linear(Linear {
+        cpu.linear(Linear {
             weight: &weight,
             bias: None,
             x: Rows { data: &x, stride: k, count: rows },
+            packed: &mut packed,
             out: &mut out,
             output: Output::Store,
         });

@@ -17,7 +17,7 @@ use tonic::{Status, async_trait};
 use uuid::Uuid;
 
 use crate::{
-    device::{self, DeviceSpec},
+    device::{self, Compute, DeviceSpec},
     error::WorkerError,
     model,
     stage::{Connect, MakeDownstream, MakeUpstream, Prepare, StageThread, StepHook},
@@ -86,6 +86,8 @@ pub struct WorkerConfig {
     pub models: Models,
     /// Its devices.
     pub devices: Vec<DeviceSpec>,
+    /// How they compute.
+    pub compute: Compute,
     /// Where to accept activations over TCP.
     pub link_address: SocketAddr,
     /// Shared by workers of one process.
@@ -125,7 +127,7 @@ impl LocalWorker {
         let stages = config
             .devices
             .iter()
-            .map(|d| Ok((d.id.clone(), StageThread::spawn(&d.id, config.step_hook.clone())?)))
+            .map(|d| Ok((d.id.clone(), StageThread::spawn(&d.id, config.compute, config.step_hook.clone())?)))
             .collect::<std::io::Result<_>>()
             .map_err(io("starting a stage thread"))?;
         Ok(LocalWorker {
@@ -163,7 +165,9 @@ impl LocalWorker {
     }
 
     fn offers(&self) -> Vec<strata_proto::Device> {
-        device::offers(&self.config.devices, |id| self.stage(id).map_or(0, StageThread::held_bytes))
+        device::offers(&self.config.devices, self.config.compute, |id| {
+            self.stage(id).map_or(0, StageThread::held_bytes)
+        })
     }
 }
 

@@ -14,7 +14,7 @@ use std::{
 };
 
 use strata_proto::{
-    LayerRange,
+    LayerRange, Quantization,
     v1::{self, Fence, StagePhase, from_stage, to_stage},
 };
 use tokio::sync::{
@@ -24,9 +24,11 @@ use tokio::sync::{
 use tonic::Status;
 
 use crate::{
+    device::Compute,
     error::WorkerError,
     generation::{Generation, RunEnd},
     interrupt::Interrupt,
+    kernels::cpu::Cpu,
     model::{LoadedBytes, Model, RangeSpec, StageState, StageWeights},
     transport::{Downstream, Upstream, tcp::Pending},
 };
@@ -96,12 +98,19 @@ pub(crate) struct StageThread {
 }
 
 impl StageThread {
-    pub fn spawn(device: &str, hook: Option<StepHook>) -> std::io::Result<Self> {
+    pub fn spawn(device: &str, compute: Compute, hook: Option<StepHook>) -> std::io::Result<Self> {
         let (commands, orders) = std_mpsc::channel();
         let shared = Arc::<Shared>::default();
         let begun = Instant::now();
-        let mut stage =
-            Stage { shared: shared.clone(), begun, hook, weights: None, bytes_read: 0, generation: None };
+        let mut stage = Stage {
+            shared: shared.clone(),
+            begun,
+            cpu: compute.cpu(),
+            hook,
+            weights: None,
+            bytes_read: 0,
+            generation: None,
+        };
         thread::Builder::new().name(format!("strata-{device}")).spawn(move || {
             while let Ok(command) = orders.recv() {
                 stage.obey(command);
@@ -234,6 +243,7 @@ fn message(message: from_stage::Message) -> v1::FromStage {
 struct Stage {
     shared: Arc<Shared>,
     begun: Instant,
+    cpu: Cpu,
     hook: Option<StepHook>,
     weights: Option<(v1::StageSpec, StageWeights)>,
     /// What the last load read from files.
@@ -363,7 +373,7 @@ impl Stage {
                 needed,
             });
         }
-        let state = StageState::new(model, spec, request.kv_blocks, tokens, outputs)?;
+        let state = StageState::new(model, spec, request.kv_blocks, tokens, outputs, self.cpu.clone())?;
         let prepared = v1::Prepared {
             kv_bytes: state.kv_bytes(),
             workspace_bytes: state.workspace_bytes(),
@@ -472,5 +482,6 @@ fn range_spec(spec: &v1::StageSpec) -> Result<RangeSpec, WorkerError> {
         embedding: spec.embedding,
         head: spec.head,
         dtype: spec.dtype.parse().map_err(WorkerError::BadMessage)?,
+        quantization: Quantization::from_wire(&spec.quantization).map_err(WorkerError::BadMessage)?,
     })
 }

@@ -111,6 +111,14 @@ fn changed(deployment: &Deployment, request: v1::PreviewPlanRequest) -> Result<D
             deployment.dtype = Some(name.parse::<DType>().map_err(|e| BadField(format!("dtype: {e}")))?);
         }
     }
+    match request.quantization.as_str() {
+        "" => {}
+        "none" => deployment.quantization = None,
+        name => {
+            let quantization = name.parse().map_err(|e| BadField(format!("quantization: {e}, or none")))?;
+            deployment.quantization = Some(quantization);
+        }
+    }
     if request.kv_tokens > 0 {
         deployment.kv_tokens = Some(request.kv_tokens);
     }

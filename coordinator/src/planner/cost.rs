@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use strata_proto::{BLOCK_TOKENS, DType, DeviceKind, LayerRange, Module, v1::Task};
+use strata_proto::{BLOCK_TOKENS, DeviceKind, Format, LayerRange, Module, v1::Task};
 
 use super::{Problem, Split};
 
@@ -64,7 +64,7 @@ impl Speeds {
         };
         Speeds {
             bytes_per_second: median(&|d| d.bytes_per_second),
-            flops: ROWS.map(|rows| median(&|d| d.flops(problem.dtype, rows))),
+            flops: ROWS.map(|rows| median(&|d| d.flops(problem.format(), rows))),
             launches: if kind == DeviceKind::Cuda { LAUNCHES } else { 0.0 },
         }
     }
@@ -83,13 +83,13 @@ impl Speeds {
     }
 
     /// Seconds of a module over `rows` rows.
-    fn op(&self, module: &Module, dtype: DType, rows: f64) -> f64 {
-        let mut bytes = module.bytes.at(dtype) as f64;
+    fn op(&self, module: &Module, format: Format, rows: f64) -> f64 {
+        let mut bytes = module.bytes.at(format) as f64;
         if let Some(experts) = module.experts {
             // Only the experts that some row chose are read.
             let (count, active) = (f64::from(experts.count), f64::from(experts.active));
             let idle = count * (1.0 - active / count).powf(rows);
-            bytes -= idle * experts.bytes.at(dtype) as f64;
+            bytes -= idle * experts.bytes.at(format) as f64;
         }
         (bytes / self.bytes_per_second).max(2.0 * module.macs_per_token as f64 * rows / self.flops(rows))
     }
@@ -129,7 +129,7 @@ pub(super) struct Costs {
 impl Costs {
     pub fn new(problem: &Problem<'_>) -> Self {
         let profile = problem.profile;
-        let dtype = problem.dtype;
+        let format = problem.format();
         let sums = |f: &dyn Fn(&Module) -> u64| {
             let mut total = 0;
             let mut prefix = vec![0];
@@ -159,11 +159,11 @@ impl Costs {
             problem.offers.iter().map(|o| o.device.kind != DeviceKind::Cpu || o.device.capped).collect();
         let any = ranks.contains(&true);
         Costs {
-            weights: sums(&|m| m.bytes.at(dtype)),
-            embedding: profile.embedding.bytes.at(dtype),
-            head: profile.head.bytes.at(dtype),
-            shared: profile.shared.at(dtype),
-            kv: sums(&|m| m.kv_elements_per_token * dtype.size()),
+            weights: sums(&|m| m.bytes.at(format)),
+            embedding: profile.embedding.bytes.at(format),
+            head: profile.head.bytes.at(format),
+            shared: profile.shared.at(format),
+            kv: sums(&|m| m.kv_elements_per_token * problem.dtype.size()),
             workspace,
             workspace_head: with_head - workspace,
             budgets: problem.offers.iter().map(|o| o.device.budget_bytes).collect(),
@@ -238,7 +238,7 @@ impl Costs {
         let (profile, speeds) = (problem.profile, &self.kinds[self.times[offer]].speeds);
         let layers = &profile.layers[range.first as usize..range.end as usize];
         let layer = |m: &Module| {
-            speeds.op(m, problem.dtype, rows) + rows * speeds.cache(m, problem) + speeds.launches
+            speeds.op(m, problem.format(), rows) + rows * speeds.cache(m, problem) + speeds.launches
         };
         let mut seconds: f64 = layers.iter().map(layer).sum();
         if range.first == 0 {
@@ -247,7 +247,7 @@ impl Costs {
         if range.end == self.layers() {
             // An encoder's head is computed for few of its rows.
             let outputs = if profile.task == Task::Generate { rows } else { 1.0 };
-            seconds += speeds.op(&profile.head, problem.dtype, outputs);
+            seconds += speeds.op(&profile.head, problem.format(), outputs);
         }
         seconds
     }
@@ -261,7 +261,7 @@ impl Costs {
 /// Times on one kind of device.
 fn kind_times(problem: &Problem<'_>, kind: DeviceKind) -> Times {
     let speeds = Speeds::of(problem, kind);
-    let (profile, dtype) = (problem.profile, problem.dtype);
+    let (profile, format) = (problem.profile, problem.format());
     let prefix = |f: &dyn Fn(&Module) -> f64, embedding: f64, head: f64| {
         let mut total = 0.0;
         let mut layers = vec![0.0];
@@ -271,7 +271,7 @@ fn kind_times(problem: &Problem<'_>, kind: DeviceKind) -> Times {
         }));
         Prefix { layers, embedding, head }
     };
-    let op = |m: &Module, rows: f64| speeds.op(m, dtype, rows);
+    let op = |m: &Module, rows: f64| speeds.op(m, format, rows);
     let lookup = lookup(problem, &speeds);
     Times {
         decode: prefix(

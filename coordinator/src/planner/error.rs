@@ -3,7 +3,7 @@
 use std::fmt;
 
 use strata_proto::{
-    BLOCK_TOKENS, DType, LayerRange,
+    BLOCK_TOKENS, DType, Format, LayerRange, Quantization,
     error::{Classify, Kind},
 };
 
@@ -60,13 +60,13 @@ pub enum PlanError {
     },
     /// The model does not fit.
     #[error(
-        "the model in {dtype} needs {} (weights {}, a cache of {kv_tokens} tokens {}, workspace {}) in one piece and \
+        "the model in {format} needs {} (weights {}, a cache of {kv_tokens} tokens {}, workspace {}) in one piece and \
          more when split, but the devices offer {} together{}; {remedy}",
         Bytes(*needed), Bytes(*weights), Bytes(*kv), Bytes(*workspace), Bytes(*offered), missing(*needed, *offered)
     )]
     DoesNotFit {
-        /// Format that was planned.
-        dtype: DType,
+        /// Format of weights that was planned.
+        format: Format,
         /// Bytes of an unsplit model.
         needed: u64,
         /// Of these, weights.
@@ -104,6 +104,8 @@ pub enum Remedy {
     KvTokens(u64),
     /// Another format.
     DType(DType),
+    /// Weights in fewer bits.
+    Quantize(Quantization),
     /// Nothing but more memory.
     MoreMemory,
 }
@@ -113,9 +115,10 @@ impl fmt::Display for Remedy {
         match self {
             Remedy::KvTokens(tokens) => write!(f, "it would fit with --kv-tokens {tokens}"),
             Remedy::DType(dtype) => write!(f, "it would fit with --dtype {dtype}"),
-            Remedy::MoreMemory => {
-                f.write_str("no dtype or context would make it fit: give it more devices or memory")
-            }
+            Remedy::Quantize(quantization) => write!(f, "it would fit with --quantize {quantization}"),
+            Remedy::MoreMemory => f.write_str(
+                "no dtype, quantization or context would make it fit: give it more devices or memory",
+            ),
         }
     }
 }
@@ -131,23 +134,26 @@ fn missing(needed: u64, offered: u64) -> String {
 pub(super) fn does_not_fit(problem: &Problem<'_>, costs: &Costs) -> PlanError {
     let (blocks, _) = block_bounds(problem);
     let whole = LayerRange::new(0, costs.layers());
-    let (weights, kv) = (problem.profile.weight_bytes(whole, problem.dtype), costs.kv_bytes(whole, blocks));
+    let (weights, kv) =
+        (problem.profile.weight_bytes(whole, problem.format()), costs.kv_bytes(whole, blocks));
     let needed = costs.bytes(whole, blocks);
     let block = u64::from(BLOCK_TOKENS);
-    let fits = |dtype: DType, kv_tokens: Option<u64>| {
-        let changed = Problem { dtype, kv_tokens, ..*problem };
-        by_policy(&changed, &Costs::new(&changed)).is_some()
-    };
+    let fits = |changed: Problem<'_>| by_policy(&changed, &Costs::new(&changed)).is_some();
+    let with_cache = |kv_tokens| fits(Problem { kv_tokens: Some(kv_tokens), ..*problem });
     let mut narrower = DType::ALL.into_iter().filter(|d| d.size() < problem.dtype.size());
-    let remedy = if let Some(dtype) = narrower.find(|d| fits(*d, problem.kv_tokens)) {
+    let mut fewer =
+        Quantization::ALL.into_iter().filter(|q| problem.quantization.is_none_or(|have| have < *q));
+    let remedy = if let Some(dtype) = narrower.find(|d| fits(Problem { dtype: *d, ..*problem })) {
         Remedy::DType(dtype)
-    } else if fits(problem.dtype, Some(block)) {
-        Remedy::KvTokens(largest(1, blocks, |b| fits(problem.dtype, Some(b.saturating_mul(block)))) * block)
+    } else if with_cache(block) {
+        Remedy::KvTokens(largest(1, blocks, |b| with_cache(b.saturating_mul(block))) * block)
+    } else if let Some(quantization) = fewer.find(|q| fits(Problem { quantization: Some(*q), ..*problem })) {
+        Remedy::Quantize(quantization)
     } else {
         Remedy::MoreMemory
     };
     PlanError::DoesNotFit {
-        dtype: problem.dtype,
+        format: problem.format(),
         needed,
         weights,
         kv_tokens: blocks.saturating_mul(block),

@@ -11,7 +11,8 @@ mod tests;
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
 use strata_proto::{
-    BLOCK_TOKENS, DType, Device, DeviceKind, LayerRange, MapDevice, ModelProfile, Plan, Replica, StagePlan,
+    BLOCK_TOKENS, DType, Device, DeviceKind, Format, FormatBytes, LayerRange, MapDevice, ModelProfile, Plan,
+    Quantization, Replica, StagePlan,
 };
 
 use cost::Costs;
@@ -111,14 +112,23 @@ pub struct Problem<'a> {
     pub offers: &'a [Offer],
     /// Policy.
     pub split: &'a Split,
-    /// Format of weights and cache.
+    /// Format of the cache, and of weights that are not quantized.
     pub dtype: DType,
+    /// What weights are turned into.
+    pub quantization: Option<Quantization>,
     /// Tokens the cache must hold. `None`: 16 contexts, or as many as fit but at least one.
     pub kv_tokens: Option<u64>,
     /// Most tokens in one step.
     pub max_step_tokens: u32,
     /// Most rows with an output in one step.
     pub max_step_outputs: u32,
+}
+
+impl Problem<'_> {
+    /// Format of the weights.
+    pub fn format(&self) -> Format {
+        Format::of(self.dtype, self.quantization)
+    }
 }
 
 /// Layers of a stage and the offer that takes them, by index.
@@ -149,6 +159,7 @@ pub fn solve(problem: &Problem<'_>) -> Result<Plan, PlanError> {
     Ok(Plan {
         model: problem.profile.model.clone(),
         dtype: problem.dtype,
+        quantization: problem.quantization,
         hf_device_map: device_map::export(problem, &shares),
         replicas,
     })
@@ -287,6 +298,12 @@ fn chosen(problem: &Problem<'_>, costs: &Costs, shares: Vec<Share>) -> Result<(u
     Ok((largest(least, wanted, |blocks| tight(blocks).is_none()), shares))
 }
 
+/// The numerics class of a device's kernels with a plan's formats.
+fn numerics(problem: &Problem<'_>, device: &Device) -> String {
+    let quantization = problem.quantization.map_or(String::new(), |q| format!("/{q}"));
+    format!("{}/{}{quantization}", device.numerics, problem.dtype)
+}
+
 /// Writes a decision out.
 fn describe(problem: &Problem<'_>, costs: &Costs, blocks: u64, shares: &[Share]) -> Replica {
     let profile = problem.profile;
@@ -296,13 +313,14 @@ fn describe(problem: &Problem<'_>, costs: &Costs, blocks: u64, shares: &[Share])
             worker: worker.clone(),
             device: device.id.clone(),
             layers: share.layers,
-            weight_bytes: profile.weight_bytes(share.layers, problem.dtype),
+            weight_bytes: profile.weight_bytes(share.layers, problem.format()),
             kv_bytes: costs.kv_bytes(share.layers, blocks),
             workspace_bytes: costs.workspace_bytes(share.layers),
             predicted_ms: costs.decode_seconds(share.offer, share.layers) * 1e3,
             budget_bytes: device.budget_bytes,
-            numerics: format!("{}/{}", device.numerics, problem.dtype),
+            numerics: numerics(problem, device),
             link: None,
+            footprint: FormatBytes::of(|format| profile.weight_bytes(share.layers, format)),
         }
     };
     Replica {

@@ -5,8 +5,17 @@ use strata_proto::{DeviceKind, FormatBytes, Module, v1::Task};
 
 use super::*;
 
+/// `bytes` in f32, less in other formats.
+fn sized(bytes: u64) -> FormatBytes {
+    FormatBytes::of(|format| match format {
+        Format::Float(dtype) => bytes * dtype.size() / 4,
+        Format::Quantized(Quantization::Int8) => bytes / 4,
+        Format::Quantized(Quantization::Int4) => bytes / 8,
+    })
+}
+
 fn module(name: &str, bytes: u64, kv: u64, macs: u64) -> Module {
-    let bytes = FormatBytes::of(|d| bytes * d.size() / 4);
+    let bytes = sized(bytes);
     Module {
         names: vec![name.to_owned()],
         bytes,
@@ -33,7 +42,7 @@ fn profile(layers: &[(u64, u64)], embedding: u64, tied: bool) -> ModelProfile {
             .map(|(i, (b, m))| module(&format!("layers.{i}"), *b, 4, *m))
             .collect(),
         embedding: module("embed", embedding, 0, 0),
-        shared: if tied { FormatBytes::of(|d| embedding * d.size() / 4) } else { FormatBytes::default() },
+        shared: if tied { sized(embedding) } else { FormatBytes::default() },
         shared_tensors: Vec::new(),
         head,
         bos_token_ids: vec![],
@@ -72,6 +81,7 @@ fn problem<'a>(profile: &'a ModelProfile, offers: &'a [Offer], split: &'a Split)
         offers,
         split,
         dtype: DType::F32,
+        quantization: None,
         kv_tokens: Some(32),
         max_step_tokens: 4,
         max_step_outputs: 2,
@@ -369,7 +379,7 @@ fn forecasts_follow_the_cost_model() {
 #[test]
 fn experts_are_read_only_if_chosen_and_cores_of_a_host_are_shared() {
     let mut profile = profile(&[(9000, 250); 2], 0, false);
-    let expert = FormatBytes::of(|d| 1000 * d.size() / 4);
+    let expert = sized(1000);
     for layer in &mut profile.layers {
         layer.experts = Some(strata_proto::Experts { count: 8, active: 2, bytes: expert });
         layer.kv_elements_per_token = 1;

@@ -3,13 +3,17 @@
 use std::{
     marker::PhantomData,
     ops::{Deref, DerefMut},
+    sync::Arc,
 };
 
 use half::{bf16, f16};
+use memmap2::MmapMut;
 use strata_proto::DType;
 
 /// Bytes of one cache line, the alignment and the granularity of every buffer.
 pub const LINE: usize = 64;
+const PAGE: usize = 4096;
+const HUGE_PAGE: usize = 2 << 20;
 
 /// Memory could not be had.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -23,11 +27,14 @@ mod sealed {
     /// Types without padding for which any bit pattern, zero included, is a value.
     pub trait Plain: Copy + Send + Sync + 'static {}
     impl Plain for f32 {}
+    impl Plain for u8 {}
+    impl Plain for u16 {}
     impl Plain for u32 {}
     impl Plain for half::bf16 {}
     impl Plain for half::f16 {}
+    impl<T: Plain, const N: usize> Plain for [T; N] {}
 }
-use sealed::Plain;
+pub(crate) use sealed::Plain;
 
 /// A storage format of weights and cache; conversion to f32 is exact, from f32 rounds to nearest even.
 pub trait Element: Plain {
@@ -55,7 +62,11 @@ impl Element for bf16 {
     const DTYPE: DType = DType::BF16;
     #[inline(always)]
     fn from_f32(x: f32) -> Self {
-        bf16::from_f32(x)
+        // To nearest, ties to even, and no branch; NaN stays one.
+        let bits = x.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+        let quiet = (bits >> 16) | 0x40;
+        bf16::from_bits(if x.is_nan() { quiet } else { rounded } as u16)
     }
     #[inline(always)]
     fn to_f32(self) -> f32 {
@@ -89,18 +100,72 @@ impl Element for f16 {
 pub fn round_to(dtype: DType, x: f32) -> f32 {
     match dtype {
         DType::F32 => x,
-        DType::BF16 => <bf16 as Element>::to_f32(bf16::from_f32(x)),
+        DType::BF16 => <bf16 as Element>::to_f32(<bf16 as Element>::from_f32(x)),
         DType::F16 => <f16 as Element>::to_f32(f16::from_f32(x)),
     }
 }
 
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; LINE]);
+/// Zeroed anonymous memory that buffers are cut from: on huge pages where the system has them, which a core reads
+/// half again as fast.
+struct Region {
+    map: MmapMut,
+    /// From the start of the map to the first byte in use, which lies on a huge page's boundary.
+    offset: usize,
+}
 
-/// A fixed number of elements in zeroed anonymous memory, aligned to [`LINE`] bytes.
+impl Region {
+    /// `bytes` of memory. Every page is touched now, so that a later step cannot run out of memory.
+    fn new(bytes: u64) -> Result<Self, OutOfMemory> {
+        let error = OutOfMemory { bytes };
+        let len = usize::try_from(bytes).ok().and_then(|b| b.checked_add(HUGE_PAGE)).ok_or(error)?;
+        let mut map = MmapMut::map_anon(len).map_err(|_| error)?;
+        let offset = map.as_ptr().align_offset(HUGE_PAGE);
+        // Whole ones only, so that no more memory is taken than was counted. A system without them refuses; then there
+        // are small ones.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise_range(memmap2::Advice::HugePage, offset, bytes as usize / HUGE_PAGE * HUGE_PAGE);
+        for page in map[offset..].iter_mut().step_by(PAGE).take(bytes.div_ceil(PAGE as u64) as usize) {
+            // SAFETY: a reference is valid; volatile, so that the compiler cannot tell that nothing changes.
+            unsafe { std::ptr::write_volatile(page, 0) };
+        }
+        Ok(Region { map, offset })
+    }
+}
+
+/// Memory for many buffers, side by side in one region.
+pub struct Arena {
+    region: Arc<Region>,
+    used: usize,
+    bytes: usize,
+}
+
+impl Arena {
+    /// An arena for buffers that occupy `bytes` together.
+    pub fn new(bytes: u64) -> Result<Self, OutOfMemory> {
+        let region = Arc::new(Region::new(bytes)?);
+        Ok(Arena { region, used: 0, bytes: bytes as usize })
+    }
+
+    /// `len` zeros.
+    ///
+    /// # Errors
+    /// If less is left than they occupy.
+    pub fn take<T: Plain>(&mut self, len: usize) -> Result<Buffer<T>, OutOfMemory> {
+        let bytes = Buffer::<T>::bytes_for(len);
+        if bytes > (self.bytes - self.used) as u64 {
+            return Err(OutOfMemory { bytes });
+        }
+        let start = self.region.offset + self.used;
+        self.used += bytes as usize;
+        Ok(Buffer { region: self.region.clone(), start, len, element: PhantomData })
+    }
+}
+
+/// A fixed number of elements, aligned to [`LINE`] bytes, zero at first.
 pub struct Buffer<T> {
-    lines: Vec<Line>,
+    region: Arc<Region>,
+    /// Byte of the region's map at which it starts. No other buffer has the bytes from here on.
+    start: usize,
     len: usize,
     element: PhantomData<T>,
 }
@@ -111,19 +176,14 @@ impl<T: Plain> Buffer<T> {
         (len as u64).saturating_mul(size_of::<T>() as u64).div_ceil(LINE as u64).saturating_mul(LINE as u64)
     }
 
-    /// `len` zeros. Every page is touched now, so that a later step cannot run out of memory.
+    /// `len` zeros in memory of their own.
     pub fn zeros(len: usize) -> Result<Self, OutOfMemory> {
-        let bytes = Self::bytes_for(len);
-        let count = usize::try_from(bytes / LINE as u64).map_err(|_| OutOfMemory { bytes })?;
-        let mut lines = Vec::new();
-        lines.try_reserve_exact(count).map_err(|_| OutOfMemory { bytes })?;
-        lines.resize(count, Line([0; LINE]));
-        Ok(Buffer { lines, len, element: PhantomData })
+        Arena::new(Self::bytes_for(len))?.take(len)
     }
 
     /// Bytes it occupies.
     pub fn bytes(&self) -> u64 {
-        (self.lines.len() * LINE) as u64
+        Self::bytes_for(self.len)
     }
 }
 
@@ -131,16 +191,21 @@ impl<T: Plain> Deref for Buffer<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        // SAFETY: `lines` owns at least `len * size_of::<T>()` initialised bytes, aligned to 64, and a `Plain` type
-        // accepts any bit pattern.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
+        // SAFETY: the arena gave these bytes of its region, initialised and aligned to 64, to this buffer alone, and a
+        // `Plain` type accepts any bit pattern.
+        unsafe { std::slice::from_raw_parts(self.region.map.as_ptr().add(self.start).cast(), self.len) }
     }
 }
 
 impl<T: Plain> DerefMut for Buffer<T> {
     fn deref_mut(&mut self) -> &mut [T] {
-        // SAFETY: as in `deref`; `&mut self` makes the access exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
+        // SAFETY: as in `deref`; the map is writable, and `&mut self` makes the access to these bytes exclusive.
+        unsafe {
+            std::slice::from_raw_parts_mut(
+                self.region.map.as_ptr().add(self.start).cast_mut().cast(),
+                self.len,
+            )
+        }
     }
 }
 
@@ -182,6 +247,15 @@ impl Values {
             DType::F32 => Values::F32(Buffer::zeros(len)?),
             DType::BF16 => Values::BF16(Buffer::zeros(len)?),
             DType::F16 => Values::F16(Buffer::zeros(len)?),
+        })
+    }
+
+    /// `len` zeros from `arena`.
+    pub fn take(len: usize, dtype: DType, arena: &mut Arena) -> Result<Self, OutOfMemory> {
+        Ok(match dtype {
+            DType::F32 => Values::F32(arena.take(len)?),
+            DType::BF16 => Values::BF16(arena.take(len)?),
+            DType::F16 => Values::F16(arena.take(len)?),
         })
     }
 

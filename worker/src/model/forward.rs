@@ -29,7 +29,7 @@ const MIN_LENGTH: f32 = 1e-12;
 
 /// One step on its way through a stage. All its inputs have been checked.
 pub(super) struct Pass<'a> {
-    pub cpu: Cpu,
+    pub cpu: &'a Cpu,
     pub work: &'a mut Workspace,
     /// One per layer of the stage; none in an encoder.
     pub cache: &'a mut [KvLayer],
@@ -171,7 +171,7 @@ impl Pass<'_> {
 
     /// The last product of a block: into the residual stream, or into `normed` where a norm follows.
     fn project(&mut self, flow: Flow, product: &Projection, from: Inner, stride: usize) {
-        let Workspace { residual, normed, attention, up, .. } = &mut *self.work;
+        let Workspace { residual, normed, attention, up, packed, .. } = &mut *self.work;
         let data: &[f32] = match from {
             Inner::Attention => attention,
             Inner::Up => up,
@@ -184,6 +184,7 @@ impl Pass<'_> {
             weight: &product.matrix,
             bias: product.bias.as_deref(),
             x: Rows { data, stride, count: self.tokens },
+            packed,
             out,
             output,
         });
@@ -192,7 +193,7 @@ impl Pass<'_> {
     /// Attention over `normed`, before its last product.
     fn attend(&mut self, attention: &Attention, index: usize, block: &Block) -> Result<(), StepError> {
         let Self { cpu, work, cache, tower, rows, tokens, .. } = self;
-        let Workspace { normed, qkv, attention: out, angles, sequence, .. } = &mut **work;
+        let Workspace { normed, qkv, attention: out, packed, angles, sequence, .. } = &mut **work;
         let stride = attention.qkv_width();
         let qkv = &mut qkv[..*tokens * stride];
         let product = block.product(Slot::Qkv, 0)?;
@@ -200,6 +201,7 @@ impl Pass<'_> {
             weight: &product.matrix,
             bias: product.bias.as_deref(),
             x: Rows { data: normed, stride: tower.width, count: *tokens },
+            packed,
             out: qkv,
             output: Output::Store,
         });
@@ -255,13 +257,14 @@ impl Pass<'_> {
     /// The inner rows of a feed-forward block from `normed`.
     fn up(&mut self, ffn: Ffn, block: &Block) -> Result<(), StepError> {
         let slot = if matches!(ffn, Ffn::Plain(_)) { Slot::Up } else { Slot::GateUp };
-        let Workspace { normed, up, .. } = &mut *self.work;
+        let Workspace { normed, up, packed, .. } = &mut *self.work;
         let product = block.product(slot, 0)?;
         let (mlp, up) = (ffn.mlp(), &mut up[..self.tokens * ffn.up_width()]);
         self.cpu.linear(Linear {
             weight: &product.matrix,
             bias: product.bias.as_deref(),
             x: Rows { data: normed, stride: self.tower.width, count: self.tokens },
+            packed,
             out: up,
             output: Output::Store,
         });
@@ -276,7 +279,7 @@ impl Pass<'_> {
     /// ascending expert, so a token's bits depend on nobody else's choice.
     fn experts(&mut self, flow: Flow, moe: Moe, block: &Block) -> Result<(), StepError> {
         let (tokens, width, inner) = (self.tokens, self.tower.width, moe.mlp.inner);
-        let Workspace { residual, normed, up, experts: Some(scratch), .. } = &mut *self.work else {
+        let Workspace { residual, normed, up, packed, experts: Some(scratch), .. } = &mut *self.work else {
             return Err(StepError::Weights);
         };
         let router = block.product(Slot::Router, 0)?;
@@ -284,6 +287,7 @@ impl Pass<'_> {
             weight: &router.matrix,
             bias: router.bias.as_deref(),
             x: Rows { data: normed, stride: width, count: tokens },
+            packed,
             out: &mut scratch.logits,
             output: Output::Store,
         });
@@ -315,6 +319,7 @@ impl Pass<'_> {
                 weight: &first.matrix,
                 bias: first.bias.as_deref(),
                 x: Rows { data: &scratch.rows, stride: width, count },
+                packed,
                 out: up,
                 output: Output::Store,
             });
@@ -324,6 +329,7 @@ impl Pass<'_> {
                 weight: &down.matrix,
                 bias: down.bias.as_deref(),
                 x: Rows { data: up, stride: 2 * inner, count },
+                packed,
                 out: &mut scratch.rows,
                 output: Output::Store,
             });
@@ -351,11 +357,18 @@ impl Pass<'_> {
         for (i, token) in outputs.iter().enumerate() {
             self.norm_rows(block, *token as usize, i, 1)?;
         }
-        let Workspace { residual, normed, values, .. } = &mut *self.work;
-        let linear = |slot, x: &[f32], out: &mut [f32]| {
+        let Workspace { residual, normed, values, packed, .. } = &mut *self.work;
+        let mut linear = |slot, x: &[f32], out: &mut [f32]| {
             let Projection { matrix, bias } = block.product(slot, 0)?;
             let x = Rows { data: x, stride: width, count: outputs.len() };
-            cpu.linear(Linear { weight: matrix, bias: bias.as_deref(), x, out, output: Output::Store });
+            cpu.linear(Linear {
+                weight: matrix,
+                bias: bias.as_deref(),
+                x,
+                packed,
+                out,
+                output: Output::Store,
+            });
             Ok(())
         };
         let used = outputs.len() * width;

@@ -16,7 +16,7 @@ mod workspace;
 
 use std::path::Path;
 
-use strata_proto::DType;
+use strata_proto::{DType, Format};
 
 use self::{
     blocks::{Head, Names, Site, Slot, Tower},
@@ -66,14 +66,14 @@ pub enum ModelError {
     #[error("tensor {0:?} is not of dtype F32, BF16 or F16")]
     Format(String),
     /// A weight that the asked-for format cannot hold.
-    #[error("tensor {tensor:?} holds {value}, too large for {dtype}: load it as bf16 or f32")]
+    #[error("tensor {tensor:?} holds {value}, too large for {format}: load it as bf16 or f32")]
     Unrepresentable {
         /// The tensor.
         tensor: String,
         /// One such value.
         value: f32,
         /// The format.
-        dtype: DType,
+        format: Format,
     },
     /// A weight that is no number.
     #[error("tensor {0:?} holds NaN: the file is damaged; download it again")]

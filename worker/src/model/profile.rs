@@ -9,7 +9,7 @@ use super::{
     Model, ModelError,
     blocks::{Attention, Ffn, Head, Layer, Site, Slot, Source},
     families,
-    stage::Block,
+    stage::{self, Block},
     workspace,
 };
 use crate::{kernels::cpu::packed::Table, kv_cache::KvLayer, weights::Checkpoint};
@@ -46,7 +46,9 @@ impl Model {
             Head::Classify { labels, scoring, .. } => (*scoring, labels.clone()),
             _ => (v1::Scoring::Unspecified, Vec::new()),
         };
-        let table = FormatBytes::of(|d| Table::bytes_for(tower.vocab, tower.width, d));
+        let table = FormatBytes::of(|format| {
+            Table::bytes_for(tower.vocab, tower.width, stage::held(Slot::Embedding, format))
+        });
         ModelProfile {
             model: name.to_owned(),
             family: self.family.clone(),

@@ -2,10 +2,12 @@
 //!
 //! Matrices are held in the plan's format, rounded to nearest even. Norms and biases stay f32 in every format, exactly
 //! as the checkpoint has them: they are small, and nothing is gained by rounding them.
+//!
+//! All of a stage's weights lie side by side in one arena on huge pages.
 
 use std::{collections::BTreeMap, ops::ControlFlow};
 
-use strata_proto::{DType, LayerRange};
+use strata_proto::{DType, Format, LayerRange, Quantization};
 
 use super::{
     Model, ModelError, StepError,
@@ -14,8 +16,8 @@ use super::{
 };
 use crate::{
     kernels::{
-        buffer::{Buffer, OutOfMemory},
-        cpu::packed::{PackedMatrix, Table, Unrepresentable, read_f32},
+        buffer::{Arena, Buffer, OutOfMemory},
+        cpu::packed::{Elements, PackedMatrix, Table, Unrepresentable, read_f32},
     },
     weights::{Checkpoint, TensorDType, TensorInfo},
 };
@@ -29,11 +31,18 @@ pub struct RangeSpec {
     pub embedding: bool,
     /// With final norm and head: exactly if it holds the last layer.
     pub head: bool,
-    /// Format of matrices, residual stream and cache.
+    /// Format of residual stream and cache, and of matrices that are not quantized.
     pub dtype: DType,
+    /// What matrices are turned into.
+    pub quantization: Option<Quantization>,
 }
 
 impl RangeSpec {
+    /// The format that weights are held in.
+    pub fn format(&self) -> Format {
+        Format::of(self.dtype, self.quantization)
+    }
+
     pub(super) fn check(&self, model: &Model) -> Result<(), ModelError> {
         let (LayerRange { first, end }, layers) = (self.layers, model.tower.layers.len());
         let within = first < end && end as usize <= layers;
@@ -73,24 +82,25 @@ enum Part {
 }
 
 impl Part {
-    fn bytes_for(shape: Shape, biased: bool, dtype: DType) -> u64 {
+    fn bytes_for(shape: Shape, biased: bool, format: Format) -> u64 {
         let bias = |n| if biased { Buffer::<f32>::bytes_for(n) } else { 0 };
         match shape {
             Shape::Norm(n) => Buffer::<f32>::bytes_for(n) + bias(n),
-            Shape::Table(n, k) => Table::bytes_for(n, k, dtype),
-            Shape::Product(n, k) => PackedMatrix::bytes_for(n, k, dtype) + bias(n),
+            Shape::Table(n, k) => Table::bytes_for(n, k, format),
+            Shape::Product(n, k) => PackedMatrix::bytes_for(n, k, format) + bias(n),
         }
     }
 
-    fn zeros(shape: Shape, biased: bool, dtype: DType) -> Result<Self, OutOfMemory> {
+    fn zeros(shape: Shape, biased: bool, format: Format, arena: &mut Arena) -> Result<Self, OutOfMemory> {
         // A tensor without a bias beside one with a bias, in one slot, adds zero.
-        let bias = |n| biased.then(|| Buffer::zeros(n)).transpose();
+        let bias = |n, arena: &mut Arena| biased.then(|| arena.take(n)).transpose();
         Ok(match shape {
-            Shape::Norm(n) => Part::Norm(NormWeights { weight: Buffer::zeros(n)?, bias: bias(n)? }),
-            Shape::Table(n, k) => Part::Table(Table::zeros(n, k, dtype)?),
-            Shape::Product(n, k) => {
-                Part::Product(Projection { matrix: PackedMatrix::zeros(n, k, dtype)?, bias: bias(n)? })
-            }
+            Shape::Norm(n) => Part::Norm(NormWeights { weight: arena.take(n)?, bias: bias(n, arena)? }),
+            Shape::Table(n, k) => Part::Table(Table::zeros(n, k, format, arena)?),
+            Shape::Product(n, k) => Part::Product(Projection {
+                matrix: PackedMatrix::zeros(n, k, format, arena)?,
+                bias: bias(n, arena)?,
+            }),
         })
     }
 
@@ -104,7 +114,8 @@ impl Part {
     }
 
     fn write(&mut self, piece: &Piece<'_>) -> Result<(), Unrepresentable> {
-        let &Piece { is_bias, first, data, from, rows, bound: &Bound { first_row, layout, .. } } = piece;
+        let &Piece { is_bias, rows, bound: &Bound { first_row, layout, .. }, ref elements } = piece;
+        let &Elements { first, data, from, .. } = elements;
         let bias = |bias: &mut Option<Buffer<f32>>| match bias {
             Some(bias) => read_f32(first, data, from, |i, x| bias[first_row + layout.row(i)] = x),
             None => Ok(()),
@@ -115,11 +126,11 @@ impl Part {
                 let plus = if layout == Layout::PlusOne { 1.0 } else { 0.0 };
                 read_f32(first, data, from, |i, x| norm.weight[i] = x + plus)
             }
-            Part::Table(table) => table.write(first, data, from),
+            Part::Table(table) => table.write(elements),
             Part::Product(product) if is_bias => bias(&mut product.bias),
             Part::Product(product) => {
                 let k = product.matrix.k();
-                product.matrix.write(first, data, from, |i| {
+                product.matrix.write(elements, |i| {
                     let (row, column) = layout.place(i, rows, k);
                     (first_row + row, column)
                 })
@@ -133,26 +144,31 @@ pub(super) struct Block(BTreeMap<(Slot, usize), Part>);
 
 impl Block {
     /// Bytes that the weights of `site` occupy.
-    pub fn bytes_for(model: &Model, site: Site, dtype: DType) -> u64 {
-        let parts = parts(model, site);
-        parts
-            .map(|(key, shape)| Part::bytes_for(shape, model.has_bias(site, key), format(key.0, dtype)))
-            .sum()
+    pub fn bytes_for(model: &Model, site: Site, format: Format) -> u64 {
+        Self::bytes_of(model, site, format, |_| true)
     }
 
     /// Bytes of one expert among them.
-    pub fn expert_bytes_for(model: &Model, site: Site, dtype: DType) -> u64 {
-        let one = [Slot::GateUp, Slot::Down].map(|slot| (slot, 0));
-        let parts = parts(model, site).filter(|(key, _)| one.contains(key));
-        parts
-            .map(|(key, shape)| Part::bytes_for(shape, model.has_bias(site, key), format(key.0, dtype)))
-            .sum()
+    pub fn expert_bytes_for(model: &Model, site: Site, format: Format) -> u64 {
+        Self::bytes_of(model, site, format, |key| [(Slot::GateUp, 0), (Slot::Down, 0)].contains(&key))
     }
 
-    fn zeros(model: &Model, site: Site, dtype: DType, without: Option<Slot>) -> Result<Self, OutOfMemory> {
+    fn bytes_of(model: &Model, site: Site, format: Format, which: impl Fn((Slot, usize)) -> bool) -> u64 {
+        let parts = parts(model, site).filter(|(key, _)| which(*key));
+        parts.map(|(key, shape)| Part::bytes_for(shape, model.has_bias(site, key), held(key.0, format))).sum()
+    }
+
+    fn zeros(
+        model: &Model,
+        site: Site,
+        format: Format,
+        without: Option<Slot>,
+        arena: &mut Arena,
+    ) -> Result<Self, OutOfMemory> {
         let parts = parts(model, site).filter(|((slot, _), _)| Some(*slot) != without);
         let part = |(key, shape): (_, Shape)| {
-            Ok((key, Part::zeros(shape, model.has_bias(site, key), format(key.0, dtype))?))
+            let biased = model.has_bias(site, key);
+            Ok((key, Part::zeros(shape, biased, held(key.0, format), arena)?))
         };
         Ok(Block(parts.map(part).collect::<Result<_, OutOfMemory>>()?))
     }
@@ -194,9 +210,17 @@ fn parts(model: &Model, site: Site) -> impl Iterator<Item = ((Slot, usize), Shap
     })
 }
 
-/// The format that a slot is held in: routers decide, so theirs is f32.
-fn format(slot: Slot, dtype: DType) -> DType {
-    if slot == Slot::Router { DType::F32 } else { dtype }
+/// The format that a slot is held in where `format` is asked for.
+///
+/// Routers decide, so theirs is f32. The head, and the embedding that may be the same tensor, keep eight bits: their
+/// errors go straight into the logits. Small tables are not worth rounding.
+pub(super) fn held(slot: Slot, format: Format) -> Format {
+    match (slot, format) {
+        (Slot::Router, _) => Format::Float(DType::F32),
+        (Slot::Head | Slot::Embedding, Format::Quantized(_)) => Format::Quantized(Quantization::Int8),
+        (Slot::Positions | Slot::Segments, Format::Quantized(_)) => Format::Float(DType::BF16),
+        _ => format,
+    }
 }
 
 /// The weights of a stage, resident.
@@ -215,10 +239,7 @@ struct Piece<'a> {
     is_bias: bool,
     /// Rows that the whole tensor fills.
     rows: usize,
-    /// Index of the first element in its tensor.
-    first: usize,
-    data: &'a [u8],
-    from: DType,
+    elements: Elements<'a>,
 }
 
 /// A tensor to be read.
@@ -253,14 +274,15 @@ impl StageWeights {
             let part = weights.block(job.site).and_then(|block| block.0.get_mut(&job.key));
             let part = part.ok_or_else(|| ModelError::MissingTensor(job.name.to_owned()))?;
             checkpoint.read(job.tensor, &mut buffer, |offset, data| {
-                let first = (offset / from.size()) as usize;
+                let [first, all] = [offset, job.tensor.bytes].map(|bytes| (bytes / from.size()) as usize);
                 let Job { bound, is_bias, rows, .. } = job;
-                part.write(&Piece { bound, is_bias, rows, first, data, from }).map_err(|e| {
+                let elements = Elements { first, total: all, data, from };
+                part.write(&Piece { bound, is_bias, rows, elements }).map_err(|e| {
                     let (tensor, value) = (job.name.to_owned(), e.0);
                     if value.is_nan() {
                         return ModelError::NotANumber(tensor);
                     }
-                    ModelError::Unrepresentable { tensor, value, dtype: spec.dtype }
+                    ModelError::Unrepresentable { tensor, value, format: spec.format() }
                 })?;
                 read += data.len() as u64;
                 match progress(LoadedBytes { read, total }) {
@@ -288,9 +310,18 @@ impl StageWeights {
     }
 
     fn zeros(model: &Model, spec: &RangeSpec) -> Result<Self, ModelError> {
-        let block = |site, without| Block::zeros(model, site, spec.dtype, without);
         let gathered = (spec.head && model.is_tied()).then_some(Slot::Embedding);
         let layers = spec.layers.first as usize..spec.layers.end as usize;
+        let input = spec.embedding.then_some((Site::Input, gathered));
+        let output = spec.head.then_some((Site::Output, None));
+        let sites = input.into_iter().chain(layers.clone().map(|l| (Site::Layer(l), None))).chain(output);
+        let bytes = sites
+            .map(|(site, without)| {
+                Block::bytes_of(model, site, spec.format(), |(slot, _)| Some(slot) != without)
+            })
+            .sum();
+        let mut arena = Arena::new(bytes)?;
+        let mut block = |site, without| Block::zeros(model, site, spec.format(), without, &mut arena);
         Ok(StageWeights {
             model: model.clone(),
             spec: *spec,

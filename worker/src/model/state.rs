@@ -148,13 +148,14 @@ pub struct StageState {
 
 impl StageState {
     /// Memory for `kv_blocks` blocks (which an encoder needs none of), and for steps of at most `max_tokens` tokens
-    /// and, with the head, `max_outputs` output rows.
+    /// and, with the head, `max_outputs` output rows; `cpu` computes them.
     pub fn new(
         model: &Model,
         spec: &RangeSpec,
         kv_blocks: u32,
         max_tokens: u32,
         max_outputs: u32,
+        cpu: Cpu,
     ) -> Result<Self, ModelError> {
         spec.check(model)?;
         let max_outputs = if spec.head { max_outputs } else { 0 };
@@ -164,7 +165,7 @@ impl StageState {
             .collect::<Result<_, _>>()?;
         Ok(StageState {
             spec: *spec,
-            cpu: Cpu::detect(),
+            cpu,
             kv_blocks,
             max_tokens,
             max_outputs,
@@ -233,7 +234,7 @@ impl StageState {
         }
         self.check_input(weights, tokens, input)?;
         let mut pass = Pass {
-            cpu: self.cpu,
+            cpu: &self.cpu,
             work: &mut self.work,
             cache: &mut self.cache,
             tower,

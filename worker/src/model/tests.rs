@@ -12,17 +12,46 @@ use std::{
 };
 
 use serde_json::Value;
-use strata_proto::{DType, LayerRange};
+use strata_proto::{DType, LayerRange, Quantization};
 
 use super::*;
+use crate::kernels::cpu::{Cpu, isa::Isa, pool::Pool};
 
 fn models() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models")
 }
 
-fn spec(model: &Model, first: u32, end: u32, dtype: DType) -> RangeSpec {
+/// How a model is held and computed.
+#[derive(Debug, Clone, Copy)]
+struct Way {
+    dtype: DType,
+    quantization: Option<Quantization>,
+    isa: Isa,
+}
+
+impl Way {
+    fn new(dtype: DType) -> Way {
+        Way { dtype, quantization: None, isa: Isa::detect() }
+    }
+
+    /// Every format on every instruction set.
+    fn all() -> Vec<Way> {
+        let formats = DType::ALL.map(|dtype| (dtype, None));
+        let quantized = [(DType::F32, Some(Quantization::Int8)), (DType::BF16, Some(Quantization::Int4))];
+        let ways = formats.into_iter().chain(quantized).flat_map(|(dtype, quantization)| {
+            Isa::available().into_iter().map(move |isa| Way { dtype, quantization, isa })
+        });
+        ways.collect()
+    }
+
+    fn cpu(self) -> Cpu {
+        Cpu::new(self.isa, Pool::new(2).into())
+    }
+}
+
+fn spec(model: &Model, first: u32, end: u32, Way { dtype, quantization, .. }: Way) -> RangeSpec {
     let head = end as usize == model.tower.layers.len();
-    RangeSpec { layers: LayerRange::new(first, end), embedding: first == 0, head, dtype }
+    RangeSpec { layers: LayerRange::new(first, end), embedding: first == 0, head, dtype, quantization }
 }
 
 fn load(checkpoint: &Checkpoint, model: &Model, spec: &RangeSpec) -> StageWeights {
@@ -38,14 +67,14 @@ struct Pipeline {
 }
 
 impl Pipeline {
-    fn new(dir: &Path, cuts: &[u32], dtype: DType) -> Self {
+    fn new(dir: &Path, cuts: &[u32], way: Way) -> Self {
         let (checkpoint, model) = Model::open_dir(dir).unwrap();
         let ends: Vec<u32> = cuts.iter().copied().chain([model.tower.layers.len() as u32]).collect();
         let firsts = [0].iter().chain(cuts);
         let blocks = model.tower.context.div_ceil(BLOCK_TOKENS) as u32;
         let stages = firsts.zip(&ends).map(|(&first, &end)| {
-            let spec = spec(&model, first, end, dtype);
-            let mut state = StageState::new(&model, &spec, blocks, 512, 512).unwrap();
+            let spec = spec(&model, first, end, way);
+            let mut state = StageState::new(&model, &spec, blocks, 512, 512, way.cpu()).unwrap();
             // Whatever was never written must not matter.
             state.poison();
             (load(&checkpoint, &model, &spec), state)
@@ -113,17 +142,20 @@ fn every_fixture_matches_transformers_in_float32() {
         let Ok(expected) = fs::read_to_string(dir.join("expected.json")) else { continue };
         let expected: Value = serde_json::from_str(&expected).unwrap();
         let Some(prompts) = expected["prompts"].as_array() else { continue };
-        let mut pipeline = Pipeline::new(&dir, &[], DType::F32);
-        for prompt in prompts {
-            let (prompt_ids, greedy) = (ids(&prompt["ids"]), ids(&prompt["greedy_ids"]));
-            let (logits, answer) = pipeline.generate(&prompt_ids, 64, greedy.len());
-            let row = numbers(&prompt["last_row"]);
-            assert_eq!(logits.len(), row.len());
-            let worst = logits.iter().zip(&row).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
-            println!("{}: {} ids, worst logit off by {worst:.2e}", dir.display(), prompt_ids.len());
-            assert!(worst < 1e-3, "{}: {worst}", dir.display());
-            assert_eq!(answer, greedy, "{}", dir.display());
-            checked += 1;
+        for isa in Isa::available() {
+            let mut pipeline = Pipeline::new(&dir, &[], Way { isa, ..Way::new(DType::F32) });
+            for prompt in prompts {
+                let (prompt_ids, greedy) = (ids(&prompt["ids"]), ids(&prompt["greedy_ids"]));
+                let (logits, answer) = pipeline.generate(&prompt_ids, 64, greedy.len());
+                let row = numbers(&prompt["last_row"]);
+                assert_eq!(logits.len(), row.len());
+                let differences = logits.iter().zip(&row).map(|(a, b)| (f64::from(*a) - b).abs());
+                let worst = differences.fold(0.0, f64::max);
+                println!("{}: {} ids, worst logit off by {worst:.2e}", dir.display(), prompt_ids.len());
+                assert!(worst < 1e-3, "{} {}: {worst}", dir.display(), isa.name());
+                assert_eq!(answer, greedy, "{} {}", dir.display(), isa.name());
+                checked += 1;
+            }
         }
     }
     assert!(checked >= 70);
@@ -140,18 +172,15 @@ fn the_profile_says_exactly_what_is_allocated() {
         let profile = model.profile(&checkpoint, "m");
         assert_eq!(profile, describe(&dir, "m").unwrap());
         let count = profile.layer_count();
-        for dtype in DType::ALL {
+        for way in Way::all().into_iter().filter(|way| way.isa == Isa::detect()) {
             for first in 0..count {
                 for end in first + 1..=count {
-                    let spec = spec(&model, first, end, dtype);
+                    let spec = spec(&model, first, end, way);
                     let weights = load(&checkpoint, &model, &spec);
-                    assert_eq!(
-                        weights.resident_bytes(),
-                        profile.weight_bytes(spec.layers, dtype),
-                        "{spec:?}"
-                    );
-                    let state = StageState::new(&model, &spec, 3, 13, 5).unwrap();
-                    let kv = profile.kv_bytes_per_token(spec.layers, dtype);
+                    let expected = profile.weight_bytes(spec.layers, spec.format());
+                    assert_eq!(weights.resident_bytes(), expected, "{spec:?}");
+                    let state = StageState::new(&model, &spec, 3, 13, 5, way.cpu()).unwrap();
+                    let kv = profile.kv_bytes_per_token(spec.layers, way.dtype);
                     assert_eq!(state.kv_bytes(), 3 * BLOCK_TOKENS as u64 * kv);
                     assert_eq!(state.workspace_bytes(), profile.workspace_bytes(spec.layers, 13, 5));
                 }
@@ -163,7 +192,7 @@ fn the_profile_says_exactly_what_is_allocated() {
 #[test]
 fn a_range_reads_its_own_tensors_only_and_can_be_stopped() {
     let (checkpoint, model) = Model::open_dir(&models().join("shakespeare")).unwrap();
-    let spec = spec(&model, 2, 4, DType::BF16);
+    let spec = spec(&model, 2, 4, Way::new(DType::BF16));
     let own: u64 = checkpoint
         .tensors()
         .iter()

@@ -2,7 +2,10 @@
 
 use super::blocks::{Ffn, Layer, Tower};
 use crate::{
-    kernels::buffer::{Buffer, OutOfMemory},
+    kernels::{
+        buffer::{Buffer, OutOfMemory},
+        cpu::linear,
+    },
     kv_cache::{BLOCK_TOKENS, KvLayer},
 };
 
@@ -22,6 +25,8 @@ struct Widths {
     keys: Option<(usize, usize)>,
     /// Experts, and experts per token, of a layer that has some.
     experts: Option<(usize, usize)>,
+    /// Words of packed inputs of a product.
+    packed: usize,
 }
 
 impl Widths {
@@ -43,6 +48,10 @@ impl Widths {
             outputs: tower.outputs().next_multiple_of(LINE),
             keys: tower.is_encoder().then(|| tower.layers.first().map(keys)).flatten(),
             experts: experts.reduce(|a, b| (a.0.max(b.0), a.1.max(b.1))),
+            packed: widest(&|l| {
+                let inner = tower.width.max(l.attention.q_width()).max(l.ffn.mlp().inner);
+                linear::packed_words(inner)
+            }),
         }
     }
 
@@ -50,7 +59,7 @@ impl Widths {
         let experts = self.experts.map_or(0, |(all, active)| 2 * self.residual + all + 2 * active);
         let keys = self.keys.map_or(0, |(heads, d)| KvLayer::elements_per_token(heads, d));
         let angles: usize = self.angles.iter().sum();
-        2 * self.residual + self.qkv + self.attention + self.up + angles + experts + keys
+        2 * self.residual + self.qkv + self.attention + self.up + self.packed + angles + experts + keys
     }
 }
 
@@ -76,6 +85,8 @@ pub(super) struct Workspace {
     pub attention: Buffer<f32>,
     /// `(tokens, up)`: the first product of the feed-forward block.
     pub up: Buffer<f32>,
+    /// `(tokens, words)`: the packed inputs of a product.
+    pub packed: Buffer<u32>,
     /// Per set of frequencies: `(tokens, stride)` and the stride.
     pub angles: Vec<(Buffer<f32>, usize)>,
     /// `(outputs, values)`.
@@ -131,6 +142,7 @@ impl Workspace {
             qkv: per_token(widths.qkv)?,
             attention: per_token(widths.attention)?,
             up: per_token(widths.up)?,
+            packed: Buffer::zeros(rows(tokens, widths.packed)?)?,
             angles: widths
                 .angles
                 .iter()
@@ -147,7 +159,7 @@ impl Workspace {
         let mut floats =
             vec![&self.residual, &self.normed, &self.qkv, &self.attention, &self.up, &self.values];
         floats.extend(self.angles.iter().map(|(table, _)| table));
-        let mut ids = vec![&self.order];
+        let mut ids = vec![&self.order, &self.packed];
         if let Some(experts) = &self.experts {
             floats.extend([&experts.logits, &experts.shares, &experts.rows, &experts.sum]);
             ids.push(&experts.chosen);
@@ -164,6 +176,7 @@ impl Workspace {
             buffer.fill(f32::NAN);
         }
         self.up.fill(f32::NAN);
+        self.packed.fill(f32::NAN.to_bits());
         self.values.fill(f32::NAN);
         self.sequence.iter_mut().for_each(KvLayer::poison);
         if let Some(experts) = &mut self.experts {

@@ -6,11 +6,12 @@
 
 use std::ops::Range;
 
+use half::{bf16, f16};
+
 use super::{
-    isa::Kernel,
-    linear::dot,
+    Cpu,
+    isa::{Kernel, LANES, Simd},
     math::{exp, sum_lanes, tanh},
-    packed::LANES,
 };
 use crate::{
     kernels::buffer::{Element, Values},
@@ -64,43 +65,107 @@ pub struct Attention<'a> {
     pub span: Span,
 }
 
-impl Kernel for Attention<'_> {
+impl Attention<'_> {
+    pub(super) fn run(self, cpu: &Cpu) {
+        let (kv_heads, d) = (self.cache.kv_heads(), self.cache.head_dim());
+        let group = self.heads / kv_heads;
+        let tokens: usize = self.rows.iter().map(|r| r.count as usize).sum();
+        // One task for the heads of a token that share keys and values.
+        cpu.pool.pieces(&mut self.out[..tokens * self.heads * d], group * d, |task, out| {
+            let (token, kv_head) = (task / kv_heads, task % kv_heads);
+            let mut first = 0;
+            for row in self.rows {
+                let at = token - first;
+                if at < row.count as usize {
+                    let position = row.start as usize + at;
+                    let seen = self.span.seen(position, (row.start + row.count) as usize);
+                    let q = &self.q[token * self.stride + kv_head * group * d..][..group * d];
+                    let scores = Scores { scale: self.scale, softcap: self.softcap };
+                    cpu.isa.run(Heads {
+                        q,
+                        out,
+                        cache: self.cache,
+                        kv_head,
+                        blocks: row.blocks,
+                        seen,
+                        scores,
+                    });
+                    return;
+                }
+                first += row.count as usize;
+            }
+        });
+    }
+}
+
+/// The query heads of one token that share one key-value head.
+struct Heads<'a> {
+    /// `(heads, head_dim)`.
+    q: &'a [f32],
+    /// `(heads, head_dim)`.
+    out: &'a mut [f32],
+    cache: &'a KvLayer,
+    kv_head: usize,
+    blocks: &'a [u32],
+    /// Positions.
+    seen: Range<usize>,
+    scores: Scores,
+}
+
+impl Kernel for Heads<'_> {
     #[inline(always)]
-    fn run(mut self) {
-        let (k, v) = self.cache.parts();
-        match (k, v) {
-            (Values::F32(k), Values::F32(v)) => attend(&mut self, k, v),
-            (Values::BF16(k), Values::BF16(v)) => attend(&mut self, k, v),
-            (Values::F16(k), Values::F16(v)) => attend(&mut self, k, v),
+    fn run<S: Simd>(self) {
+        match self.cache.parts() {
+            (Values::F32(k), Values::F32(v)) => self.attend::<S, f32>(k, v),
+            (Values::BF16(k), Values::BF16(v)) => self.attend::<S, bf16>(k, v),
+            (Values::F16(k), Values::F16(v)) => self.attend::<S, f16>(k, v),
             _ => unreachable!("keys and values of a layer are made with one format"),
         }
     }
 }
 
-#[inline(always)]
-fn attend<T: Element>(call: &mut Attention<'_>, k: &[T], v: &[T]) {
-    let (kv_heads, d) = (call.cache.kv_heads(), call.cache.head_dim());
-    let group = call.heads / kv_heads;
-    let positions = call.rows.iter().flat_map(|r| (r.start..r.start + r.count).map(move |p| (p, r)));
-    for (token, (position, row)) in positions.enumerate() {
-        let blocks = row.blocks;
-        let seen = call.span.seen(position as usize, (row.start + row.count) as usize);
-        let q = &call.q[token * call.stride..][..call.heads * d];
-        let out = &mut call.out[token * call.heads * d..][..call.heads * d];
-        for kv_head in 0..kv_heads {
-            let Range { start: begin, end: len } = seen;
-            let sequence = Sequence { k, v, blocks, begin, len, kv_heads, kv_head, d };
-            let scores = Scores { scale: call.scale, softcap: call.softcap };
-            let (mut head, end) = (kv_head * group, (kv_head + 1) * group);
-            while head < end {
-                let (q, out) = (&q[head * d..], &mut out[head * d..]);
-                head += match end - head {
-                    4.. => sequence.heads::<4>(q, out, scores),
-                    2.. => sequence.heads::<2>(q, out, scores),
-                    _ => sequence.heads::<1>(q, out, scores),
-                };
-            }
+impl Heads<'_> {
+    #[inline(always)]
+    fn attend<S: Simd, T: Lanes>(self, k: &[T], v: &[T]) {
+        let Heads { q, out, cache, kv_head, blocks, seen, scores } = self;
+        let (kv_heads, d) = (cache.kv_heads(), cache.head_dim());
+        let sequence = Sequence { k, v, blocks, begin: seen.start, len: seen.end, kv_heads, kv_head, d };
+        let (mut head, heads) = (0, q.len() / d);
+        while head < heads {
+            let (q, out) = (&q[head * d..], &mut out[head * d..]);
+            head += match heads - head {
+                8.. if S::ROWS >= 8 => sequence.heads::<S, 8>(q, out, scores),
+                4.. => sequence.heads::<S, 4>(q, out, scores),
+                2.. => sequence.heads::<S, 2>(q, out, scores),
+                _ => sequence.heads::<S, 1>(q, out, scores),
+            };
         }
+    }
+}
+
+/// Elements of the cache, 16 at a time.
+trait Lanes: Element {
+    fn widen<S: Simd>(x: &[Self; LANES]) -> S::F;
+}
+
+impl Lanes for f32 {
+    #[inline(always)]
+    fn widen<S: Simd>(x: &[f32; LANES]) -> S::F {
+        S::load(x)
+    }
+}
+
+impl Lanes for bf16 {
+    #[inline(always)]
+    fn widen<S: Simd>(x: &[bf16; LANES]) -> S::F {
+        S::load_bf16(x)
+    }
+}
+
+impl Lanes for f16 {
+    #[inline(always)]
+    fn widen<S: Simd>(x: &[f16; LANES]) -> S::F {
+        S::load_f16(x)
     }
 }
 
@@ -139,10 +204,10 @@ struct Sequence<'a, T> {
     d: usize,
 }
 
-impl<T: Element> Sequence<'_, T> {
+impl<T: Lanes> Sequence<'_, T> {
     /// Attention of `R` query heads that share this key-value head; gives back `R`.
     #[inline(always)]
-    fn heads<const R: usize>(&self, q: &[f32], out: &mut [f32], scores: Scores) -> usize {
+    fn heads<S: Simd, const R: usize>(&self, q: &[f32], out: &mut [f32], scores: Scores) -> usize {
         let d = self.d;
         let q: [&[f32]; R] = std::array::from_fn(|r| &q[r * d..(r + 1) * d]);
         let mut largest = [f32::NEG_INFINITY; R];
@@ -154,14 +219,14 @@ impl<T: Element> Sequence<'_, T> {
                 ..(self.len - tile * BLOCK_TOKENS).min(BLOCK_TOKENS);
             let block = self.blocks[tile] as usize;
             let first = (block * self.kv_heads + self.kv_head) * d * BLOCK_TOKENS;
-            let mut products = dot::<T, R>(q, self.k[first..first + d * BLOCK_TOKENS].as_chunks().0);
-            let values = &self.v[first + valid.start * d..first + valid.end * d];
+            let mut weights = dot::<S, T, R>(q, self.k[first..first + d * BLOCK_TOKENS].as_chunks().0);
+            let mut keep = [0.0; R];
             for r in 0..R {
-                let weights = &mut products[r];
-                scores.apply(weights);
-                let keep = soften(weights, &valid, &mut largest[r], &mut total[r]);
-                accumulate(&mut out[r * d..(r + 1) * d], keep, &weights[valid.clone()], values);
+                scores.apply(&mut weights[r]);
+                keep[r] = soften(&mut weights[r], &valid, &mut largest[r], &mut total[r]);
             }
+            let values = &self.v[first..first + d * BLOCK_TOKENS];
+            accumulate::<S, T, R>(out, d, keep, &weights, valid, values);
         }
         for r in 0..R {
             for o in &mut out[r * d..(r + 1) * d] {
@@ -170,6 +235,20 @@ impl<T: Element> Sequence<'_, T> {
         }
         R
     }
+}
+
+/// `R` rows of activations against one tile `[d][16]`, each product one chain over `d`.
+#[inline(always)]
+fn dot<S: Simd, T: Lanes, const R: usize>(x: [&[f32]; R], tile: &[[T; LANES]]) -> [[f32; LANES]; R] {
+    let x = x.map(|x| &x[..tile.len()]);
+    let mut acc = [S::splat(0.0); R];
+    for (i, w) in tile.iter().enumerate() {
+        let w = T::widen::<S>(w);
+        for r in 0..R {
+            acc[r] = S::mul_add(w, S::splat(x[r][i]), acc[r]);
+        }
+    }
+    acc.map(S::store)
 }
 
 /// Turns the scores of one tile into weights relative to the largest score so far, adds them to `total`, and gives
@@ -192,27 +271,44 @@ fn soften(scores: &mut [f32; LANES], valid: &Range<usize>, largest: &mut f32, to
     keep
 }
 
-/// `out = out * keep + sum over positions of weight * value`, positions ascending; `values` is `(positions, d)`.
+/// `out = out * keep + sum over positions of weight * value` for `R` rows of `d`, `valid` positions ascending; `values`
+/// is `(16, d)`.
 #[inline(always)]
-fn accumulate<T: Element>(out: &mut [f32], keep: f32, weights: &[f32], values: &[T]) {
-    let d = out.len();
-    let (chunks, tail) = out.as_chunks_mut::<LANES>();
-    let done = chunks.len() * LANES;
-    for (c, chunk) in chunks.iter_mut().enumerate() {
-        let mut acc = chunk.map(|o| o * keep);
-        for (p, w) in weights.iter().enumerate() {
-            if let Some(v) = values[p * d + c * LANES..].first_chunk::<LANES>() {
-                for l in 0..LANES {
-                    acc[l] += w * v[l].to_f32();
+fn accumulate<S: Simd, T: Lanes, const R: usize>(
+    out: &mut [f32],
+    d: usize,
+    keep: [f32; R],
+    weights: &[[f32; LANES]; R],
+    valid: Range<usize>,
+    values: &[T],
+) {
+    let done = d / LANES * LANES;
+    for c in (0..done).step_by(LANES) {
+        let mut acc = [S::splat(0.0); R];
+        for r in 0..R {
+            if let Some(out) = out[r * d + c..].first_chunk() {
+                acc[r] = S::mul(S::load(out), S::splat(keep[r]));
+            }
+        }
+        for p in valid.clone() {
+            if let Some(v) = values[p * d + c..].first_chunk() {
+                let v = T::widen::<S>(v);
+                for r in 0..R {
+                    acc[r] = S::mul_add(v, S::splat(weights[r][p]), acc[r]);
                 }
             }
         }
-        *chunk = acc;
+        for r in 0..R {
+            out[r * d + c..][..LANES].copy_from_slice(&S::store(acc[r]));
+        }
     }
-    for (i, o) in tail.iter_mut().enumerate() {
-        *o *= keep;
-        for (p, w) in weights.iter().enumerate() {
-            *o += w * values[p * d + done + i].to_f32();
+    for r in 0..R {
+        for i in done..d {
+            let o = &mut out[r * d + i];
+            *o *= keep[r];
+            for p in valid.clone() {
+                *o += weights[r][p] * values[p * d + i].to_f32();
+            }
         }
     }
 }
@@ -225,8 +321,8 @@ mod tests {
     use crate::kernels::{
         buffer::round_to,
         cpu::{
-            Cpu,
             isa::Isa,
+            pool::Pool,
             rope::{Angles, RopeAndStore},
         },
     };
@@ -257,7 +353,7 @@ mod tests {
     type Part<'a> = (usize, usize, usize, &'a [u32]);
 
     /// Writes and attends one step; adds each token's output to its sequence.
-    fn step(cpu: Cpu, look: Look, cache: &mut KvLayer, parts: &[Part<'_>], seen: &mut [Vec<u32>]) {
+    fn step(cpu: &Cpu, look: Look, cache: &mut KvLayer, parts: &[Part<'_>], seen: &mut [Vec<u32>]) {
         let rows: Vec<_> = parts
             .iter()
             .map(|(_, start, count, blocks)| BatchRow {
@@ -311,7 +407,6 @@ mod tests {
 
     #[test]
     fn chunks_blocks_neighbours_and_instruction_sets_change_no_bit() {
-        let baseline = Cpu::on(Isa::available()[0]);
         let looks = [
             (Span::Causal, None),
             (Span::Causal, Some(1.5)),
@@ -319,11 +414,12 @@ mod tests {
             (Span::Window(1), None),
             (Span::Full, Some(3.0)),
         ];
-        for (dtype, look) in DType::ALL.into_iter().flat_map(|d| looks.map(|l| (d, l))) {
+        let cases = DType::ALL.into_iter().flat_map(|d| looks.map(|l| (d, l)));
+        for ((dtype, look), isa) in cases.flat_map(|c| Isa::available().into_iter().map(move |i| (c, i))) {
             let mut alone = vec![Vec::new(); 2];
             for sequence in 0..2 {
                 let part: &[_] = &[(sequence, 0, LEN, &[0, 1, 2, 3][..])];
-                step(baseline, look, &mut poisoned(dtype), part, &mut alone);
+                step(&Cpu::on(isa), look, &mut poisoned(dtype), part, &mut alone);
             }
             for position in [0, 15, 16, LEN - 1] {
                 for (head, column) in [(0, 0), (6, 21), (7, 3), (13, 17)] {
@@ -332,24 +428,23 @@ mod tests {
                     assert!((f64::from(got) - expected).abs() < 1e-5, "{dtype} {position} {head} {column}");
                 }
             }
-            for isa in Isa::available() {
-                for (chunk, blocks) in [
-                    (1, [[3, 2, 1, 0], [4, 9, 8, 15]]),
-                    (7, [[0, 5, 10, 15], [1, 2, 3, 4]]),
-                    (16, [[8, 7, 9, 6], [0, 1, 2, 3]]),
-                    (LEN, [[12, 0, 4, 8], [15, 11, 7, 3]]),
-                ] {
-                    if look.0 == Span::Full && chunk < LEN {
-                        continue;
-                    }
-                    let (mut cache, mut seen) = (poisoned(dtype), vec![Vec::new(); 2]);
-                    for start in (0..LEN).step_by(chunk) {
-                        let count = chunk.min(LEN - start);
-                        let parts = [(1, start, count, &blocks[1][..]), (0, start, count, &blocks[0][..])];
-                        step(Cpu::on(isa), look, &mut cache, &parts, &mut seen);
-                    }
-                    assert!(seen == alone, "{dtype} {} chunks of {chunk}", isa.name());
+            for (threads, chunk, blocks) in [
+                (1, 1, [[3, 2, 1, 0], [4, 9, 8, 15]]),
+                (3, 7, [[0, 5, 10, 15], [1, 2, 3, 4]]),
+                (2, 16, [[8, 7, 9, 6], [0, 1, 2, 3]]),
+                (1, LEN, [[12, 0, 4, 8], [15, 11, 7, 3]]),
+            ] {
+                if look.0 == Span::Full && chunk < LEN {
+                    continue;
                 }
+                let cpu = Cpu::new(isa, Pool::new(threads).into());
+                let (mut cache, mut seen) = (poisoned(dtype), vec![Vec::new(); 2]);
+                for start in (0..LEN).step_by(chunk) {
+                    let count = chunk.min(LEN - start);
+                    let parts = [(1, start, count, &blocks[1][..]), (0, start, count, &blocks[0][..])];
+                    step(&cpu, look, &mut cache, &parts, &mut seen);
+                }
+                assert!(seen == alone, "{dtype} {} chunks of {chunk}", isa.name());
             }
         }
     }

@@ -1,13 +1,296 @@
 //! Instruction sets: one body per operation, compiled for each, chosen at run time.
 //!
-//! Kernels only multiply, then add, in a written order (the compiler may neither fuse nor reassociate), so every
-//! instruction set gives the same bits; it is therefore not a part of the numerics class.
+//! What an instruction set adds beyond wider registers is behind [`Simd`]: fused multiply-add, products of bf16 pairs and
+//! of bytes. Elsewhere kernels multiply, then add, in a written order, which the compiler may neither fuse nor reassociate.
+
+use half::{bf16, f16};
+
+use crate::kernels::buffer::Element;
+
+/// Lanes of a register: 16 f32.
+pub const LANES: usize = 16;
 
 /// An operation whose body is compiled once per instruction set.
 ///
 /// `run` and all it calls must be `#[inline(always)]`, or they are compiled for the baseline only.
 pub(crate) trait Kernel {
-    fn run(self);
+    fn run<S: Simd>(self);
+}
+
+/// What kernels need of an instruction set, on 16 lanes at a time.
+///
+/// Implementations other than [`Portable`] may only run where their processor features are: [`Isa::run`] sees to it.
+pub(crate) trait Simd: Copy {
+    /// 16 f32.
+    type F: Copy;
+    /// 16 i32.
+    type I: Copy;
+    /// Most rows of two registers each that stay in registers beside a weight's two.
+    const ROWS: usize;
+
+    fn splat(x: f32) -> Self::F;
+    fn load(x: &[f32; LANES]) -> Self::F;
+    fn load_bf16(x: &[bf16; LANES]) -> Self::F;
+    fn load_f16(x: &[f16; LANES]) -> Self::F;
+    fn store(x: Self::F) -> [f32; LANES];
+    fn mul(a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b + c`.
+    fn mul_add(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// `acc + w[1] * x[1] + w[0] * x[0]` of bf16 pairs, `x` the same for all lanes.
+    fn dot_bf16(acc: Self::F, w: &[u32; LANES], x: u32) -> Self::F;
+    fn splat_i32(x: i32) -> Self::I;
+    /// `acc + sum of w[i] * x[i]` of four unsigned and four signed bytes, exactly; `x` the same for all lanes.
+    fn dot_bytes(acc: Self::I, w: &[u32; LANES], x: u32) -> Self::I;
+    /// The same for the low halves of bytes and `low`, then the high halves and `high`.
+    fn dot_nibbles(acc: Self::I, w: &[u32; LANES], low: u32, high: u32) -> Self::I;
+    fn to_f32(x: Self::I) -> Self::F;
+    /// Asks for the cache line at `at`, which need not be readable.
+    fn prefetch<T>(at: *const T);
+}
+
+/// Any processor. Multiplies, then adds.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable;
+
+/// The operations on arrays that the compiler turns into whatever registers there are.
+macro_rules! arrays {
+    ($mul_add:expr) => {
+        type F = [f32; LANES];
+        type I = [i32; LANES];
+
+        #[inline(always)]
+        fn splat(x: f32) -> Self::F {
+            [x; LANES]
+        }
+        #[inline(always)]
+        fn load(x: &[f32; LANES]) -> Self::F {
+            *x
+        }
+        #[inline(always)]
+        fn load_bf16(x: &[bf16; LANES]) -> Self::F {
+            x.map(Element::to_f32)
+        }
+        #[inline(always)]
+        fn store(x: Self::F) -> [f32; LANES] {
+            x
+        }
+        #[inline(always)]
+        fn mul(a: Self::F, b: Self::F) -> Self::F {
+            std::array::from_fn(|l| a[l] * b[l])
+        }
+        #[inline(always)]
+        fn mul_add(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+            std::array::from_fn(|l| $mul_add(a[l], b[l], c[l]))
+        }
+        #[inline(always)]
+        fn dot_bf16(acc: Self::F, w: &[u32; LANES], x: u32) -> Self::F {
+            let (low, high) = (f32::from_bits(x << 16), f32::from_bits(x & 0xffff_0000));
+            let odd: Self::F =
+                std::array::from_fn(|l| $mul_add(f32::from_bits(w[l] & 0xffff_0000), high, acc[l]));
+            std::array::from_fn(|l| $mul_add(f32::from_bits(w[l] << 16), low, odd[l]))
+        }
+        #[inline(always)]
+        fn splat_i32(x: i32) -> Self::I {
+            [x; LANES]
+        }
+        #[inline(always)]
+        fn to_f32(x: Self::I) -> Self::F {
+            x.map(|x| x as f32)
+        }
+    };
+}
+
+impl Simd for Portable {
+    const ROWS: usize = 2;
+
+    arrays!(|a: f32, b: f32, c: f32| a * b + c);
+
+    #[inline(always)]
+    fn load_f16(x: &[f16; LANES]) -> Self::F {
+        x.map(Element::to_f32)
+    }
+    #[inline(always)]
+    fn dot_bytes(acc: Self::I, w: &[u32; LANES], x: u32) -> Self::I {
+        let x = x.to_le_bytes().map(|x| i32::from(x as i8));
+        std::array::from_fn(|l| {
+            let w = w[l].to_le_bytes().map(i32::from);
+            acc[l] + w[0] * x[0] + w[1] * x[1] + w[2] * x[2] + w[3] * x[3]
+        })
+    }
+    #[inline(always)]
+    fn dot_nibbles(acc: Self::I, w: &[u32; LANES], low: u32, high: u32) -> Self::I {
+        let acc = Self::dot_bytes(acc, &w.map(|w| w & 0x0f0f_0f0f), low);
+        Self::dot_bytes(acc, &w.map(|w| (w >> 4) & 0x0f0f_0f0f), high)
+    }
+    #[inline(always)]
+    fn prefetch<T>(_: *const T) {}
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86::{Avx2, Avx512};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use half::{bf16, f16};
+
+    use super::{Element, LANES, Simd};
+
+    /// AVX2, FMA and F16C.
+    #[derive(Clone, Copy)]
+    pub(crate) struct Avx2;
+
+    impl Simd for Avx2 {
+        const ROWS: usize = 2;
+
+        arrays!(|a: f32, b: f32, c: f32| a.mul_add(b, c));
+
+        #[inline(always)]
+        fn load_f16(x: &[f16; LANES]) -> Self::F {
+            // SAFETY: reads 32 bytes of 16-bit elements; the features are there (see `Simd`). So in all of this module.
+            unsafe {
+                let [a, b]: [__m128i; 2] = std::mem::transmute(*x);
+                std::mem::transmute([_mm256_cvtph_ps(a), _mm256_cvtph_ps(b)])
+            }
+        }
+        #[inline(always)]
+        fn dot_bytes(acc: Self::I, w: &[u32; LANES], x: u32) -> Self::I {
+            // SAFETY: as above.
+            unsafe {
+                let mut acc: [__m256i; 2] = std::mem::transmute(acc);
+                let w: [__m256i; 2] = std::mem::transmute(*w);
+                let (x, ones) = (_mm256_set1_epi32(x as i32), _mm256_set1_epi16(1));
+                for (acc, w) in acc.iter_mut().zip(w) {
+                    // In two parts of 7 bits and 1 bit, so that no sum of two products saturates.
+                    let low = _mm256_maddubs_epi16(_mm256_and_si256(w, _mm256_set1_epi8(0x7f)), x);
+                    let high = _mm256_maddubs_epi16(_mm256_and_si256(w, _mm256_set1_epi8(-128)), x);
+                    *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(low, ones));
+                    *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(high, ones));
+                }
+                std::mem::transmute(acc)
+            }
+        }
+        #[inline(always)]
+        fn dot_nibbles(acc: Self::I, w: &[u32; LANES], low: u32, high: u32) -> Self::I {
+            // SAFETY: as above.
+            unsafe {
+                let mut acc: [__m256i; 2] = std::mem::transmute(acc);
+                let w: [__m256i; 2] = std::mem::transmute(*w);
+                let (low, high) = (_mm256_set1_epi32(low as i32), _mm256_set1_epi32(high as i32));
+                let (mask, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
+                for (acc, w) in acc.iter_mut().zip(w) {
+                    let a = _mm256_maddubs_epi16(_mm256_and_si256(w, mask), low);
+                    let b = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16::<4>(w), mask), high);
+                    // At most 4 * 15 * 127: no overflow.
+                    *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(_mm256_add_epi16(a, b), ones));
+                }
+                std::mem::transmute(acc)
+            }
+        }
+        #[inline(always)]
+        fn prefetch<T>(at: *const T) {
+            // SAFETY: a prefetch of any address is harmless.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
+    }
+
+    /// AVX-512 with VNNI and BF16.
+    #[derive(Clone, Copy)]
+    pub(crate) struct Avx512;
+
+    impl Simd for Avx512 {
+        type F = __m512;
+        type I = __m512i;
+        const ROWS: usize = 12;
+
+        // SAFETY of all: the features are there (see `Simd`), and arrays are as long as a register.
+
+        #[inline(always)]
+        fn splat(x: f32) -> Self::F {
+            // SAFETY: above.
+            unsafe { _mm512_set1_ps(x) }
+        }
+        #[inline(always)]
+        fn load(x: &[f32; LANES]) -> Self::F {
+            // SAFETY: above.
+            unsafe { _mm512_loadu_ps(x.as_ptr()) }
+        }
+        #[inline(always)]
+        fn load_bf16(x: &[bf16; LANES]) -> Self::F {
+            // SAFETY: above.
+            unsafe {
+                let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+            }
+        }
+        #[inline(always)]
+        fn load_f16(x: &[f16; LANES]) -> Self::F {
+            // SAFETY: above.
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
+        }
+        #[inline(always)]
+        fn store(x: Self::F) -> [f32; LANES] {
+            // SAFETY: both are 64 bytes without padding.
+            unsafe { std::mem::transmute(x) }
+        }
+        #[inline(always)]
+        fn mul(a: Self::F, b: Self::F) -> Self::F {
+            // SAFETY: above.
+            unsafe { _mm512_mul_ps(a, b) }
+        }
+        #[inline(always)]
+        fn mul_add(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+            // SAFETY: above.
+            unsafe { _mm512_fmadd_ps(a, b, c) }
+        }
+        #[inline(always)]
+        fn dot_bf16(acc: Self::F, w: &[u32; LANES], x: u32) -> Self::F {
+            // SAFETY: above.
+            unsafe {
+                let w = _mm512_loadu_si512(w.as_ptr().cast());
+                let x = _mm512_set1_epi32(x as i32);
+                _mm512_dpbf16_ps(
+                    acc,
+                    std::mem::transmute::<__m512i, __m512bh>(w),
+                    std::mem::transmute::<__m512i, __m512bh>(x),
+                )
+            }
+        }
+        #[inline(always)]
+        fn splat_i32(x: i32) -> Self::I {
+            // SAFETY: above.
+            unsafe { _mm512_set1_epi32(x) }
+        }
+        #[inline(always)]
+        fn dot_bytes(acc: Self::I, w: &[u32; LANES], x: u32) -> Self::I {
+            // SAFETY: above.
+            unsafe {
+                let w = _mm512_loadu_si512(w.as_ptr().cast());
+                _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x as i32))
+            }
+        }
+        #[inline(always)]
+        fn dot_nibbles(acc: Self::I, w: &[u32; LANES], low: u32, high: u32) -> Self::I {
+            // SAFETY: above.
+            unsafe {
+                let (w, mask) = (_mm512_loadu_si512(w.as_ptr().cast()), _mm512_set1_epi8(15));
+                let acc = _mm512_dpbusd_epi32(acc, _mm512_and_si512(w, mask), _mm512_set1_epi32(low as i32));
+                let w = _mm512_and_si512(_mm512_srli_epi16::<4>(w), mask);
+                _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(high as i32))
+            }
+        }
+        #[inline(always)]
+        fn to_f32(x: Self::I) -> Self::F {
+            // SAFETY: above.
+            unsafe { _mm512_cvtepi32_ps(x) }
+        }
+        #[inline(always)]
+        fn prefetch<T>(at: *const T) {
+            // SAFETY: a prefetch of any address is harmless.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,14 +317,19 @@ impl Isa {
         let mut all = vec![Isa(Level::Portable)];
         #[cfg(target_arch = "x86_64")]
         {
-            if is_x86_feature_detected!("avx2") {
+            let avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
+            if avx2 {
                 all.push(Isa(Level::Avx2));
             }
-            if is_x86_feature_detected!("avx2")
+            if avx2
                 && is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512vnni")
+                && is_x86_feature_detected!("avx512bf16")
             {
                 all.push(Isa(Level::Avx512));
             }
@@ -49,7 +337,7 @@ impl Isa {
         all
     }
 
-    /// Its name, for logs and device descriptions.
+    /// Its name, for logs, flags and numerics classes.
     pub fn name(self) -> &'static str {
         match self.0 {
             Level::Portable => "portable",
@@ -60,21 +348,21 @@ impl Isa {
         }
     }
 
-    /// Rows of accumulators (16 lanes each) that its registers hold beside a weight tile's row.
-    pub(crate) fn row_group(self) -> usize {
+    /// [`Simd::ROWS`].
+    pub(crate) fn rows(self) -> usize {
         match self.0 {
-            Level::Portable => 2,
+            Level::Portable => Portable::ROWS,
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => 4,
+            Level::Avx2 => Avx2::ROWS,
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => 8,
+            Level::Avx512 => Avx512::ROWS,
         }
     }
 
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) {
         match self.0 {
-            Level::Portable => kernel.run(),
+            Level::Portable => kernel.run::<Portable>(),
             // SAFETY: `available` makes this variant only where the processor has the features.
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => unsafe { avx2(kernel) },
@@ -85,14 +373,27 @@ impl Isa {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn avx2<K: Kernel>(kernel: K) {
-    kernel.run();
+impl std::str::FromStr for Isa {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let all = Isa::available();
+        let names: Vec<_> = all.iter().map(|isa| isa.name()).collect();
+        let found = all.iter().find(|isa| isa.name() == s);
+        found
+            .copied()
+            .ok_or_else(|| format!("instruction set {s:?}: this processor has {}", names.join(", ")))
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,avx512f,avx512bw,avx512dq,avx512vl")]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn avx2<K: Kernel>(kernel: K) {
+    kernel.run::<Avx2>();
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
 fn avx512<K: Kernel>(kernel: K) {
-    kernel.run();
+    kernel.run::<Avx512>();
 }

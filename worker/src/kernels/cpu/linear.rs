@@ -1,15 +1,22 @@
 //! Matrix product over packed weights: `out = x W^T + bias`, optionally added to the residual.
 //!
-//! Each output is one chain `acc = acc + x[i] * w[i]` over ascending `i`, whatever the number of rows; bias, then the
-//! residual, are added after it.
+//! Activations are packed first, into panels of a few rows, in the form that the weights' format multiplies with: f32,
+//! bf16 pairs, or bytes in groups of 32 with a factor each. Each output is one chain over ascending inputs, whatever the
+//! number of rows; bias, then the residual, are added after it.
 
+use std::ops::Range;
+
+use half::{bf16, f16};
 use strata_proto::DType;
 
 use super::{
-    isa::Kernel,
-    packed::{LANES, PackedMatrix},
+    Cpu,
+    isa::{Kernel, LANES, Simd},
+    packed::{Int4Group, Int8Group, PackedMatrix, TILE, Tiles},
+    pool::Parts,
+    quant::GROUP,
 };
-use crate::kernels::buffer::{Element, round_to, with_values};
+use crate::kernels::buffer::{Element, Plain, round_to};
 
 /// Activations `(count, width)` whose rows lie `stride` apart.
 #[derive(Clone, Copy)]
@@ -53,112 +60,474 @@ pub struct Linear<'a> {
     pub bias: Option<&'a [f32]>,
     /// The activations.
     pub x: Rows<'a>,
+    /// Scratch for packed activations: [`packed_words`] for each row.
+    pub packed: &'a mut [u32],
     /// Rows of `n`, without gaps.
     pub out: &'a mut [f32],
     /// What becomes of the product.
     pub output: Output,
 }
 
-/// Rows that share one pass over the weights: their activations stay in the second-level cache.
-const ROW_BLOCK: usize = 64;
-/// Rows of a tile that are widened at once where widening is costly.
-const WIDENED: usize = 32;
-
-pub(super) struct LinearKernel<'a> {
-    pub call: Linear<'a>,
-    pub row_group: usize,
+/// Words of scratch that a row of `k` activations needs at most.
+pub fn packed_words(k: usize) -> usize {
+    k
 }
 
-impl Kernel for LinearKernel<'_> {
-    #[inline(always)]
-    fn run(self) {
-        let LinearKernel { mut call, row_group } = self;
-        let weight = call.weight;
-        with_values!(weight.values(), w => {
-            for first in (0..call.x.count).step_by(ROW_BLOCK) {
-                let end = call.x.count.min(first + ROW_BLOCK);
-                let tiles = w.chunks_exact(weight.k() * LANES);
-                for (t, tile) in tiles.enumerate() {
-                    let tile = tile.as_chunks().0;
-                    let mut row = first;
-                    while row < end {
-                        row += match end - row {
-                            8.. if row_group >= 8 => one_tile::<_, 8>(&mut call, tile, t, row),
-                            4.. if row_group >= 4 => one_tile::<_, 4>(&mut call, tile, t, row),
-                            2.. => one_tile::<_, 2>(&mut call, tile, t, row),
-                            _ => one_tile::<_, 1>(&mut call, tile, t, row),
-                        };
-                    }
-                }
-            }
+/// Tasks per thread and product: enough to even out, few enough to stream.
+const TASKS: usize = 8;
+/// How far ahead weights are asked for where they come from memory, in bytes.
+const AHEAD: usize = 3072;
+/// Up to so many rows, weights come from memory as fast as they are used.
+const FEW_ROWS: usize = 8;
+
+impl Linear<'_> {
+    pub(super) fn run(self, cpu: &Cpu) {
+        match self.weight.tiles() {
+            Tiles::F32(tiles) => self.product::<F32, _>(cpu, tiles),
+            Tiles::F16(tiles) => self.product::<F16, _>(cpu, tiles),
+            Tiles::BF16(tiles) => self.product::<BF16, _>(cpu, tiles),
+            Tiles::Int8(tiles) => self.product::<Int8, _>(cpu, tiles),
+            Tiles::Int4(tiles) => self.product::<Int4, _>(cpu, tiles),
+        }
+    }
+
+    fn product<M: Multiply<Weights = W>, W: Plain>(self, cpu: &Cpu, weights: &[W]) {
+        let (n, k, rows) = (self.weight.n(), self.weight.k(), self.x.count);
+        let most = cpu.isa.rows();
+        let words = M::words(k);
+        let panels = panels(rows, most);
+        // Packing is little work beside a product of many outputs.
+        let packed = &mut self.packed[..rows * words];
+        cpu.pool.pieces(packed, PACK_ROWS * words, |i, out| {
+            let x = Rows {
+                data: &self.x.data[i * PACK_ROWS * self.x.stride..],
+                count: PACK_ROWS.min(rows - i * PACK_ROWS),
+                ..self.x
+            };
+            cpu.isa.run(Pack::<M> { x, k, most, out, kind: std::marker::PhantomData });
+        });
+        let packed = &*packed;
+        let tiles = n.div_ceil(TILE);
+        let per_tile = weights.len() / tiles.max(1);
+        let share = tiles.div_ceil(cpu.pool.threads() * TASKS).max(1);
+        let out = Parts(self.out[..rows * n].as_mut_ptr());
+        cpu.pool.run(tiles.div_ceil(share), &|task| {
+            cpu.isa.run(Product::<M> {
+                weights,
+                per_tile,
+                tiles: task * share..tiles.min((task + 1) * share),
+                packed,
+                words,
+                panels,
+                n,
+                bias: self.bias,
+                out: &out,
+                output: self.output,
+            });
         });
     }
 }
 
-/// Rows `row..row + R` against tile `t`; gives back `R`.
-#[inline(always)]
-fn one_tile<T: Element, const R: usize>(
-    call: &mut Linear<'_>,
-    tile: &[[T; LANES]],
-    t: usize,
-    row: usize,
-) -> usize {
-    let x: [&[f32]; R] = std::array::from_fn(|r| &call.x.data[(row + r) * call.x.stride..]);
-    let acc = dot::<T, R>(x, tile);
-    let n = call.weight.n();
-    let column = t * LANES;
-    let width = (n - column).min(LANES);
-    let bias = call.bias.map(|b| &b[column..column + width]);
-    for (r, acc) in acc.iter().enumerate() {
-        let out = &mut call.out[(row + r) * n + column..][..width];
-        for (i, (o, a)) in out.iter_mut().zip(acc).enumerate() {
-            let y = bias.map_or(*a, |b| *a + b[i]);
-            *o = call.output.apply(*o, y);
-        }
-    }
-    R
+/// Rows that are packed by one task: a multiple of every panel's rows.
+const PACK_ROWS: usize = 24;
+
+/// The panels of `rows` rows: how many have how many. All that begin a pack of [`PACK_ROWS`] are whole.
+fn panels(rows: usize, most: usize) -> Panels {
+    Panels { rows, most }
 }
 
-/// `R` rows of at least `k` activations against one tile `[k][16]`.
-#[inline(always)]
-pub(super) fn dot<T: Element, const R: usize>(x: [&[f32]; R], tile: &[[T; LANES]]) -> [[f32; LANES]; R] {
-    let x = x.map(|x| &x[..tile.len()]);
-    let mut acc = [[0.0; LANES]; R];
-    if T::DTYPE == DType::F16 {
-        // Widening f16 takes many operations: the compiler vectorises them in a long loop only.
-        let mut wide = [[0.0; LANES]; WIDENED];
-        for (b, block) in tile.chunks(WIDENED).enumerate() {
-            for (o, w) in wide.as_flattened_mut().iter_mut().zip(block.as_flattened()) {
-                *o = w.to_f32();
+/// Rows in panels, most of which have `most`.
+#[derive(Clone, Copy)]
+struct Panels {
+    rows: usize,
+    most: usize,
+}
+
+impl Panels {
+    /// Rows of the panel that begins at row `first`.
+    #[inline(always)]
+    fn rows(self, first: usize) -> usize {
+        // A pack is divided by itself, so that a row's panel does not depend on the packs after it.
+        let left = (self.rows - first).min(PACK_ROWS - first % PACK_ROWS);
+        match left {
+            12.. if self.most >= 12 && left != 16 => 12,
+            8.. if self.most >= 8 => 8,
+            4.. if self.most >= 4 => 4,
+            2.. => 2,
+            _ => 1,
+        }
+    }
+}
+
+/// How weights of one format multiply.
+trait Multiply: Sync {
+    /// One step over the inputs of a tile.
+    type Weights: Plain;
+
+    /// Words of a packed row of `k` activations.
+    fn words(k: usize) -> usize;
+
+    /// Packs `R` rows of `k` activations.
+    fn pack<S: Simd, const R: usize>(x: [&[f32]; R], out: &mut [u32]);
+
+    /// `R` packed rows times a tile.
+    fn dot<S: Simd, const R: usize>(tile: &[Self::Weights], x: &[u32]) -> [[S::F; 2]; R];
+}
+
+struct Pack<'a, M> {
+    x: Rows<'a>,
+    k: usize,
+    most: usize,
+    out: &'a mut [u32],
+    kind: std::marker::PhantomData<M>,
+}
+
+impl<M: Multiply> Kernel for Pack<'_, M> {
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let words = M::words(self.k);
+        let panels = panels(self.x.count, self.most);
+        let mut first = 0;
+        while first < self.x.count {
+            let rows = panels.rows(first);
+            let out = &mut self.out[first * words..(first + rows) * words];
+            match rows {
+                12 => pack::<M, S, 12>(self.x, self.k, first, out),
+                8 => pack::<M, S, 8>(self.x, self.k, first, out),
+                4 => pack::<M, S, 4>(self.x, self.k, first, out),
+                2 => pack::<M, S, 2>(self.x, self.k, first, out),
+                _ => pack::<M, S, 1>(self.x, self.k, first, out),
             }
-            for (i, w) in wide[..block.len()].iter().enumerate() {
-                for r in 0..R {
-                    let a = x[r][b * WIDENED + i];
-                    for l in 0..LANES {
-                        acc[r][l] += a * w[l];
+            first += rows;
+        }
+    }
+}
+
+#[inline(always)]
+fn pack<M: Multiply, S: Simd, const R: usize>(x: Rows<'_>, k: usize, first: usize, out: &mut [u32]) {
+    M::pack::<S, R>(std::array::from_fn(|r| &x.data[(first + r) * x.stride..][..k]), out);
+}
+
+/// Some tiles of a product, over all rows.
+struct Product<'a, M: Multiply> {
+    weights: &'a [M::Weights],
+    per_tile: usize,
+    tiles: Range<usize>,
+    packed: &'a [u32],
+    words: usize,
+    panels: Panels,
+    n: usize,
+    bias: Option<&'a [f32]>,
+    out: &'a Parts<f32>,
+    output: Output,
+}
+
+impl<M: Multiply> Kernel for Product<'_, M> {
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        for t in self.tiles.clone() {
+            let mut first = 0;
+            while first < self.panels.rows {
+                let rows = self.panels.rows(first);
+                match rows {
+                    12 => self.tile::<S, 12>(t, first),
+                    8 => self.tile::<S, 8>(t, first),
+                    4 => self.tile::<S, 4>(t, first),
+                    2 => self.tile::<S, 2>(t, first),
+                    _ => self.tile::<S, 1>(t, first),
+                }
+                first += rows;
+            }
+        }
+    }
+}
+
+impl<M: Multiply> Product<'_, M> {
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize>(&self, t: usize, first: usize) {
+        let tile = &self.weights[t * self.per_tile..(t + 1) * self.per_tile];
+        let x = &self.packed[first * self.words..(first + R) * self.words];
+        let acc = M::dot::<S, R>(tile, x);
+        for (h, column) in [t * TILE, t * TILE + LANES].into_iter().enumerate() {
+            let width = self.n.saturating_sub(column).min(LANES);
+            let bias = self.bias.map(|b| &b[column.min(self.n)..][..width]);
+            for (r, acc) in acc.iter().enumerate() {
+                let at = self.out.at((first + r) * self.n + column);
+                // SAFETY: within `(rows, n)`, and these columns belong to this tile alone, which is one task's.
+                let out = unsafe { std::slice::from_raw_parts_mut(at, width) };
+                let acc = S::store(acc[h]);
+                // A width that is known makes vectors of the loop.
+                match (out.first_chunk_mut::<LANES>(), bias) {
+                    (Some(out), None) => (0..LANES).for_each(|i| out[i] = self.output.apply(out[i], acc[i])),
+                    (_, bias) => {
+                        for (i, (o, a)) in out.iter_mut().zip(acc).enumerate() {
+                            *o = self.output.apply(*o, bias.map_or(a, |b| a + b[i]));
+                        }
                     }
                 }
             }
         }
-        return acc;
     }
-    // The same loops again: behind a call of their own, the accumulators would leave the registers.
-    for (i, w) in tile.iter().enumerate() {
-        let w = w.map(T::to_f32);
-        for r in 0..R {
-            let a = x[r][i];
-            for l in 0..LANES {
-                acc[r][l] += a * w[l];
-            }
+}
+
+/// The halves of a row of a tile.
+#[inline(always)]
+fn halves<T>(row: &[T; TILE]) -> [&[T; LANES]; 2] {
+    let (chunks, _) = row.as_chunks::<LANES>();
+    [&chunks[0], &chunks[1]]
+}
+
+/// Asks for the weights that a panel of `R` rows needs soon.
+#[inline(always)]
+fn prefetch<S: Simd, W, const R: usize>(weights: &W) {
+    if R <= FEW_ROWS {
+        let from = std::ptr::from_ref(weights).cast::<u8>();
+        for line in (0..size_of::<W>()).step_by(64) {
+            S::prefetch(from.wrapping_add(AHEAD + line));
         }
     }
-    acc
+}
+
+/// Weights and activations in f32.
+struct F32;
+
+impl Multiply for F32 {
+    type Weights = [f32; TILE];
+
+    fn words(k: usize) -> usize {
+        k
+    }
+
+    #[inline(always)]
+    fn pack<S: Simd, const R: usize>(x: [&[f32]; R], out: &mut [u32]) {
+        for (i, out) in out.as_chunks_mut::<R>().0.iter_mut().enumerate() {
+            *out = std::array::from_fn(|r| x[r][i].to_bits());
+        }
+    }
+
+    #[inline(always)]
+    fn dot<S: Simd, const R: usize>(tile: &[[f32; TILE]], x: &[u32]) -> [[S::F; 2]; R] {
+        let mut acc = [[S::splat(0.0); 2]; R];
+        for (w, x) in tile.iter().zip(x.as_chunks::<R>().0) {
+            prefetch::<S, _, R>(w);
+            let w = halves(w).map(S::load);
+            for r in 0..R {
+                let x = S::splat(f32::from_bits(x[r]));
+                acc[r] = [S::mul_add(w[0], x, acc[r][0]), S::mul_add(w[1], x, acc[r][1])];
+            }
+        }
+        acc
+    }
+}
+
+/// Weights in f16, activations in f32.
+struct F16;
+
+impl Multiply for F16 {
+    type Weights = [f16; TILE];
+
+    fn words(k: usize) -> usize {
+        k
+    }
+
+    #[inline(always)]
+    fn pack<S: Simd, const R: usize>(x: [&[f32]; R], out: &mut [u32]) {
+        F32::pack::<S, R>(x, out);
+    }
+
+    #[inline(always)]
+    fn dot<S: Simd, const R: usize>(tile: &[[f16; TILE]], x: &[u32]) -> [[S::F; 2]; R] {
+        let mut acc = [[S::splat(0.0); 2]; R];
+        for (w, x) in tile.iter().zip(x.as_chunks::<R>().0) {
+            prefetch::<S, _, R>(w);
+            let w = halves(w).map(S::load_f16);
+            for r in 0..R {
+                let x = S::splat(f32::from_bits(x[r]));
+                acc[r] = [S::mul_add(w[0], x, acc[r][0]), S::mul_add(w[1], x, acc[r][1])];
+            }
+        }
+        acc
+    }
+}
+
+/// Weights and activations in bf16, by pairs.
+struct BF16;
+
+impl Multiply for BF16 {
+    type Weights = [u32; TILE];
+
+    fn words(k: usize) -> usize {
+        k.div_ceil(2)
+    }
+
+    #[inline(always)]
+    fn pack<S: Simd, const R: usize>(x: [&[f32]; R], out: &mut [u32]) {
+        let round = |x: f32| u32::from(<bf16 as Element>::from_f32(x).to_bits());
+        for (i, out) in out.as_chunks_mut::<R>().0.iter_mut().enumerate() {
+            *out = std::array::from_fn(|r| {
+                let odd = x[r].get(2 * i + 1).map_or(0, |x| round(*x));
+                round(x[r][2 * i]) | odd << 16
+            });
+        }
+    }
+
+    #[inline(always)]
+    fn dot<S: Simd, const R: usize>(tile: &[[u32; TILE]], x: &[u32]) -> [[S::F; 2]; R] {
+        let mut acc = [[S::splat(0.0); 2]; R];
+        for (w, x) in tile.iter().zip(x.as_chunks::<R>().0) {
+            prefetch::<S, _, R>(w);
+            let w = halves(w);
+            for r in 0..R {
+                acc[r] = [S::dot_bf16(acc[r][0], w[0], x[r]), S::dot_bf16(acc[r][1], w[1], x[r])];
+            }
+        }
+        acc
+    }
+}
+
+/// Words of a group of packed bytes of one row: the bytes, their factor, and what makes up for the weights' offset.
+const GROUP_WORDS: usize = GROUP / 4 + 2;
+
+/// Packs activations as bytes within +-127 with a factor per group, rounded to nearest even. `offset` is what weights
+/// were raised by.
+///
+/// By group: `(8, R)` quads of bytes, `R` factors, `R` sums times `-offset`.
+#[inline(always)]
+fn pack_bytes<const R: usize>(x: [&[f32]; R], out: &mut [u32], offset: i32) {
+    // Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits of the sum.
+    const MAGIC: f32 = 12_582_912.0;
+    for (g, out) in out.chunks_exact_mut(GROUP_WORDS * R).enumerate() {
+        for r in 0..R {
+            let Some(values) = x[r][g * GROUP..].first_chunk::<GROUP>() else { return };
+            let (mut lanes, mut check) = ([0.0f32; LANES], [0.0f32; LANES]);
+            for half in values.as_chunks::<LANES>().0 {
+                for l in 0..LANES {
+                    let magnitude = half[l].abs();
+                    lanes[l] = if magnitude > lanes[l] { magnitude } else { lanes[l] };
+                    // NaN of what is not finite.
+                    check[l] += half[l] * 0.0;
+                }
+            }
+            let largest = lanes.iter().fold(0.0f32, |m, x| if *x > m { *x } else { m });
+            let check: f32 = check.iter().sum();
+            let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+            let bytes = values.map(|x| (x * inverse + MAGIC).to_bits());
+            let mut sum = 0;
+            for (q, quad) in bytes.as_chunks::<4>().0.iter().enumerate() {
+                sum += quad.iter().map(|b| i32::from(*b as u8 as i8)).sum::<i32>();
+                out[q * R + r] = u32::from_le_bytes(quad.map(|b| b as u8));
+            }
+            out[GROUP / 4 * R + r] = (largest / 127.0 + check).to_bits();
+            out[(GROUP / 4 + 1) * R + r] = (-offset * sum) as u32;
+        }
+    }
+}
+
+/// A packed group of `R` rows: quads, factors, sums.
+#[inline(always)]
+fn group<const R: usize>(x: &[u32]) -> (&[[u32; R]], &[u32], &[u32]) {
+    let (quads, rest) = x.split_at(GROUP / 4 * R);
+    let (factors, sums) = rest.split_at(R);
+    (quads.as_chunks().0, factors, sums)
+}
+
+/// Adds the products of a group, which are integers, to `acc`.
+#[inline(always)]
+fn add_group<S: Simd, const R: usize>(
+    acc: &mut [[S::F; 2]; R],
+    products: [[S::I; 2]; R],
+    weights: &[f16; TILE],
+    factors: &[u32],
+) {
+    let weights = halves(weights).map(S::load_f16);
+    for r in 0..R {
+        let factor = S::splat(f32::from_bits(factors[r]));
+        for h in 0..2 {
+            acc[r][h] = S::mul_add(S::to_f32(products[r][h]), S::mul(weights[h], factor), acc[r][h]);
+        }
+    }
+}
+
+/// Weights and activations as bytes in groups.
+struct Int8;
+
+impl Multiply for Int8 {
+    type Weights = Int8Group;
+
+    fn words(k: usize) -> usize {
+        k / GROUP * GROUP_WORDS
+    }
+
+    #[inline(always)]
+    fn pack<S: Simd, const R: usize>(x: [&[f32]; R], out: &mut [u32]) {
+        pack_bytes(x, out, 128);
+    }
+
+    #[inline(always)]
+    fn dot<S: Simd, const R: usize>(tile: &[Int8Group], x: &[u32]) -> [[S::F; 2]; R] {
+        let mut acc = [[S::splat(0.0); 2]; R];
+        for (w, x) in tile.iter().zip(x.chunks_exact(GROUP_WORDS * R)) {
+            prefetch::<S, _, R>(w);
+            let (quads, factors, sums) = group::<R>(x);
+            let mut products: [[S::I; 2]; R] = std::array::from_fn(|r| [S::splat_i32(sums[r] as i32); 2]);
+            for (w, x) in w.quads.iter().zip(quads) {
+                let w = halves(w);
+                for r in 0..R {
+                    let [low, high] = products[r];
+                    products[r] = [S::dot_bytes(low, w[0], x[r]), S::dot_bytes(high, w[1], x[r])];
+                }
+            }
+            add_group::<S, R>(&mut acc, products, &w.factors, factors);
+        }
+        acc
+    }
+}
+
+/// Weights as half bytes, activations as bytes, in groups.
+struct Int4;
+
+impl Multiply for Int4 {
+    type Weights = Int4Group;
+
+    fn words(k: usize) -> usize {
+        Int8::words(k)
+    }
+
+    #[inline(always)]
+    fn pack<S: Simd, const R: usize>(x: [&[f32]; R], out: &mut [u32]) {
+        pack_bytes(x, out, 8);
+    }
+
+    #[inline(always)]
+    fn dot<S: Simd, const R: usize>(tile: &[Int4Group], x: &[u32]) -> [[S::F; 2]; R] {
+        let mut acc = [[S::splat(0.0); 2]; R];
+        for (w, x) in tile.iter().zip(x.chunks_exact(GROUP_WORDS * R)) {
+            prefetch::<S, _, R>(w);
+            let (quads, factors, sums) = group::<R>(x);
+            let mut products: [[S::I; 2]; R] = std::array::from_fn(|r| [S::splat_i32(sums[r] as i32); 2]);
+            for (w, x) in w.octets.iter().zip(quads.as_chunks::<2>().0) {
+                let w = halves(w);
+                for r in 0..R {
+                    for h in 0..2 {
+                        products[r][h] = S::dot_nibbles(products[r][h], w[h], x[0][r], x[1][r]);
+                    }
+                }
+            }
+            add_group::<S, R>(&mut acc, products, &w.factors, factors);
+        }
+        acc
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use strata_proto::{Format, Quantization};
+
     use super::*;
-    use crate::kernels::cpu::{Cpu, isa::Isa};
+    use crate::kernels::{
+        buffer::Arena,
+        cpu::{isa::Isa, packed::Elements, pool::Pool},
+    };
 
     fn values(seed: u32, len: usize) -> Vec<f32> {
         let mut s = seed;
@@ -170,72 +539,113 @@ mod tests {
             .collect()
     }
 
-    fn matrix(n: usize, k: usize, dtype: DType) -> PackedMatrix {
-        let mut w = PackedMatrix::zeros(n, k, dtype).unwrap();
+    fn matrix(n: usize, k: usize, format: Format) -> PackedMatrix {
+        let mut w = PackedMatrix::zeros(n, k, format, &mut Arena::new(1 << 20).unwrap()).unwrap();
         let data: Vec<u8> = values(7, n * k).iter().flat_map(|x| x.to_le_bytes()).collect();
-        w.write(0, &data, DType::F32, |i| (i / k, i % k)).unwrap();
+        let elements = Elements { first: 0, total: n * k, data: &data, from: DType::F32 };
+        w.write(&elements, |i| (i / k, i % k)).unwrap();
         w
     }
 
+    /// A product of `count` rows from row `first` on; what was in the output is the same for a row in every call.
+    fn product(cpu: &Cpu, w: &PackedMatrix, x: Rows<'_>, output: Output, biased: bool) -> Vec<f32> {
+        let (n, k) = (w.n(), w.k());
+        let bias = values(3, n);
+        let mut out: Vec<f32> = (0..x.count).flat_map(|_| values(9, n)).collect();
+        let mut packed = vec![0; x.count * packed_words(k)];
+        cpu.linear(Linear {
+            weight: w,
+            bias: biased.then_some(&bias),
+            x,
+            packed: &mut packed,
+            out: &mut out,
+            output,
+        });
+        out
+    }
+
     #[test]
-    fn any_number_of_rows_and_any_instruction_set_equal_single_rows_on_the_baseline() {
-        let baseline = Cpu::on(Isa::available()[0]);
-        for dtype in DType::ALL {
-            for (n, k) in [(16, 32), (33, 37), (50, 95), (7, 1)] {
-                let w = matrix(n, k, dtype);
-                let bias = values(3, n);
-                // A stride longer than the row, with NaN between the rows.
-                let stride = k + 3;
-                let mut x = vec![f32::NAN; 33 * stride];
-                for (r, row) in values(5, 33 * k).chunks(k).enumerate() {
-                    x[r * stride..][..k].copy_from_slice(row);
-                }
-                for output in [Output::Store, Output::AddRounded(dtype)] {
-                    let run = |cpu: Cpu, first: usize, count: usize| {
-                        let mut out = values(9, 33 * n)[first * n..(first + count) * n].to_vec();
-                        cpu.linear(Linear {
-                            weight: &w,
-                            bias: Some(&bias),
-                            x: Rows { data: &x[first * stride..], stride, count },
-                            out: &mut out,
-                            output,
-                        });
+    fn any_number_of_rows_and_threads_equal_single_rows_on_every_instruction_set() {
+        let sizes = [(16, 32), (33, 37), (50, 96), (7, 1), (100, 64)];
+        for (format, (n, k)) in Format::ALL.into_iter().flat_map(|f| sizes.map(|s| (f, s))) {
+            let w = matrix(n, k, format);
+            // A stride longer than the row, with NaN between the rows.
+            let stride = k + 3;
+            let mut x = vec![f32::NAN; 61 * stride];
+            for (r, row) in values(5, 61 * k).chunks(k).enumerate() {
+                x[r * stride..][..k].copy_from_slice(row);
+            }
+            for (output, biased) in [(Output::Store, true), (Output::AddRounded(DType::BF16), false)] {
+                for isa in Isa::available() {
+                    let bits = |threads, first: usize, count| {
+                        let cpu = Cpu::new(isa, Pool::new(threads).into());
+                        let x = Rows { data: &x[first * stride..], stride, count };
+                        let out = product(&cpu, &w, x, output, biased);
                         out.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
                     };
-                    let singles: Vec<u32> = (0..33).flat_map(|r| run(baseline, r, 1)).collect();
-                    for isa in Isa::available() {
-                        for m in 1..=33 {
-                            assert_eq!(
-                                run(Cpu::on(isa), 0, m),
-                                singles[..m * n],
-                                "{} m={m} n={n}",
-                                isa.name()
-                            );
-                        }
+                    let singles: Vec<u32> = (0..61).flat_map(|r| bits(1, r, 1)).collect();
+                    for m in (1..=33).chain([61]) {
+                        assert_eq!(bits(1, 0, m), singles[..m * n], "{} {format} m={m} n={n}", isa.name());
                     }
+                    assert_eq!(bits(3, 0, 61), singles);
                 }
             }
         }
     }
 
     #[test]
-    fn products_match_a_plain_double_precision_sum() {
-        let (m, n, k) = (5, 21, 300);
-        let w = matrix(n, k, DType::F32);
+    fn products_match_a_plain_double_precision_sum_on_every_instruction_set() {
+        let (m, n, k) = (13, 69, 320);
         let (x, plain) = (values(5, m * k), values(7, n * k));
-        let mut out = vec![0.0; m * n];
-        let call = Linear {
-            weight: &w,
-            bias: None,
-            x: Rows { data: &x, stride: k, count: m },
-            out: &mut out,
-            output: Output::Store,
-        };
-        Cpu::detect().linear(call);
-        for r in 0..m {
+        for (format, isa) in
+            Format::ALL.into_iter().flat_map(|f| Isa::available().into_iter().map(move |i| (f, i)))
+        {
+            let w = matrix(n, k, format);
+            let rows = Rows { data: &x, stride: k, count: m };
+            let out = product(&Cpu::new(isa, Pool::new(1).into()), &w, rows, Output::Store, false);
+            // Of the sum's expected magnitude, sqrt(k) / 3.
+            let within = match format {
+                Format::Float(DType::F32) => 1e-6,
+                Format::Float(DType::F16) => 1e-3,
+                Format::Float(DType::BF16) => 1e-2,
+                Format::Quantized(Quantization::Int8) => 2e-2,
+                Format::Quantized(Quantization::Int4) => 0.3,
+            };
+            let mut held = vec![0.0; k];
             for c in 0..n {
-                let sum: f64 = (0..k).map(|i| f64::from(x[r * k + i]) * f64::from(plain[c * k + i])).sum();
-                assert!((f64::from(out[r * n + c]) - sum).abs() < 1e-4);
+                w.gather(c, &mut held);
+                for r in 0..m {
+                    let sum = |w: &[f32]| -> f64 {
+                        (0..k).map(|i| f64::from(x[r * k + i]) * f64::from(w[i])).sum()
+                    };
+                    let got = f64::from(out[r * n + c]);
+                    let scale = (k as f64).sqrt() / 3.0;
+                    assert!(
+                        (got - sum(&plain[c * k..])).abs() < within * scale * 4.0,
+                        "{format} {}",
+                        isa.name()
+                    );
+                    // Against the weights as they are held, only the activations' rounding is left.
+                    let within =
+                        if matches!(format, Format::Float(DType::F32 | DType::F16)) { 1e-6 } else { 1e-2 };
+                    assert!((got - sum(&held)).abs() < within * scale * 4.0, "{format} {}", isa.name());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_so() {
+        for (format, bad) in Format::ALL.into_iter().flat_map(|f| [f32::NAN, f32::INFINITY].map(|b| (f, b))) {
+            let w = matrix(40, 64, format);
+            for isa in Isa::available() {
+                let mut x = values(5, 2 * 64);
+                x[70] = bad;
+                let cpu = Cpu::new(isa, Pool::new(1).into());
+                let rows = Rows { data: &x, stride: 64, count: 2 };
+                let out = product(&cpu, &w, rows, Output::Store, false);
+                assert!(out[..40].iter().all(|x| x.is_finite()), "{format} {}", isa.name());
+                assert!(out[40..].iter().all(|x| !x.is_finite()), "{format} {}", isa.name());
             }
         }
     }

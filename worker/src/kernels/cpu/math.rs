@@ -1,6 +1,6 @@
 //! Elementary functions of our own: the bits of an answer must not depend on the host's math library.
 
-use super::packed::LANES;
+use super::isa::LANES;
 
 /// `e^x` within 2 ulp; 0 below -87.3 and infinite above 88.37, NaN for NaN. Branch-free, so that loops vectorise.
 ///

@@ -10,76 +10,84 @@ pub mod math;
 pub mod moe;
 pub mod norm;
 pub mod packed;
+pub mod pool;
+pub mod quant;
 pub mod rope;
+
+use std::sync::Arc;
 
 use self::{
     attention::Attention,
     isa::Isa,
-    linear::{Linear, LinearKernel},
+    linear::Linear,
     norm::{Activate, GateMul, HeadNorm, NormRows, SoftCap},
+    pool::Pool,
     rope::RopeAndStore,
 };
 use crate::kv_cache::KvLayer;
 
-/// Names what the CPU computes: with an equal format, equal names promise equal bits, on any instruction set.
-///
-/// The number goes up whenever a kernel's order of operations changes.
-pub const NUMERICS: &str = "cpu-1";
-
-/// The operations, for one instruction set.
-#[derive(Debug, Clone, Copy)]
+/// The operations, for one instruction set, on the threads of a pool.
+#[derive(Clone)]
 pub struct Cpu {
     isa: Isa,
+    pool: Arc<Pool>,
 }
 
 impl Cpu {
-    /// The widest instruction set of this processor.
-    pub fn detect() -> Self {
-        Cpu { isa: Isa::detect() }
+    /// The operations for an instruction set, on some threads.
+    pub fn new(isa: Isa, pool: Arc<Pool>) -> Self {
+        Cpu { isa, pool }
     }
 
-    /// A given instruction set.
+    /// The operations for an instruction set, on the caller's thread.
     pub fn on(isa: Isa) -> Self {
-        Cpu { isa }
+        Cpu::new(isa, Pool::new(1).into())
+    }
+
+    /// Names what `isa` computes: with an equal format, equal names promise equal bits, for any number of threads.
+    ///
+    /// The number goes up whenever a kernel's order of operations changes.
+    pub fn numerics(isa: Isa) -> String {
+        format!("cpu-2-{}", isa.name())
     }
 
     /// Product with packed weights, bias and residual fused.
     pub fn linear(&self, call: Linear<'_>) {
-        self.isa.run(LinearKernel { call, row_group: self.isa.row_group() });
+        call.run(self);
     }
 
     /// Norm of rows.
     pub fn norm(&self, call: NormRows<'_>) {
-        self.isa.run(call);
+        call.run(self);
     }
 
     /// Norm of every head of queries and keys.
     pub fn head_norm(&self, call: HeadNorm<'_>) {
-        self.isa.run(call);
+        call.run(self);
     }
 
     /// An activation.
     pub fn activate(&self, call: Activate<'_>) {
-        self.isa.run(call);
+        call.run(self);
     }
 
     /// The gate of a gated feed-forward block.
     pub fn gate_mul(&self, call: GateMul<'_>) {
-        self.isa.run(call);
+        call.run(self);
     }
 
     /// A soft bound.
     pub fn soft_cap(&self, call: SoftCap<'_>) {
-        self.isa.run(call);
+        call.run(self);
     }
 
     /// Rotation and cache write.
     pub fn rope_and_store(&self, call: RopeAndStore<'_>, cache: &mut KvLayer) {
-        call.run(cache);
+        call.run(self, cache);
     }
 
     /// Attention over the cache.
     pub fn attention(&self, call: Attention<'_>) {
-        self.isa.run(call);
+        call.run(self);
     }
 }

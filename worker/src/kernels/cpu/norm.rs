@@ -1,11 +1,14 @@
 //! Norms, activations and other elementwise operations over rows.
 
 use super::{
-    isa::Kernel,
+    Cpu,
+    isa::{Kernel, LANES, Simd},
     linear::{Output, Rows},
     math::{exp, normal, sum_lanes, tanh},
-    packed::LANES,
 };
+
+/// Values per task of an elementwise operation.
+const PIECE: usize = 4096;
 
 /// A norm, with its epsilon.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -73,18 +76,33 @@ pub struct NormRows<'a> {
     pub output: Output,
 }
 
-impl Kernel for NormRows<'_> {
+impl NormRows<'_> {
+    pub(super) fn run(self, cpu: &Cpu) {
+        let NormRows { norm, x, weight, bias, out, output } = self;
+        let width = weight.len();
+        cpu.pool.pieces(&mut out[..x.count * width], width, |r, out| {
+            let x = &x.data[r * x.stride..][..width];
+            cpu.isa.run(NormRow { norm, x, weight, bias, out, output });
+        });
+    }
+}
+
+struct NormRow<'a> {
+    norm: Norm,
+    x: &'a [f32],
+    weight: &'a [f32],
+    bias: Option<&'a [f32]>,
+    out: &'a mut [f32],
+    output: Output,
+}
+
+impl Kernel for NormRow<'_> {
     #[inline(always)]
-    fn run(self) {
-        let width = self.weight.len();
-        for r in 0..self.x.count {
-            let x = &self.x.data[r * self.x.stride..][..width];
-            let out = &mut self.out[r * width..][..width];
-            let (mean, scale) = moments(self.norm, x);
-            for (i, ((o, x), w)) in out.iter_mut().zip(x).zip(self.weight).enumerate() {
-                let y = (x - mean) * scale * w;
-                *o = self.output.apply(*o, self.bias.map_or(y, |b| y + b[i]));
-            }
+    fn run<S: Simd>(self) {
+        let (mean, scale) = moments(self.norm, self.x);
+        for (i, ((o, x), w)) in self.out.iter_mut().zip(self.x).zip(self.weight).enumerate() {
+            let y = (x - mean) * scale * w;
+            *o = self.output.apply(*o, self.bias.map_or(y, |b| y + b[i]));
         }
     }
 }
@@ -137,9 +155,18 @@ pub struct HeadNorm<'a> {
     pub biases: [Option<&'a [f32]>; 2],
 }
 
+impl HeadNorm<'_> {
+    pub(super) fn run(self, cpu: &Cpu) {
+        let HeadNorm { norm, qkv, stride, heads, kv_heads, weights, biases } = self;
+        cpu.pool.pieces(qkv, stride, |_, row| {
+            cpu.isa.run(HeadNorm { norm, qkv: row, stride, heads, kv_heads, weights, biases });
+        });
+    }
+}
+
 impl Kernel for HeadNorm<'_> {
     #[inline(always)]
-    fn run(self) {
+    fn run<S: Simd>(self) {
         let d = self.weights[0].len();
         for row in self.qkv.chunks_exact_mut(self.stride) {
             let heads = row.chunks_exact_mut(d).take(self.heads + self.kv_heads);
@@ -163,9 +190,15 @@ pub struct Activate<'a> {
     pub x: &'a mut [f32],
 }
 
+impl Activate<'_> {
+    pub(super) fn run(self, cpu: &Cpu) {
+        cpu.pool.pieces(self.x, PIECE, |_, x| cpu.isa.run(Activate { act: self.act, x }));
+    }
+}
+
 impl Kernel for Activate<'_> {
     #[inline(always)]
-    fn run(self) {
+    fn run<S: Simd>(self) {
         for x in self.x {
             *x = self.act.apply(*x);
         }
@@ -182,9 +215,17 @@ pub struct GateMul<'a> {
     pub width: usize,
 }
 
+impl GateMul<'_> {
+    pub(super) fn run(self, cpu: &Cpu) {
+        cpu.pool.pieces(self.gate_up, 2 * self.width, |_, x| {
+            cpu.isa.run(GateMul { act: self.act, gate_up: x, width: self.width })
+        });
+    }
+}
+
 impl Kernel for GateMul<'_> {
     #[inline(always)]
-    fn run(self) {
+    fn run<S: Simd>(self) {
         for row in self.gate_up.chunks_exact_mut(2 * self.width) {
             let (gate, up) = row.split_at_mut(self.width);
             for (g, u) in gate.iter_mut().zip(up) {
@@ -202,9 +243,15 @@ pub struct SoftCap<'a> {
     pub x: &'a mut [f32],
 }
 
+impl SoftCap<'_> {
+    pub(super) fn run(self, cpu: &Cpu) {
+        cpu.pool.pieces(self.x, PIECE, |_, x| cpu.isa.run(SoftCap { cap: self.cap, x }));
+    }
+}
+
 impl Kernel for SoftCap<'_> {
     #[inline(always)]
-    fn run(self) {
+    fn run<S: Simd>(self) {
         for x in self.x {
             *x = self.cap * tanh(*x / self.cap);
         }

@@ -1,6 +1,10 @@
 //! Rotary positions and the write of rounded keys and values into the cache.
 
-use super::math::sin_cos;
+use super::{
+    Cpu,
+    isa::{Kernel, Simd},
+    math::sin_cos,
+};
 use crate::{
     kernels::buffer::{Element, with_values},
     kv_cache::{BLOCK_TOKENS, BatchRow, KvLayer},
@@ -54,23 +58,39 @@ pub struct RopeAndStore<'a> {
 }
 
 impl RopeAndStore<'_> {
-    pub(super) fn run(self, cache: &mut KvLayer) {
+    pub(super) fn run(self, cpu: &Cpu, cache: &mut KvLayer) {
         let (kv_heads, d) = (cache.kv_heads(), cache.head_dim());
-        let mut tokens = self.qkv.chunks_exact_mut((self.heads + 2 * kv_heads) * d).enumerate();
+        let (stride, rotated) = ((self.heads + 2 * kv_heads) * d, (self.heads + kv_heads) * d);
+        if let Some(angles) = self.angles {
+            cpu.pool.pieces(self.qkv, stride, |token, qkv| {
+                cpu.isa.run(Rotate { heads: &mut qkv[..rotated], d, token, angles });
+            });
+        }
+        let mut tokens = self.qkv.chunks_exact(stride);
         for row in self.rows {
-            let positions = row.start..row.start + row.count;
-            for (position, (token, qkv)) in positions.zip(&mut tokens) {
-                let (rotated, values) = qkv.split_at_mut((self.heads + kv_heads) * d);
-                if let Some(Angles { table, stride, pairs }) = self.angles {
-                    let (cos, sin) = table[token * stride..][..2 * pairs].split_at(pairs);
-                    for head in rotated.chunks_exact_mut(d) {
-                        rotate(head, cos, sin);
-                    }
-                }
-                let keys = &rotated[self.heads * d..];
+            for (position, qkv) in (row.start..row.start + row.count).zip(&mut tokens) {
+                let (keys, values) = qkv[self.heads * d..].split_at(kv_heads * d);
                 let block = row.blocks[position as usize / BLOCK_TOKENS] as usize;
                 cache.store(block, position as usize % BLOCK_TOKENS, keys, values);
             }
+        }
+    }
+}
+
+struct Rotate<'a> {
+    heads: &'a mut [f32],
+    d: usize,
+    token: usize,
+    angles: Angles<'a>,
+}
+
+impl Kernel for Rotate<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let Angles { table, stride, pairs } = self.angles;
+        let (cos, sin) = table[self.token * stride..][..2 * pairs].split_at(pairs);
+        for head in self.heads.chunks_exact_mut(self.d) {
+            rotate(head, cos, sin);
         }
     }
 }

@@ -69,9 +69,9 @@ fn biases_prefixes_and_ties_follow_the_file() {
     let (checkpoint, model) = open(&config(), &tensors).unwrap();
     assert!(model.bound(Site::Layer(0), (Slot::Qkv, 0))[1].bias.is_some());
     let profile = model.profile(&checkpoint, "m");
-    let spec = spec(&model, 0, 1, DType::BF16);
+    let spec = spec(&model, 0, 1, Way::new(DType::BF16));
     let weights = load(&checkpoint, &model, &spec);
-    assert_eq!(weights.resident_bytes(), profile.weight_bytes(spec.layers, DType::BF16));
+    assert_eq!(weights.resident_bytes(), profile.weight_bytes(spec.layers, spec.format()));
 
     let mut tied = config();
     tied["tie_word_embeddings"] = json!(true);

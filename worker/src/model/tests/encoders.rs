@@ -52,7 +52,7 @@ fn encode(pipeline: &mut Pipeline, inputs: &[&Input]) -> Vec<f32> {
 #[test]
 fn every_encoder_matches_transformers_in_float32() {
     for (dir, inputs) in encoders() {
-        let mut pipeline = Pipeline::new(&dir, &[], DType::F32);
+        let mut pipeline = Pipeline::new(&dir, &[], Way::new(DType::F32));
         for input in &inputs {
             let got = encode(&mut pipeline, &[input]);
             let want = input.values.concat();
@@ -69,15 +69,15 @@ fn every_split_and_packing_gives_the_same_bits() {
     let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
     for (dir, inputs) in encoders() {
         let layers = describe(&dir, "m").unwrap().layer_count();
-        for dtype in DType::ALL {
-            let mut whole = Pipeline::new(&dir, &[], dtype);
+        for way in Way::all() {
+            let mut whole = Pipeline::new(&dir, &[], way);
             let alone: Vec<f32> = inputs.iter().flat_map(|i| encode(&mut whole, &[i])).collect();
             assert!(alone.iter().all(|x| x.is_finite()));
             for cut in 0..layers {
                 let cuts: Vec<u32> = if cut == 0 { (1..layers).collect() } else { vec![cut] };
-                let mut pipeline = Pipeline::new(&dir, &cuts, dtype);
+                let mut pipeline = Pipeline::new(&dir, &cuts, way);
                 let packed = encode(&mut pipeline, &inputs.iter().collect::<Vec<_>>());
-                assert!(bits(&packed) == bits(&alone), "{} {dtype} cuts {cuts:?}", dir.display());
+                assert!(bits(&packed) == bits(&alone), "{} {way:?} cuts {cuts:?}", dir.display());
             }
         }
     }
@@ -86,9 +86,9 @@ fn every_split_and_packing_gives_the_same_bits() {
 #[test]
 fn an_encoder_takes_whole_sequences_and_known_segments_only() {
     let (checkpoint, model) = Model::open_dir(&models().join("bert-classify-f32")).unwrap();
-    let whole = spec(&model, 0, 4, DType::F32);
+    let whole = spec(&model, 0, 4, Way::new(DType::F32));
     let weights = load(&checkpoint, &model, &whole);
-    let mut state = StageState::new(&model, &whole, 0, 20, 2).unwrap();
+    let mut state = StageState::new(&model, &whole, 0, 20, 2, Way::new(DType::F32).cpu()).unwrap();
     let mut refuse = |start, segments: &[u32], outputs: &[u32]| {
         let row = BatchRow { start, count: 3, blocks: &[], rope_set: 0 };
         let input = StageInput::Tokens { ids: &[2, 7, 3], segments };

@@ -15,19 +15,19 @@ fn bits(x: &[f32]) -> Vec<u32> {
 #[test]
 fn every_split_and_chunking_gives_the_same_bits() {
     let dir = models().join("shakespeare");
-    for dtype in DType::ALL {
-        let (logits, answer) = Pipeline::new(&dir, &[], dtype).generate(&prompt(1), PROMPT, 6);
+    for way in Way::all() {
+        let (logits, answer) = Pipeline::new(&dir, &[], way).generate(&prompt(1), PROMPT, 6);
         assert!(logits.iter().all(|x| x.is_finite()));
         for cut in 0..6 {
             let cuts: Vec<u32> = if cut == 0 { vec![] } else { vec![cut] };
-            let mut pipeline = Pipeline::new(&dir, &cuts, dtype);
+            let mut pipeline = Pipeline::new(&dir, &cuts, way);
             for chunk in [1, 7, 16, PROMPT] {
                 let got = pipeline.generate(&prompt(1), chunk, 6);
-                assert_eq!(bits(&got.0), bits(&logits), "{dtype} cut {cut} chunk {chunk}");
+                assert_eq!(bits(&got.0), bits(&logits), "{way:?} cut {cut} chunk {chunk}");
                 assert_eq!(got.1, answer);
             }
         }
-        let mut six = Pipeline::new(&dir, &[1, 2, 3, 4, 5], dtype);
+        let mut six = Pipeline::new(&dir, &[1, 2, 3, 4, 5], way);
         assert_eq!(bits(&six.generate(&prompt(1), 10, 1).0), bits(&logits));
     }
 }
@@ -36,10 +36,10 @@ fn every_split_and_chunking_gives_the_same_bits() {
 #[test]
 fn neighbours_and_block_placement_change_no_bit() {
     let dir = models().join("shakespeare");
-    for dtype in DType::ALL {
+    for way in Way::all() {
         let alone: Vec<_> =
-            (0..3).map(|s| Pipeline::new(&dir, &[], dtype).generate(&prompt(s), PROMPT, 1).0).collect();
-        let mut pipeline = Pipeline::new(&dir, &[], dtype);
+            (0..3).map(|s| Pipeline::new(&dir, &[], way).generate(&prompt(s), PROMPT, 1).0).collect();
+        let mut pipeline = Pipeline::new(&dir, &[], way);
         let (weights, state) = &mut pipeline.stages[0];
         let tables: [&[u32]; 3] = [&[9, 2, 14, 15], &[0, 1, 3, 8], &[7, 13, 5, 4]];
         let prompts: Vec<_> = (0..3).map(prompt).collect();
@@ -73,7 +73,7 @@ fn neighbours_and_block_placement_change_no_bit() {
                 panic!("the stage has the head");
             };
             for (s, logits) in finished.iter().zip(logits.chunks(2048)) {
-                assert_eq!(bits(logits), bits(&alone[*s]), "{dtype} sequence {s}");
+                assert_eq!(bits(logits), bits(&alone[*s]), "{way:?} sequence {s}");
                 seen += 1;
             }
         }
@@ -83,9 +83,9 @@ fn neighbours_and_block_placement_change_no_bit() {
 #[test]
 fn a_step_that_does_not_fit_is_refused() {
     let (checkpoint, model) = Model::open_dir(&models().join("shakespeare")).unwrap();
-    let whole = spec(&model, 0, 6, DType::F32);
+    let whole = spec(&model, 0, 6, Way::new(DType::F32));
     let weights = load(&checkpoint, &model, &whole);
-    let mut state = StageState::new(&model, &whole, 4, 20, 2).unwrap();
+    let mut state = StageState::new(&model, &whole, 4, 20, 2, Way::new(DType::F32).cpu()).unwrap();
     let ids = [1; 21];
     let blocks: &[u32] = &[0, 1, 2, 3];
     let row = |start, count, blocks| BatchRow { start, count, blocks, rope_set: 0 };
@@ -114,7 +114,7 @@ fn a_step_that_does_not_fit_is_refused() {
     for outputs in [&[3][..], &[1, 0], &[1, 1], &[0, 1, 2]] {
         assert!(matches!(refuse(&[row(0, 3, blocks)], tokens(3), outputs), StepError::Outputs { limit: 2 }));
     }
-    let other = spec(&model, 0, 6, DType::BF16);
+    let other = spec(&model, 0, 6, Way::new(DType::BF16));
     let other = load(&checkpoint, &model, &other);
     let e = state.forward(&other, &[row(0, 1, blocks)], tokens(1), &[]).map(|_| ()).unwrap_err();
     assert_eq!(e, StepError::Weights);
@@ -125,8 +125,20 @@ fn a_step_that_does_not_fit_is_refused() {
         (0, 3, false, false),
         (0, 3, true, true),
     ] {
-        let spec = RangeSpec { layers: LayerRange::new(first, end), embedding, head, dtype: DType::F32 };
-        assert!(matches!(StageState::new(&model, &spec, 1, 1, 1), Err(ModelError::Range { .. })));
+        let spec = RangeSpec {
+            layers: LayerRange::new(first, end),
+            embedding,
+            head,
+            dtype: DType::F32,
+            quantization: None,
+        };
+        assert!(matches!(
+            StageState::new(&model, &spec, 1, 1, 1, Way::new(DType::F32).cpu()),
+            Err(ModelError::Range { .. })
+        ));
     }
-    assert!(matches!(StageState::new(&model, &whole, u32::MAX, 1, 1), Err(ModelError::Memory(_))));
+    assert!(matches!(
+        StageState::new(&model, &whole, u32::MAX, 1, 1, Way::new(DType::F32).cpu()),
+        Err(ModelError::Memory(_))
+    ));
 }

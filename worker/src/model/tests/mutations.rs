@@ -82,15 +82,15 @@ fn try_out(dir: &Path) -> Result<(), Box<dyn std::error::Error>> {
     let (checkpoint, model) = Model::open_dir(dir)?;
     let profile = model.profile(&checkpoint, "m");
     let layers = LayerRange::new(0, profile.layer_count());
-    let bytes = profile.weight_bytes(layers, DType::BF16)
+    let bytes = profile.weight_bytes(layers, Format::Float(DType::BF16))
         + profile.workspace_bytes(layers, 16, 2)
         + 64 * profile.kv_bytes_per_token(layers, DType::BF16);
     if bytes > LARGEST {
         return Ok(());
     }
-    let spec = spec(&model, 0, profile.layer_count(), DType::BF16);
+    let spec = spec(&model, 0, profile.layer_count(), Way::new(DType::BF16));
     let weights = StageWeights::load(&checkpoint, &model, &spec, &mut |_| ControlFlow::Continue(()))?;
-    let mut state = StageState::new(&model, &spec, 4, 16, 2)?;
+    let mut state = StageState::new(&model, &spec, 4, 16, 2, Way::new(DType::BF16).cpu())?;
     let count = 3.min(model.tower.context) as u32;
     let row = BatchRow { start: 0, count, blocks: &[2], rope_set: 0 };
     let ids = &[0; 3][..count as usize];
