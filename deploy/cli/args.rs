@@ -59,6 +59,10 @@ pub enum Command {
     FillMask(FillMaskArgs),
     /// Show what a server is doing
     Status(StatusArgs),
+    /// Measure throughput and latency of a running server
+    Bench(BenchArgs),
+    /// Write a model of a named shape with random weights, to measure with
+    RandomModel(RandomModelArgs),
 }
 
 /// How a model is deployed, whatever the processes.
@@ -313,6 +317,63 @@ pub struct StatusArgs {
     /// Print JSON
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    #[command(flatten)]
+    pub address: AddressArgs,
+    /// Requests at once; several, separated by commas, are measured one after the other
+    #[arg(long, env = "STRATA_CONCURRENCY", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub concurrency: Vec<u32>,
+    /// Requests of each measurement [default: 4 x the concurrency]
+    #[arg(long, env = "STRATA_REQUESTS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub requests: Option<u32>,
+    /// Tokens of each prompt, drawn at random
+    #[arg(long, env = "STRATA_PROMPT_TOKENS", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    pub prompt_tokens: u32,
+    /// Tokens of each answer
+    #[arg(long, env = "STRATA_MAX_TOKENS", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_tokens: u32,
+    /// Seed of the prompts
+    #[arg(long, env = "STRATA_SEED", default_value_t = 0)]
+    pub seed: u64,
+    /// Print one JSON object per measurement
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+}
+
+/// Shapes of models that many know.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Shape {
+    /// Width 64, 4 layers: for tests
+    #[value(name = "llama-1m")]
+    Llama1m,
+    /// Width 768, 12 layers
+    #[value(name = "llama-160m")]
+    Llama160m,
+    /// Width 2048, 22 layers, as TinyLlama
+    #[value(name = "llama-1.1b")]
+    Llama1_1b,
+    /// Width 3072, 28 layers, as Llama 3.2 3B
+    #[value(name = "llama-3b")]
+    Llama3b,
+    /// Width 4096, 32 layers, as Llama 3 8B
+    #[value(name = "llama-8b")]
+    Llama8b,
+}
+
+#[derive(Debug, Args)]
+pub struct RandomModelArgs {
+    /// What to write
+    #[arg(env = "STRATA_SHAPE", value_enum)]
+    pub shape: Shape,
+    /// Directory to make
+    #[arg(env = "STRATA_DIRECTORY")]
+    pub directory: PathBuf,
+    /// Seed of the weights
+    #[arg(long, env = "STRATA_SEED", default_value_t = 0)]
+    pub seed: u64,
 }
 
 #[derive(Debug, Args)]

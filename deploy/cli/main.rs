@@ -1,12 +1,14 @@
 //! `strata`: one binary for every role of a cluster and for its clients.
 
 mod args;
+mod bench;
 mod check;
 mod client;
 mod config_file;
 mod encode;
 mod generate;
 mod plan;
+mod random_model;
 mod roles;
 mod show;
 mod signals;
@@ -49,6 +51,8 @@ fn run() -> anyhow::Result<()> {
             Command::Embed(args) => encode::embed(args).await,
             Command::FillMask(args) => encode::fill_mask(args).await,
             Command::Status(args) => status::status(args).await,
+            Command::Bench(args) => bench::bench(args).await,
+            Command::RandomModel(args) => random_model::write(&args),
         }
     });
     // Stage threads and blocked connections end with the process.

@@ -26,8 +26,9 @@ fn main() {
     let (checkpoint, model) = Model::open_dir(dir.path()).expect("the model that was just written");
     let layers = LayerRange::new(0, LAYERS as u32);
     let spec = RangeSpec { layers, embedding: true, head: true, dtype: DType::F32, quantization: None };
-    let weights =
-        StageWeights::load(&checkpoint, &model, &spec, &mut |_| ControlFlow::Continue(())).expect("loading");
+    let cpu = Compute::shared_by(1).cpu();
+    let weights = StageWeights::load(&checkpoint, &model, &spec, &cpu, &mut |_| ControlFlow::Continue(()))
+        .expect("loading");
     let mut state = StageState::new(
         &model,
         &spec,

@@ -332,7 +332,8 @@ impl Stage {
                     _ => ControlFlow::Continue(()),
                 }
             };
-            let weights = StageWeights::load(&checkpoint, &model, &range_spec(&spec)?, &mut report)?;
+            let weights =
+                StageWeights::load(&checkpoint, &model, &range_spec(&spec)?, &self.cpu, &mut report)?;
             let resident = v1::ResidentWeights { spec: Some(spec.clone()), bytes: weights.resident_bytes() };
             *lock(&self.shared.resident) = Some(resident);
             self.weights = Some((spec, weights));

@@ -17,7 +17,10 @@ use super::{
 use crate::{
     kernels::{
         buffer::{Arena, Buffer, OutOfMemory},
-        cpu::packed::{Elements, PackedMatrix, Table, Unrepresentable, read_f32},
+        cpu::{
+            Cpu,
+            packed::{Elements, PackedMatrix, Table, Unrepresentable, widen},
+        },
     },
     weights::{Checkpoint, TensorDType, TensorInfo},
 };
@@ -115,16 +118,18 @@ impl Part {
 
     fn write(&mut self, piece: &Piece<'_>) -> Result<(), Unrepresentable> {
         let &Piece { is_bias, rows, bound: &Bound { first_row, layout, .. }, ref elements } = piece;
-        let &Elements { first, data, from, .. } = elements;
-        let bias = |bias: &mut Option<Buffer<f32>>| match bias {
-            Some(bias) => read_f32(first, data, from, |i, x| bias[first_row + layout.row(i)] = x),
-            None => Ok(()),
+        let &Elements { first, values, .. } = elements;
+        let bias = |bias: &mut Option<Buffer<f32>>| {
+            let values = (first..).zip(values);
+            bias.iter_mut().for_each(|b| values.clone().for_each(|(i, x)| b[first_row + layout.row(i)] = *x));
+            Ok(())
         };
         match self {
             Part::Norm(norm) if is_bias => bias(&mut norm.bias),
             Part::Norm(norm) => {
                 let plus = if layout == Layout::PlusOne { 1.0 } else { 0.0 };
-                read_f32(first, data, from, |i, x| norm.weight[i] = x + plus)
+                norm.weight[first..].iter_mut().zip(values).for_each(|(w, x)| *w = x + plus);
+                Ok(())
             }
             Part::Table(table) => table.write(elements),
             Part::Product(product) if is_bias => bias(&mut product.bias),
@@ -255,18 +260,20 @@ struct Job<'a> {
 
 impl StageWeights {
     /// Reads the tensors of a range, and no others, in the order of the files. `progress` is called after each piece
-    /// and may stop the load. Beside the weights, one piece is in memory at a time.
+    /// and may stop the load. Beside the weights, one piece is in memory at a time; of a transposed tensor that is
+    /// quantized, all of it. `cpu` quantizes.
     pub fn load(
         checkpoint: &Checkpoint,
         model: &Model,
         spec: &RangeSpec,
+        cpu: &Cpu,
         progress: &mut dyn FnMut(LoadedBytes) -> ControlFlow<()>,
     ) -> Result<Self, ModelError> {
         spec.check(model)?;
         let mut weights = Self::zeros(model, spec)?;
         let jobs = weights.jobs(checkpoint, model)?;
         let total = jobs.iter().map(|j| j.tensor.bytes).sum();
-        let (mut read, mut buffer) = (0, Vec::new());
+        let (mut read, mut buffer, mut values) = (0, Vec::new(), Vec::new());
         for job in jobs {
             let TensorDType::Float(from) = job.tensor.dtype else {
                 return Err(ModelError::Format(job.name.to_owned()));
@@ -276,8 +283,12 @@ impl StageWeights {
             checkpoint.read(job.tensor, &mut buffer, |offset, data| {
                 let [first, all] = [offset, job.tensor.bytes].map(|bytes| (bytes / from.size()) as usize);
                 let Job { bound, is_bias, rows, .. } = job;
-                let elements = Elements { first, total: all, data, from };
-                part.write(&Piece { bound, is_bias, rows, elements }).map_err(|e| {
+                let mut write = || {
+                    widen(data, from, &mut values)?;
+                    let elements = Elements { first, total: all, values: &values, cpu };
+                    part.write(&Piece { bound, is_bias, rows, elements })
+                };
+                write().map_err(|e: Unrepresentable| {
                     let (tensor, value) = (job.name.to_owned(), e.0);
                     if value.is_nan() {
                         return ModelError::NotANumber(tensor);

@@ -55,7 +55,8 @@ fn spec(model: &Model, first: u32, end: u32, Way { dtype, quantization, .. }: Wa
 }
 
 fn load(checkpoint: &Checkpoint, model: &Model, spec: &RangeSpec) -> StageWeights {
-    StageWeights::load(checkpoint, model, spec, &mut |_| ControlFlow::Continue(())).unwrap()
+    StageWeights::load(checkpoint, model, spec, &Cpu::on(Isa::detect()), &mut |_| ControlFlow::Continue(()))
+        .unwrap()
 }
 
 /// Stages that hold a model together, and the blocks of one sequence (in the given order).
@@ -202,14 +203,15 @@ fn a_range_reads_its_own_tensors_only_and_can_be_stopped() {
     let count = || checkpoint.bytes_read().load(std::sync::atomic::Ordering::Relaxed);
     let before = count();
     let mut last = LoadedBytes { read: 0, total: 0 };
-    StageWeights::load(&checkpoint, &model, &spec, &mut |p| {
+    let cpu = Cpu::on(Isa::detect());
+    StageWeights::load(&checkpoint, &model, &spec, &cpu, &mut |p| {
         assert!(p.read > last.read);
         last = p;
         ControlFlow::Continue(())
     })
     .unwrap();
     assert_eq!((last, count() - before), (LoadedBytes { read: own, total: own }, own));
-    let stopped = StageWeights::load(&checkpoint, &model, &spec, &mut |_| ControlFlow::Break(()));
+    let stopped = StageWeights::load(&checkpoint, &model, &spec, &cpu, &mut |_| ControlFlow::Break(()));
     assert!(matches!(stopped, Err(ModelError::Cancelled)));
 }
 

@@ -71,7 +71,7 @@ impl Attention<'_> {
         let group = self.heads / kv_heads;
         let tokens: usize = self.rows.iter().map(|r| r.count as usize).sum();
         // One task for the heads of a token that share keys and values.
-        cpu.pool.pieces(&mut self.out[..tokens * self.heads * d], group * d, |task, out| {
+        cpu.pool.pieces(&mut self.out[..tokens * self.heads * d], group * d, 1, |task, out| {
             let (token, kv_head) = (task / kv_heads, task % kv_heads);
             let mut first = 0;
             for row in self.rows {

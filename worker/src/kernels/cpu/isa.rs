@@ -1,6 +1,6 @@
 //! Instruction sets: one body per operation, compiled for each, chosen at run time.
 //!
-//! What an instruction set adds beyond wider registers is behind [`Simd`]: fused multiply-add, products of bf16 pairs and
+//! What an instruction set adds beyond wider registers is behind one trait: fused multiply-add, products of bf16 pairs and
 //! of bytes. Elsewhere kernels multiply, then add, in a written order, which the compiler may neither fuse nor reassociate.
 
 use half::{bf16, f16};
@@ -33,7 +33,11 @@ pub(crate) trait Simd: Copy {
     fn load_bf16(x: &[bf16; LANES]) -> Self::F;
     fn load_f16(x: &[f16; LANES]) -> Self::F;
     fn store(x: Self::F) -> [f32; LANES];
+    fn add(a: Self::F, b: Self::F) -> Self::F;
+    fn sub(a: Self::F, b: Self::F) -> Self::F;
     fn mul(a: Self::F, b: Self::F) -> Self::F;
+    /// To the nearest integer, ties to even, then within `low..=high`.
+    fn round_within(x: Self::F, low: f32, high: f32) -> Self::F;
     /// `a * b + c`.
     fn mul_add(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// `acc + w[1] * x[1] + w[0] * x[0]` of bf16 pairs, `x` the same for all lanes.
@@ -44,6 +48,32 @@ pub(crate) trait Simd: Copy {
     /// The same for the low halves of bytes and `low`, then the high halves and `high`.
     fn dot_nibbles(acc: Self::I, w: &[u32; LANES], low: u32, high: u32) -> Self::I;
     fn to_f32(x: Self::I) -> Self::F;
+
+    /// The largest magnitude; of NaN, nothing is known.
+    #[inline(always)]
+    fn largest(x: Self::F) -> f32 {
+        Self::store(x).iter().fold(0.0, |m, x| if x.abs() > m { x.abs() } else { m })
+    }
+
+    /// Whether there is no NaN and nothing infinite.
+    #[inline(always)]
+    fn is_finite(x: Self::F) -> bool {
+        Self::store(x).iter().all(|x| x.is_finite())
+    }
+
+    /// Rounded to nearest even as signed bytes, which they fit, and their sum.
+    #[inline(always)]
+    fn to_bytes(x: Self::F) -> ([u8; LANES], i32) {
+        // Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits of the sum.
+        const MAGIC: f32 = 12_582_912.0;
+        let (x, mut bytes, mut sum) = (Self::store(x), [0; LANES], 0);
+        for l in 0..LANES {
+            bytes[l] = (x[l] + MAGIC).to_bits() as u8;
+            sum += i32::from(bytes[l] as i8);
+        }
+        (bytes, sum)
+    }
+
     /// Asks for the cache line at `at`, which need not be readable.
     fn prefetch<T>(at: *const T);
 }
@@ -75,8 +105,20 @@ macro_rules! arrays {
             x
         }
         #[inline(always)]
+        fn add(a: Self::F, b: Self::F) -> Self::F {
+            std::array::from_fn(|l| a[l] + b[l])
+        }
+        #[inline(always)]
+        fn sub(a: Self::F, b: Self::F) -> Self::F {
+            std::array::from_fn(|l| a[l] - b[l])
+        }
+        #[inline(always)]
         fn mul(a: Self::F, b: Self::F) -> Self::F {
             std::array::from_fn(|l| a[l] * b[l])
+        }
+        #[inline(always)]
+        fn round_within(x: Self::F, low: f32, high: f32) -> Self::F {
+            x.map(|x| x.round_ties_even().clamp(low, high))
         }
         #[inline(always)]
         fn mul_add(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
@@ -235,9 +277,27 @@ mod x86 {
             unsafe { std::mem::transmute(x) }
         }
         #[inline(always)]
+        fn add(a: Self::F, b: Self::F) -> Self::F {
+            // SAFETY: above.
+            unsafe { _mm512_add_ps(a, b) }
+        }
+        #[inline(always)]
+        fn sub(a: Self::F, b: Self::F) -> Self::F {
+            // SAFETY: above.
+            unsafe { _mm512_sub_ps(a, b) }
+        }
+        #[inline(always)]
         fn mul(a: Self::F, b: Self::F) -> Self::F {
             // SAFETY: above.
             unsafe { _mm512_mul_ps(a, b) }
+        }
+        #[inline(always)]
+        fn round_within(x: Self::F, low: f32, high: f32) -> Self::F {
+            // SAFETY: above.
+            unsafe {
+                let rounded = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
+                _mm512_min_ps(_mm512_max_ps(rounded, _mm512_set1_ps(low)), _mm512_set1_ps(high))
+            }
         }
         #[inline(always)]
         fn mul_add(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
@@ -284,6 +344,26 @@ mod x86 {
         fn to_f32(x: Self::I) -> Self::F {
             // SAFETY: above.
             unsafe { _mm512_cvtepi32_ps(x) }
+        }
+        #[inline(always)]
+        fn largest(x: Self::F) -> f32 {
+            // SAFETY: above.
+            unsafe { _mm512_reduce_max_ps(_mm512_abs_ps(x)) }
+        }
+        #[inline(always)]
+        fn is_finite(x: Self::F) -> bool {
+            // What is not finite less itself is NaN.
+            // SAFETY: above.
+            unsafe { _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(_mm512_sub_ps(x, x), _mm512_setzero_ps()) == 0 }
+        }
+        #[inline(always)]
+        fn to_bytes(x: Self::F) -> ([u8; LANES], i32) {
+            // SAFETY: above; 16 bytes either way.
+            unsafe {
+                let rounded = _mm512_cvtps_epi32(x);
+                let bytes = std::mem::transmute::<__m128i, [u8; LANES]>(_mm512_cvtepi32_epi8(rounded));
+                (bytes, _mm512_reduce_add_epi32(rounded))
+            }
         }
         #[inline(always)]
         fn prefetch<T>(at: *const T) {

@@ -75,8 +75,10 @@ pub fn packed_words(k: usize) -> usize {
 
 /// Tasks per thread and product: enough to even out, few enough to stream.
 const TASKS: usize = 8;
+/// Multiply-adds that are worth a task of their own.
+const LEAST: usize = 1 << 18;
 /// How far ahead weights are asked for where they come from memory, in bytes.
-const AHEAD: usize = 3072;
+const AHEAD: usize = 4096;
 /// Up to so many rows, weights come from memory as fast as they are used.
 const FEW_ROWS: usize = 8;
 
@@ -93,12 +95,15 @@ impl Linear<'_> {
 
     fn product<M: Multiply<Weights = W>, W: Plain>(self, cpu: &Cpu, weights: &[W]) {
         let (n, k, rows) = (self.weight.n(), self.weight.k(), self.x.count);
+        if rows == 0 {
+            return;
+        }
         let most = cpu.isa.rows();
         let words = M::words(k);
         let panels = panels(rows, most);
         // Packing is little work beside a product of many outputs.
         let packed = &mut self.packed[..rows * words];
-        cpu.pool.pieces(packed, PACK_ROWS * words, |i, out| {
+        cpu.pool.pieces(packed, PACK_ROWS * words, 1, |i, out| {
             let x = Rows {
                 data: &self.x.data[i * PACK_ROWS * self.x.stride..],
                 count: PACK_ROWS.min(rows - i * PACK_ROWS),
@@ -109,7 +114,7 @@ impl Linear<'_> {
         let packed = &*packed;
         let tiles = n.div_ceil(TILE);
         let per_tile = weights.len() / tiles.max(1);
-        let share = tiles.div_ceil(cpu.pool.threads() * TASKS).max(1);
+        let share = tiles.div_ceil(cpu.pool.threads() * TASKS).max(LEAST.div_ceil(TILE * k * rows)).max(1);
         let out = Parts(self.out[..rows * n].as_mut_ptr());
         cpu.pool.run(tiles.div_ceil(share), &|task| {
             cpu.isa.run(Product::<M> {
@@ -363,11 +368,21 @@ impl Multiply for BF16 {
     #[inline(always)]
     fn pack<S: Simd, const R: usize>(x: [&[f32]; R], out: &mut [u32]) {
         let round = |x: f32| u32::from(<bf16 as Element>::from_f32(x).to_bits());
-        for (i, out) in out.as_chunks_mut::<R>().0.iter_mut().enumerate() {
-            *out = std::array::from_fn(|r| {
-                let odd = x[r].get(2 * i + 1).map_or(0, |x| round(*x));
-                round(x[r][2 * i]) | odd << 16
-            });
+        for (r, x) in x.iter().enumerate() {
+            let (whole, rest) = x.as_chunks::<TILE>();
+            let (packed, tail) = out.split_at_mut(whole.len() * LANES * R);
+            for (x, out) in whole.iter().zip(packed.chunks_exact_mut(LANES * R)) {
+                let mut rounded = [0; TILE];
+                for l in 0..TILE {
+                    rounded[l] = round(x[l]);
+                }
+                for (pair, out) in rounded.as_chunks::<2>().0.iter().zip(out.chunks_exact_mut(R)) {
+                    out[r] = pair[0] | pair[1] << 16;
+                }
+            }
+            for (pair, out) in rest.chunks(2).zip(tail.chunks_exact_mut(R)) {
+                out[r] = round(pair[0]) | pair.get(1).map_or(0, |x| round(*x)) << 16;
+            }
         }
     }
 
@@ -388,37 +403,29 @@ impl Multiply for BF16 {
 /// Words of a group of packed bytes of one row: the bytes, their factor, and what makes up for the weights' offset.
 const GROUP_WORDS: usize = GROUP / 4 + 2;
 
-/// Packs activations as bytes within +-127 with a factor per group, rounded to nearest even. `offset` is what weights
-/// were raised by.
-///
-/// By group: `(8, R)` quads of bytes, `R` factors, `R` sums times `-offset`.
+/// Packs rows as bytes within +-127, rounded to nearest even. By group: `(8, R)` quads of bytes, `R` factors (NaN if a
+/// value is not finite), `R` sums times `-offset`, which is what weights were raised by.
 #[inline(always)]
-fn pack_bytes<const R: usize>(x: [&[f32]; R], out: &mut [u32], offset: i32) {
-    // Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits of the sum.
-    const MAGIC: f32 = 12_582_912.0;
-    for (g, out) in out.chunks_exact_mut(GROUP_WORDS * R).enumerate() {
-        for r in 0..R {
-            let Some(values) = x[r][g * GROUP..].first_chunk::<GROUP>() else { return };
-            let (mut lanes, mut check) = ([0.0f32; LANES], [0.0f32; LANES]);
-            for half in values.as_chunks::<LANES>().0 {
-                for l in 0..LANES {
-                    let magnitude = half[l].abs();
-                    lanes[l] = if magnitude > lanes[l] { magnitude } else { lanes[l] };
-                    // NaN of what is not finite.
-                    check[l] += half[l] * 0.0;
+fn pack_bytes<S: Simd, const R: usize>(x: [&[f32]; R], out: &mut [u32], offset: i32) {
+    for (r, x) in x.iter().enumerate() {
+        for (values, out) in x.as_chunks().0.iter().zip(out.chunks_exact_mut(GROUP_WORDS * R)) {
+            let values: &[f32; GROUP] = values;
+            let values = halves(values).map(S::load);
+            let (a, b) = (S::largest(values[0]), S::largest(values[1]));
+            let largest = if a > b { a } else { b };
+            let inverse = S::splat(if largest > 0.0 { 127.0 / largest } else { 0.0 });
+            let finite = S::is_finite(values[0]) && S::is_finite(values[1]);
+            // What is not finite becomes any integer.
+            let mut sum = 0i32;
+            for h in 0..2 {
+                let (bytes, half) = S::to_bytes(S::mul(values[h], inverse));
+                for (q, quad) in bytes.as_chunks().0.iter().enumerate() {
+                    out[(h * LANES / 4 + q) * R + r] = u32::from_le_bytes(*quad);
                 }
+                sum = sum.wrapping_add(half);
             }
-            let largest = lanes.iter().fold(0.0f32, |m, x| if *x > m { *x } else { m });
-            let check: f32 = check.iter().sum();
-            let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
-            let bytes = values.map(|x| (x * inverse + MAGIC).to_bits());
-            let mut sum = 0;
-            for (q, quad) in bytes.as_chunks::<4>().0.iter().enumerate() {
-                sum += quad.iter().map(|b| i32::from(*b as u8 as i8)).sum::<i32>();
-                out[q * R + r] = u32::from_le_bytes(quad.map(|b| b as u8));
-            }
-            out[GROUP / 4 * R + r] = (largest / 127.0 + check).to_bits();
-            out[(GROUP / 4 + 1) * R + r] = (-offset * sum) as u32;
+            out[GROUP / 4 * R + r] = if finite { largest / 127.0 } else { f32::NAN }.to_bits();
+            out[(GROUP / 4 + 1) * R + r] = sum.wrapping_mul(-offset) as u32;
         }
     }
 }
@@ -434,22 +441,45 @@ fn group<const R: usize>(x: &[u32]) -> (&[[u32; R]], &[u32], &[u32]) {
 /// Adds the products of a group, which are integers, to `acc`.
 #[inline(always)]
 fn add_group<S: Simd, const R: usize>(
-    acc: &mut [[S::F; 2]; R],
-    products: [[S::I; 2]; R],
-    weights: &[f16; TILE],
+    acc: &mut [S::F; R],
+    products: [S::I; R],
+    weights: &[f16; LANES],
     factors: &[u32],
 ) {
-    let weights = halves(weights).map(S::load_f16);
+    let weights = S::load_f16(weights);
     for r in 0..R {
-        let factor = S::splat(f32::from_bits(factors[r]));
-        for h in 0..2 {
-            acc[r][h] = S::mul_add(S::to_f32(products[r][h]), S::mul(weights[h], factor), acc[r][h]);
-        }
+        let factor = S::mul(weights, S::splat(f32::from_bits(factors[r])));
+        acc[r] = S::mul_add(S::to_f32(products[r]), factor, acc[r]);
     }
+}
+
+/// What two halves of a tile yield, row by row.
+#[inline(always)]
+fn beside<F: Copy, const R: usize>(low: [F; R], high: [F; R]) -> [[F; 2]; R] {
+    std::array::from_fn(|r| [low[r], high[r]])
 }
 
 /// Weights and activations as bytes in groups.
 struct Int8;
+
+impl Int8 {
+    #[inline(always)]
+    fn half<S: Simd, const R: usize>(weights: &[Int8Group], x: &[u32]) -> [S::F; R] {
+        let mut acc = [S::splat(0.0); R];
+        for (w, x) in weights.iter().zip(x.chunks_exact(GROUP_WORDS * R)) {
+            prefetch::<S, _, R>(w);
+            let (quads, factors, sums) = group::<R>(x);
+            let mut products: [S::I; R] = std::array::from_fn(|r| S::splat_i32(sums[r] as i32));
+            for (w, x) in w.quads.iter().zip(quads) {
+                for r in 0..R {
+                    products[r] = S::dot_bytes(products[r], w, x[r]);
+                }
+            }
+            add_group::<S, R>(&mut acc, products, &w.factors, factors);
+        }
+        acc
+    }
+}
 
 impl Multiply for Int8 {
     type Weights = Int8Group;
@@ -460,21 +490,30 @@ impl Multiply for Int8 {
 
     #[inline(always)]
     fn pack<S: Simd, const R: usize>(x: [&[f32]; R], out: &mut [u32]) {
-        pack_bytes(x, out, 128);
+        pack_bytes::<S, R>(x, out, 128);
     }
 
     #[inline(always)]
     fn dot<S: Simd, const R: usize>(tile: &[Int8Group], x: &[u32]) -> [[S::F; 2]; R] {
-        let mut acc = [[S::splat(0.0); 2]; R];
-        for (w, x) in tile.iter().zip(x.chunks_exact(GROUP_WORDS * R)) {
+        let (low, high) = tile.split_at(tile.len() / 2);
+        beside(Self::half::<S, R>(low, x), Self::half::<S, R>(high, x))
+    }
+}
+
+/// Weights as half bytes, activations as bytes, in groups.
+struct Int4;
+
+impl Int4 {
+    #[inline(always)]
+    fn half<S: Simd, const R: usize>(weights: &[Int4Group], x: &[u32]) -> [S::F; R] {
+        let mut acc = [S::splat(0.0); R];
+        for (w, x) in weights.iter().zip(x.chunks_exact(GROUP_WORDS * R)) {
             prefetch::<S, _, R>(w);
             let (quads, factors, sums) = group::<R>(x);
-            let mut products: [[S::I; 2]; R] = std::array::from_fn(|r| [S::splat_i32(sums[r] as i32); 2]);
-            for (w, x) in w.quads.iter().zip(quads) {
-                let w = halves(w);
+            let mut products: [S::I; R] = std::array::from_fn(|r| S::splat_i32(sums[r] as i32));
+            for (w, x) in w.octets.iter().zip(quads.as_chunks::<2>().0) {
                 for r in 0..R {
-                    let [low, high] = products[r];
-                    products[r] = [S::dot_bytes(low, w[0], x[r]), S::dot_bytes(high, w[1], x[r])];
+                    products[r] = S::dot_nibbles(products[r], w, x[0][r], x[1][r]);
                 }
             }
             add_group::<S, R>(&mut acc, products, &w.factors, factors);
@@ -482,9 +521,6 @@ impl Multiply for Int8 {
         acc
     }
 }
-
-/// Weights as half bytes, activations as bytes, in groups.
-struct Int4;
 
 impl Multiply for Int4 {
     type Weights = Int4Group;
@@ -495,27 +531,13 @@ impl Multiply for Int4 {
 
     #[inline(always)]
     fn pack<S: Simd, const R: usize>(x: [&[f32]; R], out: &mut [u32]) {
-        pack_bytes(x, out, 8);
+        pack_bytes::<S, R>(x, out, 8);
     }
 
     #[inline(always)]
     fn dot<S: Simd, const R: usize>(tile: &[Int4Group], x: &[u32]) -> [[S::F; 2]; R] {
-        let mut acc = [[S::splat(0.0); 2]; R];
-        for (w, x) in tile.iter().zip(x.chunks_exact(GROUP_WORDS * R)) {
-            prefetch::<S, _, R>(w);
-            let (quads, factors, sums) = group::<R>(x);
-            let mut products: [[S::I; 2]; R] = std::array::from_fn(|r| [S::splat_i32(sums[r] as i32); 2]);
-            for (w, x) in w.octets.iter().zip(quads.as_chunks::<2>().0) {
-                let w = halves(w);
-                for r in 0..R {
-                    for h in 0..2 {
-                        products[r][h] = S::dot_nibbles(products[r][h], w[h], x[0][r], x[1][r]);
-                    }
-                }
-            }
-            add_group::<S, R>(&mut acc, products, &w.factors, factors);
-        }
-        acc
+        let (low, high) = tile.split_at(tile.len() / 2);
+        beside(Self::half::<S, R>(low, x), Self::half::<S, R>(high, x))
     }
 }
 
@@ -541,8 +563,8 @@ mod tests {
 
     fn matrix(n: usize, k: usize, format: Format) -> PackedMatrix {
         let mut w = PackedMatrix::zeros(n, k, format, &mut Arena::new(1 << 20).unwrap()).unwrap();
-        let data: Vec<u8> = values(7, n * k).iter().flat_map(|x| x.to_le_bytes()).collect();
-        let elements = Elements { first: 0, total: n * k, data: &data, from: DType::F32 };
+        let cpu = Cpu::on(Isa::detect());
+        let elements = Elements { first: 0, total: n * k, values: &values(7, n * k), cpu: &cpu };
         w.write(&elements, |i| (i / k, i % k)).unwrap();
         w
     }

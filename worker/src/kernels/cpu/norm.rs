@@ -5,6 +5,7 @@ use super::{
     isa::{Kernel, LANES, Simd},
     linear::{Output, Rows},
     math::{exp, normal, sum_lanes, tanh},
+    pool::Pool,
 };
 
 /// Values per task of an elementwise operation.
@@ -80,7 +81,7 @@ impl NormRows<'_> {
     pub(super) fn run(self, cpu: &Cpu) {
         let NormRows { norm, x, weight, bias, out, output } = self;
         let width = weight.len();
-        cpu.pool.pieces(&mut out[..x.count * width], width, |r, out| {
+        cpu.pool.pieces(&mut out[..x.count * width], width, Pool::grain(width), |r, out| {
             let x = &x.data[r * x.stride..][..width];
             cpu.isa.run(NormRow { norm, x, weight, bias, out, output });
         });
@@ -158,7 +159,7 @@ pub struct HeadNorm<'a> {
 impl HeadNorm<'_> {
     pub(super) fn run(self, cpu: &Cpu) {
         let HeadNorm { norm, qkv, stride, heads, kv_heads, weights, biases } = self;
-        cpu.pool.pieces(qkv, stride, |_, row| {
+        cpu.pool.pieces(qkv, stride, Pool::grain(stride), |_, row| {
             cpu.isa.run(HeadNorm { norm, qkv: row, stride, heads, kv_heads, weights, biases });
         });
     }
@@ -192,7 +193,7 @@ pub struct Activate<'a> {
 
 impl Activate<'_> {
     pub(super) fn run(self, cpu: &Cpu) {
-        cpu.pool.pieces(self.x, PIECE, |_, x| cpu.isa.run(Activate { act: self.act, x }));
+        cpu.pool.pieces(self.x, PIECE, 1, |_, x| cpu.isa.run(Activate { act: self.act, x }));
     }
 }
 
@@ -217,7 +218,7 @@ pub struct GateMul<'a> {
 
 impl GateMul<'_> {
     pub(super) fn run(self, cpu: &Cpu) {
-        cpu.pool.pieces(self.gate_up, 2 * self.width, |_, x| {
+        cpu.pool.pieces(self.gate_up, 2 * self.width, Pool::grain(2 * self.width), |_, x| {
             cpu.isa.run(GateMul { act: self.act, gate_up: x, width: self.width })
         });
     }
@@ -245,7 +246,7 @@ pub struct SoftCap<'a> {
 
 impl SoftCap<'_> {
     pub(super) fn run(self, cpu: &Cpu) {
-        cpu.pool.pieces(self.x, PIECE, |_, x| cpu.isa.run(SoftCap { cap: self.cap, x }));
+        cpu.pool.pieces(self.x, PIECE, 1, |_, x| cpu.isa.run(SoftCap { cap: self.cap, x }));
     }
 }
 

@@ -4,41 +4,43 @@ use half::{bf16, f16};
 use strata_proto::{DType, Format, Quantization};
 
 use super::{
+    Cpu,
     isa::LANES,
-    quant::{self, GROUP},
+    quant::{self, GROUP, Group},
 };
 use crate::kernels::buffer::{Arena, Buffer, Element, OutOfMemory, Plain, Values, with_values};
 
 /// Outputs per tile: two registers.
 pub const TILE: usize = 2 * LANES;
 
-/// Largest magnitude that groups of either quantization hold.
-const LARGEST: f32 = 65504.0 * 7.0;
+/// Largest magnitudes that round to something finite.
+const LARGEST_F16: f32 = 65519.996;
+const LARGEST_BF16: f32 = 3.396_177_5e38;
 
 /// A value of the checkpoint that the target format cannot hold, or NaN.
 #[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
 #[error("the value {0} does not fit the format")]
 pub struct Unrepresentable(pub f32);
 
-/// A [`GROUP`] of inputs of a tile, as bytes.
+/// A [`GROUP`] of inputs of 16 outputs, as bytes.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Int8Group {
     /// One factor per output.
-    pub factors: [f16; TILE],
+    pub factors: [f16; LANES],
     /// Four inputs at a time: for each output, a byte each, plus 128.
-    pub quads: [[u32; TILE]; GROUP / 4],
+    pub quads: [[u32; LANES]; GROUP / 4],
 }
 
-/// A [`GROUP`] of inputs of a tile, as half bytes.
+/// A [`GROUP`] of inputs of 16 outputs, as half bytes.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Int4Group {
     /// One factor per output.
-    pub factors: [f16; TILE],
+    pub factors: [f16; LANES],
     /// Eight inputs at a time: for each output, the first four in the low halves of the bytes, the others in the high
     /// halves, plus 8.
-    pub octets: [[u32; TILE]; GROUP / 8],
+    pub octets: [[u32; LANES]; GROUP / 8],
 }
 
 impl Plain for Int8Group {}
@@ -52,9 +54,9 @@ pub enum Tiles {
     BF16(Buffer<[u32; TILE]>),
     /// `[k][32]`.
     F16(Buffer<[f16; TILE]>),
-    /// `[k/32]`.
+    /// `[2][k/32]`: the tile's halves, since sums and their factors take all registers.
     Int8(Buffer<Int8Group>),
-    /// `[k/32]`.
+    /// `[2][k/32]`.
     Int4(Buffer<Int4Group>),
 }
 
@@ -63,20 +65,20 @@ pub struct PackedMatrix {
     n: usize,
     k: usize,
     tiles: Tiles,
-    /// Elements that wait for the rest of their group.
+    /// Elements of a transposed tensor that wait for the others.
     staged: Vec<f32>,
 }
 
 /// What is written: elements of a tensor that is a matrix or a part of one.
 pub struct Elements<'a> {
-    /// Index of the first one in the tensor.
+    /// Index of the first one in the tensor: a multiple of [`GROUP`].
     pub first: usize,
     /// Elements of the whole tensor.
     pub total: usize,
-    /// Little endian.
-    pub data: &'a [u8],
-    /// Their format.
-    pub from: DType,
+    /// Their values.
+    pub values: &'a [f32],
+    /// What quantizes them.
+    pub cpu: &'a Cpu,
 }
 
 impl PackedMatrix {
@@ -96,8 +98,8 @@ impl PackedMatrix {
             Format::Float(DType::F32) => Buffer::<[f32; TILE]>::bytes_for(tiles * k),
             Format::Float(DType::BF16) => Buffer::<[u32; TILE]>::bytes_for(tiles * k.div_ceil(2)),
             Format::Float(DType::F16) => Buffer::<[f16; TILE]>::bytes_for(tiles * k),
-            Format::Quantized(Quantization::Int8) => Buffer::<Int8Group>::bytes_for(tiles * (k / GROUP)),
-            Format::Quantized(Quantization::Int4) => Buffer::<Int4Group>::bytes_for(tiles * (k / GROUP)),
+            Format::Quantized(Quantization::Int8) => Buffer::<Int8Group>::bytes_for(2 * tiles * (k / GROUP)),
+            Format::Quantized(Quantization::Int4) => Buffer::<Int4Group>::bytes_for(2 * tiles * (k / GROUP)),
         }
     }
 
@@ -108,8 +110,8 @@ impl PackedMatrix {
             Format::Float(DType::F32) => Tiles::F32(arena.take(tiles * k)?),
             Format::Float(DType::BF16) => Tiles::BF16(arena.take(tiles * k.div_ceil(2))?),
             Format::Float(DType::F16) => Tiles::F16(arena.take(tiles * k)?),
-            Format::Quantized(Quantization::Int8) => Tiles::Int8(arena.take(tiles * (k / GROUP))?),
-            Format::Quantized(Quantization::Int4) => Tiles::Int4(arena.take(tiles * (k / GROUP))?),
+            Format::Quantized(Quantization::Int8) => Tiles::Int8(arena.take(2 * tiles * (k / GROUP))?),
+            Format::Quantized(Quantization::Int4) => Tiles::Int4(arena.take(2 * tiles * (k / GROUP))?),
         };
         Ok(PackedMatrix { n, k, tiles, staged: Vec::new() })
     }
@@ -140,47 +142,61 @@ impl PackedMatrix {
         &self.tiles
     }
 
-    /// Writes elements of a tensor; `place` gives the row and column of each. Those of a tensor must come in order.
+    /// Writes elements of a tensor, which must come in order; `place` gives the row and column of each.
     pub fn write(
         &mut self,
         elements: &Elements<'_>,
         place: impl Fn(usize) -> (usize, usize),
     ) -> Result<(), Unrepresentable> {
         let (k, pairs, groups) = (self.k, self.k.div_ceil(2), self.k / GROUP);
-        let &Elements { first, data, from, .. } = elements;
         match &mut self.tiles {
-            Tiles::F32(v) => convert(first, data, from, |i, x: f32| {
-                let (row, column) = place(i);
-                v[row / TILE * k + column][row % TILE] = x;
-            }),
-            Tiles::F16(v) => convert(first, data, from, |i, x: f16| {
-                let (row, column) = place(i);
-                v[row / TILE * k + column][row % TILE] = x;
-            }),
-            Tiles::BF16(v) => convert(first, data, from, |i, x: bf16| {
-                let (row, column) = place(i);
-                let pair = &mut v[row / TILE * pairs + column / 2][row % TILE];
-                let shift = column % 2 * 16;
-                *pair = *pair & !(0xffff << shift) | u32::from(x.to_bits()) << shift;
-            }),
-            Tiles::Int8(v) => stage(&mut self.staged, elements, place, |values, row, column| {
-                let (factor, bytes) = quant::int8(values);
-                let group = &mut v[row / TILE * groups + column / GROUP];
-                group.factors[row % TILE] = factor;
-                for (quad, bytes) in group.quads.iter_mut().zip(bytes.as_chunks().0) {
-                    quad[row % TILE] = u32::from_le_bytes(bytes.map(|b: i8| (b as u8) ^ 0x80));
+            Tiles::F32(v) => runs(elements, k, place, |row, column, values| {
+                for (w, x) in v[row / TILE * k + column..].iter_mut().zip(values) {
+                    w[row % TILE] = *x;
                 }
             }),
-            Tiles::Int4(v) => stage(&mut self.staged, elements, place, |values, row, column| {
-                let (factor, halves) = quant::int4(values);
-                let group = &mut v[row / TILE * groups + column / GROUP];
-                group.factors[row % TILE] = factor;
-                for (octet, halves) in group.octets.iter_mut().zip(halves.as_chunks::<8>().0) {
-                    let byte = |i: usize| (halves[i] + 8) as u8 | ((halves[i + 4] + 8) as u8) << 4;
-                    octet[row % TILE] = u32::from_le_bytes(std::array::from_fn(byte));
-                }
-            }),
+            Tiles::F16(v) => {
+                check(elements.values, LARGEST_F16)?;
+                runs(elements, k, place, |row, column, values| {
+                    for (w, x) in v[row / TILE * k + column..].iter_mut().zip(values) {
+                        w[row % TILE] = f16::from_f32(*x);
+                    }
+                });
+            }
+            Tiles::BF16(v) => {
+                check(elements.values, LARGEST_BF16)?;
+                runs(elements, k, place, |row, column, values| {
+                    let tile = &mut v[row / TILE * pairs..];
+                    for (i, x) in (column..).zip(values) {
+                        let (pair, shift) = (&mut tile[i / 2][row % TILE], i % 2 * 16);
+                        let bits = u32::from(<bf16 as Element>::from_f32(*x).to_bits());
+                        *pair = *pair & !(0xffff << shift) | bits << shift;
+                    }
+                });
+            }
+            Tiles::Int8(v) => {
+                let put = |row: usize, column: usize, Group { factor, values }| {
+                    let group = &mut v[row / LANES * groups + column / GROUP];
+                    group.factors[row % LANES] = factor;
+                    for (quad, bytes) in group.quads.iter_mut().zip(values.as_chunks().0) {
+                        quad[row % LANES] = u32::from_le_bytes(bytes.map(|b: i8| (b as u8) ^ 0x80));
+                    }
+                };
+                quantize(&mut self.staged, elements, Quantization::Int8, k, place, put)?;
+            }
+            Tiles::Int4(v) => {
+                let put = |row: usize, column: usize, Group { factor, values }| {
+                    let group = &mut v[row / LANES * groups + column / GROUP];
+                    group.factors[row % LANES] = factor;
+                    for (octet, halves) in group.octets.iter_mut().zip(values.as_chunks::<8>().0) {
+                        let byte = |i: usize| (halves[i] + 8) as u8 | ((halves[i + 4] + 8) as u8) << 4;
+                        octet[row % LANES] = u32::from_le_bytes(std::array::from_fn(byte));
+                    }
+                };
+                quantize(&mut self.staged, elements, Quantization::Int4, k, place, put)?;
+            }
         }
+        Ok(())
     }
 
     /// Row `row` widened into `out`, of `k` elements.
@@ -201,14 +217,16 @@ impl PackedMatrix {
                 }
             }
             Tiles::Int8(v) => {
-                for (o, g) in out.chunks_exact_mut(GROUP).zip(&v[tile * (self.k / GROUP)..]) {
+                let (half, lane) = (row / LANES, row % LANES);
+                for (o, g) in out.chunks_exact_mut(GROUP).zip(&v[half * (self.k / GROUP)..]) {
                     let bytes = g.quads.iter().flat_map(|quad| quad[lane].to_le_bytes());
                     let factor = Element::to_f32(g.factors[lane]);
                     o.iter_mut().zip(bytes).for_each(|(o, b)| *o = f32::from((b ^ 0x80) as i8) * factor);
                 }
             }
             Tiles::Int4(v) => {
-                for (o, g) in out.chunks_exact_mut(GROUP).zip(&v[tile * (self.k / GROUP)..]) {
+                let (half, lane) = (row / LANES, row % LANES);
+                for (o, g) in out.chunks_exact_mut(GROUP).zip(&v[half * (self.k / GROUP)..]) {
                     let octets = g.octets.iter().map(|octet| octet[lane].to_le_bytes());
                     let halves = octets.flat_map(|o| o.map(|b| b & 15).into_iter().chain(o.map(|b| b >> 4)));
                     let factor = Element::to_f32(g.factors[lane]);
@@ -219,43 +237,71 @@ impl PackedMatrix {
     }
 }
 
-/// Collects elements into groups, and calls `put(group, row, column of its first element)` for each.
+/// Refuses NaN, and finite values that are larger than `most`.
+fn check(values: &[f32], most: f32) -> Result<(), Unrepresentable> {
+    let bad = |x: &&f32| x.is_nan() || (x.abs() > most && x.is_finite());
+    values.iter().find(bad).map_or(Ok(()), |x| Err(Unrepresentable(*x)))
+}
+
+/// Calls `put(row, column, values)` for elements that lie side by side in one row.
+fn runs(
+    elements: &Elements<'_>,
+    k: usize,
+    place: impl Fn(usize) -> (usize, usize),
+    mut put: impl FnMut(usize, usize, &[f32]),
+) {
+    let &Elements { first, total, values, .. } = elements;
+    let mut at = 0;
+    while at < values.len() {
+        let (row, column) = place(first + at);
+        let beside = first + at + 1 < total && place(first + at + 1) == (row, column + 1);
+        let count = if beside { (k - column).min(values.len() - at) } else { 1 };
+        put(row, column, &values[at..at + count]);
+        at += count;
+    }
+}
+
+/// Quantizes elements by groups, and calls `put(row, column of the first element, group)` for each.
 ///
-/// Where a tensor has the elements of a group side by side, less than a group waits; of one that is stored transposed,
-/// all of it does.
-fn stage(
+/// Where a tensor is stored transposed, its elements wait in `staged` until all are there.
+fn quantize(
     staged: &mut Vec<f32>,
     elements: &Elements<'_>,
+    quantization: Quantization,
+    k: usize,
     place: impl Fn(usize) -> (usize, usize),
-    mut put: impl FnMut(&[f32; GROUP], usize, usize),
+    mut put: impl FnMut(usize, usize, Group),
 ) -> Result<(), Unrepresentable> {
-    let &Elements { first, total, data, from } = elements;
-    let begin = first - staged.len();
-    convert(first, data, from, |_, x: f32| staged.push(x))?;
+    let &Elements { total, values, cpu, .. } = elements;
     // The factor of a group is an f16.
-    let too_large = |x: &&f32| x.abs() > LARGEST;
-    if let Some(x) = staged.iter().find(too_large) {
+    check(values, LARGEST_F16 * 7.0)?;
+    if let Some(x) = values.iter().find(|x| x.is_infinite()) {
         return Err(Unrepresentable(*x));
     }
     let (row, column) = place(0);
-    if place(total.min(GROUP) - 1) == (row, column + GROUP - 1) {
-        let (groups, rest) = staged.as_chunks();
-        for (i, group) in groups.iter().enumerate() {
-            let (row, column) = place(begin + i * GROUP);
-            put(group, row, column);
+    if place(1) == (row, column + 1) {
+        let (mut places, mut groups) = (Vec::new(), Vec::new());
+        runs(elements, k, &place, |row, column, values| {
+            places.extend((0..values.len() / GROUP).map(|i| (row, column + i * GROUP)));
+        });
+        groups.extend(values.as_chunks().0);
+        let quantized = quant::quantize(cpu, quantization, &groups);
+        for ((row, column), group) in places.into_iter().zip(quantized) {
+            put(row, column, group);
         }
-        let kept = rest.len();
-        staged.drain(..staged.len() - kept);
         return Ok(());
     }
+    staged.extend(values);
     if staged.len() == total {
-        // Elements of one row lie as far apart as there are rows.
-        let rows = (0..total).take_while(|i| place(*i).1 == column).count();
-        for group in 0..total / GROUP {
-            let first = group / rows * GROUP * rows + group % rows;
-            let values = std::array::from_fn(|i| staged[first + i * rows]);
-            let (row, column) = place(first);
-            put(&values, row, column);
+        // A column after the other, of as many elements as there are rows.
+        let rows = total / k;
+        for row in 0..rows {
+            let values: Vec<f32> = staged[row..].iter().step_by(rows).copied().collect();
+            let groups: Vec<_> = values.as_chunks().0.iter().collect();
+            for (i, group) in quant::quantize(cpu, quantization, &groups).into_iter().enumerate() {
+                let (row, column) = place(i * GROUP * rows + row);
+                put(row, column, group);
+            }
         }
         *staged = Vec::new();
     }
@@ -302,10 +348,20 @@ impl Table {
 
     /// Writes elements of its tensor, in order.
     pub fn write(&mut self, elements: &Elements<'_>) -> Result<(), Unrepresentable> {
-        let &Elements { first, data, from, .. } = elements;
         match self {
             Table::Rows { values, .. } => {
-                with_values!(values, v => convert(first, data, from, |i, x| v[i] = x))
+                let most = match values {
+                    Values::F32(_) => f32::MAX,
+                    Values::BF16(_) => LARGEST_BF16,
+                    Values::F16(_) => LARGEST_F16,
+                };
+                check(elements.values, most)?;
+                with_values!(values, v => {
+                    for (o, x) in v[elements.first..].iter_mut().zip(elements.values) {
+                        *o = Element::from_f32(*x);
+                    }
+                });
+                Ok(())
             }
             Table::Packed(matrix) => {
                 let k = matrix.k();
@@ -327,51 +383,28 @@ impl Table {
     }
 }
 
-/// Widens checkpoint elements to f32 (norms and biases, which every format keeps in f32); `put` gets each with its index.
-pub fn read_f32(
-    first: usize,
-    data: &[u8],
-    from: DType,
-    put: impl FnMut(usize, f32),
-) -> Result<(), Unrepresentable> {
-    convert(first, data, from, put)
-}
-
-/// Calls `put(first + i, element i of data)` for each element, rounded to `T`.
-fn convert<T: Element>(
-    first: usize,
-    data: &[u8],
-    from: DType,
-    mut put: impl FnMut(usize, T),
-) -> Result<(), Unrepresentable> {
-    let mut worst = None;
-    let mut one = |i: usize, x: f32| {
-        let y = T::from_f32(x);
-        if !y.to_f32().is_finite() && !x.is_infinite() {
-            worst = Some(x);
-        }
-        put(first + i, y);
-    };
+/// Widens checkpoint elements (little endian, of format `from`) to f32 into `out`.
+///
+/// # Errors
+/// If one is NaN.
+pub fn widen(data: &[u8], from: DType, out: &mut Vec<f32>) -> Result<(), Unrepresentable> {
+    out.clear();
     match from {
-        DType::F32 => {
-            data.as_chunks().0.iter().enumerate().for_each(|(i, b)| one(i, f32::from_le_bytes(*b)));
-        }
+        DType::F32 => out.extend(data.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
         DType::BF16 => {
-            let values = data.as_chunks().0.iter().map(|b| Element::to_f32(bf16::from_le_bytes(*b)));
-            values.enumerate().for_each(|(i, x)| one(i, x));
+            out.extend(data.as_chunks().0.iter().map(|b| Element::to_f32(bf16::from_le_bytes(*b))));
         }
         DType::F16 => {
-            let values = data.as_chunks().0.iter().map(|b| Element::to_f32(f16::from_le_bytes(*b)));
-            values.enumerate().for_each(|(i, x)| one(i, x));
+            out.extend(data.as_chunks().0.iter().map(|b| Element::to_f32(f16::from_le_bytes(*b))));
         }
     }
-    worst.map_or(Ok(()), |x| Err(Unrepresentable(x)))
+    check(out, f32::INFINITY)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::buffer::round_to;
+    use crate::kernels::{buffer::round_to, cpu::isa::Isa};
 
     fn source(n: usize, k: usize) -> Vec<f32> {
         (0..n * k).map(|i| (i as f32 * 0.37).sin()).collect()
@@ -383,19 +416,19 @@ mod tests {
             [(37, 19), (70, 64)].into_iter().flat_map(|(n, k)| Format::ALL.map(|format| (n, k, format)))
         {
             let source = source(n, k);
-            let bytes: Vec<u8> = source.iter().flat_map(|x| x.to_le_bytes()).collect();
+            let cpu = Cpu::on(Isa::detect());
             let mut arena = Arena::new(1 << 20).unwrap();
             let mut packed = PackedMatrix::zeros(n, k, format, &mut arena).unwrap();
             let mut transposed = PackedMatrix::zeros(n, k, format, &mut arena).unwrap();
             let mut table = Table::zeros(n, k, format, &mut arena).unwrap();
-            for (piece, data) in bytes.chunks(4 * 23).enumerate() {
-                let elements = Elements { first: piece * 23, total: n * k, data, from: DType::F32 };
+            for (piece, values) in source.chunks(3 * GROUP).enumerate() {
+                let elements = Elements { first: piece * 3 * GROUP, total: n * k, values, cpu: &cpu };
                 packed.write(&elements, |i| (i / k, i % k)).unwrap();
                 table.write(&elements).unwrap();
             }
-            let turned: Vec<u8> = (0..n * k).flat_map(|i| source[i % n * k + i / n].to_le_bytes()).collect();
-            for (piece, data) in turned.chunks(4 * 31).enumerate() {
-                let elements = Elements { first: piece * 31, total: n * k, data, from: DType::F32 };
+            let turned: Vec<f32> = (0..n * k).map(|i| source[i % n * k + i / n]).collect();
+            for (piece, values) in turned.chunks(GROUP).enumerate() {
+                let elements = Elements { first: piece * GROUP, total: n * k, values, cpu: &cpu };
                 transposed.write(&elements, |i| (i % n, i / n)).unwrap();
             }
             assert_eq!(packed.bytes(), PackedMatrix::bytes_for(n, k, format));
@@ -424,13 +457,13 @@ mod tests {
     fn a_value_too_large_for_f16_and_nan_are_refused() {
         let write = |x: f32, format| {
             let mut packed = PackedMatrix::zeros(1, 32, format, &mut Arena::new(1 << 16).unwrap()).unwrap();
-            let data: Vec<u8> = [x; 32].iter().flat_map(|x| x.to_le_bytes()).collect();
-            packed.write(&Elements { first: 0, total: 32, data: &data, from: DType::F32 }, |i| (0, i))
+            let cpu = Cpu::on(Isa::detect());
+            packed.write(&Elements { first: 0, total: 32, values: &[x; 32], cpu: &cpu }, |i| (0, i))
         };
         assert!(write(1e6, Format::Float(DType::F16)).unwrap_err().0 > 9e5);
-        for format in Format::ALL {
-            assert!(write(f32::NAN, format).unwrap_err().0.is_nan());
-        }
+        let nan = [bf16::ONE, bf16::NAN].map(bf16::to_le_bytes);
+        assert!(widen(nan.as_flattened(), DType::BF16, &mut Vec::new()).unwrap_err().0.is_nan());
+        assert_eq!(write(3.4e38, Format::Float(DType::BF16)).unwrap_err().0, 3.4e38);
         write(f32::INFINITY, Format::Float(DType::F16)).unwrap();
         for quantization in Quantization::ALL {
             assert_eq!(write(f32::INFINITY, Format::Quantized(quantization)).unwrap_err().0, f32::INFINITY);

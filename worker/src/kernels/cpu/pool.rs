@@ -179,15 +179,29 @@ impl Pool {
     }
 
     /// Calls `call` with the number and the elements of each piece of `data`, `piece` elements long (the last one may be
-    /// shorter), as [`run`](Self::run) does.
-    pub fn pieces<T: Send>(&self, data: &mut [T], piece: usize, call: impl Fn(usize, &mut [T]) + Sync) {
+    /// shorter), as [`run`](Self::run) does; `grain` pieces are a task.
+    pub fn pieces<T: Send>(
+        &self,
+        data: &mut [T],
+        piece: usize,
+        grain: usize,
+        call: impl Fn(usize, &mut [T]) + Sync,
+    ) {
         let (len, data) = (data.len(), Parts(data.as_mut_ptr()));
-        self.run(len.div_ceil(piece), &|i| {
-            let first = i * piece;
-            // SAFETY: pieces of different tasks do not overlap, each task runs once, and `data` is borrowed until all
-            // are done.
-            call(i, unsafe { std::slice::from_raw_parts_mut(data.at(first), piece.min(len - first)) });
+        let pieces = len.div_ceil(piece);
+        self.run(pieces.div_ceil(grain), &|task| {
+            for i in task * grain..pieces.min((task + 1) * grain) {
+                let first = i * piece;
+                // SAFETY: pieces of different tasks do not overlap, each task runs once, and `data` is borrowed until
+                // all are done.
+                call(i, unsafe { std::slice::from_raw_parts_mut(data.at(first), piece.min(len - first)) });
+            }
         });
+    }
+
+    /// Rows of `width` elements that are worth a task of their own.
+    pub fn grain(width: usize) -> usize {
+        (1 << 12) / width + 1
     }
 }
 
@@ -235,7 +249,7 @@ mod tests {
                 assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
             }
             let mut data = vec![0; 1003];
-            pool.pieces(&mut data, 10, |i, piece| piece.iter_mut().for_each(|x| *x += i));
+            pool.pieces(&mut data, 10, 3, |i, piece| piece.iter_mut().for_each(|x| *x += i));
             assert!(data.iter().enumerate().all(|(i, x)| *x == i / 10));
         }
     }

@@ -4,6 +4,7 @@ use super::{
     Cpu,
     isa::{Kernel, Simd},
     math::sin_cos,
+    pool::Pool,
 };
 use crate::{
     kernels::buffer::{Element, with_values},
@@ -62,7 +63,7 @@ impl RopeAndStore<'_> {
         let (kv_heads, d) = (cache.kv_heads(), cache.head_dim());
         let (stride, rotated) = ((self.heads + 2 * kv_heads) * d, (self.heads + kv_heads) * d);
         if let Some(angles) = self.angles {
-            cpu.pool.pieces(self.qkv, stride, |token, qkv| {
+            cpu.pool.pieces(self.qkv, stride, Pool::grain(stride), |token, qkv| {
                 cpu.isa.run(Rotate { heads: &mut qkv[..rotated], d, token, angles });
             });
         }

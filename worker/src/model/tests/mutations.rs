@@ -89,8 +89,9 @@ fn try_out(dir: &Path) -> Result<(), Box<dyn std::error::Error>> {
         return Ok(());
     }
     let spec = spec(&model, 0, profile.layer_count(), Way::new(DType::BF16));
-    let weights = StageWeights::load(&checkpoint, &model, &spec, &mut |_| ControlFlow::Continue(()))?;
-    let mut state = StageState::new(&model, &spec, 4, 16, 2, Way::new(DType::BF16).cpu())?;
+    let cpu = Way::new(DType::BF16).cpu();
+    let weights = StageWeights::load(&checkpoint, &model, &spec, &cpu, &mut |_| ControlFlow::Continue(()))?;
+    let mut state = StageState::new(&model, &spec, 4, 16, 2, cpu)?;
     let count = 3.min(model.tower.context) as u32;
     let row = BatchRow { start: 0, count, blocks: &[2], rope_set: 0 };
     let ids = &[0; 3][..count as usize];

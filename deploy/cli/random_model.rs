@@ -1,0 +1,180 @@
+//! `strata random-model`: a model of a named shape with random weights, to measure with.
+
+use std::{
+    fs::{self, File},
+    io::{BufWriter, Write},
+    path::Path,
+};
+
+use anyhow::{Context, bail};
+use half::bf16;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Map, Value, json};
+
+use crate::args::{RandomModelArgs, Shape};
+
+/// Numbers of a Llama.
+struct Llama {
+    width: usize,
+    inner: usize,
+    layers: usize,
+    heads: usize,
+    kv_heads: usize,
+    vocab: usize,
+    context: usize,
+}
+
+impl Shape {
+    fn llama(self) -> Llama {
+        let [width, inner, layers, heads, kv_heads, vocab] = match self {
+            Shape::Llama1m => [64, 160, 4, 4, 2, 512],
+            Shape::Llama160m => [768, 2048, 12, 12, 12, 32000],
+            Shape::Llama1_1b => [2048, 5632, 22, 32, 4, 32000],
+            Shape::Llama3b => [3072, 8192, 28, 24, 8, 128_256],
+            Shape::Llama8b => [4096, 14336, 32, 32, 8, 128_256],
+        };
+        Llama { width, inner, layers, heads, kv_heads, vocab, context: 2048 }
+    }
+}
+
+impl Llama {
+    /// Tensors with their shapes, in the order of the file.
+    fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let head_dim = self.width / self.heads;
+        let kv = self.kv_heads * head_dim;
+        let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab, self.width])];
+        for layer in 0..self.layers {
+            let parts: [(&str, Vec<usize>); 9] = [
+                ("input_layernorm", vec![self.width]),
+                ("self_attn.q_proj", vec![self.width, self.width]),
+                ("self_attn.k_proj", vec![kv, self.width]),
+                ("self_attn.v_proj", vec![kv, self.width]),
+                ("self_attn.o_proj", vec![self.width, self.width]),
+                ("post_attention_layernorm", vec![self.width]),
+                ("mlp.gate_proj", vec![self.inner, self.width]),
+                ("mlp.up_proj", vec![self.inner, self.width]),
+                ("mlp.down_proj", vec![self.width, self.inner]),
+            ];
+            tensors.extend(parts.map(|(name, shape)| (format!("model.layers.{layer}.{name}.weight"), shape)));
+        }
+        tensors.push(("model.norm.weight".to_owned(), vec![self.width]));
+        tensors.push(("lm_head.weight".to_owned(), vec![self.vocab, self.width]));
+        tensors
+    }
+
+    fn config(&self) -> Value {
+        json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
+            "hidden_size": self.width, "intermediate_size": self.inner, "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
+            "vocab_size": self.vocab, "max_position_embeddings": self.context, "hidden_act": "silu",
+            "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": false,
+            "bos_token_id": 0, "eos_token_id": 1
+        })
+    }
+
+    /// A byte-level BPE without merges, with a name for every row of the embedding.
+    fn tokenizer(&self) -> Value {
+        let special = ["<s>", "</s>"];
+        let mut vocab = Map::new();
+        let bytes = byte_letters().map(String::from);
+        let fillers = (special.len() + 256..self.vocab).map(|i| format!("word{i}"));
+        let names = special.map(str::to_owned).into_iter().chain(bytes).chain(fillers);
+        for (id, name) in names.enumerate() {
+            vocab.insert(name, id.into());
+        }
+        let added = special.iter().enumerate().map(|(id, content)| {
+            json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true})
+        });
+        let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
+            "use_regex": true});
+        json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": added.collect::<Value>(),
+            "normalizer": null, "pre_tokenizer": byte_level, "decoder": byte_level,
+            "post_processor": {"type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+                "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}},
+            "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []}
+        })
+    }
+}
+
+/// The letter that stands for each byte in a byte-level tokenizer (GPT-2's `bytes_to_unicode`).
+fn byte_letters() -> impl Iterator<Item = char> {
+    let mut others = 0x100..;
+    (0..=255u8).map(move |byte| match byte {
+        b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff => char::from(byte),
+        _ => others.next().and_then(char::from_u32).unwrap_or(' '),
+    })
+}
+
+/// `strata random-model`
+pub fn write(args: &RandomModelArgs) -> anyhow::Result<()> {
+    let directory = &args.directory;
+    if directory.exists() {
+        bail!("{}: exists already; name a directory that does not", directory.display());
+    }
+    fs::create_dir_all(directory).with_context(|| format!("making {}", directory.display()))?;
+    let model = args.shape.llama();
+    for (name, json) in [("config.json", model.config()), ("tokenizer.json", model.tokenizer())] {
+        let path = directory.join(name);
+        fs::write(&path, json.to_string()).with_context(|| format!("writing {}", path.display()))?;
+    }
+    let path = directory.join("model.safetensors");
+    weights(&path, &model, args.seed).with_context(|| format!("writing {}", path.display()))?;
+    writeln!(std::io::stdout(), "{}", directory.display())?;
+    Ok(())
+}
+
+/// The weights in bf16: norms are 1, all else is spread around 0 by 0.02 as of a model before its training.
+fn weights(path: &Path, model: &Llama, seed: u64) -> anyhow::Result<()> {
+    let (mut header, mut end) = (Map::new(), 0);
+    let tensors = model.tensors();
+    for (name, shape) in &tensors {
+        let bytes = 2 * shape.iter().product::<usize>();
+        let entry = json!({"dtype": "BF16", "shape": shape, "data_offsets": [end, end + bytes]});
+        header.insert(name.clone(), entry);
+        end += bytes;
+    }
+    let mut header = Value::from(header).to_string();
+    header += &" ".repeat(header.len().next_multiple_of(8) - header.len());
+    let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    file.write_all(&(header.len() as u64).to_le_bytes())?;
+    file.write_all(header.as_bytes())?;
+
+    let style = ProgressStyle::with_template("{bar:32} {bytes:>11} / {total_bytes:11} {bytes_per_sec}");
+    let bar = ProgressBar::new(end as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let mut state = seed;
+    for (_, shape) in &tensors {
+        let count: usize = shape.iter().product();
+        for first in (0..count).step_by(CHUNK) {
+            let values = (first..count.min(first + CHUNK)).map(|_| match shape.len() {
+                1 => bf16::ONE,
+                _ => bf16::from_f32(0.02 * normal(&mut state)),
+            });
+            let bytes: Vec<u8> = values.flat_map(bf16::to_le_bytes).collect();
+            file.write_all(&bytes)?;
+            bar.inc(bytes.len() as u64);
+        }
+    }
+    bar.finish_and_clear();
+    Ok(file.flush()?)
+}
+
+/// Values that are written at once.
+const CHUNK: usize = 1 << 19;
+
+/// About a standard normal deviate: the sum of four uniform ones, from SplitMix64.
+fn normal(state: &mut u64) -> f32 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut z = *state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^= z >> 31;
+    let sum: f32 = (0..4).map(|i| f32::from((z >> (16 * i)) as u16)).sum();
+    // The variance of each is (2^16)^2 / 12.
+    (sum / 65536.0 - 2.0) * 3f32.sqrt()
+}
