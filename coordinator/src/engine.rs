@@ -20,6 +20,7 @@ use crate::{
     messages::{
         Asked, EngineError, EngineHandle, Event, Limits, Notice, Observer, Reply, Snapshot, Submission,
     },
+    pace::Pace,
     pipeline::{Pipeline, PipelineEvent},
     planner::Split,
     scheduler::{self, SequenceId},
@@ -256,7 +257,11 @@ impl Engine {
             return;
         }
         match event {
-            PipelineEvent::Done { .. } => {}
+            PipelineEvent::Done { stage, step, compute } => {
+                let Lane { pace, scheduler, .. } = &mut self.lanes[at];
+                pace.done(stage, step, compute);
+                scheduler.limit_mixed_steps(pace.tokens());
+            }
             PipelineEvent::Lost { worker, reason } => self.lost(at, &worker, &reason),
             PipelineEvent::Result(result) => self.commit(at, result),
         }
@@ -352,8 +357,10 @@ impl Engine {
     /// Hands steps to the pipelines for as long as their schedulers have any.
     fn issue(&mut self) {
         for at in 0..self.lanes.len() {
-            while let Some(Lane { state: State::Up(pipeline), scheduler, .. }) = self.lanes.get_mut(at) {
+            while let Some(Lane { state: State::Up(pipeline), scheduler, pace, .. }) = self.lanes.get_mut(at)
+            {
                 let Some(meta) = scheduler.next_step() else { break };
+                pace.sent(meta.step, meta.token_ids.len() as u32);
                 if let Err(worker) = pipeline.issue(meta) {
                     self.lost(at, &worker, "it takes no steps");
                 }
@@ -379,7 +386,7 @@ impl Engine {
     /// Adds a lane and tries to bring a pipeline up for it.
     fn add_lane(&mut self) {
         let number = (0..).find(|n| self.lanes.iter().all(|lane| lane.number != *n)).unwrap_or(0);
-        self.lanes.push(Lane::new(number, self.scheduler_config(0, 1)));
+        self.lanes.push(Lane::new(number, self.scheduler_config(0, 1), Pace::new(self.limits.inter_token)));
         self.bring_up(self.lanes.len() - 1, None);
     }
 
@@ -456,6 +463,8 @@ impl Engine {
                 }
                 tracing::info!(fence = %pipeline.fence(), stages, "a pipeline is up");
                 self.lanes[at].state = State::Up(pipeline);
+                self.lanes[at].pace = Pace::new(self.limits.inter_token);
+                self.lanes[at].scheduler.limit_mixed_steps(u32::MAX);
                 self.down_since = None;
                 self.no_capacity_since = None;
                 self.show_lanes(String::new());

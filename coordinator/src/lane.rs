@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Instant};
 use strata_proto::Plan;
 
 use crate::{
+    pace::Pace,
     pipeline::Pipeline,
     scheduler::{self, Scheduler},
 };
@@ -33,14 +34,16 @@ pub(crate) struct Lane {
     pub number: u32,
     pub state: State,
     pub scheduler: Scheduler,
+    /// How fast its pipeline is.
+    pub pace: Pace,
     /// What it runs by, or is being brought up by: the devices of its first replica are nobody else's.
     pub plan: Option<Arc<Plan>>,
 }
 
 impl Lane {
-    pub fn new(number: u32, config: scheduler::Config) -> Self {
+    pub fn new(number: u32, config: scheduler::Config, pace: Pace) -> Self {
         let state = State::Down { retry: Instant::now() };
-        Lane { number, state, scheduler: Scheduler::new(config), plan: None }
+        Lane { number, state, scheduler: Scheduler::new(config), pace, plan: None }
     }
 
     pub fn is_up(&self) -> bool {

@@ -13,6 +13,7 @@ pub mod grpc;
 mod lane;
 pub mod membership;
 pub mod messages;
+mod pace;
 pub mod pipeline;
 pub mod planner;
 pub mod preflight;

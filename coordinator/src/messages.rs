@@ -159,6 +159,8 @@ pub enum Notice {
 pub struct Limits {
     /// Most prompt tokens of one sequence in one step.
     pub prefill_chunk: u32,
+    /// Longest that those who decode are to wait for a token because of others' prompts; zero is as long as it takes.
+    pub inter_token: Duration,
     /// Most requests in progress or waiting.
     pub max_requests: usize,
 }

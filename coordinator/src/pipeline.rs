@@ -46,8 +46,10 @@ pub enum PipelineEvent {
     Done {
         /// Index of the stage.
         stage: usize,
-        /// Time it computed, in microseconds.
-        compute_us: u64,
+        /// The step.
+        step: u64,
+        /// Time it computed.
+        compute: Duration,
     },
     /// A stage is gone; the generation is over.
     Lost {
@@ -331,7 +333,8 @@ async fn forward(
         match message {
             Some(from_stage::Message::Result(result)) => sink(generation, PipelineEvent::Result(result)),
             Some(from_stage::Message::Done(done)) => {
-                sink(generation, PipelineEvent::Done { stage, compute_us: done.compute_us });
+                let compute = Duration::from_micros(done.compute_us);
+                sink(generation, PipelineEvent::Done { stage, step: done.step, compute });
             }
             Some(from_stage::Message::Health(health)) => {
                 let busy = Duration::from_millis(health.busy_ms);

@@ -98,6 +98,9 @@ pub struct DeploymentArgs {
     /// Most prompt tokens of one sequence in one step
     #[arg(long, env = "STRATA_PREFILL_CHUNK", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub prefill_chunk: u32,
+    /// Milliseconds that a long prompt may keep others waiting for their next token; 0 is as long as it takes
+    #[arg(long, env = "STRATA_INTER_TOKEN_MS", default_value_t = 200)]
+    pub inter_token_ms: u64,
     /// Serve although this check fails: token-ids, family, special-tokens, chat-template, round-trip or output
     #[arg(long, env = "STRATA_SKIP_CHECK", value_delimiter = ',')]
     pub skip_check: Vec<Check>,

@@ -170,7 +170,11 @@ fn coordinator_config(
             // A row has a token at least.
             max_step_rows: args.max_step_rows.min(args.max_step_tokens),
         },
-        limits: Limits { prefill_chunk: args.prefill_chunk, max_requests: args.max_requests as usize },
+        limits: Limits {
+            prefill_chunk: args.prefill_chunk,
+            inter_token: Duration::from_millis(args.inter_token_ms),
+            max_requests: args.max_requests as usize,
+        },
         expected_members,
         join_patience,
         skip_checks: args.skip_check.clone(),

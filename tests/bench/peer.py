@@ -72,7 +72,6 @@ def convert(model, out):
     data = np.memmap(model / "model.safetensors", mode="r")
     length = int(data[:8].view(np.uint64)[0])
     header = json.loads(bytes(data[8:8 + length]))
-    tied = "lm_head.weight" not in header
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -93,7 +92,6 @@ def convert(model, out):
         else:
             raw = np.ascontiguousarray(weight).view(np.uint8)
             writer.add_tensor(target, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
-    del tied
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -108,6 +106,12 @@ def quantize(source, out, name):
     code = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(parameters))
     if code != 0:
         raise RuntimeError(f"llama.cpp could not quantize {source} to {name}: code {code}")
+
+
+def bits_per_weight(path):
+    """Of all tensors of a GGUF file together."""
+    tensors = gguf.GGUFReader(path).tensors
+    return 8 * sum(int(t.n_bytes) for t in tensors) / sum(int(t.n_elements) for t in tensors)
 
 
 class Peer:

@@ -104,6 +104,7 @@ pub struct Options {
     pub kv_tokens: Option<u64>,
     pub max_step_tokens: u32,
     pub prefill_chunk: u32,
+    pub inter_token: Duration,
     pub max_requests: usize,
     pub hook: Option<StepHook>,
 }
@@ -121,6 +122,7 @@ impl Default for Options {
             kv_tokens: None,
             max_step_tokens: 256,
             prefill_chunk: 64,
+            inter_token: Duration::ZERO,
             max_requests: 256,
             hook: None,
         }
@@ -182,7 +184,11 @@ impl Cluster {
     pub async fn try_start(options: &Options) -> Result<Cluster, StartError> {
         let config = CoordinatorConfig {
             deployment: options.deployment(),
-            limits: Limits { prefill_chunk: options.prefill_chunk, max_requests: options.max_requests },
+            limits: Limits {
+                prefill_chunk: options.prefill_chunk,
+                inter_token: options.inter_token,
+                max_requests: options.max_requests,
+            },
             expected_members: options.workers,
             join_patience: PATIENCE,
             skip_checks: Vec::new(),

@@ -244,6 +244,37 @@ fn serve_and_its_clients_speak_as_documented() {
 }
 
 #[test]
+fn a_random_model_is_written_served_and_measured() {
+    let directory = tempfile::tempdir().unwrap();
+    let random = directory.path().join("random");
+    let random = random.to_str().unwrap();
+    assert_eq!(run(&["random-model", "llama-1m", random]).unwrap().trim(), random);
+    assert!(run(&["random-model", "llama-1m", random]).unwrap_err().contains("exists already"));
+    assert!(run(&["check", random, "--quantize", "int8"]).unwrap().contains("output          ok"));
+
+    let server = Process::start(&["serve", random, "--port", "0", "--quantize", "int4"], "ready ");
+    let bench = |extra: &[&str]| run(&[&["bench", "--address", &server.address], extra].concat());
+    let out =
+        bench(&["--concurrency", "1,3", "--prompt-tokens", "5", "--max-tokens", "4", "--json"]).unwrap();
+    let reports: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for (report, (concurrency, requests)) in reports.iter().zip([(1, 4), (3, 12)]) {
+        assert_eq!((&report["concurrency"], &report["requests"]), (&concurrency.into(), &requests.into()));
+        assert_eq!(report["generated_tokens"], 4 * requests);
+        for key in ["tokens_per_second", "requests_per_second", "seconds"] {
+            assert!(report[key].as_f64().unwrap() > 0.0, "{key}: {report}");
+        }
+        let of = |key: &str, p: &str| report[key][p].as_f64().unwrap();
+        for key in ["first_token_ms", "inter_token_ms"] {
+            assert!(of(key, "p50") > 0.0 && of(key, "p99") >= of(key, "p50"), "{report}");
+        }
+    }
+    assert_eq!(reports.len(), 2);
+    assert!(bench(&["--requests", "1"]).unwrap().contains("tokens/s"));
+    assert!(bench(&["--prompt-tokens", "5000"]).unwrap_err().contains("5000"), "says what was too long");
+    assert!(bench(&["--concurrency", "0"]).unwrap_err().contains("0 is not in"));
+}
+
+#[test]
 fn plans_are_shown_before_anything_loads() {
     let demo = model("shakespeare");
     let demo = demo.to_str().unwrap();

@@ -1,14 +1,20 @@
 //! What clients see of a server: concurrency, sampling, stopping, bounds, cancellation, deadlines.
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, Mutex, mpsc},
+    time::Duration,
+};
 
 use futures::future::join_all;
 use strata_coordinator::planner::Split;
-use strata_proto::v1::{self, FinishReason, GenerateRequest, Sampling};
+use strata_proto::{
+    DType, Quantization,
+    v1::{self, FinishReason, GenerateRequest, Sampling},
+};
 use tonic::Code;
 
 use crate::{
-    cluster::{Answer, Cluster, Options, ask, client, expectations, greedy, model, status},
+    cluster::{Answer, Cluster, Options, PATIENCE, ask, client, expectations, greedy, model, status},
     loading::anonymous_bytes,
     processes::Process,
 };
@@ -337,18 +343,67 @@ async fn chats_are_rendered_with_the_models_own_template() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn half_precision_answers_the_same_for_every_number_of_workers() {
-    for dtype in [strata_proto::DType::BF16, strata_proto::DType::F16] {
+async fn fewer_bits_answer_the_same_for_every_number_of_workers_and_threads() {
+    let formats = [
+        (DType::BF16, None),
+        (DType::F16, None),
+        (DType::F32, Some(Quantization::Int8)),
+        (DType::BF16, Some(Quantization::Int4)),
+    ];
+    for (dtype, quantization) in formats {
         let mut first: Option<Answer> = None;
-        for (workers, prefill_chunk) in [(1, 256), (2, 3), (6, 16)] {
-            let options = Options { workers, prefill_chunk, dtype: Some(dtype), ..Options::default() };
+        for (workers, threads, prefill_chunk) in [(1, 1, 256), (2, 2, 3), (6, 1, 16)] {
+            let dtype = Some(dtype);
+            let way = format!("{dtype:?} {quantization:?} over {workers} workers of {threads} threads");
+            let options =
+                Options { workers, threads, prefill_chunk, dtype, quantization, ..Options::default() };
             let cluster = Cluster::start(&options).await;
+            let plan = status(&cluster.address).await.plan.unwrap();
+            assert_eq!(plan.quantization, quantization.map_or("", Quantization::name));
             let sampling = Some(Sampling { seed: Some(1), ..Sampling::default() });
             let request =
                 GenerateRequest { sampling, logprobs: Some(5), ..text_request("JULIET:\nO Romeo", 40) };
             let answer = ask(&cluster.client().await, request).await.unwrap();
             let same = *first.get_or_insert(answer.clone()) == answer;
-            assert!(same, "{dtype} over {workers} workers: another answer, or other log-probabilities");
+            assert!(same, "{way}: another answer, or other log-probabilities");
         }
     }
+}
+
+/// The target is beyond reach here, so that prompts go in the smallest chunks while somebody decodes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_prompt_does_not_keep_those_who_decode_waiting() {
+    let largest = Arc::new(Mutex::new(0));
+    let (go_on, gate) = mpsc::channel();
+    let (seen, gate) = (largest.clone(), Mutex::new(gate));
+    let hook = move |meta: &v1::StepMeta| {
+        let decodes = |position| meta.rows.iter().any(|r| r.count == 1 && r.start == position);
+        if decodes(110) {
+            // Until the other request is there.
+            gate.lock().unwrap().recv_timeout(PATIENCE).map_err(|e| e.to_string())?;
+        }
+        if (101..250).any(decodes) {
+            let most = meta.rows.iter().map(|r| r.count).max().unwrap_or(0);
+            let mut largest = seen.lock().unwrap();
+            *largest = most.max(*largest);
+        }
+        Ok(())
+    };
+    let inter_token = Duration::from_nanos(1);
+    let options = Options { inter_token, hook: Some(Arc::new(hook)), ..Options::default() };
+    let cluster = Cluster::start(&options).await;
+    let client = cluster.client().await;
+    let ids: Vec<u32> = (0..100).map(|i| 50 + i * 7).collect();
+    let decoder = ask(&client, greedy(&ids, 150));
+    let other = async {
+        cluster.wait_for("somebody who decodes", |s| s.load.generated_tokens > 4).await;
+        let mut other = client.clone().generate(greedy(&ids, 2)).await.unwrap().into_inner();
+        assert!(other.message().await.unwrap().is_some());
+        cluster.wait_for("both", |s| s.load.running + s.load.waiting == 2).await;
+        go_on.send(()).unwrap();
+        while other.message().await.unwrap().is_some() {}
+    };
+    let (answer, ()) = tokio::join!(decoder, other);
+    assert_eq!(answer.unwrap().ids.len(), 150);
+    assert_eq!(*largest.lock().unwrap(), 16, "a prompt of 100 tokens came in other pieces");
 }

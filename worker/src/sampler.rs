@@ -8,7 +8,7 @@ use std::{cmp::Ordering, collections::BTreeMap};
 
 use strata_proto::v1;
 
-use crate::kernels::cpu::math::exp;
+use crate::kernels::cpu::math::exp_one;
 
 /// Most alternatives that are reported.
 const MAX_ALTERNATIVES: u32 = 20;
@@ -218,7 +218,7 @@ fn choose(logits: &[f32], order: &mut [u32], draw: &Draw<'_>) -> u32 {
     let params = draw.params;
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     // Relative to the most likely token, which has weight 1.
-    let weight = |token: u32| f64::from(exp((logits[token as usize] - max) / params.temperature));
+    let weight = |token: u32| f64::from(exp_one((logits[token as usize] - max) / params.temperature));
     let best_first = |a: &u32, b: &u32| {
         let (x, y) = (logits[*a as usize], logits[*b as usize]);
         y.partial_cmp(&x).unwrap_or(Ordering::Equal).then(a.cmp(b))
@@ -301,7 +301,7 @@ impl Raw {
     fn of(logits: &[f32], count: u32) -> Self {
         let count = count as usize;
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 = logits.iter().map(|x| f64::from(exp(x - max))).sum();
+        let sum: f64 = logits.iter().map(|x| f64::from(exp_one(x - max))).sum();
         let mut top: Vec<(u32, f32)> = Vec::with_capacity(count + 1);
         for (&x, id) in logits.iter().zip(0..) {
             if top.len() < count || top.last().is_some_and(|(_, worst)| x > *worst) {

@@ -51,6 +51,7 @@ impl Scheduler {
             }
             if self.running.contains(&id) && self.grow(id, step) {
                 self.add_row(id, 1, step);
+                step.decodes += 1;
             }
         }
     }
@@ -77,7 +78,12 @@ impl Scheduler {
         if step.outputs + sequence.outputs() > max_step_rows {
             return 0;
         }
-        sequence.next_count(prefill_chunk, max_step_tokens - step.tokens())
+        let mut room = max_step_tokens - step.tokens();
+        // Those who decode wait for this step, even if they are in another one.
+        if self.running.iter().any(|id| self.live[id].has_answered()) {
+            room = room.min(self.mixed_tokens.saturating_sub(step.tokens() - step.decodes));
+        }
+        sequence.next_count(prefill_chunk, room)
     }
 
     fn add_chunk(&mut self, id: SequenceId, step: &mut Step) {
@@ -157,6 +163,8 @@ pub(super) struct Step {
     pub flights: Vec<Flight>,
     /// Outputs that the rows may take, at least one each.
     outputs: u32,
+    /// Tokens of those who decode.
+    decodes: u32,
 }
 
 impl Step {

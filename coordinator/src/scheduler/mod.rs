@@ -175,6 +175,8 @@ pub struct Scheduler {
     released: Vec<SequenceId>,
     next_step: u64,
     preemptions: u64,
+    /// Most tokens of prompts in a step while somebody decodes.
+    mixed_tokens: u32,
 }
 
 impl Scheduler {
@@ -190,6 +192,7 @@ impl Scheduler {
             released: Vec::new(),
             next_step: 0,
             preemptions: 0,
+            mixed_tokens: u32::MAX,
         }
     }
 
@@ -220,6 +223,11 @@ impl Scheduler {
         self.waiting.clear();
         self.in_flight.clear();
         moved
+    }
+
+    /// Bounds the tokens of prompts in steps while somebody decodes, who would have to wait for them; at least one.
+    pub fn limit_mixed_steps(&mut self, tokens: u32) {
+        self.mixed_tokens = tokens.max(1);
     }
 
     /// Whether it could run a sequence that another scheduler gave up.

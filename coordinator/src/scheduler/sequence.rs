@@ -160,6 +160,11 @@ impl Sequence {
         !self.awaiting && self.scheduled > 0 && self.remaining() == 1
     }
 
+    /// Whether a part of its answer is out, and its reader waits for more.
+    pub fn has_answered(&self) -> bool {
+        self.len() > self.prompt
+    }
+
     /// Starts over: all its state is to be computed anew. Returns its blocks.
     pub fn forget(&mut self) -> Vec<u32> {
         self.epoch += 1;

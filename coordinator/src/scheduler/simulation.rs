@@ -119,6 +119,8 @@ enum Action {
     Restart(u32),
     /// Another scheduler takes over, with so many blocks.
     Move(u32),
+    /// Prompts may take so many tokens of a step while somebody decodes.
+    Limit(u32),
 }
 
 fn action() -> impl Strategy<Value = Action> {
@@ -133,6 +135,7 @@ fn action() -> impl Strategy<Value = Action> {
         1 => any::<usize>().prop_map(Action::Garble),
         1 => (4u32..24).prop_map(Action::Restart),
         1 => (4u32..24).prop_map(Action::Move),
+        1 => (0u32..40).prop_map(Action::Limit),
     ]
 }
 
@@ -347,6 +350,7 @@ impl World {
             Action::Garble(n) => self.garble(n),
             Action::Restart(blocks) => self.restart(blocks),
             Action::Move(blocks) => self.move_to_another(blocks),
+            Action::Limit(tokens) => self.scheduler.limit_mixed_steps(tokens),
         }
         for id in self.scheduler.expire(Duration::from_secs(u64::from(self.clock))) {
             assert!(self.live.remove(&id).is_some());
@@ -490,6 +494,25 @@ fn a_token_counts_only_if_its_whole_step_does() {
     w.restart(64);
     let counts: Vec<_> = w.scheduler.next_step().unwrap().rows.iter().map(|r| r.count).collect();
     assert_eq!(counts, [4, 4], "nobody saw a token, so none is part of an answer, and none ended one");
+}
+
+#[test]
+fn prompts_go_slowly_while_somebody_decodes() {
+    let mut w = world(64, 1);
+    w.scheduler.limit_mixed_steps(3);
+    w.submit(7, 4, None);
+    let first = w.scheduler.next_step().unwrap();
+    assert_eq!(first.rows[0].count, 7, "nobody waits for it");
+    w.scheduler.commit(first.step, &[(1, Output::Token(9))]).unwrap();
+    w.submit(7, 4, None);
+    let mut counts = Vec::new();
+    for _ in 0..3 {
+        let step = w.scheduler.next_step().unwrap();
+        let outputs: Vec<_> = step.rows.iter().map(|r| (r.sequence, Output::Token(9))).collect();
+        counts.push(step.rows.iter().map(|r| r.count).collect::<Vec<_>>());
+        w.scheduler.commit(step.step, &outputs).unwrap();
+    }
+    assert_eq!(counts, [[1, 3], [1, 3], [1, 1]]);
 }
 
 #[test]

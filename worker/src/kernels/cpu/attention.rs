@@ -178,13 +178,13 @@ struct Scores {
 
 impl Scores {
     #[inline(always)]
-    fn apply(self, products: &mut [f32; LANES]) {
-        for s in products.iter_mut() {
-            *s *= self.scale;
-        }
-        if let Some(cap) = self.softcap {
-            for s in products.iter_mut() {
-                *s = cap * tanh(*s / cap);
+    fn apply<S: Simd>(self, products: S::F) -> S::F {
+        let scores = S::mul(products, S::splat(self.scale));
+        match self.softcap {
+            None => scores,
+            Some(cap) => {
+                let cap = S::splat(cap);
+                S::mul(cap, tanh::<S>(S::div(scores, cap)))
             }
         }
     }
@@ -219,11 +219,11 @@ impl<T: Lanes> Sequence<'_, T> {
                 ..(self.len - tile * BLOCK_TOKENS).min(BLOCK_TOKENS);
             let block = self.blocks[tile] as usize;
             let first = (block * self.kv_heads + self.kv_head) * d * BLOCK_TOKENS;
-            let mut weights = dot::<S, T, R>(q, self.k[first..first + d * BLOCK_TOKENS].as_chunks().0);
-            let mut keep = [0.0; R];
+            let products = dot::<S, T, R>(q, self.k[first..first + d * BLOCK_TOKENS].as_chunks().0);
+            let (mut weights, mut keep) = ([[0.0; LANES]; R], [0.0; R]);
             for r in 0..R {
-                scores.apply(&mut weights[r]);
-                keep[r] = soften(&mut weights[r], &valid, &mut largest[r], &mut total[r]);
+                let scores = scores.apply::<S>(products[r]);
+                (weights[r], keep[r]) = soften::<S>(scores, &valid, &mut largest[r], &mut total[r]);
             }
             let values = &self.v[first..first + d * BLOCK_TOKENS];
             accumulate::<S, T, R>(out, d, keep, &weights, valid, values);
@@ -239,7 +239,7 @@ impl<T: Lanes> Sequence<'_, T> {
 
 /// `R` rows of activations against one tile `[d][16]`, each product one chain over `d`.
 #[inline(always)]
-fn dot<S: Simd, T: Lanes, const R: usize>(x: [&[f32]; R], tile: &[[T; LANES]]) -> [[f32; LANES]; R] {
+fn dot<S: Simd, T: Lanes, const R: usize>(x: [&[f32]; R], tile: &[[T; LANES]]) -> [S::F; R] {
     let x = x.map(|x| &x[..tile.len()]);
     let mut acc = [S::splat(0.0); R];
     for (i, w) in tile.iter().enumerate() {
@@ -248,27 +248,35 @@ fn dot<S: Simd, T: Lanes, const R: usize>(x: [&[f32]; R], tile: &[[T; LANES]]) -
             acc[r] = S::mul_add(w, S::splat(x[r][i]), acc[r]);
         }
     }
-    acc.map(S::store)
+    acc
 }
 
 /// Turns the scores of one tile into weights relative to the largest score so far, adds them to `total`, and gives
-/// the factor by which what came before must shrink.
+/// them and the factor by which what came before must shrink.
 #[inline(always)]
-fn soften(scores: &mut [f32; LANES], valid: &Range<usize>, largest: &mut f32, total: &mut f32) -> f32 {
-    let mut max = *largest;
-    for (l, s) in scores.iter_mut().enumerate() {
-        *s = if valid.contains(&l) { *s } else { f32::NEG_INFINITY };
-        max = if *s > max { *s } else { max };
+fn soften<S: Simd>(
+    scores: S::F,
+    valid: &Range<usize>,
+    largest: &mut f32,
+    total: &mut f32,
+) -> ([f32; LANES], f32) {
+    let mut scores = scores;
+    if *valid != (0..LANES) {
+        let mut masked = S::store(scores);
+        for (l, s) in masked.iter_mut().enumerate() {
+            *s = if valid.contains(&l) { *s } else { f32::NEG_INFINITY };
+        }
+        scores = S::load(&masked);
     }
+    let here = S::max(scores);
+    let max = if here > *largest { here } else { *largest };
     // No finite score yet: subtracting would make NaN of inf - inf.
     let base = if max == f32::NEG_INFINITY { 0.0 } else { max };
-    for s in scores.iter_mut() {
-        *s = exp(*s - base);
-    }
-    let keep = exp(*largest - base);
+    let weights = S::store(exp::<S>(S::sub(scores, S::splat(base))));
+    let keep = S::store(exp::<S>(S::splat(*largest - base)))[0];
     *largest = max;
-    *total = *total * keep + sum_lanes(*scores);
-    keep
+    *total = *total * keep + sum_lanes(weights);
+    (weights, keep)
 }
 
 /// `out = out * keep + sum over positions of weight * value` for `R` rows of `d`, `valid` positions ascending; `values`

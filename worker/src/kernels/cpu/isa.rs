@@ -10,6 +10,9 @@ use crate::kernels::buffer::Element;
 /// Lanes of a register: 16 f32.
 pub const LANES: usize = 16;
 
+/// Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits of the sum.
+pub(super) const SHIFT: f32 = 12_582_912.0;
+
 /// An operation whose body is compiled once per instruction set.
 ///
 /// `run` and all it calls must be `#[inline(always)]`, or they are compiled for the baseline only.
@@ -36,6 +39,12 @@ pub(crate) trait Simd: Copy {
     fn add(a: Self::F, b: Self::F) -> Self::F;
     fn sub(a: Self::F, b: Self::F) -> Self::F;
     fn mul(a: Self::F, b: Self::F) -> Self::F;
+    fn div(a: Self::F, b: Self::F) -> Self::F;
+    fn abs(x: Self::F) -> Self::F;
+    /// `if a < b { x } else { y }`.
+    fn select_lt(a: Self::F, b: Self::F, x: Self::F, y: Self::F) -> Self::F;
+    /// `2^n`, where `n` is an integer within -127..=128 to which 1.5 * 2^23 was added.
+    fn exp2_shifted(n: Self::F) -> Self::F;
     /// To the nearest integer, ties to even, then within `low..=high`.
     fn round_within(x: Self::F, low: f32, high: f32) -> Self::F;
     /// `a * b + c`.
@@ -48,6 +57,12 @@ pub(crate) trait Simd: Copy {
     /// The same for the low halves of bytes and `low`, then the high halves and `high`.
     fn dot_nibbles(acc: Self::I, w: &[u32; LANES], low: u32, high: u32) -> Self::I;
     fn to_f32(x: Self::I) -> Self::F;
+
+    /// The largest value; of NaN, nothing is known.
+    #[inline(always)]
+    fn max(x: Self::F) -> f32 {
+        Self::store(x).iter().fold(f32::NEG_INFINITY, |m, x| if *x > m { *x } else { m })
+    }
 
     /// The largest magnitude; of NaN, nothing is known.
     #[inline(always)]
@@ -64,11 +79,9 @@ pub(crate) trait Simd: Copy {
     /// Rounded to nearest even as signed bytes, which they fit, and their sum.
     #[inline(always)]
     fn to_bytes(x: Self::F) -> ([u8; LANES], i32) {
-        // Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits of the sum.
-        const MAGIC: f32 = 12_582_912.0;
         let (x, mut bytes, mut sum) = (Self::store(x), [0; LANES], 0);
         for l in 0..LANES {
-            bytes[l] = (x[l] + MAGIC).to_bits() as u8;
+            bytes[l] = (x[l] + SHIFT).to_bits() as u8;
             sum += i32::from(bytes[l] as i8);
         }
         (bytes, sum)
@@ -115,6 +128,24 @@ macro_rules! arrays {
         #[inline(always)]
         fn mul(a: Self::F, b: Self::F) -> Self::F {
             std::array::from_fn(|l| a[l] * b[l])
+        }
+        #[inline(always)]
+        fn div(a: Self::F, b: Self::F) -> Self::F {
+            std::array::from_fn(|l| a[l] / b[l])
+        }
+        #[inline(always)]
+        fn abs(x: Self::F) -> Self::F {
+            std::array::from_fn(|l| x[l].abs())
+        }
+        #[inline(always)]
+        fn select_lt(a: Self::F, b: Self::F, x: Self::F, y: Self::F) -> Self::F {
+            std::array::from_fn(|l| if a[l] < b[l] { x[l] } else { y[l] })
+        }
+        #[inline(always)]
+        fn exp2_shifted(n: Self::F) -> Self::F {
+            std::array::from_fn(|l| {
+                f32::from_bits(n[l].to_bits().wrapping_sub(SHIFT.to_bits()).wrapping_add(127) << 23)
+            })
         }
         #[inline(always)]
         fn round_within(x: Self::F, low: f32, high: f32) -> Self::F {
@@ -177,7 +208,7 @@ mod x86 {
 
     use half::{bf16, f16};
 
-    use super::{Element, LANES, Simd};
+    use super::{Element, LANES, SHIFT, Simd};
 
     /// AVX2, FMA and F16C.
     #[derive(Clone, Copy)]
@@ -292,6 +323,30 @@ mod x86 {
             unsafe { _mm512_mul_ps(a, b) }
         }
         #[inline(always)]
+        fn div(a: Self::F, b: Self::F) -> Self::F {
+            // SAFETY: above.
+            unsafe { _mm512_div_ps(a, b) }
+        }
+        #[inline(always)]
+        fn abs(x: Self::F) -> Self::F {
+            // SAFETY: above.
+            unsafe { _mm512_abs_ps(x) }
+        }
+        #[inline(always)]
+        fn select_lt(a: Self::F, b: Self::F, x: Self::F, y: Self::F) -> Self::F {
+            // SAFETY: above.
+            unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), y, x) }
+        }
+        #[inline(always)]
+        fn exp2_shifted(n: Self::F) -> Self::F {
+            // SAFETY: above.
+            unsafe {
+                let bias = _mm512_set1_epi32(127 - SHIFT.to_bits() as i32);
+                let exponent = _mm512_add_epi32(_mm512_castps_si512(n), bias);
+                _mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponent))
+            }
+        }
+        #[inline(always)]
         fn round_within(x: Self::F, low: f32, high: f32) -> Self::F {
             // SAFETY: above.
             unsafe {
@@ -344,6 +399,11 @@ mod x86 {
         fn to_f32(x: Self::I) -> Self::F {
             // SAFETY: above.
             unsafe { _mm512_cvtepi32_ps(x) }
+        }
+        #[inline(always)]
+        fn max(x: Self::F) -> f32 {
+            // SAFETY: above.
+            unsafe { _mm512_reduce_max_ps(x) }
         }
         #[inline(always)]
         fn largest(x: Self::F) -> f32 {

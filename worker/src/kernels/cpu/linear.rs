@@ -315,7 +315,8 @@ impl Multiply for F32 {
         let mut acc = [[S::splat(0.0); 2]; R];
         for (w, x) in tile.iter().zip(x.as_chunks::<R>().0) {
             prefetch::<S, _, R>(w);
-            let w = halves(w).map(S::load);
+            let [low, high] = halves(w);
+            let w = [S::load(low), S::load(high)];
             for r in 0..R {
                 let x = S::splat(f32::from_bits(x[r]));
                 acc[r] = [S::mul_add(w[0], x, acc[r][0]), S::mul_add(w[1], x, acc[r][1])];
@@ -345,7 +346,8 @@ impl Multiply for F16 {
         let mut acc = [[S::splat(0.0); 2]; R];
         for (w, x) in tile.iter().zip(x.as_chunks::<R>().0) {
             prefetch::<S, _, R>(w);
-            let w = halves(w).map(S::load_f16);
+            let [low, high] = halves(w);
+            let w = [S::load_f16(low), S::load_f16(high)];
             for r in 0..R {
                 let x = S::splat(f32::from_bits(x[r]));
                 acc[r] = [S::mul_add(w[0], x, acc[r][0]), S::mul_add(w[1], x, acc[r][1])];
@@ -410,7 +412,8 @@ fn pack_bytes<S: Simd, const R: usize>(x: [&[f32]; R], out: &mut [u32], offset: 
     for (r, x) in x.iter().enumerate() {
         for (values, out) in x.as_chunks().0.iter().zip(out.chunks_exact_mut(GROUP_WORDS * R)) {
             let values: &[f32; GROUP] = values;
-            let values = halves(values).map(S::load);
+            let [low, high] = halves(values);
+            let values = [S::load(low), S::load(high)];
             let (a, b) = (S::largest(values[0]), S::largest(values[1]));
             let largest = if a > b { a } else { b };
             let inverse = S::splat(if largest > 0.0 { 127.0 / largest } else { 0.0 });
@@ -469,7 +472,10 @@ impl Int8 {
         for (w, x) in weights.iter().zip(x.chunks_exact(GROUP_WORDS * R)) {
             prefetch::<S, _, R>(w);
             let (quads, factors, sums) = group::<R>(x);
-            let mut products: [S::I; R] = std::array::from_fn(|r| S::splat_i32(sums[r] as i32));
+            let mut products = [S::splat_i32(0); R];
+            for r in 0..R {
+                products[r] = S::splat_i32(sums[r] as i32);
+            }
             for (w, x) in w.quads.iter().zip(quads) {
                 for r in 0..R {
                     products[r] = S::dot_bytes(products[r], w, x[r]);
@@ -510,7 +516,10 @@ impl Int4 {
         for (w, x) in weights.iter().zip(x.chunks_exact(GROUP_WORDS * R)) {
             prefetch::<S, _, R>(w);
             let (quads, factors, sums) = group::<R>(x);
-            let mut products: [S::I; R] = std::array::from_fn(|r| S::splat_i32(sums[r] as i32));
+            let mut products = [S::splat_i32(0); R];
+            for r in 0..R {
+                products[r] = S::splat_i32(sums[r] as i32);
+            }
             for (w, x) in w.octets.iter().zip(quads.as_chunks::<2>().0) {
                 for r in 0..R {
                     products[r] = S::dot_nibbles(products[r], w, x[0][r], x[1][r]);

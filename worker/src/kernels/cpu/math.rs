@@ -1,67 +1,86 @@
-//! Elementary functions of our own: the bits of an answer must not depend on the host's math library.
+//! Elementary functions of our own: the bits of an answer must depend neither on the host's math library nor on its
+//! instruction set. None of them fuses a multiplication with an addition.
 
-use super::isa::LANES;
+use super::isa::{LANES, Portable, SHIFT, Simd};
 
-/// `e^x` within 2 ulp; 0 below -87.3 and infinite above 88.37, NaN for NaN. Branch-free, so that loops vectorise.
+/// A polynomial of `x` by Horner's rule, the highest coefficient first.
+#[inline(always)]
+fn polynomial<S: Simd, const N: usize>(x: S::F, coefficients: [f32; N]) -> S::F {
+    let mut p = S::splat(coefficients[0]);
+    for c in &coefficients[1..] {
+        p = S::add(S::mul(p, x), S::splat(*c));
+    }
+    p
+}
+
+/// `e^x` within 2 ulp; 0 below -87.3 and infinite above 88.37, NaN for NaN.
 ///
 /// Range reduction by `n = round(x / ln 2)`, then the polynomial of Cephes' `expf`.
 #[inline(always)]
-pub fn exp(x: f32) -> f32 {
-    // Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits of the sum.
-    const MAGIC: f32 = 12_582_912.0;
+pub(super) fn exp<S: Simd>(x: S::F) -> S::F {
     // Few enough bits that its product with `n` is exact.
     const LN2_HIGH: f32 = 355.0 / 512.0;
     const LN2_LOW: f32 = -2.121_944_4e-4;
-    let shifted = x * std::f32::consts::LOG2_E + MAGIC;
-    let n = shifted - MAGIC;
-    let r = (x - n * LN2_HIGH) - n * LN2_LOW;
-    let mut p = 1.987_569_1e-4;
-    p = p * r + 1.398_199_9e-3;
-    p = p * r + 8.333_452e-3;
-    p = p * r + 4.166_579_6e-2;
-    p = p * r + 1.666_666_5e-1;
-    p = p * r + 0.5;
-    p = (p * r) * r + r + 1.0;
-    let exponent = shifted.to_bits().wrapping_sub(MAGIC.to_bits()).wrapping_add(127) << 23;
-    let y = p * f32::from_bits(exponent);
-    let y = if x < -87.3 { 0.0 } else { y };
-    if x > 88.37 { f32::INFINITY } else { y }
+    let shifted = S::add(S::mul(x, S::splat(std::f32::consts::LOG2_E)), S::splat(SHIFT));
+    let n = S::sub(shifted, S::splat(SHIFT));
+    let r = S::sub(S::sub(x, S::mul(n, S::splat(LN2_HIGH))), S::mul(n, S::splat(LN2_LOW)));
+    let p = polynomial::<S, 6>(
+        r,
+        [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5],
+    );
+    let p = S::add(S::add(S::mul(S::mul(p, r), r), r), S::splat(1.0));
+    let y = S::mul(p, S::exp2_shifted(shifted));
+    let y = S::select_lt(x, S::splat(-87.3), S::splat(0.0), y);
+    S::select_lt(S::splat(88.37), x, S::splat(f32::INFINITY), y)
 }
 
-/// The hyperbolic tangent within 4 ulp; branch-free. Near zero the polynomial of Cephes' `tanhf`.
+/// `e^x` of one value, as the kernels compute it.
+pub fn exp_one(x: f32) -> f32 {
+    exp::<Portable>(Portable::splat(x))[0]
+}
+
+/// The hyperbolic tangent within 4 ulp. Near zero the polynomial of Cephes' `tanhf`.
 #[inline(always)]
-pub fn tanh(x: f32) -> f32 {
-    let z = x * x;
-    let mut p = -5.704_988_7e-3;
-    p = p * z + 2.063_909e-2;
-    p = p * z - 5.373_971_6e-2;
-    p = p * z + 1.333_144_2e-1;
-    p = p * z - 3.333_328e-1;
-    let near = p * z * x + x;
-    let far = 1.0 - 2.0 / (exp(2.0 * x.abs()) + 1.0);
-    let far = if x < 0.0 { -far } else { far };
-    if x.abs() < 0.625 { near } else { far }
+pub(super) fn tanh<S: Simd>(x: S::F) -> S::F {
+    let (zero, one) = (S::splat(0.0), S::splat(1.0));
+    let z = S::mul(x, x);
+    let p = polynomial::<S, 5>(
+        z,
+        [-5.704_988_7e-3, 2.063_909e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328e-1],
+    );
+    let near = S::add(S::mul(S::mul(p, z), x), x);
+    let magnitude = S::abs(x);
+    let power = exp::<S>(S::mul(S::splat(2.0), magnitude));
+    let far = S::sub(one, S::div(S::splat(2.0), S::add(power, one)));
+    let far = S::select_lt(x, zero, S::sub(zero, far), far);
+    S::select_lt(magnitude, S::splat(0.625), near, far)
 }
 
-/// The standard normal distribution function, relative error below 1e-6; branch-free.
+/// The standard normal distribution function, relative error below 1e-6.
 ///
 /// Half the complementary error function of `-x / sqrt(2)`, by the Chebyshev fit of Numerical Recipes' `erfcc`.
 #[inline(always)]
-pub fn normal(x: f32) -> f32 {
-    let z = x.abs() * std::f32::consts::FRAC_1_SQRT_2;
-    let t = 1.0 / (1.0 + 0.5 * z);
-    let mut p = 0.170_872_77;
-    p = p * t - 0.822_152_23;
-    p = p * t + 1.488_515_9;
-    p = p * t - 1.135_204;
-    p = p * t + 0.278_868_07;
-    p = p * t - 0.186_288_06;
-    p = p * t + 0.096_784_18;
-    p = p * t + 0.374_091_96;
-    p = p * t + 1.000_023_7;
-    p = p * t - 1.265_512_2;
-    let upper = 0.5 * t * exp(p - z * z);
-    if x < 0.0 { upper } else { 1.0 - upper }
+pub(super) fn normal<S: Simd>(x: S::F) -> S::F {
+    let (half, one) = (S::splat(0.5), S::splat(1.0));
+    let z = S::mul(S::abs(x), S::splat(std::f32::consts::FRAC_1_SQRT_2));
+    let t = S::div(one, S::add(one, S::mul(half, z)));
+    let p = polynomial::<S, 10>(
+        t,
+        [
+            0.170_872_77,
+            -0.822_152_23,
+            1.488_515_9,
+            -1.135_204,
+            0.278_868_07,
+            -0.186_288_06,
+            0.096_784_18,
+            0.374_091_96,
+            1.000_023_7,
+            -1.265_512_2,
+        ],
+    );
+    let upper = S::mul(S::mul(half, t), exp::<S>(S::sub(p, S::mul(z, z))));
+    S::select_lt(x, S::splat(0.0), upper, S::sub(one, upper))
 }
 
 /// Sine and cosine of `x` for `0 <= x < 2^24`, within 1e-15 (so that rounding to f32 is nearly always correct).
@@ -121,6 +140,18 @@ pub fn sum_lanes(mut x: [f32; LANES]) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn exp(x: f32) -> f32 {
+        exp_one(x)
+    }
+
+    fn tanh(x: f32) -> f32 {
+        super::tanh::<Portable>(Portable::splat(x))[0]
+    }
+
+    fn normal(x: f32) -> f32 {
+        super::normal::<Portable>(Portable::splat(x))[0]
+    }
 
     #[test]
     fn exp_is_close_to_the_true_value() {

@@ -1,6 +1,6 @@
 //! Which experts a token goes through, and how their answers are added up.
 
-use super::math::exp;
+use super::math::exp_one;
 
 /// Chooses the experts of every token.
 ///
@@ -56,7 +56,7 @@ impl Route<'_> {
 pub fn softmax(x: &mut [f32]) {
     let largest = x.iter().fold(f32::NEG_INFINITY, |a, b| if *b > a { *b } else { a });
     for v in x.iter_mut() {
-        *v = exp(*v - largest);
+        *v = exp_one(*v - largest);
     }
     let total: f32 = x.iter().sum();
     x.iter_mut().for_each(|v| *v /= total);

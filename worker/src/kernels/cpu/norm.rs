@@ -39,26 +39,58 @@ pub enum Act {
 
 impl Act {
     #[inline(always)]
-    fn apply(self, x: f32) -> f32 {
+    fn apply<S: Simd>(self, x: S::F) -> S::F {
+        let one = S::splat(1.0);
         match self {
-            Act::Silu => x / (1.0 + exp(-x)),
-            Act::Gelu => x * normal(x),
+            Act::Silu => times_sigmoid::<S>(x, x),
+            Act::Gelu => S::mul(x, normal::<S>(x)),
             Act::GeluTanh => {
-                let inner = 0.797_884_6 * (x + 0.044_715 * x * x * x);
-                0.5 * x * (1.0 + tanh(inner))
+                let cube = S::mul(S::mul(S::mul(S::splat(0.044_715), x), x), x);
+                let inner = S::mul(S::splat(0.797_884_6), S::add(x, cube));
+                S::mul(S::mul(S::splat(0.5), x), S::add(one, tanh::<S>(inner)))
             }
-            Act::GeluQuick => x / (1.0 + exp(-1.702 * x)),
-            // A comparison keeps NaN, which `max` would hide.
-            Act::Relu => {
-                if x < 0.0 {
-                    0.0
-                } else {
-                    x
-                }
-            }
-            Act::Tanh => tanh(x),
+            Act::GeluQuick => times_sigmoid::<S>(x, S::mul(S::splat(1.702), x)),
+            // A comparison keeps NaN, which a maximum would hide.
+            Act::Relu => S::select_lt(x, S::splat(0.0), S::splat(0.0), x),
+            Act::Tanh => tanh::<S>(x),
         }
     }
+}
+
+/// `x / (1 + e^-z)`.
+#[inline(always)]
+fn times_sigmoid<S: Simd>(x: S::F, z: S::F) -> S::F {
+    S::div(x, S::add(S::splat(1.0), exp::<S>(S::sub(S::splat(0.0), z))))
+}
+
+/// Replaces every value of a slice by an expression of it and of the value of another beside it, 16 at a time.
+///
+/// No function that takes a closure: that would be compiled without the instruction set's features.
+macro_rules! map_lanes {
+    ($x:expr, $y:expr, $a:ident, $b:ident => $value:expr) => {
+        let (chunks, tail) = $x.as_chunks_mut::<LANES>();
+        let (others, rest) = $y.as_chunks::<LANES>();
+        for (x, y) in chunks.iter_mut().zip(others) {
+            let ($a, $b) = (S::load(x), S::load(y));
+            *x = S::store($value);
+        }
+        let (mut x, mut y) = ([0.0; LANES], [0.0; LANES]);
+        x[..tail.len()].copy_from_slice(tail);
+        y[..rest.len()].copy_from_slice(rest);
+        let ($a, $b) = (S::load(&x), S::load(&y));
+        tail.copy_from_slice(&S::store($value)[..tail.len()]);
+    };
+    ($x:expr, $a:ident => $value:expr) => {
+        let (chunks, tail) = $x.as_chunks_mut::<LANES>();
+        for x in chunks {
+            let $a = S::load(x);
+            *x = S::store($value);
+        }
+        let mut x = [0.0; LANES];
+        x[..tail.len()].copy_from_slice(tail);
+        let $a = S::load(&x);
+        tail.copy_from_slice(&S::store($value)[..tail.len()]);
+    };
 }
 
 /// A norm, row by row.
@@ -100,7 +132,7 @@ struct NormRow<'a> {
 impl Kernel for NormRow<'_> {
     #[inline(always)]
     fn run<S: Simd>(self) {
-        let (mean, scale) = moments(self.norm, self.x);
+        let (mean, scale) = moments::<S>(self.norm, self.x);
         for (i, ((o, x), w)) in self.out.iter_mut().zip(self.x).zip(self.weight).enumerate() {
             let y = (x - mean) * scale * w;
             *o = self.output.apply(*o, self.bias.map_or(y, |b| y + b[i]));
@@ -110,30 +142,44 @@ impl Kernel for NormRow<'_> {
 
 /// What is taken from each value of `x`, and by what the rest is multiplied.
 #[inline(always)]
-fn moments(norm: Norm, x: &[f32]) -> (f32, f32) {
+fn moments<S: Simd>(norm: Norm, x: &[f32]) -> (f32, f32) {
     let len = x.len() as f32;
     match norm {
-        Norm::Rms(eps) => (0.0, 1.0 / (sum(x, |x| x * x) / len + eps).sqrt()),
+        Norm::Rms(eps) => (0.0, 1.0 / (squares::<S>(x, 0.0) / len + eps).sqrt()),
         Norm::Layer(eps) => {
-            let mean = sum(x, |x| x) / len;
-            let variance = sum(x, |x| (x - mean) * (x - mean)) / len;
-            (mean, 1.0 / (variance + eps).sqrt())
+            let mean = sum::<S>(x) / len;
+            (mean, 1.0 / (squares::<S>(x, mean) / len + eps).sqrt())
         }
     }
 }
 
-/// Sum of `f` of each value, in 16 lanes and one fixed tree.
+/// Sum of the values, in 16 lanes and one fixed tree.
 #[inline(always)]
-fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
-    let mut sums = [0.0; LANES];
+fn sum<S: Simd>(x: &[f32]) -> f32 {
+    let mut sums = S::splat(0.0);
     let (chunks, tail) = x.as_chunks::<LANES>();
     for c in chunks {
-        for l in 0..LANES {
-            sums[l] += f(c[l]);
-        }
+        sums = S::add(sums, S::load(c));
     }
+    let mut sums = S::store(sums);
     for (s, t) in sums.iter_mut().zip(tail) {
-        *s += f(*t);
+        *s += t;
+    }
+    sum_lanes(sums)
+}
+
+/// Sum of the squares of what is left of each value without `mean`, in the same order.
+#[inline(always)]
+fn squares<S: Simd>(x: &[f32], mean: f32) -> f32 {
+    let mut sums = S::splat(0.0);
+    let (chunks, tail) = x.as_chunks::<LANES>();
+    for c in chunks {
+        let d = S::sub(S::load(c), S::splat(mean));
+        sums = S::add(sums, S::mul(d, d));
+    }
+    let mut sums = S::store(sums);
+    for (s, t) in sums.iter_mut().zip(tail) {
+        *s += (t - mean) * (t - mean);
     }
     sum_lanes(sums)
 }
@@ -173,7 +219,7 @@ impl Kernel for HeadNorm<'_> {
             let heads = row.chunks_exact_mut(d).take(self.heads + self.kv_heads);
             for (h, head) in heads.enumerate() {
                 let which = usize::from(h >= self.heads);
-                let (mean, scale) = moments(self.norm, head);
+                let (mean, scale) = moments::<S>(self.norm, head);
                 for (i, (x, w)) in head.iter_mut().zip(self.weights[which]).enumerate() {
                     let y = (*x - mean) * scale * w;
                     *x = self.biases[which].map_or(y, |b| y + b[i]);
@@ -200,9 +246,7 @@ impl Activate<'_> {
 impl Kernel for Activate<'_> {
     #[inline(always)]
     fn run<S: Simd>(self) {
-        for x in self.x {
-            *x = self.act.apply(*x);
-        }
+        map_lanes!(self.x, x => self.act.apply::<S>(x));
     }
 }
 
@@ -229,9 +273,7 @@ impl Kernel for GateMul<'_> {
     fn run<S: Simd>(self) {
         for row in self.gate_up.chunks_exact_mut(2 * self.width) {
             let (gate, up) = row.split_at_mut(self.width);
-            for (g, u) in gate.iter_mut().zip(up) {
-                *g = self.act.apply(*g) * *u;
-            }
+            map_lanes!(gate, up, g, u => S::mul(self.act.apply::<S>(g), u));
         }
     }
 }
@@ -253,9 +295,8 @@ impl SoftCap<'_> {
 impl Kernel for SoftCap<'_> {
     #[inline(always)]
     fn run<S: Simd>(self) {
-        for x in self.x {
-            *x = self.cap * tanh(*x / self.cap);
-        }
+        let cap = S::splat(self.cap);
+        map_lanes!(self.x, x => S::mul(cap, tanh::<S>(S::div(x, cap))));
     }
 }
 

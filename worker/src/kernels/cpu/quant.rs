@@ -64,7 +64,7 @@ impl Kernel for Quantize<'_> {
 fn rounded<S: Simd>(x: [S::F; 2], factor: f16, low: f32, high: f32) -> [S::F; 2] {
     let factor = Element::to_f32(factor);
     let inverse = S::splat(if factor == 0.0 { 0.0 } else { 1.0 / factor });
-    x.map(|x| S::round_within(S::mul(x, inverse), low, high))
+    [S::round_within(S::mul(x[0], inverse), low, high), S::round_within(S::mul(x[1], inverse), low, high)]
 }
 
 #[inline(always)]
