@@ -44,7 +44,7 @@ impl Scheduler {
             decoders += u32::from(sequence.decodes() || sequence.awaiting);
         }
         ready.sort_unstable();
-        let share = decoders.div_ceil(self.config.depth).min(self.config.max_step_rows);
+        let share = decoders.div_ceil(self.config.micro_batches).min(self.config.max_step_rows);
         for (_, id) in ready {
             if step.rows.len() as u32 >= share || step.tokens() >= self.config.max_step_tokens {
                 break;

@@ -40,6 +40,8 @@ pub struct Config {
     pub prefill_chunk: u32,
     /// Steps in flight: enough to keep every stage busy.
     pub depth: u32,
+    /// Shares that those who decode are divided into: one for each stage. More would read the weights more often.
+    pub micro_batches: u32,
     /// Sequences that grow longer than this must be computed anew, by other rotary frequencies (longrope).
     pub rope_switch: Option<u32>,
 }

@@ -148,6 +148,7 @@ fn config() -> impl Strategy<Value = Config> {
             max_step_rows,
             prefill_chunk,
             depth,
+            micro_batches: depth,
             rope_switch,
         },
     )
@@ -415,6 +416,7 @@ fn world(blocks: u32, depth: u32) -> World {
         max_step_rows: 16,
         prefill_chunk: 8,
         depth,
+        micro_batches: depth,
         rope_switch: None,
     })
 }

@@ -100,7 +100,7 @@ impl Linear<'_> {
         }
         let most = cpu.isa.rows();
         let words = M::words(k);
-        let panels = panels(rows, most);
+        let panels = Panels { rows, most };
         // Packing is little work beside a product of many outputs.
         let packed = &mut self.packed[..rows * words];
         cpu.pool.pieces(packed, PACK_ROWS * words, 1, |i, out| {
@@ -136,12 +136,7 @@ impl Linear<'_> {
 /// Rows that are packed by one task: a multiple of every panel's rows.
 const PACK_ROWS: usize = 24;
 
-/// The panels of `rows` rows: how many have how many. All that begin a pack of [`PACK_ROWS`] are whole.
-fn panels(rows: usize, most: usize) -> Panels {
-    Panels { rows, most }
-}
-
-/// Rows in panels, most of which have `most`.
+/// Rows in panels of at most `most`.
 #[derive(Clone, Copy)]
 struct Panels {
     rows: usize,
@@ -191,7 +186,7 @@ impl<M: Multiply> Kernel for Pack<'_, M> {
     #[inline(always)]
     fn run<S: Simd>(self) {
         let words = M::words(self.k);
-        let panels = panels(self.x.count, self.most);
+        let panels = Panels { rows: self.x.count, most: self.most };
         let mut first = 0;
         while first < self.x.count {
             let rows = panels.rows(first);
