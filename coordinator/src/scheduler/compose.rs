@@ -138,13 +138,13 @@ impl Scheduler {
 
     fn add_row(&mut self, id: SequenceId, count: u32, step: &mut Step) {
         let Some(sequence) = self.live.get_mut(&id) else { return };
-        let start = sequence.scheduled as usize;
+        let (start, decodes) = (sequence.scheduled as usize, sequence.decodes());
         step.token_ids.extend(&sequence.tokens[start..start + count as usize]);
         // A chunk that is not the last counts too: the bound is on rows as well.
         step.outputs += sequence.outputs();
         step.rows.push(sequence.row(id, count, self.config.block_tokens, self.config.rope_switch));
         sequence.last_step = self.next_step + 1;
-        step.flights.push(Flight { sequence: id, epoch: sequence.epoch, yields: sequence.awaiting });
+        step.flights.push(Flight { sequence: id, epoch: sequence.epoch, yields: sequence.awaiting, decodes });
     }
 }
 

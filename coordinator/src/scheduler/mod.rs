@@ -162,6 +162,8 @@ struct Flight {
     sequence: SequenceId,
     epoch: u32,
     yields: bool,
+    /// It is the one token that was sampled last.
+    decodes: bool,
 }
 
 /// The scheduler of one pipeline.
@@ -273,7 +275,11 @@ impl Scheduler {
             }
         }
         if step.rows.is_empty() {
-            self.add_decodes(&mut step);
+            // More micro-batches would be smaller ones, and weights are read once for each.
+            let decoding = self.in_flight.iter().filter(|(_, flights)| flights.iter().any(|f| f.decodes));
+            if decoding.count() < self.config.micro_batches as usize {
+                self.add_decodes(&mut step);
+            }
             self.add_prefills(&mut step);
         }
         if step.rows.is_empty() {
