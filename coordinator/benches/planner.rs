@@ -93,7 +93,7 @@ fn offer(i: usize, range: u64) -> Offer {
         flops_per_second: 1e14,
         numerics: "bench".into(),
         rates: Vec::new(),
-        host_cores: 0,
+        stages_at_once: 0,
     };
     Offer { worker: "w".into(), host: "h".into(), device }
 }

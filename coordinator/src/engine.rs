@@ -233,11 +233,15 @@ impl Engine {
             order.push(0);
         }
         order.sort_by_key(|i| self.lanes[*i].load());
+        let unplaced = scheduler::Unplaced::new(id, request);
         let mut refused = None;
         for lane in order {
-            let lane = &mut self.lanes[lane];
-            match lane.scheduler.submit(id, request.clone()) {
-                Ok(()) => return Ok(()),
+            let scheduler = &mut self.lanes[lane].scheduler;
+            match scheduler.check(&unplaced) {
+                Ok(()) => {
+                    scheduler.adopt(unplaced);
+                    return Ok(());
+                }
                 // The largest of the caches is the one to speak of.
                 Err(error)
                     if refused.as_ref().is_none_or(|r: &scheduler::SubmitError| error.room() > r.room()) =>
@@ -464,7 +468,6 @@ impl Engine {
                 tracing::info!(fence = %pipeline.fence(), stages, "a pipeline is up");
                 self.lanes[at].state = State::Up(pipeline);
                 self.lanes[at].pace = Pace::new(self.limits.inter_token);
-                self.lanes[at].scheduler.limit_mixed_steps(u32::MAX);
                 self.down_since = None;
                 self.no_capacity_since = None;
                 self.show_lanes(String::new());

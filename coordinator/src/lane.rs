@@ -88,7 +88,7 @@ pub(crate) fn move_away(lanes: &mut [Lane], from: usize) {
     }
     for sequence in lanes[from].scheduler.surrender() {
         others.sort_by_key(|i| lanes[*i].load());
-        let home = others.iter().copied().find(|i| lanes[*i].scheduler.could_run(&sequence));
+        let home = others.iter().copied().find(|i| lanes[*i].scheduler.check(&sequence).is_ok());
         lanes[home.unwrap_or(from)].scheduler.adopt(sequence);
     }
 }

@@ -60,7 +60,7 @@ fn offers(imagined: &[ImaginedDevices]) -> Vec<Offer> {
             flops_per_second: d.flops_per_second,
             numerics: IMAGINED.into(),
             rates: Vec::new(),
-            host_cores: 0,
+            stages_at_once: 0,
         },
     };
     each.map(offer).collect()

@@ -35,8 +35,9 @@ pub struct Device {
     pub numerics: String,
     /// Measured arithmetic rates by format and rows; empty where only one is known.
     pub rates: Vec<Rate>,
-    /// Cores of its host, which stages on CPUs share; 0 if it shares nothing.
-    pub host_cores: u32,
+    /// Stages that its host can compute at once, each with a device's threads, without one waiting for another's cores;
+    /// 0 if it shares no cores.
+    pub stages_at_once: u32,
 }
 
 /// How fast products are.
@@ -54,22 +55,25 @@ impl Device {
     /// Operations per second of products with weights in `format` and `rows` rows: between measurements, along the
     /// logarithm of the rows.
     pub fn flops(&self, format: Format, rows: f64) -> f64 {
-        let mut known: Vec<(f64, f64)> = self
-            .rates
-            .iter()
-            .filter(|r| r.format == format)
-            .map(|r| (f64::from(r.rows.max(1)).ln(), r.flops_per_second))
-            .collect();
+        let of_format = self.rates.iter().filter(|r| r.format == format);
+        let mut known: Vec<_> = of_format.map(|r| (f64::from(r.rows), r.flops_per_second)).collect();
         known.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let at = rows.max(1.0).ln();
-        match known.iter().position(|(rows, _)| *rows >= at) {
-            Some(0) => known[0].1,
-            Some(next) => {
-                let ((a, low), (b, high)) = (known[next - 1], known[next]);
-                low + (high - low) * (at - a) / (b - a)
-            }
-            None => known.last().map_or(self.flops_per_second, |(_, rate)| *rate),
+        rate_at(&known, rows).unwrap_or(self.flops_per_second)
+    }
+}
+
+/// The rate at `rows` between `known` ones, pairs of rows and rate by ascending rows: along the logarithm of the rows, and
+/// the outermost ones beyond. `None` if none is known.
+pub fn rate_at(known: &[(f64, f64)], rows: f64) -> Option<f64> {
+    let log = |rows: f64| rows.max(1.0).ln();
+    match known.iter().position(|(known, _)| *known >= rows) {
+        Some(0) => Some(known[0].1),
+        Some(next) => {
+            let ((a, low), (b, high)) = (known[next - 1], known[next]);
+            let share = if log(b) > log(a) { (log(rows) - log(a)) / (log(b) - log(a)) } else { 1.0 };
+            Some(low + (high - low) * share)
         }
+        None => known.last().map(|(_, rate)| *rate),
     }
 }
 
@@ -96,7 +100,7 @@ impl From<Device> for v1::Device {
                     flops_per_second: r.flops_per_second,
                 })
                 .collect(),
-            host_cores: d.host_cores,
+            stages_at_once: d.stages_at_once,
         }
     }
 }
@@ -133,7 +137,7 @@ impl TryFrom<v1::Device> for Device {
                     Ok(Rate { format: r.format.parse()?, rows: r.rows, flops_per_second })
                 })
                 .collect::<Result<_, String>>()?,
-            host_cores: d.host_cores,
+            stages_at_once: d.stages_at_once,
             id: d.id,
         })
     }

@@ -11,7 +11,7 @@ mod plan;
 mod profile;
 mod worker;
 
-pub use device::{Device, DeviceKind, Rate};
+pub use device::{Device, DeviceKind, Rate, rate_at};
 pub use dtype::{DType, Format, Quantization};
 pub use plan::{Forecast, LayerRange, LinkKind, MapDevice, Plan, Replica, StagePlan};
 pub use profile::{Experts, FormatBytes, ModelProfile, Module};

@@ -152,7 +152,7 @@ pub fn offers(specs: &[DeviceSpec], compute: Compute, held: impl Fn(&str) -> u64
         flops_per_second,
         numerics: Cpu::numerics(compute.isa),
         rates: rates.clone(),
-        host_cores: cores().div_ceil(compute.threads) as u32,
+        stages_at_once: cores().div_ceil(compute.threads) as u32,
     };
     specs.iter().map(offer).collect()
 }

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use strata_proto::{BLOCK_TOKENS, DeviceKind, Format, LayerRange, Module, v1::Task};
+use strata_proto::{BLOCK_TOKENS, DeviceKind, Format, LayerRange, Module, rate_at, v1::Task};
 
 use super::{Problem, Split};
 
@@ -47,8 +47,8 @@ const LAUNCHES: f64 = 30e-6;
 #[derive(Debug, Clone)]
 struct Speeds {
     bytes_per_second: f64,
-    /// Operations per second at [`ROWS`].
-    flops: [f64; 4],
+    /// Rows, and operations per second with them.
+    flops: [(f64, f64); 4],
     /// Seconds per layer.
     launches: f64,
 }
@@ -64,21 +64,8 @@ impl Speeds {
         };
         Speeds {
             bytes_per_second: median(&|d| d.bytes_per_second),
-            flops: ROWS.map(|rows| median(&|d| d.flops(problem.format(), rows))),
+            flops: ROWS.map(|rows| (rows, median(&|d| d.flops(problem.format(), rows)))),
             launches: if kind == DeviceKind::Cuda { LAUNCHES } else { 0.0 },
-        }
-    }
-
-    /// Operations per second at `rows`, along the logarithm of the rows.
-    fn flops(&self, rows: f64) -> f64 {
-        let next = ROWS.iter().position(|r| *r >= rows);
-        match next {
-            Some(0) => self.flops[0],
-            Some(i) => {
-                let share = (rows / ROWS[i - 1]).ln() / (ROWS[i] / ROWS[i - 1]).ln();
-                self.flops[i - 1] + (self.flops[i] - self.flops[i - 1]) * share
-            }
-            None => self.flops[ROWS.len() - 1],
         }
     }
 
@@ -91,7 +78,8 @@ impl Speeds {
             let idle = count * (1.0 - active / count).powf(rows);
             bytes -= idle * experts.bytes.at(format) as f64;
         }
-        (bytes / self.bytes_per_second).max(2.0 * module.macs_per_token as f64 * rows / self.flops(rows))
+        let flops = rate_at(&self.flops, rows).unwrap_or(f64::INFINITY);
+        (bytes / self.bytes_per_second).max(2.0 * module.macs_per_token as f64 * rows / flops)
     }
 
     /// Seconds to read the cache of one sequence at half its context.

@@ -64,10 +64,10 @@ fn busiest_host(problem: &Problem<'_>, shares: &[Share], times: &[f64]) -> f64 {
     for (share, time) in shares.iter().zip(times) {
         let offer = &problem.offers[share.offer];
         if offer.device.kind == DeviceKind::Cpu {
-            let (sum, cores) = hosts.entry(&offer.host).or_default();
+            let (sum, at_once) = hosts.entry(&offer.host).or_default();
             *sum += time;
-            *cores = offer.device.host_cores.max(1);
+            *at_once = offer.device.stages_at_once.max(1);
         }
     }
-    hosts.values().map(|(sum, cores)| sum / f64::from(*cores)).fold(0.0, f64::max)
+    hosts.values().map(|(sum, at_once)| sum / f64::from(*at_once)).fold(0.0, f64::max)
 }

@@ -70,7 +70,7 @@ fn device(kind: DeviceKind, id: &str, budget: u64, capped: bool) -> Offer {
         flops_per_second: if kind == DeviceKind::Cuda { 1e6 } else { 1e4 },
         numerics: "test".into(),
         rates: Vec::new(),
-        host_cores: 0,
+        stages_at_once: 0,
     };
     Offer { worker: "w".into(), host: "h".into(), device }
 }
@@ -396,10 +396,10 @@ fn experts_are_read_only_if_chosen_and_cores_of_a_host_are_shared() {
     }
 
     let profile = super::tests::profile(&[(1000, 0); 4], 0, false);
-    let full = |host_cores, hosts: usize| {
+    let full = |stages_at_once, hosts: usize| {
         let mut offers = workers(4, DeviceKind::Cpu, 1 << 20);
         for (i, offer) in offers.iter_mut().enumerate() {
-            offer.device.host_cores = host_cores;
+            offer.device.stages_at_once = stages_at_once;
             offer.host = format!("host {}", i % hosts);
         }
         let kv_tokens = Some(64 * 32);

@@ -51,7 +51,6 @@ impl Scheduler {
             }
             if self.running.contains(&id) && self.grow(id, step) {
                 self.add_row(id, 1, step);
-                step.decodes += 1;
             }
         }
     }
@@ -78,12 +77,7 @@ impl Scheduler {
         if step.outputs + sequence.outputs() > max_step_rows {
             return 0;
         }
-        let mut room = max_step_tokens - step.tokens();
-        // Those who decode wait for this step, even if they are in another one.
-        if self.running.iter().any(|id| self.live[id].has_answered()) {
-            room = room.min(self.mixed_tokens.saturating_sub(step.tokens() - step.decodes));
-        }
-        sequence.next_count(prefill_chunk, room)
+        sequence.next_count(prefill_chunk, (max_step_tokens - step.tokens()).min(step.prompt_room))
     }
 
     fn add_chunk(&mut self, id: SequenceId, step: &mut Step) {
@@ -139,6 +133,9 @@ impl Scheduler {
     fn add_row(&mut self, id: SequenceId, count: u32, step: &mut Step) {
         let Some(sequence) = self.live.get_mut(&id) else { return };
         let (start, decodes) = (sequence.scheduled as usize, sequence.decodes());
+        if !decodes {
+            step.prompt_room -= count;
+        }
         step.token_ids.extend(&sequence.tokens[start..start + count as usize]);
         // A chunk that is not the last counts too: the bound is on rows as well.
         step.outputs += sequence.outputs();
@@ -156,18 +153,22 @@ impl Sequence {
 }
 
 /// A step being built.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Step {
     pub rows: Vec<v1::Row>,
     pub token_ids: Vec<u32>,
     pub flights: Vec<Flight>,
     /// Outputs that the rows may take, at least one each.
     outputs: u32,
-    /// Tokens of those who decode.
-    decodes: u32,
+    /// Tokens of prompts that there is still room for, whoever they belong to.
+    prompt_room: u32,
 }
 
 impl Step {
+    pub fn new(prompt_room: u32) -> Self {
+        Step { rows: Vec::new(), token_ids: Vec::new(), flights: Vec::new(), outputs: 0, prompt_room }
+    }
+
     fn tokens(&self) -> u32 {
         self.token_ids.len() as u32
     }

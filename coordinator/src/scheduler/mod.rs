@@ -148,12 +148,19 @@ pub struct Stats {
     pub preemptions: u64,
 }
 
-/// A sequence between two schedulers.
+/// A sequence that no scheduler has: a new one, or one that was given up.
 #[derive(Debug)]
-pub struct Surrendered {
-    /// Its id, which it keeps.
+pub struct Unplaced {
+    /// Its id, which it keeps. Higher than that of any sequence before it, whichever scheduler had that.
     pub id: SequenceId,
     sequence: Sequence,
+}
+
+impl Unplaced {
+    /// A new one.
+    pub fn new(id: SequenceId, request: Request) -> Self {
+        Unplaced { id, sequence: Sequence::new(request) }
+    }
 }
 
 /// A row in flight.
@@ -200,27 +207,14 @@ impl Scheduler {
         }
     }
 
-    /// Takes a request in, to run when there is room. Its id is higher than any before, whichever scheduler had that.
-    ///
-    /// # Errors
-    /// If it could not run even with the whole cache. Not checked while there is no cache (0 blocks): then
-    /// [`restart`](Self::restart) checks.
-    pub fn submit(&mut self, id: SequenceId, request: Request) -> Result<(), SubmitError> {
-        let sequence = Sequence::new(request);
-        self.check(&sequence)?;
-        self.live.insert(id, sequence);
-        self.waiting.insert(id);
-        Ok(())
-    }
-
     /// Gives up every sequence, with all that is known of it, for other schedulers to [adopt](Self::adopt).
-    pub fn surrender(&mut self) -> Vec<Surrendered> {
+    pub fn surrender(&mut self) -> Vec<Unplaced> {
         let live = std::mem::take(&mut self.live).into_iter();
         let moved = live.map(|(id, mut sequence)| {
             self.blocks.give_back(sequence.forget());
             sequence.on_stages = false;
             sequence.last_step = 0;
-            Surrendered { id, sequence }
+            Unplaced { id, sequence }
         });
         let moved = moved.collect();
         self.running.clear();
@@ -234,21 +228,20 @@ impl Scheduler {
         self.mixed_tokens = tokens.max(1);
     }
 
-    /// Whether it could run a sequence that another scheduler gave up.
-    pub fn could_run(&self, moved: &Surrendered) -> bool {
-        self.check(&moved.sequence).is_ok()
-    }
-
-    /// Goes on with a sequence that a scheduler gave up: computed anew, in its old place in line. Ask
-    /// [`could_run`](Self::could_run) first, unless it was its own; then [`restart`](Self::restart) decides.
-    pub fn adopt(&mut self, moved: Surrendered) {
-        self.waiting.insert(moved.id);
-        self.live.insert(moved.id, moved.sequence);
+    /// Takes a sequence in, to be computed from its beginning when there is room and it is first in line by its id.
+    /// [`check`](Self::check) it first, unless it was this scheduler's own; then [`restart`](Self::restart) decides.
+    pub fn adopt(&mut self, unplaced: Unplaced) {
+        self.waiting.insert(unplaced.id);
+        self.live.insert(unplaced.id, unplaced.sequence);
     }
 
     /// Whether a sequence could run here at all.
-    fn check(&self, sequence: &Sequence) -> Result<(), SubmitError> {
-        let capacity = self.capacity();
+    ///
+    /// # Errors
+    /// If it could not run even with the whole cache. Not looked at while there is no cache (0 blocks): then
+    /// [`restart`](Self::restart) looks.
+    pub fn check(&self, unplaced: &Unplaced) -> Result<(), SubmitError> {
+        let (sequence, capacity) = (&unplaced.sequence, self.capacity());
         if capacity > 0 && sequence.most() > capacity {
             return Err(SubmitError::TooLarge { needed: sequence.most(), capacity });
         }
@@ -266,7 +259,9 @@ impl Scheduler {
             return None;
         }
         let suspects: Vec<_> = self.live.iter().filter(|(_, s)| s.suspect()).map(|(id, _)| *id).collect();
-        let mut step = Step::default();
+        // Those who decode wait for this step, even if they are in another one.
+        let somebody_waits = self.running.iter().any(|id| self.live[id].has_answered());
+        let mut step = Step::new(if somebody_waits { self.mixed_tokens } else { u32::MAX });
         for id in suspects {
             // A sequence whose batch failed again and again goes alone, so that it can only harm itself.
             self.add_alone(id, &mut step);
@@ -391,6 +386,7 @@ impl Scheduler {
         self.blocks = BlockAllocator::new(self.config.blocks);
         self.in_flight.clear();
         self.next_step = 0;
+        self.mixed_tokens = u32::MAX;
         for sequence in self.live.values_mut() {
             sequence.forget();
             sequence.on_stages = false;

@@ -14,6 +14,13 @@ struct Cached {
     rope_set: u32,
 }
 
+fn submit(scheduler: &mut Scheduler, id: SequenceId, request: Request) -> Result<(), SubmitError> {
+    let unplaced = Unplaced::new(id, request);
+    scheduler.check(&unplaced)?;
+    scheduler.adopt(unplaced);
+    Ok(())
+}
+
 /// A stage that checks every rule of the protocol, and "samples" by hashing everything it has cached.
 struct FakeStage {
     config: Config,
@@ -201,7 +208,7 @@ impl World {
         let capacity = self.stage.config.blocks * self.stage.config.block_tokens;
         self.next_id += 1;
         let id = self.next_id;
-        match self.scheduler.submit(id, request) {
+        match submit(&mut self.scheduler, id, request) {
             Ok(()) => {
                 assert!(prompt.len() as u32 + max_tokens <= capacity);
                 assert!(self.live.insert(id, (prompt, max_tokens)).is_none(), "an id was reused");
@@ -224,7 +231,7 @@ impl World {
         let fits = tokens <= config.max_step_tokens && outputs <= config.max_step_rows;
         self.next_id += 1;
         let id = self.next_id;
-        match self.scheduler.submit(id, request) {
+        match submit(&mut self.scheduler, id, request) {
             Ok(()) => {
                 assert!(fits && self.live.insert(id, (prompt, 0)).is_none());
                 self.encodes.insert(id);
@@ -324,7 +331,7 @@ impl World {
             FakeStage { config: config.clone(), due: 0, cached: HashMap::new(), memory: HashMap::new() };
         self.scheduler = Scheduler::new(config);
         for moved in moved {
-            if self.scheduler.could_run(&moved) {
+            if self.scheduler.check(&moved).is_ok() {
                 self.scheduler.adopt(moved);
             } else {
                 let (tokens, more) = &self.live[&moved.id];
@@ -539,7 +546,7 @@ fn too_large_says_both_numbers() {
         deadline: None,
         work: Work::Generate { max_tokens: 3, eos: vec![], sampling: v1::RowSampling::default() },
     };
-    let error = w.scheduler.submit(1, request).unwrap_err().to_string();
+    let error = submit(&mut w.scheduler, 1, request).unwrap_err().to_string();
     assert!(error.contains('9') && error.contains('8'), "{error}");
 }
 

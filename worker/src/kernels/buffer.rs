@@ -241,13 +241,9 @@ impl Values {
         }
     }
 
-    /// `len` zeros.
+    /// `len` zeros in memory of their own.
     pub fn zeros(len: usize, dtype: DType) -> Result<Self, OutOfMemory> {
-        Ok(match dtype {
-            DType::F32 => Values::F32(Buffer::zeros(len)?),
-            DType::BF16 => Values::BF16(Buffer::zeros(len)?),
-            DType::F16 => Values::F16(Buffer::zeros(len)?),
-        })
+        Values::take(len, dtype, &mut Arena::new(Values::bytes_for(len, dtype))?)
     }
 
     /// `len` zeros from `arena`.

@@ -21,7 +21,7 @@ use crate::{
             rope::{self, Angles, RopeAndStore},
         },
     },
-    kv_cache::{BLOCK_TOKENS, BatchRow, KvLayer},
+    kv_cache::{BatchRow, KvLayer},
 };
 
 /// Least length by which a vector is divided (torch's `normalize`).
@@ -193,7 +193,7 @@ impl Pass<'_> {
     /// Attention over `normed`, before its last product.
     fn attend(&mut self, attention: &Attention, index: usize, block: &Block) -> Result<(), StepError> {
         let Self { cpu, work, cache, tower, rows, tokens, .. } = self;
-        let Workspace { normed, qkv, attention: out, packed, angles, sequence, .. } = &mut **work;
+        let Workspace { normed, qkv, attention: out, packed, angles, sequence, blocks, .. } = &mut **work;
         let stride = attention.qkv_width();
         let qkv = &mut qkv[..*tokens * stride];
         let product = block.product(Slot::Qkv, 0)?;
@@ -246,9 +246,8 @@ impl Pass<'_> {
         };
         // Nothing is kept: one sequence's keys and values at a time are enough.
         let mut first = 0;
-        let blocks: Vec<u32> = (0..tokens.div_ceil(BLOCK_TOKENS) as u32).collect();
         for row in *rows {
-            attend(first, &[BatchRow { blocks: &blocks, ..*row }], sequence);
+            attend(first, &[BatchRow { blocks, ..*row }], sequence);
             first += row.count as usize;
         }
         Ok(())

@@ -95,6 +95,8 @@ pub(super) struct Workspace {
     pub order: Buffer<u32>,
     /// Keys and values of one sequence in one layer of an encoder, in f32.
     pub sequence: Option<KvLayer>,
+    /// Its blocks, all of them.
+    pub blocks: Vec<u32>,
     /// Of models with experts.
     pub experts: Option<Experts>,
 }
@@ -151,6 +153,7 @@ impl Workspace {
             values: Buffer::zeros(rows(outputs, widths.outputs)?)?,
             order: Buffer::zeros(rows(outputs, widths.outputs)?)?,
             sequence: widths.keys.map(sequence).transpose()?,
+            blocks: (0..blocks).collect(),
             experts: widths.experts.map(experts).transpose()?,
         })
     }

@@ -10,11 +10,11 @@ use half::{bf16, f16};
 
 use super::{
     Cpu,
-    isa::{Kernel, LANES, Simd},
+    isa::{Kernel, LANES, Lanes, Simd},
     math::{exp, sum_lanes, tanh},
 };
 use crate::{
-    kernels::buffer::{Element, Values},
+    kernels::buffer::Values,
     kv_cache::{BLOCK_TOKENS, BatchRow, KvLayer},
 };
 
@@ -140,32 +140,6 @@ impl Heads<'_> {
                 _ => sequence.heads::<S, 1>(q, out, scores),
             };
         }
-    }
-}
-
-/// Elements of the cache, 16 at a time.
-trait Lanes: Element {
-    fn widen<S: Simd>(x: &[Self; LANES]) -> S::F;
-}
-
-impl Lanes for f32 {
-    #[inline(always)]
-    fn widen<S: Simd>(x: &[f32; LANES]) -> S::F {
-        S::load(x)
-    }
-}
-
-impl Lanes for bf16 {
-    #[inline(always)]
-    fn widen<S: Simd>(x: &[bf16; LANES]) -> S::F {
-        S::load_bf16(x)
-    }
-}
-
-impl Lanes for f16 {
-    #[inline(always)]
-    fn widen<S: Simd>(x: &[f16; LANES]) -> S::F {
-        S::load_f16(x)
     }
 }
 

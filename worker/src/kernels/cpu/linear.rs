@@ -4,14 +4,14 @@
 //! bf16 pairs, or bytes in groups of 32 with a factor each. Each output is one chain over ascending inputs, whatever the
 //! number of rows; bias, then the residual, are added after it.
 
-use std::ops::Range;
+use std::{marker::PhantomData, ops::Range};
 
 use half::{bf16, f16};
 use strata_proto::DType;
 
 use super::{
     Cpu,
-    isa::{Kernel, LANES, Simd},
+    isa::{Kernel, LANES, Lanes, Simd},
     packed::{Int4Group, Int8Group, PackedMatrix, TILE, Tiles},
     pool::Parts,
     quant::GROUP,
@@ -85,8 +85,8 @@ const FEW_ROWS: usize = 8;
 impl Linear<'_> {
     pub(super) fn run(self, cpu: &Cpu) {
         match self.weight.tiles() {
-            Tiles::F32(tiles) => self.product::<F32, _>(cpu, tiles),
-            Tiles::F16(tiles) => self.product::<F16, _>(cpu, tiles),
+            Tiles::F32(tiles) => self.product::<Wide<f32>, _>(cpu, tiles),
+            Tiles::F16(tiles) => self.product::<Wide<f16>, _>(cpu, tiles),
             Tiles::BF16(tiles) => self.product::<BF16, _>(cpu, tiles),
             Tiles::Int8(tiles) => self.product::<Int8, _>(cpu, tiles),
             Tiles::Int4(tiles) => self.product::<Int4, _>(cpu, tiles),
@@ -98,9 +98,7 @@ impl Linear<'_> {
         if rows == 0 {
             return;
         }
-        let most = cpu.isa.rows();
         let words = M::words(k);
-        let panels = Panels { rows, most };
         // Packing is little work beside a product of many outputs.
         let packed = &mut self.packed[..rows * words];
         cpu.pool.pieces(packed, PACK_ROWS * words, 1, |i, out| {
@@ -109,7 +107,7 @@ impl Linear<'_> {
                 count: PACK_ROWS.min(rows - i * PACK_ROWS),
                 ..self.x
             };
-            cpu.isa.run(Pack::<M> { x, k, most, out, kind: std::marker::PhantomData });
+            cpu.isa.run(Pack::<M> { x, k, out, kind: PhantomData });
         });
         let packed = &*packed;
         let tiles = n.div_ceil(TILE);
@@ -123,7 +121,7 @@ impl Linear<'_> {
                 tiles: task * share..tiles.min((task + 1) * share),
                 packed,
                 words,
-                panels,
+                rows,
                 n,
                 bias: self.bias,
                 out: &out,
@@ -136,25 +134,30 @@ impl Linear<'_> {
 /// Rows that are packed by one task: a multiple of every panel's rows.
 const PACK_ROWS: usize = 24;
 
-/// Rows in panels of at most `most`.
-#[derive(Clone, Copy)]
-struct Panels {
-    rows: usize,
-    most: usize,
-}
+/// Work on rows, some of them at a time.
+trait ByPanel: Sized {
+    /// Does `R` rows from row `first` on.
+    fn panel<S: Simd, const R: usize>(&mut self, first: usize);
 
-impl Panels {
-    /// Rows of the panel that begins at row `first`.
+    /// Does all of `rows`, in panels that depend on no more than the pack that a row is in.
     #[inline(always)]
-    fn rows(self, first: usize) -> usize {
-        // A pack is divided by itself, so that a row's panel does not depend on the packs after it.
-        let left = (self.rows - first).min(PACK_ROWS - first % PACK_ROWS);
-        match left {
-            12.. if self.most >= 12 && left != 16 => 12,
-            8.. if self.most >= 8 => 8,
-            4.. if self.most >= 4 => 4,
-            2.. => 2,
-            _ => 1,
+    fn by_panel<S: Simd>(mut self, rows: usize) {
+        let mut first = 0;
+        while first < rows {
+            let left = (rows - first).min(PACK_ROWS - first % PACK_ROWS);
+            macro_rules! panel {
+                ($rows:literal) => {{
+                    self.panel::<S, $rows>(first);
+                    $rows
+                }};
+            }
+            first += match left {
+                12.. if S::ROWS >= 12 && left != 16 => panel!(12),
+                8.. if S::ROWS >= 8 => panel!(8),
+                4.. if S::ROWS >= 4 => panel!(4),
+                2.. => panel!(2),
+                _ => panel!(1),
+            };
         }
     }
 }
@@ -174,38 +177,29 @@ trait Multiply: Sync {
     fn dot<S: Simd, const R: usize>(tile: &[Self::Weights], x: &[u32]) -> [[S::F; 2]; R];
 }
 
+/// Some rows to pack.
 struct Pack<'a, M> {
     x: Rows<'a>,
     k: usize,
-    most: usize,
     out: &'a mut [u32],
-    kind: std::marker::PhantomData<M>,
+    kind: PhantomData<M>,
 }
 
 impl<M: Multiply> Kernel for Pack<'_, M> {
     #[inline(always)]
     fn run<S: Simd>(self) {
-        let words = M::words(self.k);
-        let panels = Panels { rows: self.x.count, most: self.most };
-        let mut first = 0;
-        while first < self.x.count {
-            let rows = panels.rows(first);
-            let out = &mut self.out[first * words..(first + rows) * words];
-            match rows {
-                12 => pack::<M, S, 12>(self.x, self.k, first, out),
-                8 => pack::<M, S, 8>(self.x, self.k, first, out),
-                4 => pack::<M, S, 4>(self.x, self.k, first, out),
-                2 => pack::<M, S, 2>(self.x, self.k, first, out),
-                _ => pack::<M, S, 1>(self.x, self.k, first, out),
-            }
-            first += rows;
-        }
+        let rows = self.x.count;
+        self.by_panel::<S>(rows);
     }
 }
 
-#[inline(always)]
-fn pack<M: Multiply, S: Simd, const R: usize>(x: Rows<'_>, k: usize, first: usize, out: &mut [u32]) {
-    M::pack::<S, R>(std::array::from_fn(|r| &x.data[(first + r) * x.stride..][..k]), out);
+impl<M: Multiply> ByPanel for Pack<'_, M> {
+    #[inline(always)]
+    fn panel<S: Simd, const R: usize>(&mut self, first: usize) {
+        let (x, words) = (self.x, M::words(self.k));
+        let rows = std::array::from_fn(|r| &x.data[(first + r) * x.stride..][..self.k]);
+        M::pack::<S, R>(rows, &mut self.out[first * words..(first + R) * words]);
+    }
 }
 
 /// Some tiles of a product, over all rows.
@@ -214,8 +208,9 @@ struct Product<'a, M: Multiply> {
     per_tile: usize,
     tiles: Range<usize>,
     packed: &'a [u32],
+    /// Words of a packed row.
     words: usize,
-    panels: Panels,
+    rows: usize,
     n: usize,
     bias: Option<&'a [f32]>,
     out: &'a Parts<f32>,
@@ -225,43 +220,39 @@ struct Product<'a, M: Multiply> {
 impl<M: Multiply> Kernel for Product<'_, M> {
     #[inline(always)]
     fn run<S: Simd>(self) {
-        for t in self.tiles.clone() {
-            let mut first = 0;
-            while first < self.panels.rows {
-                let rows = self.panels.rows(first);
-                match rows {
-                    12 => self.tile::<S, 12>(t, first),
-                    8 => self.tile::<S, 8>(t, first),
-                    4 => self.tile::<S, 4>(t, first),
-                    2 => self.tile::<S, 2>(t, first),
-                    _ => self.tile::<S, 1>(t, first),
-                }
-                first += rows;
-            }
+        for number in self.tiles.clone() {
+            Tile { product: &self, number }.by_panel::<S>(self.rows);
         }
     }
 }
 
-impl<M: Multiply> Product<'_, M> {
+/// One tile of a product.
+struct Tile<'a, M: Multiply> {
+    product: &'a Product<'a, M>,
+    number: usize,
+}
+
+impl<M: Multiply> ByPanel for Tile<'_, M> {
     #[inline(always)]
-    fn tile<S: Simd, const R: usize>(&self, t: usize, first: usize) {
-        let tile = &self.weights[t * self.per_tile..(t + 1) * self.per_tile];
-        let x = &self.packed[first * self.words..(first + R) * self.words];
-        let acc = M::dot::<S, R>(tile, x);
-        for (h, column) in [t * TILE, t * TILE + LANES].into_iter().enumerate() {
-            let width = self.n.saturating_sub(column).min(LANES);
-            let bias = self.bias.map(|b| &b[column.min(self.n)..][..width]);
+    fn panel<S: Simd, const R: usize>(&mut self, first: usize) {
+        let Tile { product, number } = *self;
+        let Product { per_tile, words, n, bias, output, .. } = *product;
+        let tile = &product.weights[number * per_tile..(number + 1) * per_tile];
+        let acc = M::dot::<S, R>(tile, &product.packed[first * words..(first + R) * words]);
+        for (h, column) in [number * TILE, number * TILE + LANES].into_iter().enumerate() {
+            let width = n.saturating_sub(column).min(LANES);
+            let bias = bias.map(|b| &b[column.min(n)..][..width]);
             for (r, acc) in acc.iter().enumerate() {
-                let at = self.out.at((first + r) * self.n + column);
+                let at = product.out.at((first + r) * n + column);
                 // SAFETY: within `(rows, n)`, and these columns belong to this tile alone, which is one task's.
                 let out = unsafe { std::slice::from_raw_parts_mut(at, width) };
                 let acc = S::store(acc[h]);
                 // A width that is known makes vectors of the loop.
                 match (out.first_chunk_mut::<LANES>(), bias) {
-                    (Some(out), None) => (0..LANES).for_each(|i| out[i] = self.output.apply(out[i], acc[i])),
+                    (Some(out), None) => (0..LANES).for_each(|i| out[i] = output.apply(out[i], acc[i])),
                     (_, bias) => {
                         for (i, (o, a)) in out.iter_mut().zip(acc).enumerate() {
-                            *o = self.output.apply(*o, bias.map_or(a, |b| a + b[i]));
+                            *o = output.apply(*o, bias.map_or(a, |b| a + b[i]));
                         }
                     }
                 }
@@ -288,11 +279,11 @@ fn prefetch<S: Simd, W, const R: usize>(weights: &W) {
     }
 }
 
-/// Weights and activations in f32.
-struct F32;
+/// Weights in a format that is widened as it is read, activations in f32.
+struct Wide<T>(PhantomData<T>);
 
-impl Multiply for F32 {
-    type Weights = [f32; TILE];
+impl<T: Lanes> Multiply for Wide<T> {
+    type Weights = [T; TILE];
 
     fn words(k: usize) -> usize {
         k
@@ -306,43 +297,12 @@ impl Multiply for F32 {
     }
 
     #[inline(always)]
-    fn dot<S: Simd, const R: usize>(tile: &[[f32; TILE]], x: &[u32]) -> [[S::F; 2]; R] {
+    fn dot<S: Simd, const R: usize>(tile: &[[T; TILE]], x: &[u32]) -> [[S::F; 2]; R] {
         let mut acc = [[S::splat(0.0); 2]; R];
         for (w, x) in tile.iter().zip(x.as_chunks::<R>().0) {
             prefetch::<S, _, R>(w);
             let [low, high] = halves(w);
-            let w = [S::load(low), S::load(high)];
-            for r in 0..R {
-                let x = S::splat(f32::from_bits(x[r]));
-                acc[r] = [S::mul_add(w[0], x, acc[r][0]), S::mul_add(w[1], x, acc[r][1])];
-            }
-        }
-        acc
-    }
-}
-
-/// Weights in f16, activations in f32.
-struct F16;
-
-impl Multiply for F16 {
-    type Weights = [f16; TILE];
-
-    fn words(k: usize) -> usize {
-        k
-    }
-
-    #[inline(always)]
-    fn pack<S: Simd, const R: usize>(x: [&[f32]; R], out: &mut [u32]) {
-        F32::pack::<S, R>(x, out);
-    }
-
-    #[inline(always)]
-    fn dot<S: Simd, const R: usize>(tile: &[[f16; TILE]], x: &[u32]) -> [[S::F; 2]; R] {
-        let mut acc = [[S::splat(0.0); 2]; R];
-        for (w, x) in tile.iter().zip(x.as_chunks::<R>().0) {
-            prefetch::<S, _, R>(w);
-            let [low, high] = halves(w);
-            let w = [S::load_f16(low), S::load_f16(high)];
+            let w = [T::widen::<S>(low), T::widen::<S>(high)];
             for r in 0..R {
                 let x = S::splat(f32::from_bits(x[r]));
                 acc[r] = [S::mul_add(w[0], x, acc[r][0]), S::mul_add(w[1], x, acc[r][1])];
@@ -411,7 +371,9 @@ fn pack_bytes<S: Simd, const R: usize>(x: [&[f32]; R], out: &mut [u32], offset: 
             let values = [S::load(low), S::load(high)];
             let (a, b) = (S::largest(values[0]), S::largest(values[1]));
             let largest = if a > b { a } else { b };
-            let inverse = S::splat(if largest > 0.0 { 127.0 / largest } else { 0.0 });
+            // Of zeros, and of what is too small to be divided by.
+            let inverse = 127.0 / largest;
+            let inverse = S::splat(if inverse.is_finite() { inverse } else { 0.0 });
             let finite = S::is_finite(values[0]) && S::is_finite(values[1]);
             // What is not finite becomes any integer.
             let mut sum = 0i32;

@@ -63,34 +63,30 @@ fn times_sigmoid<S: Simd>(x: S::F, z: S::F) -> S::F {
     S::div(x, S::add(S::splat(1.0), exp::<S>(S::sub(S::splat(0.0), z))))
 }
 
-/// Replaces every value of a slice by an expression of it and of the value of another beside it, 16 at a time.
+/// Replaces every value of a slice by an expression of it, and of the value of another slice beside it, 16 at a time.
 ///
 /// No function that takes a closure: that would be compiled without the instruction set's features.
 macro_rules! map_lanes {
-    ($x:expr, $y:expr, $a:ident, $b:ident => $value:expr) => {
+    ($a:ident in $x:expr $(, $b:ident in $y:expr)? => $value:expr) => {
         let (chunks, tail) = $x.as_chunks_mut::<LANES>();
-        let (others, rest) = $y.as_chunks::<LANES>();
-        for (x, y) in chunks.iter_mut().zip(others) {
-            let ($a, $b) = (S::load(x), S::load(y));
-            *x = S::store($value);
-        }
-        let (mut x, mut y) = ([0.0; LANES], [0.0; LANES]);
-        x[..tail.len()].copy_from_slice(tail);
-        y[..rest.len()].copy_from_slice(rest);
-        let ($a, $b) = (S::load(&x), S::load(&y));
-        tail.copy_from_slice(&S::store($value)[..tail.len()]);
-    };
-    ($x:expr, $a:ident => $value:expr) => {
-        let (chunks, tail) = $x.as_chunks_mut::<LANES>();
-        for x in chunks {
+        $(let (others, rest) = $y.as_chunks::<LANES>();)?
+        for (_i, x) in chunks.iter_mut().enumerate() {
             let $a = S::load(x);
+            $(let $b = S::load(&others[_i]);)?
             *x = S::store($value);
         }
-        let mut x = [0.0; LANES];
-        x[..tail.len()].copy_from_slice(tail);
-        let $a = S::load(&x);
+        let $a = load_part::<S>(tail);
+        $(let $b = load_part::<S>(rest);)?
         tail.copy_from_slice(&S::store($value)[..tail.len()]);
     };
+}
+
+/// Fewer values than lanes, and zeros.
+#[inline(always)]
+fn load_part<S: Simd>(x: &[f32]) -> S::F {
+    let mut lanes = [0.0; LANES];
+    lanes[..x.len()].copy_from_slice(x);
+    S::load(&lanes)
 }
 
 /// A norm, row by row.
@@ -145,41 +141,27 @@ impl Kernel for NormRow<'_> {
 fn moments<S: Simd>(norm: Norm, x: &[f32]) -> (f32, f32) {
     let len = x.len() as f32;
     match norm {
-        Norm::Rms(eps) => (0.0, 1.0 / (squares::<S>(x, 0.0) / len + eps).sqrt()),
+        Norm::Rms(eps) => (0.0, 1.0 / (sum::<S, true>(x, 0.0) / len + eps).sqrt()),
         Norm::Layer(eps) => {
-            let mean = sum::<S>(x) / len;
-            (mean, 1.0 / (squares::<S>(x, mean) / len + eps).sqrt())
+            let mean = sum::<S, false>(x, 0.0) / len;
+            (mean, 1.0 / (sum::<S, true>(x, mean) / len + eps).sqrt())
         }
     }
 }
 
-/// Sum of the values, in 16 lanes and one fixed tree.
+/// Sum of what is left of each value without `mean`, or of its squares, in 16 lanes and one fixed tree.
 #[inline(always)]
-fn sum<S: Simd>(x: &[f32]) -> f32 {
-    let mut sums = S::splat(0.0);
-    let (chunks, tail) = x.as_chunks::<LANES>();
-    for c in chunks {
-        sums = S::add(sums, S::load(c));
-    }
-    let mut sums = S::store(sums);
-    for (s, t) in sums.iter_mut().zip(tail) {
-        *s += t;
-    }
-    sum_lanes(sums)
-}
-
-/// Sum of the squares of what is left of each value without `mean`, in the same order.
-#[inline(always)]
-fn squares<S: Simd>(x: &[f32], mean: f32) -> f32 {
+fn sum<S: Simd, const SQUARED: bool>(x: &[f32], mean: f32) -> f32 {
     let mut sums = S::splat(0.0);
     let (chunks, tail) = x.as_chunks::<LANES>();
     for c in chunks {
         let d = S::sub(S::load(c), S::splat(mean));
-        sums = S::add(sums, S::mul(d, d));
+        sums = S::add(sums, if SQUARED { S::mul(d, d) } else { d });
     }
     let mut sums = S::store(sums);
     for (s, t) in sums.iter_mut().zip(tail) {
-        *s += (t - mean) * (t - mean);
+        let d = t - mean;
+        *s += if SQUARED { d * d } else { d };
     }
     sum_lanes(sums)
 }
@@ -246,7 +228,7 @@ impl Activate<'_> {
 impl Kernel for Activate<'_> {
     #[inline(always)]
     fn run<S: Simd>(self) {
-        map_lanes!(self.x, x => self.act.apply::<S>(x));
+        map_lanes!(x in self.x => self.act.apply::<S>(x));
     }
 }
 
@@ -273,7 +255,7 @@ impl Kernel for GateMul<'_> {
     fn run<S: Simd>(self) {
         for row in self.gate_up.chunks_exact_mut(2 * self.width) {
             let (gate, up) = row.split_at_mut(self.width);
-            map_lanes!(gate, up, g, u => S::mul(self.act.apply::<S>(g), u));
+            map_lanes!(g in gate, u in up => S::mul(self.act.apply::<S>(g), u));
         }
     }
 }
@@ -296,7 +278,7 @@ impl Kernel for SoftCap<'_> {
     #[inline(always)]
     fn run<S: Simd>(self) {
         let cap = S::splat(self.cap);
-        map_lanes!(self.x, x => S::mul(cap, tanh::<S>(S::div(x, cap))));
+        map_lanes!(x in self.x => S::mul(cap, tanh::<S>(S::div(x, cap))));
     }
 }
 

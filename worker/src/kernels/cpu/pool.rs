@@ -6,7 +6,6 @@
 
 use std::{
     any::Any,
-    cell::Cell,
     panic::{self, AssertUnwindSafe},
     ptr,
     sync::{
@@ -116,7 +115,7 @@ pub struct Pool {
     shared: Arc<Shared>,
     helpers: Vec<JoinHandle<()>>,
     /// Number of the last operation. One caller at a time.
-    operation: Mutex<Cell<u64>>,
+    operation: Mutex<u64>,
 }
 
 impl Pool {
@@ -135,7 +134,7 @@ impl Pool {
             thread::Builder::new().name(format!("strata-help-{i}")).spawn(move || shared.help()).ok()
         };
         let helpers = (1..threads).map_while(helper).collect();
-        Pool { shared, helpers, operation: Mutex::new(Cell::new(0)) }
+        Pool { shared, helpers, operation: Mutex::new(0) }
     }
 
     /// Threads that work on an operation, the caller's included.
@@ -151,10 +150,10 @@ impl Pool {
         if self.helpers.is_empty() || tasks <= 1 {
             return (0..tasks).for_each(call);
         }
-        let operation = lock(&self.operation);
+        let mut operation = lock(&self.operation);
         let shared = &*self.shared;
-        let number = operation.get() % u64::from(u32::MAX - 1) + 1;
-        operation.set(number);
+        let number = *operation % u64::from(u32::MAX - 1) + 1;
+        *operation = number;
         let job = Job { call, tasks };
         shared.next.store(0, Ordering::Relaxed);
         shared.left.store(0, Ordering::Relaxed);
