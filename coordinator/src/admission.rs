@@ -24,6 +24,7 @@ const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 1024;
 const MAX_LOGPROBS: u32 = 20;
 const MAX_BIASES: usize = 1024;
+const MAX_TENANT_BYTES: usize = 256;
 const MAX_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 /// When to try again after an overload: about the time a short answer takes.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
@@ -130,6 +131,8 @@ pub struct Checked {
     pub logprobs: Option<u32>,
     /// Time allowed from arrival.
     pub deadline: Option<Duration>,
+    /// Whose it is.
+    pub tenant: Arc<str>,
 }
 
 /// Refuses a name other than the served one.
@@ -195,6 +198,10 @@ pub fn check(
     if let Some(n) = request.logprobs.filter(|n| *n > MAX_LOGPROBS) {
         return Err(field("logprobs", format!("{n} is too large: at most {MAX_LOGPROBS}")));
     }
+    if request.tenant.len() > MAX_TENANT_BYTES {
+        let why = format!("{} bytes are too long: at most {MAX_TENANT_BYTES}", request.tenant.len());
+        return Err(field("tenant", why));
+    }
     let deadline = check_deadline(request.deadline_ms)?;
     if request.max_tokens == Some(0) {
         return Err(field("max_tokens", "0 asks for nothing: expected at least 1"));
@@ -216,6 +223,7 @@ pub fn check(
         eos: if request.ignore_eos { Vec::new() } else { profile.eos_token_ids.clone() },
         logprobs: request.logprobs,
         deadline,
+        tenant: request.tenant.into(),
     })
 }
 

@@ -28,6 +28,8 @@ pub(crate) struct Answer {
     pub text: TextStream,
     pub prompt_tokens: u32,
     pub generated: u32,
+    /// Of the prompt, tokens that were in the cache.
+    pub cached: u32,
 }
 
 /// What the last stage made of a sequence, beside what the scheduler is told.
@@ -80,16 +82,17 @@ pub(crate) fn generation(request: Checked, arrived: Duration) -> (scheduler::Req
         seed: request.seed,
         prompt_tokens,
         logprobs: request.logprobs,
+        history: Vec::new(),
     };
     let work = scheduler::Work::Generate { max_tokens: request.max_tokens, eos: request.eos, sampling };
-    let asked =
-        scheduler::Request { prompt: request.prompt, deadline: request.deadline.map(|d| arrived + d), work };
-    (asked, Some(Answer { text: TextStream::new(request.stop), prompt_tokens, generated: 0 }))
+    let deadline = request.deadline.map(|d| arrived + d);
+    let asked = scheduler::Request { prompt: request.prompt, tenant: request.tenant, deadline, work };
+    (asked, Some(Answer { text: TextStream::new(request.stop), prompt_tokens, generated: 0, cached: 0 }))
 }
 
 /// Ends an answer for `reason`.
 pub(crate) fn finish(live: Live, reason: FinishReason, tokenizer: &Tokenizer) {
-    let Some(Answer { text, prompt_tokens, generated }) = live.answer else { return };
+    let Some(Answer { text, prompt_tokens, generated, cached }) = live.answer else { return };
     // After a stop string, what was held back is behind it.
     let rest = match reason {
         FinishReason::Stop => Ok(String::new()),
@@ -97,7 +100,7 @@ pub(crate) fn finish(live: Live, reason: FinishReason, tokenizer: &Tokenizer) {
     };
     let reply = match rest {
         Ok(text) => {
-            let usage = v1::Usage { prompt_tokens, completion_tokens: generated };
+            let usage = v1::Usage { prompt_tokens, completion_tokens: generated, cached_tokens: cached };
             let finished = v1::Finished { reason: reason as i32, usage: Some(usage), text };
             Reply::Event(generate_event::Event::Finished(finished))
         }

@@ -208,6 +208,7 @@ impl Coordinator {
                 eos: Vec::new(),
                 logprobs: Some(PROBE_LOGPROBS),
                 deadline: None,
+                tenant: "".into(),
             })),
         };
         let permit = self.gate.enter().map_err(|e| e.to_string())?;

@@ -203,7 +203,7 @@ impl Engine {
             Asked::Encode(input, deadline) => {
                 let work = scheduler::Work::Encode(input.encode);
                 let deadline = deadline.map(|d| arrived + d);
-                (scheduler::Request { prompt: input.ids, deadline, work }, None)
+                (scheduler::Request { prompt: input.ids, tenant: "".into(), deadline, work }, None)
             }
         };
         let prompt_tokens = asked.prompt.len() as u64;
@@ -289,7 +289,7 @@ impl Engine {
                     let result = results.remove(&output.sequence);
                     match (output.output, result) {
                         (scheduler::Output::Token(token), Some(Yield::Token(logprobs))) => {
-                            self.emit(output.sequence, token, output.finished, logprobs);
+                            self.emit(output, token, logprobs);
                         }
                         (_, Some(Yield::Whole(reply))) => {
                             if let Some(live) = self.live.remove(&output.sequence) {
@@ -306,13 +306,8 @@ impl Engine {
     }
 
     /// Sends a committed token on, and ends the answer where it ends.
-    fn emit(
-        &mut self,
-        sequence: SequenceId,
-        id: u32,
-        finished: Option<scheduler::Finish>,
-        logprobs: Option<v1::TokenLogprobs>,
-    ) {
+    fn emit(&mut self, committed: scheduler::Committed, id: u32, logprobs: Option<v1::TokenLogprobs>) {
+        let scheduler::Committed { sequence, finished, cached_prompt, .. } = committed;
         let Some(live) = self.live.get_mut(&sequence) else { return };
         let Some(answer) = &mut live.answer else { return };
         let piece = match answer.text.push(id, &self.tokenizer) {
@@ -330,6 +325,7 @@ impl Engine {
             index: answer.generated,
         };
         answer.generated += 1;
+        answer.cached = cached_prompt;
         self.counters.generated_tokens += 1;
         let gone = live.reply.send(Reply::Event(generate_event::Event::Tokens(tokens))).is_err();
         let finish = match finished {
@@ -530,6 +526,8 @@ impl Engine {
             load.kv_tokens_total += u64::from(stats.blocks_total) * block;
             load.steps_in_flight += stats.in_flight;
             load.preemptions += stats.preemptions;
+            load.prefix_queries += stats.prefix_queries;
+            load.prefix_hits += stats.prefix_hits;
         }
         self.snapshot.send_if_modified(|s| {
             let changed = s.load != load || s.members.len() != self.members.len();
@@ -552,6 +550,7 @@ impl Engine {
             depth: if stages > 1 { stages + 1 } else { 1 },
             micro_batches: stages,
             rope_switch: self.profile.recompute_at,
+            prefix_cache: self.limits.prefix_cache,
         }
     }
 }

@@ -161,6 +161,8 @@ pub struct Limits {
     pub prefill_chunk: u32,
     /// Longest that those who decode are to wait for a token because of others' prompts; zero is as long as it takes.
     pub inter_token: Duration,
+    /// Prompts that begin alike are computed once, within a tenant.
+    pub prefix_cache: bool,
     /// Most requests in progress or waiting.
     pub max_requests: usize,
 }

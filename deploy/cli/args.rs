@@ -101,6 +101,9 @@ pub struct DeploymentArgs {
     /// Milliseconds that a long prompt may keep others waiting for their next token; 0 is as long as it takes
     #[arg(long, env = "STRATA_INTER_TOKEN_MS", default_value_t = 200)]
     pub inter_token_ms: u64,
+    /// Compute every prompt from its beginning, even if an earlier one began alike
+    #[arg(long, env = "STRATA_NO_PREFIX_CACHE")]
+    pub no_prefix_cache: bool,
     /// Serve although this check fails: token-ids, family, special-tokens, chat-template, round-trip or output
     #[arg(long, env = "STRATA_SKIP_CHECK", value_delimiter = ',')]
     pub skip_check: Vec<Check>,
@@ -335,6 +338,9 @@ pub struct BenchArgs {
     /// Tokens of each prompt, drawn at random
     #[arg(long, env = "STRATA_PROMPT_TOKENS", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     pub prompt_tokens: u32,
+    /// Tokens at the beginning of each prompt that are the same in all of them
+    #[arg(long, env = "STRATA_SHARED_PREFIX", default_value_t = 0)]
+    pub shared_prefix: u32,
     /// Tokens of each answer
     #[arg(long, env = "STRATA_MAX_TOKENS", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_tokens: u32,
@@ -434,6 +440,9 @@ pub struct GenerateArgs {
     /// Use the sampling settings the model's makers suggest
     #[arg(long, env = "STRATA_MODEL_DEFAULTS")]
     pub model_defaults: bool,
+    /// Whose request it is: prompts that begin alike are computed once within a tenant
+    #[arg(long, env = "STRATA_TENANT", default_value = "")]
+    pub tenant: String,
     /// Print one JSON object per event, and a last one with the whole answer
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,

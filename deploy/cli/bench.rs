@@ -6,7 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicU32, Ordering},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::bail;
@@ -62,12 +62,14 @@ impl Percentiles {
 
 /// `strata bench`
 pub async fn bench(args: BenchArgs) -> anyhow::Result<()> {
+    // Its own, or the prompts of an earlier measurement would be in the server's cache.
+    let tenant = format!("bench {:?}", SystemTime::now());
     let channel = connect(&args.address.address).await?;
     let mut reports = Vec::new();
     for concurrency in &args.concurrency {
         // A request before the clock starts, so that every path has been taken once.
-        Sample::take(channel.clone(), &args, u64::MAX).await?;
-        reports.push(load(&channel, &args, *concurrency).await?);
+        Sample::take(channel.clone(), &args, &tenant, u64::MAX).await?;
+        reports.push(load(&channel, &args, &tenant, *concurrency).await?);
     }
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -80,7 +82,7 @@ pub async fn bench(args: BenchArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn load(channel: &Channel, args: &BenchArgs, concurrency: u32) -> anyhow::Result<Report> {
+async fn load(channel: &Channel, args: &BenchArgs, tenant: &str, concurrency: u32) -> anyhow::Result<Report> {
     let requests = args.requests.unwrap_or(4 * concurrency).max(concurrency);
     let style = ProgressStyle::with_template("{bar:32} {pos}/{len} requests, {msg} at once");
     let bar = ProgressBar::new(u64::from(requests))
@@ -98,7 +100,7 @@ async fn load(channel: &Channel, args: &BenchArgs, concurrency: u32) -> anyhow::
                     return anyhow::Ok(samples);
                 }
                 let seed = u64::from(concurrency) << 32 | u64::from(number);
-                samples.push(Sample::take(channel.clone(), args, seed).await?);
+                samples.push(Sample::take(channel.clone(), args, tenant, seed).await?);
                 bar.inc(1);
             }
         }
@@ -130,14 +132,19 @@ struct Sample {
 
 impl Sample {
     /// Sends a prompt of its own, drawn from `seed`, and waits for the whole answer.
-    async fn take(channel: Channel, args: &BenchArgs, seed: u64) -> anyhow::Result<Sample> {
+    async fn take(channel: Channel, args: &BenchArgs, tenant: &str, seed: u64) -> anyhow::Result<Sample> {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ args.seed;
         let id = |_| {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             (IDS.start + (state >> 33) % (IDS.end - IDS.start)) as u32
         };
+        let mut token_ids: Vec<u32> = (0..args.prompt_tokens).map(id).collect();
+        for (i, id) in token_ids.iter_mut().take(args.shared_prefix as usize).enumerate() {
+            *id = (IDS.start + (i as u64 * 7 + args.seed) % (IDS.end - IDS.start)) as u32;
+        }
         let request = GenerateRequest {
-            token_ids: (0..args.prompt_tokens).map(id).collect(),
+            token_ids,
+            tenant: tenant.to_owned(),
             max_tokens: Some(args.max_tokens),
             ignore_eos: true,
             ..GenerateRequest::default()

@@ -97,6 +97,7 @@ fn request(args: GenerateArgs) -> GenerateRequest {
         logprobs: args.logprobs,
         deadline_ms: args.deadline_ms,
         model_defaults: args.model_defaults,
+        tenant: args.tenant,
     }
 }
 
@@ -111,7 +112,11 @@ fn logprob_json(scores: &TokenLogprobs) -> Value {
 }
 
 fn usage_json(usage: Usage) -> Value {
-    json!({"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens})
+    json!({
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "cached_tokens": usage.cached_tokens,
+    })
 }
 
 fn reason_name(reason: FinishReason) -> &'static str {

@@ -173,6 +173,7 @@ fn coordinator_config(
         limits: Limits {
             prefill_chunk: args.prefill_chunk,
             inter_token: Duration::from_millis(args.inter_token_ms),
+            prefix_cache: !args.no_prefix_cache,
             max_requests: args.max_requests as usize,
         },
         expected_members,

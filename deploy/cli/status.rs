@@ -32,6 +32,7 @@ fn as_text(status: &StatusResponse, plan: Option<&Plan>) -> String {
         "{} {state}, generation {fence}\n\
          requests  {} running, {} waiting; {} steps in flight\n\
          cache     {} of {} tokens\n\
+         prefixes  {} of {} tokens were in the cache\n\
          so far    {} prompt tokens, {} generated, {} steps, {} preemptions\n",
         status.model,
         load.running,
@@ -39,6 +40,8 @@ fn as_text(status: &StatusResponse, plan: Option<&Plan>) -> String {
         load.steps_in_flight,
         load.kv_tokens_used,
         load.kv_tokens_total,
+        load.prefix_hits,
+        load.prefix_queries,
         load.prompt_tokens,
         load.generated_tokens,
         load.steps,
@@ -71,6 +74,8 @@ fn as_json(status: &StatusResponse, plan: Option<&Plan>) -> anyhow::Result<Strin
             "kv_tokens_used": load.kv_tokens_used,
             "kv_tokens_total": load.kv_tokens_total,
             "steps_in_flight": load.steps_in_flight,
+            "prefix_queries": load.prefix_queries,
+            "prefix_hits": load.prefix_hits,
             "prompt_tokens": load.prompt_tokens,
             "generated_tokens": load.generated_tokens,
             "preemptions": load.preemptions,

@@ -105,6 +105,7 @@ pub struct Options {
     pub max_step_tokens: u32,
     pub prefill_chunk: u32,
     pub inter_token: Duration,
+    pub prefix_cache: bool,
     pub max_requests: usize,
     pub hook: Option<StepHook>,
 }
@@ -123,6 +124,7 @@ impl Default for Options {
             max_step_tokens: 256,
             prefill_chunk: 64,
             inter_token: Duration::ZERO,
+            prefix_cache: true,
             max_requests: 256,
             hook: None,
         }
@@ -187,6 +189,7 @@ impl Cluster {
             limits: Limits {
                 prefill_chunk: options.prefill_chunk,
                 inter_token: options.inter_token,
+                prefix_cache: options.prefix_cache,
                 max_requests: options.max_requests,
             },
             expected_members: options.workers,

@@ -225,7 +225,10 @@ fn serve_and_its_clients_speak_as_documented() {
     assert_eq!(last["token_ids"], serde_json::json!([49, 14, 536]));
     assert_eq!(last["prompt_token_ids"], serde_json::json!([0, 842, 28, 201]));
     assert_eq!(last["finish_reason"], "length");
-    assert_eq!(last["usage"], serde_json::json!({"prompt_tokens": 4, "completion_tokens": 3}));
+    assert_eq!(
+        last["usage"],
+        serde_json::json!({"prompt_tokens": 4, "completion_tokens": 3, "cached_tokens": 0})
+    );
     assert_eq!(last["logprobs"].as_array().unwrap().len(), 3);
     assert_eq!(lines.len(), 5, "started, three tokens, finished: {out}");
 

@@ -117,7 +117,7 @@ async fn answers_end_where_they_should() {
     let client = cluster.client().await;
     let whole = ask(&client, text_request("ROMEO:\n", 48)).await.unwrap();
     assert!(whole.text.starts_with("O, then, I'll be so.\n\nROMEO:\nI will not be so"), "{:?}", whole.text);
-    assert_eq!(whole.usage, v1::Usage { prompt_tokens: 4, completion_tokens: 48 });
+    assert_eq!(whole.usage, v1::Usage { prompt_tokens: 4, completion_tokens: 48, cached_tokens: 0 });
 
     let stopped =
         GenerateRequest { stop: vec!["never".into(), "\n\nROM".into()], ..text_request("ROMEO:\n", 48) };
@@ -173,6 +173,7 @@ async fn bad_requests_name_the_field_and_the_bound_and_disturb_nobody() {
         (sampling(Sampling { top_p: Some(0.0), ..Sampling::default() }), "top_p", "(0, 1]"),
         (sampling(Sampling { top_k: Some(u32::MAX), ..Sampling::default() }), "top_k", "2048"),
         (GenerateRequest { logprobs: Some(21), ..text_request("x", 4) }, "logprobs", "20"),
+        (GenerateRequest { tenant: "t".repeat(257), ..text_request("x", 4) }, "tenant", "at most 256"),
         (GenerateRequest { stop: vec!["a".into(); 17], ..text_request("x", 4) }, "stop", "16"),
         (GenerateRequest { stop: vec![String::new()], ..text_request("x", 4) }, "stop", "1 to 1024"),
         (GenerateRequest { deadline_ms: Some(0), ..text_request("x", 4) }, "deadline_ms", "expected 1"),
@@ -370,6 +371,65 @@ async fn fewer_bits_answer_the_same_for_every_number_of_workers_and_threads() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prefix_that_is_known_is_not_computed_again_and_changes_no_bit() {
+    let ids: Vec<u32> = (0..100).map(|i| 50 + i * 7 % 400).collect();
+    let request = |ids: &[u32], tenant: &str| GenerateRequest {
+        // Penalties need the tokens that no row brings.
+        sampling: Some(Sampling {
+            temperature: Some(0.8),
+            repetition_penalty: Some(1.3),
+            frequency_penalty: Some(0.2),
+            seed: Some(5),
+            ..Sampling::default()
+        }),
+        logprobs: Some(4),
+        ignore_eos: true,
+        tenant: tenant.into(),
+        ..greedy(ids, 30)
+    };
+    let but_usage = |answer: &Answer| Answer { usage: v1::Usage::default(), ..answer.clone() };
+    let never = Cluster::start(&Options { prefix_cache: false, ..Options::default() }).await;
+    let client = never.client().await;
+    let cold = ask(&client, request(&ids, "a")).await.unwrap();
+    let longer: Vec<u32> = ids.iter().chain(&cold.ids).copied().chain([60, 61]).collect();
+    let cold_longer = ask(&client, request(&longer, "a")).await.unwrap();
+    assert_eq!((cold.usage.cached_tokens, cold_longer.usage.cached_tokens), (0, 0), "it is switched off");
+    for workers in [1, 3] {
+        let computed = Arc::new(Mutex::new(0));
+        let seen = computed.clone();
+        let hook = move |meta: &v1::StepMeta| {
+            *seen.lock().unwrap() += meta.token_ids.len();
+            Ok(())
+        };
+        let options = Options { workers, hook: Some(Arc::new(hook)), ..Options::default() };
+        let cluster = Cluster::start(&options).await;
+        let client = cluster.client().await;
+        // All but one of 100, the last of which is computed always, in whole blocks; 129 of which 128 are known.
+        for (ids, tenant, expected, known) in [
+            (&ids, "a", &cold, 0),
+            (&ids, "a", &cold, 96),
+            (&longer, "a", &cold_longer, 128),
+            (&ids, "b", &cold, 0),
+        ] {
+            *computed.lock().unwrap() = 0;
+            let answer = ask(&client, request(ids, tenant)).await.unwrap();
+            assert!(but_usage(&answer) == but_usage(expected), "other tokens or log-probabilities");
+            assert_eq!(answer.usage.cached_tokens, known);
+            let tokens = *computed.lock().unwrap();
+            assert_eq!(
+                tokens,
+                (ids.len() - known as usize + 29) * workers,
+                "{known} of {} are known",
+                ids.len()
+            );
+        }
+        let load = status(&cluster.address).await.load.unwrap();
+        assert_eq!(load.prefix_hits, 96 + 128);
+        assert!(load.prefix_queries >= 432, "{load:?}");
+    }
+}
+
 /// The target is beyond reach here, so that prompts go in the smallest chunks while somebody decodes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_long_prompt_does_not_keep_those_who_decode_waiting() {
@@ -397,7 +457,8 @@ async fn a_long_prompt_does_not_keep_those_who_decode_waiting() {
     let decoder = ask(&client, greedy(&ids, 150));
     let other = async {
         cluster.wait_for("somebody who decodes", |s| s.load.generated_tokens > 4).await;
-        let mut other = client.clone().generate(greedy(&ids, 2)).await.unwrap().into_inner();
+        let different: Vec<u32> = ids.iter().rev().copied().collect();
+        let mut other = client.clone().generate(greedy(&different, 2)).await.unwrap().into_inner();
         assert!(other.message().await.unwrap().is_some());
         cluster.wait_for("both", |s| s.load.running + s.load.waiting == 2).await;
         go_on.send(()).unwrap();

@@ -57,13 +57,15 @@ impl Sampler {
     fn new(row: &v1::RowSampling) -> Result<Self, WorkerError> {
         let params = SamplingParams::try_from(&row.sampling.clone().unwrap_or_default())
             .map_err(|e| WorkerError::BadMessage(e.to_string()))?;
-        Ok(Sampler {
+        let mut sampler = Sampler {
             history: params.needs_history().then(TokenHistory::default),
             params,
             seed: row.seed,
             prompt_tokens: row.prompt_tokens,
             logprobs: row.logprobs,
-        })
+        };
+        sampler.observe(&row.history, 0);
+        Ok(sampler)
     }
 
     /// Takes note of input tokens from position `start` on.
@@ -142,11 +144,19 @@ impl Generation {
                 continue;
             }
             if row.reset {
+                let known = row.sampling.as_ref().map_or(0, |s| s.history.len());
+                if row.start % BLOCK_TOKENS != 0 || known != row.start as usize {
+                    return broken(format!(
+                        "sequence {} begins at {} with {known} tokens before it: expected whole blocks and all of them",
+                        row.sequence, row.start
+                    ));
+                }
                 let sampler = match &row.sampling {
                     Some(sampling) if weights.spec().head => Some(Sampler::new(sampling)?),
                     _ => None,
                 };
-                let sequence = Sequence { blocks: Vec::new(), length: 0, rope_set: row.rope_set, sampler };
+                let (blocks, length) = (Vec::new(), row.start);
+                let sequence = Sequence { blocks, length, rope_set: row.rope_set, sampler };
                 self.sequences.insert(row.sequence, sequence);
             }
             let Some(sequence) = self.sequences.get_mut(&row.sequence) else {

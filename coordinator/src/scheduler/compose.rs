@@ -10,19 +10,31 @@ pub(super) const ALONE_AFTER: u32 = 3;
 impl Scheduler {
     /// Gives a waiting sequence blocks for all its known tokens, if there are any to spare.
     fn admit(&mut self, id: SequenceId) -> bool {
+        let Config { block_tokens, rope_switch, .. } = self.config;
         let Some(sequence) = self.live.get_mut(&id) else { return false };
-        let known = sequence.cached().div_ceil(self.config.block_tokens);
+        let mut blocks = sequence.find(&self.blocks, block_tokens, rope_switch);
+        let found = blocks.len() as u32;
+        let known = sequence.cached().div_ceil(block_tokens);
         if known > 0 {
             // The first sampled token needs a slot too.
-            let needed = (sequence.cached() + 1).div_ceil(self.config.block_tokens);
+            let needed = (sequence.cached() + 1).div_ceil(block_tokens) - found;
             // Every running sequence may soon want a block; whoever runs alone need not mind.
             let headroom = self.running.len() as u32;
-            if self.blocks.free() < needed + headroom {
+            if self.blocks.available() - self.blocks.idle_among(&blocks) < needed + headroom {
                 return false;
             }
         }
-        let Some(blocks) = self.blocks.take(known) else { return false };
-        sequence.blocks = blocks;
+        let contents = self.blocks.share(&blocks);
+        let Some(new) = self.blocks.take(known - found) else {
+            self.blocks.give_back(&blocks);
+            return false;
+        };
+        blocks.extend(new);
+        sequence.begin(blocks, found, contents, block_tokens);
+        if known > 0 {
+            self.prefix_queries += u64::from(sequence.len());
+            self.prefix_hits += u64::from(sequence.scheduled);
+        }
         self.waiting.remove(&id);
         self.running.insert(id);
         true
@@ -139,9 +151,15 @@ impl Scheduler {
         step.token_ids.extend(&sequence.tokens[start..start + count as usize]);
         // A chunk that is not the last counts too: the bound is on rows as well.
         step.outputs += sequence.outputs();
-        step.rows.push(sequence.row(id, count, self.config.block_tokens, self.config.rope_switch));
+        step.rows.push(sequence.row(id, count, self.config.block_tokens));
         sequence.last_step = self.next_step + 1;
-        step.flights.push(Flight { sequence: id, epoch: sequence.epoch, yields: sequence.awaiting, decodes });
+        step.flights.push(Flight {
+            sequence: id,
+            epoch: sequence.epoch,
+            end: sequence.scheduled,
+            yields: sequence.awaiting,
+            decodes,
+        });
     }
 }
 

@@ -20,7 +20,7 @@ use strata_proto::{
     v1,
 };
 
-pub use blocks::BlockAllocator;
+use blocks::BlockAllocator;
 use compose::{ALONE_AFTER, Step};
 use sequence::Sequence;
 pub use sequence::{Encode, Finish, Request, SequenceId, Work};
@@ -44,6 +44,8 @@ pub struct Config {
     pub micro_batches: u32,
     /// Sequences that grow longer than this must be computed anew, by other rotary frequencies (longrope).
     pub rope_switch: Option<u32>,
+    /// Sequences use what others of their tenant computed of the same prefix.
+    pub prefix_cache: bool,
 }
 
 /// Why a request cannot be scheduled.
@@ -129,6 +131,8 @@ pub struct Committed {
     pub output: Output,
     /// Set if it was the last one; the sequence is gone then.
     pub finished: Option<Finish>,
+    /// Tokens of the prompt that had been computed for others before.
+    pub cached_prompt: u32,
 }
 
 /// Gauges and counters.
@@ -146,6 +150,10 @@ pub struct Stats {
     pub in_flight: u32,
     /// Sequences that lost their blocks to an older one, since the start.
     pub preemptions: u64,
+    /// Tokens of admitted sequences, since the start, and how many of them had been computed for others before.
+    pub prefix_queries: u64,
+    /// See `prefix_queries`.
+    pub prefix_hits: u64,
 }
 
 /// A sequence that no scheduler has: a new one, or one that was given up.
@@ -168,6 +176,8 @@ impl Unplaced {
 struct Flight {
     sequence: SequenceId,
     epoch: u32,
+    /// The position after its last one.
+    end: u32,
     yields: bool,
     /// It is the one token that was sampled last.
     decodes: bool,
@@ -186,6 +196,8 @@ pub struct Scheduler {
     released: Vec<SequenceId>,
     next_step: u64,
     preemptions: u64,
+    prefix_queries: u64,
+    prefix_hits: u64,
     /// Most tokens of prompts in a step while somebody decodes.
     mixed_tokens: u32,
 }
@@ -203,6 +215,8 @@ impl Scheduler {
             released: Vec::new(),
             next_step: 0,
             preemptions: 0,
+            prefix_queries: 0,
+            prefix_hits: 0,
             mixed_tokens: u32::MAX,
         }
     }
@@ -211,7 +225,7 @@ impl Scheduler {
     pub fn surrender(&mut self) -> Vec<Unplaced> {
         let live = std::mem::take(&mut self.live).into_iter();
         let moved = live.map(|(id, mut sequence)| {
-            self.blocks.give_back(sequence.forget());
+            self.blocks.give_back(&sequence.forget());
             sequence.on_stages = false;
             sequence.last_step = 0;
             Unplaced { id, sequence }
@@ -317,10 +331,14 @@ impl Scheduler {
                 continue;
             };
             sequence.in_flight -= 1;
+            if self.config.prefix_cache {
+                // Not before: a step that fails leaves anything in its blocks.
+                sequence.publish(flight.end, &mut self.blocks, self.config.block_tokens);
+            }
             let Some(output) = outputs.get(&flight.sequence).copied().filter(|_| flight.yields) else {
                 continue;
             };
-            let finished = sequence.append(output);
+            let (finished, cached_prompt) = (sequence.append(output), sequence.cached_prompt);
             let switches = Some(sequence.len() - 1) == self.config.rope_switch;
             if finished.is_some() {
                 self.cancel(flight.sequence);
@@ -328,7 +346,7 @@ impl Scheduler {
                 // All that is cached has turned by the wrong angles.
                 self.requeue(flight.sequence);
             }
-            committed.push(Committed { sequence: flight.sequence, output, finished });
+            committed.push(Committed { sequence: flight.sequence, output, finished, cached_prompt });
         }
         Ok(committed)
     }
@@ -363,7 +381,7 @@ impl Scheduler {
             if sequence.on_stages {
                 self.released.push(id);
             }
-            self.blocks.give_back(sequence.blocks);
+            self.blocks.give_back(&sequence.blocks);
             self.running.remove(&id);
             self.waiting.remove(&id);
         }
@@ -409,10 +427,12 @@ impl Scheduler {
         Stats {
             running: self.running.len() as u32,
             waiting: self.waiting.len() as u32,
-            blocks_used: self.blocks.total() - self.blocks.free(),
+            blocks_used: self.blocks.total() - self.blocks.available(),
             blocks_total: self.blocks.total(),
             in_flight: self.in_flight.len() as u32,
             preemptions: self.preemptions,
+            prefix_queries: self.prefix_queries,
+            prefix_hits: self.prefix_hits,
         }
     }
 
@@ -444,7 +464,7 @@ impl Scheduler {
     fn requeue(&mut self, id: SequenceId) {
         if let Some(sequence) = self.live.get_mut(&id) {
             let blocks = sequence.forget();
-            self.blocks.give_back(blocks);
+            self.blocks.give_back(&blocks);
             self.running.remove(&id);
             self.waiting.insert(id);
         }

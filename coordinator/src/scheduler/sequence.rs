@@ -1,10 +1,13 @@
 //! One request as the scheduler sees it.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use strata_proto::v1;
 
-use super::Output;
+use super::{
+    Output,
+    blocks::{BlockAllocator, Contents, Scope},
+};
 
 /// Names a request for its whole life; ascending in order of arrival, never reused.
 pub type SequenceId = u64;
@@ -14,6 +17,8 @@ pub type SequenceId = u64;
 pub struct Request {
     /// Prompt or input, never empty.
     pub prompt: Vec<u32>,
+    /// Whose it is: computed prefixes are shared within a tenant.
+    pub tenant: Arc<str>,
     /// When to give up, on the caller's clock.
     pub deadline: Option<Duration>,
     /// What is to be done with it.
@@ -77,6 +82,13 @@ pub(super) struct Sequence {
     pub blocks: Vec<u32>,
     /// How many of them the stages know of.
     announced: u32,
+    /// How many of them others may use too, and what the last one of these holds.
+    published: (u32, Option<Contents>),
+    scope: Scope,
+    /// Positions of the prompt that others had computed when it was first admitted.
+    pub cached_prompt: u32,
+    /// Its next row is the first of its state.
+    begins: bool,
     /// Stages hold state of it, be it outdated: they must be told when it is gone.
     pub on_stages: bool,
     /// Positions that are in steps, committed or in flight.
@@ -102,6 +114,10 @@ impl Sequence {
             deadline: request.deadline,
             blocks: Vec::new(),
             announced: 0,
+            published: (0, None),
+            scope: Scope { tenant: request.tenant, rope_set: 0 },
+            cached_prompt: 0,
+            begins: true,
             on_stages: false,
             scheduled: 0,
             in_flight: 0,
@@ -157,7 +173,7 @@ impl Sequence {
 
     /// Whether its next row is the one token that was sampled last.
     pub fn decodes(&self) -> bool {
-        !self.awaiting && self.scheduled > 0 && self.remaining() == 1
+        !self.awaiting && !self.begins && self.remaining() == 1
     }
 
     /// Whether a part of its answer is out, and its reader waits for more.
@@ -165,9 +181,44 @@ impl Sequence {
         self.len() > self.prompt
     }
 
+    /// The blocks that hold the beginning of it already, as far as there are any. At least its last token is left, since
+    /// somebody must compute what follows it. Sequences longer than `switch` turn by the second set of frequencies.
+    pub fn find(&mut self, blocks: &BlockAllocator, block_tokens: u32, switch: Option<u32>) -> Vec<u32> {
+        self.scope.rope_set = u32::from(switch.is_some_and(|switch| self.len() > switch));
+        match self.work {
+            Work::Generate { .. } => {
+                blocks.find(&self.scope, &self.tokens[..self.tokens.len() - 1], block_tokens)
+            }
+            Work::Encode(_) => Vec::new(),
+        }
+    }
+
+    /// Begins with these blocks, of which the first `found` hold its beginning, up to `contents`.
+    pub fn begin(&mut self, blocks: Vec<u32>, found: u32, contents: Option<Contents>, block_tokens: u32) {
+        self.blocks = blocks;
+        self.published = (found, contents);
+        self.scheduled = found * block_tokens;
+        if !self.has_answered() {
+            self.cached_prompt = self.scheduled;
+        }
+    }
+
+    /// Lets others use the blocks that are full now that the positions before `end` are certain.
+    pub fn publish(&mut self, end: u32, blocks: &mut BlockAllocator, block_tokens: u32) {
+        let (mut count, mut contents) = self.published;
+        let full = self.tokens.chunks_exact(block_tokens as usize).take((end / block_tokens) as usize);
+        for (tokens, block) in full.zip(&self.blocks).skip(count as usize) {
+            contents = Some(blocks.publish(*block, &self.scope, contents, tokens));
+            count += 1;
+        }
+        self.published = (count, contents);
+    }
+
     /// Starts over: all its state is to be computed anew. Returns its blocks.
     pub fn forget(&mut self) -> Vec<u32> {
         self.epoch += 1;
+        self.begins = true;
+        self.published = (0, None);
         self.scheduled = 0;
         self.announced = 0;
         self.in_flight = 0;
@@ -175,18 +226,21 @@ impl Sequence {
         std::mem::take(&mut self.blocks)
     }
 
-    /// The next `count` positions as a row of a step. Its blocks must cover them. Sequences longer than `switch` turn by
-    /// the second set of rotary frequencies.
-    pub fn row(&mut self, id: SequenceId, count: u32, block_tokens: u32, switch: Option<u32>) -> v1::Row {
+    /// The next `count` positions as a row of a step. Its blocks must cover them.
+    pub fn row(&mut self, id: SequenceId, count: u32, block_tokens: u32) -> v1::Row {
         let start = self.scheduled;
         let end = start + count;
         let ends = end == self.len();
         self.scheduled = end;
         self.in_flight += 1;
         self.awaiting = ends;
-        let row = v1::Row { sequence: id, start, count, reset: start == 0, ..v1::Row::default() };
+        let reset = std::mem::take(&mut self.begins);
+        let row = v1::Row { sequence: id, start, count, reset, ..v1::Row::default() };
         let sampling = match &self.work {
-            Work::Generate { sampling, .. } => (start == 0).then(|| sampling.clone()),
+            Work::Generate { sampling, .. } => reset.then(|| {
+                let history = self.tokens[..start as usize].to_vec();
+                v1::RowSampling { history, ..sampling.clone() }
+            }),
             Work::Encode(encode) => {
                 let masks = !encode.masked.is_empty();
                 let output = if masks { v1::RowOutput::Masks } else { v1::RowOutput::Vector };
@@ -210,7 +264,7 @@ impl Sequence {
             new_blocks,
             output: if ends { v1::RowOutput::Token } else { v1::RowOutput::None } as i32,
             sampling,
-            rope_set: u32::from(switch.is_some_and(|switch| self.len() > switch)),
+            rope_set: self.scope.rope_set,
             ..row
         }
     }

@@ -1,6 +1,9 @@
 //! The scheduler against a stage that believes nothing: random arrivals, cancellations, failures, timings.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    hash::{DefaultHasher, Hash, Hasher},
+};
 
 use proptest::prelude::*;
 
@@ -12,6 +15,17 @@ struct Cached {
     blocks: Vec<u32>,
     tokens: Vec<u32>,
     rope_set: u32,
+    /// Of the tenant, the frequencies, and all tokens up to each position.
+    hashes: Vec<u64>,
+}
+
+impl Cached {
+    fn push(&mut self, tenant: u32, token: u32) {
+        let mut hasher = DefaultHasher::new();
+        (tenant, self.rope_set, self.hashes.last(), token).hash(&mut hasher);
+        self.hashes.push(hasher.finish());
+        self.tokens.push(token);
+    }
 }
 
 fn submit(scheduler: &mut Scheduler, id: SequenceId, request: Request) -> Result<(), SubmitError> {
@@ -26,8 +40,9 @@ struct FakeStage {
     config: Config,
     due: u64,
     cached: HashMap<u64, Cached>,
-    /// Token last written to a position of a block, to find blocks that two sequences share.
-    memory: HashMap<(u32, u32), (u64, u32)>,
+    /// What was last written to a position of a block: it depends on all that came before.
+    memory: HashMap<(u32, u32), u64>,
+    tenants: HashMap<SequenceId, u32>,
 }
 
 /// Ends the input of an encoder, and is in no other place.
@@ -38,6 +53,11 @@ fn next_token(tokens: &[u32]) -> u32 {
 }
 
 impl FakeStage {
+    fn new(config: Config) -> Self {
+        let (cached, memory) = (HashMap::new(), HashMap::new());
+        FakeStage { config, due: 0, cached, memory, tenants: HashMap::new() }
+    }
+
     fn run(&mut self, meta: &v1::StepMeta) -> Vec<(u64, Output)> {
         assert_eq!(meta.step, self.due, "steps are numbered without gaps");
         self.due += 1;
@@ -67,8 +87,12 @@ impl FakeStage {
                 continue;
             }
             assert_eq!(row.reset, row.sampling.is_some(), "sampling travels with reset");
+            let tenant = self.tenants[&row.sequence];
             if row.reset {
-                let begun = Cached { rope_set: row.rope_set, ..Cached::default() };
+                let mut begun = Cached { rope_set: row.rope_set, ..Cached::default() };
+                let history = &row.sampling.as_ref().expect("checked above").history;
+                assert_eq!(row.start % self.config.block_tokens, 0, "whole blocks are shared");
+                history.iter().for_each(|id| begun.push(tenant, *id));
                 self.cached.insert(row.sequence, begun);
             }
             let cached = self.cached.get_mut(&row.sequence).expect("unknown and not reset");
@@ -76,22 +100,23 @@ impl FakeStage {
             assert_eq!(row.rope_set, cached.rope_set, "one cache, one set of frequencies");
             assert_eq!(row.first_block_index as usize, cached.blocks.len());
             cached.blocks.extend(&row.new_blocks);
-            cached.tokens.extend(ids);
+            ids.iter().for_each(|id| cached.push(tenant, *id));
             assert_eq!(
                 cached.blocks.len() as u32,
                 (cached.tokens.len() as u32).div_ceil(self.config.block_tokens)
             );
-            for (i, id) in ids.iter().enumerate() {
+            for i in 0..ids.len() {
                 let position = row.start + i as u32;
                 let block = cached.blocks[(position / self.config.block_tokens) as usize];
-                self.memory.insert((block, position % self.config.block_tokens), (row.sequence, *id));
+                let hash = cached.hashes[position as usize];
+                self.memory.insert((block, position % self.config.block_tokens), hash);
             }
-            // Everything the sequence reads must be what was written for it.
-            for (position, token) in cached.tokens.iter().enumerate() {
+            // Everything the sequence reads must be what its own tokens make of it.
+            for (position, hash) in cached.hashes.iter().enumerate() {
                 let position = position as u32;
                 let block = cached.blocks[(position / self.config.block_tokens) as usize];
-                let found = self.memory[&(block, position % self.config.block_tokens)];
-                assert_eq!(found, (row.sequence, *token), "another sequence wrote into a block in use");
+                let found = self.memory.get(&(block, position % self.config.block_tokens));
+                assert_eq!(found, Some(hash), "a block does not hold what the sequence relies on");
             }
             if row.output() == v1::RowOutput::Token {
                 let switch = self.config.rope_switch;
@@ -147,16 +172,20 @@ fn action() -> impl Strategy<Value = Action> {
 }
 
 fn config() -> impl Strategy<Value = Config> {
-    (4u32..24, 1u32..40, 1u32..8, 1u32..40, 1u32..5, prop::option::of(1u32..40)).prop_map(
-        |(blocks, max_step_tokens, max_step_rows, prefill_chunk, depth, rope_switch)| Config {
-            blocks,
-            block_tokens: 4,
-            max_step_tokens: max_step_tokens.max(max_step_rows),
-            max_step_rows,
-            prefill_chunk,
-            depth,
-            micro_batches: depth,
-            rope_switch,
+    let sizes = (4u32..24, 1u32..40, 1u32..8, 1u32..40, 1u32..5);
+    (sizes, prop::option::of(1u32..40), any::<bool>()).prop_map(
+        |((blocks, max_step_tokens, max_step_rows, prefill_chunk, depth), rope_switch, prefix_cache)| {
+            Config {
+                blocks,
+                block_tokens: 4,
+                max_step_tokens: max_step_tokens.max(max_step_rows),
+                max_step_rows,
+                prefill_chunk,
+                depth,
+                micro_batches: depth,
+                rope_switch,
+                prefix_cache,
+            }
         },
     )
 }
@@ -184,8 +213,7 @@ struct World {
 
 impl World {
     fn new(config: Config) -> Self {
-        let stage =
-            FakeStage { config: config.clone(), due: 0, cached: HashMap::new(), memory: HashMap::new() };
+        let stage = FakeStage::new(config.clone());
         World {
             scheduler: Scheduler::new(config),
             stage,
@@ -198,9 +226,12 @@ impl World {
     }
 
     fn submit(&mut self, prompt: u32, max_tokens: u32, deadline: Option<u32>) {
-        let prompt: Vec<u32> = (0..prompt).map(|i| (i * 7 + self.clock) % 50).collect();
+        // Few tenants and few ways to begin, so that many prefixes are the same.
+        let (tenant, first) = (self.clock % 2, self.clock / 2 % 3);
+        let prompt: Vec<u32> = (0..prompt).map(|i| (i * 7 + first) % 50).collect();
         let request = Request {
             prompt: prompt.clone(),
+            tenant: tenant.to_string().into(),
             deadline: deadline.map(|d| Duration::from_secs(u64::from(self.clock + d))),
             // One token in fifty ends an answer.
             work: Work::Generate { max_tokens, eos: vec![13], sampling: v1::RowSampling::default() },
@@ -208,6 +239,7 @@ impl World {
         let capacity = self.stage.config.blocks * self.stage.config.block_tokens;
         self.next_id += 1;
         let id = self.next_id;
+        self.stage.tenants.insert(id, tenant);
         match submit(&mut self.scheduler, id, request) {
             Ok(()) => {
                 assert!(prompt.len() as u32 + max_tokens <= capacity);
@@ -226,7 +258,8 @@ impl World {
         let masked: Vec<u32> = (0..masks.min(tokens)).collect();
         let work = Encode { masked, candidates: 5, ..Encode::default() };
         let outputs = work.outputs();
-        let request = Request { prompt: prompt.clone(), deadline: None, work: Work::Encode(work) };
+        let (tenant, work) = ("".into(), Work::Encode(work));
+        let request = Request { prompt: prompt.clone(), tenant, deadline: None, work };
         let config = &self.stage.config;
         let fits = tokens <= config.max_step_tokens && outputs <= config.max_step_rows;
         self.next_id += 1;
@@ -308,8 +341,8 @@ impl World {
     fn restart(&mut self, blocks: u32) {
         self.pipe.clear();
         let config = Config { blocks, ..self.stage.config.clone() };
-        self.stage =
-            FakeStage { config: config.clone(), due: 0, cached: HashMap::new(), memory: HashMap::new() };
+        let tenants = std::mem::take(&mut self.stage.tenants);
+        self.stage = FakeStage { tenants, ..FakeStage::new(config.clone()) };
         let capacity = config.blocks * config.block_tokens;
         let lost = self.scheduler.restart(config);
         let too_large = |(id, (tokens, left)): &(&u64, &(Vec<u32>, u32))| {
@@ -327,8 +360,8 @@ impl World {
         let config = Config { blocks, ..self.stage.config.clone() };
         let capacity = config.blocks * config.block_tokens;
         self.pipe.clear();
-        self.stage =
-            FakeStage { config: config.clone(), due: 0, cached: HashMap::new(), memory: HashMap::new() };
+        let tenants = std::mem::take(&mut self.stage.tenants);
+        self.stage = FakeStage { tenants, ..FakeStage::new(config.clone()) };
         self.scheduler = Scheduler::new(config);
         for moved in moved {
             if self.scheduler.check(&moved).is_ok() {
@@ -368,10 +401,13 @@ impl World {
 
     fn check(&self) {
         let s = &self.scheduler;
-        let held: Vec<u32> = s.live.values().flat_map(|q| q.blocks.iter().copied()).collect();
-        let distinct: HashSet<u32> = held.iter().copied().collect();
-        assert_eq!(held.len(), distinct.len(), "two sequences own one block");
-        assert_eq!(held.len() as u32 + s.blocks.free(), s.blocks.total(), "a block leaked");
+        let mut users = vec![0; s.blocks.total() as usize];
+        s.live.values().flat_map(|q| &q.blocks).for_each(|b| users[*b as usize] += 1);
+        for (block, users) in users.iter().enumerate() {
+            assert_eq!(s.blocks.users(block as u32), *users, "the users of a block are miscounted");
+        }
+        let unused = users.iter().filter(|u| **u == 0).count();
+        assert_eq!(s.blocks.available() as usize, unused, "a block leaked");
         assert!(s.running.is_disjoint(&s.waiting));
         assert_eq!(s.running.len() + s.waiting.len(), s.live.len());
         assert!(self.live.keys().eq(s.live.keys()));
@@ -425,6 +461,7 @@ fn world(blocks: u32, depth: u32) -> World {
         depth,
         micro_batches: depth,
         rope_switch: None,
+        prefix_cache: true,
     })
 }
 
@@ -453,6 +490,7 @@ fn chunks_of_one_prompt_follow_each_other_and_decoders_spread() {
 fn the_youngest_is_preempted_and_never_the_oldest() {
     let mut w = world(6, 1);
     w.submit(8, 12, None);
+    w.clock += 2;
     w.submit(8, 8, None);
     while w.scheduler.stats().preemptions == 0 {
         assert!(w.step());
@@ -513,6 +551,7 @@ fn prompts_go_slowly_while_somebody_decodes() {
     let first = w.scheduler.next_step().unwrap();
     assert_eq!(first.rows[0].count, 7, "nobody waits for it");
     w.scheduler.commit(first.step, &[(1, Output::Token(9))]).unwrap();
+    w.clock += 2;
     w.submit(7, 4, None);
     let mut counts = Vec::new();
     for _ in 0..3 {
@@ -528,6 +567,7 @@ fn prompts_go_slowly_while_somebody_decodes() {
 fn stages_hear_of_the_end_of_a_preempted_sequence() {
     let mut w = world(6, 1);
     w.submit(8, 12, None);
+    w.clock += 2;
     w.submit(8, 8, None);
     while w.scheduler.stats().preemptions == 0 {
         assert!(w.step());
@@ -543,6 +583,7 @@ fn too_large_says_both_numbers() {
     let mut w = world(2, 1);
     let request = Request {
         prompt: vec![1; 6],
+        tenant: "".into(),
         deadline: None,
         work: Work::Generate { max_tokens: 3, eos: vec![], sampling: v1::RowSampling::default() },
     };
@@ -580,4 +621,73 @@ fn a_sequence_that_grows_past_the_switch_is_computed_anew() {
         w.scheduler.commit(meta.step, &[(id, Output::Token(7))]).unwrap();
     }
     assert_eq!(sets, [(0, 4, 0), (4, 1, 0), (0, 6, 1), (6, 1, 1)]);
+}
+
+/// Begins and ends a sequence of `tenant`; gives where its first row began, and how many tokens of the prompt were known.
+fn answered(w: &mut World, tenant: &str, prompt: Vec<u32>) -> (u32, u32) {
+    w.next_id += 1;
+    let work = Work::Generate { max_tokens: 1, eos: vec![], sampling: v1::RowSampling::default() };
+    let request = Request { prompt, tenant: tenant.into(), deadline: None, work };
+    submit(&mut w.scheduler, w.next_id, request).unwrap();
+    let mut start = None;
+    loop {
+        let meta = w.scheduler.next_step().unwrap();
+        start.get_or_insert(meta.rows[0].start);
+        let samples = meta.rows[0].output() == v1::RowOutput::Token;
+        let outputs = if samples { vec![(w.next_id, Output::Token(9))] } else { vec![] };
+        if let Some(committed) = w.scheduler.commit(meta.step, &outputs).unwrap().first() {
+            return (start.unwrap(), committed.cached_prompt);
+        }
+    }
+}
+
+#[test]
+fn a_prefix_is_computed_once_per_tenant_and_generation() {
+    let mut w = world(64, 1);
+    let prompt: Vec<u32> = (0..20).collect();
+    assert_eq!(answered(&mut w, "a", prompt.clone()), (0, 0));
+    assert_eq!(answered(&mut w, "a", prompt.clone()), (16, 16), "the last token is always computed");
+    let other: Vec<u32> = (0..11).chain([40, 41, 42]).collect();
+    assert_eq!(answered(&mut w, "a", other), (8, 8), "whole blocks are shared");
+    assert_eq!(answered(&mut w, "b", prompt.clone()), (0, 0), "nobody learns what others asked");
+    // The end of an answer is known too, once it was an input.
+    let stats = w.scheduler.stats();
+    assert_eq!((stats.prefix_queries, stats.prefix_hits, stats.blocks_used), (74, 24, 0));
+    w.scheduler.restart(w.stage.config.clone());
+    assert_eq!(answered(&mut w, "a", prompt.clone()), (0, 0), "the cache dies with its generation");
+    w.scheduler.restart(Config { prefix_cache: false, ..w.stage.config.clone() });
+    assert_eq!(answered(&mut w, "a", prompt.clone()), (0, 0));
+    assert_eq!(answered(&mut w, "a", prompt), (0, 0), "it can be switched off");
+}
+
+#[test]
+fn nothing_is_shared_before_it_is_committed_or_between_sets_of_frequencies() {
+    let mut w = world(64, 3);
+    w.scheduler.config.rope_switch = Some(21);
+    let prompt: Vec<u32> = (0..20).collect();
+    let request = |prompt: &[u32]| Request {
+        prompt: prompt.to_vec(),
+        tenant: "".into(),
+        deadline: None,
+        work: Work::Generate { max_tokens: 1, eos: vec![], sampling: v1::RowSampling::default() },
+    };
+    submit(&mut w.scheduler, 1, request(&prompt)).unwrap();
+    let first = w.scheduler.next_step().unwrap();
+    submit(&mut w.scheduler, 2, request(&prompt)).unwrap();
+    let second = w.scheduler.next_step().unwrap();
+    let starts = |meta: &v1::StepMeta| meta.rows.iter().map(|r| (r.sequence, r.start)).collect::<Vec<_>>();
+    assert_eq!((starts(&first), starts(&second)), (vec![(1, 0)], vec![(1, 8), (2, 0)]));
+    w.scheduler.commit(first.step, &[]).unwrap();
+    submit(&mut w.scheduler, 3, request(&prompt)).unwrap();
+    let third = w.scheduler.next_step().unwrap();
+    assert!(starts(&third).contains(&(3, 8)), "what the first step filled is known: {:?}", starts(&third));
+    // A step that fails publishes nothing.
+    w.scheduler.fail(second.step).unwrap();
+    w.scheduler.cancel(1);
+    w.scheduler.cancel(2);
+    w.scheduler.cancel(3);
+    w.scheduler.commit(third.step, &[]).unwrap();
+    w.next_id = 3;
+    assert_eq!(answered(&mut w, "", prompt), (8, 8));
+    assert_eq!(answered(&mut w, "", (0..22).collect()), (0, 0), "long sequences turn by other frequencies");
 }
