@@ -548,7 +548,7 @@ impl Engine {
             prefill_chunk: self.limits.prefill_chunk,
             // One step for each stage, and one more that hides the way back to the coordinator.
             depth: if stages > 1 { stages + 1 } else { 1 },
-            micro_batches: stages,
+            stages,
             rope_switch: self.profile.recompute_at,
             prefix_cache: self.limits.prefix_cache,
         }

@@ -95,7 +95,7 @@ pub struct DeploymentArgs {
     /// Most sequences in one step
     #[arg(long, env = "STRATA_MAX_STEP_ROWS", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_step_rows: u32,
-    /// Most prompt tokens of one sequence in one step
+    /// Most prompt tokens of one sequence in one step; several stages take smaller ones, so that all of them are busy
     #[arg(long, env = "STRATA_PREFILL_CHUNK", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub prefill_chunk: u32,
     /// Milliseconds that a long prompt may keep others waiting for their next token; 0 is as long as it takes

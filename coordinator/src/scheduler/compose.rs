@@ -7,6 +7,11 @@ use super::{Config, Flight, Scheduler, SequenceId, sequence::Sequence};
 /// Failed steps after which a sequence is tried alone: the first one and two replays. One more is the end.
 pub(super) const ALONE_AFTER: u32 = 3;
 
+/// Chunks of a prompt for each stage after the first: stages idle for so small a part of the time that a prompt takes.
+const CHUNKS: u32 = 8;
+/// Fewer tokens are not worth the reading of the weights.
+const LEAST_CHUNK: u32 = 32;
+
 impl Scheduler {
     /// Gives a waiting sequence blocks for all its known tokens, if there are any to spare.
     fn admit(&mut self, id: SequenceId) -> bool {
@@ -56,7 +61,7 @@ impl Scheduler {
             decoders += u32::from(sequence.decodes() || sequence.awaiting);
         }
         ready.sort_unstable();
-        let share = decoders.div_ceil(self.config.micro_batches).min(self.config.max_step_rows);
+        let share = decoders.div_ceil(self.config.stages).min(self.config.max_step_rows);
         for (_, id) in ready {
             if step.rows.len() as u32 >= share || step.tokens() >= self.config.max_step_tokens {
                 break;
@@ -85,11 +90,15 @@ impl Scheduler {
 
     /// The tokens of a sequence that go into this step.
     fn count_for(&self, sequence: &Sequence, step: &Step) -> u32 {
-        let Config { max_step_tokens, max_step_rows, prefill_chunk, .. } = self.config;
+        let Config { max_step_tokens, max_step_rows, prefill_chunk, stages, .. } = self.config;
         if step.outputs + sequence.outputs() > max_step_rows {
             return 0;
         }
-        sequence.next_count(prefill_chunk, (max_step_tokens - step.tokens()).min(step.prompt_room))
+        // The last chunk is in the last stage when the others have nothing left to do, and the first one in the first
+        // stage when they have nothing to do yet.
+        let overlapping = sequence.prefill / (CHUNKS * stages.saturating_sub(1)).max(1);
+        let chunk = if stages > 1 { overlapping.max(LEAST_CHUNK).min(prefill_chunk) } else { prefill_chunk };
+        sequence.next_count(chunk, (max_step_tokens - step.tokens()).min(step.prompt_room))
     }
 
     fn add_chunk(&mut self, id: SequenceId, step: &mut Step) {

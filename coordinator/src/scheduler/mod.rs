@@ -40,8 +40,8 @@ pub struct Config {
     pub prefill_chunk: u32,
     /// Steps in flight: enough to keep every stage busy.
     pub depth: u32,
-    /// Shares that those who decode are divided into: one for each stage. More would read the weights more often.
-    pub micro_batches: u32,
+    /// Stages of the pipeline. Those who decode are divided into as many shares: more would read the weights more often.
+    pub stages: u32,
     /// Sequences that grow longer than this must be computed anew, by other rotary frequencies (longrope).
     pub rope_switch: Option<u32>,
     /// Sequences use what others of their tenant computed of the same prefix.
@@ -286,7 +286,7 @@ impl Scheduler {
         if step.rows.is_empty() {
             // More micro-batches would be smaller ones, and weights are read once for each.
             let decoding = self.in_flight.iter().filter(|(_, flights)| flights.iter().any(|f| f.decodes));
-            if decoding.count() < self.config.micro_batches as usize {
+            if decoding.count() < self.config.stages as usize {
                 self.add_decodes(&mut step);
             }
             self.add_prefills(&mut step);

@@ -89,6 +89,8 @@ pub(super) struct Sequence {
     pub cached_prompt: u32,
     /// Its next row is the first of its state.
     begins: bool,
+    /// Positions that were to be computed when it began.
+    pub prefill: u32,
     /// Stages hold state of it, be it outdated: they must be told when it is gone.
     pub on_stages: bool,
     /// Positions that are in steps, committed or in flight.
@@ -118,6 +120,7 @@ impl Sequence {
             scope: Scope { tenant: request.tenant, rope_set: 0 },
             cached_prompt: 0,
             begins: true,
+            prefill: 0,
             on_stages: false,
             scheduled: 0,
             in_flight: 0,
@@ -198,6 +201,7 @@ impl Sequence {
         self.blocks = blocks;
         self.published = (found, contents);
         self.scheduled = found * block_tokens;
+        self.prefill = self.len() - self.scheduled;
         if !self.has_answered() {
             self.cached_prompt = self.scheduled;
         }

@@ -182,7 +182,7 @@ fn config() -> impl Strategy<Value = Config> {
                 max_step_rows,
                 prefill_chunk,
                 depth,
-                micro_batches: depth,
+                stages: depth,
                 rope_switch,
                 prefix_cache,
             }
@@ -459,7 +459,7 @@ fn world(blocks: u32, depth: u32) -> World {
         max_step_rows: 16,
         prefill_chunk: 8,
         depth,
-        micro_batches: depth,
+        stages: depth,
         rope_switch: None,
         prefix_cache: true,
     })
@@ -484,6 +484,21 @@ fn chunks_of_one_prompt_follow_each_other_and_decoders_spread() {
     while w.step() {}
     let sizes: Vec<_> = w.pipe.iter().map(|p| p.sampled.len()).collect();
     assert_eq!(sizes, [3, 3, 3], "nine decoders fill three micro-batches evenly");
+}
+
+#[test]
+fn chunks_are_small_where_stages_would_wait_for_them() {
+    let chunk = |stages: u32, prompt: u32| {
+        let mut w = world(1024, 1);
+        let sizes = (stages, 256, 512);
+        let config = &mut w.scheduler.config;
+        (config.stages, config.prefill_chunk, config.max_step_tokens) = sizes;
+        w.submit(prompt, 1, None);
+        w.scheduler.next_step().unwrap().rows[0].count
+    };
+    assert_eq!([chunk(1, 1024), chunk(1, 100)], [256, 100]);
+    assert_eq!([chunk(2, 1024), chunk(2, 4000), chunk(2, 100)], [128, 256, 32]);
+    assert_eq!([chunk(3, 1024), chunk(5, 1024)], [64, 32]);
 }
 
 #[test]
