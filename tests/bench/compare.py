@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 
@@ -23,58 +22,12 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 import peer
+from ours import STRATA, Server, processor, serve, two_workers
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-STRATA = ROOT / "target" / "release" / "strata"
 THEIRS = {"bf16": "bf16", "int8": "Q8_0", "int4": "Q4_K_M"}
 STREAMS = (1, 8, 16)
 SWEEP = (1, 2, 4, 8, 16)
 THREADS = 2
-
-
-class Server:
-    """Processes that together serve the model; the last one answers."""
-
-    def __init__(self, commands):
-        self.processes = []
-        for command in commands:
-            command = [str(part).format(*[p.address for p in self.processes]) for part in command]
-            process = subprocess.Popen([str(STRATA), *command], stdout=subprocess.PIPE,
-                                       stderr=subprocess.DEVNULL, text=True)
-            self.processes.append(process)
-            for line in process.stdout:
-                if line.startswith(("ready ", "listening ")):
-                    process.address = line.split()[1]
-                    break
-            else:
-                raise RuntimeError(f"{command} did not start")
-        self.address = self.processes[-1].address
-
-    def bench(self, *arguments):
-        """The report of `strata bench`."""
-        command = [str(STRATA), "bench", "--json", "--address", self.address, *map(str, arguments)]
-        return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-
-    def prefill(self):
-        report = self.bench("--prompt-tokens", 512, "--max-tokens", 1, "--requests", 2)
-        return 512e3 / report["first_token_ms"]["p50"]
-
-    def decode(self, streams):
-        report = self.bench("--concurrency", streams, "--requests", streams, "--max-tokens", 48)
-        return streams * 1e3 / report["inter_token_ms"]["p50"]
-
-    def clients(self, count=8):
-        return self.bench("--concurrency", count, "--requests", 3 * count)["tokens_per_second"]
-
-    def close(self):
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-
-def serve(model, quantization, *more):
-    quantize = [] if quantization == "bf16" else ["--quantize", quantization]
-    return ["serve", model, "--port", 0, *quantize, *more]
 
 
 def prepare(work):
@@ -111,11 +64,7 @@ def compare(work, model, name, rounds):
 
 def pipeline(model, name, rounds):
     """By measurement, pairs of two workers of one core each over TCP, and of one worker."""
-    worker = ["worker", "--models", model.parent, "--threads", 1]
-    quantize = [] if name == "bf16" else ["--quantize", name]
-    two = [worker, worker, ["coordinator", "--worker", "{0}", "--worker", "{1}", "--model", model.name,
-                            "--split", "balanced", "--links", "tcp", "--port", 0, *quantize]]
-    split = Server(two)
+    split = Server(two_workers(model, name))
     both = Server([serve(model, name, "--threads", THREADS)])
     one = Server([serve(model, name, "--threads", 1)])
     pairs = {}
@@ -130,16 +79,46 @@ def pipeline(model, name, rounds):
     return pairs
 
 
+def coordinator(model, rounds):
+    """Share of one core, and microseconds per token, that a coordinator takes for 64 streams; tokens per second."""
+    server = Server([["worker", "--models", model.parent, "--threads", THREADS],
+                     ["coordinator", "--worker", "{0}", "--model", model.name, "--port", 0, "--quantize", "int8"]])
+    process = server.processes[-1].pid
+
+    def cpu():
+        fields = pathlib.Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    found = []
+    for _ in range(rounds):
+        before = cpu()
+        report = server.bench("--concurrency", 64, "--requests", 64, "--max-tokens", 64)
+        # A request of 64 tokens is made before the clock starts.
+        used = (cpu() - before) * 64 / 65
+        found.append((used / report["seconds"], used * 1e6 / report["generated_tokens"], report["tokens_per_second"]))
+    server.close()
+    return [statistics.median(values) for values in zip(*found)]
+
+
+def hop(work, rounds):
+    """Microseconds of a token of a model whose products cost next to nothing: with one stage, and with two over TCP."""
+    model = work / "llama-1m"
+    if not model.exists():
+        subprocess.run([str(STRATA), "random-model", "llama-1m", str(model)], check=True)
+    one = Server([["worker", "--models", model.parent, "--threads", 1],
+                  ["coordinator", "--worker", "{0}", "--model", model.name, "--port", 0]])
+    two = Server(two_workers(model))
+    times = []
+    for _ in range(rounds):
+        times.append([s.bench("--requests", 8, "--max-tokens", 128)["inter_token_ms"]["p50"] * 1e3 for s in (one, two)])
+    one.close()
+    two.close()
+    return [statistics.median(values) for values in zip(*times)]
+
+
 def medians(pairs):
     return (statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs),
             statistics.median(a / b for a, b in pairs))
-
-
-def processor():
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def main():
@@ -164,11 +143,20 @@ def main():
             lines.append(f"| {key} | {ours:.1f} | {theirs:.1f} | {ratio:.2f} |")
             print(lines[-1], flush=True)
         lines.append("")
-    lines += ["| int8, two workers of one core each over TCP | two | one | ratio |", "|---|---|---|---|"]
-    for key, values in pipeline(model, "int8", arguments.rounds).items():
-        ours, theirs, ratio = medians(values)
-        lines.append(f"| {key} | {ours:.1f} | {theirs:.1f} | {ratio:.2f} |")
-        print(lines[-1], flush=True)
+    for name in arguments.formats.split(","):
+        lines += [f"| {name}, two workers of one core each over TCP | two | one | ratio |", "|---|---|---|---|"]
+        for key, values in pipeline(model, name, arguments.rounds).items():
+            ours, theirs, ratio = medians(values)
+            lines.append(f"| {key} | {ours:.1f} | {theirs:.1f} | {ratio:.2f} |")
+            print(lines[-1], flush=True)
+        lines.append("")
+    share, micros, rate = coordinator(model, arguments.rounds)
+    alone, linked = hop(arguments.work, arguments.rounds)
+    lines += ["| outside the model | |", "|---|---|",
+              f"| coordinator, int8, 64 streams at {rate:.0f} tokens/s | {100 * share:.1f} % of a core, "
+              f"{micros:.0f} µs per token |",
+              f"| a token of llama-1m, all in all | {alone:.0f} µs with one stage, {linked:.0f} µs with two over TCP |"]
+    print("\n".join(lines[-2:]), flush=True)
     if sweep:
         lines += ["", "| int8, clients at once | " + " | ".join(map(str, SWEEP)) + " |",
                   "|---|" + "---|" * len(SWEEP),
