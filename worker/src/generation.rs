@@ -15,6 +15,7 @@ use strata_proto::{
 use crate::{
     error::WorkerError,
     interrupt::Interrupt,
+    kernels::cpu::Cpu,
     model::{BatchRow, StageInput, StageOutput, StageState, StageWeights, blocks::Head},
     sampler::{Draw, SampleError, Sampled, SamplingParams, TokenHistory, candidates, sample},
     stage::StepHook,
@@ -80,16 +81,15 @@ impl Sampler {
         }
     }
 
-    /// Draws the token at `position`.
-    fn sample(&self, logits: &mut [f32], order: &mut [u32], position: u32) -> Result<Sampled, SampleError> {
-        let draw = Draw {
+    /// What the token at `position` depends on.
+    fn draw(&self, position: u32) -> Draw<'_> {
+        Draw {
             params: &self.params,
             history: self.history.as_ref(),
             seed: self.seed,
             position,
             logprobs: self.logprobs,
-        };
-        sample(logits, order, &draw)
+        }
     }
 }
 
@@ -292,8 +292,8 @@ impl Generation {
                     .map(Computed::Hidden)
                     .map_err(|e| e.to_string())
             }
-            StageOutput::Values { values, order } => {
-                answer(meta, values, order, weights.model().tower.outputs(), &mut self.sequences)
+            StageOutput::Values { values, order, cpu } => {
+                answer(cpu, meta, values, order, weights.model().tower.outputs(), &mut self.sequences)
                     .map(Computed::Output)
             }
         }
@@ -339,51 +339,65 @@ fn check_row(row: &v1::Row, weights: &StageWeights) -> Result<(), String> {
     Ok(())
 }
 
+/// A token to be drawn.
+struct Choice<'a> {
+    sequence: u64,
+    logits: &'a mut [f32],
+    order: &'a mut [u32],
+    draw: Draw<'a>,
+    chosen: Option<Result<Sampled, SampleError>>,
+}
+
 /// Turns the values `(outputs, width)` of a step into its result; `order` is the sampler's scratch.
 fn answer(
+    cpu: &Cpu,
     meta: &v1::StepMeta,
     values: &mut [f32],
     order: &mut [u32],
     width: usize,
     sequences: &mut HashMap<u64, Sequence>,
 ) -> Result<step_result::Output, String> {
-    let mut values = values.chunks_exact_mut(width).zip(order.chunks_exact_mut(width));
-    let mut next = || values.next().ok_or("a row has no values");
-    let (mut tokens, mut vectors, mut guesses) = (Vec::new(), Vec::new(), Vec::new());
+    // Every token is seen exactly once: a sampled one when it comes back as the next row's input.
     let mut at = 0;
     for row in &meta.rows {
         let ids = &meta.token_ids[at..at + row.count as usize];
         at += row.count as usize;
-        let mut sampler = sequences.get_mut(&row.sequence).and_then(|s| s.sampler.as_mut());
-        // Every token is seen exactly once: a sampled one when it comes back as the next row's input.
-        if let Some(sampler) = &mut sampler {
+        if let Some(sampler) = sequences.get_mut(&row.sequence).and_then(|s| s.sampler.as_mut()) {
             sampler.observe(ids, row.start);
         }
+    }
+    let mut values = values.chunks_exact_mut(width).zip(order.chunks_exact_mut(width));
+    let mut next = || values.next().ok_or("a row has no values");
+    let (mut choices, mut vectors, mut guesses) = (Vec::new(), Vec::new(), Vec::new());
+    for row in &meta.rows {
+        let sequence = row.sequence;
         match row.output() {
             RowOutput::None => {}
             RowOutput::Logits | RowOutput::Vector => {
-                let values = next()?.0.to_vec();
-                vectors.push(v1::Vector { sequence: row.sequence, values });
+                vectors.push(v1::Vector { sequence, values: next()?.0.to_vec() });
             }
             RowOutput::Token => {
                 let (logits, order) = next()?;
+                let sampler = sequences.get(&sequence).and_then(|s| s.sampler.as_ref());
                 let sampler = sampler.ok_or("a row that samples came without sampling parameters")?;
-                let sampled =
-                    sampler.sample(logits, order, row.start + row.count).map_err(|e| e.to_string())?;
-                tokens.push(v1::SampledToken {
-                    sequence: row.sequence,
-                    token_id: sampled.token,
-                    logprobs: sampled.logprobs,
-                });
+                let draw = sampler.draw(row.start + row.count);
+                choices.push(Choice { sequence, logits, order, draw, chosen: None });
             }
             RowOutput::Masks => {
                 for _ in &row.masked {
-                    let top = candidates(next()?.0, row.candidates).map_err(|e| e.to_string())?;
-                    guesses.push(v1::Guess { sequence: row.sequence, top });
+                    let top = candidates(cpu, next()?.0, row.candidates).map_err(|e| e.to_string())?;
+                    guesses.push(v1::Guess { sequence, top });
                 }
             }
         }
     }
+    cpu.each(&mut choices, |c| c.chosen = Some(sample(cpu, c.logits, c.order, &c.draw)));
+    let tokens =
+        choices.into_iter().filter_map(|c| Some((c.sequence, c.chosen?))).map(|(sequence, chosen)| {
+            let Sampled { token, logprobs } = chosen.map_err(|e| e.to_string())?;
+            Ok(v1::SampledToken { sequence, token_id: token, logprobs })
+        });
+    let tokens = tokens.collect::<Result<Vec<_>, String>>()?;
     match (tokens.is_empty(), vectors.is_empty(), guesses.is_empty()) {
         (_, true, true) => Ok(step_result::Output::Tokens(v1::SampledTokens { tokens })),
         (true, false, true) => Ok(step_result::Output::Vectors(v1::Vectors { vectors })),

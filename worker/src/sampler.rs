@@ -8,7 +8,7 @@ use std::{cmp::Ordering, collections::BTreeMap};
 
 use strata_proto::v1;
 
-use crate::kernels::cpu::math::exp_one;
+use crate::kernels::cpu::Cpu;
 
 /// Most alternatives that are reported.
 const MAX_ALTERNATIVES: u32 = 20;
@@ -148,18 +148,24 @@ pub struct Sampled {
     pub logprobs: Option<v1::TokenLogprobs>,
 }
 
-/// Chooses a token. `logits` (one per token id) is overwritten where bias and penalties apply; `order` is scratch, at
+/// Chooses a token, on the caller's thread; any processor chooses the same one. `logits` (one per token id) is overwritten where bias and penalties apply; `order` is scratch, at
 /// least as long.
-pub fn sample(logits: &mut [f32], order: &mut [u32], draw: &Draw<'_>) -> Result<Sampled, SampleError> {
+pub fn sample(
+    cpu: &Cpu,
+    logits: &mut [f32],
+    order: &mut [u32],
+    draw: &Draw<'_>,
+) -> Result<Sampled, SampleError> {
     if logits.is_empty() || order.len() < logits.len() {
         return Err(SampleError::Sizes { logits: logits.len(), scratch: order.len() });
     }
     if let Some(token) = logits.iter().position(|x| !x.is_finite()) {
         return Err(SampleError::NotFinite { token: token as u32, value: logits[token] });
     }
-    let raw = draw.logprobs.map(|count| Raw::of(logits, count.min(MAX_ALTERNATIVES)));
+    let raw = draw.logprobs.map(|count| Raw::of(cpu, logits, count.min(MAX_ALTERNATIVES)));
     let changed = adjust(logits, draw);
-    let token = if draw.params.temperature == 0.0 { argmax(logits) } else { choose(logits, order, draw) };
+    let token =
+        if draw.params.temperature == 0.0 { argmax(logits) } else { choose(cpu, logits, order, draw) };
     let logprobs = raw.map(|raw| {
         let logit = changed.get(&token).copied().unwrap_or(logits[token as usize]);
         v1::TokenLogprobs { logprob: raw.logprob(logit), top: raw.alternatives() }
@@ -171,18 +177,17 @@ pub fn sample(logits: &mut [f32], order: &mut [u32], draw: &Draw<'_>) -> Result<
 ///
 /// # Errors
 /// If a logit is not a number.
-pub fn candidates(logits: &[f32], count: u32) -> Result<Vec<v1::Alternative>, SampleError> {
+pub fn candidates(cpu: &Cpu, logits: &[f32], count: u32) -> Result<Vec<v1::Alternative>, SampleError> {
     if let Some(token) = logits.iter().position(|x| !x.is_finite()) {
         return Err(SampleError::NotFinite { token: token as u32, value: logits[token] });
     }
-    Ok(Raw::of(logits, count.min(MAX_CANDIDATES)).alternatives())
+    Ok(Raw::of(cpu, logits, count.min(MAX_CANDIDATES)).alternatives())
 }
 
 /// The most likely token; ties to the lowest id.
 fn argmax(logits: &[f32]) -> u32 {
-    let better = |best: (usize, f32), (i, x): (usize, f32)| if x > best.1 { (i, x) } else { best };
-    let all = logits.iter().copied().enumerate();
-    all.fold((0, f32::NEG_INFINITY), better).0 as u32
+    let max = largest(logits);
+    logits.iter().position(|x| *x == max).unwrap_or(0) as u32
 }
 
 /// Applies bias and penalties; gives the raw logits of the tokens it changed.
@@ -214,11 +219,9 @@ fn adjust(logits: &mut [f32], draw: &Draw<'_>) -> BTreeMap<u32, f32> {
 }
 
 /// Draws from the filtered distribution.
-fn choose(logits: &[f32], order: &mut [u32], draw: &Draw<'_>) -> u32 {
+fn choose(cpu: &Cpu, logits: &[f32], order: &mut [u32], draw: &Draw<'_>) -> u32 {
     let params = draw.params;
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    // Relative to the most likely token, which has weight 1.
-    let weight = |token: u32| f64::from(exp_one((logits[token as usize] - max) / params.temperature));
+    let weigh = Weigh { cpu, logits, max: largest(logits), temperature: params.temperature };
     let best_first = |a: &u32, b: &u32| {
         let (x, y) = (logits[*a as usize], logits[*b as usize]);
         y.partial_cmp(&x).unwrap_or(Ordering::Equal).then(a.cmp(b))
@@ -231,53 +234,91 @@ fn choose(logits: &[f32], order: &mut [u32], draw: &Draw<'_>) -> u32 {
         kept.sort_unstable_by(best_first);
     }
     if params.top_p < 1.0 {
-        kept = top_p(kept, f64::from(params.top_p), weight, best_first);
+        kept = top_p(kept, f64::from(params.top_p), &weigh, best_first);
     }
-    let min_p = f64::from(params.min_p);
-    let weight = |token: u32| Some(weight(token)).filter(|w| *w >= min_p).unwrap_or(0.0);
-    let total: f64 = kept.iter().map(|id| weight(*id)).sum();
-    let target = uniform(draw.seed, draw.position) * total;
-    let mut sum = 0.0;
-    // Should rounding leave the sum short of the target, the last token with any weight is taken.
-    let mut last = kept[0];
-    for &id in kept.iter() {
-        let w = weight(id);
-        if w > 0.0 {
-            sum += w;
-            last = id;
-            if sum > target {
-                break;
+    let total = weigh.total(kept, params.min_p);
+    kept[weigh.reach(kept, params.min_p, uniform(draw.seed, draw.position) * total)]
+}
+
+fn largest(logits: &[f32]) -> f32 {
+    logits.iter().fold(f32::NEG_INFINITY, |m, x| if *x > m { *x } else { m })
+}
+
+/// Values whose powers are computed at a time.
+const CHUNK: usize = 256;
+
+/// Weights of tokens, relative to the most likely one, which has weight 1.
+struct Weigh<'a> {
+    cpu: &'a Cpu,
+    logits: &'a [f32],
+    max: f32,
+    temperature: f32,
+}
+
+impl Weigh<'_> {
+    /// The sum of those of `ids` that are `least` and more, in their order.
+    fn total(&self, ids: &[u32], least: f32) -> f64 {
+        let mut sum = 0.0;
+        for ids in ids.chunks(CHUNK) {
+            for weight in &self.chunk(ids)[..ids.len()] {
+                sum += if *weight >= least { f64::from(*weight) } else { 0.0 };
             }
         }
+        sum
     }
-    last
+
+    /// Where the same sum reaches `target`; should rounding leave it short of that, the last place that adds to it.
+    fn reach(&self, ids: &[u32], least: f32, target: f64) -> usize {
+        let (mut sum, mut last) = (0.0, 0);
+        for (c, ids) in ids.chunks(CHUNK).enumerate() {
+            for (i, weight) in self.chunk(ids)[..ids.len()].iter().enumerate() {
+                if *weight >= least && *weight > 0.0 {
+                    sum += f64::from(*weight);
+                    last = c * CHUNK + i;
+                    if sum >= target {
+                        return last;
+                    }
+                }
+            }
+        }
+        last
+    }
+
+    /// Those of at most [`CHUNK`] tokens.
+    fn chunk(&self, ids: &[u32]) -> [f32; CHUNK] {
+        let mut x = [0.0; CHUNK];
+        for (x, id) in x.iter_mut().zip(ids) {
+            *x = (self.logits[*id as usize] - self.max) / self.temperature;
+        }
+        self.cpu.exp(&mut x[..ids.len()]);
+        x
+    }
 }
 
 /// The smallest set of most likely tokens whose share of the weight reaches `p`, best first.
-fn top_p(
-    kept: &mut [u32],
+fn top_p<'a>(
+    kept: &'a mut [u32],
     p: f64,
-    weight: impl Fn(u32) -> f64,
+    weigh: &Weigh<'_>,
     best_first: impl Fn(&u32, &u32) -> Ordering,
-) -> &mut [u32] {
-    let total: f64 = kept.iter().map(|id| weight(*id)).sum();
+) -> &'a mut [u32] {
+    let total = weigh.total(kept, 0.0);
     // All tokens lighter than this together weigh less than what may be left out, so that they need no sorting.
     let needless = (1.0 - p) * total / kept.len() as f64;
     let mut count = 0;
-    for i in 0..kept.len() {
-        if weight(kept[i]) >= needless {
-            kept.swap(i, count);
-            count += 1;
+    for first in (0..kept.len()).step_by(CHUNK) {
+        let chunk = first..kept.len().min(first + CHUNK);
+        let weights = weigh.chunk(&kept[chunk.clone()]);
+        for (i, weight) in chunk.zip(weights) {
+            if f64::from(weight) >= needless {
+                kept.swap(i, count);
+                count += 1;
+            }
         }
     }
     let kept = &mut kept[..count.max(1)];
     kept.sort_unstable_by(best_first);
-    let mut sum = 0.0;
-    let reached = kept.iter().position(|id| {
-        sum += weight(*id);
-        sum >= p * total
-    });
-    let end = reached.map_or(kept.len(), |i| i + 1);
+    let end = weigh.reach(kept, 0.0, p * total) + 1;
     &mut kept[..end]
 }
 
@@ -298,10 +339,16 @@ struct Raw {
 }
 
 impl Raw {
-    fn of(logits: &[f32], count: u32) -> Self {
+    fn of(cpu: &Cpu, logits: &[f32], count: u32) -> Self {
         let count = count as usize;
-        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 = logits.iter().map(|x| f64::from(exp_one(x - max))).sum();
+        let max = largest(logits);
+        let weights = logits.chunks(CHUNK).flat_map(|logits| {
+            let mut x = [0.0; CHUNK];
+            x.iter_mut().zip(logits).for_each(|(x, logit)| *x = logit - max);
+            cpu.exp(&mut x);
+            x.into_iter().take(logits.len()).map(f64::from)
+        });
+        let sum: f64 = weights.sum();
         let mut top: Vec<(u32, f32)> = Vec::with_capacity(count + 1);
         for (&x, id) in logits.iter().zip(0..) {
             if top.len() < count || top.last().is_some_and(|(_, worst)| x > *worst) {
@@ -326,6 +373,11 @@ impl Raw {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::cpu::isa::Isa;
+
+    fn cpu() -> Cpu {
+        Cpu::on(Isa::detect())
+    }
 
     fn params(s: v1::Sampling) -> SamplingParams {
         SamplingParams::try_from(&s).unwrap()
@@ -333,7 +385,7 @@ mod tests {
 
     fn run(logits: &[f32], params: &SamplingParams, history: Option<&TokenHistory>, position: u32) -> u32 {
         let draw = Draw { params, history, seed: 42, position, logprobs: None };
-        sample(&mut logits.to_vec(), &mut vec![0; logits.len()], &draw).unwrap().token
+        sample(&cpu(), &mut logits.to_vec(), &mut vec![0; logits.len()], &draw).unwrap().token
     }
 
     fn shares(logits: &[f32], params: &SamplingParams, draws: u32) -> Vec<f64> {
@@ -421,7 +473,7 @@ mod tests {
         let logit_bias = [(3, 100.0)].into_iter().collect();
         let params = params(v1::Sampling { logit_bias, temperature: Some(0.5), ..Default::default() });
         let draw = Draw { params: &params, history: None, seed: 1, position: 0, logprobs: Some(3) };
-        let sampled = sample(&mut logits.to_vec(), &mut [0; 4], &draw).unwrap();
+        let sampled = sample(&cpu(), &mut logits.to_vec(), &mut [0; 4], &draw).unwrap();
         let sum: f64 = logits.iter().map(|x| f64::from(*x).exp()).sum();
         let logprob = |i: usize| (f64::from(logits[i]) - sum.ln()) as f32;
         let got = sampled.logprobs.unwrap();
@@ -436,11 +488,11 @@ mod tests {
         let greedy = params(v1::Sampling::default());
         let draw = Draw { params: &greedy, history: None, seed: 0, position: 0, logprobs: None };
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            let e = sample(&mut [0.0, bad], &mut [0; 2], &draw).unwrap_err();
+            let e = sample(&cpu(), &mut [0.0, bad], &mut [0; 2], &draw).unwrap_err();
             assert!(matches!(e, SampleError::NotFinite { token: 1, .. }));
         }
-        assert!(sample(&mut [], &mut [], &draw).is_err());
-        assert!(sample(&mut [0.0], &mut [], &draw).is_err());
+        assert!(sample(&cpu(), &mut [], &mut [], &draw).is_err());
+        assert!(sample(&cpu(), &mut [0.0], &mut [], &draw).is_err());
         let d = v1::Sampling::default;
         for (sampling, field) in [
             (v1::Sampling { temperature: Some(-1.0), ..d() }, "temperature"),

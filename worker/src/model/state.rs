@@ -121,7 +121,6 @@ pub enum StageInput<'a> {
 }
 
 /// What a step yields.
-#[derive(Debug)]
 pub enum StageOutput<'a> {
     /// The residual stream `(tokens, width)`, every value rounded to the plan's format.
     Hidden(&'a [f32]),
@@ -131,6 +130,8 @@ pub enum StageOutput<'a> {
         values: &'a mut [f32],
         /// Scratch for the sampler: as many indexes.
         order: &'a mut [u32],
+        /// What computed them.
+        cpu: &'a Cpu,
     },
 }
 
@@ -259,7 +260,7 @@ impl StageState {
         pass.finish(head, outputs)?;
         let len = outputs.len() * tower.outputs();
         let Workspace { values, order, .. } = &mut self.work;
-        Ok(StageOutput::Values { values: &mut values[..len], order: &mut order[..len] })
+        Ok(StageOutput::Values { values: &mut values[..len], order: &mut order[..len], cpu: &self.cpu })
     }
 
     /// Checks rows against cache and context; gives the number of tokens.

@@ -20,7 +20,7 @@ use self::{
     attention::Attention,
     isa::Isa,
     linear::Linear,
-    norm::{Activate, GateMul, HeadNorm, NormRows, SoftCap},
+    norm::{Activate, Exp, GateMul, HeadNorm, NormRows, SoftCap},
     pool::Pool,
     rope::RopeAndStore,
 };
@@ -79,6 +79,16 @@ impl Cpu {
     /// A soft bound.
     pub fn soft_cap(&self, call: SoftCap<'_>) {
         call.run(self);
+    }
+
+    /// `e^x` of every value, in place, on the caller's thread.
+    pub fn exp(&self, x: &mut [f32]) {
+        self.isa.run(Exp(x));
+    }
+
+    /// Something for each of `items`, on all threads.
+    pub fn each<T: Send>(&self, items: &mut [T], call: impl Fn(&mut T) + Sync) {
+        self.pool.pieces(items, 1, 1, |_, item| item.iter_mut().for_each(&call));
     }
 
     /// Rotation and cache write.

@@ -232,6 +232,16 @@ impl Kernel for Activate<'_> {
     }
 }
 
+/// `e^x` of every value, in place, on the caller's thread.
+pub(super) struct Exp<'a>(pub &'a mut [f32]);
+
+impl Kernel for Exp<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        map_lanes!(x in self.0 => exp::<S>(x));
+    }
+}
+
 /// `gate = act(gate) * up`, in place; rows are `(gate | up)`, each half `width` wide.
 pub struct GateMul<'a> {
     /// Of the gate.
