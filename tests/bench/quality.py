@@ -2,8 +2,9 @@
 
 usage: python quality.py            (needs requirements.txt and a Rust toolchain; prints a table in Markdown)
 
-The texts are sonnets, which the model was not trained on. Errors are against our own float32, which transformers agrees
-with; a perplexity counts every token but the first of each text.
+The texts are sonnets, which the model was not trained on, and texts of its own, drawn from its float32. Errors and
+divergences are from our own float32, which transformers agrees with; a perplexity counts every token but the first of each
+text.
 """
 import json
 import pathlib
@@ -14,6 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 import peer
+from ours import STRATA, Server, serve
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -47,13 +49,31 @@ def theirs(texts, scratch):
     return logits, bits
 
 
-def perplexity(logits, texts):
-    total, count, first = 0.0, 0, 0
+def drawn(count, length):
+    """Texts that the model writes at temperature 1."""
+    server = Server([serve(MODEL, "bf16", "--dtype", "f32")])
+    texts = []
+    for seed in range(count):
+        command = [STRATA, "generate", "--address", server.address, "--token-ids", "0", "--max-tokens", length,
+                   "--temperature", 1, "--seed", seed, "--ignore-eos", "--json"]
+        lines = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True).stdout.splitlines()
+        texts.append([0] + json.loads(lines[-1])["token_ids"])
+    server.close()
+    return texts
+
+
+def log_softmax(logits):
+    rows = logits.astype(np.float64)
+    rows -= rows.max(axis=1, keepdims=True)
+    return rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
+
+
+def perplexity(logs, texts, first):
+    """Of texts whose rows begin at `first`."""
+    total, count = 0.0, 0
     for ids in texts:
-        rows = logits[first:first + len(ids) - 1].astype(np.float64)
-        peak = rows.max(axis=1, keepdims=True)
-        norm = peak[:, 0] + np.log(np.exp(rows - peak).sum(axis=1))
-        total += (norm - rows[np.arange(len(rows)), ids[1:]]).sum()
+        rows = logs[first:first + len(ids) - 1]
+        total -= rows[np.arange(len(rows)), ids[1:]].sum()
         count += len(rows)
         first += len(ids)
     return np.exp(total / count)
@@ -62,22 +82,30 @@ def perplexity(logits, texts):
 def main():
     tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     sonnets = (HERE / "sonnets.txt").read_text().strip().split("\n\n")
-    texts = [tokenizer.encode(sonnet).ids[:256] for sonnet in sonnets]
+    sonnets = [tokenizer.encode(sonnet).ids[:256] for sonnet in sonnets]
+    own = drawn(16, 255)
+    texts = sonnets + own
     with tempfile.TemporaryDirectory() as scratch:
         scratch = pathlib.Path(scratch)
         strata = ours(texts, scratch)
         llama, bits = theirs(texts, scratch)
     exact = strata["f32"]
     spread = exact - exact.mean(axis=1, keepdims=True)
-    print(f"{sum(map(len, texts))} tokens\n")
-    print("| | perplexity | logit error, of their spread | same likeliest token | bits per weight |")
-    print("|---|---|---|---|---|")
-    rows = [(f"Strata {name}", logits, own) for (name, logits), own in zip(strata.items(), ("32", "16", "8.5", "4.5; 8.5 in the head"))]
+    true = log_softmax(exact)
+    begun = sum(map(len, sonnets))
+    print(f"{begun} tokens of sonnets, {sum(map(len, own))} of its own\n")
+    print("| | logit error, of their spread | divergence, millinats | same likeliest token | perplexity: sonnets | its own "
+          "| bits per weight |")
+    print("|---|---|---|---|---|---|---|")
+    sizes = ("32", "16", "8.5", "5; 8.5 in `down` and the head")
+    rows = [(f"Strata {name}", logits, size) for (name, logits), size in zip(strata.items(), sizes)]
     rows += [(f"llama.cpp {name}", logits, f"{bits[name]:.2f} in all") for name, logits in llama.items()]
     for name, logits, size in rows:
+        logs = log_softmax(logits)
         error = np.sqrt(((logits - exact) ** 2).mean() / (spread ** 2).mean())
+        divergence = (np.exp(true) * (true - logs)).sum(axis=1).mean()
         same = (logits.argmax(axis=1) == exact.argmax(axis=1)).mean()
-        print(f"| {name} | {perplexity(logits, texts):.3f} | {error:.2%} | {same:.1%} | {size} |")
-
+        print(f"| {name} | {error:.2%} | {1e3 * divergence:.3f} | {same:.1%} | {perplexity(logs, sonnets, 0):.3f} "
+              f"| {perplexity(logs, own, begun):.3f} | {size} |")
 
 main()

@@ -218,11 +218,14 @@ fn parts(model: &Model, site: Site) -> impl Iterator<Item = ((Slot, usize), Shap
 /// The format that a slot is held in where `format` is asked for.
 ///
 /// Routers decide, so theirs is f32. The head, and the embedding that may be the same tensor, keep eight bits: their
-/// errors go straight into the logits. Small tables are not worth rounding.
+/// errors go straight into the logits. So do the products that end feed-forward blocks, which four bits hurt the most (see
+/// tests/bench/README.md). Small tables are not worth rounding.
 pub(super) fn held(slot: Slot, format: Format) -> Format {
     match (slot, format) {
         (Slot::Router, _) => Format::Float(DType::F32),
-        (Slot::Head | Slot::Embedding, Format::Quantized(_)) => Format::Quantized(Quantization::Int8),
+        (Slot::Head | Slot::Embedding | Slot::Down, Format::Quantized(_)) => {
+            Format::Quantized(Quantization::Int8)
+        }
         (Slot::Positions | Slot::Segments, Format::Quantized(_)) => Format::Float(DType::BF16),
         _ => format,
     }

@@ -11,7 +11,7 @@ use half::{bf16, f16};
 use super::{
     Cpu,
     isa::{Kernel, LANES, Lanes, Simd},
-    math::{exp, sum_lanes, tanh},
+    math::{exp, tanh},
 };
 use crate::{
     kernels::buffer::Values,
@@ -246,11 +246,11 @@ fn soften<S: Simd>(
     let max = if here > *largest { here } else { *largest };
     // No finite score yet: subtracting would make NaN of inf - inf.
     let base = if max == f32::NEG_INFINITY { 0.0 } else { max };
-    let weights = S::store(exp::<S>(S::sub(scores, S::splat(base))));
+    let weights = exp::<S>(S::sub(scores, S::splat(base)));
     let keep = S::store(exp::<S>(S::splat(*largest - base)))[0];
     *largest = max;
-    *total = *total * keep + sum_lanes(weights);
-    (weights, keep)
+    *total = *total * keep + S::sum(weights);
+    (S::store(weights), keep)
 }
 
 /// `out = out * keep + sum over positions of weight * value` for `R` rows of `d`, `valid` positions ascending; `values`

@@ -70,6 +70,20 @@ pub(crate) trait Simd: Copy {
         Self::store(x).iter().fold(0.0, |m, x| if x.abs() > m { x.abs() } else { m })
     }
 
+    /// The sum of all lanes, by one fixed tree: halves onto each other.
+    #[inline(always)]
+    fn sum(x: Self::F) -> f32 {
+        let mut x = Self::store(x);
+        let mut half = LANES / 2;
+        while half > 0 {
+            for i in 0..half {
+                x[i] += x[i + half];
+            }
+            half /= 2;
+        }
+        x[0]
+    }
+
     /// Whether there is no NaN and nothing infinite.
     #[inline(always)]
     fn is_finite(x: Self::F) -> bool {

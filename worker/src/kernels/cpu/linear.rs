@@ -357,13 +357,13 @@ impl Multiply for BF16 {
     }
 }
 
-/// Words of a group of packed bytes of one row: the bytes, their factor, and what makes up for the weights' offset.
+/// Words of a group of packed bytes of one row: the bytes, their factor, and their sum.
 const GROUP_WORDS: usize = GROUP / 4 + 2;
 
 /// Packs rows as bytes within +-127, rounded to nearest even. By group: `(8, R)` quads of bytes, `R` factors (NaN if a
-/// value is not finite), `R` sums times `-offset`, which is what weights were raised by.
+/// value is not finite), and what `word` makes of the sum of each row's bytes and their factor.
 #[inline(always)]
-fn pack_bytes<S: Simd, const R: usize>(x: [&[f32]; R], out: &mut [u32], offset: i32) {
+fn pack_bytes<S: Simd, const R: usize>(x: [&[f32]; R], out: &mut [u32], word: impl Fn(i32, f32) -> u32) {
     for (r, x) in x.iter().enumerate() {
         for (values, out) in x.as_chunks().0.iter().zip(out.chunks_exact_mut(GROUP_WORDS * R)) {
             let values: &[f32; GROUP] = values;
@@ -384,8 +384,9 @@ fn pack_bytes<S: Simd, const R: usize>(x: [&[f32]; R], out: &mut [u32], offset: 
                 }
                 sum = sum.wrapping_add(half);
             }
-            out[GROUP / 4 * R + r] = if finite { largest / 127.0 } else { f32::NAN }.to_bits();
-            out[(GROUP / 4 + 1) * R + r] = sum.wrapping_mul(-offset) as u32;
+            let factor = if finite { largest / 127.0 } else { f32::NAN };
+            out[GROUP / 4 * R + r] = factor.to_bits();
+            out[(GROUP / 4 + 1) * R + r] = word(sum, factor);
         }
     }
 }
@@ -453,7 +454,8 @@ impl Multiply for Int8 {
 
     #[inline(always)]
     fn pack<S: Simd, const R: usize>(x: [&[f32]; R], out: &mut [u32]) {
-        pack_bytes::<S, R>(x, out, 128);
+        // What makes up for the 128 by which weights were raised.
+        pack_bytes::<S, R>(x, out, |sum, _| sum.wrapping_mul(-128) as u32);
     }
 
     #[inline(always)]
@@ -463,7 +465,7 @@ impl Multiply for Int8 {
     }
 }
 
-/// Weights as half bytes, activations as bytes, in groups.
+/// Weights as half bytes above the least of their group, activations as bytes, in groups.
 struct Int4;
 
 impl Int4 {
@@ -474,15 +476,16 @@ impl Int4 {
             prefetch::<S, _, R>(w);
             let (quads, factors, sums) = group::<R>(x);
             let mut products = [S::splat_i32(0); R];
-            for r in 0..R {
-                products[r] = S::splat_i32(sums[r] as i32);
-            }
             for (w, x) in w.octets.iter().zip(quads.as_chunks::<2>().0) {
                 for r in 0..R {
                     products[r] = S::dot_nibbles(products[r], w, x[0][r], x[1][r]);
                 }
             }
             add_group::<S, R>(&mut acc, products, &w.factors, factors);
+            let least = S::load_f16(&w.least);
+            for r in 0..R {
+                acc[r] = S::mul_add(least, S::splat(f32::from_bits(sums[r])), acc[r]);
+            }
         }
         acc
     }
@@ -497,7 +500,8 @@ impl Multiply for Int4 {
 
     #[inline(always)]
     fn pack<S: Simd, const R: usize>(x: [&[f32]; R], out: &mut [u32]) {
-        pack_bytes::<S, R>(x, out, 8);
+        // What the least of the weights is multiplied by.
+        pack_bytes::<S, R>(x, out, |sum, factor| (sum as f32 * factor).to_bits());
     }
 
     #[inline(always)]

@@ -1,7 +1,7 @@
 //! Elementary functions of our own: the bits of an answer must depend neither on the host's math library nor on its
 //! instruction set. None of them fuses a multiplication with an addition.
 
-use super::isa::{LANES, Portable, SHIFT, Simd};
+use super::isa::{Portable, SHIFT, Simd};
 
 /// A polynomial of `x` by Horner's rule, the highest coefficient first.
 #[inline(always)]
@@ -122,19 +122,6 @@ pub fn sin_cos(x: f64) -> (f64, f64) {
         2 => (-sin, -cos),
         _ => (-cos, sin),
     }
-}
-
-/// The sum of 16 lanes by one fixed tree.
-#[inline(always)]
-pub fn sum_lanes(mut x: [f32; LANES]) -> f32 {
-    let mut half = LANES / 2;
-    while half > 0 {
-        for i in 0..half {
-            x[i] += x[i + half];
-        }
-        half /= 2;
-    }
-    x[0]
 }
 
 #[cfg(test)]

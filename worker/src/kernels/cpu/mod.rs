@@ -48,7 +48,7 @@ impl Cpu {
     ///
     /// The number goes up whenever a kernel's order of operations changes.
     pub fn numerics(isa: Isa) -> String {
-        format!("cpu-2-{}", isa.name())
+        format!("cpu-3-{}", isa.name())
     }
 
     /// Product with packed weights, bias and residual fused.

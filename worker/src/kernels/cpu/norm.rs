@@ -4,7 +4,7 @@ use super::{
     Cpu,
     isa::{Kernel, LANES, Simd},
     linear::{Output, Rows},
-    math::{exp, normal, sum_lanes, tanh},
+    math::{exp, normal, tanh},
     pool::Pool,
 };
 
@@ -163,7 +163,7 @@ fn sum<S: Simd, const SQUARED: bool>(x: &[f32], mean: f32) -> f32 {
         let d = t - mean;
         *s += if SQUARED { d * d } else { d };
     }
-    sum_lanes(sums)
+    S::sum(S::load(&sums))
 }
 
 /// Norm of each head of queries and keys, in place (transformers' `q_norm` and `k_norm`).

@@ -38,8 +38,10 @@ pub struct Int8Group {
 pub struct Int4Group {
     /// One factor per output.
     pub factors: [f16; LANES],
+    /// What is added to each weight of an output.
+    pub least: [f16; LANES],
     /// Eight inputs at a time: for each output, the first four in the low halves of the bytes, the others in the high
-    /// halves, plus 8.
+    /// halves.
     pub octets: [[u32; LANES]; GROUP / 8],
 }
 
@@ -175,7 +177,7 @@ impl PackedMatrix {
                 });
             }
             Tiles::Int8(v) => {
-                let put = |row: usize, column: usize, Group { factor, values }| {
+                let put = |row: usize, column: usize, Group { factor, values, .. }| {
                     let group = &mut v[row / LANES * groups + column / GROUP];
                     group.factors[row % LANES] = factor;
                     for (quad, bytes) in group.quads.iter_mut().zip(values.as_chunks().0) {
@@ -185,11 +187,11 @@ impl PackedMatrix {
                 quantize(&mut self.staged, elements, Quantization::Int8, k, place, put)?;
             }
             Tiles::Int4(v) => {
-                let put = |row: usize, column: usize, Group { factor, values }| {
+                let put = |row: usize, column: usize, Group { factor, least, values }| {
                     let group = &mut v[row / LANES * groups + column / GROUP];
-                    group.factors[row % LANES] = factor;
+                    (group.factors[row % LANES], group.least[row % LANES]) = (factor, least);
                     for (octet, halves) in group.octets.iter_mut().zip(values.as_chunks::<8>().0) {
-                        let byte = |i: usize| (halves[i] + 8) as u8 | ((halves[i + 4] + 8) as u8) << 4;
+                        let byte = |i: usize| halves[i] as u8 | (halves[i + 4] as u8) << 4;
                         octet[row % LANES] = u32::from_le_bytes(std::array::from_fn(byte));
                     }
                 };
@@ -229,8 +231,8 @@ impl PackedMatrix {
                 for (o, g) in out.chunks_exact_mut(GROUP).zip(&v[half * (self.k / GROUP)..]) {
                     let octets = g.octets.iter().map(|octet| octet[lane].to_le_bytes());
                     let halves = octets.flat_map(|o| o.map(|b| b & 15).into_iter().chain(o.map(|b| b >> 4)));
-                    let factor = Element::to_f32(g.factors[lane]);
-                    o.iter_mut().zip(halves).for_each(|(o, h)| *o = (f32::from(h) - 8.0) * factor);
+                    let (factor, least) = (Element::to_f32(g.factors[lane]), Element::to_f32(g.least[lane]));
+                    o.iter_mut().zip(halves).for_each(|(o, h)| *o = f32::from(h) * factor + least);
                 }
             }
         }
@@ -273,8 +275,8 @@ fn quantize(
     mut put: impl FnMut(usize, usize, Group),
 ) -> Result<(), Unrepresentable> {
     let &Elements { total, values, cpu, .. } = elements;
-    // The factor of a group is an f16.
-    check(values, LARGEST_F16 * 7.0)?;
+    // Factors and what is added to them are f16.
+    check(values, LARGEST_F16)?;
     if let Some(x) = values.iter().find(|x| x.is_infinite()) {
         return Err(Unrepresentable(*x));
     }

@@ -207,6 +207,12 @@ impl Simd for Avx512 {
         unsafe { _mm512_reduce_max_ps(_mm512_abs_ps(x)) }
     }
     #[inline(always)]
+    fn sum(x: Self::F) -> f32 {
+        // The same tree.
+        // SAFETY: above.
+        unsafe { _mm512_reduce_add_ps(x) }
+    }
+    #[inline(always)]
     fn is_finite(x: Self::F) -> bool {
         // What is not finite less itself is NaN.
         // SAFETY: above.
