@@ -193,6 +193,9 @@ pub struct ComputeArgs {
     /// Threads of each CPU device [default: the cores, shared among the devices]
     #[arg(long, env = "STRATA_THREADS", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
+    /// Keep each thread on a core of its own: for machines that do nothing else
+    #[arg(long, env = "STRATA_PIN_THREADS")]
+    pub pin_threads: bool,
     /// Instruction set of the kernels: portable, avx2 or avx512 [default: the widest there is]
     #[arg(long, env = "STRATA_ISA")]
     pub isa: Option<Isa>,
@@ -205,6 +208,7 @@ impl ComputeArgs {
         Compute {
             isa: self.isa.unwrap_or(default.isa),
             threads: self.threads.map_or(default.threads, |n| n as usize),
+            pin: self.pin_threads,
         }
     }
 }

@@ -1,6 +1,6 @@
 """Strata beside other builds of llama.cpp, on the model and files of compare.py.
 
-usage: python peers.py WORK_DIR [--ik BIN_DIR] [--rpc BIN_DIR] [--rounds N]
+usage: python peers.py WORK_DIR [--ik BIN_DIR] [--rpc BIN_DIR] [--rounds N] [--formats bf16,int8,int4]
 
 --ik: programs of ik_llama.cpp (llama-bench, llama-batched-bench), a fork with faster kernels for CPUs.
 --rpc: programs of llama.cpp built with -DGGML_RPC=ON (llama-bench, ggml-rpc-server): a pipeline over two servers of one
@@ -14,7 +14,6 @@ import subprocess
 
 from ours import Server, serve, two_workers
 
-FORMATS = ("bf16", "int8", "int4")
 PORTS = (50711, 50712)
 
 
@@ -75,13 +74,14 @@ def main():
     parser.add_argument("--ik", type=pathlib.Path)
     parser.add_argument("--rpc", type=pathlib.Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--formats", default="bf16,int8,int4")
     arguments = parser.parse_args()
     peers = [("ik_llama.cpp, 2 threads", arguments.ik, rows_of_ik),
              ("llama.cpp over two RPC servers of one thread each", arguments.rpc, rows_of_rpc)]
     for title, directory, measure in peers:
         if directory is None:
             continue
-        for name in FORMATS:
+        for name in arguments.formats.split(","):
             print(f"\n| {name} | Strata | {title} | ratio |\n|---|---|---|---|", flush=True)
             for key, pairs in measure(arguments.work, directory, name, arguments.rounds).items():
                 ours, theirs = (statistics.median(values) for values in zip(*pairs))

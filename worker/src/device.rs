@@ -3,10 +3,14 @@
 use std::{
     fmt,
     str::FromStr,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Instant,
 };
 
+use core_affinity::CoreId;
 use strata_proto::{DType, Device, DeviceKind, Format, Rate};
 
 use crate::kernels::{
@@ -115,17 +119,37 @@ pub struct Compute {
     pub isa: Isa,
     /// Threads of each CPU device.
     pub threads: usize,
+    /// Each thread stays on a core of its own, as long as there are any.
+    pub pin: bool,
 }
 
 impl Compute {
     /// The widest instruction set; this machine's cores, shared among `devices`.
     pub fn shared_by(devices: usize) -> Self {
-        Compute { isa: Isa::detect(), threads: (cores() / devices.max(1)).max(1) }
+        Compute { isa: Isa::detect(), threads: (cores() / devices.max(1)).max(1), pin: false }
     }
 
     /// The operations, on threads of their own.
     pub fn cpu(self) -> Cpu {
-        Cpu::new(self.isa, Pool::new(self.threads).into())
+        self.cpu_on(&[])
+    }
+
+    /// The operations, on threads that stay on these cores; the first one is the caller's.
+    pub fn cpu_on(self, cores: &[CoreId]) -> Cpu {
+        Cpu::new(self.isa, Pool::on_cores(self.threads, cores).into())
+    }
+
+    /// The cores for the threads of one more device of this process: the next ones of those that it may use, from the
+    /// beginning again if there are no more. None unless threads are to be pinned, or where the system cannot do it.
+    pub fn take_cores(self) -> Vec<CoreId> {
+        static TAKEN: AtomicUsize = AtomicUsize::new(0);
+        if !self.pin {
+            return Vec::new();
+        }
+        let all = core_affinity::get_core_ids().unwrap_or_default();
+        let first = TAKEN.fetch_add(self.threads, Ordering::Relaxed);
+        let next = all.iter().cycle().skip(first % all.len().max(1));
+        next.take(self.threads.min(all.len())).copied().collect()
     }
 }
 
@@ -221,6 +245,32 @@ fn product_seconds(cpu: &Cpu, (n, k): (usize, usize), format: Format, rows: usiz
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pinned_devices_take_one_core_after_the_other() {
+        let pinned = Compute { threads: 1, pin: true, ..Compute::shared_by(1) };
+        let all = core_affinity::get_core_ids().unwrap();
+        let taken: Vec<_> = (0..2 * all.len()).flat_map(|_| pinned.take_cores()).collect();
+        assert_eq!(taken, all.repeat(2));
+        assert_eq!(
+            Compute { threads: 1000, ..pinned }.take_cores().len(),
+            all.len(),
+            "the others go where they like"
+        );
+        assert_eq!(Compute { pin: false, ..pinned }.take_cores(), []);
+        // The helpers, whose cores come after the caller's.
+        let core = *all.last().unwrap();
+        let cpu = Compute { threads: 2, ..pinned }.cpu_on(&[core, core]);
+        let seen = Mutex::new(std::collections::BTreeSet::new());
+        let (caller, met) = (std::thread::current().id(), std::sync::Barrier::new(2));
+        cpu.each(&mut [(), ()], |()| {
+            met.wait();
+            if std::thread::current().id() != caller {
+                seen.lock().unwrap().extend(core_affinity::get_core_ids().unwrap().iter().map(|c| c.id));
+            }
+        });
+        assert_eq!(seen.into_inner().unwrap().into_iter().collect::<Vec<_>>(), [core.id]);
+    }
 
     #[test]
     fn reads_device_lists() {

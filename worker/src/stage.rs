@@ -102,16 +102,18 @@ impl StageThread {
         let (commands, orders) = std_mpsc::channel();
         let shared = Arc::<Shared>::default();
         let begun = Instant::now();
+        let cores = compute.take_cores();
         let mut stage = Stage {
             shared: shared.clone(),
             begun,
-            cpu: compute.cpu(),
+            cpu: compute.cpu_on(&cores),
             hook,
             weights: None,
             bytes_read: 0,
             generation: None,
         };
         thread::Builder::new().name(format!("strata-{device}")).spawn(move || {
+            cores.first().copied().map(core_affinity::set_for_current);
             while let Ok(command) = orders.recv() {
                 stage.obey(command);
             }

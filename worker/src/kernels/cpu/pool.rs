@@ -15,6 +15,8 @@ use std::{
     thread::{self, JoinHandle},
 };
 
+use core_affinity::CoreId;
+
 /// Looks for work before a helper sleeps: some tens of microseconds.
 const SPINS: u32 = 2_000;
 
@@ -121,6 +123,12 @@ pub struct Pool {
 impl Pool {
     /// A pool of `threads`, the caller's included; fewer if the system has no more to give.
     pub fn new(threads: usize) -> Self {
+        Self::on_cores(threads, &[])
+    }
+
+    /// A pool whose threads stay on `cores`, one each as far as there are any; the first one is the caller's, who sees to
+    /// that.
+    pub fn on_cores(threads: usize, cores: &[CoreId]) -> Self {
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
             job: AtomicPtr::new(ptr::null_mut()),
@@ -130,8 +138,12 @@ impl Pool {
             panic: Mutex::new(None),
         });
         let helper = |i| {
-            let shared = shared.clone();
-            thread::Builder::new().name(format!("strata-help-{i}")).spawn(move || shared.help()).ok()
+            let (shared, core) = (shared.clone(), cores.get(i).copied());
+            let work = move || {
+                core.map(core_affinity::set_for_current);
+                shared.help();
+            };
+            thread::Builder::new().name(format!("strata-help-{i}")).spawn(work).ok()
         };
         let helpers = (1..threads).map_while(helper).collect();
         Pool { shared, helpers, operation: Mutex::new(0) }
