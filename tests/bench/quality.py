@@ -97,7 +97,7 @@ def main():
     print("| | logit error, of their spread | divergence, millinats | same likeliest token | perplexity: sonnets | its own "
           "| bits per weight |")
     print("|---|---|---|---|---|---|---|")
-    sizes = ("32", "16", "8.5", "5; 8.5 in `down` and the head")
+    sizes = ("32", "16", "8.5", "5; 8.5 in the first layer and the head")
     rows = [(f"Strata {name}", logits, size) for (name, logits), size in zip(strata.items(), sizes)]
     rows += [(f"llama.cpp {name}", logits, f"{bits[name]:.2f} in all") for name, logits in llama.items()]
     for name, logits, size in rows:

@@ -132,8 +132,14 @@ impl Model {
         let path = || checkpoint.dir().join("config.json").display().to_string();
         let value = checkpoint.json("config.json")?.ok_or_else(|| ModelError::NoConfig(path()))?;
         let config = Config::new("config.json", value)?;
-        if config.get("quantization_config").is_some() {
-            return Err(config.error("quantization_config", "none: only plain weights can be loaded").into());
+        if let Some(found) = config.get("quantization_config") {
+            let method =
+                found.get("quant_method").and_then(|m| m.as_str()).unwrap_or("a method without a name");
+            let expected = format!(
+                "none: weights that were quantized by {method} cannot be loaded; take the original checkpoint, and \
+                 --quantize int8 or int4"
+            );
+            return Err(config.error("quantization_config", expected).into());
         }
         let (family, mut description) = families::describe(&config)?;
         if let Head::Embed { pool, normalize } = &mut description.tower.head {

@@ -47,7 +47,7 @@ impl Model {
             _ => (v1::Scoring::Unspecified, Vec::new()),
         };
         let table = FormatBytes::of(|format| {
-            Table::bytes_for(tower.vocab, tower.width, stage::held(Slot::Embedding, format))
+            Table::bytes_for(tower.vocab, tower.width, stage::held(Site::Input, Slot::Embedding, format))
         });
         ModelProfile {
             model: name.to_owned(),

@@ -160,7 +160,9 @@ impl Block {
 
     fn bytes_of(model: &Model, site: Site, format: Format, which: impl Fn((Slot, usize)) -> bool) -> u64 {
         let parts = parts(model, site).filter(|(key, _)| which(*key));
-        parts.map(|(key, shape)| Part::bytes_for(shape, model.has_bias(site, key), held(key.0, format))).sum()
+        parts
+            .map(|(key, shape)| Part::bytes_for(shape, model.has_bias(site, key), held(site, key.0, format)))
+            .sum()
     }
 
     fn zeros(
@@ -173,7 +175,7 @@ impl Block {
         let parts = parts(model, site).filter(|((slot, _), _)| Some(*slot) != without);
         let part = |(key, shape): (_, Shape)| {
             let biased = model.has_bias(site, key);
-            Ok((key, Part::zeros(shape, biased, held(key.0, format), arena)?))
+            Ok((key, Part::zeros(shape, biased, held(site, key.0, format), arena)?))
         };
         Ok(Block(parts.map(part).collect::<Result<_, OutOfMemory>>()?))
     }
@@ -215,18 +217,18 @@ fn parts(model: &Model, site: Site) -> impl Iterator<Item = ((Slot, usize), Shap
     })
 }
 
-/// The format that a slot is held in where `format` is asked for.
+/// The format that a slot of `site` is held in where `format` is asked for.
 ///
 /// Routers decide, so theirs is f32. The head, and the embedding that may be the same tensor, keep eight bits: their
-/// errors go straight into the logits. So do the products that end feed-forward blocks, which four bits hurt the most (see
+/// errors go straight into the logits. So does the first layer, whose errors go through all others (measured in
 /// tests/bench/README.md). Small tables are not worth rounding.
-pub(super) fn held(slot: Slot, format: Format) -> Format {
-    match (slot, format) {
-        (Slot::Router, _) => Format::Float(DType::F32),
-        (Slot::Head | Slot::Embedding | Slot::Down, Format::Quantized(_)) => {
-            Format::Quantized(Quantization::Int8)
-        }
-        (Slot::Positions | Slot::Segments, Format::Quantized(_)) => Format::Float(DType::BF16),
+pub(super) fn held(site: Site, slot: Slot, format: Format) -> Format {
+    let int8 = Format::Quantized(Quantization::Int8);
+    match (site, slot, format) {
+        (_, Slot::Router, _) => Format::Float(DType::F32),
+        (_, Slot::Head | Slot::Embedding, Format::Quantized(_)) => int8,
+        (_, Slot::Positions | Slot::Segments, Format::Quantized(_)) => Format::Float(DType::BF16),
+        (Site::Layer(0), _, Format::Quantized(_)) => int8,
         _ => format,
     }
 }

@@ -131,7 +131,12 @@ fn absurd_configurations_are_refused_with_what_was_expected() {
         ("eos_token_id", json!("</s>"), "a token id or a list"),
         ("tie_word_embeddings", json!(1), "true or false"),
         ("torch_dtype", json!("float8"), "float32, bfloat16 or float16"),
-        ("quantization_config", json!({}), "quantization_config"),
+        (
+            "quantization_config",
+            json!({"quant_method": "gptq", "bits": 4}),
+            "quantized by gptq cannot be loaded",
+        ),
+        ("quantization_config", json!({}), "take the original checkpoint, and --quantize"),
         ("rope_scaling", json!({"type": "dynamic", "factor": 2}), "default, linear, llama3 or longrope"),
     ] {
         let mut config = config();
