@@ -2,7 +2,7 @@
 
 usage: python embeddings.py [--rounds N] [--texts N]
 
-Needs embeddings.txt and target/release/strata. Ours go through the server and its gRPC API, in requests of 64 texts, two
+Needs embeddings.txt, ../clients/minilm.txt and target/release/strata. Ours go through the server and its gRPC API, in requests of 64 texts, two
 at a time; theirs are one call of `SentenceTransformer.encode` with batches of 64, which sorts by length. Prints a table.
 """
 import argparse

@@ -294,6 +294,12 @@ async fn plans_can_be_previewed_for_other_policies_and_for_machines_one_does_not
     let auto = v1::PreviewPlanRequest { split: "auto".into(), dtype: "bf16".into(), ..base.clone() };
     let auto = preview(auto).await.unwrap();
     assert_eq!((auto.replicas[0].stages.len(), auto.dtype.as_str()), (1, "bf16"));
+    let quantized = |name: &str| v1::PreviewPlanRequest { quantization: name.into(), ..base.clone() };
+    let weights = |plan: &v1::Plan| plan.replicas[0].stages.iter().map(|s| s.weight_bytes).sum::<u64>();
+    let int4 = preview(quantized("int4")).await.unwrap();
+    let plain = preview(quantized("none")).await.unwrap();
+    assert_eq!((int4.quantization.as_str(), plain.quantization.as_str()), ("int4", ""));
+    assert!(weights(&int4) * 4 < weights(&plain), "f32 has more than four times as many bits");
     let gpu = v1::Device {
         id: "cuda:4".into(),
         kind: v1::DeviceKind::Cuda as i32,
@@ -307,6 +313,7 @@ async fn plans_can_be_previewed_for_other_policies_and_for_machines_one_does_not
     let bad = [
         (v1::PreviewPlanRequest { split: "sideways".into(), ..base.clone() }, "split: unknown split"),
         (v1::PreviewPlanRequest { dtype: "f8".into(), ..base.clone() }, "dtype: unknown dtype"),
+        (quantized("int3"), "quantization: "),
         (v1::PreviewPlanRequest { split: "4,4".into(), ..base.clone() }, "places 8 layers"),
         (
             v1::PreviewPlanRequest {
