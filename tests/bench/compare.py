@@ -10,7 +10,6 @@ Ours are measured through the server and its gRPC API, theirs by calls of the li
 side only. Theirs for `8 clients` is what an ideal server would reach (see peer.py).
 """
 import argparse
-import json
 import os
 import pathlib
 import statistics

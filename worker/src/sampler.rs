@@ -286,13 +286,16 @@ impl Weigh<'_> {
 
     /// Those of at most [`CHUNK`] tokens.
     fn chunk(&self, ids: &[u32]) -> [f32; CHUNK] {
-        let mut x = [0.0; CHUNK];
-        for (x, id) in x.iter_mut().zip(ids) {
-            *x = (self.logits[*id as usize] - self.max) / self.temperature;
-        }
-        self.cpu.exp(&mut x[..ids.len()]);
-        x
+        powers(self.cpu, ids.iter().map(|id| (self.logits[*id as usize] - self.max) / self.temperature))
     }
+}
+
+/// `e^x` of at most [`CHUNK`] values; what follows them is anything.
+fn powers(cpu: &Cpu, values: impl Iterator<Item = f32>) -> [f32; CHUNK] {
+    let mut x = [0.0; CHUNK];
+    x.iter_mut().zip(values).for_each(|(x, value)| *x = value);
+    cpu.exp(&mut x);
+    x
 }
 
 /// The smallest set of most likely tokens whose share of the weight reaches `p`, best first.
@@ -342,13 +345,11 @@ impl Raw {
     fn of(cpu: &Cpu, logits: &[f32], count: u32) -> Self {
         let count = count as usize;
         let max = largest(logits);
-        let weights = logits.chunks(CHUNK).flat_map(|logits| {
-            let mut x = [0.0; CHUNK];
-            x.iter_mut().zip(logits).for_each(|(x, logit)| *x = logit - max);
-            cpu.exp(&mut x);
-            x.into_iter().take(logits.len()).map(f64::from)
-        });
-        let sum: f64 = weights.sum();
+        let mut sum = 0.0;
+        for logits in logits.chunks(CHUNK) {
+            let powers = powers(cpu, logits.iter().map(|x| x - max));
+            powers[..logits.len()].iter().for_each(|w| sum += f64::from(*w));
+        }
         let mut top: Vec<(u32, f32)> = Vec::with_capacity(count + 1);
         for (&x, id) in logits.iter().zip(0..) {
             if top.len() < count || top.last().is_some_and(|(_, worst)| x > *worst) {

@@ -17,14 +17,18 @@ impl Scheduler {
     fn admit(&mut self, id: SequenceId) -> bool {
         let Config { block_tokens, rope_switch, .. } = self.config;
         let Some(sequence) = self.live.get_mut(&id) else { return false };
+        let known = sequence.cached().div_ceil(block_tokens);
+        // Every running sequence may soon want a block; whoever runs alone need not mind.
+        let headroom = self.running.len() as u32;
+        if known > 0 && self.blocks.available() <= headroom {
+            // Whatever is found, one block at least is needed. Whoever waits is asked again and again.
+            return false;
+        }
         let mut blocks = sequence.find(&self.blocks, block_tokens, rope_switch);
         let found = blocks.len() as u32;
-        let known = sequence.cached().div_ceil(block_tokens);
         if known > 0 {
             // The first sampled token needs a slot too.
             let needed = (sequence.cached() + 1).div_ceil(block_tokens) - found;
-            // Every running sequence may soon want a block; whoever runs alone need not mind.
-            let headroom = self.running.len() as u32;
             if self.blocks.available() - self.blocks.idle_among(&blocks) < needed + headroom {
                 return false;
             }
@@ -96,8 +100,10 @@ impl Scheduler {
         }
         // The last chunk is in the last stage when the others have nothing left to do, and the first one in the first
         // stage when they have nothing to do yet.
-        let overlapping = sequence.prefill / (CHUNKS * stages.saturating_sub(1)).max(1);
-        let chunk = if stages > 1 { overlapping.max(LEAST_CHUNK).min(prefill_chunk) } else { prefill_chunk };
+        let chunk = match stages {
+            0 | 1 => prefill_chunk,
+            _ => (sequence.prefill / (CHUNKS * (stages - 1))).max(LEAST_CHUNK).min(prefill_chunk),
+        };
         sequence.next_count(chunk, (max_step_tokens - step.tokens()).min(step.prompt_room))
     }
 

@@ -87,8 +87,6 @@ pub(super) struct Sequence {
     scope: Scope,
     /// Positions of the prompt that others had computed when it was first admitted.
     pub cached_prompt: u32,
-    /// Its next row is the first of its state.
-    begins: bool,
     /// Positions that were to be computed when it began.
     pub prefill: u32,
     /// Stages hold state of it, be it outdated: they must be told when it is gone.
@@ -119,7 +117,6 @@ impl Sequence {
             published: (0, None),
             scope: Scope { tenant: request.tenant, rope_set: 0 },
             cached_prompt: 0,
-            begins: true,
             prefill: 0,
             on_stages: false,
             scheduled: 0,
@@ -176,7 +173,12 @@ impl Sequence {
 
     /// Whether its next row is the one token that was sampled last.
     pub fn decodes(&self) -> bool {
-        !self.awaiting && !self.begins && self.remaining() == 1
+        !self.awaiting && !self.begins() && self.remaining() == 1
+    }
+
+    /// Whether its next row is the first of its state: the stages know of none of its blocks.
+    fn begins(&self) -> bool {
+        self.announced == 0
     }
 
     /// Whether a part of its answer is out, and its reader waits for more.
@@ -221,7 +223,6 @@ impl Sequence {
     /// Starts over: all its state is to be computed anew. Returns its blocks.
     pub fn forget(&mut self) -> Vec<u32> {
         self.epoch += 1;
-        self.begins = true;
         self.published = (0, None);
         self.scheduled = 0;
         self.announced = 0;
@@ -238,7 +239,7 @@ impl Sequence {
         self.scheduled = end;
         self.in_flight += 1;
         self.awaiting = ends;
-        let reset = std::mem::take(&mut self.begins);
+        let reset = self.begins();
         let row = v1::Row { sequence: id, start, count, reset, ..v1::Row::default() };
         let sampling = match &self.work {
             Work::Generate { sampling, .. } => reset.then(|| {

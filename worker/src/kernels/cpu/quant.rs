@@ -1,4 +1,4 @@
-//! Groups of 32 weights as small integers with one factor, and the search for it.
+//! Groups of 32 weights as small integers with a factor and an offset, and the search for these.
 
 use half::f16;
 use strata_proto::Quantization;
@@ -112,7 +112,7 @@ fn int4<S: Simd>(x: [S::F; 2]) -> Group {
             for h in 0..2 {
                 q[h] = S::round_within(S::mul(S::sub(x[h], from), scale), 0.0, 15.0);
             }
-            // The line of least squares through the values over their integers. These sums are exact.
+            // The line of least squares through the values over their integers.
             let sum = S::sum(S::add(q[0], q[1]));
             let squares = S::sum(S::add(S::mul(q[0], q[0]), S::mul(q[1], q[1])));
             let products = S::sum(S::add(S::mul(q[0], x[0]), S::mul(q[1], x[1])));
