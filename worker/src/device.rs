@@ -36,6 +36,13 @@ pub struct DeviceSpec {
 }
 
 impl DeviceSpec {
+    /// The number after the colon, as in `cuda:1` and `cuda:1/2`; 0 if there is none.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn ordinal(&self) -> usize {
+        let number = self.id.split_once(':').map_or("0", |(_, n)| n.split('/').next().unwrap_or(n));
+        number.parse().unwrap_or(0)
+    }
+
     /// The host's processor, with an optional cap.
     pub fn cpu(cap: Option<u64>) -> Self {
         DeviceSpec { id: "cpu".into(), kind: DeviceKind::Cpu, cap }
@@ -56,9 +63,8 @@ impl FromStr for DeviceSpec {
         }
         match kind {
             "cpu" => Ok(DeviceSpec { id: id.to_owned(), kind: DeviceKind::Cpu, cap }),
-            "cuda" => Err(format!(
-                "device {id:?}: this build of Strata has no CUDA support; use cpu, or cpu:N=BYTES"
-            )),
+            "cuda" if cfg!(not(feature = "cuda")) => Err(no_cuda(id)),
+            "cuda" => Ok(DeviceSpec { id: id.to_owned(), kind: DeviceKind::Cuda, cap }),
             _ => Err(format!(
                 "device {id:?}: expected cpu or cpu:N, with an optional =BYTES as in cpu:0=24MiB"
             )),
@@ -70,6 +76,13 @@ impl fmt::Display for DeviceSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.id)
     }
+}
+
+/// What is wrong with asking this build for a GPU.
+pub(crate) fn no_cuda(device: &str) -> String {
+    format!(
+        "device {device:?}: this build of Strata has no CUDA support; use cpu, or build it with --features cuda"
+    )
 }
 
 /// Reads `24MiB`, `1.5GiB`, `500MB`, `4096`.

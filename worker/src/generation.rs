@@ -6,27 +6,28 @@ use std::{
     time::{Duration, Instant},
 };
 
-use candle_core::Tensor;
 use strata_proto::{
     BLOCK_TOKENS, DType,
     v1::{self, Fence, RowOutput, step_result},
 };
 
 use crate::{
+    engine::{Candidate, Engine, Input, Loaded, Output, Step, Values},
     error::WorkerError,
     interrupt::Interrupt,
-    kernels::cpu::Cpu,
-    model::{BatchRow, StageInput, StageOutput, StageState, StageWeights, blocks::Head},
-    sampler::{Draw, SampleError, Sampled, SamplingParams, TokenHistory, candidates, sample},
+    model::{
+        BatchRow,
+        blocks::{Head, Tower},
+    },
+    sampler::{Draw, SampleError, Sampled, SamplingParams, TokenHistory, likeliest, sample, sample_among},
     stage::StepHook,
-    transport::{Activation, Downstream, Expected, LinkError, Payload, Upstream, candle_dtype, tcp::Pending},
+    transport::{Activation, Downstream, Expected, Hidden, LinkError, Payload, Upstream, tcp::Pending},
 };
 
 /// Everything that lives and dies with one incarnation of a pipeline.
 pub(crate) struct Generation {
     pub fence: Fence,
     pub interrupt: Interrupt,
-    pub state: StageState,
     pub dtype: DType,
     pub max_step_tokens: usize,
     pub pending: Option<Pending>,
@@ -112,12 +113,8 @@ impl<E: Into<WorkerError>> From<E> for RunEnd {
 
 impl Generation {
     /// Checks a step against the protocol and takes over its changes to sequences. An error ends the generation.
-    pub fn accept(
-        &mut self,
-        meta: &v1::StepMeta,
-        due: u64,
-        weights: &StageWeights,
-    ) -> Result<(), WorkerError> {
+    pub fn accept(&mut self, meta: &v1::StepMeta, due: u64, weights: &Loaded<'_>) -> Result<(), WorkerError> {
+        let tower = &weights.model.tower;
         let broken = |what: String| Err(WorkerError::BadMessage(format!("step {}: {what}", meta.step)));
         if meta.fence.as_ref() != Some(&self.fence) {
             return broken(format!("its fence is not this generation's {}", self.fence));
@@ -137,9 +134,8 @@ impl Generation {
             self.sequences.remove(sequence);
         }
         for row in &meta.rows {
-            check_row(row, weights)
-                .map_err(|e| WorkerError::BadMessage(format!("step {}: {e}", meta.step)))?;
-            if weights.model().tower.is_encoder() {
+            check_row(row, tower).map_err(|e| WorkerError::BadMessage(format!("step {}: {e}", meta.step)))?;
+            if tower.is_encoder() {
                 // Computed whole; nothing is kept.
                 continue;
             }
@@ -152,7 +148,7 @@ impl Generation {
                     ));
                 }
                 let sampler = match &row.sampling {
-                    Some(sampling) if weights.spec().head => Some(Sampler::new(sampling)?),
+                    Some(sampling) if weights.spec.head => Some(Sampler::new(sampling)?),
                     _ => None,
                 };
                 let (blocks, length) = (Vec::new(), row.start);
@@ -189,14 +185,15 @@ impl Generation {
     pub fn execute(
         &mut self,
         meta: &v1::StepMeta,
-        weights: &StageWeights,
+        engine: &mut dyn Engine,
         hook: Option<&StepHook>,
     ) -> Result<(Option<v1::StepResult>, Duration), RunEnd> {
+        let width = engine.loaded().map_or(0, |loaded| loaded.model.tower.width);
         let hidden = match &mut self.upstream {
             None => Ok(None),
             Some(upstream) => {
                 let rows = meta.token_ids.len();
-                let expected = [Expected { dtype: self.dtype, rows, columns: weights.model().tower.width }];
+                let expected = [Expected { dtype: self.dtype, rows, columns: width }];
                 match upstream.receive(meta.step, &expected)?.payload {
                     Payload::Tensors(tensors) => Ok(tensors.into_iter().next()),
                     Payload::Poisoned(reason) => Err(reason),
@@ -206,7 +203,7 @@ impl Generation {
         let begun = Instant::now();
         let computed = hidden.and_then(|hidden| {
             // A defect met by one batch must not take the worker and everyone's cache with it.
-            catch_unwind(AssertUnwindSafe(|| self.compute(meta, weights, hook, hidden))).unwrap_or_else(
+            catch_unwind(AssertUnwindSafe(|| self.compute(meta, engine, hook, hidden))).unwrap_or_else(
                 |panic| {
                     let text = panic.downcast_ref::<String>().map(String::as_str);
                     let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
@@ -220,7 +217,7 @@ impl Generation {
         }
         if let Some(downstream) = &mut self.downstream {
             let payload = match computed {
-                Ok(Computed::Hidden(tensor)) => Payload::Tensors(vec![tensor]),
+                Ok(Computed::Hidden(hidden)) => Payload::Tensors(vec![hidden]),
                 Ok(Computed::Output(_)) => {
                     return Err(WorkerError::Internal("a head before the last stage".into()).into());
                 }
@@ -242,9 +239,9 @@ impl Generation {
     fn compute(
         &mut self,
         meta: &v1::StepMeta,
-        weights: &StageWeights,
+        engine: &mut dyn Engine,
         hook: Option<&StepHook>,
-        hidden: Option<Tensor>,
+        hidden: Option<Hidden>,
     ) -> Result<Computed, String> {
         if let Some(hook) = hook {
             hook(meta)?;
@@ -259,42 +256,39 @@ impl Generation {
                 rope_set: row.rope_set,
             })
             .collect();
-        let mut outputs = Vec::new();
-        let mut segments = Vec::new();
+        let loaded = engine.loaded().ok_or("no weights are loaded")?;
+        let (head, values_width) = (loaded.spec.head, loaded.model.tower.outputs());
+        let (mut outputs, mut candidates, mut segments) = (Vec::new(), Vec::new(), Vec::new());
         let mut at = 0;
         for row in &meta.rows {
             match row.output() {
-                _ if !weights.spec().head => {}
+                _ if !head => {}
                 RowOutput::None => {}
                 RowOutput::Token | RowOutput::Logits => outputs.push(at + row.count - 1),
                 RowOutput::Vector => outputs.push(at),
                 RowOutput::Masks => outputs.extend(row.masked.iter().map(|position| at + position)),
             }
+            let sampler = self.sequences.get(&row.sequence).and_then(|s| s.sampler.as_ref());
+            let enough = match row.output() {
+                RowOutput::Token => sampler.map_or(0, |s| s.draw(0).candidates()),
+                _ => 0,
+            };
+            candidates.resize(outputs.len(), enough);
             segments.extend(&row.segment_ids);
             at += row.count;
             if !segments.is_empty() {
                 segments.resize(at as usize, 0);
             }
         }
-        let host;
-        let input = match &hidden {
-            None => StageInput::Tokens { ids: &meta.token_ids, segments: &segments },
-            Some(tensor) => {
-                host = to_host(tensor).map_err(|e| e.to_string())?;
-                StageInput::Hidden(&host)
-            }
+        let input = match hidden {
+            None => Input::Tokens { ids: &meta.token_ids, segments: &segments },
+            Some(hidden) => Input::Hidden(hidden),
         };
-        match self.state.forward(weights, &rows, input, &outputs).map_err(|e| e.to_string())? {
-            StageOutput::Hidden(values) => {
-                let shape = (meta.token_ids.len(), weights.model().tower.width);
-                Tensor::from_slice(values, shape, &candle_core::Device::Cpu)
-                    .and_then(|t| t.to_dtype(candle_dtype(self.dtype)))
-                    .map(Computed::Hidden)
-                    .map_err(|e| e.to_string())
-            }
-            StageOutput::Values { values, order, cpu } => {
-                answer(cpu, meta, values, order, weights.model().tower.outputs(), &mut self.sequences)
-                    .map(Computed::Output)
+        let step = Step { rows: &rows, input, outputs: &outputs, candidates: &candidates };
+        match engine.forward(step).map_err(|e| e.to_string())? {
+            Output::Hidden(hidden) => Ok(Computed::Hidden(hidden)),
+            Output::Values(values) => {
+                answer(meta, values, values_width, &mut self.sequences).map(Computed::Output)
             }
         }
     }
@@ -302,13 +296,13 @@ impl Generation {
 
 /// What a stage computed for a step.
 enum Computed {
-    Hidden(Tensor),
+    Hidden(Hidden),
     Output(step_result::Output),
 }
 
 /// Whether a row asks for what this model can do.
-fn check_row(row: &v1::Row, weights: &StageWeights) -> Result<(), String> {
-    let (sequence, tower) = (row.sequence, &weights.model().tower);
+fn check_row(row: &v1::Row, tower: &Tower) -> Result<(), String> {
+    let sequence = row.sequence;
     if !row.segment_ids.is_empty() && row.segment_ids.len() != row.count as usize {
         return Err(format!(
             "sequence {sequence} has {} segment ids for {} tokens",
@@ -344,16 +338,16 @@ struct Choice<'a> {
     sequence: u64,
     logits: &'a mut [f32],
     order: &'a mut [u32],
+    /// Enough of them, if there are any.
+    candidates: &'a [Candidate],
     draw: Draw<'a>,
     chosen: Option<Result<Sampled, SampleError>>,
 }
 
-/// Turns the values `(outputs, width)` of a step into its result; `order` is the sampler's scratch.
+/// Turns the values `(outputs, width)` of a step into its result.
 fn answer(
-    cpu: &Cpu,
     meta: &v1::StepMeta,
-    values: &mut [f32],
-    order: &mut [u32],
+    Values { values, order, candidates: enough, cpu }: Values<'_>,
     width: usize,
     sequences: &mut HashMap<u64, Sequence>,
 ) -> Result<step_result::Output, String> {
@@ -366,7 +360,8 @@ fn answer(
             sampler.observe(ids, row.start);
         }
     }
-    let mut values = values.chunks_exact_mut(width).zip(order.chunks_exact_mut(width));
+    let enough = enough.iter().map(Vec::as_slice).chain(std::iter::repeat(&[][..]));
+    let mut values = values.chunks_exact_mut(width).zip(order.chunks_exact_mut(width)).zip(enough);
     let mut next = || values.next().ok_or("a row has no values");
     let (mut choices, mut vectors, mut guesses) = (Vec::new(), Vec::new(), Vec::new());
     for row in &meta.rows {
@@ -374,24 +369,29 @@ fn answer(
         match row.output() {
             RowOutput::None => {}
             RowOutput::Logits | RowOutput::Vector => {
-                vectors.push(v1::Vector { sequence, values: next()?.0.to_vec() });
+                vectors.push(v1::Vector { sequence, values: next()?.0.0.to_vec() });
             }
             RowOutput::Token => {
-                let (logits, order) = next()?;
+                let ((logits, order), candidates) = next()?;
                 let sampler = sequences.get(&sequence).and_then(|s| s.sampler.as_ref());
                 let sampler = sampler.ok_or("a row that samples came without sampling parameters")?;
                 let draw = sampler.draw(row.start + row.count);
-                choices.push(Choice { sequence, logits, order, draw, chosen: None });
+                choices.push(Choice { sequence, logits, order, candidates, draw, chosen: None });
             }
             RowOutput::Masks => {
                 for _ in &row.masked {
-                    let top = candidates(cpu, next()?.0, row.candidates).map_err(|e| e.to_string())?;
+                    let top = likeliest(cpu, next()?.0.0, row.candidates).map_err(|e| e.to_string())?;
                     guesses.push(v1::Guess { sequence, top });
                 }
             }
         }
     }
-    cpu.each(&mut choices, |c| c.chosen = Some(sample(cpu, c.logits, c.order, &c.draw)));
+    cpu.each(&mut choices, |c| {
+        c.chosen = Some(match c.candidates {
+            [] => sample(cpu, c.logits, c.order, &c.draw),
+            candidates => sample_among(cpu, candidates, &c.draw),
+        });
+    });
     let tokens =
         choices.into_iter().filter_map(|c| Some((c.sequence, c.chosen?))).map(|(sequence, chosen)| {
             let Sampled { token, logprobs } = chosen.map_err(|e| e.to_string())?;
@@ -404,8 +404,4 @@ fn answer(
         (true, true, false) => Ok(step_result::Output::Guesses(v1::Guesses { guesses })),
         _ => Err("a step yields one kind of output".into()),
     }
-}
-
-fn to_host(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
-    tensor.to_dtype(candle_core::DType::F32)?.flatten_all()?.to_vec1()
 }

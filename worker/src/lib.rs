@@ -4,6 +4,7 @@
 //! ([`LocalWorker`]) or over gRPC ([`grpc`]).
 
 pub mod device;
+mod engine;
 mod error;
 mod generation;
 pub mod grpc;

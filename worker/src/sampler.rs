@@ -8,10 +8,12 @@ use std::{cmp::Ordering, collections::BTreeMap};
 
 use strata_proto::v1;
 
-use crate::kernels::cpu::Cpu;
+use crate::{engine::Candidate, kernels::cpu::Cpu};
 
 /// Most alternatives that are reported.
 const MAX_ALTERNATIVES: u32 = 20;
+/// Most tokens that are drawn from without the other logits.
+pub(crate) const MOST_AMONG: usize = 64;
 /// Most candidates for a masked position.
 const MAX_CANDIDATES: u32 = 100;
 /// Most entries of a logit bias.
@@ -139,6 +141,19 @@ pub struct Draw<'a> {
     pub logprobs: Option<u32>,
 }
 
+impl Draw<'_> {
+    /// How many of the most likely tokens are enough to draw from ([`sample_among`]); 0 if all logits are needed.
+    pub fn candidates(&self) -> u32 {
+        let SamplingParams { temperature, top_k, logit_bias, .. } = self.params;
+        match (*temperature, *top_k) {
+            _ if self.logprobs.is_some() || !logit_bias.is_empty() || self.params.needs_history() => 0,
+            (0.0, _) => 1,
+            (_, 1..=MOST_AMONG) => *top_k as u32,
+            _ => 0,
+        }
+    }
+}
+
 /// A chosen token.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampled {
@@ -173,11 +188,31 @@ pub fn sample(
     Ok(Sampled { token, logprobs })
 }
 
+/// Chooses as [`sample`] does, where the [`candidates`](Draw::candidates) most likely tokens, best first, are known and
+/// enough. Of logits that are not finite, the first is the only candidate.
+pub(crate) fn sample_among(
+    cpu: &Cpu,
+    candidates: &[Candidate],
+    draw: &Draw<'_>,
+) -> Result<Sampled, SampleError> {
+    let (mut logits, mut order) = ([0.0; MOST_AMONG], [0; MOST_AMONG]);
+    let count = candidates.len().min(MOST_AMONG);
+    logits.iter_mut().zip(candidates).for_each(|(x, c)| *x = c.logit);
+    let token = |index: u32| candidates[index as usize].token;
+    match sample(cpu, &mut logits[..count], &mut order, draw) {
+        Ok(sampled) => Ok(Sampled { token: token(sampled.token), ..sampled }),
+        Err(SampleError::NotFinite { token: index, value }) => {
+            Err(SampleError::NotFinite { token: token(index), value })
+        }
+        Err(error) => Err(error),
+    }
+}
+
 /// The `count` most likely tokens by `logits`, best first, with their log-probabilities.
 ///
 /// # Errors
 /// If a logit is not a number.
-pub fn candidates(cpu: &Cpu, logits: &[f32], count: u32) -> Result<Vec<v1::Alternative>, SampleError> {
+pub fn likeliest(cpu: &Cpu, logits: &[f32], count: u32) -> Result<Vec<v1::Alternative>, SampleError> {
     if let Some(token) = logits.iter().position(|x| !x.is_finite()) {
         return Err(SampleError::NotFinite { token: token as u32, value: logits[token] });
     }

@@ -127,9 +127,8 @@ impl LocalWorker {
         let stages = config
             .devices
             .iter()
-            .map(|d| Ok((d.id.clone(), StageThread::spawn(&d.id, config.compute, config.step_hook.clone())?)))
-            .collect::<std::io::Result<_>>()
-            .map_err(io("starting a stage thread"))?;
+            .map(|d| Ok((d.id.clone(), StageThread::spawn(d, config.compute, config.step_hook.clone())?)))
+            .collect::<Result<_, WorkerError>>()?;
         Ok(LocalWorker {
             boot_id: Uuid::new_v4().to_string(),
             stages,

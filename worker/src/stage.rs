@@ -24,12 +24,12 @@ use tokio::sync::{
 use tonic::Status;
 
 use crate::{
-    device::Compute,
+    device::{Compute, DeviceSpec},
+    engine::{self, Allocated, Engine, Size},
     error::WorkerError,
     generation::{Generation, RunEnd},
     interrupt::Interrupt,
-    kernels::cpu::Cpu,
-    model::{LoadedBytes, Model, RangeSpec, StageState, StageWeights},
+    model::{LoadedBytes, Model, ModelError, RangeSpec, StageState},
     transport::{Downstream, Upstream, tcp::Pending},
 };
 
@@ -98,26 +98,35 @@ pub(crate) struct StageThread {
 }
 
 impl StageThread {
-    pub fn spawn(device: &str, compute: Compute, hook: Option<StepHook>) -> std::io::Result<Self> {
+    /// Starts the thread of a device.
+    ///
+    /// # Errors
+    /// If there can be no thread, or the device cannot be used.
+    pub fn spawn(device: &DeviceSpec, compute: Compute, hook: Option<StepHook>) -> Result<Self, WorkerError> {
         let (commands, orders) = std_mpsc::channel();
+        let (report, started) = std_mpsc::channel();
         let shared = Arc::<Shared>::default();
         let begun = Instant::now();
         let cores = compute.take_cores();
-        let mut stage = Stage {
-            shared: shared.clone(),
-            begun,
-            cpu: compute.cpu_on(&cores),
-            hook,
-            weights: None,
-            bytes_read: 0,
-            generation: None,
-        };
-        thread::Builder::new().name(format!("strata-{device}")).spawn(move || {
+        let (device, theirs) = (device.clone(), shared.clone());
+        let name = format!("strata-{}", device.id);
+        let run = move || {
             cores.first().copied().map(core_affinity::set_for_current);
+            // What belongs to a device is made where it is used.
+            let engine = match engine::on(&device, compute.cpu_on(&cores)) {
+                Ok(engine) => engine,
+                Err(error) => return report.send(Err(error)).unwrap_or(()),
+            };
+            let _ = report.send(Ok(()));
+            let mut stage =
+                Stage { shared: theirs, begun, engine, hook, spec: None, bytes_read: 0, generation: None };
             while let Ok(command) = orders.recv() {
                 stage.obey(command);
             }
-        })?;
+        };
+        let io = |source| WorkerError::Io { path: "starting a stage thread".into(), source };
+        thread::Builder::new().name(name).spawn(run).map_err(io)?;
+        started.recv().unwrap_or_else(|_| Err(gone()))?;
         Ok(StageThread { commands, shared, begun })
     }
 
@@ -245,9 +254,10 @@ fn message(message: from_stage::Message) -> v1::FromStage {
 struct Stage {
     shared: Arc<Shared>,
     begun: Instant,
-    cpu: Cpu,
+    engine: Box<dyn Engine>,
     hook: Option<StepHook>,
-    weights: Option<(v1::StageSpec, StageWeights)>,
+    /// What the engine's weights were loaded as.
+    spec: Option<v1::StageSpec>,
     /// What the last load read from files.
     bytes_read: u64,
     generation: Option<Generation>,
@@ -264,7 +274,7 @@ impl Stage {
                 self.enter(StagePhase::Idle);
             }
             Command::Unload { spec, reply } => {
-                if self.weights.as_ref().is_some_and(|(have, _)| *have == spec) {
+                if self.spec.as_ref() == Some(&spec) {
                     self.drop_generation();
                     self.drop_weights();
                 }
@@ -295,7 +305,8 @@ impl Stage {
     }
 
     fn drop_weights(&mut self) {
-        self.weights = None;
+        self.spec = None;
+        self.engine.unload();
         *lock(&self.shared.resident) = None;
     }
 
@@ -304,6 +315,7 @@ impl Stage {
             // Also ends the health reports and a neighbour's wait on our sockets.
             generation.interrupt.trip();
         }
+        self.engine.release();
         self.shared.allocated.store(0, Ordering::Relaxed);
     }
 
@@ -315,7 +327,7 @@ impl Stage {
     ) -> Result<(), WorkerError> {
         // A new range means a new generation: the old one's cache would only be in the way.
         self.drop_generation();
-        if !self.weights.as_ref().is_some_and(|(have, _)| *have == spec) {
+        if self.spec.as_ref() != Some(&spec) {
             self.drop_weights();
             let (checkpoint, model) = Model::open_dir(&directory)?;
             if checkpoint.fingerprint() != spec.fingerprint {
@@ -334,17 +346,16 @@ impl Stage {
                     _ => ControlFlow::Continue(()),
                 }
             };
-            let weights =
-                StageWeights::load(&checkpoint, &model, &range_spec(&spec)?, &self.cpu, &mut report)?;
-            let resident = v1::ResidentWeights { spec: Some(spec.clone()), bytes: weights.resident_bytes() };
-            *lock(&self.shared.resident) = Some(resident);
-            self.weights = Some((spec, weights));
+            self.engine.load(&checkpoint, &model, &range_spec(&spec)?, &mut report)?;
+            let bytes = self.engine.loaded().map_or(0, |loaded| loaded.bytes);
+            *lock(&self.shared.resident) = Some(v1::ResidentWeights { spec: Some(spec.clone()), bytes });
+            self.spec = Some(spec);
         }
-        if let Some((_, weights)) = &self.weights {
+        if let Some(loaded) = self.engine.loaded() {
             let done = v1::LoadProgress {
                 bytes_read: self.bytes_read,
                 bytes_total: self.bytes_read,
-                resident_bytes: Some(weights.resident_bytes()),
+                resident_bytes: Some(loaded.bytes),
             };
             let _ = progress.blocking_send(Ok(done));
         }
@@ -357,18 +368,14 @@ impl Stage {
             Some((fence, interrupt)) if *fence == request.fence => interrupt.clone(),
             _ => return Err(WorkerError::Aborted),
         };
-        let weights = match &self.weights {
-            Some((spec, weights)) if *spec == request.spec => weights,
-            _ => {
-                return Err(WorkerError::WrongState(
-                    "the weights of this stage are not loaded; Load comes first".into(),
-                ));
-            }
+        let loaded = match self.engine.loaded() {
+            Some(loaded) if self.spec.as_ref() == Some(&request.spec) => loaded,
+            _ => return Err(ModelError::NotLoaded.into()),
         };
-        let (model, spec) = (weights.model(), weights.spec());
         let (tokens, outputs) = (request.max_step_tokens, request.max_step_outputs);
-        let needed =
-            weights.resident_bytes() + StageState::bytes_for(model, spec, request.kv_blocks, tokens, outputs);
+        let size = Size { kv_blocks: request.kv_blocks, tokens, outputs };
+        let state = StageState::bytes_for(loaded.model, loaded.spec, request.kv_blocks, tokens, outputs);
+        let (needed, dtype) = (loaded.bytes + state, loaded.spec.dtype);
         if needed > request.budget {
             return Err(WorkerError::OverBudget {
                 device: request.spec.device,
@@ -376,18 +383,13 @@ impl Stage {
                 needed,
             });
         }
-        let state = StageState::new(model, spec, request.kv_blocks, tokens, outputs, self.cpu.clone())?;
-        let prepared = v1::Prepared {
-            kv_bytes: state.kv_bytes(),
-            workspace_bytes: state.workspace_bytes(),
-            link_address: String::new(),
-        };
+        let Allocated { kv_bytes, workspace_bytes } = self.engine.prepare(size)?;
+        let prepared = v1::Prepared { kv_bytes, workspace_bytes, link_address: String::new() };
         self.shared.allocated.store(prepared.kv_bytes + prepared.workspace_bytes, Ordering::Relaxed);
         self.generation = Some(Generation {
             fence: request.fence,
             interrupt,
-            state,
-            dtype: spec.dtype,
+            dtype,
             max_step_tokens: request.max_step_tokens as usize,
             pending: request.pending,
             upstream: None,
@@ -431,10 +433,7 @@ impl Stage {
         answers: &mpsc::Sender<v1::FromStage>,
     ) -> Result<(), RunEnd> {
         let shared = self.shared.clone();
-        let weights = match &self.weights {
-            Some((_, weights)) => weights,
-            None => return Err(WorkerError::WrongState("no weights are loaded".into()).into()),
-        };
+        let engine = &mut *self.engine;
         let generation = current(&mut self.generation, fence)?;
         let interrupt = generation.interrupt.clone();
         let answer = |m| match interrupt.block_on(answers.send(message(m))) {
@@ -450,8 +449,9 @@ impl Stage {
             };
             shared.phase.store(StagePhase::Step as i32, Ordering::Relaxed);
             shared.since.store(self.begun.elapsed().as_millis() as u64, Ordering::Relaxed);
-            generation.accept(&meta, due, weights)?;
-            let (result, compute) = generation.execute(&meta, weights, self.hook.as_ref())?;
+            let loaded = engine.loaded().ok_or_else(|| WorkerError::from(ModelError::NotLoaded))?;
+            generation.accept(&meta, due, &loaded)?;
+            let (result, compute) = generation.execute(&meta, engine, self.hook.as_ref())?;
             if let Some(result) = result {
                 answer(from_stage::Message::Result(result))?;
             }

@@ -27,7 +27,81 @@ use crate::{
 /// Least length by which a vector is divided (torch's `normalize`).
 const MIN_LENGTH: f32 = 1e-12;
 
-/// One step on its way through a stage. All its inputs have been checked.
+/// What a processor does with the residual stream of a step; [`layer`] says in which order.
+pub(crate) trait Operations {
+    /// The weights of one site.
+    type Block;
+
+    /// Makes the input of a block from the residual stream.
+    fn enter(&mut self, flow: Flow, block: &Self::Block, slot: Slot) -> Result<(), StepError>;
+
+    /// Attention of the stage's layer `index` over that input, before its last product.
+    fn attend(&mut self, attention: &Attention, index: usize, block: &Self::Block) -> Result<(), StepError>;
+
+    /// The inner rows of a feed-forward block from that input.
+    fn up(&mut self, ffn: Ffn, block: &Self::Block) -> Result<(), StepError>;
+
+    /// A mixture of experts over that input, all of it: what it yields goes where [`project`](Self::project)'s does.
+    fn experts(&mut self, flow: Flow, moe: Moe, block: &Self::Block) -> Result<(), StepError>;
+
+    /// The last product of a block, added to the residual stream; where a norm follows, kept beside it.
+    fn project(&mut self, flow: Flow, from: Inner<'_>, block: &Self::Block) -> Result<(), StepError>;
+
+    /// Adds the norm of what is beside the residual stream to it.
+    fn add_normed(&mut self, norm: Norm, block: &Self::Block, slot: Slot) -> Result<(), StepError>;
+
+    /// Replaces the residual stream by its norm.
+    fn renorm(&mut self, norm: Norm, block: &Self::Block, slot: Slot) -> Result<(), StepError>;
+}
+
+/// What the last product of a block takes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Inner<'a> {
+    /// What attention yields.
+    Attention(&'a Attention),
+    /// The inner rows of a feed-forward block.
+    Up(Ffn),
+}
+
+/// One layer, the stage's `index`th: what attention and the feed-forward block yield is added to the residual.
+pub(crate) fn layer<O: Operations>(
+    ops: &mut O,
+    index: usize,
+    layer: &Layer,
+    block: &O::Block,
+) -> Result<(), StepError> {
+    let Layer { flow, attention, ffn } = layer;
+    let norm = flow.norm();
+    ops.enter(*flow, block, Slot::AttentionNorm)?;
+    ops.attend(attention, index, block)?;
+    if matches!(flow, Flow::ParallelTwo(_)) {
+        // Attention has not been added yet.
+        ops.enter(*flow, block, Slot::FfnNorm)?;
+    }
+    ops.project(*flow, Inner::Attention(attention), block)?;
+    match flow {
+        Flow::Sandwich(_) => ops.add_normed(norm, block, Slot::AttentionPostNorm)?,
+        Flow::Post(_) => ops.renorm(norm, block, Slot::AttentionNorm)?,
+        _ => {}
+    }
+    if matches!(flow, Flow::Pre(_) | Flow::Post(_) | Flow::Sandwich(_)) {
+        ops.enter(*flow, block, Slot::FfnNorm)?;
+    }
+    match ffn {
+        Ffn::Moe(moe) => ops.experts(*flow, *moe, block)?,
+        Ffn::Plain(_) | Ffn::Gated(_) => {
+            ops.up(*ffn, block)?;
+            ops.project(*flow, Inner::Up(*ffn), block)?;
+        }
+    }
+    match flow {
+        Flow::Sandwich(_) => ops.add_normed(norm, block, Slot::FfnPostNorm),
+        Flow::Post(_) => ops.renorm(norm, block, Slot::FfnNorm),
+        _ => Ok(()),
+    }
+}
+
+/// One step on its way through a stage on the CPU. All its inputs have been checked.
 pub(super) struct Pass<'a> {
     pub cpu: &'a Cpu,
     pub work: &'a mut Workspace,
@@ -67,7 +141,7 @@ impl Pass<'_> {
         let mut add = |out: &mut [f32], table: Option<&Table>, index: usize| {
             table.ok_or(StepError::Weights)?.gather(index, other);
             out.iter_mut().zip(&*other).for_each(|(x, y)| *x += y);
-            Ok(())
+            Ok::<_, StepError>(())
         };
         let positions = self.rows.iter().flat_map(|r| r.start..r.start + r.count);
         for (i, (out, position)) in residual.chunks_exact_mut(width).zip(positions).enumerate() {
@@ -81,7 +155,7 @@ impl Pass<'_> {
             out.iter_mut().for_each(|x| *x = round_to(dtype, *x));
         }
         if let Some(norm) = input.norm {
-            self.renorm(norm, block.norm(Slot::InputNorm)?)
+            self.renorm(norm, block, Slot::InputNorm)?;
         }
         Ok(())
     }
@@ -97,41 +171,92 @@ impl Pass<'_> {
         }
     }
 
-    /// One layer, the stage's `index`th: what attention and the feed-forward block yield is added to the residual.
-    pub fn layer(&mut self, index: usize, layer: &Layer, block: &Block) -> Result<(), StepError> {
-        let Layer { flow, attention, ffn } = layer;
-        let norm = flow.norm();
-        self.enter(*flow, block, Slot::AttentionNorm)?;
-        self.attend(attention, index, block)?;
-        if matches!(flow, Flow::ParallelTwo(_)) {
-            // Attention has not been added yet.
-            self.enter(*flow, block, Slot::FfnNorm)?;
+    /// Final norm and head of the wanted tokens, into `values`.
+    pub fn finish(&mut self, block: &Block, outputs: &[u32]) -> Result<(), StepError> {
+        let Self { cpu, tower, tokens, .. } = *self;
+        let width = tower.width;
+        if let Head::Embed { pool, normalize } = tower.head {
+            self.norm_rows(block, 0, 0, tokens)?;
+            self.pool(pool, normalize, outputs);
+            return Ok(());
         }
-        self.project(*flow, block.product(Slot::AttentionOut, 0)?, Inner::Attention, attention.q_width());
-        match flow {
-            Flow::Sandwich(_) => self.add_normed(norm, block.norm(Slot::AttentionPostNorm)?),
-            Flow::Post(_) => self.renorm(norm, block.norm(Slot::AttentionNorm)?),
-            _ => {}
+        for (i, token) in outputs.iter().enumerate() {
+            self.norm_rows(block, *token as usize, i, 1)?;
         }
-        if matches!(flow, Flow::Pre(_) | Flow::Post(_) | Flow::Sandwich(_)) {
-            self.enter(*flow, block, Slot::FfnNorm)?;
+        let Workspace { residual, normed, values, packed, .. } = &mut *self.work;
+        let mut linear = |slot, x: &[f32], out: &mut [f32]| {
+            let Projection { matrix, bias } = block.product(slot, 0)?;
+            let x = Rows { data: x, stride: width, count: outputs.len() };
+            cpu.linear(Linear {
+                weight: matrix,
+                bias: bias.as_deref(),
+                x,
+                packed,
+                out,
+                output: Output::Store,
+            });
+            Ok::<_, StepError>(())
+        };
+        let used = outputs.len() * width;
+        if let Head::Mlm(act, _) | Head::Classify { act, .. } = tower.head {
+            // Of the residual stream, nothing is needed any more.
+            linear(Slot::HeadDense, normed, residual)?;
+            cpu.activate(Activate { act, x: &mut residual[..used] });
+            normed[..used].copy_from_slice(&residual[..used]);
         }
-        match ffn {
-            Ffn::Moe(moe) => self.experts(*flow, *moe, block)?,
-            Ffn::Plain(_) | Ffn::Gated(_) => {
-                self.up(*ffn, block)?;
-                self.project(*flow, block.product(Slot::Down, 0)?, Inner::Up, ffn.up_width());
-            }
+        if let Head::Mlm(_, norm) = tower.head {
+            let NormWeights { weight, bias } = block.norm(Slot::HeadNorm)?;
+            let x = Rows { data: residual, stride: width, count: outputs.len() };
+            let (bias, output) = (bias.as_deref(), Output::Store);
+            cpu.norm(NormRows { norm, x, weight, bias, out: normed, output });
         }
-        match flow {
-            Flow::Sandwich(_) => self.add_normed(norm, block.norm(Slot::FfnPostNorm)?),
-            Flow::Post(_) => self.renorm(norm, block.norm(Slot::FfnNorm)?),
-            _ => {}
+        linear(Slot::Head, normed, values)?;
+        if let Head::Lm { softcap: Some(cap) } = tower.head {
+            cpu.soft_cap(SoftCap { cap, x: &mut values[..outputs.len() * tower.vocab] });
         }
         Ok(())
     }
 
-    /// Makes the input of a block (`normed`) from the residual stream.
+    /// Final norm of `count` rows of the residual stream from row `from` on, into `normed` from row `to` on.
+    fn norm_rows(&mut self, block: &Block, from: usize, to: usize, count: usize) -> Result<(), StepError> {
+        let width = self.tower.width;
+        let Workspace { residual, normed, .. } = &mut *self.work;
+        let data = &residual[from * width..(from + count) * width];
+        let out = &mut normed[to * width..(to + count) * width];
+        let Some(norm) = self.tower.norm else {
+            out.copy_from_slice(data);
+            return Ok(());
+        };
+        let NormWeights { weight, bias } = block.norm(Slot::FinalNorm)?;
+        let x = Rows { data, stride: width, count };
+        self.cpu.norm(NormRows { norm, x, weight, bias: bias.as_deref(), out, output: Output::Store });
+        Ok(())
+    }
+
+    /// One vector for the sequence of each of `outputs`, from `normed`.
+    fn pool(&mut self, pool: Pool, normalize: bool, outputs: &[u32]) {
+        let width = self.tower.width;
+        let Workspace { normed, values, .. } = &mut *self.work;
+        let mut values = outputs.iter().zip(values.chunks_exact_mut(width)).peekable();
+        let mut first = 0;
+        for row in self.rows {
+            let end = first + row.count as usize;
+            let tokens = &normed[first * width..end * width];
+            while let Some((_, out)) = values.next_if(|(output, _)| (**output as usize) < end) {
+                pool_one(pool, tokens, out);
+                if normalize {
+                    let length = out.iter().map(|x| x * x).sum::<f32>().sqrt().max(MIN_LENGTH);
+                    out.iter_mut().for_each(|x| *x /= length);
+                }
+            }
+            first = end;
+        }
+    }
+}
+
+impl Operations for Pass<'_> {
+    type Block = Block;
+
     fn enter(&mut self, flow: Flow, block: &Block, slot: Slot) -> Result<(), StepError> {
         if matches!(flow, Flow::Post(_)) {
             let len = self.tokens * self.tower.width;
@@ -151,31 +276,33 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// Adds the norm of `normed` to the residual stream.
-    fn add_normed(&mut self, norm: Norm, NormWeights { weight, bias }: &NormWeights) {
+    fn add_normed(&mut self, norm: Norm, block: &Block, slot: Slot) -> Result<(), StepError> {
+        let NormWeights { weight, bias } = block.norm(slot)?;
         let Workspace { residual, normed, .. } = &mut *self.work;
         let x = Rows { data: normed, stride: self.tower.width, count: self.tokens };
         let (bias, output) = (bias.as_deref(), Output::AddRounded(self.dtype));
         self.cpu.norm(NormRows { norm, x, weight, bias, out: residual, output });
+        Ok(())
     }
 
-    /// Replaces the residual stream by its norm.
-    fn renorm(&mut self, norm: Norm, NormWeights { weight, bias }: &NormWeights) {
+    fn renorm(&mut self, norm: Norm, block: &Block, slot: Slot) -> Result<(), StepError> {
+        let NormWeights { weight, bias } = block.norm(slot)?;
         let Workspace { residual, normed, .. } = &mut *self.work;
         let len = self.tokens * self.tower.width;
         let x = Rows { data: residual, stride: self.tower.width, count: self.tokens };
         let (bias, output) = (bias.as_deref(), Output::StoreRounded(self.dtype));
         self.cpu.norm(NormRows { norm, x, weight, bias, out: normed, output });
         residual[..len].copy_from_slice(&normed[..len]);
+        Ok(())
     }
 
-    /// The last product of a block: into the residual stream, or into `normed` where a norm follows.
-    fn project(&mut self, flow: Flow, product: &Projection, from: Inner, stride: usize) {
+    fn project(&mut self, flow: Flow, from: Inner<'_>, block: &Block) -> Result<(), StepError> {
         let Workspace { residual, normed, attention, up, packed, .. } = &mut *self.work;
-        let data: &[f32] = match from {
-            Inner::Attention => attention,
-            Inner::Up => up,
+        let (slot, data, stride): (_, &[f32], _) = match from {
+            Inner::Attention(a) => (Slot::AttentionOut, attention, a.q_width()),
+            Inner::Up(ffn) => (Slot::Down, up, ffn.up_width()),
         };
+        let product = block.product(slot, 0)?;
         let (out, output) = match flow {
             Flow::Sandwich(_) => (normed, Output::Store),
             _ => (residual, Output::AddRounded(self.dtype)),
@@ -188,9 +315,9 @@ impl Pass<'_> {
             out,
             output,
         });
+        Ok(())
     }
 
-    /// Attention over `normed`, before its last product.
     fn attend(&mut self, attention: &Attention, index: usize, block: &Block) -> Result<(), StepError> {
         let Self { cpu, work, cache, tower, rows, tokens, .. } = self;
         let Workspace { normed, qkv, attention: out, packed, angles, sequence, blocks, .. } = &mut **work;
@@ -253,7 +380,6 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// The inner rows of a feed-forward block from `normed`.
     fn up(&mut self, ffn: Ffn, block: &Block) -> Result<(), StepError> {
         let slot = if matches!(ffn, Ffn::Plain(_)) { Slot::Up } else { Slot::GateUp };
         let Workspace { normed, up, packed, .. } = &mut *self.work;
@@ -274,8 +400,8 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// A mixture of experts over `normed`. Each expert computes the rows that chose it; what they yield is added up by
-    /// ascending expert, so a token's bits depend on nobody else's choice.
+    // Each expert computes the rows that chose it; what they yield is added up by ascending expert, so a token's bits
+    // depend on nobody else's choice.
     fn experts(&mut self, flow: Flow, moe: Moe, block: &Block) -> Result<(), StepError> {
         let (tokens, width, inner) = (self.tokens, self.tower.width, moe.mlp.inner);
         let Workspace { residual, normed, up, packed, experts: Some(scratch), .. } = &mut *self.work else {
@@ -343,94 +469,6 @@ impl Pass<'_> {
         }
         Ok(())
     }
-
-    /// Final norm and head of the wanted tokens, into `values`.
-    pub fn finish(&mut self, block: &Block, outputs: &[u32]) -> Result<(), StepError> {
-        let Self { cpu, tower, tokens, .. } = *self;
-        let width = tower.width;
-        if let Head::Embed { pool, normalize } = tower.head {
-            self.norm_rows(block, 0, 0, tokens)?;
-            self.pool(pool, normalize, outputs);
-            return Ok(());
-        }
-        for (i, token) in outputs.iter().enumerate() {
-            self.norm_rows(block, *token as usize, i, 1)?;
-        }
-        let Workspace { residual, normed, values, packed, .. } = &mut *self.work;
-        let mut linear = |slot, x: &[f32], out: &mut [f32]| {
-            let Projection { matrix, bias } = block.product(slot, 0)?;
-            let x = Rows { data: x, stride: width, count: outputs.len() };
-            cpu.linear(Linear {
-                weight: matrix,
-                bias: bias.as_deref(),
-                x,
-                packed,
-                out,
-                output: Output::Store,
-            });
-            Ok(())
-        };
-        let used = outputs.len() * width;
-        if let Head::Mlm(act, _) | Head::Classify { act, .. } = tower.head {
-            // Of the residual stream, nothing is needed any more.
-            linear(Slot::HeadDense, normed, residual)?;
-            cpu.activate(Activate { act, x: &mut residual[..used] });
-            normed[..used].copy_from_slice(&residual[..used]);
-        }
-        if let Head::Mlm(_, norm) = tower.head {
-            let NormWeights { weight, bias } = block.norm(Slot::HeadNorm)?;
-            let x = Rows { data: residual, stride: width, count: outputs.len() };
-            let (bias, output) = (bias.as_deref(), Output::Store);
-            cpu.norm(NormRows { norm, x, weight, bias, out: normed, output });
-        }
-        linear(Slot::Head, normed, values)?;
-        if let Head::Lm { softcap: Some(cap) } = tower.head {
-            cpu.soft_cap(SoftCap { cap, x: &mut values[..outputs.len() * tower.vocab] });
-        }
-        Ok(())
-    }
-
-    /// Final norm of `count` rows of the residual stream from row `from` on, into `normed` from row `to` on.
-    fn norm_rows(&mut self, block: &Block, from: usize, to: usize, count: usize) -> Result<(), StepError> {
-        let width = self.tower.width;
-        let Workspace { residual, normed, .. } = &mut *self.work;
-        let data = &residual[from * width..(from + count) * width];
-        let out = &mut normed[to * width..(to + count) * width];
-        let Some(norm) = self.tower.norm else {
-            out.copy_from_slice(data);
-            return Ok(());
-        };
-        let NormWeights { weight, bias } = block.norm(Slot::FinalNorm)?;
-        let x = Rows { data, stride: width, count };
-        self.cpu.norm(NormRows { norm, x, weight, bias: bias.as_deref(), out, output: Output::Store });
-        Ok(())
-    }
-
-    /// One vector for the sequence of each of `outputs`, from `normed`.
-    fn pool(&mut self, pool: Pool, normalize: bool, outputs: &[u32]) {
-        let width = self.tower.width;
-        let Workspace { normed, values, .. } = &mut *self.work;
-        let mut values = outputs.iter().zip(values.chunks_exact_mut(width)).peekable();
-        let mut first = 0;
-        for row in self.rows {
-            let end = first + row.count as usize;
-            let tokens = &normed[first * width..end * width];
-            while let Some((_, out)) = values.next_if(|(output, _)| (**output as usize) < end) {
-                pool_one(pool, tokens, out);
-                if normalize {
-                    let length = out.iter().map(|x| x * x).sum::<f32>().sqrt().max(MIN_LENGTH);
-                    out.iter_mut().for_each(|x| *x /= length);
-                }
-            }
-            first = end;
-        }
-    }
-}
-
-/// Where the input of a product lies.
-enum Inner {
-    Attention,
-    Up,
 }
 
 /// One vector of `tokens` `(count, width)`.

@@ -3,16 +3,18 @@
 pub mod blocks;
 pub mod config;
 mod families;
-mod forward;
-mod names;
+pub(crate) mod forward;
+pub(crate) mod load;
+pub(crate) mod names;
 mod pooling;
 mod profile;
 mod rope;
-mod stage;
-mod state;
+pub(crate) mod stage;
+pub(crate) mod state;
+pub(crate) mod step;
 #[cfg(test)]
 mod tests;
-mod workspace;
+pub(crate) mod workspace;
 
 use std::path::Path;
 
@@ -24,9 +26,11 @@ use self::{
     names::{Bindings, Bound},
 };
 pub use self::{
+    load::LoadedBytes,
     profile::describe,
-    stage::{LoadedBytes, RangeSpec, StageWeights},
-    state::{StageInput, StageOutput, StageState, StepError},
+    stage::{RangeSpec, StageWeights},
+    state::{StageOutput, StageState},
+    step::{StageInput, StepError},
 };
 pub use crate::kv_cache::{BLOCK_TOKENS, BatchRow};
 use crate::{
@@ -98,6 +102,12 @@ pub enum ModelError {
     /// The caller asked to stop.
     #[error("loading was cancelled")]
     Cancelled,
+    /// Cache and scratch were asked for before weights.
+    #[error("the weights of this stage are not loaded; Load comes first")]
+    NotLoaded,
+    /// The device failed.
+    #[error("{0}")]
+    Device(String),
 }
 
 /// Special token ids by `config.json` and `generation_config.json`, each id once.
@@ -181,7 +191,7 @@ impl Model {
     }
 
     /// The tensors that fill a slot, of one expert.
-    fn bound(&self, site: Site, (slot, expert): (Slot, usize)) -> &[Bound] {
+    pub(crate) fn bound(&self, site: Site, (slot, expert): (Slot, usize)) -> &[Bound] {
         self.bound.get(&(site, slot, expert)).map_or(&[], Vec::as_slice)
     }
 
@@ -198,7 +208,7 @@ impl Model {
     }
 
     /// Whether a slot has a bias.
-    fn has_bias(&self, site: Site, key: (Slot, usize)) -> bool {
+    pub(crate) fn has_bias(&self, site: Site, key: (Slot, usize)) -> bool {
         self.bound(site, key).iter().any(|b| b.bias.is_some())
     }
 }

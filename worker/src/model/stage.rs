@@ -12,6 +12,7 @@ use strata_proto::{DType, Format, LayerRange, Quantization};
 use super::{
     Model, ModelError, StepError,
     blocks::{Shape, Site, Slot},
+    load::{LoadedBytes, Piece, read_tensors},
     names::{Bound, Layout},
 };
 use crate::{
@@ -22,7 +23,7 @@ use crate::{
             packed::{Elements, PackedMatrix, Table, Unrepresentable, widen},
         },
     },
-    weights::{Checkpoint, TensorDType, TensorInfo},
+    weights::Checkpoint,
 };
 
 /// Which part of a model a stage holds, and in which format.
@@ -46,7 +47,37 @@ impl RangeSpec {
         Format::of(self.dtype, self.quantization)
     }
 
-    pub(super) fn check(&self, model: &Model) -> Result<(), ModelError> {
+    /// The sites that it holds, in order.
+    pub(crate) fn sites(&self, model: &Model) -> impl Iterator<Item = Site> {
+        let layers = self.layers.first as usize..self.layers.end as usize;
+        let (input, output) = (self.embedding, self.head);
+        model.tower.sites().filter(move |site| match site {
+            Site::Input => input,
+            Site::Layer(layer) => layers.contains(layer),
+            Site::Output => output,
+        })
+    }
+
+    /// What `site` holds on this stage, by slot and expert: no embedding where the head is here and the same tensor.
+    pub(crate) fn parts(
+        &self,
+        model: &Model,
+        site: Site,
+    ) -> impl Iterator<Item = ((Slot, usize), Shape)> + use<> {
+        let without = (self.head && model.is_tied()).then_some(Slot::Embedding);
+        let parts: Vec<_> = parts(model, site).filter(|((slot, _), _)| Some(*slot) != without).collect();
+        parts.into_iter()
+    }
+
+    /// Bytes that the weights of `site` occupy on this stage.
+    pub(crate) fn bytes_of(&self, model: &Model, site: Site) -> u64 {
+        let part = |(key, shape): ((Slot, usize), Shape)| {
+            part_bytes(shape, model.has_bias(site, key), held(site, key.0, self.format()))
+        };
+        self.parts(model, site).map(part).sum()
+    }
+
+    pub(crate) fn check(&self, model: &Model) -> Result<(), ModelError> {
         let (LayerRange { first, end }, layers) = (self.layers, model.tower.layers.len());
         let within = first < end && end as usize <= layers;
         if within && self.embedding == (first == 0) && self.head == (end as usize == layers) {
@@ -54,15 +85,6 @@ impl RangeSpec {
         }
         Err(ModelError::Range { range: self.layers, embedding: self.embedding, head: self.head, layers })
     }
-}
-
-/// Progress of a load, in bytes of tensors.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LoadedBytes {
-    /// Read so far.
-    pub read: u64,
-    /// To be read in all.
-    pub total: u64,
 }
 
 /// Weights of a product, `(n, k)`, and their bias.
@@ -85,15 +107,6 @@ enum Part {
 }
 
 impl Part {
-    fn bytes_for(shape: Shape, biased: bool, format: Format) -> u64 {
-        let bias = |n| if biased { Buffer::<f32>::bytes_for(n) } else { 0 };
-        match shape {
-            Shape::Norm(n) => Buffer::<f32>::bytes_for(n) + bias(n),
-            Shape::Table(n, k) => Table::bytes_for(n, k, format),
-            Shape::Product(n, k) => PackedMatrix::bytes_for(n, k, format) + bias(n),
-        }
-    }
-
     fn zeros(shape: Shape, biased: bool, format: Format, arena: &mut Arena) -> Result<Self, OutOfMemory> {
         // A tensor without a bias beside one with a bias, in one slot, adds zero.
         let bias = |n, arena: &mut Arena| biased.then(|| arena.take(n)).transpose();
@@ -116,8 +129,8 @@ impl Part {
         }
     }
 
-    fn write(&mut self, piece: &Piece<'_>) -> Result<(), Unrepresentable> {
-        let &Piece { is_bias, rows, bound: &Bound { first_row, layout, .. }, ref elements } = piece;
+    fn write(&mut self, piece: &Piece<'_>, elements: &Elements<'_>) -> Result<(), Unrepresentable> {
+        let &Piece { is_bias, rows, bound: &Bound { first_row, layout, .. }, .. } = piece;
         let &Elements { first, values, .. } = elements;
         let bias = |bias: &mut Option<Buffer<f32>>| {
             let values = (first..).zip(values);
@@ -161,23 +174,16 @@ impl Block {
     fn bytes_of(model: &Model, site: Site, format: Format, which: impl Fn((Slot, usize)) -> bool) -> u64 {
         let parts = parts(model, site).filter(|(key, _)| which(*key));
         parts
-            .map(|(key, shape)| Part::bytes_for(shape, model.has_bias(site, key), held(site, key.0, format)))
+            .map(|(key, shape)| part_bytes(shape, model.has_bias(site, key), held(site, key.0, format)))
             .sum()
     }
 
-    fn zeros(
-        model: &Model,
-        site: Site,
-        format: Format,
-        without: Option<Slot>,
-        arena: &mut Arena,
-    ) -> Result<Self, OutOfMemory> {
-        let parts = parts(model, site).filter(|((slot, _), _)| Some(*slot) != without);
+    fn zeros(model: &Model, site: Site, spec: &RangeSpec, arena: &mut Arena) -> Result<Self, OutOfMemory> {
         let part = |(key, shape): (_, Shape)| {
             let biased = model.has_bias(site, key);
-            Ok((key, Part::zeros(shape, biased, held(site, key.0, format), arena)?))
+            Ok((key, Part::zeros(shape, biased, held(site, key.0, spec.format()), arena)?))
         };
-        Ok(Block(parts.map(part).collect::<Result<_, OutOfMemory>>()?))
+        Ok(Block(spec.parts(model, site).map(part).collect::<Result<_, OutOfMemory>>()?))
     }
 
     fn bytes(&self) -> u64 {
@@ -217,12 +223,22 @@ fn parts(model: &Model, site: Site) -> impl Iterator<Item = ((Slot, usize), Shap
     })
 }
 
+/// Bytes that what fills a slot occupies.
+pub(crate) fn part_bytes(shape: Shape, biased: bool, format: Format) -> u64 {
+    let bias = |n| if biased { Buffer::<f32>::bytes_for(n) } else { 0 };
+    match shape {
+        Shape::Norm(n) => Buffer::<f32>::bytes_for(n) + bias(n),
+        Shape::Table(n, k) => Table::bytes_for(n, k, format),
+        Shape::Product(n, k) => PackedMatrix::bytes_for(n, k, format) + bias(n),
+    }
+}
+
 /// The format that a slot of `site` is held in where `format` is asked for.
 ///
 /// Routers decide, so theirs is f32. The head, and the embedding that may be the same tensor, keep eight bits: their
 /// errors go straight into the logits. So does the first layer, whose errors go through all others (measured in
 /// tests/bench/README.md). Small tables are not worth rounding.
-pub(super) fn held(site: Site, slot: Slot, format: Format) -> Format {
+pub(crate) fn held(site: Site, slot: Slot, format: Format) -> Format {
     let int8 = Format::Quantized(Quantization::Int8);
     match (site, slot, format) {
         (_, Slot::Router, _) => Format::Float(DType::F32),
@@ -243,26 +259,6 @@ pub struct StageWeights {
     pub(super) output: Option<Block>,
 }
 
-/// Some elements of a tensor on their way into memory.
-struct Piece<'a> {
-    bound: &'a Bound,
-    is_bias: bool,
-    /// Rows that the whole tensor fills.
-    rows: usize,
-    elements: Elements<'a>,
-}
-
-/// A tensor to be read.
-struct Job<'a> {
-    name: &'a str,
-    tensor: &'a TensorInfo,
-    bound: &'a Bound,
-    is_bias: bool,
-    rows: usize,
-    site: Site,
-    key: (Slot, usize),
-}
-
 impl StageWeights {
     /// Reads the tensors of a range, and no others, in the order of the files. `progress` is called after each piece
     /// and may stop the load. Beside the weights, one piece is in memory at a time; of a transposed tensor that is
@@ -274,39 +270,15 @@ impl StageWeights {
         cpu: &Cpu,
         progress: &mut dyn FnMut(LoadedBytes) -> ControlFlow<()>,
     ) -> Result<Self, ModelError> {
-        spec.check(model)?;
         let mut weights = Self::zeros(model, spec)?;
-        let jobs = weights.jobs(checkpoint, model)?;
-        let total = jobs.iter().map(|j| j.tensor.bytes).sum();
-        let (mut read, mut buffer, mut values) = (0, Vec::new(), Vec::new());
-        for job in jobs {
-            let TensorDType::Float(from) = job.tensor.dtype else {
-                return Err(ModelError::Format(job.name.to_owned()));
-            };
-            let part = weights.block(job.site).and_then(|block| block.0.get_mut(&job.key));
-            let part = part.ok_or_else(|| ModelError::MissingTensor(job.name.to_owned()))?;
-            checkpoint.read(job.tensor, &mut buffer, |offset, data| {
-                let [first, all] = [offset, job.tensor.bytes].map(|bytes| (bytes / from.size()) as usize);
-                let Job { bound, is_bias, rows, .. } = job;
-                let mut write = || {
-                    widen(data, from, &mut values)?;
-                    let elements = Elements { first, total: all, values: &values, cpu };
-                    part.write(&Piece { bound, is_bias, rows, elements })
-                };
-                write().map_err(|e: Unrepresentable| {
-                    let (tensor, value) = (job.name.to_owned(), e.0);
-                    if value.is_nan() {
-                        return ModelError::NotANumber(tensor);
-                    }
-                    ModelError::Unrepresentable { tensor, value, format: spec.format() }
-                })?;
-                read += data.len() as u64;
-                match progress(LoadedBytes { read, total }) {
-                    ControlFlow::Continue(()) => Ok(()),
-                    ControlFlow::Break(()) => Err(ModelError::Cancelled),
-                }
-            })?;
-        }
+        let mut values = Vec::new();
+        let mut put = |piece: &Piece<'_>| {
+            let part = weights.block(piece.site).and_then(|block| block.0.get_mut(&piece.key));
+            widen(piece.data, piece.from, &mut values)?;
+            let elements = Elements { first: piece.first, total: piece.total, values: &values, cpu };
+            part.map_or(Ok(()), |part| part.write(piece, &elements))
+        };
+        read_tensors(checkpoint, model, spec, &mut put, progress)?;
         Ok(weights)
     }
 
@@ -326,24 +298,17 @@ impl StageWeights {
     }
 
     fn zeros(model: &Model, spec: &RangeSpec) -> Result<Self, ModelError> {
-        let gathered = (spec.head && model.is_tied()).then_some(Slot::Embedding);
-        let layers = spec.layers.first as usize..spec.layers.end as usize;
-        let input = spec.embedding.then_some((Site::Input, gathered));
-        let output = spec.head.then_some((Site::Output, None));
-        let sites = input.into_iter().chain(layers.clone().map(|l| (Site::Layer(l), None))).chain(output);
-        let bytes = sites
-            .map(|(site, without)| {
-                Block::bytes_of(model, site, spec.format(), |(slot, _)| Some(slot) != without)
-            })
-            .sum();
+        spec.check(model)?;
+        let bytes = spec.sites(model).map(|site| spec.bytes_of(model, site)).sum();
         let mut arena = Arena::new(bytes)?;
-        let mut block = |site, without| Block::zeros(model, site, spec.format(), without, &mut arena);
+        let mut block = |site| Block::zeros(model, site, spec, &mut arena);
+        let layers = spec.layers.first as usize..spec.layers.end as usize;
         Ok(StageWeights {
             model: model.clone(),
             spec: *spec,
-            input: spec.embedding.then(|| block(Site::Input, gathered)).transpose()?,
-            layers: layers.map(|l| block(Site::Layer(l), None)).collect::<Result<_, _>>()?,
-            output: spec.head.then(|| block(Site::Output, None)).transpose()?,
+            input: spec.embedding.then(|| block(Site::Input)).transpose()?,
+            layers: layers.map(|l| block(Site::Layer(l))).collect::<Result<_, _>>()?,
+            output: spec.head.then(|| block(Site::Output)).transpose()?,
         })
     }
 
@@ -353,32 +318,5 @@ impl StageWeights {
             Site::Layer(layer) => self.layers.get_mut(layer.checked_sub(self.spec.layers.first as usize)?),
             Site::Output => self.output.as_mut(),
         }
-    }
-
-    /// The tensors of this stage, as they lie in the files.
-    fn jobs<'a>(&self, checkpoint: &'a Checkpoint, model: &'a Model) -> Result<Vec<Job<'a>>, ModelError> {
-        let first = self.spec.layers.first as usize;
-        let layers = self.layers.iter().enumerate().map(|(i, block)| (Site::Layer(first + i), block));
-        let ends = [(Site::Input, &self.input), (Site::Output, &self.output)];
-        let ends = ends.into_iter().filter_map(|(site, block)| Some((site, block.as_ref()?)));
-        let mut jobs = Vec::new();
-        for (site, block) in layers.chain(ends) {
-            for key in block.0.keys() {
-                for bound in model.bound(site, *key) {
-                    for (name, is_bias) in [(Some(&bound.weight), false), (bound.bias.as_ref(), true)] {
-                        let Some(name) = name else { continue };
-                        let missing = || ModelError::MissingTensor(name.clone());
-                        let tensor = checkpoint.tensor(name).ok_or_else(missing)?;
-                        let rows = match (bound.layout, &tensor.shape[..]) {
-                            (Layout::Columns, [_, rows]) | (_, [rows, ..]) => *rows,
-                            _ => 0,
-                        };
-                        jobs.push(Job { name, tensor, bound, is_bias, rows, site, key: *key });
-                    }
-                }
-            }
-        }
-        jobs.sort_by_key(|j| j.tensor.place());
-        Ok(jobs)
     }
 }

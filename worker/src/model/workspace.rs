@@ -12,25 +12,31 @@ use crate::{
 /// Elements of a cache line: buffers of whole lines per row keep the sum linear in the rows.
 const LINE: usize = crate::kernels::buffer::LINE / 4;
 
-/// The widest layer's rows, padded to whole lines.
-struct Widths {
-    residual: usize,
-    qkv: usize,
-    attention: usize,
-    up: usize,
+/// The widest layer's rows, in elements, padded to whole lines.
+pub(crate) struct Widths {
+    /// The residual stream.
+    pub residual: usize,
+    /// Queries, keys and values.
+    pub qkv: usize,
+    /// What attention yields.
+    pub attention: usize,
+    /// The first product of the feed-forward block.
+    pub up: usize,
     /// Cosines and sines of each set of frequencies.
-    angles: Vec<usize>,
-    outputs: usize,
+    pub angles: Vec<usize>,
+    /// Values of the head.
+    pub outputs: usize,
     /// Heads and their width of the keys and values of an encoder's layer.
     keys: Option<(usize, usize)>,
     /// Experts, and experts per token, of a layer that has some.
-    experts: Option<(usize, usize)>,
-    /// Words of packed inputs of a product.
-    packed: usize,
+    pub experts: Option<(usize, usize)>,
+    /// The widest input of a product.
+    pub input: usize,
 }
 
 impl Widths {
-    fn of(tower: &Tower) -> Self {
+    /// Those of a model.
+    pub fn of(tower: &Tower) -> Self {
         let widest = |f: &dyn Fn(&Layer) -> usize| {
             tower.layers.iter().map(f).max().unwrap_or(0).next_multiple_of(LINE)
         };
@@ -39,6 +45,7 @@ impl Widths {
             _ => None,
         });
         let keys = |l: &Layer| (l.attention.kv_heads, l.attention.head_dim);
+        let input = |l: &Layer| tower.width.max(l.attention.q_width()).max(l.ffn.mlp().inner);
         Widths {
             residual: tower.width.next_multiple_of(LINE),
             qkv: widest(&|l| l.attention.qkv_width()),
@@ -48,18 +55,20 @@ impl Widths {
             outputs: tower.outputs().next_multiple_of(LINE),
             keys: tower.is_encoder().then(|| tower.layers.first().map(keys)).flatten(),
             experts: experts.reduce(|a, b| (a.0.max(b.0), a.1.max(b.1))),
-            packed: widest(&|l| {
-                let inner = tower.width.max(l.attention.q_width()).max(l.ffn.mlp().inner);
-                linear::packed_words(inner)
-            }),
+            input: widest(&input),
         }
+    }
+
+    /// Words of packed inputs of a product.
+    fn packed(&self) -> usize {
+        linear::packed_words(self.input).next_multiple_of(LINE)
     }
 
     fn per_token(&self) -> usize {
         let experts = self.experts.map_or(0, |(all, active)| 2 * self.residual + all + 2 * active);
         let keys = self.keys.map_or(0, |(heads, d)| KvLayer::elements_per_token(heads, d));
         let angles: usize = self.angles.iter().sum();
-        2 * self.residual + self.qkv + self.attention + self.up + self.packed + angles + experts + keys
+        2 * self.residual + self.qkv + self.attention + self.up + self.packed() + angles + experts + keys
     }
 }
 
@@ -116,7 +125,7 @@ pub(super) struct Experts {
 }
 
 /// Tokens that there is room for in a stage prepared for steps of `tokens`: whole blocks.
-fn padded(tokens: u32) -> usize {
+pub(crate) fn padded(tokens: u32) -> usize {
     (tokens as usize).next_multiple_of(BLOCK_TOKENS)
 }
 
@@ -144,7 +153,7 @@ impl Workspace {
             qkv: per_token(widths.qkv)?,
             attention: per_token(widths.attention)?,
             up: per_token(widths.up)?,
-            packed: Buffer::zeros(rows(tokens, widths.packed)?)?,
+            packed: Buffer::zeros(rows(tokens, widths.packed())?)?,
             angles: widths
                 .angles
                 .iter()

@@ -5,13 +5,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use candle_core::Tensor;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use super::{
-    Activation, Downstream, Expected, LinkError, LinkToken, Payload, Upstream, candle_dtype, check_step,
-};
+use super::{Activation, Downstream, Expected, LinkError, LinkToken, Payload, Upstream, check_step};
 use crate::interrupt::Interrupt;
 
 /// Activations a stage may be ahead of its successor.
@@ -123,10 +120,7 @@ impl Upstream for LoopbackUpstream {
         };
         check_step(activation.step, step)?;
         if let Payload::Tensors(tensors) = &activation.payload {
-            let fits = |(t, e): (&Tensor, &Expected)| {
-                t.dtype() == candle_dtype(e.dtype) && t.dims() == [e.rows, e.columns]
-            };
-            if tensors.len() != expected.len() || !tensors.iter().zip(expected).all(fits) {
+            if tensors.len() != expected.len() || !tensors.iter().zip(expected).all(|(t, e)| t.fits(e)) {
                 return Err(LinkError::Protocol(format!(
                     "step {step} came with other shapes than {expected:?}"
                 )));

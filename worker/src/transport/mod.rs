@@ -23,7 +23,7 @@ pub fn link_token(bytes: &[u8]) -> Result<LinkToken, LinkError> {
 }
 
 /// What one stage hands to the next for one step.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Activation {
     /// The step it belongs to.
     pub step: u64,
@@ -32,12 +32,57 @@ pub struct Activation {
 }
 
 /// Content of an [`Activation`].
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub enum Payload {
     /// The residual stream `(tokens, hidden)` first; encoder-decoders will add the encoder's output.
-    Tensors(Vec<Tensor>),
+    Tensors(Vec<Hidden>),
     /// A stage failed this step; nothing downstream computes, the last stage reports the reason.
     Poisoned(String),
+}
+
+/// Rows of activations, wherever they lie.
+#[derive(Debug)]
+pub enum Hidden {
+    /// In host memory.
+    Host(Tensor),
+    /// In a GPU's memory.
+    #[cfg(feature = "cuda")]
+    Device(crate::kernels::cuda::DeviceRows),
+}
+
+impl Hidden {
+    /// The rows in host memory.
+    ///
+    /// # Errors
+    /// If the device that has them fails.
+    pub fn into_host(self) -> Result<Tensor, LinkError> {
+        match self {
+            Hidden::Host(tensor) => Ok(tensor),
+            #[cfg(feature = "cuda")]
+            Hidden::Device(rows) => rows.to_host().map_err(|e| LinkError::Device(e.to_string())),
+        }
+    }
+
+    /// Elements of all rows.
+    pub fn elements(&self) -> usize {
+        match self {
+            Hidden::Host(tensor) => tensor.elem_count(),
+            #[cfg(feature = "cuda")]
+            Hidden::Device(rows) => rows.shape().rows * rows.shape().columns,
+        }
+    }
+
+    /// Whether these are rows as `expected`.
+    pub fn fits(&self, expected: &Expected) -> bool {
+        match self {
+            Hidden::Host(tensor) => {
+                tensor.dtype() == candle_dtype(expected.dtype)
+                    && tensor.dims() == [expected.rows, expected.columns]
+            }
+            #[cfg(feature = "cuda")]
+            Hidden::Device(rows) => rows.shape() == *expected,
+        }
+    }
 }
 
 /// Shape and format of a tensor that a stage expects, known from `StepMeta` before anything is read.
@@ -81,6 +126,9 @@ pub enum LinkError {
     /// The operating system refused.
     #[error("activation link: {0}")]
     Io(#[from] std::io::Error),
+    /// A device failed.
+    #[error("activation link: {0}")]
+    Device(String),
 }
 
 fn check_step(got: u64, want: u64) -> Result<(), LinkError> {

@@ -22,8 +22,8 @@ use half::{bf16, f16};
 use strata_proto::{DType, v1::Fence};
 
 use super::{
-    Activation, Downstream, Expected, LinkError, LinkToken, Payload, Upstream, candle_dtype, check_step,
-    same_fence,
+    Activation, Downstream, Expected, Hidden, LinkError, LinkToken, Payload, Upstream, candle_dtype,
+    check_step, same_fence,
 };
 use crate::interrupt::Interrupt;
 
@@ -248,13 +248,13 @@ impl Upstream for TcpUpstream {
 fn write_frames(stream: &TcpStream, fence: Fence, queue: &Receiver<Activation>) -> Result<(), LinkError> {
     let mut out = BufWriter::with_capacity(256 << 10, stream);
     while let Ok(activation) = queue.recv() {
-        write_frame(&mut out, &fence, &activation)?;
+        write_frame(&mut out, &fence, activation)?;
         out.flush()?;
     }
     Ok(())
 }
 
-fn write_frame(out: &mut impl Write, fence: &Fence, activation: &Activation) -> Result<(), LinkError> {
+fn write_frame(out: &mut impl Write, fence: &Fence, activation: Activation) -> Result<(), LinkError> {
     let mut head = Vec::with_capacity(HEAD_BYTES + 16);
     head.extend(FRAME);
     head.extend(fence.term.to_le_bytes());
@@ -262,7 +262,7 @@ fn write_frame(out: &mut impl Write, fence: &Fence, activation: &Activation) -> 
     head.extend(fence.generation.to_le_bytes());
     head.extend(activation.step.to_le_bytes());
     let mut body = Vec::new();
-    match &activation.payload {
+    match activation.payload {
         Payload::Poisoned(reason) => {
             let mut end = reason.len().min(MAX_REASON);
             while !reason.is_char_boundary(end) {
@@ -276,7 +276,7 @@ fn write_frame(out: &mut impl Write, fence: &Fence, activation: &Activation) -> 
             head.push(tensors.len() as u8);
             head.extend(0u32.to_le_bytes());
             for tensor in tensors {
-                append_tensor(tensor, &mut head, &mut body)?;
+                append_tensor(&tensor.into_host()?, &mut head, &mut body)?;
             }
         }
     }
@@ -366,7 +366,7 @@ fn read_frame(
             let mut bytes = vec![0; want.rows * want.columns * want.dtype.size() as usize];
             stream.read_exact(&mut bytes).map_err(closed)?;
             check = crc32c::crc32c_append(check, &bytes);
-            tensors.push(tensor_of(&bytes, want)?);
+            tensors.push(Hidden::Host(tensor_of(&bytes, want)?));
         }
         Payload::Tensors(tensors)
     };
@@ -432,13 +432,14 @@ mod tests {
         for (step, dtype) in DType::ALL.into_iter().enumerate() {
             let sent = tensor(dtype);
             let step = step as u64;
-            down.send(Activation { step, payload: Payload::Tensors(vec![sent.clone()]) }).unwrap();
+            down.send(Activation { step, payload: Payload::Tensors(vec![Hidden::Host(sent.clone())]) })
+                .unwrap();
             let got = up.receive(step, &[Expected { dtype, rows: 2, columns: 3 }]).unwrap();
-            let Payload::Tensors(got) = got.payload else { panic!("poisoned") };
-            let flat = |t: &Tensor| {
+            let Payload::Tensors(mut got) = got.payload else { panic!("poisoned") };
+            let flat = |t: Tensor| {
                 t.to_dtype(candle_core::DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
             };
-            assert_eq!(flat(&got[0]), flat(&sent));
+            assert_eq!(flat(got.remove(0).into_host().unwrap()), flat(sent));
         }
         down.send(Activation { step: 3, payload: Payload::Poisoned("é".repeat(2000)) }).unwrap();
         let got = up.receive(3, &[Expected { dtype: DType::F32, rows: 9, columns: 9 }]).unwrap();
@@ -447,12 +448,13 @@ mod tests {
 
     #[test]
     fn refuses_what_does_not_fit() {
-        let frame = |activation: &Activation| {
+        let frame = |activation: Activation| {
             let mut bytes = Vec::new();
             write_frame(&mut bytes, &fence(1), activation).unwrap();
             bytes
         };
-        let good = frame(&Activation { step: 5, payload: Payload::Tensors(vec![tensor(DType::F32)]) });
+        let good =
+            frame(Activation { step: 5, payload: Payload::Tensors(vec![Hidden::Host(tensor(DType::F32))]) });
         let want = Expected { dtype: DType::F32, rows: 2, columns: 3 };
         let read = |bytes: &[u8], generation, step, want: Expected| {
             read_frame(&mut &bytes[..], &fence(generation), step, &[want])

@@ -86,7 +86,7 @@ pub struct Elements<'a> {
 impl PackedMatrix {
     /// The format that an `(n, k)` matrix is held in where `format` is asked for: what does not consist of whole
     /// groups stays bf16.
-    fn held(k: usize, format: Format) -> Format {
+    pub(crate) fn held(k: usize, format: Format) -> Format {
         match format {
             Format::Quantized(_) if !k.is_multiple_of(GROUP) => Format::Float(DType::BF16),
             format => format,
@@ -239,6 +239,20 @@ impl PackedMatrix {
     }
 }
 
+/// Refuses values that `format` cannot hold.
+pub(crate) fn check_fits(values: &[f32], format: Format) -> Result<(), Unrepresentable> {
+    match format {
+        Format::Float(DType::F32) => check(values, f32::INFINITY),
+        Format::Float(DType::BF16) => check(values, LARGEST_BF16),
+        Format::Float(DType::F16) => check(values, LARGEST_F16),
+        // Factors and what is added to them are f16.
+        Format::Quantized(_) => {
+            check(values, LARGEST_F16)?;
+            values.iter().find(|x| x.is_infinite()).map_or(Ok(()), |x| Err(Unrepresentable(*x)))
+        }
+    }
+}
+
 /// Refuses NaN, and finite values that are larger than `most`.
 fn check(values: &[f32], most: f32) -> Result<(), Unrepresentable> {
     let bad = |x: &&f32| x.is_nan() || (x.abs() > most && x.is_finite());
@@ -275,11 +289,7 @@ fn quantize(
     mut put: impl FnMut(usize, usize, Group),
 ) -> Result<(), Unrepresentable> {
     let &Elements { total, values, cpu, .. } = elements;
-    // Factors and what is added to them are f16.
-    check(values, LARGEST_F16)?;
-    if let Some(x) = values.iter().find(|x| x.is_infinite()) {
-        return Err(Unrepresentable(*x));
-    }
+    check_fits(values, Format::Quantized(quantization))?;
     let (row, column) = place(0);
     if place(1) == (row, column + 1) {
         let (mut places, mut groups) = (Vec::new(), Vec::new());

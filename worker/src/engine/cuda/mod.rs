@@ -1,0 +1,119 @@
+//! The engine of a GPU.
+//!
+//! All memory is allocated when weights are loaded and when a generation is prepared. A step uploads one small buffer (ids,
+//! positions, block tables), runs kernels in order on one stream, and waits once, at its end. Steps in which every
+//! sequence has one token are recorded as CUDA graphs: the second time a number of rows comes, it is captured, from then
+//! on it is one launch.
+
+mod pass;
+mod state;
+mod weights;
+
+use std::ops::ControlFlow;
+
+use self::{state::State, weights::Weights};
+use super::{Allocated, Engine, Input, Loaded, Output, Size, Step};
+use crate::{
+    device::DeviceSpec,
+    error::WorkerError,
+    kernels::{
+        cpu::Cpu,
+        cuda::{CudaError, Gpu},
+    },
+    model::{LoadedBytes, Model, ModelError, RangeSpec, StepError, step::Given},
+    transport::Hidden,
+    weights::Checkpoint,
+};
+
+pub(super) struct CudaEngine {
+    // Dropped in this order: what lies in a GPU's memory before the GPU.
+    state: Option<State>,
+    weights: Option<Weights>,
+    cpu: Cpu,
+    gpu: Gpu,
+}
+
+impl CudaEngine {
+    /// Opens the GPU that `device` names.
+    pub fn new(device: &DeviceSpec, cpu: Cpu) -> Result<Self, WorkerError> {
+        let failed = |e: CudaError| WorkerError::WrongState(format!("device {}: {e}", device.id));
+        let gpu = Gpu::open(device.ordinal()).map_err(failed)?;
+        Ok(CudaEngine { state: None, weights: None, cpu, gpu })
+    }
+}
+
+/// Ends the process if its GPU is lost to it: only a new process gets it back, and this one's memory would only be in the
+/// way. The coordinator sees the worker go.
+fn survive(error: &CudaError) {
+    if error.is_sticky() {
+        tracing::error!(%error, "the GPU failed in a way that this process cannot recover from; it ends");
+        std::process::exit(70);
+    }
+}
+
+impl From<CudaError> for ModelError {
+    fn from(error: CudaError) -> Self {
+        survive(&error);
+        ModelError::Device(error.to_string())
+    }
+}
+
+impl From<CudaError> for StepError {
+    fn from(error: CudaError) -> Self {
+        survive(&error);
+        StepError::Device(error.to_string())
+    }
+}
+
+impl Engine for CudaEngine {
+    fn load(
+        &mut self,
+        checkpoint: &Checkpoint,
+        model: &Model,
+        spec: &RangeSpec,
+        progress: &mut dyn FnMut(LoadedBytes) -> ControlFlow<()>,
+    ) -> Result<(), ModelError> {
+        self.unload();
+        self.weights = Some(Weights::load(&self.gpu, &self.cpu, checkpoint, model, spec, progress)?);
+        Ok(())
+    }
+
+    fn unload(&mut self) {
+        self.release();
+        self.weights = None;
+    }
+
+    fn loaded(&self) -> Option<Loaded<'_>> {
+        let weights = self.weights.as_ref()?;
+        Some(Loaded { model: &weights.model, spec: &weights.spec, bytes: weights.bytes })
+    }
+
+    fn prepare(&mut self, size: Size) -> Result<Allocated, ModelError> {
+        self.release();
+        let weights = self.weights.as_ref().ok_or(ModelError::NotLoaded)?;
+        let state = self.state.insert(State::new(&self.gpu, weights, size, self.cpu.clone())?);
+        Ok(state.allocated())
+    }
+
+    fn release(&mut self) {
+        self.state = None;
+    }
+
+    fn forward(&mut self, step: Step<'_>) -> Result<Output<'_>, StepError> {
+        let (Some(weights), Some(state)) = (&self.weights, &mut self.state) else {
+            return Err(StepError::Weights);
+        };
+        let tower = &weights.model.tower;
+        let Step { rows, input, outputs, candidates } = step;
+        let (input, hidden) = match input {
+            Input::Tokens { ids, segments } => (Given::Tokens { ids, segments }, None),
+            Input::Hidden(hidden) => (Given::Rows { elements: hidden.elements() }, Some(hidden)),
+        };
+        let tokens = state.limits.check(tower, rows, input, outputs)?;
+        state.run(&self.gpu, weights, tokens, rows, input, hidden, outputs, candidates)?;
+        if weights.spec.head {
+            return Ok(Output::Values(state.values(outputs.len(), tower.outputs())));
+        }
+        Ok(Output::Hidden(Hidden::Device(state.hidden(&self.gpu, tokens, tower.width)?)))
+    }
+}

@@ -1,0 +1,576 @@
+//! One step on its way through a stage on a GPU.
+
+use strata_proto::DType;
+
+use super::{
+    state::{Inputs, PARTIALS, State},
+    weights::{Block, NormWeights},
+};
+use crate::{
+    kernels::{
+        cpu::{attention::Span, norm::Norm},
+        cuda::{
+            CudaError, Gpu,
+            launch::{
+                Attend, Bytes, Heads, Kernels, MAX_CANDIDATES, Places, RawCache, RawMatrix, RawNorm, Tables,
+                attention_bytes, launch,
+            },
+            memory::{self, Arena, Memory, Ptr},
+            product::{Epilogue, Grouped, Linear, Matrix},
+        },
+    },
+    kv_cache::BatchRow,
+    model::{
+        ModelError, StepError,
+        blocks::{Attention, Ffn, Flow, Head, Moe, Pool, Position, Slot, Tower},
+        forward::{Inner, Operations},
+        workspace::{self, Widths},
+    },
+};
+
+/// Threads of a block that walks over one row.
+const ROW_THREADS: u32 = 256;
+/// Most parts that one row's attention is split into.
+const MAX_SPLITS: usize = 64;
+
+/// Scratch of a stage, sized as [`workspace`] counts.
+pub(super) struct Scratch {
+    /// `(tokens, width)`, like all rows but those said to be otherwise in the plan's format.
+    pub residual: Ptr,
+    normed: Ptr,
+    qkv: Ptr,
+    attention: Ptr,
+    up: Ptr,
+    /// Cosines and sines in f32, per set of frequencies; and the sets themselves.
+    angles: Vec<Ptr>,
+    frequencies: Vec<(Memory, Memory)>,
+    /// Rows as bytes, where weights are quantized.
+    bytes: Bytes,
+    experts: Option<Experts>,
+    /// `(outputs, values)` in f32.
+    pub values: Ptr,
+    /// `(outputs, 64)` candidates, and the first broken value of each output.
+    pub found: Ptr,
+    pub broken: Ptr,
+    partials: Ptr,
+    pub vocab: usize,
+    /// Rows that there is room for.
+    tokens: usize,
+}
+
+/// Scratch of a mixture of experts.
+struct Experts {
+    logits: Ptr,
+    chosen: Ptr,
+    shares: Ptr,
+    order: Ptr,
+    offsets: Ptr,
+    /// `(pairs, width)`, as many pairs as tokens.
+    pairs: Ptr,
+}
+
+impl Scratch {
+    #[expect(clippy::too_many_arguments, reason = "what it is cut from")]
+    pub fn new(
+        gpu: &Gpu,
+        tower: &Tower,
+        element: DType,
+        tokens: u32,
+        outputs: usize,
+        memory: &mut Arena,
+        partials: Ptr,
+        found: Ptr,
+    ) -> Result<Self, ModelError> {
+        let Widths { residual, qkv, attention, up, angles, outputs: values, experts, input, .. } =
+            Widths::of(tower);
+        let tokens = workspace::padded(tokens);
+        let mut rows = |width: usize, size: u64| memory.take((tokens * width) as u64 * size);
+        let size = element.size();
+        let experts = experts.map(|(all, active)| Experts {
+            logits: rows(all, 4),
+            chosen: rows(active, 4),
+            shares: rows(active, 4),
+            order: rows(active, 4),
+            // Words enough: each of the other three has as many as there are pairs, and this one as the experts.
+            offsets: rows((all + 1).div_ceil(tokens).max(1), 4),
+            pairs: rows(residual, size),
+        });
+        let mut frequencies = Vec::new();
+        for rope in &tower.ropes {
+            let inv_freq: Vec<f32> = rope.sets.iter().flat_map(|set| set.inv_freq.iter().copied()).collect();
+            let factors: Vec<f32> = rope.sets.iter().map(|set| set.factor).collect();
+            let upload = |values: &[f32]| {
+                let memory = Memory::new(&gpu.context, 4 * values.len() as u64)?;
+                memory::upload(&gpu.stream, memory.ptr(), values)?;
+                gpu.wait()?;
+                Ok::<_, CudaError>(memory)
+            };
+            frequencies.push((upload(&inv_freq)?, upload(&factors)?));
+        }
+        let groups = input.div_ceil(32);
+        Ok(Scratch {
+            residual: rows(residual, size),
+            normed: rows(residual, size),
+            qkv: rows(qkv, size),
+            attention: rows(attention, size),
+            up: rows(up, size),
+            angles: angles.iter().map(|width| rows(*width, 4)).collect(),
+            frequencies,
+            bytes: Bytes { values: rows(groups * 32, 1), factors: rows(groups, 4), sums: rows(groups, 4) },
+            experts,
+            values: memory.take((outputs * values) as u64 * 4),
+            found,
+            broken: found.offset((outputs * 8 * MAX_CANDIDATES) as u64),
+            partials,
+            vocab: tower.vocab,
+            tokens,
+        })
+    }
+}
+
+/// One step. All its inputs have been checked, and are on the GPU.
+pub(super) struct Pass<'a> {
+    pub gpu: &'a Gpu,
+    pub state: &'a State,
+    pub tower: &'a Tower,
+    pub tokens: usize,
+    pub rows: &'a [BatchRow<'a>],
+    pub inputs: Inputs,
+}
+
+impl Pass<'_> {
+    /// Any of the modules has the kernels that do not care for the width of a head.
+    fn kernels(&self) -> Result<&Kernels, StepError> {
+        self.state.kernels.values().next().ok_or(StepError::Weights)
+    }
+
+    /// The residual stream of token ids. `tied` holds the embedding's rows if `block` does not.
+    pub fn embed(&mut self, block: &Block, tied: Option<&Block>) -> Result<(), StepError> {
+        let Inputs { ids, positions, segments, .. } = self.inputs;
+        let input = self.tower.input;
+        let tokens = match (block.table(Slot::Embedding), tied) {
+            (Some(table), _) => table,
+            (None, Some(head)) => head.product(Slot::Head, 0)?.matrix,
+            (None, None) => return Err(StepError::Weights),
+        };
+        let table = |slot| block.table(slot).map_or((RawMatrix::default(), 0), |t| (t.raw(), t.number()));
+        let (position_table, position_format) = table(Slot::Positions);
+        let (segment_table, segment_format) = table(Slot::Segments);
+        let tables = Tables {
+            tokens: tokens.raw(),
+            positions: position_table,
+            segments: segment_table,
+            token_format: tokens.number(),
+            position_format,
+            segment_format,
+            first_position: input.positions.map_or(0, |learned| learned.first as i32),
+            scale: crate::kernels::buffer::round_to(self.state.element, input.scale),
+        };
+        let residual = self.state.scratch.residual;
+        launch!(self.gpu, self.kernels()?.embed, (self.tokens as u32, 1, 1), ROW_THREADS, 0;
+            residual, tables, ids, positions, segments)?;
+        match input.norm {
+            Some(norm) => self.renorm(norm, block, Slot::InputNorm),
+            None => Ok(()),
+        }
+    }
+
+    /// Sine and cosine of every token, for each set of frequencies.
+    pub fn angles(&mut self) -> Result<(), StepError> {
+        let Scratch { angles, frequencies, .. } = &self.state.scratch;
+        for ((rope, out), (inv_freq, factors)) in self.tower.ropes.iter().zip(angles).zip(frequencies) {
+            let (pairs, sets) = (rope.pairs() as i32, rope.sets.len() as i32);
+            launch!(self.gpu, self.kernels()?.angles, (self.tokens as u32, 1, 1), 64, 0;
+                *out, inv_freq.ptr(), factors.ptr(), self.inputs.positions, self.inputs.sets, pairs, sets)?;
+        }
+        Ok(())
+    }
+
+    /// A norm of `rows` rows; those that `index` names, if it names any.
+    fn norm(&self, norm: Norm, weights: NormWeights, rows: usize, call: NormCall) -> Result<(), StepError> {
+        let NormCall { out, x, index, add } = call;
+        let width = self.tower.width as i32;
+        launch!(self.gpu, self.kernels()?.norm_rows, (rows as u32, 1, 1), ROW_THREADS, 0;
+            out, x, index, raw_norm(norm, weights), width, i32::from(add))?;
+        Ok(())
+    }
+
+    fn linear(&self, call: &Linear<'_>) -> Result<(), StepError> {
+        Ok(self.gpu.linear(self.kernels()?, self.state.element, call)?)
+    }
+
+    /// Bytes of a row of the residual stream.
+    fn row_bytes(&self) -> u64 {
+        self.tower.width as u64 * self.state.element.size()
+    }
+
+    /// Final norm and head of the wanted tokens, and their candidates.
+    pub fn finish(&mut self, block: &Block, outputs: usize) -> Result<(), StepError> {
+        let Scratch { residual, normed, values, found, broken, bytes, .. } = self.state.scratch;
+        let (tower, width) = (self.tower, self.tower.width);
+        let Inputs { row_of, row_first, row_count, wanted, .. } = self.inputs;
+        if let Head::Embed { pool, normalize } = tower.head {
+            self.final_norm(block, self.tokens, Ptr::NULL)?;
+            let pool = match pool {
+                Pool::First => 0,
+                Pool::Last => 1,
+                Pool::Mean => 2,
+                Pool::Max => 3,
+            };
+            launch!(self.gpu, self.kernels()?.pool_rows, (outputs as u32, 1, 1), ROW_THREADS, 0;
+                values, normed, self.inputs.outputs, row_of, row_first, row_count, width as i32, pool,
+                i32::from(normalize))?;
+            return Ok(());
+        }
+        self.final_norm(block, outputs, self.inputs.outputs)?;
+        let product = |slot, x, out, epilogue, out_stride| {
+            let product = block.product(slot, 0)?;
+            self.linear(&Linear {
+                weight: &product.matrix,
+                bias: product.bias,
+                x,
+                x_stride: width,
+                rows: outputs,
+                out,
+                out_stride,
+                epilogue,
+                grouped: None,
+                bytes,
+            })
+        };
+        // Of the residual stream, nothing is needed any more.
+        let mut x = normed;
+        if let Head::Mlm(act, _) | Head::Classify { act, .. } = tower.head {
+            product(Slot::HeadDense, x, residual, Epilogue::Activated(act), width)?;
+            x = residual;
+        }
+        if let Head::Mlm(_, norm) = tower.head {
+            let call = NormCall { out: normed, x, index: Ptr::NULL, add: false };
+            self.norm(norm, block.norm(Slot::HeadNorm)?, outputs, call)?;
+            x = normed;
+        }
+        product(Slot::Head, x, values, Epilogue::StoreValues, tower.outputs())?;
+        let Head::Lm { softcap } = tower.head else { return Ok(()) };
+        if let Some(cap) = softcap {
+            let count = outputs * tower.vocab;
+            launch!(self.gpu, self.kernels()?.soft_cap, (count.div_ceil(256) as u32, 1, 1), 256, 0;
+                values, count as u64, cap)?;
+        }
+        launch!(self.gpu, self.kernels()?.top_candidates, (outputs as u32, 1, 1), 1024, 0;
+            found, broken, values, wanted, tower.vocab as i32)?;
+        Ok(())
+    }
+
+    /// Final norm of `count` rows of the residual stream, those that `index` names if it is not null, into `normed`.
+    fn final_norm(&self, block: &Block, count: usize, index: Ptr) -> Result<(), StepError> {
+        let Scratch { residual, normed, .. } = self.state.scratch;
+        match self.tower.norm {
+            Some(norm) => {
+                let call = NormCall { out: normed, x: residual, index, add: false };
+                self.norm(norm, block.norm(Slot::FinalNorm)?, count, call)
+            }
+            None => {
+                launch!(self.gpu, self.kernels()?.gather_rows, (count as u32, 1, 1), ROW_THREADS, 0;
+                    normed, residual, index, self.tower.width as i32)?;
+                Ok(())
+            }
+        }
+    }
+
+    /// Attention of some of the rows, all with kernels for one token each or all with those for several.
+    fn attend_rows(
+        &self,
+        attention: &Attention,
+        kernels: &Kernels,
+        cache: RawCache,
+    ) -> Result<(), StepError> {
+        let Scratch { qkv, attention: out, partials, .. } = self.state.scratch;
+        let Inputs {
+            positions, row_of, first_block, tables, by_length, row_first, row_start, row_count, ..
+        } = self.inputs;
+        let Attention { heads, kv_heads, head_dim, .. } = *attention;
+        let call = Attend {
+            qkv,
+            out,
+            cache,
+            places: Places { positions, row_of, first_block, tables },
+            row_first,
+            row_start,
+            row_count,
+            rows: by_length,
+            heads: heads as i32,
+            kv_heads: kv_heads as i32,
+            scale: attention.scale,
+            softcap: attention.softcap.unwrap_or(0.0),
+            window: match attention.span {
+                Span::Full => -1,
+                Span::Causal => 0,
+                Span::Window(window) => window as i32,
+            },
+            splits: 1,
+            partial: partials,
+        };
+        let group = heads / kv_heads;
+        let single = self.rows.iter().filter(|r| r.count == 1).count();
+        let several = self.rows.len() - single;
+        let longest = self.rows.iter().map(|r| r.count as usize).max().unwrap_or(1);
+        // Parts, so that every multiprocessor has something to do; as many as their sums have room for.
+        let splits = |blocks: usize, tokens: usize| {
+            let room = PARTIALS as usize / (tokens * heads * (head_dim + 2) * 4).max(1);
+            let wanted = (2 * self.gpu.multiprocessors as usize).div_ceil(blocks.max(1));
+            wanted.min(room).clamp(1, MAX_SPLITS)
+        };
+        let combine = |call: Attend, rows: usize, longest: usize| {
+            if call.splits == 1 {
+                return Ok(());
+            }
+            let grid = (rows as u32, heads as u32, longest as u32);
+            launch!(self.gpu, kernels.attention_combine, grid, 128, 0; call)
+        };
+        let tensor = kernels.tensor.as_ref().and_then(|t| t.prefill.as_ref().zip(t.decode.as_ref()));
+        let Some((prefill, decode)) = tensor else {
+            let call = Attend { splits: splits(self.tokens * heads, self.tokens) as i32, ..call };
+            let grid = (self.tokens as u32, heads as u32, call.splits as u32);
+            launch!(self.gpu, kernels.attention_plain, grid, 128, 0; call)?;
+            return Ok(combine(call, self.rows.len(), longest)?);
+        };
+        if single > 0 {
+            let tiles = group.div_ceil(16);
+            let call = Attend { splits: splits(tiles * kv_heads * single, self.tokens) as i32, ..call };
+            let grid = ((tiles as i32 * call.splits) as u32, kv_heads as u32, single as u32);
+            launch!(self.gpu, decode, grid, 128, attention_bytes(16, head_dim); call)?;
+            combine(call, single, 1)?;
+        }
+        if several > 0 {
+            let call = Attend { rows: by_length.offset(4 * single as u64), ..call };
+            let grid = ((longest * group).div_ceil(64) as u32, kv_heads as u32, several as u32);
+            launch!(self.gpu, prefill, grid, 128, attention_bytes(64, head_dim); call)?;
+        }
+        Ok(())
+    }
+}
+
+/// What a norm reads and writes.
+struct NormCall {
+    out: Ptr,
+    x: Ptr,
+    index: Ptr,
+    add: bool,
+}
+
+fn raw_norm(norm: Norm, NormWeights { weight, bias }: NormWeights) -> RawNorm {
+    let (epsilon, centred) = match norm {
+        Norm::Rms(epsilon) => (epsilon, 0),
+        Norm::Layer(epsilon) => (epsilon, 1),
+    };
+    RawNorm { weight, bias, epsilon, centred }
+}
+
+impl Operations for Pass<'_> {
+    type Block = Block;
+
+    fn enter(&mut self, flow: Flow, block: &Block, slot: Slot) -> Result<(), StepError> {
+        let Scratch { residual, normed, .. } = self.state.scratch;
+        if matches!(flow, Flow::Post(_)) {
+            let bytes = self.tokens as u64 * self.row_bytes();
+            return Ok(memory::copy(&self.gpu.stream, normed, residual, bytes)?);
+        }
+        let call = NormCall { out: normed, x: residual, index: Ptr::NULL, add: false };
+        self.norm(flow.norm(), block.norm(slot)?, self.tokens, call)
+    }
+
+    fn attend(&mut self, attention: &Attention, index: usize, block: &Block) -> Result<(), StepError> {
+        let kernels = self.state.kernels.get(&attention.head_dim).ok_or(StepError::Weights)?;
+        let Scratch { normed, qkv, bytes, ref angles, .. } = self.state.scratch;
+        let Inputs { positions, row_of, first_block, tables, .. } = self.inputs;
+        let product = block.product(Slot::Qkv, 0)?;
+        self.linear(&Linear {
+            weight: &product.matrix,
+            bias: product.bias,
+            x: normed,
+            x_stride: self.tower.width,
+            rows: self.tokens,
+            out: qkv,
+            out_stride: attention.qkv_width(),
+            epilogue: Epilogue::Store,
+            grouped: None,
+            bytes,
+        })?;
+        let (table, pairs) = match attention.position {
+            Position::None => (Ptr::NULL, 0),
+            Position::Rope(set) => (angles[set], self.tower.ropes[set].pairs() as i32),
+        };
+        let head_norm = |slot| match attention.qk_norm {
+            Some(norm) => Ok(raw_norm(norm, block.norm(slot)?)),
+            None => Ok::<_, StepError>(RawNorm::default()),
+        };
+        let heads = Heads {
+            heads: attention.heads as i32,
+            kv_heads: attention.kv_heads as i32,
+            pairs,
+            query: head_norm(Slot::QueryNorm)?,
+            key: head_norm(Slot::KeyNorm)?,
+        };
+        let cache = self.state.cache.get(index).copied().unwrap_or_default();
+        let all = attention.heads + 2 * attention.kv_heads;
+        let grid = (self.tokens as u32, all.div_ceil(4) as u32, 1);
+        let places = Places { positions, row_of, first_block, tables };
+        launch!(self.gpu, kernels.rope_store, grid, 128, 0; qkv, heads, table, places, cache)?;
+        self.attend_rows(attention, kernels, cache)
+    }
+
+    fn up(&mut self, ffn: Ffn, block: &Block) -> Result<(), StepError> {
+        let Scratch { normed, up, bytes, .. } = self.state.scratch;
+        let act = ffn.mlp().act;
+        let (slot, epilogue) = match ffn {
+            Ffn::Plain(_) => (Slot::Up, Epilogue::Activated(act)),
+            _ => (Slot::GateUp, Epilogue::Gated(act)),
+        };
+        let product = block.product(slot, 0)?;
+        self.linear(&Linear {
+            weight: &product.matrix,
+            bias: product.bias,
+            x: normed,
+            x_stride: self.tower.width,
+            rows: self.tokens,
+            out: up,
+            out_stride: ffn.up_width(),
+            epilogue,
+            grouped: None,
+            bytes,
+        })
+    }
+
+    // As many tokens at a time as their pairs of token and expert have room for.
+    fn experts(&mut self, flow: Flow, moe: Moe, block: &Block) -> Result<(), StepError> {
+        let Scratch { residual, normed, up, bytes, tokens: room, ref experts, .. } = self.state.scratch;
+        let Some(Experts { logits, chosen, shares, order, offsets, pairs }) = experts else {
+            return Err(StepError::Weights);
+        };
+        let kernels = self.kernels()?;
+        let (width, ffn) = (self.tower.width, Ffn::Moe(moe));
+        let (first, down) = (Stacked::of(block, Slot::GateUp)?, Stacked::of(block, Slot::Down)?);
+        let router = block.product(Slot::Router, 0)?;
+        let at_once = (room / moe.active).max(1);
+        for begin in (0..self.tokens).step_by(at_once) {
+            let tokens = at_once.min(self.tokens - begin);
+            let count = tokens * moe.active;
+            let x = normed.offset(begin as u64 * self.row_bytes());
+            self.linear(&Linear {
+                weight: &router.matrix,
+                bias: router.bias,
+                x,
+                x_stride: width,
+                rows: tokens,
+                out: *logits,
+                out_stride: moe.experts,
+                epilogue: Epilogue::StoreValues,
+                grouped: None,
+                bytes,
+            })?;
+            launch!(self.gpu, kernels.route, (tokens.div_ceil(4) as u32, 1, 1), 128, 0;
+                *logits, *chosen, *shares, tokens as i32, moe.experts as i32, moe.active as i32,
+                i32::from(moe.normalize))?;
+            launch!(self.gpu, kernels.group_pairs, (1, 1, 1), 256, 4 * moe.experts as u32;
+                *order, *offsets, *chosen, count as i32, moe.experts as i32)?;
+            let grouped = |divide, strides| {
+                Some(Grouped {
+                    count: moe.experts,
+                    order: *order,
+                    offsets: *offsets,
+                    divide,
+                    most: tokens,
+                    strides,
+                })
+            };
+            self.linear(&Linear {
+                weight: &first.matrix,
+                bias: first.bias,
+                x,
+                x_stride: width,
+                rows: count,
+                out: up,
+                out_stride: ffn.up_width(),
+                epilogue: Epilogue::Gated(moe.mlp.act),
+                grouped: grouped(moe.active, first.strides),
+                bytes,
+            })?;
+            self.linear(&Linear {
+                weight: &down.matrix,
+                bias: down.bias,
+                x: up,
+                x_stride: ffn.up_width(),
+                rows: count,
+                out: *pairs,
+                out_stride: width,
+                epilogue: Epilogue::Store,
+                grouped: grouped(1, down.strides),
+                bytes,
+            })?;
+            let sandwich = matches!(flow, Flow::Sandwich(_));
+            let out = if sandwich { normed } else { residual }.offset(begin as u64 * self.row_bytes());
+            let grid = (width.div_ceil(256) as u32, tokens as u32, 1);
+            launch!(self.gpu, kernels.combine_experts, grid, 256, 0;
+                out, *pairs, *shares, moe.active as i32, width as i32, i32::from(!sandwich))?;
+        }
+        Ok(())
+    }
+
+    fn project(&mut self, flow: Flow, from: Inner<'_>, block: &Block) -> Result<(), StepError> {
+        let Scratch { residual, normed, attention, up, bytes, .. } = self.state.scratch;
+        let (slot, x, x_stride) = match from {
+            Inner::Attention(a) => (Slot::AttentionOut, attention, a.q_width()),
+            Inner::Up(ffn) => (Slot::Down, up, ffn.up_width()),
+        };
+        let (out, epilogue) = match flow {
+            Flow::Sandwich(_) => (normed, Epilogue::Store),
+            _ => (residual, Epilogue::Add),
+        };
+        let product = block.product(slot, 0)?;
+        self.linear(&Linear {
+            weight: &product.matrix,
+            bias: product.bias,
+            x,
+            x_stride,
+            rows: self.tokens,
+            out,
+            out_stride: self.tower.width,
+            epilogue,
+            grouped: None,
+            bytes,
+        })
+    }
+
+    fn add_normed(&mut self, norm: Norm, block: &Block, slot: Slot) -> Result<(), StepError> {
+        let Scratch { residual, normed, .. } = self.state.scratch;
+        let call = NormCall { out: residual, x: normed, index: Ptr::NULL, add: true };
+        self.norm(norm, block.norm(slot)?, self.tokens, call)
+    }
+
+    fn renorm(&mut self, norm: Norm, block: &Block, slot: Slot) -> Result<(), StepError> {
+        let residual = self.state.scratch.residual;
+        let call = NormCall { out: residual, x: residual, index: Ptr::NULL, add: false };
+        self.norm(norm, block.norm(slot)?, self.tokens, call)
+    }
+}
+
+/// The experts' matrices of one slot, which lie at equal distances.
+struct Stacked {
+    matrix: Matrix,
+    bias: Ptr,
+    strides: [u64; 3],
+}
+
+impl Stacked {
+    fn of(block: &Block, slot: Slot) -> Result<Self, StepError> {
+        let first = block.product(slot, 0)?;
+        // With one expert, there is no distance.
+        let next = block.product(slot, 1).unwrap_or(first);
+        let strides = [
+            next.matrix.values.0 - first.matrix.values.0,
+            next.matrix.factors.0 - first.matrix.factors.0,
+            next.bias.0 - first.bias.0,
+        ];
+        Ok(Stacked { matrix: first.matrix, bias: first.bias, strides })
+    }
+}

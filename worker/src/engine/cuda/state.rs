@@ -1,0 +1,431 @@
+//! What a stage on a GPU keeps between steps: cache, scratch, and recorded steps; and the way of a step's inputs and
+//! results between host and GPU.
+
+use std::collections::HashMap;
+
+use cudarc::driver::{CudaGraph, sys};
+use strata_proto::DType;
+
+use super::{
+    pass::{Pass, Scratch},
+    weights::Weights,
+};
+use crate::{
+    engine::{Allocated, Candidate, Size, Values},
+    kernels::{
+        cpu::Cpu,
+        cuda::{
+            CudaError, DeviceRows, Doing, Gpu,
+            launch::{Kernels, MAX_ACTIVE, MAX_CANDIDATES, RawCache},
+            memory::{self, Arena, Memory, Pinned, Ptr},
+            rows::Slots,
+        },
+    },
+    kv_cache::{BLOCK_TOKENS, BatchRow, KvLayer},
+    model::{
+        ModelError, StageState, StepError,
+        blocks::Ffn,
+        forward,
+        state::cached,
+        step::{Given, Limits},
+    },
+    transport::{Expected, Hidden},
+};
+
+/// Bytes for what attention puts together.
+pub(super) const PARTIALS: u64 = 16 << 20;
+/// Activations that can be under way to the next stage without another allocation.
+const SLOTS: usize = 4;
+/// Most rows of a step that is recorded, and most recordings.
+const RECORDED_ROWS: usize = 64;
+const RECORDINGS: usize = 128;
+/// Sequences that a step has room for whose contexts are as long as the model's.
+const LONG_ROWS: usize = 256;
+
+/// The words of a step's inputs, one after the other in one buffer, so that they travel in one copy and lie at the same
+/// places whenever a step has as many tokens, rows and outputs.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Inputs {
+    pub ids: Ptr,
+    pub positions: Ptr,
+    pub row_of: Ptr,
+    pub segments: Ptr,
+    pub sets: Ptr,
+    pub row_first: Ptr,
+    pub row_start: Ptr,
+    pub row_count: Ptr,
+    pub first_block: Ptr,
+    /// Rows of one token, then the others.
+    pub by_length: Ptr,
+    pub outputs: Ptr,
+    pub wanted: Ptr,
+    pub tables: Ptr,
+}
+
+/// How often a kind of step has come.
+enum Recording {
+    Seen,
+    Graph(CudaGraph),
+    /// It could not be recorded.
+    Never,
+}
+
+/// Cache and scratch of a stage on a GPU, allocated once.
+pub(super) struct State {
+    pub limits: Limits,
+    pub element: DType,
+    /// By width of a head.
+    pub kernels: HashMap<usize, Kernels>,
+    /// One per layer; none in an encoder.
+    pub cache: Vec<RawCache>,
+    pub scratch: Scratch,
+    allocated: Allocated,
+    slots: Option<Slots>,
+    recordings: HashMap<(usize, usize), Recording>,
+    /// A step's inputs, here and there.
+    words: Pinned,
+    capacity: usize,
+    inputs: Ptr,
+    /// What comes back: values, and candidates.
+    values: Pinned,
+    found: Pinned,
+    order: Vec<u32>,
+    candidates: Vec<Vec<Candidate>>,
+    cpu: Cpu,
+    _memory: Arena,
+    _extra: Vec<Memory>,
+}
+
+impl State {
+    pub fn new(gpu: &Gpu, weights: &Weights, size: Size, cpu: Cpu) -> Result<Self, ModelError> {
+        let Weights { model, spec, .. } = weights;
+        let (tower, element) = (&model.tower, spec.dtype);
+        let outputs = if spec.head { size.outputs } else { 0 };
+        let limits =
+            Limits { spec: *spec, kv_blocks: size.kv_blocks, max_tokens: size.tokens, max_outputs: outputs };
+        let bytes = StageState::bytes_for(model, spec, size.kv_blocks, size.tokens, outputs);
+        let mut memory = Arena::new(&gpu.context, bytes)?;
+        let mut kv_bytes = 0;
+        let layers = cached(model, spec).iter();
+        let cache = layers
+            .map(|layer| {
+                let a = &layer.attention;
+                let elements = KvLayer::elements_per_token(a.kv_heads, a.head_dim) * BLOCK_TOKENS;
+                let half = u64::from(size.kv_blocks) * (elements / 2) as u64 * element.size();
+                kv_bytes += 2 * half;
+                RawCache { keys: memory.take(half), values: memory.take(half) }
+            })
+            .collect();
+        let mut kernels = HashMap::new();
+        for layer in &tower.layers[spec.layers.first as usize..spec.layers.end as usize] {
+            let head_dim = layer.attention.head_dim;
+            if let std::collections::hash_map::Entry::Vacant(free) = kernels.entry(head_dim) {
+                free.insert(gpu.kernels(element, head_dim)?);
+            }
+            if let Ffn::Moe(moe) = layer.ffn
+                && moe.active > MAX_ACTIVE
+            {
+                let text = format!("{} experts per token: a GPU takes at most {MAX_ACTIVE}", moe.active);
+                return Err(ModelError::Device(text));
+            }
+        }
+        let partials = Memory::new(&gpu.context, PARTIALS)?;
+        let (tokens, rows) = (size.tokens as usize, outputs as usize);
+        let found = Memory::new(&gpu.context, (rows * (8 * MAX_CANDIDATES + 4)) as u64)?;
+        let scratch =
+            Scratch::new(gpu, tower, element, size.tokens, rows, &mut memory, partials.ptr(), found.ptr())?;
+        let longest = tower.context.div_ceil(BLOCK_TOKENS);
+        let capacity = 10 * tokens + 2 * rows + LONG_ROWS.min(tokens) * longest;
+        let inputs = Memory::new(&gpu.context, 4 * capacity as u64)?;
+        let width = tower.width as u64 * element.size();
+        let slots = match spec.head {
+            true => None,
+            false => Some(Slots::new(&gpu.context, u64::from(size.tokens) * width, SLOTS)?),
+        };
+        Ok(State {
+            limits,
+            element,
+            kernels,
+            cache,
+            scratch,
+            allocated: Allocated { kv_bytes, workspace_bytes: bytes - kv_bytes },
+            slots,
+            recordings: HashMap::new(),
+            words: Pinned::new(&gpu.context, 4 * capacity)?,
+            capacity,
+            inputs: inputs.ptr(),
+            values: Pinned::new(&gpu.context, 4 * rows * tower.outputs())?,
+            found: Pinned::new(&gpu.context, rows * (8 * MAX_CANDIDATES + 4))?,
+            order: vec![0; rows * tower.outputs()],
+            candidates: Vec::new(),
+            cpu,
+            _memory: memory,
+            _extra: vec![partials, found, inputs],
+        })
+    }
+
+    pub fn allocated(&self) -> Allocated {
+        self.allocated
+    }
+
+    /// Runs a step that has been checked, up to its end on the GPU.
+    #[expect(clippy::too_many_arguments, reason = "the parts of one step")]
+    pub fn run(
+        &mut self,
+        gpu: &Gpu,
+        weights: &Weights,
+        tokens: usize,
+        rows: &[BatchRow<'_>],
+        input: Given<'_>,
+        hidden: Option<Hidden>,
+        outputs: &[u32],
+        wanted: &[u32],
+    ) -> Result<(), StepError> {
+        let wanted: Vec<u32> =
+            wanted.iter().map(|w| if *w as usize > MAX_CANDIDATES { 0 } else { *w }).collect();
+        let inputs = self.upload(gpu, weights, tokens, rows, input, outputs, &wanted)?;
+        // Kept until the step is done, for its memory is read.
+        let hidden = hidden.map(|hidden| self.receive(gpu, weights, hidden)).transpose()?;
+        let single = rows.iter().all(|r| r.count == 1);
+        let recordable = single && tokens <= RECORDED_ROWS && !weights.model.tower.is_encoder();
+        let key = (tokens, outputs.len());
+        match self.recordings.get(&key) {
+            Some(Recording::Graph(graph)) if recordable => graph.launch().doing("starting a graph")?,
+            Some(Recording::Seen) if recordable => {
+                let recorded = self.record(gpu, weights, tokens, rows, inputs, outputs.len())?;
+                if let Recording::Never = recorded {
+                    self.compute(gpu, weights, tokens, rows, inputs, outputs.len())?;
+                }
+                self.recordings.insert(key, recorded);
+            }
+            seen => {
+                let first = seen.is_none();
+                self.compute(gpu, weights, tokens, rows, inputs, outputs.len())?;
+                if recordable && first && self.recordings.len() < RECORDINGS {
+                    self.recordings.insert(key, Recording::Seen);
+                }
+            }
+        }
+        if weights.spec.head {
+            self.fetch(gpu, weights.model.tower.outputs(), &wanted)?;
+        }
+        gpu.wait()?;
+        drop(hidden);
+        self.find(&wanted);
+        Ok(())
+    }
+
+    /// Captures a step, and runs it.
+    fn record(
+        &self,
+        gpu: &Gpu,
+        weights: &Weights,
+        tokens: usize,
+        rows: &[BatchRow<'_>],
+        inputs: Inputs,
+        outputs: usize,
+    ) -> Result<Recording, StepError> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        gpu.stream.begin_capture(mode).doing("recording a step")?;
+        let computed = self.compute(gpu, weights, tokens, rows, inputs, outputs);
+        let graph = gpu.stream.end_capture(sys::CUgraphInstantiate_flags(0));
+        match (computed, graph) {
+            (Ok(()), Ok(Some(graph))) => {
+                graph.launch().doing("starting a graph")?;
+                Ok(Recording::Graph(graph))
+            }
+            (Err(error), _) => Err(error),
+            (_, graph) => {
+                tracing::warn!(error = ?graph.err(), tokens, "a step could not be recorded as a CUDA graph");
+                Ok(Recording::Never)
+            }
+        }
+    }
+
+    /// All kernels of a step.
+    fn compute(
+        &self,
+        gpu: &Gpu,
+        weights: &Weights,
+        tokens: usize,
+        rows: &[BatchRow<'_>],
+        inputs: Inputs,
+        outputs: usize,
+    ) -> Result<(), StepError> {
+        let mut pass = Pass { gpu, state: self, tower: &weights.model.tower, tokens, rows, inputs };
+        if let Some(block) = &weights.input {
+            pass.embed(block, weights.output.as_ref())?;
+        }
+        pass.angles()?;
+        for (i, block) in weights.layers.iter().enumerate() {
+            let layer = &weights.model.tower.layers[weights.spec.layers.first as usize + i];
+            forward::layer(&mut pass, i, layer, block)?;
+        }
+        match &weights.output {
+            Some(head) if outputs > 0 => pass.finish(head, outputs),
+            _ => Ok(()),
+        }
+    }
+
+    /// Sends a step's inputs.
+    #[expect(clippy::too_many_arguments, reason = "the parts of one step")]
+    fn upload(
+        &mut self,
+        gpu: &Gpu,
+        weights: &Weights,
+        tokens: usize,
+        rows: &[BatchRow<'_>],
+        input: Given<'_>,
+        outputs: &[u32],
+        wanted: &[u32],
+    ) -> Result<Inputs, StepError> {
+        let tower = &weights.model.tower;
+        let needed = |row: &BatchRow<'_>| match tower.is_encoder() {
+            true => 0,
+            false => ((row.start + row.count) as usize).div_ceil(BLOCK_TOKENS),
+        };
+        let blocks: usize = rows.iter().map(needed).sum();
+        let total = 5 * tokens + 5 * rows.len() + 2 * outputs.len() + blocks;
+        if total > self.capacity {
+            let text =
+                format!("the block tables of this step take {total} words: expected {}", self.capacity);
+            return Err(StepError::Device(text));
+        }
+        let words = &mut self.words.as_mut::<u32>()[..total];
+        let (mut rest, mut at) = (words, self.inputs);
+        // Fills the next part of the buffer, and says where it lies.
+        let mut put = |values: &mut dyn Iterator<Item = u32>, count: usize| {
+            let (part, more) = std::mem::take(&mut rest).split_at_mut(count);
+            part.iter_mut().zip(values).for_each(|(word, value)| *word = value);
+            let here = at;
+            (rest, at) = (more, at.offset(4 * count as u64));
+            here
+        };
+        let (ids, segments): (&[u32], &[u32]) = match input {
+            Given::Tokens { ids, segments } => (ids, segments),
+            _ => (&[], &[]),
+        };
+        let zeros = || std::iter::repeat(0);
+        let per_token = |f: &dyn Fn(usize, &BatchRow<'_>, u32) -> u32| -> Vec<u32> {
+            let each = rows.iter().enumerate();
+            each.flat_map(|(r, row)| (0..row.count).map(move |i| f(r, row, i))).collect()
+        };
+        let starts = |f: &dyn Fn(&BatchRow<'_>) -> u32| -> Vec<u32> {
+            rows.iter()
+                .scan(0, |sum, row| {
+                    let here = *sum;
+                    *sum += f(row);
+                    Some(here)
+                })
+                .collect()
+        };
+        let count = rows.len();
+        let inputs = Inputs {
+            ids: put(&mut ids.iter().copied().chain(zeros()), tokens),
+            positions: put(&mut per_token(&|_, row, i| row.start + i).into_iter(), tokens),
+            row_of: put(&mut per_token(&|r, _, _| r as u32).into_iter(), tokens),
+            segments: put(&mut segments.iter().copied().chain(zeros()), tokens),
+            sets: put(&mut per_token(&|_, row, _| row.rope_set).into_iter(), tokens),
+            row_first: put(&mut starts(&|row| row.count).into_iter(), count),
+            row_start: put(&mut rows.iter().map(|r| r.start), count),
+            row_count: put(&mut rows.iter().map(|r| r.count), count),
+            first_block: put(&mut starts(&|row| needed(row) as u32).into_iter(), count),
+            by_length: put(&mut by_length(rows), count),
+            outputs: put(&mut outputs.iter().copied(), outputs.len()),
+            wanted: put(&mut wanted.iter().copied(), outputs.len()),
+            tables: put(&mut rows.iter().flat_map(|r| r.blocks[..needed(r)].iter().copied()), blocks),
+        };
+        let words = &self.words.as_mut::<u32>()[..total];
+        memory::upload(&gpu.stream, self.inputs, words)?;
+        Ok(inputs)
+    }
+
+    /// Copies the residual stream of the stage before into its place.
+    fn receive(&self, gpu: &Gpu, weights: &Weights, hidden: Hidden) -> Result<DeviceRows, StepError> {
+        let rows = match hidden {
+            Hidden::Device(rows) => rows,
+            Hidden::Host(tensor) => {
+                let (rows, columns) = tensor.dims2().map_err(|e| StepError::Device(e.to_string()))?;
+                let shape = Expected { dtype: self.element, rows, columns };
+                let slots = match &self.slots {
+                    Some(slots) => slots.clone(),
+                    // The last stage sends nothing on, so it has none yet.
+                    None => {
+                        let width = weights.model.tower.width as u64 * self.element.size();
+                        Slots::new(&gpu.context, u64::from(self.limits.max_tokens) * width, 0)?
+                    }
+                };
+                slots.rows(shape)?.fill(&tensor)?
+            }
+        };
+        memory::copy(&gpu.stream, self.scratch.residual, rows.ptr(), rows.bytes())?;
+        Ok(rows)
+    }
+
+    /// The residual stream, on its way to the next stage.
+    pub fn hidden(&self, gpu: &Gpu, tokens: usize, width: usize) -> Result<DeviceRows, StepError> {
+        let slots = self.slots.as_ref().ok_or(StepError::Weights)?;
+        let rows = slots.rows(Expected { dtype: self.element, rows: tokens, columns: width })?;
+        memory::copy(&gpu.stream, rows.ptr(), self.scratch.residual, rows.bytes())?;
+        gpu.wait()?;
+        Ok(rows)
+    }
+
+    /// Asks for what the sampler needs.
+    fn fetch(&mut self, gpu: &Gpu, width: usize, wanted: &[u32]) -> Result<(), CudaError> {
+        let stream = &gpu.stream;
+        if wanted.iter().any(|w| *w > 0) {
+            let words = wanted.len() * 2 * MAX_CANDIDATES;
+            let all = self.found.as_mut::<u32>();
+            let (candidates, rest) = all.split_at_mut(words);
+            memory::download(stream, candidates, self.scratch.found)?;
+            memory::download(stream, &mut rest[..wanted.len()], self.scratch.broken)?;
+        }
+        let values = self.values.as_mut::<f32>();
+        let mut row = 0;
+        while row < wanted.len() {
+            let whole = wanted[row..].iter().take_while(|w| **w == 0).count();
+            if whole > 0 {
+                let from = self.scratch.values.offset(4 * (row * width) as u64);
+                memory::download(stream, &mut values[row * width..(row + whole) * width], from)?;
+            }
+            row += whole.max(1);
+        }
+        Ok(())
+    }
+
+    /// Reads the candidates that have come.
+    fn find(&mut self, wanted: &[u32]) {
+        self.candidates.clear();
+        let words = self.found.as_mut::<u32>();
+        let broken = wanted.len() * 2 * MAX_CANDIDATES;
+        for (row, count) in wanted.iter().enumerate() {
+            let pairs = words[row * 2 * MAX_CANDIDATES..].as_chunks::<2>().0.iter().take(*count as usize);
+            let mut found: Vec<_> = pairs
+                .map(|[token, logit]| Candidate { token: *token, logit: f32::from_bits(*logit) })
+                .collect();
+            if *count > 0 && (words[broken + row] as usize) < self.scratch.vocab {
+                found = vec![Candidate { token: words[broken + row], logit: f32::NAN }];
+            }
+            self.candidates.push(found);
+        }
+    }
+
+    /// What the head yielded.
+    pub fn values(&mut self, outputs: usize, width: usize) -> Values<'_> {
+        Values {
+            values: &mut self.values.as_mut::<f32>()[..outputs * width],
+            order: &mut self.order[..outputs * width],
+            candidates: &self.candidates,
+            cpu: &self.cpu,
+        }
+    }
+}
+
+/// The rows of a step, those of one token first.
+pub(super) fn by_length(rows: &[BatchRow<'_>]) -> impl Iterator<Item = u32> {
+    let of = |single: bool| {
+        rows.iter().enumerate().filter(move |(_, r)| (r.count == 1) == single).map(|(i, _)| i as u32)
+    };
+    of(true).chain(of(false))
+}

@@ -1,0 +1,146 @@
+//! What computes a stage on its device, behind one interface: weights, cache and scratch, and the forward pass.
+
+mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+
+use std::ops::ControlFlow;
+
+use strata_proto::DeviceKind;
+
+use crate::{
+    device::DeviceSpec,
+    error::WorkerError,
+    kernels::cpu::Cpu,
+    model::{BatchRow, LoadedBytes, Model, ModelError, RangeSpec, StepError},
+    transport::Hidden,
+    weights::Checkpoint,
+};
+
+/// The engine of a stage. It lives on the stage's thread.
+pub(crate) trait Engine {
+    /// Replaces the weights by those of a range. `progress` is called after each piece and may stop the load; then,
+    /// and after an error, there are none.
+    fn load(
+        &mut self,
+        checkpoint: &Checkpoint,
+        model: &Model,
+        spec: &RangeSpec,
+        progress: &mut dyn FnMut(LoadedBytes) -> ControlFlow<()>,
+    ) -> Result<(), ModelError>;
+
+    /// Frees the weights, and cache and scratch with them.
+    fn unload(&mut self);
+
+    /// The weights that are here.
+    fn loaded(&self) -> Option<Loaded<'_>>;
+
+    /// Allocates cache and scratch for the weights that are here, in place of others.
+    fn prepare(&mut self, size: Size) -> Result<Allocated, ModelError>;
+
+    /// Frees cache and scratch.
+    fn release(&mut self);
+
+    /// Computes one step. Every index is checked first, so that an error leaves the cache as it was.
+    fn forward(&mut self, step: Step<'_>) -> Result<Output<'_>, StepError>;
+}
+
+/// Weights on a device.
+pub(crate) struct Loaded<'a> {
+    /// The model they are a part of.
+    pub model: &'a Model,
+    /// Which part.
+    pub spec: &'a RangeSpec,
+    /// Bytes they occupy: exactly what the model's profile says.
+    pub bytes: u64,
+}
+
+/// What a stage is prepared for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Size {
+    /// Blocks of the cache; an encoder needs none.
+    pub kv_blocks: u32,
+    /// Most tokens of a step.
+    pub tokens: u32,
+    /// Most output rows of a step, where the head is.
+    pub outputs: u32,
+}
+
+/// What was allocated.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Allocated {
+    /// Bytes of the cache.
+    pub kv_bytes: u64,
+    /// Bytes of the scratch memory.
+    pub workspace_bytes: u64,
+}
+
+/// What is to be computed.
+pub(crate) struct Step<'a> {
+    /// The tokens of each sequence.
+    pub rows: &'a [BatchRow<'a>],
+    /// What the step begins with.
+    pub input: Input<'a>,
+    /// The packed tokens whose values are wanted, ascending. A head that pools yields the vector of the row in which
+    /// the token lies. Without the head: none.
+    pub outputs: &'a [u32],
+    /// For each of them, how many of the largest values are enough; 0 for all.
+    pub candidates: &'a [u32],
+}
+
+/// What a step begins with.
+pub(crate) enum Input<'a> {
+    /// On the first stage.
+    Tokens {
+        /// Ids of all tokens.
+        ids: &'a [u32],
+        /// Their segments; empty if all are 0.
+        segments: &'a [u32],
+    },
+    /// The residual stream `(tokens, width)` of the stage before.
+    Hidden(Hidden),
+}
+
+/// What a step yields.
+pub(crate) enum Output<'a> {
+    /// The residual stream `(tokens, width)`, every value rounded to the plan's format.
+    Hidden(Hidden),
+    /// On the stage with the head.
+    Values(Values<'a>),
+}
+
+/// What the head yields.
+pub(crate) struct Values<'a> {
+    /// `(outputs, values)`; the sampler may overwrite it. Of an output with candidates, anything.
+    pub values: &'a mut [f32],
+    /// Scratch for the sampler: as many indexes.
+    pub order: &'a mut [u32],
+    /// Per output its candidates, best first, where only these were wanted; none at all if the engine gives all values
+    /// to everyone.
+    pub candidates: &'a [Vec<Candidate>],
+    /// What samples.
+    pub cpu: &'a Cpu,
+}
+
+/// One of the largest values of an output.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Candidate {
+    /// Its index.
+    pub token: u32,
+    /// The value; if not finite, the output is broken and this its only candidate.
+    pub logit: f32,
+}
+
+/// The engine of a device; `cpu` computes where the device does not.
+///
+/// # Errors
+/// If the device cannot be used.
+pub(crate) fn on(device: &DeviceSpec, cpu: Cpu) -> Result<Box<dyn Engine>, WorkerError> {
+    match device.kind {
+        DeviceKind::Cpu => Ok(Box::new(cpu::CpuEngine::new(cpu))),
+        #[cfg(feature = "cuda")]
+        DeviceKind::Cuda => Ok(Box::new(cuda::CudaEngine::new(device, cpu)?)),
+        #[cfg(not(feature = "cuda"))]
+        DeviceKind::Cuda => Err(WorkerError::BadMessage(crate::device::no_cuda(&device.id))),
+    }
+}

@@ -1,0 +1,151 @@
+//! Memory of a GPU, and host memory that it can copy from and to by itself.
+
+use std::{ffi::c_void, sync::Arc};
+
+use cudarc::driver::{CudaContext, CudaStream, DeviceRepr, result};
+
+use super::{CudaError, Doing};
+use crate::kernels::buffer::LINE;
+
+/// A place in a GPU's memory; whoever made the memory keeps it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(transparent)]
+pub(crate) struct Ptr(pub u64);
+
+// SAFETY: one number, which kernels take as a pointer.
+unsafe impl DeviceRepr for Ptr {}
+
+impl Ptr {
+    /// Nothing.
+    pub const NULL: Ptr = Ptr(0);
+
+    /// So many bytes further.
+    pub fn offset(self, bytes: u64) -> Ptr {
+        Ptr(self.0 + bytes)
+    }
+
+    /// As C has it.
+    pub fn raw(self) -> *const c_void {
+        self.0 as *const c_void
+    }
+}
+
+/// Memory of a GPU, zero at first.
+pub(crate) struct Memory {
+    at: Ptr,
+    bytes: u64,
+    context: Arc<CudaContext>,
+}
+
+impl Memory {
+    pub fn new(context: &Arc<CudaContext>, bytes: u64) -> Result<Self, CudaError> {
+        let bytes = bytes.max(1);
+        context.bind_to_thread().doing("binding a GPU")?;
+        // SAFETY: the pointer is freed when this is dropped, and not before; nothing reads it before it is zeroed.
+        unsafe {
+            let at = result::malloc_sync(bytes as usize).doing("allocating GPU memory")?;
+            let memory = Memory { at: Ptr(at), bytes, context: context.clone() };
+            result::memset_d8_sync(at, 0, bytes as usize).doing("zeroing GPU memory")?;
+            Ok(memory)
+        }
+    }
+
+    pub fn ptr(&self) -> Ptr {
+        self.at
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`; the driver waits for work that uses it. A GPU that is gone frees nothing.
+        let _ = self.context.bind_to_thread().and_then(|()| unsafe { result::free_sync(self.at.0) });
+    }
+}
+
+/// Memory that is handed out piece by piece.
+pub(crate) struct Arena {
+    memory: Memory,
+    used: u64,
+}
+
+impl Arena {
+    pub fn new(context: &Arc<CudaContext>, bytes: u64) -> Result<Self, CudaError> {
+        Ok(Arena { memory: Memory::new(context, bytes)?, used: 0 })
+    }
+
+    /// So many bytes, which begin on a line.
+    ///
+    /// # Panics
+    /// If less is left: what is taken was counted before.
+    pub fn take(&mut self, bytes: u64) -> Ptr {
+        let at = self.memory.ptr().offset(self.used);
+        self.used += bytes.next_multiple_of(LINE as u64);
+        assert!(self.used <= self.memory.bytes(), "more GPU memory is used than was planned");
+        at
+    }
+}
+
+/// Host memory that a GPU reads and writes without the processor's help.
+pub(crate) struct Pinned {
+    at: *mut u8,
+    bytes: usize,
+    context: Arc<CudaContext>,
+}
+
+// SAFETY: plain memory that this value owns alone.
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    pub fn new(context: &Arc<CudaContext>, bytes: usize) -> Result<Self, CudaError> {
+        let bytes = bytes.max(1);
+        context.bind_to_thread().doing("binding a GPU")?;
+        // SAFETY: freed when this is dropped; zeroed before anybody reads it.
+        unsafe {
+            let at = result::malloc_host(bytes, 0).doing("pinning host memory")?.cast::<u8>();
+            at.write_bytes(0, bytes);
+            Ok(Pinned { at, bytes, context: context.clone() })
+        }
+    }
+
+    /// Its content as elements. The GPU must not be writing it.
+    pub fn as_mut<T: Element>(&mut self) -> &mut [T] {
+        // SAFETY: owned, initialised, aligned to a page, and any bits are such elements; `&mut self` makes it exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.at.cast(), self.bytes / size_of::<T>()) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`.
+        let _ = self.context.bind_to_thread().and_then(|()| unsafe { result::free_host(self.at.cast()) });
+    }
+}
+
+/// What pinned memory may hold: any bits are a value.
+pub(crate) trait Element: Copy {}
+impl Element for u8 {}
+impl Element for u32 {}
+impl Element for f32 {}
+
+/// Copies host memory to the GPU, in order; `from` must stay as it is until the stream has come so far.
+pub(crate) fn upload<T: Element>(stream: &CudaStream, to: Ptr, from: &[T]) -> Result<(), CudaError> {
+    // SAFETY: the caller's buffer holds as many bytes, and `from` lives on, which it promises.
+    unsafe { result::memcpy_htod_async(to.0, from, stream.cu_stream()) }.doing("copying to a GPU")
+}
+
+/// Copies from the GPU to host memory, in order; `to` must not be read before the stream has come so far.
+pub(crate) fn download<T: Element>(stream: &CudaStream, to: &mut [T], from: Ptr) -> Result<(), CudaError> {
+    // SAFETY: as in `upload`.
+    unsafe { result::memcpy_dtoh_async(to, from.0, stream.cu_stream()) }.doing("copying from a GPU")
+}
+
+/// Copies within a GPU, or from one to another, in order.
+pub(crate) fn copy(stream: &CudaStream, to: Ptr, from: Ptr, bytes: u64) -> Result<(), CudaError> {
+    // SAFETY: both places hold as many bytes, which the caller promises.
+    unsafe { result::memcpy_dtod_async(to.0, from.0, bytes as usize, stream.cu_stream()) }
+        .doing("copying on a GPU")
+}

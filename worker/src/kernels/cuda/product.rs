@@ -1,0 +1,266 @@
+//! Products with a matrix, by whichever way is fastest for their rows and format.
+
+use strata_proto::{DType, Format, Quantization};
+
+use super::{
+    CudaError, Gemm, Gpu,
+    launch::{Bytes, Kernels, RawMatrix, RawProduct, element_number, launch},
+    memory::Ptr,
+};
+use crate::kernels::cpu::norm::Act;
+
+/// Rows that are computed by reading each weight once; more go to the tensor cores.
+const FEW_ROWS: usize = 8;
+/// Threads of a block of `matvec_*`: a warp per two outputs.
+const MATVEC_THREADS: u32 = 256;
+/// Rows and outputs of a tile of `tile_*`, and its threads.
+const TILE: usize = 64;
+const TILE_THREADS: u32 = 128;
+
+/// A matrix `(n, k)` by rows.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Matrix {
+    pub format: Format,
+    pub n: usize,
+    pub k: usize,
+    pub values: Ptr,
+    /// Of quantized formats.
+    pub factors: Ptr,
+}
+
+impl Matrix {
+    /// As kernels take it.
+    pub fn raw(&self) -> RawMatrix {
+        RawMatrix { values: self.values, factors: self.factors, n: self.n as i32, k: self.k as i32 }
+    }
+
+    /// Its format as the sources number it.
+    pub fn number(&self) -> i32 {
+        match self.format {
+            Format::Float(dtype) => element_number(dtype),
+            Format::Quantized(Quantization::Int8) => 3,
+            Format::Quantized(Quantization::Int4) => 4,
+        }
+    }
+}
+
+/// What becomes of the sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Epilogue {
+    /// They are `out`.
+    Store,
+    /// They are added to `out`.
+    Add,
+    /// They are `out`, in f32.
+    StoreValues,
+    /// The first half of the outputs are gates of the others; `out` gets half as many.
+    Gated(Act),
+    /// `out` gets the activation of them.
+    Activated(Act),
+}
+
+impl Epilogue {
+    fn act(self) -> Option<Act> {
+        match self {
+            Epilogue::Gated(act) | Epilogue::Activated(act) => Some(act),
+            _ => None,
+        }
+    }
+}
+
+/// An activation as the sources number it.
+pub(crate) fn act_number(act: Act) -> i32 {
+    match act {
+        Act::Silu => 0,
+        Act::Gelu => 1,
+        Act::GeluTanh => 2,
+        Act::GeluQuick => 3,
+        Act::Relu => 4,
+        Act::Tanh => 5,
+    }
+}
+
+/// Rows that go through several matrices of one shape.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Grouped {
+    /// Matrices.
+    pub count: usize,
+    /// Rows `order[offsets[e]..offsets[e + 1]]` go through matrix `e`.
+    pub order: Ptr,
+    pub offsets: Ptr,
+    /// Row `r` of these reads row `r / divide` of `x`.
+    pub divide: usize,
+    /// Most rows that one matrix may get.
+    pub most: usize,
+    /// Bytes from matrix to matrix: of values, factors, bias.
+    pub strides: [u64; 3],
+}
+
+/// `out (rows, n) = x (rows, k) * weight^T + bias`.
+pub(crate) struct Linear<'a> {
+    pub weight: &'a Matrix,
+    /// `(n)` in f32, or null.
+    pub bias: Ptr,
+    pub x: Ptr,
+    pub x_stride: usize,
+    pub rows: usize,
+    pub out: Ptr,
+    pub out_stride: usize,
+    pub epilogue: Epilogue,
+    pub grouped: Option<Grouped>,
+    /// Where rows of `x` become bytes, if the weights are quantized.
+    pub bytes: Bytes,
+}
+
+impl Gpu {
+    /// Computes a product; `element` is the format of `x`, and of `out` unless it is values.
+    pub fn linear(&self, kernels: &Kernels, element: DType, call: &Linear<'_>) -> Result<(), CudaError> {
+        let Linear { weight, rows, epilogue, grouped, .. } = call;
+        let rows_each = grouped.map_or(*rows, |g| rows.div_ceil(g.count));
+        if let Format::Quantized(_) = weight.format {
+            self.to_bytes(kernels, call)?;
+        }
+        if rows_each <= FEW_ROWS {
+            return self.matvec(kernels, call, rows_each);
+        }
+        let aligned = |stride: usize| stride.is_multiple_of(8);
+        match (weight.format, grouped, &kernels.tensor) {
+            (Format::Quantized(Quantization::Int8), ..) => self.tile(kernels, &kernels.tile_int8, call),
+            (Format::Quantized(Quantization::Int4), ..) => self.tile(kernels, &kernels.tile_int4, call),
+            (Format::Float(held), None, _) if held == element => {
+                let out_element = if *epilogue == Epilogue::StoreValues { DType::F32 } else { element };
+                let n = weight.n;
+                let mut add = *epilogue == Epilogue::Add;
+                if call.bias != Ptr::NULL {
+                    self.bias(kernels, call, add)?;
+                    add = true;
+                }
+                self.gemm(Gemm {
+                    element,
+                    out_element,
+                    weight: weight.values,
+                    x: call.x,
+                    out: call.out,
+                    n,
+                    k: weight.k,
+                    rows: *rows,
+                    x_stride: call.x_stride,
+                    out_stride: call.out_stride,
+                    add,
+                })?;
+                self.activation(kernels, call)
+            }
+            (Format::Float(held), Some(_), Some(tensor))
+                if held == element && aligned(weight.k) && aligned(call.x_stride) =>
+            {
+                self.tile(kernels, &tensor.tile_dense, call)
+            }
+            _ => self.matvec(kernels, call, FEW_ROWS),
+        }
+    }
+
+    fn raw(&self, call: &Linear<'_>, epilogue: i32) -> RawProduct {
+        let grouped = call.grouped;
+        let [expert_values, expert_factors, expert_bias] = grouped.map_or([0; 3], |g| g.strides);
+        RawProduct {
+            weight: call.weight.raw(),
+            bias: call.bias,
+            x: call.x,
+            bytes: call.bytes,
+            out: call.out,
+            x_stride: call.x_stride as i32,
+            out_stride: call.out_stride as i32,
+            rows: call.rows as i32,
+            epilogue,
+            act: call.epilogue.act().map_or(0, act_number),
+            order: grouped.map_or(Ptr::NULL, |g| g.order),
+            offsets: grouped.map_or(Ptr::NULL, |g| g.offsets),
+            divide: grouped.map_or(1, |g| g.divide as i32),
+            expert_values,
+            expert_factors,
+            expert_bias,
+        }
+    }
+
+    /// Blocks of rows of the grid, and matrices.
+    fn row_blocks(call: &Linear<'_>, tile: usize) -> (u32, u32) {
+        let most = call.grouped.map_or(call.rows, |g| g.most);
+        (most.div_ceil(tile) as u32, call.grouped.map_or(1, |g| g.count as u32))
+    }
+
+    fn matvec(&self, kernels: &Kernels, call: &Linear<'_>, rows_each: usize) -> Result<(), CudaError> {
+        let step = rows_each.clamp(1, FEW_ROWS).next_power_of_two();
+        let function = &kernels.matvec[call.weight.number() as usize][step.ilog2() as usize];
+        let (epilogue, outputs) = match call.epilogue {
+            Epilogue::Store => (0, call.weight.n),
+            Epilogue::Add => (1, call.weight.n),
+            Epilogue::StoreValues => (2, call.weight.n),
+            Epilogue::Gated(_) => (3, call.weight.n),
+            Epilogue::Activated(_) => (4, call.weight.n),
+        };
+        let blocks = outputs.div_ceil(2).div_ceil((MATVEC_THREADS / 32) as usize) as u32;
+        let (y, z) = Self::row_blocks(call, step);
+        launch!(self, function, (blocks, y, z), MATVEC_THREADS, 0; self.raw(call, epilogue))
+    }
+
+    fn tile(
+        &self,
+        kernels: &Kernels,
+        function: &cudarc::driver::CudaFunction,
+        call: &Linear<'_>,
+    ) -> Result<(), CudaError> {
+        let epilogue = match call.epilogue {
+            Epilogue::Store | Epilogue::Gated(_) => 0,
+            Epilogue::Add => 1,
+            Epilogue::StoreValues => 2,
+            Epilogue::Activated(_) => 4,
+        };
+        let (y, z) = Self::row_blocks(call, TILE);
+        let grid = (call.weight.n.div_ceil(TILE) as u32, y, z);
+        launch!(self, function, grid, TILE_THREADS, 0; self.raw(call, epilogue))?;
+        match call.epilogue {
+            Epilogue::Gated(_) => self.activation(kernels, call),
+            _ => Ok(()),
+        }
+    }
+
+    /// Turns the rows that a product reads into bytes.
+    fn to_bytes(&self, kernels: &Kernels, call: &Linear<'_>) -> Result<(), CudaError> {
+        let rows = call.rows / call.grouped.map_or(1, |g| g.divide);
+        let k = call.weight.k;
+        let blocks = (rows * (k / 32)).div_ceil(8) as u32;
+        let function = &kernels.quantize_rows;
+        launch!(self, function, (blocks, 1, 1), 256, 0;
+            call.bytes, call.x, call.x_stride as i32, k as i32, rows as i32)
+    }
+
+    /// Puts the bias of a product into its output, before the product is added.
+    fn bias(&self, kernels: &Kernels, call: &Linear<'_>, add: bool) -> Result<(), CudaError> {
+        let function = match call.epilogue {
+            Epilogue::StoreValues => &kernels.bias_values,
+            _ => &kernels.bias_rows,
+        };
+        let n = call.weight.n;
+        let grid = (n.div_ceil(256) as u32, call.rows as u32, 1);
+        launch!(self, function, grid, 256, 0; call.out, call.bias, n as i32, i32::from(add))
+    }
+
+    /// The activation that a product ends with, where it was not part of it.
+    fn activation(&self, kernels: &Kernels, call: &Linear<'_>) -> Result<(), CudaError> {
+        let n = call.weight.n;
+        match call.epilogue {
+            Epilogue::Gated(act) => {
+                let grid = ((n / 2).div_ceil(256) as u32, call.rows as u32, 1);
+                launch!(self, kernels.gate_mul, grid, 256, 0; call.out, (n / 2) as i32, act_number(act))
+            }
+            Epilogue::Activated(act) => self.activate(kernels, call.out, call.rows * n, act),
+            _ => Ok(()),
+        }
+    }
+
+    /// An activation, in place.
+    pub fn activate(&self, kernels: &Kernels, x: Ptr, count: usize, act: Act) -> Result<(), CudaError> {
+        let blocks = count.div_ceil(256) as u32;
+        launch!(self, kernels.activate_rows, (blocks, 1, 1), 256, 0; x, count as u64, act_number(act))
+    }
+}

@@ -1,0 +1,176 @@
+// What all kernels share: element formats, warp reductions, and the few instructions that CUDA C++ has no words for.
+//
+// Compiled at start by NVRTC, without headers, once per format of the residual stream and width of the heads:
+//   ELEMENT   0 = f32, 1 = bf16, 2 = f16: the format `T` of residual stream, activations and cache
+//   HEAD_DIM  elements per attention head
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define WARP 32
+#define FULL 0xffffffffu
+#define NEG_INF (__int_as_float(0xff800000))
+
+#ifndef STRATA_EMULATED
+
+extern __shared__ __align__(128) u8 dynamic_shared[];
+
+__device__ __forceinline__ float half_to_float(u16 h) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+    return f;
+}
+
+__device__ __forceinline__ u16 float_to_half(float f) {
+    u16 h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+    return h;
+}
+
+// d += a * b for a (16, 16) by rows and b (16, 8) by columns, one fragment per lane.
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ void mma_f16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The same for signed bytes: a (16, 32), b (32, 8).
+__device__ __forceinline__ void mma_s8(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void ldmatrix4(u32 (&r)[4], const void* row) {
+    u32 at = (u32)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix4_transposed(u32 (&r)[4], const void* row) {
+    u32 at = (u32)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
+
+// 16 bytes from global to shared memory, past the registers; zeros where there is nothing to read.
+__device__ __forceinline__ void copy_async16(void* shared, const void* global, bool in_range) {
+    u32 at = (u32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(at), "l"(global), "r"(in_range ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int N>
+__device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
+
+#endif
+
+struct bf16 { u16 bits; };
+struct f16 { u16 bits; };
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(bf16 x) { return __uint_as_float((u32)x.bits << 16); }
+__device__ __forceinline__ float widen(f16 x) { return half_to_float(x.bits); }
+
+// To nearest, ties to even; NaN stays one.
+__device__ __forceinline__ void narrow(float x, float& out) { out = x; }
+__device__ __forceinline__ void narrow(float x, bf16& out) {
+    u32 bits = __float_as_uint(x);
+    u32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    out.bits = (u16)(x != x ? (bits >> 16) | 0x40u : rounded);
+}
+__device__ __forceinline__ void narrow(float x, f16& out) { out.bits = float_to_half(x); }
+
+#if ELEMENT == 0
+typedef float T;
+#elif ELEMENT == 1
+typedef bf16 T;
+#else
+typedef f16 T;
+#endif
+
+__device__ __forceinline__ T narrowed(float x) {
+    T out;
+    narrow(x, out);
+    return out;
+}
+
+// The values of 16 bytes of weights or activations.
+template <class E>
+struct Pack {
+    static constexpr int COUNT = 16 / sizeof(E);
+    E at[COUNT];
+};
+
+template <class E>
+__device__ __forceinline__ Pack<E> load16(const E* from) {
+    union { uint4 raw; Pack<E> pack; } both = {*(const uint4*)from};
+    return both.pack;
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int offset = WARP / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(FULL, x, offset);
+    return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int offset = WARP / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(FULL, x, offset));
+    return x;
+}
+
+// The sum over all threads of a block of up to 1024, for all of them. `scratch` holds 32 floats.
+__device__ __forceinline__ float block_sum(float x, float* scratch) {
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    x = warp_sum(x);
+    __syncthreads();
+    if (lane == 0) scratch[warp] = x;
+    __syncthreads();
+    return warp_sum(lane < (blockDim.x + WARP - 1) / WARP ? scratch[lane] : 0.0f);
+}
+
+// Activation functions, numbered as the host numbers them.
+__device__ __forceinline__ float activate(int act, float x) {
+    switch (act) {
+        case 0: return x / (1.0f + expf(-x));                                                      // SiLU
+        case 1: return 0.5f * x * (1.0f + erff(x * 0.70710678f));                                  // GELU
+        case 2: return 0.5f * x * (1.0f + tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));     // GELU, by tanh
+        case 3: return x / (1.0f + expf(-1.702f * x));                                             // GELU, quick
+        case 4: return x < 0.0f ? 0.0f : x;                                                        // ReLU
+        default: return tanhf(x);
+    }
+}
+
+// A matrix (n, k) by rows, in one of five formats.
+//
+//   float formats: `values` holds n * k elements.
+//   int8:          `values` holds n * k signed bytes, `factors` one f16 per 32 of them.
+//   int4:          `values` holds n * k half bytes, eight of them per word: the first four in the low halves of its
+//                  bytes, the others in the high halves. `factors` holds two f16 per 32: factor, and what is added.
+struct Matrix {
+    const u8* values;
+    const u8* factors;
+    int n, k;
+};
+
+// Weights per factor.
+#define GROUP 32
+
+// Rows as int8: bytes (rows, k), a factor per 32 of them, and the sum of what these 32 stand for.
+struct Bytes {
+    signed char* values;
+    float* factors;
+    float* sums;
+};

@@ -1,0 +1,91 @@
+// Mixtures of experts: which experts a token goes through, the tokens of each expert, and the sum of what they yield.
+
+#define MAX_ACTIVE 32
+
+// logits (tokens, experts): the softmax's likeliest `active`, ascending, ties to the lowest number, and their shares. One
+// warp per token.
+extern "C" __global__ void route(float* logits, u32* chosen, float* shares, int tokens, int experts, int active, int normalize) {
+    int token = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (token >= tokens) return;
+    float* x = logits + (size_t)token * experts;
+    float largest = NEG_INF;
+    for (int i = lane; i < experts; i += WARP) largest = fmaxf(largest, x[i]);
+    largest = warp_max(largest);
+    float total = 0.0f;
+    for (int i = lane; i < experts; i += WARP) total += expf(x[i] - largest);
+    total = warp_sum(total);
+    for (int i = lane; i < experts; i += WARP) x[i] = expf(x[i] - largest) / total;
+    __syncwarp();
+    u32 taken[MAX_ACTIVE];
+    for (int slot = 0; slot < active; slot++) {
+        // What compares with nothing (NaN) is taken last, but something is always taken.
+        float best = NEG_INF;
+        int at = experts;
+        for (int i = lane; i < experts; i += WARP) {
+            bool free = true;
+            for (int s = 0; s < slot; s++) free = free && taken[s] != (u32)i;
+            if (free && (at == experts || x[i] > best)) {
+                best = x[i] == x[i] ? x[i] : NEG_INF;
+                at = i;
+            }
+        }
+        for (int offset = WARP / 2; offset > 0; offset /= 2) {
+            float other = __shfl_xor_sync(FULL, best, offset);
+            int where = __shfl_xor_sync(FULL, at, offset);
+            if (where < experts && (at == experts || other > best || (other == best && where < at))) {
+                best = other;
+                at = where;
+            }
+        }
+        taken[slot] = at;
+    }
+    if (lane != 0) return;
+    float sum = 0.0f;
+    for (int i = 1; i < active; i++)
+        for (int j = i; j > 0 && taken[j - 1] > taken[j]; j--) {
+            u32 other = taken[j];
+            taken[j] = taken[j - 1];
+            taken[j - 1] = other;
+        }
+    for (int slot = 0; slot < active; slot++) sum += x[taken[slot]];
+    for (int slot = 0; slot < active; slot++) {
+        chosen[token * active + slot] = taken[slot];
+        shares[token * active + slot] = x[taken[slot]] / (normalize ? sum : 1.0f);
+    }
+}
+
+// Sorts pairs of token and expert by expert: `order` gets them, offsets[e] is where those of expert e begin. One block;
+// dynamic shared memory holds `experts` words.
+extern "C" __global__ void group_pairs(u32* order, u32* offsets, const u32* chosen, int pairs, int experts) {
+    u32* next = (u32*)dynamic_shared;
+    for (int e = threadIdx.x; e < experts; e += blockDim.x) next[e] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < pairs; i += blockDim.x) atomicAdd(&next[chosen[i]], 1u);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        u32 sum = 0;
+        for (int e = 0; e < experts; e++) {
+            u32 count = next[e];
+            offsets[e] = sum;
+            next[e] = sum;
+            sum += count;
+        }
+        offsets[experts] = sum;
+    }
+    __syncthreads();
+    // The order within an expert does not matter: each pair is computed by itself.
+    for (int i = threadIdx.x; i < pairs; i += blockDim.x) order[atomicAdd(&next[chosen[i]], 1u)] = i;
+}
+
+// out (tokens, width) = or += the sum of each token's pairs (tokens * active, width), by ascending expert.
+extern "C" __global__ void combine_experts(T* out, const T* pairs, const float* shares, int active, int width, int add) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x, token = blockIdx.y;
+    if (i >= width) return;
+    float sum = 0.0f;
+    for (int slot = 0; slot < active; slot++) {
+        size_t pair = (size_t)token * active + slot;
+        sum += shares[pair] * widen(pairs[pair * width + i]);
+    }
+    T* at = out + (size_t)token * width + i;
+    *at = narrowed(add ? widen(*at) + sum : sum);
+}

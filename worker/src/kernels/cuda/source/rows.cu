@@ -1,0 +1,226 @@
+// Operations on rows: embedding, norms, rotary positions and the write into the cache, activations, pooling.
+
+// One row of a table of any format.
+__device__ __forceinline__ float table_at(Matrix table, int format, size_t row, int column) {
+    size_t at = row * table.k + column;
+    switch (format) {
+        case 0: return ((const float*)table.values)[at];
+        case 1: return widen(((const bf16*)table.values)[at]);
+        case 2: return widen(((const f16*)table.values)[at]);
+        case 3: return (float)((const signed char*)table.values)[at] * half_to_float(((const u16*)table.factors)[at / GROUP]);
+        default: {
+            u32 word = ((const u32*)table.values)[at / 8];
+            int part = at % 8;
+            int value = (word >> (8 * (part % 4) + 4 * (part / 4))) & 15;
+            const u16* factors = (const u16*)table.factors + at / GROUP * 2;
+            return (float)value * half_to_float(factors[0]) + half_to_float(factors[1]);
+        }
+    }
+}
+
+struct Tables {
+    Matrix tokens, positions, segments;
+    int token_format, position_format, segment_format;
+    // Row of the first position.
+    int first_position;
+    float scale;
+};
+
+// residual (tokens, width): the scaled row of each token's id, plus the rows of its position and its segment.
+extern "C" __global__ void embed(T* residual, Tables tables, const u32* ids, const u32* positions, const u32* segments) {
+    int token = blockIdx.x;
+    int width = tables.tokens.k;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        float x = table_at(tables.tokens, tables.token_format, ids[token], i) * tables.scale;
+        if (tables.segments.values) x += table_at(tables.segments, tables.segment_format, segments[token], i);
+        if (tables.positions.values)
+            x += table_at(tables.positions, tables.position_format, tables.first_position + positions[token], i);
+        residual[(size_t)token * width + i] = narrowed(x);
+    }
+}
+
+struct Norm {
+    const float* weight;
+    // Null for none.
+    const float* bias;
+    float epsilon;
+    // Whether the mean is taken off first (LayerNorm), or not (RMSNorm).
+    int centred;
+};
+
+// out (rows, width) = norm(x), or out += norm(x). With `index`, row r is that of index[r]. `out` may be `x`.
+extern "C" __global__ void norm_rows(T* out, const T* x, const u32* index, Norm norm, int width, int add) {
+    __shared__ float scratch[WARP];
+    const T* from = x + (size_t)(index ? index[blockIdx.x] : blockIdx.x) * width;
+    T* to = out + (size_t)blockIdx.x * width;
+    float mean = 0.0f;
+    if (norm.centred) {
+        float sum = 0.0f;
+        for (int i = threadIdx.x; i < width; i += blockDim.x) sum += widen(from[i]);
+        mean = block_sum(sum, scratch) / width;
+    }
+    float squares = 0.0f;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        float d = widen(from[i]) - mean;
+        squares += d * d;
+    }
+    float factor = rsqrtf(block_sum(squares, scratch) / width + norm.epsilon);
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        float y = (widen(from[i]) - mean) * factor * norm.weight[i];
+        if (norm.bias) y += norm.bias[i];
+        to[i] = narrowed(add ? widen(to[i]) + y : y);
+    }
+}
+
+// out (rows, width) = x, or the rows of it that `index` names.
+extern "C" __global__ void gather_rows(T* out, const T* x, const u32* index, int width) {
+    size_t from = index ? index[blockIdx.x] : blockIdx.x;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) out[(size_t)blockIdx.x * width + i] = x[from * width + i];
+}
+
+// Cosines, then sines, of every token's angles: (tokens, 2 * pairs). As transformers, the product is f32.
+extern "C" __global__ void angles(float* out, const float* inv_freq, const float* factors, const u32* positions,
+                                  const u32* sets, int pairs, int set_count) {
+    int token = blockIdx.x;
+    int set = min((int)sets[token], set_count - 1);
+    for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
+        float sine, cosine;
+        sincosf((float)positions[token] * inv_freq[set * pairs + i], &sine, &cosine);
+        out[(size_t)token * 2 * pairs + i] = cosine * factors[set];
+        out[(size_t)token * 2 * pairs + pairs + i] = sine * factors[set];
+    }
+}
+
+// Where a step's tokens lie. Position p of row r lies in block tables[first_block[r] + p / 16] of the cache.
+struct Places {
+    const u32* positions;
+    const u32* row_of;
+    const u32* first_block;
+    const u32* tables;
+};
+
+#define BLOCK_TOKENS 16
+
+// Of one layer: (blocks, kv_heads, 16, HEAD_DIM) each.
+struct Cache {
+    T* keys;
+    T* values;
+};
+
+struct Heads {
+    int heads, kv_heads;
+    // Pairs of dimensions that turn; 0 for none.
+    int pairs;
+    // Norms of queries and keys; a null weight for none.
+    Norm query, key;
+};
+
+// One warp per head: norm and rotation of queries and keys in place, and keys and values into the cache, if there is one.
+extern "C" __global__ void rope_store(T* qkv, Heads h, const float* angles, Places places, Cache cache) {
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    int token = blockIdx.x;
+    int head = blockIdx.y * (blockDim.x / WARP) + warp;
+    int all = h.heads + 2 * h.kv_heads;
+    if (head >= all) return;
+    constexpr int EACH = (HEAD_DIM + WARP - 1) / WARP;
+    T* x = qkv + ((size_t)token * all + head) * HEAD_DIM;
+    bool is_value = head >= h.heads + h.kv_heads;
+    if (!is_value) {
+        Norm norm = head < h.heads ? h.query : h.key;
+        if (norm.weight) {
+            float sum = 0.0f, squares = 0.0f, held[EACH];
+#pragma unroll
+            for (int e = 0; e < EACH; e++) {
+                int i = e * WARP + lane;
+                held[e] = i < HEAD_DIM ? widen(x[i]) : 0.0f;
+                sum += held[e];
+            }
+            float mean = norm.centred ? warp_sum(sum) / HEAD_DIM : 0.0f;
+#pragma unroll
+            for (int e = 0; e < EACH; e++) {
+                float d = e * WARP + lane < HEAD_DIM ? held[e] - mean : 0.0f;
+                squares += d * d;
+            }
+            float factor = rsqrtf(warp_sum(squares) / HEAD_DIM + norm.epsilon);
+#pragma unroll
+            for (int e = 0; e < EACH; e++) {
+                int i = e * WARP + lane;
+                if (i < HEAD_DIM)
+                    x[i] = narrowed((held[e] - mean) * factor * norm.weight[i] + (norm.bias ? norm.bias[i] : 0.0f));
+            }
+            __syncwarp();
+        }
+        const float* cosines = angles + (size_t)token * 2 * h.pairs;
+        for (int i = lane; i < h.pairs; i += WARP) {
+            float a = widen(x[i]), b = widen(x[i + h.pairs]);
+            float cosine = cosines[i], sine = cosines[h.pairs + i];
+            x[i] = narrowed(a * cosine - b * sine);
+            x[i + h.pairs] = narrowed(b * cosine + a * sine);
+        }
+        __syncwarp();
+    }
+    if (head < h.heads || !cache.keys) return;
+    int kv_head = (head - h.heads) % h.kv_heads;
+    u32 position = places.positions[token];
+    u32 block = places.tables[places.first_block[places.row_of[token]] + position / BLOCK_TOKENS];
+    T* to = (is_value ? cache.values : cache.keys) +
+            (((size_t)block * h.kv_heads + kv_head) * BLOCK_TOKENS + position % BLOCK_TOKENS) * HEAD_DIM;
+    for (int i = lane; i < HEAD_DIM; i += WARP) to[i] = x[i];
+}
+
+// gate_up (rows, 2 * inner): act(gate) * up into the first half.
+extern "C" __global__ void gate_mul(T* gate_up, int inner, int act) {
+    T* row = gate_up + (size_t)blockIdx.y * 2 * inner;
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < inner) row[i] = narrowed(activate(act, widen(row[i])) * widen(row[inner + i]));
+}
+
+extern "C" __global__ void activate_rows(T* x, size_t count, int act) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) x[i] = narrowed(activate(act, widen(x[i])));
+}
+
+// out (rows, n) = bias, or out += bias.
+template <class E>
+__device__ __forceinline__ void bias_rows_of(E* out, const float* bias, int n, int add) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    E* at = out + (size_t)blockIdx.y * n + i;
+    narrow(add ? widen(*at) + bias[i] : bias[i], *at);
+}
+extern "C" __global__ void bias_rows(T* out, const float* bias, int n, int add) { bias_rows_of(out, bias, n, add); }
+extern "C" __global__ void bias_values(float* out, const float* bias, int n, int add) { bias_rows_of(out, bias, n, add); }
+
+// Values become cap * tanh(value / cap).
+extern "C" __global__ void soft_cap(float* values, size_t count, float cap) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) values[i] = cap * tanhf(values[i] / cap);
+}
+
+// One vector of x (tokens, width) per output: pool 0 = first, 1 = last, 2 = mean, 3 = max over the tokens of its row
+// [row_first, row_first + row_count). With `normalize`, of length 1.
+extern "C" __global__ void pool_rows(float* values, const T* x, const u32* outputs, const u32* row_of, const u32* row_first,
+                                     const u32* row_count, int width, int pool, int normalize) {
+    __shared__ float scratch[WARP];
+    u32 row = row_of[outputs[blockIdx.x]];
+    const T* first = x + (size_t)row_first[row] * width;
+    int count = row_count[row];
+    float* to = values + (size_t)blockIdx.x * width;
+    float squares = 0.0f;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        float y = widen(first[(size_t)(pool == 1 ? count - 1 : 0) * width + i]);
+        if (pool >= 2) {
+            for (int t = 1; t < count; t++) {
+                float other = widen(first[(size_t)t * width + i]);
+                y = pool == 2 ? y + other : (other > y ? other : y);
+            }
+            if (pool == 2) y /= count;
+        }
+        to[i] = y;
+        squares += y * y;
+    }
+    if (!normalize) return;
+    // The least length by which a vector is divided is torch's.
+    float length = fmaxf(sqrtf(block_sum(squares, scratch)), 1e-12f);
+    for (int i = threadIdx.x; i < width; i += blockDim.x) to[i] /= length;
+}

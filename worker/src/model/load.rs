@@ -1,0 +1,119 @@
+//! Reads the tensors of a stage, one piece at a time.
+
+use std::ops::ControlFlow;
+
+use strata_proto::DType;
+
+use super::{
+    Model, ModelError, RangeSpec,
+    blocks::{Site, Slot},
+    names::{Bound, Layout},
+};
+use crate::{
+    kernels::cpu::packed::Unrepresentable,
+    weights::{Checkpoint, TensorDType, TensorInfo},
+};
+
+/// Progress of a load, in bytes of tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadedBytes {
+    /// Read so far.
+    pub read: u64,
+    /// To be read in all.
+    pub total: u64,
+}
+
+/// Some elements of a tensor on their way into memory.
+pub(crate) struct Piece<'a> {
+    /// Whose weights it is a part of.
+    pub site: Site,
+    /// Which of them.
+    pub key: (Slot, usize),
+    /// Where in its slot the tensor belongs.
+    pub bound: &'a Bound,
+    /// Whether it is the bias.
+    pub is_bias: bool,
+    /// Rows that the whole tensor fills.
+    pub rows: usize,
+    /// Format of the elements.
+    pub from: DType,
+    /// Index of the first one in the tensor: a multiple of 32.
+    pub first: usize,
+    /// Elements of the whole tensor.
+    pub total: usize,
+    /// The elements, little-endian.
+    pub data: &'a [u8],
+}
+
+/// A tensor to be read.
+struct Job<'a> {
+    name: &'a str,
+    tensor: &'a TensorInfo,
+    bound: &'a Bound,
+    is_bias: bool,
+    site: Site,
+    key: (Slot, usize),
+}
+
+/// Hands the tensors of a range, and no others, to `put`, in the order of the files. `progress` is called after each
+/// piece and may stop the load.
+pub(crate) fn read_tensors(
+    checkpoint: &Checkpoint,
+    model: &Model,
+    spec: &RangeSpec,
+    put: &mut dyn FnMut(&Piece<'_>) -> Result<(), Unrepresentable>,
+    progress: &mut dyn FnMut(LoadedBytes) -> ControlFlow<()>,
+) -> Result<(), ModelError> {
+    let jobs = jobs(checkpoint, model, spec)?;
+    let total = jobs.iter().map(|j| j.tensor.bytes).sum();
+    let (mut read, mut buffer) = (0, Vec::new());
+    for Job { name, tensor, bound, is_bias, site, key } in jobs {
+        let TensorDType::Float(from) = tensor.dtype else {
+            return Err(ModelError::Format(name.to_owned()));
+        };
+        let rows = match (bound.layout, &tensor.shape[..]) {
+            (Layout::Columns, [_, rows]) | (_, [rows, ..]) => *rows,
+            _ => 0,
+        };
+        checkpoint.read(tensor, &mut buffer, |offset, data| {
+            let [first, total_elements] = [offset, tensor.bytes].map(|bytes| (bytes / from.size()) as usize);
+            let piece = Piece { site, key, bound, is_bias, rows, from, first, total: total_elements, data };
+            put(&piece).map_err(|e| {
+                let (tensor, value) = (name.to_owned(), e.0);
+                if value.is_nan() {
+                    return ModelError::NotANumber(tensor);
+                }
+                ModelError::Unrepresentable { tensor, value, format: spec.format() }
+            })?;
+            read += data.len() as u64;
+            match progress(LoadedBytes { read, total }) {
+                ControlFlow::Continue(()) => Ok(()),
+                ControlFlow::Break(()) => Err(ModelError::Cancelled),
+            }
+        })?;
+    }
+    Ok(())
+}
+
+/// The tensors of a stage, as they lie in the files.
+fn jobs<'a>(
+    checkpoint: &'a Checkpoint,
+    model: &'a Model,
+    spec: &RangeSpec,
+) -> Result<Vec<Job<'a>>, ModelError> {
+    let mut jobs = Vec::new();
+    for site in spec.sites(model) {
+        for (key, _) in spec.parts(model, site) {
+            for bound in model.bound(site, key) {
+                for (name, is_bias) in [(Some(&bound.weight), false), (bound.bias.as_ref(), true)] {
+                    let Some(name) = name else { continue };
+                    let tensor =
+                        checkpoint.tensor(name).ok_or_else(|| ModelError::MissingTensor(name.clone()))?;
+                    jobs.push(Job { name, tensor, bound, is_bias, site, key });
+                }
+            }
+        }
+    }
+    jobs.sort_by_key(|j| j.tensor.place());
+    Ok(jobs)
+}
