@@ -94,6 +94,9 @@ fn offer(i: usize, range: u64) -> Offer {
         numerics: "bench".into(),
         rates: Vec::new(),
         stages_at_once: 0,
+        hardware: String::new(),
+        peers: Vec::new(),
+        nccl: false,
     };
     Offer { worker: "w".into(), host: "h".into(), device }
 }

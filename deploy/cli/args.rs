@@ -86,9 +86,9 @@ pub struct DeploymentArgs {
     /// Longest sequence, prompt and answer together [default: the model's context]
     #[arg(long, env = "STRATA_CONTEXT", value_parser = clap::value_parser!(u32).range(2..))]
     pub context: Option<u32>,
-    /// Force the links between stages: loopback or tcp
-    #[arg(long, env = "STRATA_LINKS")]
-    pub links: Option<LinkKind>,
+    /// Links between stages: auto (the best that each two can have), loopback, device-copy, nccl or tcp
+    #[arg(long, env = "STRATA_LINKS", default_value = "auto", value_parser = parse_links)]
+    pub links: AutoLinks,
     /// Most tokens in one step
     #[arg(long, env = "STRATA_MAX_STEP_TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub max_step_tokens: u32,
@@ -115,6 +115,17 @@ pub struct DeploymentArgs {
 /// The checkpoint's format, or a chosen one.
 #[derive(Debug, Clone, Copy)]
 pub struct AutoDType(pub Option<DType>);
+
+/// The best links, or one kind of them.
+#[derive(Debug, Clone, Copy)]
+pub struct AutoLinks(pub Option<LinkKind>);
+
+fn parse_links(s: &str) -> Result<AutoLinks, String> {
+    match s {
+        "auto" => Ok(AutoLinks(None)),
+        kind => kind.parse().map(|kind| AutoLinks(Some(kind))).map_err(|e: String| format!("{e}, or auto")),
+    }
+}
 
 fn parse_dtype(s: &str) -> Result<AutoDType, String> {
     if s == "auto" {

@@ -61,6 +61,9 @@ fn offers(imagined: &[ImaginedDevices]) -> Vec<Offer> {
             numerics: IMAGINED.into(),
             rates: Vec::new(),
             stages_at_once: 0,
+            hardware: String::new(),
+            peers: Vec::new(),
+            nccl: false,
         },
     };
     each.map(offer).collect()

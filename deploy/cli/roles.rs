@@ -165,7 +165,7 @@ fn coordinator_config(
             kv_tokens: args.kv_tokens,
             max_sequences: args.max_sequences,
             context: args.context,
-            links: args.links,
+            links: args.links.0,
             max_step_tokens: args.max_step_tokens,
             // A row has a token at least.
             max_step_rows: args.max_step_rows.min(args.max_step_tokens),

@@ -63,7 +63,7 @@ pub fn plan_table(plan: &Plan) -> String {
                 format!("{} / {}", bytes(used), bytes(stage.budget_bytes)),
                 format!("{}{}", "█".repeat(filled), "░".repeat(BAR_WIDTH as usize - filled)),
                 format!("{:.3}", stage.predicted_ms),
-                stage.link.map_or("", |l| l.name()).to_owned(),
+                stage.link.as_ref().map_or(String::new(), |l| format!("{} ({})", l.kind, l.why)),
             ]);
         }
         let Forecast { single, batch, full } = replica.forecast;

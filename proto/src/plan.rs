@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
-use serde::{Deserialize, Serialize, Serializer, ser::SerializeTuple};
+use serde::{
+    Deserialize, Serialize, Serializer,
+    ser::{SerializeMap, SerializeTuple},
+};
 
 use crate::{DType, FormatBytes, Quantization, v1};
 
@@ -62,19 +65,28 @@ impl From<v1::LayerRange> for LayerRange {
 
 /// How two neighbouring stages hand activations on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum LinkKind {
-    /// Inside one process: the tensor itself.
+    /// Inside one process, through host memory.
     Loopback,
+    /// Inside one process, from GPU to GPU.
+    DeviceCopy,
+    /// From GPU to GPU by a communicator of two ranks.
+    Nccl,
     /// Framed over a TCP connection.
     Tcp,
 }
 
 impl LinkKind {
+    /// All of them.
+    pub const ALL: [LinkKind; 4] = [LinkKind::Loopback, LinkKind::DeviceCopy, LinkKind::Nccl, LinkKind::Tcp];
+
     /// The name used on the command line and in plans.
     pub fn name(self) -> &'static str {
         match self {
             LinkKind::Loopback => "loopback",
+            LinkKind::DeviceCopy => "device-copy",
+            LinkKind::Nccl => "nccl",
             LinkKind::Tcp => "tcp",
         }
     }
@@ -90,12 +102,26 @@ impl FromStr for LinkKind {
     type Err = String;
 
     fn from_str(s: &str) -> Result<Self, String> {
-        match s {
-            "loopback" => Ok(LinkKind::Loopback),
-            "tcp" => Ok(LinkKind::Tcp),
-            _ => Err(format!("unknown link {s:?}: expected loopback or tcp")),
-        }
+        let found = LinkKind::ALL.into_iter().find(|kind| kind.name() == s);
+        found.ok_or_else(|| format!("unknown link {s:?}: expected loopback, device-copy, nccl or tcp"))
     }
+}
+
+/// The link between two stages, and why it is that one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkChoice {
+    /// How activations travel.
+    pub kind: LinkKind,
+    /// What decided it, as a clause.
+    pub why: String,
+}
+
+/// As `link` and `link_reason`, both null where there is no link.
+fn link_fields<S: Serializer>(link: &Option<LinkChoice>, s: S) -> Result<S::Ok, S::Error> {
+    let mut fields = s.serialize_map(Some(2))?;
+    fields.serialize_entry("link", &link.as_ref().map(|l| l.kind))?;
+    fields.serialize_entry("link_reason", &link.as_ref().map(|l| &l.why))?;
+    fields.end()
 }
 
 /// One stage of a planned pipeline.
@@ -120,7 +146,8 @@ pub struct StagePlan {
     /// Numerics class of the device's kernels at the plan's dtype.
     pub numerics: String,
     /// Link to the next stage; none on the last, or before links are chosen.
-    pub link: Option<LinkKind>,
+    #[serde(flatten, serialize_with = "link_fields")]
+    pub link: Option<LinkChoice>,
     /// What its weights would take in each format.
     pub footprint: FormatBytes,
 }
@@ -213,7 +240,8 @@ impl From<&Replica> for v1::Replica {
             predicted_ms: s.predicted_ms,
             budget_bytes: s.budget_bytes,
             numerics: s.numerics.clone(),
-            link: s.link.map_or(String::new(), |l| l.name().to_owned()),
+            link: s.link.as_ref().map_or(String::new(), |l| l.kind.name().to_owned()),
+            link_reason: s.link.as_ref().map_or(String::new(), |l| l.why.clone()),
             footprint: Some(s.footprint.into()),
         });
         let Forecast { single, batch, full } = replica.forecast;
@@ -247,7 +275,10 @@ impl TryFrom<v1::Replica> for Replica {
         let stage = |s: v1::PlannedStage| {
             Ok::<_, String>(StagePlan {
                 layers: s.layers.ok_or("a planned stage has no layers")?.into(),
-                link: if s.link.is_empty() { None } else { Some(s.link.parse()?) },
+                link: match s.link.as_str() {
+                    "" => None,
+                    kind => Some(LinkChoice { kind: kind.parse()?, why: s.link_reason }),
+                },
                 worker: s.worker,
                 footprint: s.footprint.unwrap_or_default().into(),
                 device: s.device,

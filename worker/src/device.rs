@@ -177,6 +177,9 @@ pub fn offers(specs: &[DeviceSpec], compute: Compute, held: impl Fn(&str) -> u64
         numerics: Cpu::numerics(compute.isa),
         rates: rates.clone(),
         stages_at_once: cores().div_ceil(compute.threads) as u32,
+        hardware: String::new(),
+        peers: Vec::new(),
+        nccl: false,
     };
     specs.iter().map(offer).collect()
 }

@@ -284,7 +284,7 @@ impl LocalWorker {
         let token = link_token(&link.token)?;
         let hub = self.config.hub.clone();
         match link.kind() {
-            LinkKind::Loopback => {
+            LinkKind::Loopback | LinkKind::DeviceCopy => {
                 Ok(Box::new(move |_, interrupt| Ok(Box::new(hub.upstream(token, interrupt)))))
             }
             LinkKind::Tcp => Ok(Box::new(move |pending, interrupt| match pending {
@@ -293,6 +293,7 @@ impl LocalWorker {
                 }
                 _ => Err(LinkError::Protocol("this link's token was not announced by Prepare".into()).into()),
             })),
+            LinkKind::Nccl => Err(no_nccl()),
             LinkKind::Unspecified => Err(WorkerError::BadMessage("a link needs a kind".into())),
         }
     }
@@ -302,15 +303,22 @@ impl LocalWorker {
         let hub = self.config.hub.clone();
         let address = link.address.clone();
         match link.kind() {
-            LinkKind::Loopback => {
+            LinkKind::Loopback | LinkKind::DeviceCopy => {
                 Ok(Box::new(move |interrupt| Ok(Box::new(hub.downstream(token, interrupt)))))
             }
             LinkKind::Tcp => {
                 Ok(Box::new(move |interrupt| Ok(Box::new(tcp::dial(&address, &token, fence, &interrupt)?))))
             }
+            LinkKind::Nccl => Err(no_nccl()),
             LinkKind::Unspecified => Err(WorkerError::BadMessage("a link needs a kind".into())),
         }
     }
+}
+
+fn no_nccl() -> WorkerError {
+    WorkerError::BadMessage(
+        "this build of Strata has no CUDA support: it cannot link by NCCL; use --links tcp".into(),
+    )
 }
 
 fn read_files(directory: &Path) -> Result<Files, WorkerError> {

@@ -381,6 +381,7 @@ impl Stage {
             kv_bytes: state.kv_bytes(),
             workspace_bytes: state.workspace_bytes(),
             link_address: String::new(),
+            nccl_id: Vec::new().into(),
         };
         self.shared.allocated.store(prepared.kv_bytes + prepared.workspace_bytes, Ordering::Relaxed);
         self.generation = Some(Generation {

@@ -6,7 +6,7 @@ mod error;
 mod forecast;
 mod split;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::{collections::BTreeMap, fmt, str::FromStr};
 

@@ -26,7 +26,7 @@ fn module(name: &str, bytes: u64, kv: u64, macs: u64) -> Module {
 }
 
 /// A model whose layers cost `(bytes in f32, multiply-adds)` each.
-fn profile(layers: &[(u64, u64)], embedding: u64, tied: bool) -> ModelProfile {
+pub(crate) fn profile(layers: &[(u64, u64)], embedding: u64, tied: bool) -> ModelProfile {
     let head = module("lm_head", embedding + 8, 0, embedding / 4);
     ModelProfile {
         model: "m".into(),
@@ -59,7 +59,7 @@ fn profile(layers: &[(u64, u64)], embedding: u64, tied: bool) -> ModelProfile {
     }
 }
 
-fn device(kind: DeviceKind, id: &str, budget: u64, capped: bool) -> Offer {
+pub(crate) fn device(kind: DeviceKind, id: &str, budget: u64, capped: bool) -> Offer {
     let device = Device {
         id: id.into(),
         kind,
@@ -71,6 +71,9 @@ fn device(kind: DeviceKind, id: &str, budget: u64, capped: bool) -> Offer {
         numerics: "test".into(),
         rates: Vec::new(),
         stages_at_once: 0,
+        hardware: if kind == DeviceKind::Cuda { format!("GPU {id}") } else { String::new() },
+        peers: Vec::new(),
+        nccl: false,
     };
     Offer { worker: "w".into(), host: "h".into(), device }
 }
