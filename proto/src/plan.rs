@@ -195,6 +195,25 @@ pub struct Plan {
     /// Module name to device as accelerate's `hf_device_map` shows it: an integer for a CUDA device, `cpu`, or
     /// `cpu:N` when there are several. Of the first replica.
     pub hf_device_map: BTreeMap<String, MapDevice>,
+    /// What it costs that layers are on CPUs although there are GPUs; none if they are not.
+    pub offload: Option<Offload>,
+}
+
+/// Layers on CPUs that are there because the GPUs are full. Of the first replica.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Offload {
+    /// Layers on CPUs.
+    pub layers: u32,
+    /// Layers in all.
+    pub of: u32,
+    /// Bytes of the weights on CPUs.
+    pub bytes: u64,
+    /// Predicted tokens per second of one stream.
+    pub tokens_per_second: f64,
+    /// What they would be if the GPUs had the memory.
+    pub without: f64,
+    /// The mildest quantization with which all layers would be on GPUs, if there is one.
+    pub quantize: Option<Quantization>,
 }
 
 /// A device as `hf_device_map` names it.
@@ -224,6 +243,14 @@ impl From<&Plan> for v1::Plan {
             quantization: Quantization::to_wire(plan.quantization),
             replicas: plan.replicas.iter().map(Into::into).collect(),
             hf_device_map: plan.hf_device_map.iter().map(|(k, v)| (k.clone(), v.to_string())).collect(),
+            offload: plan.offload.as_ref().map(|o| v1::Offload {
+                layers: o.layers,
+                of: o.of,
+                bytes: o.bytes,
+                tokens_per_second: o.tokens_per_second,
+                without: o.without,
+                quantize: Quantization::to_wire(o.quantize),
+            }),
         }
     }
 }
@@ -258,7 +285,18 @@ impl TryFrom<v1::Plan> for Plan {
 
     fn try_from(plan: v1::Plan) -> Result<Self, String> {
         let map_device = |s: String| s.parse().map_or(MapDevice::Named(s), MapDevice::Cuda);
+        let offload = |o: v1::Offload| {
+            Ok::<_, String>(Offload {
+                layers: o.layers,
+                of: o.of,
+                bytes: o.bytes,
+                tokens_per_second: o.tokens_per_second,
+                without: o.without,
+                quantize: Quantization::from_wire(&o.quantize)?,
+            })
+        };
         Ok(Plan {
+            offload: plan.offload.map(offload).transpose()?,
             dtype: plan.dtype.parse()?,
             quantization: Quantization::from_wire(&plan.quantization)?,
             model: plan.model,

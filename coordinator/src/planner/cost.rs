@@ -3,7 +3,7 @@
 //! The time of an operation over m rows is `max(bytes / bandwidth, 2 * macs * m / rate)`: either its weights stream
 //! through memory or its arithmetic takes longer.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use strata_proto::{BLOCK_TOKENS, DeviceKind, Format, LayerRange, Module, rate_at, v1::Task};
 
@@ -13,7 +13,9 @@ use super::{Problem, Split};
 const PREFILL_ROWS: f64 = 512.0;
 
 /// Penalty of a layer that spilled to a CPU: more than any number of layers on a spared device.
-const SPILLED: u64 = 1 << 32;
+pub(super) const SPILLED: u64 = 1 << 32;
+/// What comes on top if the CPU's worker has none of the devices that layers spilled from: of two CPUs, the one nearby.
+const ELSEWHERE: u64 = 1 << 16;
 
 /// Sums over layers `0..n`, and what the ends of the model add.
 #[derive(Debug, Clone)]
@@ -146,6 +148,8 @@ impl Costs {
         let ranks: Vec<bool> =
             problem.offers.iter().map(|o| o.device.kind != DeviceKind::Cpu || o.device.capped).collect();
         let any = ranks.contains(&true);
+        let near: HashSet<&str> =
+            problem.offers.iter().zip(&ranks).filter(|(_, ranks)| **ranks).map(|(o, _)| &*o.worker).collect();
         Costs {
             weights: sums(&|m| m.bytes.at(format)),
             embedding: profile.embedding.bytes.at(format),
@@ -162,7 +166,8 @@ impl Costs {
                 .enumerate()
                 .map(|(offer, ranks)| {
                     match (any && !ranks, *problem.split == Split::BalancedLow0 && offer == 0) {
-                        (true, _) => SPILLED,
+                        (true, _) if near.contains(&*problem.offers[offer].worker) => SPILLED,
+                        (true, _) => SPILLED + ELSEWHERE,
                         (false, true) => 1,
                         (false, false) => 0,
                     }
@@ -214,6 +219,11 @@ impl Costs {
             bytes -= self.shared;
         }
         (bytes + self.workspace_bytes(range)).saturating_add(self.kv_bytes(range, blocks))
+    }
+
+    /// Whether a device can hold a stage.
+    pub fn fits(&self, offer: usize, range: LayerRange, blocks: u64) -> bool {
+        self.bytes(range, blocks) <= self.budget(offer)
     }
 
     /// One decode step of one row.

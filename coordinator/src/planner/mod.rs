@@ -4,6 +4,7 @@ mod cost;
 mod device_map;
 mod error;
 mod forecast;
+mod offload;
 mod split;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -17,7 +18,7 @@ use strata_proto::{
 
 use cost::Costs;
 pub use error::{PlanError, Remedy};
-use split::{Measure, Objective, assign};
+use split::{Measure, Objective, Worth, assign};
 
 /// The default cache holds this many full contexts, if they fit.
 const TARGET_CONTEXTS: u64 = 16;
@@ -146,6 +147,19 @@ pub fn solve(problem: &Problem<'_>) -> Result<Plan, PlanError> {
     if problem.offers.is_empty() {
         return Err(PlanError::NoDevices);
     }
+    let (shares, replicas) = plan_replicas(problem)?;
+    Ok(Plan {
+        model: problem.profile.model.clone(),
+        dtype: problem.dtype,
+        quantization: problem.quantization,
+        hf_device_map: device_map::export(problem, &shares),
+        offload: offload::offload(problem, &replicas[0]),
+        replicas,
+    })
+}
+
+/// The replicas of a plan, at least one, and the shares of the first one.
+fn plan_replicas(problem: &Problem<'_>) -> Result<(Vec<Share>, Vec<Replica>), PlanError> {
     let costs = Costs::new(problem);
     let (blocks, shares) = match problem.split {
         Split::Counts(counts) => by_counts(problem, &costs, counts)?,
@@ -156,13 +170,7 @@ pub fn solve(problem: &Problem<'_>) -> Result<Plan, PlanError> {
     if *problem.split == Split::Auto {
         replicas.extend(further_replicas(problem, &shares));
     }
-    Ok(Plan {
-        model: problem.profile.model.clone(),
-        dtype: problem.dtype,
-        quantization: problem.quantization,
-        hf_device_map: device_map::export(problem, &shares),
-        replicas,
-    })
+    Ok((shares, replicas))
 }
 
 /// Copies of the model on the devices that `taken` leaves over. CPUs that nobody capped never hold one: those of one
@@ -230,20 +238,42 @@ fn by_policy(problem: &Problem<'_>, costs: &Costs) -> Option<(u64, Vec<Share>)> 
         Split::Sequential => {
             // Filled with the smallest cache: a larger one would move layers on. What room is left makes it grow.
             let shares = fill(costs, least)?;
-            let fits = |blocks| shares.iter().all(|s| costs.bytes(s.layers, blocks) <= costs.budget(s.offer));
+            let fits = |blocks| shares.iter().all(|s| costs.fits(s.offer, s.layers, blocks));
             return Some((largest(least, wanted, fits), shares));
         }
         _ => Objective::EveryDevice,
     };
+    let listed: Vec<usize> = (0..costs.offers()).collect();
+    let best = in_order(problem, costs, &listed, objective);
+    let (cpus, others): (Vec<_>, Vec<_>) = listed.into_iter().partition(|offer| costs.penalty(*offer) > 0);
+    let spills = best.as_ref().is_none_or(|(worth, ..)| worth.spills());
+    // A CPU at the end computes the head, one at the beginning only looks tokens up.
+    let other = if objective == Objective::FewestStages && spills && !cpus.is_empty() {
+        in_order(problem, costs, &[cpus, others].concat(), objective)
+    } else {
+        None
+    };
+    let ways = best.into_iter().chain(other);
+    ways.reduce(|a, b| if b.0.better(&a.0) { b } else { a }).map(|(_, blocks, shares)| (blocks, shares))
+}
+
+/// The best split over devices in this order, with what it is worth by its slowest decode and the blocks of its cache.
+fn in_order(
+    problem: &Problem<'_>,
+    costs: &Costs,
+    order: &[usize],
+    objective: Objective,
+) -> Option<(Worth, u64, Vec<Share>)> {
+    let (least, wanted) = block_bounds(problem);
     // The shape (how much spills to CPUs, how many stages) is decided with the smallest cache; then the cache grows
     // for as long as the shape holds.
-    let shape_with = |blocks| assign(costs, objective, blocks, Measure::Shape).map(|(worth, _)| worth);
+    let shape_with = |blocks| assign(costs, order, objective, blocks, Measure::Shape).map(|(worth, _)| worth);
     let shape = shape_with(least)?;
     let blocks = largest(least, wanted, |blocks| shape_with(blocks).is_some_and(|s| s.same(&shape)));
-    let (best, _) = assign(costs, objective, blocks, Measure::Decode)?;
+    let (best, _) = assign(costs, order, objective, blocks, Measure::Decode)?;
     // Among the splits with the fastest slowest decode, the one with the fastest slowest prefill.
-    let (_, shares) = assign(costs, objective, blocks, Measure::PrefillWithin(best.slowest))?;
-    Some((blocks, shares))
+    let (_, shares) = assign(costs, order, objective, blocks, Measure::PrefillWithin(best.slowest))?;
+    Some((best, blocks, shares))
 }
 
 /// Each device in turn takes as many layers as fit; `None` if some are left over.
@@ -251,7 +281,7 @@ fn fill(costs: &Costs, blocks: u64) -> Option<Vec<Share>> {
     let mut shares = Vec::new();
     let mut first = 0;
     for offer in 0..costs.offers() {
-        let fits = |end: &u32| costs.bytes(LayerRange::new(first, *end), blocks) <= costs.budget(offer);
+        let fits = |end: &u32| costs.fits(offer, LayerRange::new(first, *end), blocks);
         if let Some(end) = (first + 1..=costs.layers()).take_while(fits).last() {
             shares.push(Share { offer, layers: LayerRange::new(first, end) });
             first = end;
@@ -285,7 +315,7 @@ fn by_counts(problem: &Problem<'_>, costs: &Costs, counts: &[u32]) -> Result<(u6
 /// The cache for shares that the user chose, if they fit.
 fn chosen(problem: &Problem<'_>, costs: &Costs, shares: Vec<Share>) -> Result<(u64, Vec<Share>), PlanError> {
     let (least, wanted) = block_bounds(problem);
-    let tight = |blocks| shares.iter().find(|s| costs.bytes(s.layers, blocks) > costs.budget(s.offer));
+    let tight = |blocks| shares.iter().find(|s| !costs.fits(s.offer, s.layers, blocks));
     if let Some(share) = tight(least) {
         return Err(PlanError::StageTooLarge {
             stage: shares.iter().position(|s| s == share).unwrap_or(0),

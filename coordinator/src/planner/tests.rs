@@ -91,12 +91,12 @@ fn problem<'a>(profile: &'a ModelProfile, offers: &'a [Offer], split: &'a Split)
     }
 }
 
-/// Every assignment of contiguous ranges to devices in order that fits with `blocks` blocks.
-fn brute_force(costs: &Costs, blocks: u64) -> Vec<Vec<Share>> {
+/// Every assignment of contiguous ranges to devices in this order that fits with `blocks` blocks.
+fn brute_force(costs: &Costs, order: &[usize], blocks: u64) -> Vec<Vec<Share>> {
     fn go(
         costs: &Costs,
         blocks: u64,
-        offer: usize,
+        order: &[usize],
         first: u32,
         so_far: &mut Vec<Share>,
         all: &mut Vec<Vec<Share>>,
@@ -105,22 +105,28 @@ fn brute_force(costs: &Costs, blocks: u64) -> Vec<Vec<Share>> {
             all.push(so_far.clone());
             return;
         }
-        if offer == costs.offers() {
-            return;
-        }
-        go(costs, blocks, offer + 1, first, so_far, all);
+        let Some((&offer, order)) = order.split_first() else { return };
+        go(costs, blocks, order, first, so_far, all);
         for end in first + 1..=costs.layers() {
             let layers = LayerRange::new(first, end);
-            if costs.bytes(layers, blocks) <= costs.budget(offer) {
+            if costs.fits(offer, layers, blocks) {
                 so_far.push(Share { offer, layers });
-                go(costs, blocks, offer + 1, end, so_far, all);
+                go(costs, blocks, order, end, so_far, all);
                 so_far.pop();
             }
         }
     }
     let mut all = Vec::new();
-    go(costs, blocks, 0, 0, &mut Vec::new(), &mut all);
+    go(costs, blocks, order, 0, &mut Vec::new(), &mut all);
     all
+}
+
+/// The devices as listed, and with those first that layers only spill to.
+fn orders(costs: &Costs) -> [Vec<usize>; 2] {
+    let listed: Vec<usize> = (0..costs.offers()).collect();
+    let mut cpus_first = listed.clone();
+    cpus_first.sort_by_key(|offer| costs.penalty(*offer) == 0);
+    [listed, cpus_first]
 }
 
 fn slowest(shares: &[Share], seconds: impl Fn(usize, LayerRange) -> f64) -> f64 {
@@ -151,7 +157,12 @@ proptest! {
         let auto = split == Split::Auto;
         let problem = problem(&profile, &offers, &split);
         let costs = Costs::new(&problem);
-        let all = brute_force(&costs, 2);
+        let [listed, mut all] = orders(&costs).map(|order| brute_force(&costs, &order, 2));
+        if auto {
+            all.extend(listed.iter().cloned());
+        } else {
+            all = listed.clone();
+        }
         let plan = match solve(&problem) {
             Ok(plan) => plan,
             Err(PlanError::DoesNotFit { .. }) => {
@@ -183,9 +194,41 @@ proptest! {
         let prefill = |s: &[Share]| slowest(s, |o, r| costs.prefill_seconds(o, r));
         let fastest = rivals.iter().map(|s| decode(s)).fold(f64::INFINITY, f64::min);
         prop_assert!(decode(&shares) <= fastest * (1.0 + 1e-9));
-        let ties = rivals.iter().filter(|s| decode(s) <= fastest * (1.0 + 1e-13));
+        // Between the orders, only decode counts.
+        let in_order = |s: &&&Vec<Share>| !listed.contains(&shares) || listed.contains(s);
+        let ties = rivals.iter().filter(in_order).filter(|s| decode(s) <= fastest * (1.0 + 1e-13));
         let quickest = ties.map(|s| prefill(s)).fold(f64::INFINITY, f64::min);
         prop_assert!(prefill(&shares) <= quickest * (1.0 + 1e-9));
+    }
+
+    #[test]
+    fn what_is_on_a_cpu_is_the_least_and_what_avoids_it_does((profile, offers) in small_problem()) {
+        let mut offers = offers;
+        offers.iter_mut().for_each(|offer| offer.device.capped = false);
+        let problem = problem(&profile, &offers, &Split::Auto);
+        let Ok(plan) = solve(&problem) else { return Ok(()) };
+        let cpu = |offer: usize| offers[offer].device.kind == DeviceKind::Cpu;
+        // The least number of layers on CPUs of all ways there are.
+        let least = |quantization| {
+            let problem = Problem { quantization, ..problem };
+            let costs = Costs::new(&problem);
+            let on_cpus = |s: &Vec<Share>| s.iter().filter(|s| cpu(s.offer)).map(|s| s.layers.len()).sum::<u32>();
+            orders(&costs).iter().flat_map(|order| brute_force(&costs, order, 2)).map(|s| on_cpus(&s)).min()
+        };
+        let spilled = least(None).unwrap();
+        let Some(offload) = plan.offload else {
+            prop_assert!(spilled == 0 || (0..offers.len()).all(cpu));
+            return Ok(());
+        };
+        prop_assert_eq!((offload.layers, offload.of), (spilled, profile.layer_count()));
+        let on_cpus = plan.replicas[0].stages.iter().filter(|s| {
+            offers.iter().any(|o| o.device.id == s.device && o.device.kind == DeviceKind::Cpu)
+        });
+        prop_assert_eq!(offload.bytes, on_cpus.map(|s| s.weight_bytes).sum::<u64>());
+        prop_assert_eq!(offload.tokens_per_second, plan.replicas[0].forecast.single);
+        prop_assert!(offload.without > offload.tokens_per_second);
+        let remedy = Quantization::ALL.into_iter().find(|q| least(Some(*q)) == Some(0));
+        prop_assert_eq!(offload.quantize, remedy);
     }
 
     #[test]
@@ -197,7 +240,8 @@ proptest! {
         prop_assert!((2..=32).contains(&blocks), "between one and sixteen contexts");
         prop_assert!(replica.stages.iter().all(|s| s.total_bytes() <= s.budget_bytes));
         if blocks < 32 {
-            let fits_more = brute_force(&Costs::new(&problem), blocks + 1);
+            let costs = Costs::new(&problem);
+            let fits_more = brute_force(&costs, &orders(&costs)[0], blocks + 1);
             let stages = replica.stages.len();
             let ranks = |s: &Vec<Share>| s.iter().all(|s| offers[s.offer].device.capped
                 || offers[s.offer].device.kind == DeviceKind::Cuda);
@@ -241,6 +285,55 @@ fn one_gpu_that_fits_is_never_split_and_a_cpu_only_takes_the_rest() {
     let plan = solve(&problem(&profile, &tight, &Split::Auto)).unwrap();
     let layers: Vec<_> = plan.replicas[0].stages.iter().map(|s| s.layers.len()).collect();
     assert_eq!(layers, [3, 3], "the GPU takes the three layers that fit");
+}
+
+/// The stages of a plan, as worker, device and layers.
+fn stages(plan: &Plan) -> Vec<String> {
+    let stage = |s: &StagePlan| format!("{}/{} {}", s.worker, s.device, s.layers);
+    plan.replicas[0].stages.iter().map(stage).collect()
+}
+
+#[test]
+fn layers_spill_to_the_cpu_nearby_and_to_the_end_that_costs_least() {
+    let gpu =
+        |worker: &str, id: &str| Offer { worker: worker.into(), ..device(DeviceKind::Cuda, id, 2100, false) };
+    let cpu =
+        |worker: &str| Offer { worker: worker.into(), ..device(DeviceKind::Cpu, "cpu", 1 << 20, false) };
+    let plan =
+        |profile: &ModelProfile, offers: &[Offer]| solve(&problem(profile, offers, &Split::Auto)).unwrap();
+    let small = profile(&[(100, 1); 8], 0, false);
+    // Three layers fit a GPU. A CPU that is alone on its worker is the last resort, wherever it is listed.
+    for offers in [
+        [cpu("far"), gpu("near", "cuda:0"), gpu("near", "cuda:1"), cpu("near")],
+        [gpu("near", "cuda:0"), gpu("near", "cuda:1"), cpu("near"), cpu("far")],
+        [cpu("far"), cpu("near"), gpu("near", "cuda:0"), gpu("near", "cuda:1")],
+    ] {
+        let split = stages(&plan(&small, &offers));
+        assert!(split.iter().any(|s| s.starts_with("near/cpu")), "{split:?}");
+        assert!(!split.iter().any(|s| s.starts_with("far")), "{split:?}");
+    }
+    let split = stages(&plan(&small, &[gpu("near", "cuda:0"), gpu("near", "cuda:1"), cpu("far")]));
+    assert_eq!(split.iter().filter(|s| s.starts_with("far/cpu")).count(), 1, "{split:?}");
+    // The head takes as long as four layers.
+    let large = profile(&[(100, 1); 8], 400, false);
+    let spilled = plan(&large, &[gpu("near", "cuda:0"), gpu("near", "cuda:1"), cpu("near")]);
+    assert_eq!(
+        stages(&spilled)[0].split(' ').next(),
+        Some("near/cpu"),
+        "the head stays on a GPU: {spilled:?}"
+    );
+    assert_eq!(spilled.hf_device_map["embed"], MapDevice::Named("cpu".into()));
+    assert_eq!(spilled.offload.unwrap().quantize, None, "the cache alone is too large");
+    let remedied = plan(&profile(&[(600, 1); 3], 0, false), &[gpu("near", "cuda:0"), cpu("near")]);
+    let offload = remedied.offload.unwrap();
+    assert_eq!((offload.layers, offload.of, offload.quantize), (2, 3, Some(Quantization::Int8)));
+    assert_eq!(Plan::try_from(strata_proto::v1::Plan::from(&remedied)).unwrap(), remedied);
+    let json = serde_json::to_value(&remedied).unwrap();
+    assert_eq!((&json["offload"]["layers"], &json["offload"]["quantize"]), (&2.into(), &"int8".into()));
+    // Whoever places layers on a CPU does not need to be told.
+    let own = Split::Counts(vec![7, 1]);
+    let offers = [cpu("near"), gpu("near", "cuda:0")];
+    assert_eq!(solve(&problem(&small, &offers, &own)).unwrap().offload, None);
 }
 
 #[test]
