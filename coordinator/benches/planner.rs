@@ -97,6 +97,8 @@ fn offer(i: usize, range: u64) -> Offer {
         hardware: String::new(),
         peers: Vec::new(),
         nccl: false,
+        spill_bytes: 0,
+        spill_directory: String::new(),
     };
     Offer { worker: "w".into(), host: "h".into(), device }
 }

@@ -97,6 +97,8 @@ mod tests {
             hardware: hardware.into(),
             peers: peers.iter().map(|p| (*p).to_owned()).collect(),
             nccl,
+            spill_bytes: 0,
+            spill_directory: String::new(),
         }
     }
 

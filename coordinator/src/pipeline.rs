@@ -177,6 +177,7 @@ fn setups(survey: &Survey, plan: &Plan, replica: &Replica, fence: Fence) -> Vec<
             head: index == last,
             dtype: plan.dtype.name().to_owned(),
             quantization: Quantization::to_wire(plan.quantization),
+            mapped: stage.mapped,
         };
         Some(Setup { member: member.clone(), fence, spec, plan: stage.clone() })
     };

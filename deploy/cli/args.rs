@@ -1,7 +1,11 @@
 //! Flags, read raw. Every one has an environment variable and a place in the configuration file.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
 
+use anyhow::bail;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use strata_coordinator::{planner::Split, preflight::Check};
 use strata_proto::{
@@ -224,6 +228,26 @@ impl ComputeArgs {
     }
 }
 
+/// Where weights go that fit into no memory.
+#[derive(Debug, Clone, Args)]
+pub struct SpillArgs {
+    /// Directory on a disk, where weights stay memory-mapped that do not fit into memory; empty: nowhere
+    /// [default: /var/tmp]
+    #[arg(long, env = "STRATA_SPILL_DIR")]
+    pub spill_dir: Option<String>,
+}
+
+impl SpillArgs {
+    /// The directory, if there is to be one.
+    pub fn resolve(&self) -> anyhow::Result<Option<PathBuf>> {
+        match self.spill_dir.as_deref() {
+            Some("") => Ok(None),
+            Some(named) if !Path::new(named).is_dir() => bail!("--spill-dir {named}: no such directory"),
+            directory => Ok(Some(directory.unwrap_or("/var/tmp").into())),
+        }
+    }
+}
+
 /// A model and devices of this machine.
 #[derive(Debug, Clone, Args)]
 pub struct HereArgs {
@@ -241,6 +265,8 @@ pub struct HereArgs {
     pub max_memory: Vec<DeviceSpec>,
     #[command(flatten)]
     pub compute: ComputeArgs,
+    #[command(flatten)]
+    pub spill: SpillArgs,
 }
 
 #[derive(Debug, Args)]
@@ -321,6 +347,8 @@ pub struct WorkerArgs {
     pub max_memory: Vec<DeviceSpec>,
     #[command(flatten)]
     pub compute: ComputeArgs,
+    #[command(flatten)]
+    pub spill: SpillArgs,
 }
 
 /// Where a server is.

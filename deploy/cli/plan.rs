@@ -64,6 +64,8 @@ fn offers(imagined: &[ImaginedDevices]) -> Vec<Offer> {
             hardware: String::new(),
             peers: Vec::new(),
             nccl: false,
+            spill_bytes: 0,
+            spill_directory: String::new(),
         },
     };
     each.map(offer).collect()

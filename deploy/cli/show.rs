@@ -57,7 +57,7 @@ pub fn plan_table(plan: &Plan) -> String {
                 number.to_string(),
                 format!("{}/{}", stage.worker, stage.device),
                 format!("{} ({})", stage.layers, stage.layers.len()),
-                bytes(stage.weight_bytes),
+                bytes(stage.weight_bytes) + if stage.mapped { " mapped" } else { "" },
                 bytes(stage.kv_bytes),
                 bytes(stage.workspace_bytes),
                 format!("{} / {}", bytes(used), bytes(stage.budget_bytes)),
@@ -76,7 +76,10 @@ pub fn plan_table(plan: &Plan) -> String {
         };
         out += &format!("\nreplica {index}: {stages} stages, {what}\n{table}");
     }
-    out + &plan.offload.as_ref().map_or(String::new(), |o| format!("\n{}", offloaded(o)))
+    let offloaded = plan.offload.as_ref().map(offloaded);
+    let warnings = plan.warnings.iter().map(|warning| format!("warning: {warning}"));
+    offloaded.into_iter().chain(warnings).for_each(|sentence| out += &format!("\n{sentence}"));
+    out
 }
 
 /// What it costs that layers are on a CPU, in a sentence or two.

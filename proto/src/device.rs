@@ -44,6 +44,11 @@ pub struct Device {
     pub peers: Vec<String>,
     /// NCCL can be used from this device's worker.
     pub nccl: bool,
+    /// Bytes of weights that may stay memory-mapped where they do not fit into memory; 0 on any device but a CPU that
+    /// nobody capped.
+    pub spill_bytes: u64,
+    /// Directory that they would be in.
+    pub spill_directory: String,
 }
 
 /// How fast products are.
@@ -116,6 +121,8 @@ impl From<Device> for v1::Device {
             hardware: d.hardware,
             peers: d.peers,
             nccl: d.nccl,
+            spill_bytes: d.spill_bytes,
+            spill_directory: d.spill_directory,
         }
     }
 }
@@ -157,6 +164,8 @@ impl TryFrom<v1::Device> for Device {
             hardware: d.hardware,
             peers: d.peers,
             nccl: d.nccl,
+            spill_bytes: d.spill_bytes,
+            spill_directory: d.spill_directory,
         })
     }
 }

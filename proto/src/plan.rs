@@ -148,6 +148,8 @@ pub struct StagePlan {
     /// Link to the next stage; none on the last, or before links are chosen.
     #[serde(flatten, serialize_with = "link_fields")]
     pub link: Option<LinkChoice>,
+    /// Its weights stay memory-mapped, because the device has too little memory.
+    pub mapped: bool,
     /// What its weights would take in each format.
     pub footprint: FormatBytes,
 }
@@ -197,6 +199,8 @@ pub struct Plan {
     pub hf_device_map: BTreeMap<String, MapDevice>,
     /// What it costs that layers are on CPUs although there are GPUs; none if they are not.
     pub offload: Option<Offload>,
+    /// What about it may surprise, in sentences.
+    pub warnings: Vec<String>,
 }
 
 /// Layers on CPUs that are there because the GPUs are full. Of the first replica.
@@ -243,6 +247,7 @@ impl From<&Plan> for v1::Plan {
             quantization: Quantization::to_wire(plan.quantization),
             replicas: plan.replicas.iter().map(Into::into).collect(),
             hf_device_map: plan.hf_device_map.iter().map(|(k, v)| (k.clone(), v.to_string())).collect(),
+            warnings: plan.warnings.clone(),
             offload: plan.offload.as_ref().map(|o| v1::Offload {
                 layers: o.layers,
                 of: o.of,
@@ -269,6 +274,7 @@ impl From<&Replica> for v1::Replica {
             numerics: s.numerics.clone(),
             link: s.link.as_ref().map_or(String::new(), |l| l.kind.name().to_owned()),
             link_reason: s.link.as_ref().map_or(String::new(), |l| l.why.clone()),
+            mapped: s.mapped,
             footprint: Some(s.footprint.into()),
         });
         let Forecast { single, batch, full } = replica.forecast;
@@ -296,6 +302,7 @@ impl TryFrom<v1::Plan> for Plan {
             })
         };
         Ok(Plan {
+            warnings: plan.warnings,
             offload: plan.offload.map(offload).transpose()?,
             dtype: plan.dtype.parse()?,
             quantization: Quantization::from_wire(&plan.quantization)?,
@@ -317,6 +324,7 @@ impl TryFrom<v1::Replica> for Replica {
                     "" => None,
                     kind => Some(LinkChoice { kind: kind.parse()?, why: s.link_reason }),
                 },
+                mapped: s.mapped,
                 worker: s.worker,
                 footprint: s.footprint.unwrap_or_default().into(),
                 device: s.device,

@@ -17,7 +17,7 @@ use tonic::{Status, async_trait};
 use uuid::Uuid;
 
 use crate::{
-    device::{self, Compute, DeviceSpec},
+    device::{self, Compute, DeviceSpec, Held},
     error::WorkerError,
     model,
     stage::{Connect, MakeDownstream, MakeUpstream, Prepare, StageThread, StepHook},
@@ -94,6 +94,8 @@ pub struct WorkerConfig {
     pub hub: Arc<Hub>,
     /// Fault injection for tests.
     pub step_hook: Option<StepHook>,
+    /// Where weights may stay memory-mapped that do not fit into memory.
+    pub spill_directory: Option<PathBuf>,
 }
 
 /// A worker.
@@ -127,7 +129,10 @@ impl LocalWorker {
         let stages = config
             .devices
             .iter()
-            .map(|d| Ok((d.id.clone(), StageThread::spawn(&d.id, config.compute, config.step_hook.clone())?)))
+            .map(|d| {
+                let (hook, spill) = (config.step_hook.clone(), config.spill_directory.clone());
+                Ok((d.id.clone(), StageThread::spawn(&d.id, config.compute, hook, spill)?))
+            })
             .collect::<std::io::Result<_>>()
             .map_err(io("starting a stage thread"))?;
         Ok(LocalWorker {
@@ -165,8 +170,9 @@ impl LocalWorker {
     }
 
     fn offers(&self) -> Vec<strata_proto::Device> {
-        device::offers(&self.config.devices, self.config.compute, |id| {
-            self.stage(id).map_or(0, StageThread::held_bytes)
+        let spill = self.config.spill_directory.as_deref();
+        device::offers(&self.config.devices, self.config.compute, spill, |id| {
+            self.stage(id).map_or(Held::default(), StageThread::held)
         })
     }
 }

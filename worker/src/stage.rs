@@ -24,7 +24,7 @@ use tokio::sync::{
 use tonic::Status;
 
 use crate::{
-    device::Compute,
+    device::{Compute, Held},
     error::WorkerError,
     generation::{Generation, RunEnd},
     interrupt::Interrupt,
@@ -98,7 +98,12 @@ pub(crate) struct StageThread {
 }
 
 impl StageThread {
-    pub fn spawn(device: &str, compute: Compute, hook: Option<StepHook>) -> std::io::Result<Self> {
+    pub fn spawn(
+        device: &str,
+        compute: Compute,
+        hook: Option<StepHook>,
+        spill: Option<PathBuf>,
+    ) -> std::io::Result<Self> {
         let (commands, orders) = std_mpsc::channel();
         let shared = Arc::<Shared>::default();
         let begun = Instant::now();
@@ -108,6 +113,7 @@ impl StageThread {
             begun,
             cpu: compute.cpu_on(&cores),
             hook,
+            spill,
             weights: None,
             bytes_read: 0,
             generation: None,
@@ -126,9 +132,15 @@ impl StageThread {
         lock(&self.shared.resident).clone()
     }
 
-    /// Bytes that this stage holds now.
-    pub fn held_bytes(&self) -> u64 {
-        self.resident().map_or(0, |r| r.bytes) + self.shared.allocated.load(Ordering::Relaxed)
+    /// What this stage holds now.
+    pub fn held(&self) -> Held {
+        let resident = self.resident().unwrap_or_default();
+        let mapped = resident.spec.is_some_and(|spec| spec.mapped);
+        let allocated = self.shared.allocated.load(Ordering::Relaxed);
+        match mapped {
+            true => Held { memory: allocated, mapped: resident.bytes },
+            false => Held { memory: allocated + resident.bytes, mapped: 0 },
+        }
     }
 
     /// Ends the running generation if `newer` supersedes it.
@@ -247,6 +259,8 @@ struct Stage {
     begun: Instant,
     cpu: Cpu,
     hook: Option<StepHook>,
+    /// Directory of weights that stay memory-mapped.
+    spill: Option<PathBuf>,
     weights: Option<(v1::StageSpec, StageWeights)>,
     /// What the last load read from files.
     bytes_read: u64,
@@ -334,8 +348,15 @@ impl Stage {
                     _ => ControlFlow::Continue(()),
                 }
             };
-            let weights =
-                StageWeights::load(&checkpoint, &model, &range_spec(&spec)?, &self.cpu, &mut report)?;
+            let spill = match (spec.mapped, self.spill.as_deref()) {
+                (true, None) => {
+                    let why = "weights cannot stay memory-mapped here: this worker has no --spill-dir";
+                    return Err(WorkerError::WrongState(why.into()));
+                }
+                (mapped, directory) => directory.filter(|_| mapped),
+            };
+            let range = range_spec(&spec)?;
+            let weights = StageWeights::load_in(spill, &checkpoint, &model, &range, &self.cpu, &mut report)?;
             let resident = v1::ResidentWeights { spec: Some(spec.clone()), bytes: weights.resident_bytes() };
             *lock(&self.shared.resident) = Some(resident);
             self.weights = Some((spec, weights));
@@ -367,8 +388,9 @@ impl Stage {
         };
         let (model, spec) = (weights.model(), weights.spec());
         let (tokens, outputs) = (request.max_step_tokens, request.max_step_outputs);
-        let needed =
-            weights.resident_bytes() + StageState::bytes_for(model, spec, request.kv_blocks, tokens, outputs);
+        // Weights that stay memory-mapped have their room on a disk.
+        let resident = if request.spec.mapped { 0 } else { weights.resident_bytes() };
+        let needed = resident + StageState::bytes_for(model, spec, request.kv_blocks, tokens, outputs);
         if needed > request.budget {
             return Err(WorkerError::OverBudget {
                 device: request.spec.device,

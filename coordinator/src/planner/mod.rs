@@ -154,23 +154,50 @@ pub fn solve(problem: &Problem<'_>) -> Result<Plan, PlanError> {
         quantization: problem.quantization,
         hf_device_map: device_map::export(problem, &shares),
         offload: offload::offload(problem, &replicas[0]),
+        warnings: warnings(problem, &replicas[0]),
         replicas,
     })
 }
 
 /// The replicas of a plan, at least one, and the shares of the first one.
 fn plan_replicas(problem: &Problem<'_>) -> Result<(Vec<Share>, Vec<Replica>), PlanError> {
-    let costs = Costs::new(problem);
-    let (blocks, shares) = match problem.split {
-        Split::Counts(counts) => by_counts(problem, &costs, counts)?,
-        Split::DeviceMap(map) => chosen(problem, &costs, device_map::shares(problem, map)?)?,
-        _ => by_policy(problem, &costs).ok_or_else(|| error::does_not_fit(problem, &costs))?,
+    let decide = |costs: &Costs| match problem.split {
+        Split::Counts(counts) => by_counts(problem, costs, counts),
+        Split::DeviceMap(map) => chosen(problem, costs, device_map::shares(problem, map)?),
+        _ => by_policy(problem, costs).ok_or_else(|| error::does_not_fit(problem, costs)),
+    };
+    let mut costs = Costs::new(problem);
+    let (blocks, shares) = match decide(&costs) {
+        Ok(decided) => decided,
+        // What fits into no memory may stay on a disk.
+        Err(error) => match costs.mapped(problem) {
+            Some(mapped) => {
+                costs = mapped;
+                decide(&costs).map_err(|_| error)?
+            }
+            None => return Err(error),
+        },
     };
     let mut replicas = vec![describe(problem, &costs, blocks, &shares)];
     if *problem.split == Split::Auto {
         replicas.extend(further_replicas(problem, &shares));
     }
     Ok((shares, replicas))
+}
+
+/// What about a replica may surprise.
+fn warnings(problem: &Problem<'_>, replica: &Replica) -> Vec<String> {
+    let of = |stage: &StagePlan| {
+        let is_there = |o: &&Offer| o.worker == stage.worker && o.device.id == stage.device;
+        let offer = problem.offers.iter().find(is_there).filter(|_| stage.mapped)?;
+        let [weights, free] = [stage.weight_bytes, stage.budget_bytes].map(error::Bytes);
+        Some(format!(
+            "the weights of {} on {} ({weights}) do not fit into the memory that is free ({free}): they stay \
+             memory-mapped in {} and are read from disk in every step; expect seconds per token",
+            stage.device, stage.worker, offer.device.spill_directory
+        ))
+    };
+    replica.stages.iter().filter_map(of).collect()
 }
 
 /// Copies of the model on the devices that `taken` leaves over. CPUs that nobody capped never hold one: those of one
@@ -187,7 +214,8 @@ fn further_replicas(problem: &Problem<'_>, taken: &[Share]) -> Vec<Replica> {
     let mut replicas = Vec::new();
     while replicas.len() + 1 < MAX_REPLICAS && !left.is_empty() {
         let rest = Problem { offers: &left, ..*problem };
-        let Some(shares) = fill(&Costs::new(&rest), block_bounds(&rest).0) else { break };
+        let costs = Costs::new(&rest);
+        let Some(shares) = fill(&costs, costs.blocks.0) else { break };
         let group: Vec<Offer> = shares.iter().map(|share| left[share.offer].clone()).collect();
         let within = Problem { offers: &group, ..*problem };
         let costs = Costs::new(&within);
@@ -232,11 +260,12 @@ fn largest(mut low: u64, mut high: u64, mut fits: impl FnMut(u64) -> bool) -> u6
 
 /// The splits that are named; `None` if even the smallest cache does not fit.
 fn by_policy(problem: &Problem<'_>, costs: &Costs) -> Option<(u64, Vec<Share>)> {
-    let (least, wanted) = block_bounds(problem);
     let objective = match problem.split {
-        Split::Auto => Objective::FewestStages,
+        // Where memory is short, all of it counts.
+        Split::Auto if !costs.maps() => Objective::FewestStages,
         Split::Sequential => {
             // Filled with the smallest cache: a larger one would move layers on. What room is left makes it grow.
+            let (least, wanted) = costs.blocks;
             let shares = fill(costs, least)?;
             let fits = |blocks| shares.iter().all(|s| costs.fits(s.offer, s.layers, blocks));
             return Some((largest(least, wanted, fits), shares));
@@ -244,12 +273,12 @@ fn by_policy(problem: &Problem<'_>, costs: &Costs) -> Option<(u64, Vec<Share>)> 
         _ => Objective::EveryDevice,
     };
     let listed: Vec<usize> = (0..costs.offers()).collect();
-    let best = in_order(problem, costs, &listed, objective);
+    let best = in_order(costs, &listed, objective);
     let (cpus, others): (Vec<_>, Vec<_>) = listed.into_iter().partition(|offer| costs.penalty(*offer) > 0);
     let spills = best.as_ref().is_none_or(|(worth, ..)| worth.spills());
     // A CPU at the end computes the head, one at the beginning only looks tokens up.
-    let other = if objective == Objective::FewestStages && spills && !cpus.is_empty() {
-        in_order(problem, costs, &[cpus, others].concat(), objective)
+    let other = if *problem.split == Split::Auto && spills && !cpus.is_empty() {
+        in_order(costs, &[cpus, others].concat(), objective)
     } else {
         None
     };
@@ -258,13 +287,8 @@ fn by_policy(problem: &Problem<'_>, costs: &Costs) -> Option<(u64, Vec<Share>)> 
 }
 
 /// The best split over devices in this order, with what it is worth by its slowest decode and the blocks of its cache.
-fn in_order(
-    problem: &Problem<'_>,
-    costs: &Costs,
-    order: &[usize],
-    objective: Objective,
-) -> Option<(Worth, u64, Vec<Share>)> {
-    let (least, wanted) = block_bounds(problem);
+fn in_order(costs: &Costs, order: &[usize], objective: Objective) -> Option<(Worth, u64, Vec<Share>)> {
+    let (least, wanted) = costs.blocks;
     // The shape (how much spills to CPUs, how many stages) is decided with the smallest cache; then the cache grows
     // for as long as the shape holds.
     let shape_with = |blocks| assign(costs, order, objective, blocks, Measure::Shape).map(|(worth, _)| worth);
@@ -314,7 +338,7 @@ fn by_counts(problem: &Problem<'_>, costs: &Costs, counts: &[u32]) -> Result<(u6
 
 /// The cache for shares that the user chose, if they fit.
 fn chosen(problem: &Problem<'_>, costs: &Costs, shares: Vec<Share>) -> Result<(u64, Vec<Share>), PlanError> {
-    let (least, wanted) = block_bounds(problem);
+    let (least, wanted) = costs.blocks;
     let tight = |blocks| shares.iter().find(|s| !costs.fits(s.offer, s.layers, blocks));
     if let Some(share) = tight(least) {
         return Err(PlanError::StageTooLarge {
@@ -350,6 +374,7 @@ fn describe(problem: &Problem<'_>, costs: &Costs, blocks: u64, shares: &[Share])
             budget_bytes: device.budget_bytes,
             numerics: numerics(problem, device),
             link: None,
+            mapped: costs.bytes(share.layers, blocks) > device.budget_bytes,
             footprint: FormatBytes::of(|format| profile.weight_bytes(share.layers, format)),
         }
     };

@@ -1,5 +1,7 @@
 //! The planner against brute force on small problems, and the cases people ask about.
 
+use std::cmp::Reverse;
+
 use proptest::prelude::*;
 use strata_proto::{DeviceKind, FormatBytes, Module, v1::Task};
 
@@ -74,6 +76,8 @@ pub(crate) fn device(kind: DeviceKind, id: &str, budget: u64, capped: bool) -> O
         hardware: if kind == DeviceKind::Cuda { format!("GPU {id}") } else { String::new() },
         peers: Vec::new(),
         nccl: false,
+        spill_bytes: 0,
+        spill_directory: String::new(),
     };
     Offer { worker: "w".into(), host: "h".into(), device }
 }
@@ -229,6 +233,52 @@ proptest! {
         prop_assert!(offload.without > offload.tokens_per_second);
         let remedy = Quantization::ALL.into_iter().find(|q| least(Some(*q)) == Some(0));
         prop_assert_eq!(offload.quantize, remedy);
+    }
+
+    #[test]
+    fn weights_stay_on_a_disk_only_as_a_last_resort((profile, offers) in small_problem(), spill in 1u64..4000) {
+        let in_memory = solve(&problem(&profile, &offers, &Split::Auto));
+        let mut offers = offers;
+        offers.iter_mut().for_each(|offer| offer.device.spill_bytes = spill);
+        let problem = problem(&profile, &offers, &Split::Auto);
+        let plan = solve(&problem);
+        if in_memory.is_ok() {
+            prop_assert_eq!(plan, in_memory);
+            return Ok(());
+        }
+        let Some(costs) = Costs::new(&problem).mapped(&problem) else {
+            prop_assert_eq!(plan, in_memory);
+            return Ok(());
+        };
+        let all = orders(&costs).map(|order| brute_force(&costs, &order, 2)).concat();
+        let Ok(plan) = plan else {
+            prop_assert!(all.is_empty(), "a plan exists");
+            return Ok(());
+        };
+        let stages = &plan.replicas[0].stages;
+        let place = |s: &StagePlan| offers.iter().position(|o| o.device.id == s.device).unwrap();
+        for stage in stages {
+            let device = &offers[place(stage)].device;
+            let may_map = device.kind == DeviceKind::Cpu && !device.capped && stage.weight_bytes <= spill;
+            let fits = match stage.mapped {
+                true => may_map && stage.kv_bytes + stage.workspace_bytes <= stage.budget_bytes,
+                false => stage.total_bytes() <= stage.budget_bytes,
+            };
+            prop_assert!(fits, "{stage:?}");
+        }
+        let mapped = stages.iter().filter(|s| s.mapped).count();
+        prop_assert!(mapped > 0 && mapped == plan.warnings.len());
+        // As little as possible on processors, as many stages as possible, and the slowest as fast as possible.
+        let shares: Vec<Share> = stages.iter().map(|s| Share { offer: place(s), layers: s.layers }).collect();
+        let worth = |s: &[Share]| {
+            let penalty = s.iter().map(|s| costs.penalty(s.offer) * u64::from(s.layers.len())).sum::<u64>();
+            (penalty, Reverse(s.len()))
+        };
+        let best = all.iter().map(|s| worth(s)).min().unwrap();
+        prop_assert_eq!(worth(&shares), best);
+        let decode = |s: &[Share]| slowest(s, |o, r| costs.decode_seconds(o, r));
+        let rivals = all.iter().filter(|s| worth(s) == best).map(|s| decode(s));
+        prop_assert!(decode(&shares) <= rivals.fold(f64::INFINITY, f64::min) * (1.0 + 1e-9));
     }
 
     #[test]
@@ -430,6 +480,47 @@ fn a_cache_of_any_size_is_refused_not_overflowed() {
         let problem = Problem { kv_tokens: Some(u64::MAX), ..problem(&profile, &offers, &split) };
         assert!(solve(&problem).is_err(), "{split}");
     }
+}
+
+#[test]
+fn a_plan_over_a_disk_says_so_and_is_slow() {
+    let gb = 1_000_000_000;
+    let profile = profile(&[(gb, 1); 80], 0, false);
+    let mut cpu = device(DeviceKind::Cpu, "cpu", 20 * gb, false);
+    cpu.device.bytes_per_second = 1e11;
+    let free = vec![cpu.clone()];
+    let error = solve(&problem(&profile, &free, &Split::Auto)).unwrap_err().to_string();
+    assert!(error.contains("are missing"), "{error}");
+    cpu.device.spill_bytes = 100 * gb;
+    cpu.device.spill_directory = "/spill".into();
+    for split in [Split::Auto, Split::Balanced, Split::Sequential, Split::Counts(vec![80])] {
+        let offers = [cpu.clone()];
+        let given = Problem { kv_tokens: None, ..problem(&profile, &offers, &split) };
+        let plan = solve(&given).unwrap();
+        let replica = &plan.replicas[0];
+        assert!(replica.stages[0].mapped);
+        assert_eq!(replica.kv_capacity_tokens, 32, "the smallest cache");
+        assert_eq!(
+            plan.warnings,
+            [
+                "the weights of cpu on w (74.5 GiB) do not fit into the memory that is free (18.6 GiB): they stay \
+              memory-mapped in /spill and are read from disk in every step; expect seconds per token"
+            ]
+        );
+        // 60 GB at 1 GB/s, and 80 GB at 100 GB/s.
+        assert!((replica.forecast.single * 60.8 - 1.0).abs() < 1e-3, "{:?}", replica.forecast);
+        assert_eq!(Plan::try_from(strata_proto::v1::Plan::from(&plan)).unwrap(), plan);
+        let json = serde_json::to_value(&plan).unwrap();
+        assert_eq!(json["replicas"][0]["stages"][0]["mapped"], true);
+        assert!(json["warnings"][0].as_str().unwrap().contains("/spill"));
+    }
+    // A GPU takes what it holds.
+    let offers = [device(DeviceKind::Cuda, "cuda:0", 30 * gb, false), cpu];
+    let plan = solve(&problem(&profile, &offers, &Split::Auto)).unwrap();
+    let mapped: Vec<_> =
+        plan.replicas[0].stages.iter().map(|s| (s.device.as_str(), s.mapped, s.layers.len())).collect();
+    assert_eq!(mapped, [("cpu", true, 51), ("cuda:0", false, 29)]);
+    assert_eq!(plan.offload.unwrap().layers, 51);
 }
 
 /// Devices of a kind, one per worker, with `bytes` each.

@@ -3,9 +3,9 @@
 //! Matrices are held in the plan's format, rounded to nearest even. Norms and biases stay f32 in every format, exactly
 //! as the checkpoint has them: they are small, and nothing is gained by rounding them.
 //!
-//! All of a stage's weights lie side by side in one arena on huge pages.
+//! All of a stage's weights lie side by side in one arena: in memory, on huge pages, or memory-mapped.
 
-use std::{collections::BTreeMap, ops::ControlFlow};
+use std::{collections::BTreeMap, ops::ControlFlow, path::Path};
 
 use strata_proto::{DType, Format, LayerRange, Quantization};
 
@@ -274,8 +274,20 @@ impl StageWeights {
         cpu: &Cpu,
         progress: &mut dyn FnMut(LoadedBytes) -> ControlFlow<()>,
     ) -> Result<Self, ModelError> {
+        Self::load_in(None, checkpoint, model, spec, cpu, progress)
+    }
+
+    /// As [`load`](Self::load), but the weights stay memory-mapped in a directory if one is given.
+    pub fn load_in(
+        spill: Option<&Path>,
+        checkpoint: &Checkpoint,
+        model: &Model,
+        spec: &RangeSpec,
+        cpu: &Cpu,
+        progress: &mut dyn FnMut(LoadedBytes) -> ControlFlow<()>,
+    ) -> Result<Self, ModelError> {
         spec.check(model)?;
-        let mut weights = Self::zeros(model, spec)?;
+        let mut weights = Self::zeros(model, spec, spill)?;
         let jobs = weights.jobs(checkpoint, model)?;
         let total = jobs.iter().map(|j| j.tensor.bytes).sum();
         let (mut read, mut buffer, mut values) = (0, Vec::new(), Vec::new());
@@ -325,7 +337,7 @@ impl StageWeights {
         self.input.iter().chain(&self.layers).chain(&self.output).map(Block::bytes).sum()
     }
 
-    fn zeros(model: &Model, spec: &RangeSpec) -> Result<Self, ModelError> {
+    fn zeros(model: &Model, spec: &RangeSpec, spill: Option<&Path>) -> Result<Self, ModelError> {
         let gathered = (spec.head && model.is_tied()).then_some(Slot::Embedding);
         let layers = spec.layers.first as usize..spec.layers.end as usize;
         let input = spec.embedding.then_some((Site::Input, gathered));
@@ -336,7 +348,10 @@ impl StageWeights {
                 Block::bytes_of(model, site, spec.format(), |(slot, _)| Some(slot) != without)
             })
             .sum();
-        let mut arena = Arena::new(bytes)?;
+        let mut arena = match spill {
+            Some(directory) => Arena::mapped(bytes, directory)?,
+            None => Arena::new(bytes)?,
+        };
         let mut block = |site, without| Block::zeros(model, site, spec.format(), without, &mut arena);
         Ok(StageWeights {
             model: model.clone(),
