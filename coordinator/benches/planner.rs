@@ -94,6 +94,11 @@ fn offer(i: usize, range: u64) -> Offer {
         numerics: "bench".into(),
         rates: Vec::new(),
         stages_at_once: 0,
+        hardware: String::new(),
+        peers: Vec::new(),
+        nccl: false,
+        spill_bytes: 0,
+        spill_directory: String::new(),
     };
     Offer { worker: "w".into(), host: "h".into(), device }
 }

@@ -440,6 +440,7 @@ impl Engine {
         if self.lanes.len() == 1 {
             // Others begin with what this one leaves, as this plan says.
             (self.observer)(Notice::Planned(plan.clone()));
+            plan.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         }
         self.lanes[at].plan = Some(plan);
         if more && self.lanes.iter().all(|lane| lane.plan.is_some()) {

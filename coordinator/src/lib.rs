@@ -11,6 +11,7 @@ pub mod encode;
 mod engine;
 pub mod grpc;
 mod lane;
+mod links;
 pub mod membership;
 pub mod messages;
 mod pace;

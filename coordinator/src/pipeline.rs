@@ -1,5 +1,8 @@
 //! One incarnation of a pipeline: bringing stages up, passing steps and answers.
 
+#[cfg(test)]
+mod tests;
+
 use std::{sync::Arc, time::Duration};
 
 use futures::future::try_join_all;
@@ -19,6 +22,8 @@ use crate::{
 const PREPARE_PATIENCE: Duration = Duration::from_secs(600);
 /// How long an aborted stage has to acknowledge.
 const ABORT_PATIENCE: Duration = Duration::from_secs(1);
+/// Bytes of an NCCL id.
+const NCCL_ID: usize = 128;
 /// Stages report their health twice a second; after this much silence one counts as lost.
 const SILENCE: Duration = Duration::from_secs(3);
 /// Longest time a stage may spend on one step.
@@ -172,6 +177,7 @@ fn setups(survey: &Survey, plan: &Plan, replica: &Replica, fence: Fence) -> Vec<
             head: index == last,
             dtype: plan.dtype.name().to_owned(),
             quantization: Quantization::to_wire(plan.quantization),
+            mapped: stage.mapped,
         };
         Some(Setup { member: member.clone(), fence, spec, plan: stage.clone() })
     };
@@ -194,20 +200,28 @@ async fn open(
         let token = index.checked_sub(1).map_or(Vec::new(), |link| tokens[link].to_vec());
         setup.prepare(blocks, token, deployment)
     });
-    let addresses = try_join_all(prepared).await?;
+    let prepared = try_join_all(prepared).await?;
 
     let connected = setups.iter().enumerate().map(|(index, setup)| {
         let link = |at: usize, address: &str| {
-            let kind = match setups[at].plan.link {
+            let kind = match setups[at].link() {
                 Some(LinkKind::Loopback) => v1::LinkKind::Loopback,
-                _ => v1::LinkKind::Tcp,
+                Some(LinkKind::DeviceCopy) => v1::LinkKind::DeviceCopy,
+                Some(LinkKind::Nccl) => v1::LinkKind::Nccl,
+                Some(LinkKind::Tcp) | None => v1::LinkKind::Tcp,
             };
-            v1::Link { kind: kind as i32, token: tokens[at].to_vec().into(), address: address.to_owned() }
+            v1::Link {
+                kind: kind as i32,
+                token: tokens[at].to_vec().into(),
+                address: address.to_owned(),
+                nccl_id: prepared[at].nccl_id.clone(),
+            }
         };
         let upstream = index.checked_sub(1).map(|at| link(at, ""));
-        let downstream = addresses.get(index + 1).map(|address| link(index, address));
+        let downstream = prepared.get(index + 1).map(|next| link(index, &next.link_address));
         setup.connect(upstream, downstream)
     });
+    // All at once: neither end of a link is up before the other.
     try_join_all(connected).await?;
     let running = setups.iter().enumerate().map(|(index, setup)| setup.run(index, sink.clone()));
     try_join_all(running).await
@@ -222,6 +236,11 @@ fn mint_token() -> [u8; 32] {
 }
 
 impl Setup {
+    /// How activations travel to the next stage; none on the last.
+    fn link(&self) -> Option<LinkKind> {
+        self.plan.link.as_ref().map(|link| link.kind)
+    }
+
     async fn load(
         &self,
         stage: usize,
@@ -252,13 +271,15 @@ impl Setup {
         }
     }
 
-    /// Allocates what the plan says; returns where the stage takes activations.
+    /// Allocates what the plan says; returns where the stage takes activations, and the id of its NCCL link if it has one
+    /// downstream.
     async fn prepare(
         &self,
         kv_blocks: u32,
         upstream_token: Vec<u8>,
         deployment: &Deployment,
-    ) -> Result<String, PipelineError> {
+    ) -> Result<v1::Prepared, PipelineError> {
+        let mint_nccl_id = self.link() == Some(LinkKind::Nccl);
         let request = v1::PrepareRequest {
             fence: Some(self.fence),
             spec: Some(self.spec.clone()),
@@ -267,8 +288,9 @@ impl Setup {
             max_step_tokens: deployment.max_step_tokens,
             max_step_outputs: deployment.max_step_rows,
             upstream_token: upstream_token.into(),
+            mint_nccl_id,
         };
-        let prepared =
+        let mut prepared =
             call(&self.member.name, "Prepare", PREPARE_PATIENCE, self.member.worker.prepare(request)).await?;
         if (prepared.kv_bytes, prepared.workspace_bytes) != (self.plan.kv_bytes, self.plan.workspace_bytes) {
             return Err(self.nonsense(format!(
@@ -276,7 +298,13 @@ impl Setup {
                 prepared.kv_bytes, prepared.workspace_bytes, self.plan.kv_bytes, self.plan.workspace_bytes
             )));
         }
-        Ok(reachable(&prepared.link_address, &self.member.host))
+        let expected = if mint_nccl_id { NCCL_ID } else { 0 };
+        if prepared.nccl_id.len() != expected {
+            let got = prepared.nccl_id.len();
+            return Err(self.nonsense(format!("its NCCL id has {got} bytes where {expected} were expected")));
+        }
+        prepared.link_address = reachable(&prepared.link_address, &self.member.host);
+        Ok(prepared)
     }
 
     async fn connect(
@@ -353,22 +381,5 @@ fn reachable(address: &str, host: &str) -> String {
     match address.parse::<std::net::SocketAddr>() {
         Ok(socket) if socket.ip().is_unspecified() => format!("{host}:{}", socket.port()),
         _ => address.to_owned(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn unspecified_hosts_become_the_workers_own() {
-        assert_eq!(reachable("0.0.0.0:71", "10.0.0.2"), "10.0.0.2:71");
-        assert_eq!(reachable("127.0.0.1:71", "10.0.0.2"), "127.0.0.1:71");
-        assert_eq!(reachable("[::]:71", "node-3"), "node-3:71");
-    }
-
-    #[test]
-    fn tokens_differ() {
-        assert_ne!(mint_token(), mint_token());
     }
 }

@@ -4,13 +4,14 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures::future::try_join_all;
 use strata_proto::{
-    DType, Device, Files, LinkKind, ModelProfile, Plan, Quantization, StagePlan,
+    DType, Device, Files, LinkChoice, LinkKind, ModelProfile, Plan, Quantization, StagePlan,
     error::{Classify, Kind},
     v1,
 };
 use tonic::{Code, Status};
 
 use crate::{
+    links::{self, End},
     membership::Member,
     planner::{self, Offer, PlanError, Problem, Split},
 };
@@ -35,7 +36,7 @@ pub struct Deployment {
     pub max_sequences: Option<u32>,
     /// Longest sequence, if shorter than the model's context.
     pub context: Option<u32>,
-    /// Forced link kind.
+    /// Forced link kind; `None` is the best that each two stages can have.
     pub links: Option<LinkKind>,
     /// Most tokens in one step.
     pub max_step_tokens: u32,
@@ -71,13 +72,20 @@ pub enum PipelineError {
     },
     /// A forced link that two stages cannot have.
     #[error(
-        "stages on {from} and {to} are in different processes: they cannot be linked by loopback; use --links tcp"
+        "the stages on {from} and {to} cannot be linked by {asked}: {why}; use --links auto, which takes {best} between \
+         them, or --links tcp, which is always possible"
     )]
     NoLink {
-        /// Upstream worker.
+        /// Where the upstream stage is.
         from: String,
-        /// Downstream worker.
+        /// Where the downstream stage is.
         to: String,
+        /// The kind that was asked for.
+        asked: LinkKind,
+        /// What is in its way.
+        why: String,
+        /// What would be chosen.
+        best: LinkKind,
     },
     /// A worker said something that makes no sense.
     #[error("worker {worker}: {why}")]
@@ -209,8 +217,8 @@ impl Survey {
         let mut plan = self.plan_over(&self.offers, deployment)?;
         for replica in &mut plan.replicas {
             for at in 1..replica.stages.len() {
-                let kind = self.link(&replica.stages[at - 1], &replica.stages[at], deployment.links)?;
-                replica.stages[at - 1].link = Some(kind);
+                let link = self.link(&replica.stages[at - 1], &replica.stages[at], deployment.links)?;
+                replica.stages[at - 1].link = Some(link);
             }
         }
         Ok(plan)
@@ -222,15 +230,23 @@ impl Survey {
         a: &StagePlan,
         b: &StagePlan,
         forced: Option<LinkKind>,
-    ) -> Result<LinkKind, PipelineError> {
-        let hub = |stage: &StagePlan| self.members.get(&stage.worker).map(|(_, hub)| hub);
-        match (hub(a) == hub(b), forced) {
-            (_, Some(LinkKind::Tcp)) | (false, None) => Ok(LinkKind::Tcp),
-            (true, _) => Ok(LinkKind::Loopback),
-            (false, Some(LinkKind::Loopback)) => {
-                Err(PipelineError::NoLink { from: a.worker.clone(), to: b.worker.clone() })
-            }
-        }
+    ) -> Result<LinkChoice, PipelineError> {
+        let (from, to) = (self.end(a)?, self.end(b)?);
+        let refused = |why| {
+            let asked = forced.unwrap_or(LinkKind::Tcp);
+            let best = links::choose(from, to, None).map_or(LinkKind::Tcp, |choice| choice.kind);
+            let [from, to] = [from, to].map(|end| format!("{}/{}", end.worker, end.device.id));
+            PipelineError::NoLink { from, to, asked, why, best }
+        };
+        links::choose(from, to, forced).map_err(refused)
+    }
+
+    /// A stage as an end of a link.
+    fn end(&self, stage: &StagePlan) -> Result<End<'_>, PipelineError> {
+        let is_there = |o: &&Offer| o.worker == stage.worker && o.device.id == stage.device;
+        let offer = self.offers.iter().find(is_there).ok_or(PipelineError::NoWorkers)?;
+        let (_, hub) = self.members.get(&offer.worker).ok_or(PipelineError::NoWorkers)?;
+        Ok(End { worker: &offer.worker, host: &offer.host, hub, device: &offer.device })
     }
 
     /// The tokenizer's files, from the worker of the first stage.

@@ -1,7 +1,11 @@
 //! Flags, read raw. Every one has an environment variable and a place in the configuration file.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
 
+use anyhow::bail;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use strata_coordinator::{planner::Split, preflight::Check};
 use strata_proto::{
@@ -86,9 +90,9 @@ pub struct DeploymentArgs {
     /// Longest sequence, prompt and answer together [default: the model's context]
     #[arg(long, env = "STRATA_CONTEXT", value_parser = clap::value_parser!(u32).range(2..))]
     pub context: Option<u32>,
-    /// Force the links between stages: loopback or tcp
-    #[arg(long, env = "STRATA_LINKS")]
-    pub links: Option<LinkKind>,
+    /// Links between stages: auto (the best that each two can have), loopback, device-copy, nccl or tcp
+    #[arg(long, env = "STRATA_LINKS", default_value = "auto", value_parser = parse_links)]
+    pub links: AutoLinks,
     /// Most tokens in one step
     #[arg(long, env = "STRATA_MAX_STEP_TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub max_step_tokens: u32,
@@ -115,6 +119,17 @@ pub struct DeploymentArgs {
 /// The checkpoint's format, or a chosen one.
 #[derive(Debug, Clone, Copy)]
 pub struct AutoDType(pub Option<DType>);
+
+/// The best links, or one kind of them.
+#[derive(Debug, Clone, Copy)]
+pub struct AutoLinks(pub Option<LinkKind>);
+
+fn parse_links(s: &str) -> Result<AutoLinks, String> {
+    match s {
+        "auto" => Ok(AutoLinks(None)),
+        kind => kind.parse().map(|kind| AutoLinks(Some(kind))).map_err(|e: String| format!("{e}, or auto")),
+    }
+}
 
 fn parse_dtype(s: &str) -> Result<AutoDType, String> {
     if s == "auto" {
@@ -213,6 +228,26 @@ impl ComputeArgs {
     }
 }
 
+/// Where weights go that fit into no memory.
+#[derive(Debug, Clone, Args)]
+pub struct SpillArgs {
+    /// Directory on a disk, where weights stay memory-mapped that do not fit into memory; empty: nowhere
+    /// [default: /var/tmp]
+    #[arg(long, env = "STRATA_SPILL_DIR")]
+    pub spill_dir: Option<String>,
+}
+
+impl SpillArgs {
+    /// The directory, if there is to be one.
+    pub fn resolve(&self) -> anyhow::Result<Option<PathBuf>> {
+        match self.spill_dir.as_deref() {
+            Some("") => Ok(None),
+            Some(named) if !Path::new(named).is_dir() => bail!("--spill-dir {named}: no such directory"),
+            directory => Ok(Some(directory.unwrap_or("/var/tmp").into())),
+        }
+    }
+}
+
 /// A model and devices of this machine.
 #[derive(Debug, Clone, Args)]
 pub struct HereArgs {
@@ -230,6 +265,8 @@ pub struct HereArgs {
     pub max_memory: Vec<DeviceSpec>,
     #[command(flatten)]
     pub compute: ComputeArgs,
+    #[command(flatten)]
+    pub spill: SpillArgs,
 }
 
 #[derive(Debug, Args)]
@@ -310,6 +347,8 @@ pub struct WorkerArgs {
     pub max_memory: Vec<DeviceSpec>,
     #[command(flatten)]
     pub compute: ComputeArgs,
+    #[command(flatten)]
+    pub spill: SpillArgs,
 }
 
 /// Where a server is.

@@ -61,6 +61,11 @@ fn offers(imagined: &[ImaginedDevices]) -> Vec<Offer> {
             numerics: IMAGINED.into(),
             rates: Vec::new(),
             stages_at_once: 0,
+            hardware: String::new(),
+            peers: Vec::new(),
+            nccl: false,
+            spill_bytes: 0,
+            spill_directory: String::new(),
         },
     };
     each.map(offer).collect()

@@ -75,6 +75,7 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         link_address: args.link_listen.unwrap_or(SocketAddr::new(address.ip(), 0)),
         hub: Arc::default(),
         step_hook: None,
+        spill_directory: args.spill.resolve()?,
     })?;
     let worker: Arc<dyn Worker> = Arc::new(worker);
     say(&format!("listening http://{address}"))?;
@@ -109,13 +110,15 @@ pub fn here(
     let (device_lists, split) = match (args.workers, args.devices.is_empty()) {
         (Some(_), false) => bail!("give --workers or --devices, not both"),
         (None, false) => (vec![args.devices.clone()], Split::Auto),
-        (workers, true) => {
-            let workers = workers.unwrap_or(1);
+        // Without a cap, so that weights which do not fit may stay memory-mapped.
+        (None | Some(1), true) => (vec![vec![DeviceSpec::cpu(None)]], Split::Balanced),
+        (Some(workers), true) => {
             let share = available_memory() / 10 * 9 / u64::from(workers);
             (vec![vec![DeviceSpec::cpu(Some(share))]; workers as usize], Split::Balanced)
         }
     };
     let compute = args.compute.resolve(device_lists.iter().map(Vec::len).sum());
+    let spill = args.spill.resolve()?;
     let hub = Arc::<Hub>::default();
     let mut workers: Vec<(String, Arc<dyn Worker>)> = Vec::new();
     for (index, devices) in device_lists.into_iter().enumerate() {
@@ -127,6 +130,7 @@ pub fn here(
             link_address: SocketAddr::new(IpAddr::from([127, 0, 0, 1]), 0),
             hub: hub.clone(),
             step_hook: None,
+            spill_directory: spill.clone(),
         })?;
         workers.push((format!("worker-{index}"), Arc::new(worker)));
     }
@@ -165,7 +169,7 @@ fn coordinator_config(
             kv_tokens: args.kv_tokens,
             max_sequences: args.max_sequences,
             context: args.context,
-            links: args.links,
+            links: args.links.0,
             max_step_tokens: args.max_step_tokens,
             // A row has a token at least.
             max_step_rows: args.max_step_rows.min(args.max_step_tokens),

@@ -8,7 +8,7 @@ use std::{
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use strata_coordinator::messages::Notice;
-use strata_proto::{Forecast, FormatBytes, Plan};
+use strata_proto::{Forecast, FormatBytes, Offload, Plan};
 
 const BAR_WIDTH: u64 = 16;
 
@@ -57,13 +57,13 @@ pub fn plan_table(plan: &Plan) -> String {
                 number.to_string(),
                 format!("{}/{}", stage.worker, stage.device),
                 format!("{} ({})", stage.layers, stage.layers.len()),
-                bytes(stage.weight_bytes),
+                bytes(stage.weight_bytes) + if stage.mapped { " mapped" } else { "" },
                 bytes(stage.kv_bytes),
                 bytes(stage.workspace_bytes),
                 format!("{} / {}", bytes(used), bytes(stage.budget_bytes)),
                 format!("{}{}", "█".repeat(filled), "░".repeat(BAR_WIDTH as usize - filled)),
                 format!("{:.3}", stage.predicted_ms),
-                stage.link.map_or("", |l| l.name()).to_owned(),
+                stage.link.as_ref().map_or(String::new(), |l| format!("{} ({})", l.kind, l.why)),
             ]);
         }
         let Forecast { single, batch, full } = replica.forecast;
@@ -76,7 +76,24 @@ pub fn plan_table(plan: &Plan) -> String {
         };
         out += &format!("\nreplica {index}: {stages} stages, {what}\n{table}");
     }
+    let offloaded = plan.offload.as_ref().map(offloaded);
+    let warnings = plan.warnings.iter().map(|warning| format!("warning: {warning}"));
+    offloaded.into_iter().chain(warnings).for_each(|sentence| out += &format!("\n{sentence}"));
     out
+}
+
+/// What it costs that layers are on a CPU, in a sentence or two.
+fn offloaded(offload: &Offload) -> String {
+    let Offload { layers, of, bytes: weights, tokens_per_second, without, quantize } = offload;
+    let weights = bytes(*weights);
+    let remedy = match quantize {
+        Some(quantization) => format!("--quantize {quantization} would keep all of them on the GPUs."),
+        None => "No quantization would keep all of them on the GPUs.".to_owned(),
+    };
+    format!(
+        "{layers} of {of} layers ({weights}) are on the CPU: about {tokens_per_second:.1} tokens/s instead of \
+         {without:.1}. {remedy}"
+    )
 }
 
 /// What the weights of each stage would take in each format.
@@ -178,7 +195,30 @@ impl Bars {
 
 #[cfg(test)]
 mod tests {
-    use super::bytes;
+    use strata_proto::Quantization;
+
+    use super::*;
+
+    #[test]
+    fn says_what_the_cpu_costs() {
+        let offload = Offload {
+            layers: 6,
+            of: 32,
+            bytes: 2_254_857_830,
+            tokens_per_second: 9.42,
+            without: 41.0,
+            quantize: Some(Quantization::Int8),
+        };
+        assert_eq!(
+            offloaded(&offload),
+            "6 of 32 layers (2.1 GiB) are on the CPU: about 9.4 tokens/s instead of 41.0. --quantize int8 would keep \
+             all of them on the GPUs."
+        );
+        assert!(
+            offloaded(&Offload { quantize: None, ..offload })
+                .ends_with("No quantization would keep all of them on the GPUs.")
+        );
+    }
 
     #[test]
     fn bytes_have_units() {

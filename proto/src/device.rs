@@ -38,6 +38,17 @@ pub struct Device {
     /// Stages that its host can compute at once, each with a device's threads, without one waiting for another's cores;
     /// 0 if it shares no cores.
     pub stages_at_once: u32,
+    /// A GPU's UUID, the same in every process that sees it; empty for a processor.
+    pub hardware: String,
+    /// Hardware whose memory this device can copy to directly, its own included.
+    pub peers: Vec<String>,
+    /// NCCL can be used from this device's worker.
+    pub nccl: bool,
+    /// Bytes of weights that may stay memory-mapped where they do not fit into memory; 0 on any device but a CPU that
+    /// nobody capped.
+    pub spill_bytes: u64,
+    /// Directory that they would be in.
+    pub spill_directory: String,
 }
 
 /// How fast products are.
@@ -52,6 +63,12 @@ pub struct Rate {
 }
 
 impl Device {
+    /// Whether one process can copy from this GPU's memory to that of `other` directly.
+    pub fn copies_to(&self, other: &Device) -> bool {
+        let reached = self.hardware == other.hardware || self.peers.contains(&other.hardware);
+        !self.hardware.is_empty() && !other.hardware.is_empty() && reached
+    }
+
     /// Operations per second of products with weights in `format` and `rows` rows: between measurements, along the
     /// logarithm of the rows.
     pub fn flops(&self, format: Format, rows: f64) -> f64 {
@@ -101,6 +118,11 @@ impl From<Device> for v1::Device {
                 })
                 .collect(),
             stages_at_once: d.stages_at_once,
+            hardware: d.hardware,
+            peers: d.peers,
+            nccl: d.nccl,
+            spill_bytes: d.spill_bytes,
+            spill_directory: d.spill_directory,
         }
     }
 }
@@ -139,6 +161,11 @@ impl TryFrom<v1::Device> for Device {
                 .collect::<Result<_, String>>()?,
             stages_at_once: d.stages_at_once,
             id: d.id,
+            hardware: d.hardware,
+            peers: d.peers,
+            nccl: d.nccl,
+            spill_bytes: d.spill_bytes,
+            spill_directory: d.spill_directory,
         })
     }
 }

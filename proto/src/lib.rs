@@ -13,7 +13,7 @@ mod worker;
 
 pub use device::{Device, DeviceKind, Rate, rate_at};
 pub use dtype::{DType, Format, Quantization};
-pub use plan::{Forecast, LayerRange, LinkKind, MapDevice, Plan, Replica, StagePlan};
+pub use plan::{Forecast, LayerRange, LinkChoice, LinkKind, MapDevice, Offload, Plan, Replica, StagePlan};
 pub use profile::{Experts, FormatBytes, ModelProfile, Module};
 pub use worker::{Files, Progress, StageChannel, Worker};
 

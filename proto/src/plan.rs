@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
-use serde::{Deserialize, Serialize, Serializer, ser::SerializeTuple};
+use serde::{
+    Deserialize, Serialize, Serializer,
+    ser::{SerializeMap, SerializeTuple},
+};
 
 use crate::{DType, FormatBytes, Quantization, v1};
 
@@ -62,19 +65,28 @@ impl From<v1::LayerRange> for LayerRange {
 
 /// How two neighbouring stages hand activations on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum LinkKind {
-    /// Inside one process: the tensor itself.
+    /// Inside one process, through host memory.
     Loopback,
+    /// Inside one process, from GPU to GPU.
+    DeviceCopy,
+    /// From GPU to GPU by a communicator of two ranks.
+    Nccl,
     /// Framed over a TCP connection.
     Tcp,
 }
 
 impl LinkKind {
+    /// All of them.
+    pub const ALL: [LinkKind; 4] = [LinkKind::Loopback, LinkKind::DeviceCopy, LinkKind::Nccl, LinkKind::Tcp];
+
     /// The name used on the command line and in plans.
     pub fn name(self) -> &'static str {
         match self {
             LinkKind::Loopback => "loopback",
+            LinkKind::DeviceCopy => "device-copy",
+            LinkKind::Nccl => "nccl",
             LinkKind::Tcp => "tcp",
         }
     }
@@ -90,12 +102,26 @@ impl FromStr for LinkKind {
     type Err = String;
 
     fn from_str(s: &str) -> Result<Self, String> {
-        match s {
-            "loopback" => Ok(LinkKind::Loopback),
-            "tcp" => Ok(LinkKind::Tcp),
-            _ => Err(format!("unknown link {s:?}: expected loopback or tcp")),
-        }
+        let found = LinkKind::ALL.into_iter().find(|kind| kind.name() == s);
+        found.ok_or_else(|| format!("unknown link {s:?}: expected loopback, device-copy, nccl or tcp"))
     }
+}
+
+/// The link between two stages, and why it is that one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkChoice {
+    /// How activations travel.
+    pub kind: LinkKind,
+    /// What decided it, as a clause.
+    pub why: String,
+}
+
+/// As `link` and `link_reason`, both null where there is no link.
+fn link_fields<S: Serializer>(link: &Option<LinkChoice>, s: S) -> Result<S::Ok, S::Error> {
+    let mut fields = s.serialize_map(Some(2))?;
+    fields.serialize_entry("link", &link.as_ref().map(|l| l.kind))?;
+    fields.serialize_entry("link_reason", &link.as_ref().map(|l| &l.why))?;
+    fields.end()
 }
 
 /// One stage of a planned pipeline.
@@ -120,7 +146,10 @@ pub struct StagePlan {
     /// Numerics class of the device's kernels at the plan's dtype.
     pub numerics: String,
     /// Link to the next stage; none on the last, or before links are chosen.
-    pub link: Option<LinkKind>,
+    #[serde(flatten, serialize_with = "link_fields")]
+    pub link: Option<LinkChoice>,
+    /// Its weights stay memory-mapped, because the device has too little memory.
+    pub mapped: bool,
     /// What its weights would take in each format.
     pub footprint: FormatBytes,
 }
@@ -168,6 +197,27 @@ pub struct Plan {
     /// Module name to device as accelerate's `hf_device_map` shows it: an integer for a CUDA device, `cpu`, or
     /// `cpu:N` when there are several. Of the first replica.
     pub hf_device_map: BTreeMap<String, MapDevice>,
+    /// What it costs that layers are on CPUs although there are GPUs; none if they are not.
+    pub offload: Option<Offload>,
+    /// What about it may surprise, in sentences.
+    pub warnings: Vec<String>,
+}
+
+/// Layers on CPUs that are there because the GPUs are full. Of the first replica.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Offload {
+    /// Layers on CPUs.
+    pub layers: u32,
+    /// Layers in all.
+    pub of: u32,
+    /// Bytes of the weights on CPUs.
+    pub bytes: u64,
+    /// Predicted tokens per second of one stream.
+    pub tokens_per_second: f64,
+    /// What they would be if the GPUs had the memory.
+    pub without: f64,
+    /// The mildest quantization with which all layers would be on GPUs, if there is one.
+    pub quantize: Option<Quantization>,
 }
 
 /// A device as `hf_device_map` names it.
@@ -197,6 +247,15 @@ impl From<&Plan> for v1::Plan {
             quantization: Quantization::to_wire(plan.quantization),
             replicas: plan.replicas.iter().map(Into::into).collect(),
             hf_device_map: plan.hf_device_map.iter().map(|(k, v)| (k.clone(), v.to_string())).collect(),
+            warnings: plan.warnings.clone(),
+            offload: plan.offload.as_ref().map(|o| v1::Offload {
+                layers: o.layers,
+                of: o.of,
+                bytes: o.bytes,
+                tokens_per_second: o.tokens_per_second,
+                without: o.without,
+                quantize: Quantization::to_wire(o.quantize),
+            }),
         }
     }
 }
@@ -213,7 +272,9 @@ impl From<&Replica> for v1::Replica {
             predicted_ms: s.predicted_ms,
             budget_bytes: s.budget_bytes,
             numerics: s.numerics.clone(),
-            link: s.link.map_or(String::new(), |l| l.name().to_owned()),
+            link: s.link.as_ref().map_or(String::new(), |l| l.kind.name().to_owned()),
+            link_reason: s.link.as_ref().map_or(String::new(), |l| l.why.clone()),
+            mapped: s.mapped,
             footprint: Some(s.footprint.into()),
         });
         let Forecast { single, batch, full } = replica.forecast;
@@ -230,7 +291,19 @@ impl TryFrom<v1::Plan> for Plan {
 
     fn try_from(plan: v1::Plan) -> Result<Self, String> {
         let map_device = |s: String| s.parse().map_or(MapDevice::Named(s), MapDevice::Cuda);
+        let offload = |o: v1::Offload| {
+            Ok::<_, String>(Offload {
+                layers: o.layers,
+                of: o.of,
+                bytes: o.bytes,
+                tokens_per_second: o.tokens_per_second,
+                without: o.without,
+                quantize: Quantization::from_wire(&o.quantize)?,
+            })
+        };
         Ok(Plan {
+            warnings: plan.warnings,
+            offload: plan.offload.map(offload).transpose()?,
             dtype: plan.dtype.parse()?,
             quantization: Quantization::from_wire(&plan.quantization)?,
             model: plan.model,
@@ -247,7 +320,11 @@ impl TryFrom<v1::Replica> for Replica {
         let stage = |s: v1::PlannedStage| {
             Ok::<_, String>(StagePlan {
                 layers: s.layers.ok_or("a planned stage has no layers")?.into(),
-                link: if s.link.is_empty() { None } else { Some(s.link.parse()?) },
+                link: match s.link.as_str() {
+                    "" => None,
+                    kind => Some(LinkChoice { kind: kind.parse()?, why: s.link_reason }),
+                },
+                mapped: s.mapped,
                 worker: s.worker,
                 footprint: s.footprint.unwrap_or_default().into(),
                 device: s.device,

@@ -108,6 +108,8 @@ pub struct Options {
     pub prefix_cache: bool,
     pub max_requests: usize,
     pub hook: Option<StepHook>,
+    /// Bytes that each worker's processor may hold.
+    pub processor_cap: Option<u64>,
 }
 
 impl Default for Options {
@@ -127,6 +129,7 @@ impl Default for Options {
             prefix_cache: true,
             max_requests: 256,
             hook: None,
+            processor_cap: Some(1 << 30),
         }
     }
 }
@@ -153,11 +156,12 @@ impl Options {
         let start = |rank: usize| {
             let worker = LocalWorker::start(WorkerConfig {
                 models: Models::One { name: name_of(&self.model), directory: self.model.clone() },
-                devices: vec![DeviceSpec::cpu(Some(1 << 30))],
+                devices: vec![DeviceSpec::cpu(self.processor_cap)],
                 compute: Compute { threads: self.threads, ..Compute::shared_by(1) },
                 link_address: "127.0.0.1:0".parse().unwrap(),
                 hub: hub.clone(),
                 step_hook: self.hook.clone(),
+                spill_directory: Some(std::env::temp_dir()),
             });
             let worker: Arc<dyn Worker> = Arc::new(worker.unwrap());
             Member { name: format!("worker-{rank}"), worker, rank, host: "127.0.0.1".into() }

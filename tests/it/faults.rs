@@ -95,6 +95,7 @@ async fn workers_refuse_stale_fences_on_every_call() {
         head: true,
         dtype: "f32".into(),
         quantization: String::new(),
+        mapped: false,
     };
     let fence = |term, generation| Some(Fence { term, pipeline: 0, generation });
     let load = |fence| v1::LoadRequest { fence, spec: Some(spec.clone()) };

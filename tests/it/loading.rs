@@ -4,18 +4,19 @@ use std::{
     io::Write,
     path::Path,
     process::{Command, Output},
+    sync::Arc,
 };
 
 use half::bf16;
 use safetensors::{Dtype, tensor::TensorView};
-use strata_coordinator::RemoteWorker;
+use strata_coordinator::{RemoteWorker, pipeline::Pipeline, survey::survey};
 use strata_proto::{
     Format, LayerRange, ModelProfile, Worker,
     v1::{self, Fence},
 };
 
 use crate::{
-    cluster::model,
+    cluster::{Options, model},
     processes::{Process, free_dir},
 };
 
@@ -91,13 +92,18 @@ async fn a_third_of_the_layers_costs_a_third_of_the_bytes_and_of_the_memory() {
         head: false,
         dtype: "bf16".into(),
         quantization: String::new(),
+        mapped: false,
     };
-    let fence = Some(Fence { term: 1, pipeline: 0, generation: 1 });
-    let mut progress = worker.load(v1::LoadRequest { fence, spec: Some(spec) }).await.unwrap();
-    let mut last = v1::LoadProgress::default();
-    while let Some(update) = progress.recv().await {
-        last = update.unwrap();
-    }
+    let load = async |spec: v1::StageSpec| {
+        let fence = Some(Fence { term: 1, pipeline: 0, generation: 1 });
+        let mut progress = worker.load(v1::LoadRequest { fence, spec: Some(spec) }).await.unwrap();
+        let mut last = v1::LoadProgress::default();
+        while let Some(update) = progress.recv().await {
+            last = update.unwrap();
+        }
+        last
+    };
+    let last = load(spec.clone()).await;
     let third = |what: &str, bytes: u64| {
         let share = bytes as f64 / file as f64;
         assert!((0.31..0.36).contains(&share), "{what}: {bytes} of {file} bytes are {share:.3}, not a third");
@@ -109,6 +115,31 @@ async fn a_third_of_the_layers_costs_a_third_of_the_bytes_and_of_the_memory() {
         last.resident_bytes.unwrap(),
         profile.weight_bytes(LayerRange::new(4, 8), Format::Float(strata_proto::DType::BF16))
     );
+
+    // Weights that stay memory-mapped are no anonymous memory, and their device can hold as much as before.
+    let mapped = load(v1::StageSpec { mapped: true, ..spec }).await;
+    assert_eq!(mapped.resident_bytes, last.resident_bytes);
+    let more = anonymous_bytes(process.id()).saturating_sub(idle);
+    assert!(more < file / 10, "{more} bytes of anonymous memory beside mapped weights");
+}
+
+/// A survey that found too little memory: then the weights stay memory-mapped, and answers are the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_model_that_fits_no_memory_is_brought_up_memory_mapped() {
+    let options = Options { processor_cap: None, kv_tokens: Some(512), ..Options::default() };
+    let deployment = options.deployment();
+    let mut found = survey(&options.members(), &deployment.model).await.unwrap();
+    let offer = &mut found.offers[0].device;
+    assert_eq!(offer.spill_directory, std::env::temp_dir().display().to_string());
+    (offer.budget_bytes, offer.spill_bytes) = (8 << 20, 1 << 30);
+    let plan = found.plan(&deployment).unwrap();
+    let stage = &plan.replicas[0].stages[0];
+    assert!(stage.mapped && stage.weight_bytes > 8 << 20, "{stage:?}");
+    assert!(plan.warnings[0].contains("memory-mapped"), "{:?}", plan.warnings);
+    let fence = Fence { term: 1, pipeline: 0, generation: 1 };
+    let up =
+        Pipeline::bring_up(&found, &plan, fence, Arc::new(|_| {}), Arc::new(|_, _| {}), &deployment).await;
+    assert_eq!(up.unwrap().replica(), &plan.replicas[0]);
 }
 
 fn serve(model: &Path) -> Output {

@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    path::Path,
     str::FromStr,
     sync::{
         Mutex, PoisonError,
@@ -14,7 +15,7 @@ use core_affinity::CoreId;
 use strata_proto::{DType, Device, DeviceKind, Format, Rate};
 
 use crate::kernels::{
-    buffer::Arena,
+    buffer::{Arena, free_bytes_in},
     cpu::{
         Cpu,
         isa::Isa,
@@ -171,18 +172,36 @@ pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get())
 }
 
-/// What the devices offer. An uncapped CPU offers 90 % of the memory that is free now and held by nothing of ours.
-///
-/// `held` is the memory our stages on the device already take, which a new plan may use again.
-pub fn offers(specs: &[DeviceSpec], compute: Compute, held: impl Fn(&str) -> u64) -> Vec<Device> {
+/// What a stage holds now, and a new plan may use again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Held {
+    /// Bytes of memory.
+    pub memory: u64,
+    /// Bytes of weights that stay memory-mapped.
+    pub mapped: u64,
+}
+
+/// What the devices offer. An uncapped CPU offers 90 % of the memory that is free now and held by nothing of ours, and
+/// 95 % of what is free on the disk of the directory `spill`.
+pub fn offers(
+    specs: &[DeviceSpec],
+    compute: Compute,
+    spill: Option<&Path>,
+    held: impl Fn(&str) -> Held,
+) -> Vec<Device> {
     let (free, total) = memory();
     let uncapped = specs.iter().filter(|s| s.cap.is_none()).count().max(1) as u64;
+    let on_disk = spill.map_or(0, free_on_disk);
     let Measured { bytes_per_second, rates } = measured(compute);
     let flops_per_second = rates.iter().map(|r| r.flops_per_second).fold(1.0, f64::max);
+    let spill_bytes = |spec: &DeviceSpec| match spec.cap {
+        None => on_disk / 100 * 95 / uncapped + held(&spec.id).mapped,
+        Some(_) => 0,
+    };
     let offer = |spec: &DeviceSpec| Device {
         id: spec.id.clone(),
         kind: spec.kind,
-        budget_bytes: spec.cap.unwrap_or_else(|| (free / 10 * 9) / uncapped + held(&spec.id)),
+        budget_bytes: spec.cap.unwrap_or_else(|| (free / 10 * 9) / uncapped + held(&spec.id).memory),
         total_bytes: total,
         capped: spec.cap.is_some(),
         bytes_per_second,
@@ -190,8 +209,23 @@ pub fn offers(specs: &[DeviceSpec], compute: Compute, held: impl Fn(&str) -> u64
         numerics: Cpu::numerics(compute.isa),
         rates: rates.clone(),
         stages_at_once: cores().div_ceil(compute.threads) as u32,
+        hardware: String::new(),
+        peers: Vec::new(),
+        nccl: false,
+        spill_bytes: spill_bytes(spec),
+        spill_directory: spill.map_or(String::new(), |directory| directory.display().to_string()),
     };
     specs.iter().map(offer).collect()
+}
+
+/// Bytes that are free in a directory on a disk; none if it cannot be used, or is in memory itself.
+fn free_on_disk(directory: &Path) -> u64 {
+    #[cfg(target_os = "linux")]
+    // By TMPFS_MAGIC of linux/magic.h.
+    if rustix::fs::statfs(directory).is_ok_and(|system| system.f_type == 0x0102_1994) {
+        return 0;
+    }
+    free_bytes_in(directory).unwrap_or(0)
 }
 
 /// Speeds of this processor, by the kernels that will do the work.
@@ -283,6 +317,25 @@ mod tests {
             }
         });
         assert_eq!(seen.into_inner().unwrap().into_iter().collect::<Vec<_>>(), [core.id]);
+    }
+
+    #[test]
+    fn what_does_not_fit_may_stay_on_the_disk_of_an_uncapped_processor() {
+        let directory = tempfile::tempdir().unwrap();
+        let free = free_on_disk(directory.path());
+        let specs = ["cpu:0", "cpu:1", "cpu:2=1MiB"].map(|spec| spec.parse().unwrap());
+        let compute = Compute::shared_by(2);
+        let held = |id: &str| Held { memory: 0, mapped: if id == "cpu:1" { 1 << 40 } else { 0 } };
+        let offered = |spill: Option<&Path>| -> Vec<u64> {
+            offers(&specs, compute, spill, held).iter().map(|device| device.spill_bytes).collect()
+        };
+        let with = offered(Some(directory.path()));
+        // Other processes write to the disk as well.
+        assert!((with[0] as f64 - free as f64 * 0.475).abs() <= free as f64 * 0.05, "{with:?} of {free}");
+        assert!(with[1] >= 1 << 40, "what is mapped already can be used again");
+        assert_eq!(with[2], 0, "a cap is a cap");
+        assert_eq!(offered(None), [0, 1 << 40, 0]);
+        assert_eq!(offered(Some(&directory.path().join("none"))), [0, 1 << 40, 0]);
     }
 
     #[test]

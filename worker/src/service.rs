@@ -17,7 +17,7 @@ use tonic::{Status, async_trait};
 use uuid::Uuid;
 
 use crate::{
-    device::{self, Compute, DeviceSpec},
+    device::{self, Compute, DeviceSpec, Held},
     error::WorkerError,
     model,
     stage::{Connect, MakeDownstream, MakeUpstream, Prepare, StageThread, StepHook},
@@ -94,6 +94,8 @@ pub struct WorkerConfig {
     pub hub: Arc<Hub>,
     /// Fault injection for tests.
     pub step_hook: Option<StepHook>,
+    /// Where weights may stay memory-mapped that do not fit into memory.
+    pub spill_directory: Option<PathBuf>,
 }
 
 /// A worker.
@@ -127,7 +129,10 @@ impl LocalWorker {
         let stages = config
             .devices
             .iter()
-            .map(|d| Ok((d.id.clone(), StageThread::spawn(d, config.compute, config.step_hook.clone())?)))
+            .map(|d| {
+                let (hook, spill) = (config.step_hook.clone(), config.spill_directory.clone());
+                Ok((d.id.clone(), StageThread::spawn(d, config.compute, hook, spill)?))
+            })
             .collect::<Result<_, WorkerError>>()?;
         Ok(LocalWorker {
             boot_id: Uuid::new_v4().to_string(),
@@ -164,8 +169,9 @@ impl LocalWorker {
     }
 
     fn offers(&self) -> Vec<strata_proto::Device> {
-        device::offers(&self.config.devices, self.config.compute, |id| {
-            self.stage(id).map_or(0, StageThread::held_bytes)
+        let spill = self.config.spill_directory.as_deref();
+        device::offers(&self.config.devices, self.config.compute, spill, |id| {
+            self.stage(id).map_or(Held::default(), StageThread::held)
         })
     }
 }
@@ -283,7 +289,7 @@ impl LocalWorker {
         let token = link_token(&link.token)?;
         let hub = self.config.hub.clone();
         match link.kind() {
-            LinkKind::Loopback => {
+            LinkKind::Loopback | LinkKind::DeviceCopy => {
                 Ok(Box::new(move |_, interrupt| Ok(Box::new(hub.upstream(token, interrupt)))))
             }
             LinkKind::Tcp => Ok(Box::new(move |pending, interrupt| match pending {
@@ -292,6 +298,7 @@ impl LocalWorker {
                 }
                 _ => Err(LinkError::Protocol("this link's token was not announced by Prepare".into()).into()),
             })),
+            LinkKind::Nccl => Err(no_nccl()),
             LinkKind::Unspecified => Err(WorkerError::BadMessage("a link needs a kind".into())),
         }
     }
@@ -301,15 +308,22 @@ impl LocalWorker {
         let hub = self.config.hub.clone();
         let address = link.address.clone();
         match link.kind() {
-            LinkKind::Loopback => {
+            LinkKind::Loopback | LinkKind::DeviceCopy => {
                 Ok(Box::new(move |interrupt| Ok(Box::new(hub.downstream(token, interrupt)))))
             }
             LinkKind::Tcp => {
                 Ok(Box::new(move |interrupt| Ok(Box::new(tcp::dial(&address, &token, fence, &interrupt)?))))
             }
+            LinkKind::Nccl => Err(no_nccl()),
             LinkKind::Unspecified => Err(WorkerError::BadMessage("a link needs a kind".into())),
         }
     }
+}
+
+fn no_nccl() -> WorkerError {
+    WorkerError::BadMessage(
+        "this build of Strata has no CUDA support: it cannot link by NCCL; use --links tcp".into(),
+    )
 }
 
 fn read_files(directory: &Path) -> Result<Files, WorkerError> {

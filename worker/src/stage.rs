@@ -24,7 +24,7 @@ use tokio::sync::{
 use tonic::Status;
 
 use crate::{
-    device::{Compute, DeviceSpec},
+    device::{Compute, DeviceSpec, Held},
     engine::{self, Allocated, Engine, Size},
     error::WorkerError,
     generation::{Generation, RunEnd},
@@ -102,7 +102,12 @@ impl StageThread {
     ///
     /// # Errors
     /// If there can be no thread, or the device cannot be used.
-    pub fn spawn(device: &DeviceSpec, compute: Compute, hook: Option<StepHook>) -> Result<Self, WorkerError> {
+    pub fn spawn(
+        device: &DeviceSpec,
+        compute: Compute,
+        hook: Option<StepHook>,
+        spill: Option<PathBuf>,
+    ) -> Result<Self, WorkerError> {
         let (commands, orders) = std_mpsc::channel();
         let (report, started) = std_mpsc::channel();
         let shared = Arc::<Shared>::default();
@@ -118,8 +123,16 @@ impl StageThread {
                 Err(error) => return report.send(Err(error)).unwrap_or(()),
             };
             let _ = report.send(Ok(()));
-            let mut stage =
-                Stage { shared: theirs, begun, engine, hook, spec: None, bytes_read: 0, generation: None };
+            let mut stage = Stage {
+                shared: theirs,
+                begun,
+                engine,
+                hook,
+                spill,
+                spec: None,
+                bytes_read: 0,
+                generation: None,
+            };
             while let Ok(command) = orders.recv() {
                 stage.obey(command);
             }
@@ -135,9 +148,15 @@ impl StageThread {
         lock(&self.shared.resident).clone()
     }
 
-    /// Bytes that this stage holds now.
-    pub fn held_bytes(&self) -> u64 {
-        self.resident().map_or(0, |r| r.bytes) + self.shared.allocated.load(Ordering::Relaxed)
+    /// What this stage holds now.
+    pub fn held(&self) -> Held {
+        let resident = self.resident().unwrap_or_default();
+        let mapped = resident.spec.is_some_and(|spec| spec.mapped);
+        let allocated = self.shared.allocated.load(Ordering::Relaxed);
+        match mapped {
+            true => Held { memory: allocated, mapped: resident.bytes },
+            false => Held { memory: allocated + resident.bytes, mapped: 0 },
+        }
     }
 
     /// Ends the running generation if `newer` supersedes it.
@@ -256,6 +275,8 @@ struct Stage {
     begun: Instant,
     engine: Box<dyn Engine>,
     hook: Option<StepHook>,
+    /// Directory of weights that stay memory-mapped.
+    spill: Option<PathBuf>,
     /// What the engine's weights were loaded as.
     spec: Option<v1::StageSpec>,
     /// What the last load read from files.
@@ -346,7 +367,14 @@ impl Stage {
                     _ => ControlFlow::Continue(()),
                 }
             };
-            self.engine.load(&checkpoint, &model, &range_spec(&spec)?, &mut report)?;
+            let spill = match (spec.mapped, self.spill.as_deref()) {
+                (true, None) => {
+                    let why = "weights cannot stay memory-mapped here: this worker has no --spill-dir";
+                    return Err(WorkerError::WrongState(why.into()));
+                }
+                (mapped, directory) => directory.filter(|_| mapped),
+            };
+            self.engine.load(spill, &checkpoint, &model, &range_spec(&spec)?, &mut report)?;
             let bytes = self.engine.loaded().map_or(0, |loaded| loaded.bytes);
             *lock(&self.shared.resident) = Some(v1::ResidentWeights { spec: Some(spec.clone()), bytes });
             self.spec = Some(spec);
@@ -375,7 +403,9 @@ impl Stage {
         let (tokens, outputs) = (request.max_step_tokens, request.max_step_outputs);
         let size = Size { kv_blocks: request.kv_blocks, tokens, outputs };
         let state = StageState::bytes_for(loaded.model, loaded.spec, request.kv_blocks, tokens, outputs);
-        let (needed, dtype) = (loaded.bytes + state, loaded.spec.dtype);
+        // Weights that stay memory-mapped have their room on a disk.
+        let resident = if request.spec.mapped { 0 } else { loaded.bytes };
+        let (needed, dtype) = (resident + state, loaded.spec.dtype);
         if needed > request.budget {
             return Err(WorkerError::OverBudget {
                 device: request.spec.device,
@@ -384,7 +414,12 @@ impl Stage {
             });
         }
         let Allocated { kv_bytes, workspace_bytes } = self.engine.prepare(size)?;
-        let prepared = v1::Prepared { kv_bytes, workspace_bytes, link_address: String::new() };
+        let prepared = v1::Prepared {
+            kv_bytes,
+            workspace_bytes,
+            link_address: String::new(),
+            nccl_id: Vec::new().into(),
+        };
         self.shared.allocated.store(prepared.kv_bytes + prepared.workspace_bytes, Ordering::Relaxed);
         self.generation = Some(Generation {
             fence: request.fence,

@@ -3,17 +3,22 @@
 //! The time of an operation over m rows is `max(bytes / bandwidth, 2 * macs * m / rate)`: either its weights stream
 //! through memory or its arithmetic takes longer.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use strata_proto::{BLOCK_TOKENS, DeviceKind, Format, LayerRange, Module, rate_at, v1::Task};
 
-use super::{Problem, Split};
+use super::{Problem, Split, block_bounds};
 
 /// Rows of the prefill that splits are compared by.
 const PREFILL_ROWS: f64 = 512.0;
 
 /// Penalty of a layer that spilled to a CPU: more than any number of layers on a spared device.
-const SPILLED: u64 = 1 << 32;
+pub(super) const SPILLED: u64 = 1 << 32;
+/// What comes on top if the CPU's worker has none of the devices that layers spilled from: of two CPUs, the one nearby.
+const ELSEWHERE: u64 = 1 << 16;
+
+/// Bytes per second that a system reads mapped weights at: those of an ordinary solid-state disk.
+const DISK: f64 = 1e9;
 
 /// Sums over layers `0..n`, and what the ends of the model add.
 #[derive(Debug, Clone)]
@@ -107,8 +112,12 @@ pub(super) struct Costs {
     kv: Vec<u64>,
     workspace: u64,
     workspace_head: u64,
+    /// Smallest and wanted number of KV blocks.
+    pub blocks: (u64, u64),
     /// Per offer.
     budgets: Vec<u64>,
+    /// Bytes of weights that may stay memory-mapped; none, unless that is the last resort.
+    mappable: Vec<u64>,
     times: Vec<usize>,
     kinds: Vec<Times>,
     penalties: Vec<u64>,
@@ -146,6 +155,8 @@ impl Costs {
         let ranks: Vec<bool> =
             problem.offers.iter().map(|o| o.device.kind != DeviceKind::Cpu || o.device.capped).collect();
         let any = ranks.contains(&true);
+        let near: HashSet<&str> =
+            problem.offers.iter().zip(&ranks).filter(|(_, ranks)| **ranks).map(|(o, _)| &*o.worker).collect();
         Costs {
             weights: sums(&|m| m.bytes.at(format)),
             embedding: profile.embedding.bytes.at(format),
@@ -154,7 +165,9 @@ impl Costs {
             kv: sums(&|m| m.kv_elements_per_token * problem.dtype.size()),
             workspace,
             workspace_head: with_head - workspace,
+            blocks: block_bounds(problem),
             budgets: problem.offers.iter().map(|o| o.device.budget_bytes).collect(),
+            mappable: vec![0; problem.offers.len()],
             times,
             kinds,
             penalties: ranks
@@ -162,13 +175,31 @@ impl Costs {
                 .enumerate()
                 .map(|(offer, ranks)| {
                     match (any && !ranks, *problem.split == Split::BalancedLow0 && offer == 0) {
-                        (true, _) => SPILLED,
+                        (true, _) if near.contains(&*problem.offers[offer].worker) => SPILLED,
+                        (true, _) => SPILLED + ELSEWHERE,
                         (false, true) => 1,
                         (false, false) => 0,
                     }
                 })
                 .collect(),
         }
+    }
+
+    /// The same where weights may stay memory-mapped; `None` if no device allows it. Then the cache is as small as it may
+    /// be: what it grew by would be read from a disk instead.
+    pub fn mapped(mut self, problem: &Problem<'_>) -> Option<Self> {
+        let mappable = problem.offers.iter().map(|offer| match &offer.device {
+            device if device.kind == DeviceKind::Cpu && !device.capped => device.spill_bytes,
+            _ => 0,
+        });
+        self.mappable = mappable.collect();
+        self.blocks.1 = self.blocks.0;
+        self.maps().then_some(self)
+    }
+
+    /// Whether weights may stay memory-mapped.
+    pub fn maps(&self) -> bool {
+        self.mappable.iter().any(|bytes| *bytes > 0)
     }
 
     pub fn layers(&self) -> u32 {
@@ -202,6 +233,15 @@ impl Costs {
 
     /// Every byte of a stage.
     pub fn bytes(&self, range: LayerRange, blocks: u64) -> u64 {
+        self.weight_bytes(range).saturating_add(self.unmappable_bytes(range, blocks))
+    }
+
+    /// What a stage holds in memory in any case.
+    fn unmappable_bytes(&self, range: LayerRange, blocks: u64) -> u64 {
+        self.workspace_bytes(range).saturating_add(self.kv_bytes(range, blocks))
+    }
+
+    fn weight_bytes(&self, range: LayerRange) -> u64 {
         let (first, last) = (range.first == 0, range.end == self.layers());
         let mut bytes = self.weights[range.end as usize] - self.weights[range.first as usize];
         if first {
@@ -213,12 +253,28 @@ impl Costs {
         if first && last {
             bytes -= self.shared;
         }
-        (bytes + self.workspace_bytes(range)).saturating_add(self.kv_bytes(range, blocks))
+        bytes
+    }
+
+    /// Whether a device can hold a stage.
+    pub fn fits(&self, offer: usize, range: LayerRange, blocks: u64) -> bool {
+        let (budget, mappable) = (self.budget(offer), self.mappable[offer]);
+        let mapped =
+            || self.unmappable_bytes(range, blocks) <= budget && self.weight_bytes(range) <= mappable;
+        self.bytes(range, blocks) <= budget || (mappable > 0 && mapped())
+    }
+
+    /// Time in which a disk yields what of a mapped stage does not stay in memory.
+    fn disk_seconds(&self, offer: usize, range: LayerRange) -> f64 {
+        if self.mappable[offer] == 0 {
+            return 0.0;
+        }
+        self.bytes(range, self.blocks.0).saturating_sub(self.budget(offer)) as f64 / DISK
     }
 
     /// One decode step of one row.
     pub fn decode_seconds(&self, offer: usize, range: LayerRange) -> f64 {
-        self.kinds[self.times[offer]].decode.range(range)
+        self.kinds[self.times[offer]].decode.range(range) + self.disk_seconds(offer, range)
     }
 
     /// One step of `rows` rows, each of a sequence of its own at half its context.
@@ -228,7 +284,7 @@ impl Costs {
         let layer = |m: &Module| {
             speeds.op(m, problem.format(), rows) + rows * speeds.cache(m, problem) + speeds.launches
         };
-        let mut seconds: f64 = layers.iter().map(layer).sum();
+        let mut seconds = self.disk_seconds(offer, range) + layers.iter().map(layer).sum::<f64>();
         if range.first == 0 {
             seconds += rows * lookup(problem, speeds);
         }
@@ -242,7 +298,7 @@ impl Costs {
 
     /// One prefill step of [`PREFILL_ROWS`] rows.
     pub fn prefill_seconds(&self, offer: usize, range: LayerRange) -> f64 {
-        self.kinds[self.times[offer]].prefill.range(range)
+        self.kinds[self.times[offer]].prefill.range(range) + self.disk_seconds(offer, range)
     }
 }
 

@@ -7,7 +7,7 @@ use strata_proto::{
     error::{Classify, Kind},
 };
 
-use super::{Offer, Problem, block_bounds, by_policy, cost::Costs, largest};
+use super::{Offer, Problem, by_policy, cost::Costs, largest};
 
 /// Why there is no plan.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -132,7 +132,7 @@ fn missing(needed: u64, offered: u64) -> String {
 
 /// The error for a model that fits no split, with a remedy.
 pub(super) fn does_not_fit(problem: &Problem<'_>, costs: &Costs) -> PlanError {
-    let (blocks, _) = block_bounds(problem);
+    let (blocks, _) = costs.blocks;
     let whole = LayerRange::new(0, costs.layers());
     let (weights, kv) =
         (problem.profile.weight_bytes(whole, problem.format()), costs.kv_bytes(whole, blocks));
@@ -170,7 +170,7 @@ pub(super) fn name(offer: &Offer) -> String {
 }
 
 /// Bytes with a unit.
-struct Bytes(u64);
+pub(super) struct Bytes(pub u64);
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

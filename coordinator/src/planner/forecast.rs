@@ -12,7 +12,8 @@ use super::{Problem, Share, cost::Costs};
 
 /// Scheduling, and the way from the last stage over the coordinator to the first, in seconds.
 const CONTROL: f64 = 100e-6;
-/// Handing activations on within a host, and between hosts, in seconds.
+/// Handing activations on from GPU to GPU, within a host, and between hosts, in seconds.
+const HOP_DIRECT: f64 = 10e-6;
 const HOP_WITHIN: f64 = 20e-6;
 const HOP_BETWEEN: f64 = 100e-6;
 /// Bytes per second between hosts: a network of 10 Gbit/s.
@@ -23,7 +24,11 @@ pub(super) fn forecast(problem: &Problem<'_>, costs: &Costs, blocks: u64, shares
     let profile = problem.profile;
     let stages = shares.len() as f64;
     let hop = |a: &Share, b: &Share, rows: f64| {
-        if problem.offers[a.offer].host == problem.offers[b.offer].host {
+        let [from, to] = [a, b].map(|share| &problem.offers[share.offer]);
+        if from.worker == to.worker && from.device.copies_to(&to.device) {
+            return HOP_DIRECT;
+        }
+        if from.host == to.host {
             return HOP_WITHIN;
         }
         HOP_BETWEEN + rows * f64::from(profile.hidden_size) * problem.dtype.size() as f64 / WIRE

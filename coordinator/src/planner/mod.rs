@@ -4,9 +4,10 @@ mod cost;
 mod device_map;
 mod error;
 mod forecast;
+mod offload;
 mod split;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
@@ -17,7 +18,7 @@ use strata_proto::{
 
 use cost::Costs;
 pub use error::{PlanError, Remedy};
-use split::{Measure, Objective, assign};
+use split::{Measure, Objective, Worth, assign};
 
 /// The default cache holds this many full contexts, if they fit.
 const TARGET_CONTEXTS: u64 = 16;
@@ -146,23 +147,57 @@ pub fn solve(problem: &Problem<'_>) -> Result<Plan, PlanError> {
     if problem.offers.is_empty() {
         return Err(PlanError::NoDevices);
     }
-    let costs = Costs::new(problem);
-    let (blocks, shares) = match problem.split {
-        Split::Counts(counts) => by_counts(problem, &costs, counts)?,
-        Split::DeviceMap(map) => chosen(problem, &costs, device_map::shares(problem, map)?)?,
-        _ => by_policy(problem, &costs).ok_or_else(|| error::does_not_fit(problem, &costs))?,
-    };
-    let mut replicas = vec![describe(problem, &costs, blocks, &shares)];
-    if *problem.split == Split::Auto {
-        replicas.extend(further_replicas(problem, &shares));
-    }
+    let (shares, replicas) = plan_replicas(problem)?;
     Ok(Plan {
         model: problem.profile.model.clone(),
         dtype: problem.dtype,
         quantization: problem.quantization,
         hf_device_map: device_map::export(problem, &shares),
+        offload: offload::offload(problem, &replicas[0]),
+        warnings: warnings(problem, &replicas[0]),
         replicas,
     })
+}
+
+/// The replicas of a plan, at least one, and the shares of the first one.
+fn plan_replicas(problem: &Problem<'_>) -> Result<(Vec<Share>, Vec<Replica>), PlanError> {
+    let decide = |costs: &Costs| match problem.split {
+        Split::Counts(counts) => by_counts(problem, costs, counts),
+        Split::DeviceMap(map) => chosen(problem, costs, device_map::shares(problem, map)?),
+        _ => by_policy(problem, costs).ok_or_else(|| error::does_not_fit(problem, costs)),
+    };
+    let mut costs = Costs::new(problem);
+    let (blocks, shares) = match decide(&costs) {
+        Ok(decided) => decided,
+        // What fits into no memory may stay on a disk.
+        Err(error) => match costs.mapped(problem) {
+            Some(mapped) => {
+                costs = mapped;
+                decide(&costs).map_err(|_| error)?
+            }
+            None => return Err(error),
+        },
+    };
+    let mut replicas = vec![describe(problem, &costs, blocks, &shares)];
+    if *problem.split == Split::Auto {
+        replicas.extend(further_replicas(problem, &shares));
+    }
+    Ok((shares, replicas))
+}
+
+/// What about a replica may surprise.
+fn warnings(problem: &Problem<'_>, replica: &Replica) -> Vec<String> {
+    let of = |stage: &StagePlan| {
+        let is_there = |o: &&Offer| o.worker == stage.worker && o.device.id == stage.device;
+        let offer = problem.offers.iter().find(is_there).filter(|_| stage.mapped)?;
+        let [weights, free] = [stage.weight_bytes, stage.budget_bytes].map(error::Bytes);
+        Some(format!(
+            "the weights of {} on {} ({weights}) do not fit into the memory that is free ({free}): they stay \
+             memory-mapped in {} and are read from disk in every step; expect seconds per token",
+            stage.device, stage.worker, offer.device.spill_directory
+        ))
+    };
+    replica.stages.iter().filter_map(of).collect()
 }
 
 /// Copies of the model on the devices that `taken` leaves over. CPUs that nobody capped never hold one: those of one
@@ -179,7 +214,8 @@ fn further_replicas(problem: &Problem<'_>, taken: &[Share]) -> Vec<Replica> {
     let mut replicas = Vec::new();
     while replicas.len() + 1 < MAX_REPLICAS && !left.is_empty() {
         let rest = Problem { offers: &left, ..*problem };
-        let Some(shares) = fill(&Costs::new(&rest), block_bounds(&rest).0) else { break };
+        let costs = Costs::new(&rest);
+        let Some(shares) = fill(&costs, costs.blocks.0) else { break };
         let group: Vec<Offer> = shares.iter().map(|share| left[share.offer].clone()).collect();
         let within = Problem { offers: &group, ..*problem };
         let costs = Costs::new(&within);
@@ -224,26 +260,44 @@ fn largest(mut low: u64, mut high: u64, mut fits: impl FnMut(u64) -> bool) -> u6
 
 /// The splits that are named; `None` if even the smallest cache does not fit.
 fn by_policy(problem: &Problem<'_>, costs: &Costs) -> Option<(u64, Vec<Share>)> {
-    let (least, wanted) = block_bounds(problem);
     let objective = match problem.split {
-        Split::Auto => Objective::FewestStages,
+        // Where memory is short, all of it counts.
+        Split::Auto if !costs.maps() => Objective::FewestStages,
         Split::Sequential => {
             // Filled with the smallest cache: a larger one would move layers on. What room is left makes it grow.
+            let (least, wanted) = costs.blocks;
             let shares = fill(costs, least)?;
-            let fits = |blocks| shares.iter().all(|s| costs.bytes(s.layers, blocks) <= costs.budget(s.offer));
+            let fits = |blocks| shares.iter().all(|s| costs.fits(s.offer, s.layers, blocks));
             return Some((largest(least, wanted, fits), shares));
         }
         _ => Objective::EveryDevice,
     };
+    let listed: Vec<usize> = (0..costs.offers()).collect();
+    let best = in_order(costs, &listed, objective);
+    let (cpus, others): (Vec<_>, Vec<_>) = listed.into_iter().partition(|offer| costs.penalty(*offer) > 0);
+    let spills = best.as_ref().is_none_or(|(worth, ..)| worth.spills());
+    // A CPU at the end computes the head, one at the beginning only looks tokens up.
+    let other = if *problem.split == Split::Auto && spills && !cpus.is_empty() {
+        in_order(costs, &[cpus, others].concat(), objective)
+    } else {
+        None
+    };
+    let ways = best.into_iter().chain(other);
+    ways.reduce(|a, b| if b.0.better(&a.0) { b } else { a }).map(|(_, blocks, shares)| (blocks, shares))
+}
+
+/// The best split over devices in this order, with what it is worth by its slowest decode and the blocks of its cache.
+fn in_order(costs: &Costs, order: &[usize], objective: Objective) -> Option<(Worth, u64, Vec<Share>)> {
+    let (least, wanted) = costs.blocks;
     // The shape (how much spills to CPUs, how many stages) is decided with the smallest cache; then the cache grows
     // for as long as the shape holds.
-    let shape_with = |blocks| assign(costs, objective, blocks, Measure::Shape).map(|(worth, _)| worth);
+    let shape_with = |blocks| assign(costs, order, objective, blocks, Measure::Shape).map(|(worth, _)| worth);
     let shape = shape_with(least)?;
     let blocks = largest(least, wanted, |blocks| shape_with(blocks).is_some_and(|s| s.same(&shape)));
-    let (best, _) = assign(costs, objective, blocks, Measure::Decode)?;
+    let (best, _) = assign(costs, order, objective, blocks, Measure::Decode)?;
     // Among the splits with the fastest slowest decode, the one with the fastest slowest prefill.
-    let (_, shares) = assign(costs, objective, blocks, Measure::PrefillWithin(best.slowest))?;
-    Some((blocks, shares))
+    let (_, shares) = assign(costs, order, objective, blocks, Measure::PrefillWithin(best.slowest))?;
+    Some((best, blocks, shares))
 }
 
 /// Each device in turn takes as many layers as fit; `None` if some are left over.
@@ -251,7 +305,7 @@ fn fill(costs: &Costs, blocks: u64) -> Option<Vec<Share>> {
     let mut shares = Vec::new();
     let mut first = 0;
     for offer in 0..costs.offers() {
-        let fits = |end: &u32| costs.bytes(LayerRange::new(first, *end), blocks) <= costs.budget(offer);
+        let fits = |end: &u32| costs.fits(offer, LayerRange::new(first, *end), blocks);
         if let Some(end) = (first + 1..=costs.layers()).take_while(fits).last() {
             shares.push(Share { offer, layers: LayerRange::new(first, end) });
             first = end;
@@ -284,8 +338,8 @@ fn by_counts(problem: &Problem<'_>, costs: &Costs, counts: &[u32]) -> Result<(u6
 
 /// The cache for shares that the user chose, if they fit.
 fn chosen(problem: &Problem<'_>, costs: &Costs, shares: Vec<Share>) -> Result<(u64, Vec<Share>), PlanError> {
-    let (least, wanted) = block_bounds(problem);
-    let tight = |blocks| shares.iter().find(|s| costs.bytes(s.layers, blocks) > costs.budget(s.offer));
+    let (least, wanted) = costs.blocks;
+    let tight = |blocks| shares.iter().find(|s| !costs.fits(s.offer, s.layers, blocks));
     if let Some(share) = tight(least) {
         return Err(PlanError::StageTooLarge {
             stage: shares.iter().position(|s| s == share).unwrap_or(0),
@@ -320,6 +374,7 @@ fn describe(problem: &Problem<'_>, costs: &Costs, blocks: u64, shares: &[Share])
             budget_bytes: device.budget_bytes,
             numerics: numerics(problem, device),
             link: None,
+            mapped: costs.bytes(share.layers, blocks) > device.budget_bytes,
             footprint: FormatBytes::of(|format| profile.weight_bytes(share.layers, format)),
         }
     };

@@ -1,4 +1,4 @@
-//! Exact assignment of contiguous layer ranges to devices in order, by dynamic programming.
+//! Exact assignment of contiguous layer ranges to devices in a given order, by dynamic programming.
 //!
 //! After each device the best way to have placed layers `0..l` is kept. A way is worth
 //! `(penalty, stages, slowest stage)`, compared in this order. The first two add up and the third is a maximum,
@@ -6,7 +6,10 @@
 
 use strata_proto::LayerRange;
 
-use super::{Share, cost::Costs};
+use super::{
+    Share,
+    cost::{Costs, SPILLED},
+};
 
 /// What comes before the time of the slowest stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,7 +42,8 @@ pub(super) struct Worth {
 }
 
 impl Worth {
-    fn better(&self, other: &Worth) -> bool {
+    /// Whether it is worth less than `other`, and so is the better one.
+    pub fn better(&self, other: &Worth) -> bool {
         (self.penalty, self.stages)
             .cmp(&(other.penalty, other.stages))
             .then(self.slowest.total_cmp(&other.slowest))
@@ -54,6 +58,11 @@ impl Worth {
         }
     }
 
+    /// Whether something spilled to a CPU.
+    pub fn spills(&self) -> bool {
+        self.penalty >= SPILLED
+    }
+
     /// Whether both have the same penalty and as many stages.
     pub fn same(&self, other: &Worth) -> bool {
         (self.penalty, self.stages) == (other.penalty, other.stages)
@@ -65,7 +74,7 @@ fn longest(costs: &Costs, offer: usize, first: usize, blocks: u64) -> usize {
     let (mut low, mut high) = (first + 1, costs.layers() as usize);
     while low < high {
         let middle = low + (high - low).div_ceil(2);
-        if costs.bytes(LayerRange::new(first as u32, middle as u32), blocks) <= costs.budget(offer) {
+        if costs.fits(offer, LayerRange::new(first as u32, middle as u32), blocks) {
             low = middle;
         } else {
             high = middle - 1;
@@ -74,9 +83,10 @@ fn longest(costs: &Costs, offer: usize, first: usize, blocks: u64) -> usize {
     low
 }
 
-/// The best assignment with a cache of `blocks` blocks, or `None` if there is none.
+/// The best assignment to devices in this `order` with a cache of `blocks` blocks, or `None` if there is none.
 pub(super) fn assign(
     costs: &Costs,
+    order: &[usize],
     objective: Objective,
     blocks: u64,
     measure: Measure,
@@ -86,10 +96,10 @@ pub(super) fn assign(
     let mut best: Vec<Option<Worth>> = vec![None; layers + 1];
     best[0] = Some(Worth { penalty: 0, stages: 0, slowest: 0.0 });
     // For each device and each number of layers placed after it: where its range begins, if it has one.
-    let mut begins = vec![vec![None::<u32>; layers + 1]; costs.offers()];
-    for (offer, begins) in begins.iter_mut().enumerate() {
-        let before = best.clone();
-        let offers_left = costs.offers() - offer - 1;
+    let mut begins = vec![vec![None::<u32>; layers + 1]; order.len()];
+    for (at, begins) in begins.iter_mut().enumerate() {
+        let (offer, before) = (order[at], best.clone());
+        let offers_left = order.len() - at - 1;
         // What cannot end up better than the whole in hand is not followed up. That never changes the result.
         let hopeless = |way: &Worth, more: usize, whole: &Option<Worth>| {
             whole.as_ref().is_some_and(|whole| !way.at_best(objective, more).better(whole))
@@ -121,7 +131,7 @@ pub(super) fn assign(
             };
             for end in shortest..=layers {
                 let range = LayerRange::new(first as u32, end as u32);
-                if costs.bytes(range, blocks) > costs.budget(offer) {
+                if !costs.fits(offer, range, blocks) {
                     // More layers only need more.
                     break;
                 }
@@ -152,9 +162,9 @@ pub(super) fn assign(
     let worth = best[layers]?;
     let mut shares = Vec::new();
     let mut end = layers;
-    for offer in (0..costs.offers()).rev() {
-        if let Some(first) = begins[offer][end] {
-            shares.push(Share { offer, layers: LayerRange::new(first, end as u32) });
+    for (at, offer) in order.iter().enumerate().rev() {
+        if let Some(first) = begins[at][end] {
+            shares.push(Share { offer: *offer, layers: LayerRange::new(first, end as u32) });
             end = first as usize;
         }
     }

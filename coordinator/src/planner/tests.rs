@@ -1,5 +1,7 @@
 //! The planner against brute force on small problems, and the cases people ask about.
 
+use std::cmp::Reverse;
+
 use proptest::prelude::*;
 use strata_proto::{DeviceKind, FormatBytes, Module, v1::Task};
 
@@ -26,7 +28,7 @@ fn module(name: &str, bytes: u64, kv: u64, macs: u64) -> Module {
 }
 
 /// A model whose layers cost `(bytes in f32, multiply-adds)` each.
-fn profile(layers: &[(u64, u64)], embedding: u64, tied: bool) -> ModelProfile {
+pub(crate) fn profile(layers: &[(u64, u64)], embedding: u64, tied: bool) -> ModelProfile {
     let head = module("lm_head", embedding + 8, 0, embedding / 4);
     ModelProfile {
         model: "m".into(),
@@ -59,7 +61,7 @@ fn profile(layers: &[(u64, u64)], embedding: u64, tied: bool) -> ModelProfile {
     }
 }
 
-fn device(kind: DeviceKind, id: &str, budget: u64, capped: bool) -> Offer {
+pub(crate) fn device(kind: DeviceKind, id: &str, budget: u64, capped: bool) -> Offer {
     let device = Device {
         id: id.into(),
         kind,
@@ -71,6 +73,11 @@ fn device(kind: DeviceKind, id: &str, budget: u64, capped: bool) -> Offer {
         numerics: "test".into(),
         rates: Vec::new(),
         stages_at_once: 0,
+        hardware: if kind == DeviceKind::Cuda { format!("GPU {id}") } else { String::new() },
+        peers: Vec::new(),
+        nccl: false,
+        spill_bytes: 0,
+        spill_directory: String::new(),
     };
     Offer { worker: "w".into(), host: "h".into(), device }
 }
@@ -88,12 +95,12 @@ fn problem<'a>(profile: &'a ModelProfile, offers: &'a [Offer], split: &'a Split)
     }
 }
 
-/// Every assignment of contiguous ranges to devices in order that fits with `blocks` blocks.
-fn brute_force(costs: &Costs, blocks: u64) -> Vec<Vec<Share>> {
+/// Every assignment of contiguous ranges to devices in this order that fits with `blocks` blocks.
+fn brute_force(costs: &Costs, order: &[usize], blocks: u64) -> Vec<Vec<Share>> {
     fn go(
         costs: &Costs,
         blocks: u64,
-        offer: usize,
+        order: &[usize],
         first: u32,
         so_far: &mut Vec<Share>,
         all: &mut Vec<Vec<Share>>,
@@ -102,22 +109,28 @@ fn brute_force(costs: &Costs, blocks: u64) -> Vec<Vec<Share>> {
             all.push(so_far.clone());
             return;
         }
-        if offer == costs.offers() {
-            return;
-        }
-        go(costs, blocks, offer + 1, first, so_far, all);
+        let Some((&offer, order)) = order.split_first() else { return };
+        go(costs, blocks, order, first, so_far, all);
         for end in first + 1..=costs.layers() {
             let layers = LayerRange::new(first, end);
-            if costs.bytes(layers, blocks) <= costs.budget(offer) {
+            if costs.fits(offer, layers, blocks) {
                 so_far.push(Share { offer, layers });
-                go(costs, blocks, offer + 1, end, so_far, all);
+                go(costs, blocks, order, end, so_far, all);
                 so_far.pop();
             }
         }
     }
     let mut all = Vec::new();
-    go(costs, blocks, 0, 0, &mut Vec::new(), &mut all);
+    go(costs, blocks, order, 0, &mut Vec::new(), &mut all);
     all
+}
+
+/// The devices as listed, and with those first that layers only spill to.
+fn orders(costs: &Costs) -> [Vec<usize>; 2] {
+    let listed: Vec<usize> = (0..costs.offers()).collect();
+    let mut cpus_first = listed.clone();
+    cpus_first.sort_by_key(|offer| costs.penalty(*offer) == 0);
+    [listed, cpus_first]
 }
 
 fn slowest(shares: &[Share], seconds: impl Fn(usize, LayerRange) -> f64) -> f64 {
@@ -148,7 +161,12 @@ proptest! {
         let auto = split == Split::Auto;
         let problem = problem(&profile, &offers, &split);
         let costs = Costs::new(&problem);
-        let all = brute_force(&costs, 2);
+        let [listed, mut all] = orders(&costs).map(|order| brute_force(&costs, &order, 2));
+        if auto {
+            all.extend(listed.iter().cloned());
+        } else {
+            all = listed.clone();
+        }
         let plan = match solve(&problem) {
             Ok(plan) => plan,
             Err(PlanError::DoesNotFit { .. }) => {
@@ -180,9 +198,87 @@ proptest! {
         let prefill = |s: &[Share]| slowest(s, |o, r| costs.prefill_seconds(o, r));
         let fastest = rivals.iter().map(|s| decode(s)).fold(f64::INFINITY, f64::min);
         prop_assert!(decode(&shares) <= fastest * (1.0 + 1e-9));
-        let ties = rivals.iter().filter(|s| decode(s) <= fastest * (1.0 + 1e-13));
+        // Between the orders, only decode counts.
+        let in_order = |s: &&&Vec<Share>| !listed.contains(&shares) || listed.contains(s);
+        let ties = rivals.iter().filter(in_order).filter(|s| decode(s) <= fastest * (1.0 + 1e-13));
         let quickest = ties.map(|s| prefill(s)).fold(f64::INFINITY, f64::min);
         prop_assert!(prefill(&shares) <= quickest * (1.0 + 1e-9));
+    }
+
+    #[test]
+    fn what_is_on_a_cpu_is_the_least_and_what_avoids_it_does((profile, offers) in small_problem()) {
+        let mut offers = offers;
+        offers.iter_mut().for_each(|offer| offer.device.capped = false);
+        let problem = problem(&profile, &offers, &Split::Auto);
+        let Ok(plan) = solve(&problem) else { return Ok(()) };
+        let cpu = |offer: usize| offers[offer].device.kind == DeviceKind::Cpu;
+        // The least number of layers on CPUs of all ways there are.
+        let least = |quantization| {
+            let problem = Problem { quantization, ..problem };
+            let costs = Costs::new(&problem);
+            let on_cpus = |s: &Vec<Share>| s.iter().filter(|s| cpu(s.offer)).map(|s| s.layers.len()).sum::<u32>();
+            orders(&costs).iter().flat_map(|order| brute_force(&costs, order, 2)).map(|s| on_cpus(&s)).min()
+        };
+        let spilled = least(None).unwrap();
+        let Some(offload) = plan.offload else {
+            prop_assert!(spilled == 0 || (0..offers.len()).all(cpu));
+            return Ok(());
+        };
+        prop_assert_eq!((offload.layers, offload.of), (spilled, profile.layer_count()));
+        let on_cpus = plan.replicas[0].stages.iter().filter(|s| {
+            offers.iter().any(|o| o.device.id == s.device && o.device.kind == DeviceKind::Cpu)
+        });
+        prop_assert_eq!(offload.bytes, on_cpus.map(|s| s.weight_bytes).sum::<u64>());
+        prop_assert_eq!(offload.tokens_per_second, plan.replicas[0].forecast.single);
+        prop_assert!(offload.without > offload.tokens_per_second);
+        let remedy = Quantization::ALL.into_iter().find(|q| least(Some(*q)) == Some(0));
+        prop_assert_eq!(offload.quantize, remedy);
+    }
+
+    #[test]
+    fn weights_stay_on_a_disk_only_as_a_last_resort((profile, offers) in small_problem(), spill in 1u64..4000) {
+        let in_memory = solve(&problem(&profile, &offers, &Split::Auto));
+        let mut offers = offers;
+        offers.iter_mut().for_each(|offer| offer.device.spill_bytes = spill);
+        let problem = problem(&profile, &offers, &Split::Auto);
+        let plan = solve(&problem);
+        if in_memory.is_ok() {
+            prop_assert_eq!(plan, in_memory);
+            return Ok(());
+        }
+        let Some(costs) = Costs::new(&problem).mapped(&problem) else {
+            prop_assert_eq!(plan, in_memory);
+            return Ok(());
+        };
+        let all = orders(&costs).map(|order| brute_force(&costs, &order, 2)).concat();
+        let Ok(plan) = plan else {
+            prop_assert!(all.is_empty(), "a plan exists");
+            return Ok(());
+        };
+        let stages = &plan.replicas[0].stages;
+        let place = |s: &StagePlan| offers.iter().position(|o| o.device.id == s.device).unwrap();
+        for stage in stages {
+            let device = &offers[place(stage)].device;
+            let may_map = device.kind == DeviceKind::Cpu && !device.capped && stage.weight_bytes <= spill;
+            let fits = match stage.mapped {
+                true => may_map && stage.kv_bytes + stage.workspace_bytes <= stage.budget_bytes,
+                false => stage.total_bytes() <= stage.budget_bytes,
+            };
+            prop_assert!(fits, "{stage:?}");
+        }
+        let mapped = stages.iter().filter(|s| s.mapped).count();
+        prop_assert!(mapped > 0 && mapped == plan.warnings.len());
+        // As little as possible on processors, as many stages as possible, and the slowest as fast as possible.
+        let shares: Vec<Share> = stages.iter().map(|s| Share { offer: place(s), layers: s.layers }).collect();
+        let worth = |s: &[Share]| {
+            let penalty = s.iter().map(|s| costs.penalty(s.offer) * u64::from(s.layers.len())).sum::<u64>();
+            (penalty, Reverse(s.len()))
+        };
+        let best = all.iter().map(|s| worth(s)).min().unwrap();
+        prop_assert_eq!(worth(&shares), best);
+        let decode = |s: &[Share]| slowest(s, |o, r| costs.decode_seconds(o, r));
+        let rivals = all.iter().filter(|s| worth(s) == best).map(|s| decode(s));
+        prop_assert!(decode(&shares) <= rivals.fold(f64::INFINITY, f64::min) * (1.0 + 1e-9));
     }
 
     #[test]
@@ -194,7 +290,8 @@ proptest! {
         prop_assert!((2..=32).contains(&blocks), "between one and sixteen contexts");
         prop_assert!(replica.stages.iter().all(|s| s.total_bytes() <= s.budget_bytes));
         if blocks < 32 {
-            let fits_more = brute_force(&Costs::new(&problem), blocks + 1);
+            let costs = Costs::new(&problem);
+            let fits_more = brute_force(&costs, &orders(&costs)[0], blocks + 1);
             let stages = replica.stages.len();
             let ranks = |s: &Vec<Share>| s.iter().all(|s| offers[s.offer].device.capped
                 || offers[s.offer].device.kind == DeviceKind::Cuda);
@@ -238,6 +335,55 @@ fn one_gpu_that_fits_is_never_split_and_a_cpu_only_takes_the_rest() {
     let plan = solve(&problem(&profile, &tight, &Split::Auto)).unwrap();
     let layers: Vec<_> = plan.replicas[0].stages.iter().map(|s| s.layers.len()).collect();
     assert_eq!(layers, [3, 3], "the GPU takes the three layers that fit");
+}
+
+/// The stages of a plan, as worker, device and layers.
+fn stages(plan: &Plan) -> Vec<String> {
+    let stage = |s: &StagePlan| format!("{}/{} {}", s.worker, s.device, s.layers);
+    plan.replicas[0].stages.iter().map(stage).collect()
+}
+
+#[test]
+fn layers_spill_to_the_cpu_nearby_and_to_the_end_that_costs_least() {
+    let gpu =
+        |worker: &str, id: &str| Offer { worker: worker.into(), ..device(DeviceKind::Cuda, id, 2100, false) };
+    let cpu =
+        |worker: &str| Offer { worker: worker.into(), ..device(DeviceKind::Cpu, "cpu", 1 << 20, false) };
+    let plan =
+        |profile: &ModelProfile, offers: &[Offer]| solve(&problem(profile, offers, &Split::Auto)).unwrap();
+    let small = profile(&[(100, 1); 8], 0, false);
+    // Three layers fit a GPU. A CPU that is alone on its worker is the last resort, wherever it is listed.
+    for offers in [
+        [cpu("far"), gpu("near", "cuda:0"), gpu("near", "cuda:1"), cpu("near")],
+        [gpu("near", "cuda:0"), gpu("near", "cuda:1"), cpu("near"), cpu("far")],
+        [cpu("far"), cpu("near"), gpu("near", "cuda:0"), gpu("near", "cuda:1")],
+    ] {
+        let split = stages(&plan(&small, &offers));
+        assert!(split.iter().any(|s| s.starts_with("near/cpu")), "{split:?}");
+        assert!(!split.iter().any(|s| s.starts_with("far")), "{split:?}");
+    }
+    let split = stages(&plan(&small, &[gpu("near", "cuda:0"), gpu("near", "cuda:1"), cpu("far")]));
+    assert_eq!(split.iter().filter(|s| s.starts_with("far/cpu")).count(), 1, "{split:?}");
+    // The head takes as long as four layers.
+    let large = profile(&[(100, 1); 8], 400, false);
+    let spilled = plan(&large, &[gpu("near", "cuda:0"), gpu("near", "cuda:1"), cpu("near")]);
+    assert_eq!(
+        stages(&spilled)[0].split(' ').next(),
+        Some("near/cpu"),
+        "the head stays on a GPU: {spilled:?}"
+    );
+    assert_eq!(spilled.hf_device_map["embed"], MapDevice::Named("cpu".into()));
+    assert_eq!(spilled.offload.unwrap().quantize, None, "the cache alone is too large");
+    let remedied = plan(&profile(&[(600, 1); 3], 0, false), &[gpu("near", "cuda:0"), cpu("near")]);
+    let offload = remedied.offload.unwrap();
+    assert_eq!((offload.layers, offload.of, offload.quantize), (2, 3, Some(Quantization::Int8)));
+    assert_eq!(Plan::try_from(strata_proto::v1::Plan::from(&remedied)).unwrap(), remedied);
+    let json = serde_json::to_value(&remedied).unwrap();
+    assert_eq!((&json["offload"]["layers"], &json["offload"]["quantize"]), (&2.into(), &"int8".into()));
+    // Whoever places layers on a CPU does not need to be told.
+    let own = Split::Counts(vec![7, 1]);
+    let offers = [cpu("near"), gpu("near", "cuda:0")];
+    assert_eq!(solve(&problem(&small, &offers, &own)).unwrap().offload, None);
 }
 
 #[test]
@@ -334,6 +480,47 @@ fn a_cache_of_any_size_is_refused_not_overflowed() {
         let problem = Problem { kv_tokens: Some(u64::MAX), ..problem(&profile, &offers, &split) };
         assert!(solve(&problem).is_err(), "{split}");
     }
+}
+
+#[test]
+fn a_plan_over_a_disk_says_so_and_is_slow() {
+    let gb = 1_000_000_000;
+    let profile = profile(&[(gb, 1); 80], 0, false);
+    let mut cpu = device(DeviceKind::Cpu, "cpu", 20 * gb, false);
+    cpu.device.bytes_per_second = 1e11;
+    let free = vec![cpu.clone()];
+    let error = solve(&problem(&profile, &free, &Split::Auto)).unwrap_err().to_string();
+    assert!(error.contains("are missing"), "{error}");
+    cpu.device.spill_bytes = 100 * gb;
+    cpu.device.spill_directory = "/spill".into();
+    for split in [Split::Auto, Split::Balanced, Split::Sequential, Split::Counts(vec![80])] {
+        let offers = [cpu.clone()];
+        let given = Problem { kv_tokens: None, ..problem(&profile, &offers, &split) };
+        let plan = solve(&given).unwrap();
+        let replica = &plan.replicas[0];
+        assert!(replica.stages[0].mapped);
+        assert_eq!(replica.kv_capacity_tokens, 32, "the smallest cache");
+        assert_eq!(
+            plan.warnings,
+            [
+                "the weights of cpu on w (74.5 GiB) do not fit into the memory that is free (18.6 GiB): they stay \
+              memory-mapped in /spill and are read from disk in every step; expect seconds per token"
+            ]
+        );
+        // 60 GB at 1 GB/s, and 80 GB at 100 GB/s.
+        assert!((replica.forecast.single * 60.8 - 1.0).abs() < 1e-3, "{:?}", replica.forecast);
+        assert_eq!(Plan::try_from(strata_proto::v1::Plan::from(&plan)).unwrap(), plan);
+        let json = serde_json::to_value(&plan).unwrap();
+        assert_eq!(json["replicas"][0]["stages"][0]["mapped"], true);
+        assert!(json["warnings"][0].as_str().unwrap().contains("/spill"));
+    }
+    // A GPU takes what it holds.
+    let offers = [device(DeviceKind::Cuda, "cuda:0", 30 * gb, false), cpu];
+    let plan = solve(&problem(&profile, &offers, &Split::Auto)).unwrap();
+    let mapped: Vec<_> =
+        plan.replicas[0].stages.iter().map(|s| (s.device.as_str(), s.mapped, s.layers.len())).collect();
+    assert_eq!(mapped, [("cpu", true, 51), ("cuda:0", false, 29)]);
+    assert_eq!(plan.offload.unwrap().layers, 51);
 }
 
 /// Devices of a kind, one per worker, with `bytes` each.

@@ -1,6 +1,6 @@
 //! The engine of a CPU device.
 
-use std::ops::ControlFlow;
+use std::{ops::ControlFlow, path::Path};
 
 use candle_core::Tensor;
 
@@ -30,13 +30,14 @@ impl CpuEngine {
 impl Engine for CpuEngine {
     fn load(
         &mut self,
+        spill: Option<&Path>,
         checkpoint: &Checkpoint,
         model: &Model,
         spec: &RangeSpec,
         progress: &mut dyn FnMut(LoadedBytes) -> ControlFlow<()>,
     ) -> Result<(), ModelError> {
         self.unload();
-        self.weights = Some(StageWeights::load(checkpoint, model, spec, &self.cpu, progress)?);
+        self.weights = Some(StageWeights::load_in(spill, checkpoint, model, spec, &self.cpu, progress)?);
         Ok(())
     }
 

@@ -4,7 +4,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 
-use std::ops::ControlFlow;
+use std::{ops::ControlFlow, path::Path};
 
 use strata_proto::DeviceKind;
 
@@ -19,10 +19,12 @@ use crate::{
 
 /// The engine of a stage. It lives on the stage's thread.
 pub(crate) trait Engine {
-    /// Replaces the weights by those of a range. `progress` is called after each piece and may stop the load; then,
+    /// Replaces the weights by those of a range; they stay memory-mapped in the directory `spill` if there is one, which
+    /// only a CPU can do. `progress` is called after each piece and may stop the load; then,
     /// and after an error, there are none.
     fn load(
         &mut self,
+        spill: Option<&Path>,
         checkpoint: &Checkpoint,
         model: &Model,
         spec: &RangeSpec,

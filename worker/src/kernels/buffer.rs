@@ -1,8 +1,10 @@
-//! Aligned anonymous memory for weights, cache and workspace, with sizes that a plan can predict.
+//! Aligned memory for weights, cache and workspace, with sizes that a plan can predict.
 
 use std::{
+    io,
     marker::PhantomData,
     ops::{Deref, DerefMut},
+    path::Path,
     sync::Arc,
 };
 
@@ -21,6 +23,44 @@ const HUGE_PAGE: usize = 2 << 20;
 pub struct OutOfMemory {
     /// What was asked for.
     pub bytes: u64,
+}
+
+/// A file to map weights from could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum SpillError {
+    /// The file system is too full.
+    #[error(
+        "{directory} has {free} bytes free, but weights that stay memory-mapped need {bytes}: free some, or name \
+             another directory by --spill-dir"
+    )]
+    Full {
+        /// Where the file was to be.
+        directory: String,
+        /// What was asked for.
+        bytes: u64,
+        /// What there is.
+        free: u64,
+    },
+    /// The system refused.
+    #[error("{bytes} bytes of weights cannot be memory-mapped in {directory}: {source}")]
+    Io {
+        /// Where the file was to be.
+        directory: String,
+        /// What was asked for.
+        bytes: u64,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// Bytes that a process may still write to the file system of `directory`.
+///
+/// # Errors
+/// If there is no such directory, or nothing can be created in it.
+pub fn free_bytes_in(directory: &Path) -> io::Result<u64> {
+    rustix::fs::access(directory, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK)?;
+    let system = rustix::fs::statvfs(directory)?;
+    Ok(system.f_bavail.saturating_mul(system.f_frsize))
 }
 
 mod sealed {
@@ -105,8 +145,8 @@ pub fn round_to(dtype: DType, x: f32) -> f32 {
     }
 }
 
-/// Zeroed anonymous memory that buffers are cut from: on huge pages where the system has them, which a core reads
-/// half again as fast.
+/// Zeroed memory that buffers are cut from: anonymous and on huge pages where the system has them, which a core reads
+/// half again as fast; or a file that nobody else sees.
 struct Region {
     map: MmapMut,
     /// From the start of the map to the first byte in use, which lies on a huge page's boundary.
@@ -130,6 +170,29 @@ impl Region {
         }
         Ok(Region { map, offset })
     }
+
+    /// `bytes` of a temporary file in `directory`. The system writes its pages out and reads them back as it needs, so
+    /// that there may be more of them than memory; none is touched now.
+    fn mapped(bytes: u64, directory: &Path) -> Result<Self, SpillError> {
+        let place = directory.display().to_string();
+        let refused = |source: io::Error| SpillError::Io { directory: place.clone(), bytes, source };
+        let free = free_bytes_in(directory).map_err(refused)?;
+        if free < bytes {
+            return Err(SpillError::Full { directory: place, bytes, free });
+        }
+        // It has no name, so that it goes with the last map of it, whatever becomes of this process.
+        let file = tempfile::tempfile_in(directory).map_err(refused)?;
+        let bytes = bytes.max(1);
+        file.set_len(bytes).map_err(refused)?;
+        // A page that finds no room on the disk later would end the process.
+        match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes) {
+            Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => {}
+            Err(error) => return Err(refused(error.into())),
+        }
+        // SAFETY: the file has no name, and nobody else has a descriptor of it: nobody can change or shorten it.
+        let map = unsafe { MmapMut::map_mut(&file) }.map_err(refused)?;
+        Ok(Region { map, offset: 0 })
+    }
 }
 
 /// Memory for many buffers, side by side in one region.
@@ -143,6 +206,15 @@ impl Arena {
     /// An arena for buffers that occupy `bytes` together.
     pub fn new(bytes: u64) -> Result<Self, OutOfMemory> {
         let region = Arc::new(Region::new(bytes)?);
+        Ok(Arena { region, used: 0, bytes: bytes as usize })
+    }
+
+    /// An arena whose `bytes` lie in a temporary file in `directory`, and in memory as far as there is room.
+    ///
+    /// # Errors
+    /// If the file cannot be had.
+    pub fn mapped(bytes: u64, directory: &Path) -> Result<Self, SpillError> {
+        let region = Arc::new(Region::mapped(bytes, directory)?);
         Ok(Arena { region, used: 0, bytes: bytes as usize })
     }
 
@@ -272,6 +344,22 @@ mod tests {
             let (ours, theirs) = (Element::to_f32(h), h.to_f32());
             assert!(ours.to_bits() == theirs.to_bits() || (ours.is_nan() && theirs.is_nan()), "{bits:#x}");
         }
+    }
+
+    #[test]
+    fn mapped_buffers_are_as_any_other_and_leave_nothing_behind() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut arena = Arena::mapped(256, directory.path()).unwrap();
+        let (mut a, b) = (arena.take::<f32>(20).unwrap(), arena.take::<f32>(17).unwrap());
+        assert!(a.iter().chain(b.iter()).all(|x| *x == 0.0));
+        a[19] = 2.0;
+        assert_eq!((a[19], b[0], b.as_ptr() as usize % LINE), (2.0, 0.0, 0));
+        assert!(arena.take::<f32>(1).is_err());
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "the file has no name");
+        let full = Arena::mapped(1 << 60, directory.path()).err().unwrap().to_string();
+        assert!(full.contains("need 1152921504606846976") && full.contains("--spill-dir"), "{full}");
+        let nowhere = Arena::mapped(1, &directory.path().join("none")).err().unwrap().to_string();
+        assert!(nowhere.contains("1 bytes of weights cannot be memory-mapped in"), "{nowhere}");
     }
 
     #[test]

@@ -34,7 +34,7 @@ pub use self::{
 };
 pub use crate::kv_cache::{BLOCK_TOKENS, BatchRow};
 use crate::{
-    kernels::buffer::OutOfMemory,
+    kernels::buffer::{OutOfMemory, SpillError},
     weights::{Checkpoint, TensorDType, WeightsError},
 };
 
@@ -99,6 +99,9 @@ pub enum ModelError {
     /// No memory.
     #[error(transparent)]
     Memory(#[from] OutOfMemory),
+    /// No file for weights that stay memory-mapped.
+    #[error(transparent)]
+    Spill(#[from] SpillError),
     /// The caller asked to stop.
     #[error("loading was cancelled")]
     Cancelled,

@@ -3,9 +3,9 @@
 //! Matrices are held in the plan's format, rounded to nearest even. Norms and biases stay f32 in every format, exactly
 //! as the checkpoint has them: they are small, and nothing is gained by rounding them.
 //!
-//! All of a stage's weights lie side by side in one arena on huge pages.
+//! All of a stage's weights lie side by side in one arena: in memory, on huge pages, or memory-mapped.
 
-use std::{collections::BTreeMap, ops::ControlFlow};
+use std::{collections::BTreeMap, ops::ControlFlow, path::Path};
 
 use strata_proto::{DType, Format, LayerRange, Quantization};
 
@@ -270,7 +270,19 @@ impl StageWeights {
         cpu: &Cpu,
         progress: &mut dyn FnMut(LoadedBytes) -> ControlFlow<()>,
     ) -> Result<Self, ModelError> {
-        let mut weights = Self::zeros(model, spec)?;
+        Self::load_in(None, checkpoint, model, spec, cpu, progress)
+    }
+
+    /// As [`load`](Self::load), but the weights stay memory-mapped in a directory if one is given.
+    pub fn load_in(
+        spill: Option<&Path>,
+        checkpoint: &Checkpoint,
+        model: &Model,
+        spec: &RangeSpec,
+        cpu: &Cpu,
+        progress: &mut dyn FnMut(LoadedBytes) -> ControlFlow<()>,
+    ) -> Result<Self, ModelError> {
+        let mut weights = Self::zeros(model, spec, spill)?;
         let mut values = Vec::new();
         let mut put = |piece: &Piece<'_>| {
             let part = weights.block(piece.site).and_then(|block| block.0.get_mut(&piece.key));
@@ -297,10 +309,13 @@ impl StageWeights {
         self.input.iter().chain(&self.layers).chain(&self.output).map(Block::bytes).sum()
     }
 
-    fn zeros(model: &Model, spec: &RangeSpec) -> Result<Self, ModelError> {
+    fn zeros(model: &Model, spec: &RangeSpec, spill: Option<&Path>) -> Result<Self, ModelError> {
         spec.check(model)?;
         let bytes = spec.sites(model).map(|site| spec.bytes_of(model, site)).sum();
-        let mut arena = Arena::new(bytes)?;
+        let mut arena = match spill {
+            Some(directory) => Arena::mapped(bytes, directory)?,
+            None => Arena::new(bytes)?,
+        };
         let mut block = |site| Block::zeros(model, site, spec, &mut arena);
         let layers = spec.layers.first as usize..spec.layers.end as usize;
         Ok(StageWeights {

@@ -9,7 +9,7 @@ mod pass;
 mod state;
 mod weights;
 
-use std::ops::ControlFlow;
+use std::{ops::ControlFlow, path::Path};
 
 use self::{state::State, weights::Weights};
 use super::{Allocated, Engine, Input, Loaded, Output, Size, Step};
@@ -68,6 +68,7 @@ impl From<CudaError> for StepError {
 impl Engine for CudaEngine {
     fn load(
         &mut self,
+        _spill: Option<&Path>,
         checkpoint: &Checkpoint,
         model: &Model,
         spec: &RangeSpec,

@@ -32,6 +32,27 @@ fn every_split_and_chunking_gives_the_same_bits() {
     }
 }
 
+#[test]
+fn weights_that_stay_memory_mapped_give_the_same_bits() {
+    let dir = models().join("shakespeare");
+    let spill = tempfile::tempdir().unwrap();
+    let (checkpoint, model) = Model::open_dir(&dir).unwrap();
+    for way in Way::all() {
+        let expected = Pipeline::new(&dir, &[2], way).generate(&prompt(1), 16, 6);
+        let mut pipeline = Pipeline::new(&dir, &[2], way);
+        for (weights, _) in &mut pipeline.stages {
+            let (spec, cpu) = (*weights.spec(), way.cpu());
+            let mut go_on = |_| ControlFlow::Continue(());
+            let spill = Some(spill.path());
+            let mapped = StageWeights::load_in(spill, &checkpoint, &model, &spec, &cpu, &mut go_on).unwrap();
+            assert_eq!(mapped.resident_bytes(), weights.resident_bytes());
+            *weights = mapped;
+        }
+        let got = pipeline.generate(&prompt(1), 16, 6);
+        assert_eq!((bits(&got.0), got.1), (bits(&expected.0), expected.1), "{way:?}");
+    }
+}
+
 /// Sequences at different stages of their prompts share steps and a cache; blocks lie anywhere in it.
 #[test]
 fn neighbours_and_block_placement_change_no_bit() {
