@@ -118,6 +118,8 @@ pub(super) struct Costs {
     budgets: Vec<u64>,
     /// Bytes of weights that may stay memory-mapped; none, unless that is the last resort.
     mappable: Vec<u64>,
+    /// Whether there are any.
+    pub maps: bool,
     times: Vec<usize>,
     kinds: Vec<Times>,
     penalties: Vec<u64>,
@@ -155,8 +157,9 @@ impl Costs {
         let ranks: Vec<bool> =
             problem.offers.iter().map(|o| o.device.kind != DeviceKind::Cpu || o.device.capped).collect();
         let any = ranks.contains(&true);
-        let near: HashSet<&str> =
-            problem.offers.iter().zip(&ranks).filter(|(_, ranks)| **ranks).map(|(o, _)| &*o.worker).collect();
+        let spillable = any && ranks.contains(&false);
+        let ranking = problem.offers.iter().zip(&ranks).filter(|(_, ranks)| spillable && **ranks);
+        let near: HashSet<&str> = ranking.map(|(offer, _)| &*offer.worker).collect();
         Costs {
             weights: sums(&|m| m.bytes.at(format)),
             embedding: profile.embedding.bytes.at(format),
@@ -168,6 +171,7 @@ impl Costs {
             blocks: block_bounds(problem),
             budgets: problem.offers.iter().map(|o| o.device.budget_bytes).collect(),
             mappable: vec![0; problem.offers.len()],
+            maps: false,
             times,
             kinds,
             penalties: ranks
@@ -193,13 +197,9 @@ impl Costs {
             _ => 0,
         });
         self.mappable = mappable.collect();
+        self.maps = self.mappable.iter().any(|bytes| *bytes > 0);
         self.blocks.1 = self.blocks.0;
-        self.maps().then_some(self)
-    }
-
-    /// Whether weights may stay memory-mapped.
-    pub fn maps(&self) -> bool {
-        self.mappable.iter().any(|bytes| *bytes > 0)
+        self.maps.then_some(self)
     }
 
     pub fn layers(&self) -> u32 {
@@ -232,6 +232,7 @@ impl Costs {
     }
 
     /// Every byte of a stage.
+    #[inline]
     pub fn bytes(&self, range: LayerRange, blocks: u64) -> u64 {
         self.weight_bytes(range).saturating_add(self.unmappable_bytes(range, blocks))
     }
@@ -258,13 +259,19 @@ impl Costs {
 
     /// Whether a device can hold a stage.
     pub fn fits(&self, offer: usize, range: LayerRange, blocks: u64) -> bool {
-        let (budget, mappable) = (self.budget(offer), self.mappable[offer]);
-        let mapped =
-            || self.unmappable_bytes(range, blocks) <= budget && self.weight_bytes(range) <= mappable;
-        self.bytes(range, blocks) <= budget || (mappable > 0 && mapped())
+        self.bytes(range, blocks) <= self.budget(offer)
+            || (self.maps && self.fits_mapped(offer, range, blocks))
+    }
+
+    // Apart, so that the paths that are taken a million times stay short.
+    #[cold]
+    fn fits_mapped(&self, offer: usize, range: LayerRange, blocks: u64) -> bool {
+        self.weight_bytes(range) <= self.mappable[offer]
+            && self.unmappable_bytes(range, blocks) <= self.budget(offer)
     }
 
     /// Time in which a disk yields what of a mapped stage does not stay in memory.
+    #[cold]
     fn disk_seconds(&self, offer: usize, range: LayerRange) -> f64 {
         if self.mappable[offer] == 0 {
             return 0.0;
@@ -273,8 +280,10 @@ impl Costs {
     }
 
     /// One decode step of one row.
+    #[inline]
     pub fn decode_seconds(&self, offer: usize, range: LayerRange) -> f64 {
-        self.kinds[self.times[offer]].decode.range(range) + self.disk_seconds(offer, range)
+        let seconds = self.kinds[self.times[offer]].decode.range(range);
+        if self.maps { seconds + self.disk_seconds(offer, range) } else { seconds }
     }
 
     /// One step of `rows` rows, each of a sequence of its own at half its context.
@@ -298,7 +307,8 @@ impl Costs {
 
     /// One prefill step of [`PREFILL_ROWS`] rows.
     pub fn prefill_seconds(&self, offer: usize, range: LayerRange) -> f64 {
-        self.kinds[self.times[offer]].prefill.range(range) + self.disk_seconds(offer, range)
+        let seconds = self.kinds[self.times[offer]].prefill.range(range);
+        if self.maps { seconds + self.disk_seconds(offer, range) } else { seconds }
     }
 }
 

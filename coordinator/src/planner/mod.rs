@@ -262,7 +262,7 @@ fn largest(mut low: u64, mut high: u64, mut fits: impl FnMut(u64) -> bool) -> u6
 fn by_policy(problem: &Problem<'_>, costs: &Costs) -> Option<(u64, Vec<Share>)> {
     let objective = match problem.split {
         // Where memory is short, all of it counts.
-        Split::Auto if !costs.maps() => Objective::FewestStages,
+        Split::Auto if !costs.maps => Objective::FewestStages,
         Split::Sequential => {
             // Filled with the smallest cache: a larger one would move layers on. What room is left makes it grow.
             let (least, wanted) = costs.blocks;

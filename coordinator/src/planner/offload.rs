@@ -6,16 +6,15 @@ use super::{Offer, Problem, Split, plan_replicas};
 
 /// What a plan's first replica leaves to CPUs, if there are GPUs too. `None` where the user placed the layers.
 pub(super) fn offload(problem: &Problem<'_>, replica: &Replica) -> Option<Offload> {
-    let gpus: Vec<Offer> =
-        problem.offers.iter().filter(|o| o.device.kind == DeviceKind::Cuda).cloned().collect();
-    if gpus.is_empty() || matches!(problem.split, Split::Counts(_) | Split::DeviceMap(_)) {
-        return None;
-    }
     let spilled = on_cpus(problem, replica);
-    if spilled.is_empty() {
+    if spilled.is_empty() || matches!(problem.split, Split::Counts(_) | Split::DeviceMap(_)) {
         return None;
     }
-    let mut large = gpus;
+    let mut large: Vec<Offer> =
+        problem.offers.iter().filter(|o| o.device.kind == DeviceKind::Cuda).cloned().collect();
+    if large.is_empty() {
+        return None;
+    }
     // More than any model, and sums of them do not overflow.
     large.iter_mut().for_each(|gpu| gpu.device.budget_bytes = 1 << 56);
     let without = plan_replicas(&Problem { offers: &large, ..*problem }).ok()?;
