@@ -4,17 +4,27 @@
 use std::{
     path::{Path, PathBuf},
     process::Command,
-    sync::OnceLock,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU32, Ordering},
+    },
 };
 
 use strata_coordinator::planner::Split;
-use strata_proto::{DType, LinkKind, Quantization, v1::RowOutput};
+use strata_proto::{
+    DType, LinkKind, Quantization,
+    v1::{RowOutput, generate_event},
+};
 use strata_worker::device::DeviceSpec;
 
 use crate::{
-    cluster::{Cluster, Options, encoder_expectations, expectations, models_with_expectations},
+    cluster::{
+        Cluster, Options, ask, client, encoder_expectations, expectations, greedy, models_with_expectations,
+        status,
+    },
     encoders,
     parity::{Driver, Request},
+    processes::Process,
 };
 
 /// Builds the emulator and loads its libraries into this process, in place of NVIDIA's; gives their directory.
@@ -25,8 +35,8 @@ pub fn emulator() -> &'static Path {
         let build = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/emulator/build");
         let built = Command::new(build).arg(&directory).status().unwrap();
         assert!(built.success(), "the emulator could not be built: it needs a C++ compiler");
-        for library in ["cuda", "nvrtc", "cublas", "nccl"] {
-            let path = directory.join(format!("lib{library}.so"));
+        for library in ["libcuda.so", "libnvrtc.so", "libcublas.so", "libnccl.so.2"] {
+            let path = directory.join(library);
             // SAFETY: our own libraries, which do nothing when they are loaded. Who asks for one by name later gets this.
             let library = unsafe { libloading::Library::new(&path) }.unwrap();
             std::mem::forget(library);
@@ -175,4 +185,99 @@ async fn pipelines_of_gpus_and_the_cpu_answer_as_one_gpu() {
             assert_eq!(got, expected[i % expected.len()].greedy, "{on} over {links:?}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failing_step_goes_through_every_link_and_is_replayed() {
+    emulator();
+    let expected = expectations(&crate::cluster::model("shakespeare"));
+    for links in [LinkKind::DeviceCopy, LinkKind::Nccl, LinkKind::Tcp] {
+        let calls = Arc::new(AtomicU32::new(0));
+        let hook: strata_worker::StepHook = {
+            let calls = calls.clone();
+            Arc::new(move |meta| match calls.fetch_add(1, Ordering::Relaxed) {
+                11 => panic!("injected panic in step {}", meta.step),
+                30 => Err("injected failure".into()),
+                _ => Ok(()),
+            })
+        };
+        let model = crate::cluster::model("shakespeare");
+        let options = Options {
+            split: Split::Balanced,
+            links: Some(links),
+            hook: Some(hook),
+            ..options(&model, "cuda:0,cuda:1")
+        };
+        let cluster = Cluster::start(&options).await;
+        let client = cluster.client().await;
+        for e in &expected[..2] {
+            let answer = ask(&client, greedy(&e.ids, 12)).await.unwrap();
+            assert_eq!(answer.ids, e.greedy[..12], "over {links}");
+        }
+        assert!(calls.load(Ordering::Relaxed) > 31, "too few steps to have met the faults");
+        cluster.wait_idle().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_no_gpu_holds_is_computed_by_the_processor_and_the_plan_says_what_that_costs() {
+    emulator();
+    let model = crate::cluster::model("shakespeare");
+    let options = Options { split: Split::Auto, ..options(&model, "cuda:0=14MiB,cpu") };
+    let cluster = Cluster::start(&options).await;
+    let client = cluster.client().await;
+    let e = &expectations(&model)[0];
+    assert_eq!(ask(&client, greedy(&e.ids, 24)).await.unwrap().ids, e.greedy[..24]);
+    let plan = status(&cluster.address).await.plan.unwrap();
+    let devices: Vec<_> = plan.replicas[0].stages.iter().map(|s| s.device.as_str()).collect();
+    assert!(devices.contains(&"cpu") && devices.contains(&"cuda:0"), "{devices:?}");
+    let offload = plan.offload.expect("layers are on the processor");
+    assert!(offload.layers > 0 && offload.tokens_per_second > 0.0);
+    cluster.wait_idle().await;
+}
+
+/// Workers of one GPU each, which NCCL links: it takes them for different machines.
+fn ranks(count: usize) -> Vec<Process> {
+    let libraries = emulator().to_str().unwrap();
+    let models = crate::cluster::model("");
+    let args = ["worker", "--models", models.to_str().unwrap(), "--devices", "cuda:0=64MiB"];
+    let start = |rank| {
+        let host = format!("rank{rank}");
+        let environment = [("LD_LIBRARY_PATH", libraries), ("EMULATOR_GPUS", "1"), ("NCCL_HOSTID", &host)];
+        Process::start_with(&environment, &args, "listening ")
+    };
+    (0..count).map(start).collect()
+}
+
+/// The peer of a rank that was killed hangs in NCCL, as the emulator has it, until it is told to abort.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rank_killed_inside_a_step_leaves_the_others_free_to_go_on() {
+    const TOKENS: u32 = 40;
+    let mut workers = ranks(3);
+    let urls: Vec<_> = workers.iter().map(|w| w.address.clone()).collect();
+    let urls = urls.join(",");
+    let args = ["coordinator", "--worker", &urls, "--model", "shakespeare", "--dtype", "f32", "--port", "0"];
+    let options = ["--split", "balanced", "--links", "nccl", "--kv-tokens", "2048"];
+    let coordinator = Process::start(&[&args[..], &options].concat(), "ready ");
+    let stages = status(&coordinator.address).await.plan.unwrap().replicas[0].stages.clone();
+    assert_eq!(stages.len(), 3);
+    assert!(stages[..2].iter().all(|s| s.link == "nccl"), "{stages:?}");
+
+    let client = client(&coordinator.address).await;
+    let e = &expectations(&crate::cluster::model("shakespeare"))[0];
+    let mut stream = client.clone().generate(greedy(&e.ids, TOKENS)).await.unwrap().into_inner();
+    let mut got = Vec::new();
+    while let Some(event) = stream.message().await.unwrap() {
+        if let Some(generate_event::Event::Tokens(tokens)) = event.event {
+            assert_eq!(tokens.index as usize, got.len(), "an index is missing or repeated");
+            got.push(tokens.token_ids[0]);
+            if got.len() == 5 {
+                workers[1].signal("-KILL");
+            }
+        }
+    }
+    assert_eq!(got, e.greedy[..TOKENS as usize]);
+    let stages = status(&coordinator.address).await.plan.unwrap().replicas[0].stages.clone();
+    assert_eq!(stages.len(), 2, "the others went on");
+    workers.remove(1);
 }

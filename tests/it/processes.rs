@@ -31,8 +31,14 @@ pub struct Process {
 impl Process {
     /// Starts `strata ARGS` and waits for the line that begins with `says`, whose rest is its address.
     pub fn start(args: &[&str], says: &str) -> Process {
+        Self::start_with(&[], args, says)
+    }
+
+    /// The same, with more in its environment.
+    pub fn start_with(environment: &[(&str, &str)], args: &[&str], says: &str) -> Process {
         let mut child = Command::new(env!("CARGO_BIN_EXE_strata"))
             .args(args)
+            .envs(environment.iter().copied())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())
             .spawn()
@@ -55,7 +61,7 @@ impl Process {
         self.child.id()
     }
 
-    fn signal(&self, signal: &str) {
+    pub fn signal(&self, signal: &str) {
         let pid = self.id().to_string();
         assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
     }

@@ -194,11 +194,10 @@ pub struct Held {
 /// The devices of this machine: all GPUs that this build can use, then the processor.
 pub fn all() -> Vec<DeviceSpec> {
     #[cfg(feature = "cuda")]
-    let mut devices = cuda::specs();
+    let gpus = cuda::specs();
     #[cfg(not(feature = "cuda"))]
-    let mut devices = Vec::new();
-    devices.push(DeviceSpec::cpu(None));
-    devices
+    let gpus = Vec::new();
+    gpus.into_iter().chain([DeviceSpec::cpu(None)]).collect()
 }
 
 /// What the devices offer. An uncapped CPU offers 90 % of the memory that is free now and held by nothing of ours, and

@@ -142,7 +142,7 @@ pub struct Draw<'a> {
 }
 
 impl Draw<'_> {
-    /// How many of the most likely tokens are enough to draw from ([`sample_among`]); 0 if all logits are needed.
+    /// How many of the most likely tokens are enough to draw from; 0 if all logits are needed.
     pub fn candidates(&self) -> u32 {
         let SamplingParams { temperature, top_k, logit_bias, .. } = self.params;
         match (*temperature, *top_k) {

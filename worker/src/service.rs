@@ -135,14 +135,17 @@ impl LocalWorker {
                 Ok((d.id.clone(), StageThread::spawn(d, config.compute, hook, spill)?))
             })
             .collect::<Result<_, WorkerError>>()?;
-        Ok(LocalWorker {
+        let worker = LocalWorker {
             boot_id: Uuid::new_v4().to_string(),
             stages,
             listener,
             newest: Mutex::default(),
             draining: AtomicBool::new(false),
             config,
-        })
+        };
+        // Speeds are measured once, which takes seconds on a GPU: before anybody waits for them.
+        worker.offers()?;
+        Ok(worker)
     }
 
     fn stage(&self, device: &str) -> Result<&StageThread, WorkerError> {

@@ -19,7 +19,7 @@ pub enum StageOutput<'a> {
     Hidden(&'a [f32]),
     /// On the last stage.
     Values {
-        /// `(outputs, values)`, [`Tower::outputs`] values each; the sampler may overwrite it.
+        /// `(outputs, values)`, [`Tower::outputs`](super::blocks::Tower::outputs) values each; the sampler may overwrite it.
         values: &'a mut [f32],
         /// Scratch for the sampler: as many indexes.
         order: &'a mut [u32],

@@ -129,12 +129,10 @@ impl Upstream for LoopbackUpstream {
             Some(Some(activation)) => activation,
         };
         check_step(activation.step, step)?;
-        if let Payload::Tensors(tensors) = &activation.payload {
-            if tensors.len() != expected.len() || !tensors.iter().zip(expected).all(|(t, e)| t.fits(e)) {
-                return Err(LinkError::Protocol(format!(
-                    "step {step} came with other shapes than {expected:?}"
-                )));
-            }
+        if let Payload::Tensors(tensors) = &activation.payload
+            && (tensors.len() != expected.len() || !tensors.iter().zip(expected).all(|(t, e)| t.fits(e)))
+        {
+            return Err(LinkError::Protocol(format!("step {step} came with other shapes than {expected:?}")));
         }
         Ok(activation)
     }

@@ -46,6 +46,8 @@ impl Memory {
             let at = result::malloc_sync(bytes as usize).doing("allocating GPU memory")?;
             let memory = Memory { at: Ptr(at), bytes, context: context.clone() };
             result::memset_d8_sync(at, 0, bytes as usize).doing("zeroing GPU memory")?;
+            // Which has only begun, on a stream that others do not wait for.
+            context.synchronize().doing("zeroing GPU memory")?;
             Ok(memory)
         }
     }

@@ -1,6 +1,6 @@
 //! GPUs: what there is, memory, kernels of our own (compiled when a stage starts), and cuBLAS for large products.
 //!
-//! The libraries of CUDA are loaded when they are first needed, so one binary runs with and without GPUs. A [`Gpu`] belongs
+//! The libraries of CUDA are loaded when they are first needed, so one binary runs with and without GPUs. A `Gpu` belongs
 //! to one stage thread; everything it does goes through one stream, in order.
 
 pub(crate) mod launch;

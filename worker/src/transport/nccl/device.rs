@@ -7,19 +7,19 @@ use std::{
     collections::VecDeque,
     ffi::{c_char, c_int},
     mem::MaybeUninit,
-    panic::catch_unwind,
     sync::Arc,
     time::Duration,
 };
 
 use cudarc::{
     driver::{CudaContext, CudaEvent, CudaStream},
-    nccl::{result, sys},
+    nccl::sys,
 };
 use strata_proto::DType;
 
 use super::{
     ID_BYTES, Joining,
+    library::Nccl,
     watched::{Communicator, Watched},
 };
 use crate::{
@@ -41,21 +41,14 @@ const RECEIVER: c_int = 1;
 /// Activations a stage may be ahead of its successor.
 const IN_FLIGHT: usize = 2;
 
-/// Whether NCCL can be used.
-pub(crate) fn is_there() -> bool {
-    // SAFETY: loading the library runs its initialisers, which are made for it.
-    catch_unwind(|| unsafe { sys::is_culib_present() }).unwrap_or(false)
-}
-
 /// A new id, which this process listens for.
 ///
 /// # Errors
 /// If NCCL is not there, or refuses.
 pub(crate) fn mint_id() -> Result<[u8; ID_BYTES], LinkError> {
-    if !is_there() {
-        return Err(LinkError::Device("libnccl.so was not found: install NCCL, or use --links tcp".into()));
-    }
-    let id = result::get_uniqueid().map_err(|e| failed("making an id", e.0))?;
+    let mut id = sys::ncclUniqueId { internal: [0; ID_BYTES] };
+    // SAFETY: NCCL writes an id into memory for one.
+    unsafe { (Nccl::get()?.get_unique_id)(&mut id) }.result().map_err(|e| failed("making an id", e.0))?;
     Ok(id.internal.map(|b| b as u8))
 }
 
@@ -75,6 +68,7 @@ impl From<CudaError> for LinkError {
 
 /// One rank of a communicator of two.
 struct Rank {
+    nccl: &'static Nccl,
     comm: sys::ncclComm_t,
     peer: c_int,
     stream: Arc<CudaStream>,
@@ -85,6 +79,7 @@ struct Rank {
 impl Rank {
     /// Begins to join; [`Communicator::poll`] says when it is done.
     fn join(joining: &Joining, rank: c_int) -> Result<Self, LinkError> {
+        let nccl = Nccl::get()?;
         let context = CudaContext::new(joining.gpu).doing("opening a GPU")?;
         context.bind_to_thread().doing("binding a GPU")?;
         let stream = context.new_stream().doing("making a stream")?;
@@ -94,11 +89,11 @@ impl Rank {
         let mut config = config();
         let mut comm = MaybeUninit::uninit();
         // SAFETY: both are valid for the call; the communicator is aborted before it is forgotten.
-        let asked_for = unsafe { result::comm_init_rank_config(comm.as_mut_ptr(), 2, id, rank, &mut config) };
-        asked_for.map_err(|e| failed("joining", e.0))?;
+        let asked_for = unsafe { (nccl.init_rank)(comm.as_mut_ptr(), 2, id, rank, &mut config) };
+        asked_for.result().map_err(|e| failed("joining", e.0))?;
         // SAFETY: NCCL has written it, as it did not refuse.
         let comm = unsafe { comm.assume_init() };
-        Ok(Rank { comm, peer: SENDER + RECEIVER - rank, stream, asked })
+        Ok(Rank { nccl, comm, peer: SENDER + RECEIVER - rank, stream, asked })
     }
 
     /// Sends a message, or receives one; in order with what else is asked of the stream.
@@ -107,13 +102,13 @@ impl Rank {
         // SAFETY: `at` is memory of this GPU, of so many bytes, that stays until the stream has come past this.
         let asked_for = unsafe {
             match send {
-                true => result::send(at.raw(), bytes as usize, kind, self.peer, self.comm, stream),
+                true => (self.nccl.send)(at.raw(), bytes as usize, kind, self.peer, self.comm, stream),
                 false => {
-                    result::recv(at.raw().cast_mut(), bytes as usize, kind, self.peer, self.comm, stream)
+                    (self.nccl.recv)(at.raw().cast_mut(), bytes as usize, kind, self.peer, self.comm, stream)
                 }
             }
         };
-        asked_for.map_err(|e| failed(if send { "sending" } else { "receiving" }, e.0))?;
+        asked_for.result().map_err(|e| failed(if send { "sending" } else { "receiving" }, e.0))?;
         Ok(())
     }
 
@@ -127,7 +122,7 @@ impl Communicator for Rank {
     fn poll(&mut self) -> Result<bool, String> {
         let mut state = sys::ncclResult_t::ncclSuccess;
         // SAFETY: the communicator lives, and belongs to this thread.
-        let asked = unsafe { sys::ncclCommGetAsyncError(self.comm, &mut state) };
+        let asked = unsafe { (self.nccl.async_error)(self.comm, &mut state) };
         asked.result().map_err(|e| reason("asking for errors", e.0))?;
         match state {
             sys::ncclResult_t::ncclSuccess => {
@@ -140,8 +135,8 @@ impl Communicator for Rank {
 
     fn abort(&mut self) {
         // SAFETY: called once, and nothing is asked of the communicator after it.
-        let aborted = unsafe { result::comm_abort(self.comm) };
-        if let Err(error) = aborted {
+        let aborted = unsafe { (self.nccl.abort)(self.comm) };
+        if let Err(error) = aborted.result() {
             tracing::warn!(error = ?error.0, "aborting an NCCL communicator");
         }
     }

@@ -7,13 +7,17 @@
 
 #[cfg(feature = "cuda")]
 mod device;
+#[cfg(feature = "cuda")]
+mod library;
 #[cfg(any(feature = "cuda", test))]
 mod watched;
 
 use super::{LinkError, LinkToken};
 use crate::interrupt::Interrupt;
 #[cfg(feature = "cuda")]
-pub(crate) use device::{is_there, mint_id};
+pub(crate) use device::mint_id;
+#[cfg(feature = "cuda")]
+pub(crate) use library::is_there;
 
 /// Bytes of the id that brings two ranks together.
 pub(crate) const ID_BYTES: usize = 128;

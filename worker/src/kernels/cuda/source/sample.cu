@@ -14,6 +14,15 @@ struct Candidate {
 #define MAX_CANDIDATES 64
 #define BINS 2048
 
+__device__ __forceinline__ Candidate better_of_warp(Candidate best) {
+    for (int offset = WARP / 2; offset > 0; offset /= 2) {
+        float logit = __shfl_xor_sync(FULL, best.logit, offset);
+        u32 token = __shfl_xor_sync(FULL, best.token, offset);
+        if (logit > best.logit || (logit == best.logit && token < best.token)) best = {token, logit};
+    }
+    return best;
+}
+
 // For each row of logits (rows, vocab): its `wanted[row]` (at most 64) largest, best first, ties to the lowest token.
 // `broken[row]` is the first token whose logit is not finite, or `vocab`. One block of 1024 threads per row.
 extern "C" __global__ void __launch_bounds__(1024) top_candidates(Candidate* out, u32* broken, const float* logits,
@@ -32,9 +41,27 @@ extern "C" __global__ void __launch_bounds__(1024) top_candidates(Candidate* out
     }
     __syncthreads();
     u32 bad = vocab;
-    for (int i = threadIdx.x; i < vocab; i += blockDim.x)
-        if (!isfinite(x[i])) bad = min(bad, (u32)i);
+    Candidate best = {(u32)vocab, NEG_INF};
+    for (int i = threadIdx.x; i < vocab; i += blockDim.x) {
+        float logit = x[i];
+        if (!isfinite(logit)) bad = min(bad, (u32)i);
+        if (logit > best.logit) best = {(u32)i, logit};
+    }
     if (bad < (u32)vocab) atomicMin(&first_broken, bad);
+    if (want == 1) {
+        // The warps' best, then the best of these.
+        best = better_of_warp(best);
+        if (threadIdx.x % WARP == 0) kept[threadIdx.x / WARP] = best;
+        __syncthreads();
+        if (threadIdx.x < WARP) {
+            best = better_of_warp(threadIdx.x < blockDim.x / WARP ? kept[threadIdx.x] : Candidate{(u32)vocab, NEG_INF});
+            if (threadIdx.x == 0) {
+                out[(size_t)blockIdx.x * MAX_CANDIDATES] = best;
+                broken[blockIdx.x] = first_broken;
+            }
+        }
+        return;
+    }
     // The smallest key that is taken, 11, 11 and 10 bits at a time.
     for (int pass = 0; pass < 3; pass++) {
         int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0;
