@@ -208,6 +208,20 @@ impl<'a> Loader<'a> {
     fn put(&mut self, part: &Part, piece: &Piece<'_>) -> Result<Result<(), ModelError>, Unrepresentable> {
         let Piece { bound, is_bias, rows, from, first, total, data, .. } = *piece;
         let (layout, first_row) = (bound.layout, bound.first_row);
+        let as_stored = match part {
+            Part::Table(matrix) if matrix.format == Format::Float(from) => Some((matrix, first)),
+            Part::Product(Projection { matrix, .. })
+                if !is_bias && layout == Layout::Rows && matrix.format == Format::Float(from) =>
+            {
+                Some((matrix, first_row * matrix.k + first))
+            }
+            _ => None,
+        };
+        if let Some((matrix, first)) = as_stored {
+            packed::check_numbers(data, from)?;
+            let to = matrix.values.offset(first as u64 * from.size());
+            return Ok(self.send(to, data.len(), |out| out.copy_from_slice(data)).map_err(ModelError::from));
+        }
         let mut values = std::mem::take(&mut self.values);
         packed::widen(data, from, &mut values)?;
         let done = match part {

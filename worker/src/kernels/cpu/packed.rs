@@ -413,10 +413,43 @@ pub fn widen(data: &[u8], from: DType, out: &mut Vec<f32>) -> Result<(), Unrepre
     check(out, f32::INFINITY)
 }
 
+/// Refuses NaN among checkpoint elements that stay as they are.
+#[cfg(feature = "cuda")]
+pub(crate) fn check_numbers(data: &[u8], from: DType) -> Result<(), Unrepresentable> {
+    // All of the exponent, and some of the fraction.
+    let halves = |infinity: u16| {
+        let bits = data.as_chunks().0.iter().map(|b| u16::from_le_bytes(*b) & 0x7fff);
+        bits.fold(0, u16::max) > infinity
+    };
+    let broken = match from {
+        DType::F32 => {
+            let bits = data.as_chunks().0.iter().map(|b| u32::from_le_bytes(*b) & 0x7fff_ffff);
+            bits.fold(0, u32::max) > f32::INFINITY.to_bits()
+        }
+        DType::BF16 => halves(bf16::INFINITY.to_bits()),
+        DType::F16 => halves(f16::INFINITY.to_bits()),
+    };
+    if broken { Err(Unrepresentable(f32::NAN)) } else { Ok(()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::kernels::{buffer::round_to, cpu::isa::Isa};
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn nan_is_found_in_every_format_and_infinity_is_none() {
+        for (bytes, dtype, infinite) in [
+            (f32::NAN.to_le_bytes().to_vec(), DType::F32, f32::INFINITY.to_le_bytes().to_vec()),
+            (bf16::NAN.to_le_bytes().to_vec(), DType::BF16, bf16::NEG_INFINITY.to_le_bytes().to_vec()),
+            (f16::NAN.to_le_bytes().to_vec(), DType::F16, f16::INFINITY.to_le_bytes().to_vec()),
+        ] {
+            let zeros = vec![0; bytes.len()];
+            assert!(check_numbers(&[zeros.clone(), bytes].concat(), dtype).unwrap_err().0.is_nan());
+            check_numbers(&[zeros, infinite].concat(), dtype).unwrap();
+        }
+    }
 
     fn source(n: usize, k: usize) -> Vec<f32> {
         (0..n * k).map(|i| (i as f32 * 0.37).sin()).collect()
