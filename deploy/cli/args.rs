@@ -254,10 +254,11 @@ pub struct HereArgs {
     /// Model directory in Hugging Face layout
     #[arg(env = "STRATA_MODEL_DIR")]
     pub model: PathBuf,
-    /// Workers in this process, which share 90 % of the free memory; the split is then balanced [default: 1]
+    /// Workers in this process that share 90 % of the free host memory; the split is then balanced
     #[arg(long, env = "STRATA_WORKERS", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub workers: Option<u32>,
-    /// Devices of one worker, with optional byte caps: cpu:0=24MiB,cpu:1=24MiB; the split is then auto
+    /// Devices of one worker, with optional byte caps: cuda:0,cuda:1=20GiB,cpu. Several stages on one GPU are cuda:0/0,
+    /// cuda:0/1. The split is then auto [default: all GPUs, then the CPU]
     #[arg(long, env = "STRATA_DEVICES", value_delimiter = ',')]
     pub devices: Vec<DeviceSpec>,
     /// Byte caps by device, of each worker: cpu=64GiB
@@ -339,7 +340,7 @@ pub struct WorkerArgs {
     /// Directory whose subdirectories are models
     #[arg(long, env = "STRATA_MODELS")]
     pub models: PathBuf,
-    /// Devices, with optional byte caps: cpu:0=24MiB,cpu:1=24MiB [default: cpu]
+    /// Devices, with optional byte caps: cuda:0,cpu=64GiB [default: all GPUs, then the CPU]
     #[arg(long, env = "STRATA_DEVICES", value_delimiter = ',')]
     pub devices: Vec<DeviceSpec>,
     /// Byte caps by device: cpu=64GiB

@@ -15,10 +15,10 @@ use strata_coordinator::{
     planner::Split,
     survey::Deployment,
 };
-use strata_proto::Worker;
+use strata_proto::{DeviceKind, Worker};
 use strata_worker::{
     LocalWorker, Models, WorkerConfig,
-    device::{DeviceSpec, available_memory},
+    device::{self, DeviceSpec, available_memory},
     transport::loopback::Hub,
 };
 use tokio::{net::TcpListener, sync::mpsc};
@@ -65,9 +65,9 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     let listener =
         TcpListener::bind(args.listen).await.with_context(|| format!("--listen {}", args.listen))?;
     let address = listener.local_addr()?;
-    let devices = if args.devices.is_empty() { vec![DeviceSpec::cpu(None)] } else { args.devices };
+    let devices = if args.devices.is_empty() { device::all() } else { args.devices };
     let devices = capped(devices, &args.max_memory)?;
-    let compute = args.compute.resolve(devices.len());
+    let compute = args.compute.resolve(processors(&devices));
     let worker = LocalWorker::start(WorkerConfig {
         models: Models::Under(args.models),
         devices,
@@ -110,14 +110,15 @@ pub fn here(
     let (device_lists, split) = match (args.workers, args.devices.is_empty()) {
         (Some(_), false) => bail!("give --workers or --devices, not both"),
         (None, false) => (vec![args.devices.clone()], Split::Auto),
+        (None, true) => (vec![device::all()], Split::Auto),
         // Without a cap, so that weights which do not fit may stay memory-mapped.
-        (None | Some(1), true) => (vec![vec![DeviceSpec::cpu(None)]], Split::Balanced),
+        (Some(1), true) => (vec![vec![DeviceSpec::cpu(None)]], Split::Balanced),
         (Some(workers), true) => {
             let share = available_memory() / 10 * 9 / u64::from(workers);
             (vec![vec![DeviceSpec::cpu(Some(share))]; workers as usize], Split::Balanced)
         }
     };
-    let compute = args.compute.resolve(device_lists.iter().map(Vec::len).sum());
+    let compute = args.compute.resolve(device_lists.iter().map(|devices| processors(devices)).sum());
     let spill = args.spill.resolve()?;
     let hub = Arc::<Hub>::default();
     let mut workers: Vec<(String, Arc<dyn Worker>)> = Vec::new();
@@ -136,6 +137,11 @@ pub fn here(
     }
     let config = coordinator_config(deployment, name, split, workers.len(), LOCAL_PATIENCE);
     Ok((config, membership::local(workers)))
+}
+
+/// CPU devices among these, which share the cores.
+fn processors(devices: &[DeviceSpec]) -> usize {
+    devices.iter().filter(|d| d.kind == DeviceKind::Cpu).count()
 }
 
 /// Devices with the caps of `--max-memory`.

@@ -1,5 +1,8 @@
 //! The devices of a worker: what the user asked for, what they may hold, and how fast they are.
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 use std::{
     fmt,
     path::Path,
@@ -14,6 +17,7 @@ use std::{
 use core_affinity::CoreId;
 use strata_proto::{DType, Device, DeviceKind, Format, Rate};
 
+use crate::error::WorkerError;
 use crate::kernels::{
     buffer::{Arena, free_bytes_in},
     cpu::{
@@ -25,7 +29,8 @@ use crate::kernels::{
     },
 };
 
-/// A device as named on the command line: `cpu`, `cpu:1`, `cpu:0=24MiB`.
+/// A device as named on the command line: `cpu`, `cpu:1`, `cpu:0=24MiB`, `cuda:0`; `cuda:0/1=20GiB` is one of several
+/// stages on one GPU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceSpec {
     /// Unique within a worker.
@@ -38,7 +43,6 @@ pub struct DeviceSpec {
 
 impl DeviceSpec {
     /// The number after the colon, as in `cuda:1` and `cuda:1/2`; 0 if there is none.
-    #[cfg(feature = "cuda")]
     pub(crate) fn ordinal(&self) -> usize {
         let number = self.id.split_once(':').map_or("0", |(_, n)| n.split('/').next().unwrap_or(n));
         number.parse().unwrap_or(0)
@@ -59,15 +63,21 @@ impl FromStr for DeviceSpec {
             None => (s, None),
         };
         let (kind, number) = id.split_once(':').map_or((id, None), |(k, n)| (k, Some(n)));
-        if number.is_some_and(|n| n.is_empty() || !n.bytes().all(|b| b.is_ascii_digit())) {
-            return Err(format!("device {id:?}: expected a number after the colon, as in cpu:0"));
+        let is_number = |n: &str| !n.is_empty() && n.len() < 6 && n.bytes().all(|b| b.is_ascii_digit());
+        // Of a GPU there may be several parts, for several stages.
+        let (number, part) = match number.and_then(|n| n.split_once('/')) {
+            Some((number, part)) if kind == "cuda" => (Some(number), Some(part)),
+            _ => (number, None),
+        };
+        if !number.into_iter().chain(part).all(is_number) || (kind == "cuda" && number.is_none()) {
+            return Err(format!("device {id:?}: expected a number after the colon, as in cpu:0 or cuda:1"));
         }
         match kind {
             "cpu" => Ok(DeviceSpec { id: id.to_owned(), kind: DeviceKind::Cpu, cap }),
             "cuda" if cfg!(not(feature = "cuda")) => Err(no_cuda(id)),
             "cuda" => Ok(DeviceSpec { id: id.to_owned(), kind: DeviceKind::Cuda, cap }),
             _ => Err(format!(
-                "device {id:?}: expected cpu or cpu:N, with an optional =BYTES as in cpu:0=24MiB"
+                "device {id:?}: expected cpu, cpu:N or cuda:N, with an optional =BYTES as in cpu:0=24MiB"
             )),
         }
     }
@@ -181,16 +191,30 @@ pub struct Held {
     pub mapped: u64,
 }
 
+/// The devices of this machine: all GPUs that this build can use, then the processor.
+pub fn all() -> Vec<DeviceSpec> {
+    #[cfg(feature = "cuda")]
+    let mut devices = cuda::specs();
+    #[cfg(not(feature = "cuda"))]
+    let mut devices = Vec::new();
+    devices.push(DeviceSpec::cpu(None));
+    devices
+}
+
 /// What the devices offer. An uncapped CPU offers 90 % of the memory that is free now and held by nothing of ours, and
-/// 95 % of what is free on the disk of the directory `spill`.
+/// 95 % of what is free on the disk of the directory `spill`; an uncapped GPU, its free memory but for a reserve.
+///
+/// # Errors
+/// If a GPU cannot be used.
 pub fn offers(
     specs: &[DeviceSpec],
     compute: Compute,
     spill: Option<&Path>,
     held: impl Fn(&str) -> Held,
-) -> Vec<Device> {
+) -> Result<Vec<Device>, WorkerError> {
     let (free, total) = memory();
-    let uncapped = specs.iter().filter(|s| s.cap.is_none()).count().max(1) as u64;
+    let processors = specs.iter().filter(|s| s.kind == DeviceKind::Cpu);
+    let uncapped = processors.filter(|s| s.cap.is_none()).count().max(1) as u64;
     let on_disk = spill.map_or(0, free_on_disk);
     let Measured { bytes_per_second, rates } = measured(compute);
     let flops_per_second = rates.iter().map(|r| r.flops_per_second).fold(1.0, f64::max);
@@ -198,7 +222,7 @@ pub fn offers(
         None => on_disk / 100 * 95 / uncapped + held(&spec.id).mapped,
         Some(_) => 0,
     };
-    let offer = |spec: &DeviceSpec| Device {
+    let processor = |spec: &DeviceSpec| Device {
         id: spec.id.clone(),
         kind: spec.kind,
         budget_bytes: spec.cap.unwrap_or_else(|| (free / 10 * 9) / uncapped + held(&spec.id).memory),
@@ -214,6 +238,13 @@ pub fn offers(
         nccl: false,
         spill_bytes: spill_bytes(spec),
         spill_directory: spill.map_or(String::new(), |directory| directory.display().to_string()),
+    };
+    let offer = |spec: &DeviceSpec| match spec.kind {
+        DeviceKind::Cpu => Ok(processor(spec)),
+        #[cfg(feature = "cuda")]
+        DeviceKind::Cuda => cuda::offer(spec, specs, &held),
+        #[cfg(not(feature = "cuda"))]
+        DeviceKind::Cuda => Err(WorkerError::BadMessage(no_cuda(&spec.id))),
     };
     specs.iter().map(offer).collect()
 }
@@ -327,7 +358,7 @@ mod tests {
         let compute = Compute::shared_by(2);
         let held = |id: &str| Held { memory: 0, mapped: if id == "cpu:1" { 1 << 40 } else { 0 } };
         let offered = |spill: Option<&Path>| -> Vec<u64> {
-            offers(&specs, compute, spill, held).iter().map(|device| device.spill_bytes).collect()
+            offers(&specs, compute, spill, held).unwrap().iter().map(|device| device.spill_bytes).collect()
         };
         let with = offered(Some(directory.path()));
         // Other processes write to the disk as well.

@@ -189,16 +189,13 @@ impl Generation {
         hook: Option<&StepHook>,
     ) -> Result<(Option<v1::StepResult>, Duration), RunEnd> {
         let width = engine.loaded().map_or(0, |loaded| loaded.model.tower.width);
+        let shape = Expected { dtype: self.dtype, rows: meta.token_ids.len(), columns: width };
         let hidden = match &mut self.upstream {
             None => Ok(None),
-            Some(upstream) => {
-                let rows = meta.token_ids.len();
-                let expected = [Expected { dtype: self.dtype, rows, columns: width }];
-                match upstream.receive(meta.step, &expected)?.payload {
-                    Payload::Tensors(tensors) => Ok(tensors.into_iter().next()),
-                    Payload::Poisoned(reason) => Err(reason),
-                }
-            }
+            Some(upstream) => match upstream.receive(meta.step, &[shape])?.payload {
+                Payload::Tensors(tensors) => Ok(tensors.into_iter().next()),
+                Payload::Poisoned(reason) => Err(reason),
+            },
         };
         let begun = Instant::now();
         let computed = hidden.and_then(|hidden| {
@@ -223,7 +220,7 @@ impl Generation {
                 }
                 Err(reason) => Payload::Poisoned(reason),
             };
-            downstream.send(Activation { step: meta.step, payload })?;
+            downstream.send(Activation { step: meta.step, payload }, shape)?;
             return Ok((None, compute));
         }
         let (output, failure) = match computed {

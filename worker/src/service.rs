@@ -20,10 +20,11 @@ use crate::{
     device::{self, Compute, DeviceSpec, Held},
     error::WorkerError,
     model,
-    stage::{Connect, MakeDownstream, MakeUpstream, Prepare, StageThread, StepHook},
+    stage::{Connect, Ends, MakeDownstream, MakeUpstream, Prepare, StageThread, StepHook},
     transport::{
         LinkError, link_token,
         loopback::Hub,
+        nccl::{self, Joining},
         tcp::{self, Listener},
     },
 };
@@ -168,7 +169,7 @@ impl LocalWorker {
         Ok((fence, stage))
     }
 
-    fn offers(&self) -> Vec<strata_proto::Device> {
+    fn offers(&self) -> Result<Vec<strata_proto::Device>, WorkerError> {
         let spill = self.config.spill_directory.as_deref();
         device::offers(&self.config.devices, self.config.compute, spill, |id| {
             self.stage(id).map_or(Held::default(), StageThread::held)
@@ -196,7 +197,7 @@ impl Worker for LocalWorker {
             let directory = self.config.models.resolve(&request.model)?;
             Some(blocking(move || Ok(model::describe(&directory, &request.model)?)).await?)
         };
-        let offers = self.offers();
+        let offers = self.offers()?;
         Ok(v1::Described {
             protocol_min: PROTOCOL,
             protocol_max: PROTOCOL,
@@ -245,7 +246,7 @@ impl Worker for LocalWorker {
                 Some(self.listener.expect(link_token(&request.upstream_token).map_err(WorkerError::from)?))
             }
         };
-        let budget = self.offers().into_iter().find(|d| d.id == spec.device).map_or(0, |d| d.budget_bytes);
+        let budget = self.offers()?.into_iter().find(|d| d.id == spec.device).map_or(0, |d| d.budget_bytes);
         let prepare = Prepare {
             fence,
             spec,
@@ -256,13 +257,19 @@ impl Worker for LocalWorker {
             pending,
         };
         let prepared = stage.prepare(prepare).await?;
-        Ok(v1::Prepared { link_address: self.listener.address().to_string(), ..prepared })
+        let nccl_id = match request.mint_nccl_id {
+            true => nccl::mint_id().map_err(WorkerError::from)?.to_vec(),
+            false => Vec::new(),
+        };
+        let link_address = self.listener.address().to_string();
+        Ok(v1::Prepared { link_address, nccl_id: nccl_id.into(), ..prepared })
     }
 
     async fn connect(&self, request: v1::ConnectRequest) -> Result<(), Status> {
         let (fence, stage) = self.admit(request.fence, &request.device)?;
-        let upstream = request.upstream.map(|link| self.upstream(&link, fence)).transpose()?;
-        let downstream = request.downstream.map(|link| self.downstream(&link, fence)).transpose()?;
+        let gpu = self.config.devices.iter().find(|d| d.id == request.device).map_or(0, DeviceSpec::ordinal);
+        let upstream = request.upstream.map(|link| self.upstream(&link, fence, gpu)).transpose()?;
+        let downstream = request.downstream.map(|link| self.downstream(&link, fence, gpu)).transpose()?;
         Ok(stage.connect(Connect { fence, upstream, downstream }).await?)
     }
 
@@ -285,45 +292,50 @@ impl Worker for LocalWorker {
 }
 
 impl LocalWorker {
-    fn upstream(&self, link: &v1::Link, fence: Fence) -> Result<MakeUpstream, WorkerError> {
+    fn upstream(&self, link: &v1::Link, fence: Fence, gpu: usize) -> Result<MakeUpstream, WorkerError> {
         let token = link_token(&link.token)?;
         let hub = self.config.hub.clone();
-        match link.kind() {
+        Ok(match link.kind() {
             LinkKind::Loopback | LinkKind::DeviceCopy => {
-                Ok(Box::new(move |_, interrupt| Ok(Box::new(hub.upstream(token, interrupt)))))
+                Box::new(move |ends| Ok(Box::new(hub.upstream(token, ends.interrupt))))
             }
-            LinkKind::Tcp => Ok(Box::new(move |pending, interrupt| match pending {
+            LinkKind::Tcp => Box::new(move |ends| match ends.pending {
                 Some(pending) if *pending.token() == token => {
-                    Ok(Box::new(pending.accept(fence, &interrupt)?))
+                    Ok(Box::new(pending.accept(fence, &ends.interrupt)?))
                 }
                 _ => Err(LinkError::Protocol("this link's token was not announced by Prepare".into()).into()),
-            })),
-            LinkKind::Nccl => Err(no_nccl()),
-            LinkKind::Unspecified => Err(WorkerError::BadMessage("a link needs a kind".into())),
-        }
+            }),
+            LinkKind::Nccl => {
+                let id = nccl::id_of(&link.nccl_id)?;
+                Box::new(move |Ends { interrupt, longest, .. }| {
+                    Ok(nccl::upstream(Joining { id, token, gpu, longest, interrupt })?)
+                })
+            }
+            LinkKind::Unspecified => return Err(WorkerError::BadMessage("a link needs a kind".into())),
+        })
     }
 
-    fn downstream(&self, link: &v1::Link, fence: Fence) -> Result<MakeDownstream, WorkerError> {
+    fn downstream(&self, link: &v1::Link, fence: Fence, gpu: usize) -> Result<MakeDownstream, WorkerError> {
         let token = link_token(&link.token)?;
         let hub = self.config.hub.clone();
         let address = link.address.clone();
-        match link.kind() {
-            LinkKind::Loopback | LinkKind::DeviceCopy => {
-                Ok(Box::new(move |interrupt| Ok(Box::new(hub.downstream(token, interrupt)))))
+        Ok(match link.kind() {
+            kind @ (LinkKind::Loopback | LinkKind::DeviceCopy) => {
+                let by_host = kind == LinkKind::Loopback;
+                Box::new(move |ends| Ok(Box::new(hub.downstream(token, by_host, ends.interrupt))))
             }
             LinkKind::Tcp => {
-                Ok(Box::new(move |interrupt| Ok(Box::new(tcp::dial(&address, &token, fence, &interrupt)?))))
+                Box::new(move |ends| Ok(Box::new(tcp::dial(&address, &token, fence, &ends.interrupt)?)))
             }
-            LinkKind::Nccl => Err(no_nccl()),
-            LinkKind::Unspecified => Err(WorkerError::BadMessage("a link needs a kind".into())),
-        }
+            LinkKind::Nccl => {
+                let id = nccl::id_of(&link.nccl_id)?;
+                Box::new(move |Ends { interrupt, longest, .. }| {
+                    Ok(nccl::downstream(Joining { id, token, gpu, longest, interrupt })?)
+                })
+            }
+            LinkKind::Unspecified => return Err(WorkerError::BadMessage("a link needs a kind".into())),
+        })
     }
-}
-
-fn no_nccl() -> WorkerError {
-    WorkerError::BadMessage(
-        "this build of Strata has no CUDA support: it cannot link by NCCL; use --links tcp".into(),
-    )
 }
 
 fn read_files(directory: &Path) -> Result<Files, WorkerError> {

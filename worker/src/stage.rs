@@ -65,10 +65,17 @@ pub(crate) struct Prepare {
 }
 
 /// How a stage gets its links: by closures, so that the thread knows no transport.
-pub(crate) type MakeUpstream =
-    Box<dyn FnOnce(Option<Pending>, Interrupt) -> Result<Box<dyn Upstream>, WorkerError> + Send>;
-pub(crate) type MakeDownstream =
-    Box<dyn FnOnce(Interrupt) -> Result<Box<dyn Downstream>, WorkerError> + Send>;
+pub(crate) type MakeUpstream = Box<dyn FnOnce(Ends) -> Result<Box<dyn Upstream>, WorkerError> + Send>;
+pub(crate) type MakeDownstream = Box<dyn FnOnce(Ends) -> Result<Box<dyn Downstream>, WorkerError> + Send>;
+
+/// What a stage knows of its end of a link.
+pub(crate) struct Ends {
+    /// The link that `Prepare` announced, if this is the receiving end of one over TCP.
+    pub pending: Option<Pending>,
+    pub interrupt: Interrupt,
+    /// Bytes of the longest activation.
+    pub longest: u64,
+}
 
 /// Links to bring up.
 pub(crate) struct Connect {
@@ -435,13 +442,17 @@ impl Stage {
     }
 
     fn connect(&mut self, request: Connect) -> Result<(), WorkerError> {
+        let width = self.engine.loaded().map_or(0, |loaded| loaded.model.tower.width);
         let generation = current(&mut self.generation, &request.fence)?;
+        let longest = (generation.max_step_tokens * width) as u64 * generation.dtype.size();
+        let ends = |pending| Ends { pending, interrupt: generation.interrupt.clone(), longest };
         // Down first: the next stage answers the hello without waiting for its own neighbours.
         if let Some(make) = request.downstream {
-            generation.downstream = Some(make(generation.interrupt.clone())?);
+            generation.downstream = Some(make(ends(None))?);
         }
         if let Some(make) = request.upstream {
-            generation.upstream = Some(make(generation.pending.take(), generation.interrupt.clone())?);
+            let pending = generation.pending.take();
+            generation.upstream = Some(make(ends(pending))?);
         }
         Ok(())
     }

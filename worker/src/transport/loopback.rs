@@ -8,7 +8,7 @@ use std::{
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use super::{Activation, Downstream, Expected, LinkError, LinkToken, Payload, Upstream, check_step};
+use super::{Activation, Downstream, Expected, Hidden, LinkError, LinkToken, Payload, Upstream, check_step};
 use crate::interrupt::Interrupt;
 
 /// Activations a stage may be ahead of its successor.
@@ -40,8 +40,13 @@ impl Hub {
         self.id.to_string()
     }
 
-    /// The sending end of the link `token`.
-    pub fn downstream(self: &Arc<Self>, token: LinkToken, interrupt: Interrupt) -> LoopbackDownstream {
+    /// The sending end of the link `token`. With `by_host`, what is sent goes through host memory.
+    pub fn downstream(
+        self: &Arc<Self>,
+        token: LinkToken,
+        by_host: bool,
+        interrupt: Interrupt,
+    ) -> LoopbackDownstream {
         let mut waiting = self.lock();
         let sender = match waiting.remove(&token) {
             Some(End::Sender(sender)) => sender,
@@ -51,7 +56,7 @@ impl Hub {
                 sender
             }
         };
-        LoopbackDownstream { sender, interrupt, _claim: Claim { hub: self.clone(), token } }
+        LoopbackDownstream { sender, by_host, interrupt, _claim: Claim { hub: self.clone(), token } }
     }
 
     /// The receiving end of the link `token`.
@@ -90,12 +95,17 @@ impl Drop for Claim {
 #[derive(Debug)]
 pub struct LoopbackDownstream {
     sender: mpsc::Sender<Activation>,
+    by_host: bool,
     interrupt: Interrupt,
     _claim: Claim,
 }
 
 impl Downstream for LoopbackDownstream {
-    fn send(&mut self, activation: Activation) -> Result<(), LinkError> {
+    fn send(&mut self, mut activation: Activation, _shape: Expected) -> Result<(), LinkError> {
+        if let (true, Payload::Tensors(tensors)) = (self.by_host, &mut activation.payload) {
+            let moved = std::mem::take(tensors).into_iter().map(|t| t.into_host().map(Hidden::Host));
+            *tensors = moved.collect::<Result<_, _>>()?;
+        }
         match self.interrupt.block_on(self.sender.send(activation)) {
             None => Err(LinkError::Interrupted),
             Some(sent) => sent.map_err(|_| LinkError::Closed("the next stage ended".into())),
@@ -132,7 +142,11 @@ impl Upstream for LoopbackUpstream {
 
 #[cfg(test)]
 mod tests {
+    use strata_proto::DType;
+
     use super::*;
+
+    const SHAPE: Expected = Expected { dtype: DType::F32, rows: 1, columns: 1 };
 
     #[test]
     fn ends_meet_in_either_order_and_leave_nothing_behind() {
@@ -141,13 +155,13 @@ mod tests {
             let interrupt = Interrupt::default();
             let (mut down, mut up) = if receiver_first {
                 let up = hub.upstream([1; 32], interrupt.clone());
-                (hub.downstream([1; 32], interrupt.clone()), up)
+                (hub.downstream([1; 32], true, interrupt.clone()), up)
             } else {
-                let down = hub.downstream([1; 32], interrupt.clone());
+                let down = hub.downstream([1; 32], true, interrupt.clone());
                 let up = hub.upstream([1; 32], interrupt.clone());
                 (down, up)
             };
-            down.send(Activation { step: 4, payload: Payload::Poisoned("x".into()) }).unwrap();
+            down.send(Activation { step: 4, payload: Payload::Poisoned("x".into()) }, SHAPE).unwrap();
             assert!(matches!(up.receive(4, &[]).unwrap().payload, Payload::Poisoned(why) if why == "x"));
             drop(down);
             assert!(matches!(up.receive(5, &[]), Err(LinkError::Closed(_))));
@@ -165,8 +179,9 @@ mod tests {
             let (there, interrupt) = (hub.clone(), Interrupt::default());
             let other = interrupt.clone();
             let sending = std::thread::spawn(move || {
-                let mut down = there.downstream(token, other);
-                down.send(Activation { step: 0, payload: Payload::Poisoned(String::new()) }).map(|()| down)
+                let mut down = there.downstream(token, true, other);
+                down.send(Activation { step: 0, payload: Payload::Poisoned(String::new()) }, SHAPE)
+                    .map(|()| down)
             });
             let mut up = hub.upstream(token, interrupt);
             up.receive(0, &[]).unwrap();

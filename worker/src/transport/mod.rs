@@ -4,6 +4,7 @@
 //! generation's [`Interrupt`](crate::interrupt::Interrupt) is tripped.
 
 pub mod loopback;
+pub(crate) mod nccl;
 pub mod tcp;
 
 use candle_core::Tensor;
@@ -97,15 +98,15 @@ pub struct Expected {
 }
 
 /// The receiving end of a link.
-pub trait Upstream: Send {
+pub trait Upstream {
     /// Waits for the activation of `step`; refuses one whose tensors differ from `expected`.
     fn receive(&mut self, step: u64, expected: &[Expected]) -> Result<Activation, LinkError>;
 }
 
 /// The sending end of a link. Sending overlaps the next step's compute.
-pub trait Downstream: Send {
-    /// Queues an activation.
-    fn send(&mut self, activation: Activation) -> Result<(), LinkError>;
+pub trait Downstream {
+    /// Queues an activation. `shape` is what the receiver expects, also of a step that is poisoned.
+    fn send(&mut self, activation: Activation, shape: Expected) -> Result<(), LinkError>;
 }
 
 /// Why a link failed. Each of these ends the generation.

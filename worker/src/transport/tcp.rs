@@ -219,7 +219,7 @@ pub struct TcpDownstream {
 }
 
 impl Downstream for TcpDownstream {
-    fn send(&mut self, activation: Activation) -> Result<(), LinkError> {
+    fn send(&mut self, activation: Activation, _shape: Expected) -> Result<(), LinkError> {
         self.sender.send(activation).map_err(|_| {
             if self.interrupt.is_tripped() {
                 return LinkError::Interrupted;
@@ -432,17 +432,19 @@ mod tests {
         for (step, dtype) in DType::ALL.into_iter().enumerate() {
             let sent = tensor(dtype);
             let step = step as u64;
-            down.send(Activation { step, payload: Payload::Tensors(vec![Hidden::Host(sent.clone())]) })
-                .unwrap();
-            let got = up.receive(step, &[Expected { dtype, rows: 2, columns: 3 }]).unwrap();
+            let shape = Expected { dtype, rows: 2, columns: 3 };
+            let payload = Payload::Tensors(vec![Hidden::Host(sent.clone())]);
+            down.send(Activation { step, payload }, shape).unwrap();
+            let got = up.receive(step, &[shape]).unwrap();
             let Payload::Tensors(mut got) = got.payload else { panic!("poisoned") };
             let flat = |t: Tensor| {
                 t.to_dtype(candle_core::DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
             };
             assert_eq!(flat(got.remove(0).into_host().unwrap()), flat(sent));
         }
-        down.send(Activation { step: 3, payload: Payload::Poisoned("é".repeat(2000)) }).unwrap();
-        let got = up.receive(3, &[Expected { dtype: DType::F32, rows: 9, columns: 9 }]).unwrap();
+        let shape = Expected { dtype: DType::F32, rows: 9, columns: 9 };
+        down.send(Activation { step: 3, payload: Payload::Poisoned("é".repeat(2000)) }, shape).unwrap();
+        let got = up.receive(3, &[shape]).unwrap();
         assert!(matches!(got.payload, Payload::Poisoned(why) if why == "é".repeat(512)));
     }
 

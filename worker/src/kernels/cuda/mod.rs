@@ -50,6 +50,14 @@ pub enum CudaError {
         /// The compiler's words.
         log: String,
     },
+    /// A GPU that is not there.
+    #[error("there is no GPU {ordinal}: this machine has {count}")]
+    NoGpu {
+        /// What was asked for.
+        ordinal: usize,
+        /// What there is.
+        count: usize,
+    },
     /// cuBLAS refused.
     #[error("cuBLAS: {0:?}")]
     Blas(cublas::sys::cublasStatus_t),
@@ -131,51 +139,63 @@ fn libraries() -> Result<(), CudaError> {
     present("libcublas.so", || unsafe { cublas::sys::is_culib_present() })
 }
 
-/// The GPUs of this machine; none where there is no driver.
+/// How many GPUs this machine has; none where there is no driver.
 ///
 /// # Errors
 /// If there is a driver, and it does not work.
-pub fn gpus() -> Result<Vec<GpuInfo>, CudaError> {
+pub fn count() -> Result<usize, CudaError> {
     // SAFETY: as in `libraries`.
     if present("libcuda.so.1", || unsafe { driver::sys::is_culib_present() }).is_err() {
-        return Ok(Vec::new());
+        return Ok(0);
     }
-    let count = match CudaContext::device_count() {
-        Ok(count) => count as usize,
-        Err(DriverError(driver::sys::cudaError_enum::CUDA_ERROR_NO_DEVICE)) => 0,
-        Err(e) => return Err(e).doing("counting GPUs"),
-    };
-    let contexts: Vec<_> =
-        (0..count).map(CudaContext::new).collect::<Result<_, _>>().doing("opening a GPU")?;
-    let uuids: Vec<_> = contexts.iter().map(uuid).collect::<Result<_, _>>()?;
-    let info = |(ordinal, context): (usize, &Arc<CudaContext>)| {
-        let (free, total) = context.mem_get_info().doing("asking for free memory")?;
-        let peers = contexts.iter().zip(&uuids).filter(|(other, _)| can_copy(context, other));
-        Ok(GpuInfo {
-            ordinal,
-            name: context.name().doing("asking for a GPU's name")?,
-            uuid: uuids[ordinal].clone(),
-            capability: context.compute_capability().doing("asking for a GPU's capability")?,
-            free_bytes: free as u64,
-            total_bytes: total as u64,
-            peers: peers.map(|(_, uuid)| uuid.clone()).collect(),
-        })
-    };
-    contexts.iter().enumerate().map(info).collect()
+    match CudaContext::device_count() {
+        Ok(count) => Ok(count as usize),
+        Err(DriverError(driver::sys::cudaError_enum::CUDA_ERROR_NO_DEVICE)) => Ok(0),
+        Err(e) => Err(e).doing("counting GPUs"),
+    }
 }
 
-fn uuid(context: &Arc<CudaContext>) -> Result<String, CudaError> {
-    let bytes = context.uuid().doing("asking for a GPU's uuid")?.bytes;
+/// What is known of a GPU. Of the others nothing is opened.
+///
+/// # Errors
+/// If there is no such GPU, or it does not work.
+pub fn info(ordinal: usize) -> Result<GpuInfo, CudaError> {
+    libraries()?;
+    let count = count()?;
+    if ordinal >= count {
+        return Err(CudaError::NoGpu { ordinal, count });
+    }
+    let context = CudaContext::new(ordinal).doing("opening a GPU")?;
+    let (free, total) = context.mem_get_info().doing("asking for free memory")?;
+    let mut peers = Vec::new();
+    for other in 0..count {
+        let device = driver::result::device::get(other as i32).doing("finding a GPU")?;
+        if other == ordinal || can_copy(context.cu_device(), device) {
+            peers.push(uuid(device)?);
+        }
+    }
+    Ok(GpuInfo {
+        ordinal,
+        name: context.name().doing("asking for a GPU's name")?,
+        uuid: uuid(context.cu_device())?,
+        capability: context.compute_capability().doing("asking for a GPU's capability")?,
+        free_bytes: free as u64,
+        total_bytes: total as u64,
+        peers,
+    })
+}
+
+fn uuid(device: driver::sys::CUdevice) -> Result<String, CudaError> {
+    let bytes = driver::result::device::get_uuid(device).doing("asking for a GPU's uuid")?.bytes;
     Ok(uuid::Uuid::from_bytes(bytes.map(|b| b as u8)).to_string())
 }
 
-/// Whether `context` can copy from the memory of `other` without the host.
-fn can_copy(context: &CudaContext, other: &CudaContext) -> bool {
+/// Whether one GPU can copy from the memory of another without the host.
+fn can_copy(to: driver::sys::CUdevice, from: driver::sys::CUdevice) -> bool {
     let mut can = 0;
-    let (a, b) = (context.cu_device(), other.cu_device());
     // SAFETY: both are devices that the driver gave.
-    let asked = unsafe { driver::sys::cuDeviceCanAccessPeer(&mut can, a, b) };
-    context.ordinal() == other.ordinal() || (asked.result().is_ok() && can == 1)
+    let asked = unsafe { driver::sys::cuDeviceCanAccessPeer(&mut can, to, from) };
+    asked.result().is_ok() && can == 1
 }
 
 /// Bytes of a GPU that no stage is given: cuBLAS's workspace, what attention puts together, activations on their way, and

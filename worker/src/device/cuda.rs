@@ -1,0 +1,151 @@
+//! What GPUs offer: memory, neighbours, and speeds, measured by the kernels that will do the work.
+
+use std::{
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use strata_proto::{DType, Device, DeviceKind, Format, Rate};
+
+use super::{DeviceSpec, Held};
+use crate::{
+    error::WorkerError,
+    kernels::{
+        cpu::packed::PackedMatrix,
+        cuda::{
+            self, CudaError, Gpu, GpuInfo, RESERVE,
+            launch::Bytes,
+            memory::{self, Memory, Ptr},
+            product::{Epilogue, Linear, Matrix},
+        },
+    },
+    transport::nccl,
+};
+
+/// The GPUs of this machine as devices.
+pub(super) fn specs() -> Vec<DeviceSpec> {
+    let count = cuda::count().unwrap_or_else(|error| {
+        tracing::warn!(%error, "the GPUs of this machine cannot be used");
+        0
+    });
+    let spec = |n| DeviceSpec { id: format!("cuda:{n}"), kind: DeviceKind::Cuda, cap: None };
+    (0..count).map(spec).collect()
+}
+
+/// What a GPU offers. An uncapped one offers what is free now, less a reserve; parts of one GPU share it.
+pub(super) fn offer(
+    spec: &DeviceSpec,
+    specs: &[DeviceSpec],
+    held: impl Fn(&str) -> Held,
+) -> Result<Device, WorkerError> {
+    let failed = |e: CudaError| WorkerError::WrongState(format!("device {}: {e}", spec.id));
+    let GpuInfo { uuid, capability, free_bytes, total_bytes, peers, .. } =
+        cuda::info(spec.ordinal()).map_err(failed)?;
+    let Measured { bytes_per_second, rates } = measured(spec.ordinal()).map_err(failed)?;
+    let shares = specs.iter().filter(|s| s.kind == DeviceKind::Cuda && s.ordinal() == spec.ordinal());
+    let uncapped = shares.filter(|s| s.cap.is_none()).count().max(1) as u64;
+    let free = free_bytes.saturating_sub(RESERVE) / uncapped + held(&spec.id).memory;
+    Ok(Device {
+        id: spec.id.clone(),
+        kind: DeviceKind::Cuda,
+        budget_bytes: spec.cap.unwrap_or(free),
+        total_bytes,
+        capped: spec.cap.is_some(),
+        bytes_per_second,
+        flops_per_second: rates.iter().map(|r| r.flops_per_second).fold(1.0, f64::max),
+        numerics: format!("cuda-1-sm{}{}", capability.0, capability.1),
+        rates,
+        stages_at_once: 0,
+        hardware: uuid,
+        peers,
+        nccl: nccl::is_there(),
+        spill_bytes: 0,
+        spill_directory: String::new(),
+    })
+}
+
+/// Speeds of a GPU.
+#[derive(Clone)]
+struct Measured {
+    bytes_per_second: f64,
+    rates: Vec<Rate>,
+}
+
+/// Rows at which arithmetic is measured.
+const ROWS: [usize; 4] = [1, 8, 64, 512];
+/// Outputs and inputs of the matrix: more than caches hold.
+const N: usize = 8192;
+const K: usize = 4096;
+/// A measurement that takes longer is the last of its format: with more rows it would take longer still.
+const SLOW: Duration = Duration::from_millis(20);
+
+/// Measures once per process and GPU, in some tens of milliseconds.
+fn measured(ordinal: usize) -> Result<Measured, CudaError> {
+    static MEASURED: Mutex<Vec<(usize, Measured)>> = Mutex::new(Vec::new());
+    let mut known = MEASURED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, measured)) = known.iter().find(|(o, _)| *o == ordinal) {
+        return Ok(measured.clone());
+    }
+    let gpu = Gpu::open(ordinal)?;
+    let bytes = (N * K * 4) as u64;
+    let (weight, x) = (Memory::new(&gpu.context, bytes)?, Memory::new(&gpu.context, bytes)?);
+    let copy = seconds(&gpu, || memory::copy(&gpu.stream, x.ptr(), weight.ptr(), bytes))?;
+    let mut rates = Vec::new();
+    for format in Format::ALL {
+        let element = match format {
+            Format::Float(dtype) => dtype,
+            Format::Quantized(_) => DType::BF16,
+        };
+        let kernels = gpu.kernels(element, 128)?;
+        let format = PackedMatrix::held(K, format);
+        let matrix = Matrix { format, n: N, k: K, values: weight.ptr(), factors: weight.ptr() };
+        for rows in ROWS {
+            // Rows, what they are as bytes, and what comes out, one after the other.
+            let [at_bytes, at_factors, at_sums, at_out] =
+                [4, 5, 6, 7].map(|part: u64| x.ptr().offset(part * bytes / 8));
+            let call = Linear {
+                weight: &matrix,
+                bias: Ptr::NULL,
+                x: x.ptr(),
+                x_stride: K,
+                rows,
+                out: at_out,
+                out_stride: N,
+                epilogue: Epilogue::Store,
+                grouped: None,
+                bytes: Bytes { values: at_bytes, factors: at_factors, sums: at_sums },
+            };
+            let seconds = seconds(&gpu, || gpu.linear(&kernels, element, &call))?;
+            let flops_per_second = (2 * rows * N * K) as f64 / seconds;
+            rates.push(Rate { format, rows: rows as u32, flops_per_second });
+            if seconds > SLOW.as_secs_f64() {
+                break;
+            }
+        }
+    }
+    // A copy reads and writes every byte.
+    let measured = Measured { bytes_per_second: 2.0 * bytes as f64 / copy, rates };
+    known.push((ordinal, measured.clone()));
+    Ok(measured)
+}
+
+/// The least time of some runs of something, each long enough that starting it does not count.
+fn seconds(gpu: &Gpu, mut run: impl FnMut() -> Result<(), CudaError>) -> Result<f64, CudaError> {
+    let mut least = f64::INFINITY;
+    let mut times = 1;
+    // The first run also loads what is loaded lazily.
+    for round in 0..4 {
+        let begun = Instant::now();
+        for _ in 0..times {
+            run()?;
+        }
+        gpu.wait()?;
+        let seconds = begun.elapsed().as_secs_f64() / f64::from(times);
+        least = least.min(seconds);
+        if round == 0 && seconds > SLOW.as_secs_f64() {
+            break;
+        }
+        times = 10;
+    }
+    Ok(least.max(1e-9))
+}

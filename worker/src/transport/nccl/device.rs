@@ -1,0 +1,331 @@
+//! Communicators of the real NCCL, and the two ends of a link over them.
+//!
+//! An activation is one message of known length: 256 bytes (step, and why there are no rows if there are none), then the
+//! rows. So nothing hangs downstream of a stage that failed.
+
+use std::{
+    collections::VecDeque,
+    ffi::{c_char, c_int},
+    mem::MaybeUninit,
+    panic::catch_unwind,
+    sync::Arc,
+    time::Duration,
+};
+
+use cudarc::{
+    driver::{CudaContext, CudaEvent, CudaStream},
+    nccl::{result, sys},
+};
+use strata_proto::DType;
+
+use super::{
+    ID_BYTES, Joining,
+    watched::{Communicator, Watched},
+};
+use crate::{
+    kernels::cuda::{
+        CudaError, DeviceRows, Doing,
+        memory::{self, Ptr},
+        rows::{HEAD, Slots},
+    },
+    transport::{Activation, Downstream, Expected, Hidden, LinkError, Payload, Upstream, check_step},
+};
+
+/// How long the ranks of a link wait for each other, and for their first message.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(20);
+/// How long an activation may take. Stages before this one may be slow; that they live is known otherwise.
+const STEP_PATIENCE: Duration = Duration::from_secs(120);
+/// Ranks of a link.
+const SENDER: c_int = 0;
+const RECEIVER: c_int = 1;
+/// Activations a stage may be ahead of its successor.
+const IN_FLIGHT: usize = 2;
+
+/// Whether NCCL can be used.
+pub(crate) fn is_there() -> bool {
+    // SAFETY: loading the library runs its initialisers, which are made for it.
+    catch_unwind(|| unsafe { sys::is_culib_present() }).unwrap_or(false)
+}
+
+/// A new id, which this process listens for.
+///
+/// # Errors
+/// If NCCL is not there, or refuses.
+pub(crate) fn mint_id() -> Result<[u8; ID_BYTES], LinkError> {
+    if !is_there() {
+        return Err(LinkError::Device("libnccl.so was not found: install NCCL, or use --links tcp".into()));
+    }
+    let id = result::get_uniqueid().map_err(|e| failed("making an id", e.0))?;
+    Ok(id.internal.map(|b| b as u8))
+}
+
+fn failed(doing: &str, error: sys::ncclResult_t) -> LinkError {
+    LinkError::Device(reason(doing, error))
+}
+
+fn reason(doing: &str, error: sys::ncclResult_t) -> String {
+    format!("NCCL, {doing}: {error:?}")
+}
+
+impl From<CudaError> for LinkError {
+    fn from(error: CudaError) -> Self {
+        LinkError::Device(error.to_string())
+    }
+}
+
+/// One rank of a communicator of two.
+struct Rank {
+    comm: sys::ncclComm_t,
+    peer: c_int,
+    stream: Arc<CudaStream>,
+    /// Where the stream has to come to.
+    asked: CudaEvent,
+}
+
+impl Rank {
+    /// Begins to join; [`Communicator::poll`] says when it is done.
+    fn join(joining: &Joining, rank: c_int) -> Result<Self, LinkError> {
+        let context = CudaContext::new(joining.gpu).doing("opening a GPU")?;
+        context.bind_to_thread().doing("binding a GPU")?;
+        let stream = context.new_stream().doing("making a stream")?;
+        let asked = context.new_event(None).doing("making an event")?;
+        asked.record(&stream).doing("making an event")?;
+        let id = sys::ncclUniqueId { internal: joining.id.map(|b| b as c_char) };
+        let mut config = config();
+        let mut comm = MaybeUninit::uninit();
+        // SAFETY: both are valid for the call; the communicator is aborted before it is forgotten.
+        let asked_for = unsafe { result::comm_init_rank_config(comm.as_mut_ptr(), 2, id, rank, &mut config) };
+        asked_for.map_err(|e| failed("joining", e.0))?;
+        // SAFETY: NCCL has written it, as it did not refuse.
+        let comm = unsafe { comm.assume_init() };
+        Ok(Rank { comm, peer: SENDER + RECEIVER - rank, stream, asked })
+    }
+
+    /// Sends a message, or receives one; in order with what else is asked of the stream.
+    fn exchange(&mut self, at: Ptr, bytes: u64, send: bool) -> Result<(), LinkError> {
+        let (kind, stream) = (sys::ncclDataType_t::ncclUint8, self.stream.cu_stream().cast());
+        // SAFETY: `at` is memory of this GPU, of so many bytes, that stays until the stream has come past this.
+        let asked_for = unsafe {
+            match send {
+                true => result::send(at.raw(), bytes as usize, kind, self.peer, self.comm, stream),
+                false => {
+                    result::recv(at.raw().cast_mut(), bytes as usize, kind, self.peer, self.comm, stream)
+                }
+            }
+        };
+        asked_for.map_err(|e| failed(if send { "sending" } else { "receiving" }, e.0))?;
+        Ok(())
+    }
+
+    /// All that was asked for up to now is what is to be waited for.
+    fn mark(&self) -> Result<(), LinkError> {
+        Ok(self.asked.record(&self.stream).doing("making an event")?)
+    }
+}
+
+impl Communicator for Rank {
+    fn poll(&mut self) -> Result<bool, String> {
+        let mut state = sys::ncclResult_t::ncclSuccess;
+        // SAFETY: the communicator lives, and belongs to this thread.
+        let asked = unsafe { sys::ncclCommGetAsyncError(self.comm, &mut state) };
+        asked.result().map_err(|e| reason("asking for errors", e.0))?;
+        match state {
+            sys::ncclResult_t::ncclSuccess => {
+                self.asked.try_is_complete().map_err(|e| format!("NCCL's stream: {e}"))
+            }
+            sys::ncclResult_t::ncclInProgress => Ok(false),
+            error => Err(reason("its other end", error)),
+        }
+    }
+
+    fn abort(&mut self) {
+        // SAFETY: called once, and nothing is asked of the communicator after it.
+        let aborted = unsafe { result::comm_abort(self.comm) };
+        if let Err(error) = aborted {
+            tracing::warn!(error = ?error.0, "aborting an NCCL communicator");
+        }
+    }
+}
+
+/// Everything by default, but that no call blocks (`NCCL_CONFIG_INITIALIZER` of nccl.h).
+fn config() -> sys::ncclConfig_t {
+    const UNDEFINED: c_int = c_int::MIN;
+    sys::ncclConfig_t {
+        size: size_of::<sys::ncclConfig_t>(),
+        magic: 0xcafe_beef,
+        version: 2 * 10_000 + 27 * 100,
+        blocking: 0,
+        cgaClusterSize: UNDEFINED,
+        minCTAs: UNDEFINED,
+        maxCTAs: UNDEFINED,
+        netName: std::ptr::null(),
+        splitShare: UNDEFINED,
+        trafficClass: UNDEFINED,
+        commName: std::ptr::null(),
+        collnetEnable: UNDEFINED,
+        CTAPolicy: UNDEFINED,
+        shrinkShare: UNDEFINED,
+        nvlsCTAs: UNDEFINED,
+    }
+}
+
+/// One end, and its buffers.
+struct End {
+    rank: Watched<Rank>,
+    slots: Slots,
+    longest: u64,
+}
+
+impl End {
+    /// Joins, and exchanges the link's token in a message of the largest size: that verifies the link, and allocates all
+    /// that NCCL needs before the first step.
+    fn join(joining: Joining, rank: c_int) -> Result<Self, LinkError> {
+        let mut watched = Watched::new(Rank::join(&joining, rank)?, joining.interrupt.clone());
+        watched.wait(CONNECT_PATIENCE)?;
+        let context = watched.get().stream.context().clone();
+        let slots = Slots::new(&context, joining.longest, IN_FLIGHT + 1)?;
+        let mut end = End { rank: watched, slots, longest: joining.longest };
+        let whole = Expected { dtype: DType::BF16, rows: 1, columns: (end.longest / 2) as usize };
+        let mut hello = end.slots.rows(whole)?;
+        if rank == SENDER {
+            hello.staging().0[..32].copy_from_slice(&joining.token);
+            end.send(&mut hello)?;
+            end.rank.wait(CONNECT_PATIENCE)?;
+        } else if end.receive(&mut hello, CONNECT_PATIENCE)?[..32] != joining.token {
+            return Err(LinkError::Protocol("the other rank is of another link".into()));
+        }
+        Ok(end)
+    }
+
+    /// Asks for a message of `rows` to be sent, after the head in its staging memory.
+    fn send(&mut self, rows: &mut DeviceRows) -> Result<(), LinkError> {
+        let (frame, bytes) = (rows.frame(), HEAD + rows.bytes());
+        let rank = self.rank.get();
+        memory::upload(&rank.stream, frame, &rows.staging().0[..HEAD as usize])?;
+        rank.exchange(frame, bytes, true)?;
+        rank.mark()
+    }
+
+    /// Waits for a message with rows of their shape; gives its head.
+    fn receive<'a>(&mut self, rows: &'a mut DeviceRows, patience: Duration) -> Result<&'a [u8], LinkError> {
+        let (frame, bytes) = (rows.frame(), HEAD + rows.bytes());
+        let head = &mut rows.staging().0[..HEAD as usize];
+        let rank = self.rank.get();
+        rank.exchange(frame, bytes, false)?;
+        memory::download(&rank.stream, head, frame)?;
+        rank.mark()?;
+        self.rank.wait(patience)?;
+        Ok(head)
+    }
+}
+
+/// The sending end.
+pub(super) struct NcclDownstream {
+    /// Rows that are under way, oldest first. The communicator goes first, so that nothing reads them any more.
+    end: End,
+    sending: VecDeque<DeviceRows>,
+}
+
+impl NcclDownstream {
+    pub fn join(joining: Joining) -> Result<Self, LinkError> {
+        Ok(NcclDownstream { end: End::join(joining, SENDER)?, sending: VecDeque::new() })
+    }
+}
+
+impl Downstream for NcclDownstream {
+    fn send(&mut self, activation: Activation, shape: Expected) -> Result<(), LinkError> {
+        if self.sending.len() >= IN_FLIGHT {
+            // All of them: NCCL says of the last one only.
+            self.end.rank.wait(STEP_PATIENCE)?;
+            self.sending.clear();
+        }
+        let mut rows = match activation.payload {
+            Payload::Tensors(mut tensors) if tensors.len() == 1 => match tensors.remove(0) {
+                Hidden::Device(mut rows) => {
+                    write_head(rows.staging().0, activation.step, None);
+                    rows
+                }
+                Hidden::Host(tensor) => {
+                    let mut rows = self.end.slots.rows(shape)?.fill(&tensor)?;
+                    write_head(rows.staging().0, activation.step, None);
+                    rows
+                }
+            },
+            Payload::Tensors(_) => return Err(LinkError::Protocol("an activation is one tensor".into())),
+            Payload::Poisoned(reason) => {
+                let mut rows = self.end.slots.rows(shape)?;
+                write_head(rows.staging().0, activation.step, Some(&reason));
+                rows
+            }
+        };
+        self.end.send(&mut rows)?;
+        self.sending.push_back(rows);
+        Ok(())
+    }
+}
+
+/// The receiving end.
+pub(super) struct NcclUpstream {
+    end: End,
+}
+
+impl NcclUpstream {
+    pub fn join(joining: Joining) -> Result<Self, LinkError> {
+        Ok(NcclUpstream { end: End::join(joining, RECEIVER)? })
+    }
+}
+
+impl Upstream for NcclUpstream {
+    fn receive(&mut self, step: u64, expected: &[Expected]) -> Result<Activation, LinkError> {
+        let [shape] = expected else {
+            return Err(LinkError::Protocol("an activation is one tensor".into()));
+        };
+        let mut rows = self.end.slots.rows(*shape)?;
+        let head = self.end.receive(&mut rows, STEP_PATIENCE)?;
+        let (sent, poison) = read_head(head);
+        check_step(sent, step)?;
+        let payload = match poison {
+            Some(reason) => Payload::Poisoned(reason),
+            None => Payload::Tensors(vec![Hidden::Device(rows)]),
+        };
+        Ok(Activation { step, payload })
+    }
+}
+
+/// Step, whether it is poisoned, and why, cut to what there is room for.
+fn write_head(head: &mut [u8], step: u64, poison: Option<&str>) {
+    let head = &mut head[..HEAD as usize];
+    head.fill(0);
+    head[..8].copy_from_slice(&step.to_le_bytes());
+    if let Some(reason) = poison {
+        let mut end = reason.len().min(HEAD as usize - 10);
+        while !reason.is_char_boundary(end) {
+            end -= 1;
+        }
+        head[8] = 1;
+        head[9] = end as u8;
+        head[10..10 + end].copy_from_slice(&reason.as_bytes()[..end]);
+    }
+}
+
+fn read_head(head: &[u8]) -> (u64, Option<String>) {
+    let step = u64::from_le_bytes(std::array::from_fn(|i| head[i]));
+    let reason = &head[10..][..usize::from(head[9]).min(HEAD as usize - 10)];
+    (step, (head[8] != 0).then(|| String::from_utf8_lossy(reason).into_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn heads_carry_steps_and_reasons() {
+        let mut head = [0xff; 300];
+        write_head(&mut head, 7, None);
+        assert_eq!(read_head(&head), (7, None));
+        write_head(&mut head, u64::MAX, Some(&"é".repeat(200)));
+        assert_eq!(read_head(&head), (u64::MAX, Some("é".repeat(123))));
+        write_head(&mut head, 1, Some(""));
+        assert_eq!(read_head(&head), (1, Some(String::new())));
+    }
+}

@@ -1,0 +1,91 @@
+//! Links by NCCL, from GPU to GPU: one communicator of two ranks, and one stream, per link.
+//!
+//! Each rank is owned by its stage's thread, which asks NCCL for something and then polls: whether it is done, whether the
+//! other rank has failed, whether the generation was ended, whether it has taken too long. It never waits inside NCCL,
+//! which would wait forever for a peer that is gone. A link that fails is aborted; an abort that does not come back ends the
+//! process, for nothing else frees the GPU.
+
+#[cfg(feature = "cuda")]
+mod device;
+#[cfg(any(feature = "cuda", test))]
+mod watched;
+
+use super::{LinkError, LinkToken};
+use crate::interrupt::Interrupt;
+#[cfg(feature = "cuda")]
+pub(crate) use device::{is_there, mint_id};
+
+/// Bytes of the id that brings two ranks together.
+pub(crate) const ID_BYTES: usize = 128;
+/// What an end of a link needs to join.
+#[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "without CUDA, nobody joins"))]
+pub(crate) struct Joining {
+    /// Brings the ranks together.
+    pub id: [u8; ID_BYTES],
+    /// Shows that they are of the same link.
+    pub token: LinkToken,
+    /// GPU of the stage, as CUDA counts.
+    pub gpu: usize,
+    /// Bytes of the longest activation.
+    pub longest: u64,
+    pub interrupt: Interrupt,
+}
+
+/// Reads an id from the wire.
+///
+/// # Errors
+/// If it is none.
+pub(crate) fn id_of(bytes: &[u8]) -> Result<[u8; ID_BYTES], LinkError> {
+    let error = || LinkError::Protocol(format!("an NCCL id has {ID_BYTES} bytes, not {}", bytes.len()));
+    bytes.try_into().map_err(|_| error())
+}
+
+/// The sending end of a link.
+///
+/// # Errors
+/// If the ranks do not come together.
+pub(crate) fn downstream(joining: Joining) -> Result<Box<dyn super::Downstream>, LinkError> {
+    #[cfg(feature = "cuda")]
+    return Ok(Box::new(device::NcclDownstream::join(joining)?));
+    #[cfg(not(feature = "cuda"))]
+    Err(no_cuda(joining))
+}
+
+/// The receiving end of a link.
+///
+/// # Errors
+/// If the ranks do not come together.
+pub(crate) fn upstream(joining: Joining) -> Result<Box<dyn super::Upstream>, LinkError> {
+    #[cfg(feature = "cuda")]
+    return Ok(Box::new(device::NcclUpstream::join(joining)?));
+    #[cfg(not(feature = "cuda"))]
+    Err(no_cuda(joining))
+}
+
+/// A new id, which this process listens for.
+///
+/// # Errors
+/// If this build has no NCCL.
+#[cfg(not(feature = "cuda"))]
+pub(crate) fn mint_id() -> Result<[u8; ID_BYTES], LinkError> {
+    Err(LinkError::Device(NO_CUDA.into()))
+}
+
+#[cfg(not(feature = "cuda"))]
+const NO_CUDA: &str = "this build of Strata has no CUDA support: it cannot link by NCCL; use --links tcp";
+
+#[cfg(not(feature = "cuda"))]
+fn no_cuda(_: Joining) -> LinkError {
+    LinkError::Device(NO_CUDA.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_have_their_length() {
+        id_of(&[7; ID_BYTES]).unwrap();
+        assert!(id_of(&[7; 127]).unwrap_err().to_string().contains("127"));
+    }
+}
