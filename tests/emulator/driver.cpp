@@ -81,7 +81,7 @@ API int cuInit(unsigned flags) {
     if (flags) return invalid_value;
     std::lock_guard lock(state().mutex);
     if (!state().initialized) {
-        uint64_t count = setting("EMULATOR_GPUS", 1), memory = setting("EMULATOR_MEMORY", uint64_t(4) << 30);
+        uint64_t count = setting("EMULATOR_GPUS", 2), memory = setting("EMULATOR_MEMORY", uint64_t(4) << 30);
         for (uint64_t i = 0; i < count; i++) {
             auto device = std::make_unique<Device>();
             device->ordinal = int(i);

@@ -96,6 +96,8 @@ pub fn expectations(directory: &Path) -> Vec<Expected> {
 pub struct Options {
     pub model: PathBuf,
     pub workers: usize,
+    /// Of each worker.
+    pub devices: Vec<DeviceSpec>,
     pub split: Split,
     pub links: Option<LinkKind>,
     pub dtype: Option<DType>,
@@ -108,8 +110,6 @@ pub struct Options {
     pub prefix_cache: bool,
     pub max_requests: usize,
     pub hook: Option<StepHook>,
-    /// Bytes that each worker's processor may hold.
-    pub processor_cap: Option<u64>,
 }
 
 impl Default for Options {
@@ -117,6 +117,7 @@ impl Default for Options {
         Options {
             model: model("shakespeare"),
             workers: 1,
+            devices: vec![DeviceSpec::cpu(Some(1 << 30))],
             split: Split::Balanced,
             links: None,
             dtype: Some(DType::F32),
@@ -129,7 +130,6 @@ impl Default for Options {
             prefix_cache: true,
             max_requests: 256,
             hook: None,
-            processor_cap: Some(1 << 30),
         }
     }
 }
@@ -150,13 +150,13 @@ impl Options {
         }
     }
 
-    /// Workers of this process, one CPU device each.
+    /// Workers of this process, each with the same devices.
     pub fn members(&self) -> Vec<Member> {
         let hub = Arc::<Hub>::default();
         let start = |rank: usize| {
             let worker = LocalWorker::start(WorkerConfig {
                 models: Models::One { name: name_of(&self.model), directory: self.model.clone() },
-                devices: vec![DeviceSpec::cpu(self.processor_cap)],
+                devices: self.devices.clone(),
                 compute: Compute { threads: self.threads, ..Compute::shared_by(1) },
                 link_address: "127.0.0.1:0".parse().unwrap(),
                 hub: hub.clone(),

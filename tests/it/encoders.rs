@@ -23,11 +23,11 @@ fn text(text: &str) -> Input {
     Input { text: Some(text.into()), ..Input::default() }
 }
 
-fn as_text(e: &ExpectedInput) -> Input {
+pub fn as_text(e: &ExpectedInput) -> Input {
     Input { text: Some(e.text.clone()), pair: e.pair.clone(), token_ids: Vec::new() }
 }
 
-fn near(got: &[f32], want: &[f32], what: &str) {
+pub fn near(got: &[f32], want: &[f32], what: &str) {
     assert_eq!(got.len(), want.len(), "{what}");
     let worst = got.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     assert!(worst < TOLERANCE, "{what}: off by {worst}");
@@ -39,7 +39,7 @@ fn softmax(logits: &[f32]) -> Vec<f32> {
 }
 
 /// Every number that a model answers `inputs` with, by input: vectors, scores by class, scores of candidates.
-async fn ask(cluster: &Cluster, task: Task, inputs: Vec<Input>) -> Vec<(u32, Vec<f32>)> {
+pub async fn ask(cluster: &Cluster, task: Task, inputs: Vec<Input>) -> Vec<(u32, Vec<f32>)> {
     let mut client = cluster.client().await;
     match task {
         Task::Embed => {
@@ -74,7 +74,7 @@ async fn ask(cluster: &Cluster, task: Task, inputs: Vec<Input>) -> Vec<(u32, Vec
 }
 
 /// The same numbers by transformers.
-fn expected(name: &str, task: Task, e: &ExpectedInput) -> Vec<f32> {
+pub fn expected(name: &str, task: Task, e: &ExpectedInput) -> Vec<f32> {
     match task {
         Task::Embed => e.values[0].clone(),
         Task::Classify => {

@@ -126,7 +126,11 @@ async fn a_third_of_the_layers_costs_a_third_of_the_bytes_and_of_the_memory() {
 /// A survey that found too little memory: then the weights stay memory-mapped, and answers are the same.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_model_that_fits_no_memory_is_brought_up_memory_mapped() {
-    let options = Options { processor_cap: None, kv_tokens: Some(512), ..Options::default() };
+    let options = Options {
+        devices: vec![strata_worker::device::DeviceSpec::cpu(None)],
+        kv_tokens: Some(512),
+        ..Options::default()
+    };
     let deployment = options.deployment();
     let mut found = survey(&options.members(), &deployment.model).await.unwrap();
     let offer = &mut found.offers[0].device;

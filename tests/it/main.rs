@@ -4,6 +4,8 @@ mod cluster;
 mod encoders;
 mod faults;
 mod foreign_client;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod loading;
 mod parity;
 mod processes;

@@ -23,7 +23,7 @@ use crate::cluster::{
 };
 
 /// A pipeline that a test drives step by step, with a block allocator that never frees.
-struct Driver {
+pub struct Driver {
     pipeline: Pipeline,
     events: mpsc::UnboundedReceiver<PipelineEvent>,
     step: u64,
@@ -34,23 +34,25 @@ struct Driver {
 }
 
 /// A sequence of the driver.
-struct Request {
-    ids: Vec<u32>,
-    prompt: usize,
-    chunk: usize,
+pub struct Request {
+    pub ids: Vec<u32>,
+    pub prompt: usize,
+    pub chunk: usize,
     /// Step of this run in which it arrives, so that batches are mixed.
-    arrives: usize,
-    want: usize,
-    output: RowOutput,
-    sequence: u64,
-    cached: usize,
-    blocks: usize,
-    sampled: Vec<v1::SampledToken>,
-    logits: Vec<f32>,
+    pub arrives: usize,
+    pub want: usize,
+    pub output: RowOutput,
+    pub sequence: u64,
+    pub cached: usize,
+    pub blocks: usize,
+    pub sampled: Vec<v1::SampledToken>,
+    pub logits: Vec<f32>,
+    /// Alternatives that are asked for with each token; without them, a GPU may keep the logits to itself.
+    pub logprobs: Option<u32>,
 }
 
 impl Request {
-    fn new(ids: &[u32], chunk: usize, want: usize, output: RowOutput) -> Self {
+    pub fn new(ids: &[u32], chunk: usize, want: usize, output: RowOutput) -> Self {
         Request {
             ids: ids.to_vec(),
             prompt: ids.len(),
@@ -63,6 +65,7 @@ impl Request {
             blocks: 0,
             sampled: Vec::new(),
             logits: Vec::new(),
+            logprobs: Some(20),
         }
     }
 
@@ -75,7 +78,7 @@ impl Request {
 }
 
 impl Driver {
-    async fn start(options: &Options) -> Driver {
+    pub async fn start(options: &Options) -> Driver {
         let members = options.members();
         let deployment = options.deployment();
         let survey = survey(&members, &deployment.model).await.unwrap();
@@ -91,7 +94,7 @@ impl Driver {
     }
 
     /// Runs requests to their end, all that have arrived in every step.
-    async fn run(&mut self, mut requests: Vec<Request>) -> Vec<Request> {
+    pub async fn run(&mut self, mut requests: Vec<Request>) -> Vec<Request> {
         for request in &mut requests {
             self.next_sequence += 1;
             request.sequence = self.next_sequence;
@@ -148,7 +151,7 @@ impl Driver {
         let reset = request.cached == 0;
         let sampling = v1::RowSampling {
             prompt_tokens: request.prompt as u32,
-            logprobs: Some(20),
+            logprobs: request.logprobs,
             ..v1::RowSampling::default()
         };
         v1::Row {

@@ -13,7 +13,7 @@ use crate::{
     kernels::{
         cpu::packed::PackedMatrix,
         cuda::{
-            self, CudaError, Gpu, GpuInfo, RESERVE,
+            self, CudaError, Gemm, Gpu, GpuInfo, RESERVE,
             launch::Bytes,
             memory::{self, Memory, Ptr},
             product::{Epilogue, Linear, Matrix},
@@ -91,12 +91,8 @@ fn measured(ordinal: usize) -> Result<Measured, CudaError> {
     let (weight, x) = (Memory::new(&gpu.context, bytes)?, Memory::new(&gpu.context, bytes)?);
     let copy = seconds(&gpu, || memory::copy(&gpu.stream, x.ptr(), weight.ptr(), bytes))?;
     let mut rates = Vec::new();
+    let kernels = gpu.kernels(DType::BF16, 128)?;
     for format in Format::ALL {
-        let element = match format {
-            Format::Float(dtype) => dtype,
-            Format::Quantized(_) => DType::BF16,
-        };
-        let kernels = gpu.kernels(element, 128)?;
         let format = PackedMatrix::held(K, format);
         let matrix = Matrix { format, n: N, k: K, values: weight.ptr(), factors: weight.ptr() };
         for rows in ROWS {
@@ -115,7 +111,24 @@ fn measured(ordinal: usize) -> Result<Measured, CudaError> {
                 grouped: None,
                 bytes: Bytes { values: at_bytes, factors: at_factors, sums: at_sums },
             };
-            let seconds = seconds(&gpu, || gpu.linear(&kernels, element, &call))?;
+            let product = || match format {
+                // Stages of this format have rows of it too.
+                Format::Float(element) if rows > 8 => gpu.gemm(Gemm {
+                    element,
+                    out_element: element,
+                    weight: weight.ptr(),
+                    x: x.ptr(),
+                    out: at_out,
+                    n: N,
+                    k: K,
+                    rows,
+                    x_stride: K,
+                    out_stride: N,
+                    add: false,
+                }),
+                _ => gpu.linear(&kernels, DType::BF16, &call),
+            };
+            let seconds = seconds(&gpu, product)?;
             let flops_per_second = (2 * rows * N * K) as f64 / seconds;
             rates.push(Rate { format, rows: rows as u32, flops_per_second });
             if seconds > SLOW.as_secs_f64() {

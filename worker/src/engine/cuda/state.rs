@@ -358,7 +358,7 @@ impl State {
                 slots.rows(shape)?.fill(&tensor)?
             }
         };
-        memory::copy(&gpu.stream, self.scratch.residual, rows.ptr(), rows.bytes())?;
+        rows.copy_to(&gpu.stream, self.scratch.residual)?;
         Ok(rows)
     }
 

@@ -2,7 +2,7 @@
 
 use std::{ffi::c_void, sync::Arc};
 
-use cudarc::driver::{CudaContext, CudaStream, DeviceRepr, result};
+use cudarc::driver::{CudaContext, CudaStream, DeviceRepr, result, sys};
 
 use super::{CudaError, Doing};
 use crate::kernels::buffer::LINE;
@@ -143,7 +143,30 @@ pub(crate) fn download<T: Element>(stream: &CudaStream, to: &mut [T], from: Ptr)
     unsafe { result::memcpy_dtoh_async(to, from.0, stream.cu_stream()) }.doing("copying from a GPU")
 }
 
-/// Copies within a GPU, or from one to another, in order.
+/// Copies from another GPU (or this one), in order, without the host where the hardware can.
+pub(crate) fn copy_from(
+    stream: &CudaStream,
+    to: Ptr,
+    other: &CudaContext,
+    from: Ptr,
+    bytes: u64,
+) -> Result<(), CudaError> {
+    let own = stream.context();
+    if own.ordinal() == other.ordinal() {
+        return copy(stream, to, from, bytes);
+    }
+    own.bind_to_thread().doing("binding a GPU")?;
+    // SAFETY: both contexts live; both places hold as many bytes, which the caller promises.
+    unsafe {
+        // Allowed once is enough; where it cannot be, the driver copies by the host.
+        let _ = sys::cuCtxEnablePeerAccess(other.cu_ctx(), 0);
+        let (own, other) = (own.cu_ctx(), other.cu_ctx());
+        result::memcpy_peer_async(own, to.0, other, from.0, bytes as usize, stream.cu_stream())
+    }
+    .doing("copying from another GPU")
+}
+
+/// Copies within a GPU, in order.
 pub(crate) fn copy(stream: &CudaStream, to: Ptr, from: Ptr, bytes: u64) -> Result<(), CudaError> {
     // SAFETY: both places hold as many bytes, which the caller promises.
     unsafe { result::memcpy_dtod_async(to.0, from.0, bytes as usize, stream.cu_stream()) }

@@ -7,6 +7,8 @@ pub(crate) mod launch;
 pub(crate) mod memory;
 pub(crate) mod product;
 pub(crate) mod rows;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::HashMap,

@@ -106,6 +106,11 @@ impl DeviceRows {
         self.slot.as_ref().map_or(Ptr::NULL, |slot| slot.memory.ptr())
     }
 
+    /// Copies the rows to a place on the GPU of `stream`, in order.
+    pub(crate) fn copy_to(&self, stream: &CudaStream, to: Ptr) -> Result<(), CudaError> {
+        memory::copy_from(stream, to, &self.home.0.context, self.ptr(), self.bytes())
+    }
+
     /// Host memory for all of a slot, and the rows' home's stream.
     pub(crate) fn staging(&mut self) -> (&mut [u8], Arc<CudaStream>) {
         let stream = self.home.0.stream.clone();

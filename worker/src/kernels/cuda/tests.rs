@@ -1,0 +1,578 @@
+//! Every kernel against the CPU's, or against a plain loop; run by the emulator (tests/emulator).
+
+use std::{path::Path, process::Command, sync::OnceLock};
+
+use strata_proto::{DType, Format, Quantization};
+
+use super::{
+    Gpu,
+    launch::{Attend, Bytes, Kernels, Places, RawCache, attention_bytes, launch},
+    memory::{self, Memory, Ptr},
+    product::{Epilogue, Grouped, Linear, Matrix},
+};
+use crate::kernels::{
+    buffer::{Arena, round_to},
+    cpu::{
+        Cpu,
+        isa::Isa,
+        linear::{self, Output, Rows},
+        norm::Act,
+        packed::{Elements, PackedMatrix},
+        quant::{self, GROUP},
+    },
+};
+
+/// Builds the emulator and loads its libraries into this process, in place of NVIDIA's.
+fn emulator() {
+    static LOADED: OnceLock<()> = OnceLock::new();
+    LOADED.get_or_init(|| {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let directory = root.join("target/tmp/emulator");
+        let built = Command::new(root.join("tests/emulator/build")).arg(&directory).status().unwrap();
+        assert!(built.success(), "the emulator could not be built: it needs a C++ compiler");
+        for library in ["cuda", "nvrtc", "cublas", "nccl"] {
+            // SAFETY: our own libraries, which do nothing when they are loaded.
+            let library = unsafe { libloading::Library::new(directory.join(format!("lib{library}.so"))) };
+            std::mem::forget(library.unwrap());
+        }
+    });
+}
+
+/// A GPU, and buffers on it for as long as a test needs them.
+struct Bench {
+    gpu: Gpu,
+    held: Vec<Memory>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        emulator();
+        Bench { gpu: Gpu::open(0).unwrap(), held: Vec::new() }
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) -> Ptr {
+        let memory = Memory::new(&self.gpu.context, bytes.len() as u64).unwrap();
+        memory::upload(&self.gpu.stream, memory.ptr(), bytes).unwrap();
+        self.gpu.wait().unwrap();
+        let at = memory.ptr();
+        self.held.push(memory);
+        at
+    }
+
+    fn words(&mut self, words: &[u32]) -> Ptr {
+        self.bytes(&words.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<_>>())
+    }
+
+    fn floats(&mut self, dtype: DType, values: &[f32]) -> Ptr {
+        let bytes: Vec<u8> = match dtype {
+            DType::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            DType::BF16 => values.iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect(),
+            DType::F16 => values.iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect(),
+        };
+        self.bytes(&bytes)
+    }
+
+    fn read(&self, dtype: DType, at: Ptr, count: usize) -> Vec<f32> {
+        let mut bytes = vec![0; count * dtype.size() as usize];
+        memory::download(&self.gpu.stream, &mut bytes, at).unwrap();
+        self.gpu.wait().unwrap();
+        match dtype {
+            DType::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+            DType::BF16 => {
+                bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect()
+            }
+            DType::F16 => bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
+        }
+    }
+
+    /// A matrix in its format, as the engine lays it out.
+    fn matrix(&mut self, n: usize, k: usize, format: Format, values: &[f32]) -> Matrix {
+        let (values, factors) = match format {
+            Format::Float(dtype) => (self.floats(dtype, values), Ptr::NULL),
+            Format::Quantized(q) => {
+                let groups: Vec<_> = values.as_chunks::<GROUP>().0.iter().collect();
+                let groups = quant::quantize(&cpu(), q, &groups);
+                let (mut integers, mut factors) = (Vec::new(), Vec::new());
+                for group in &groups {
+                    factors.extend(group.factor.to_le_bytes());
+                    match q {
+                        Quantization::Int8 => integers.extend(group.values.map(|v| v as u8)),
+                        Quantization::Int4 => {
+                            factors.extend(group.least.to_le_bytes());
+                            for eight in group.values.as_chunks::<8>().0 {
+                                integers.extend((0..4).map(|i| eight[i] as u8 | (eight[i + 4] as u8) << 4));
+                            }
+                        }
+                    }
+                }
+                (self.bytes(&integers), self.bytes(&factors))
+            }
+        };
+        Matrix { format, n, k, values, factors }
+    }
+
+    fn scratch(&mut self, rows: usize, k: usize) -> Bytes {
+        let values = self.bytes(&vec![0xff; rows * k]);
+        let [factors, sums] =
+            [(); 2].map(|()| self.floats(DType::F32, &vec![f32::NAN; rows * k.div_ceil(GROUP)]));
+        Bytes { values, factors, sums }
+    }
+}
+
+fn cpu() -> Cpu {
+    Cpu::on(Isa::detect())
+}
+
+/// Numbers that look random and are not.
+fn noise(seed: usize, count: usize) -> Vec<f32> {
+    (0..count).map(|i| ((seed * 7919 + i * 104_729 + 1) as f32 * 0.618).sin()).collect()
+}
+
+fn rounded(dtype: DType, values: &[f32]) -> Vec<f32> {
+    values.iter().map(|x| round_to(dtype, *x)).collect()
+}
+
+/// The product by the CPU's kernels, which have their own tests.
+fn reference(
+    weight: &[f32],
+    n: usize,
+    k: usize,
+    format: Format,
+    x: &[f32],
+    bias: Option<&[f32]>,
+) -> Vec<f32> {
+    let cpu = cpu();
+    let mut arena = Arena::new(PackedMatrix::bytes_for(n, k, format)).unwrap();
+    let mut matrix = PackedMatrix::zeros(n, k, format, &mut arena).unwrap();
+    let elements = Elements { first: 0, total: n * k, values: weight, cpu: &cpu };
+    matrix.write(&elements, |i| (i / k, i % k)).unwrap();
+    let rows = x.len() / k;
+    let (mut packed, mut out) = (vec![0; rows * linear::packed_words(k)], vec![0.0; rows * n]);
+    cpu.linear(linear::Linear {
+        weight: &matrix,
+        bias,
+        x: Rows { data: x, stride: k, count: rows },
+        packed: &mut packed,
+        out: &mut out,
+        output: Output::Store,
+    });
+    out
+}
+
+fn close(got: &[f32], want: &[f32], most: f32, what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    let largest = want.iter().fold(0.0, |m: f32, x| m.max(x.abs()));
+    for (i, (a, b)) in got.iter().zip(want).enumerate() {
+        assert!((a - b).abs() <= most * largest, "{what}: value {i} is {a}, expected {b}");
+    }
+}
+
+/// What a result in a format may be off by, in terms of the largest.
+fn tolerance(dtype: DType) -> f32 {
+    match dtype {
+        DType::F32 => 2e-6,
+        DType::BF16 => 6e-3,
+        DType::F16 => 8e-4,
+    }
+}
+
+#[test]
+fn products_are_the_cpus_for_every_format_and_number_of_rows() {
+    let mut b = Bench::new();
+    // Few outputs and many, whole tiles and not; inputs that are no multiple of what is read at a time.
+    for (element, formats) in [
+        (DType::F32, &Format::ALL[..]),
+        (DType::BF16, &Format::ALL[..]),
+        (DType::F16, &[Format::Float(DType::F16), Format::Quantized(Quantization::Int4)][..]),
+    ] {
+        let kernels = b.gpu.kernels(element, 64).unwrap();
+        for format in formats.iter().copied() {
+            for (n, k) in [(70, 96), (131, 544), (33, 19)] {
+                let format = PackedMatrix::held(k, format);
+                let weight = noise(1, n * k);
+                let matrix = b.matrix(n, k, format, &weight);
+                let bias = noise(2, n);
+                let bias_at = b.floats(DType::F32, &bias);
+                for rows in [1, 2, 3, 8, 9, 65] {
+                    // The CPU rounds activations as the weights are; these are already.
+                    let also = if let Format::Float(dtype) = format { dtype } else { element };
+                    let x = rounded(also, &rounded(element, &noise(3, rows * k)));
+                    let old = rounded(element, &noise(4, rows * n));
+                    let want = reference(&weight, n, k, format, &x, Some(&bias));
+                    let (x_at, bytes) = (b.floats(element, &x), b.scratch(rows, k));
+                    let mut run = |epilogue, out_dtype| {
+                        let out = b.floats(out_dtype, &old);
+                        let call = Linear {
+                            weight: &matrix,
+                            bias: bias_at,
+                            x: x_at,
+                            x_stride: k,
+                            rows,
+                            out,
+                            out_stride: n,
+                            epilogue,
+                            grouped: None,
+                            bytes,
+                        };
+                        b.gpu.linear(&kernels, element, &call).unwrap();
+                        let got = b.read(out_dtype, out, rows * n);
+                        b.held.pop();
+                        got
+                    };
+                    let what = format!("{element} rows times {format} ({n}, {k}), {rows} rows");
+                    let most = tolerance(element);
+                    close(&run(Epilogue::Store, element), &want, most, &what);
+                    close(&run(Epilogue::StoreValues, DType::F32), &want, 2e-5, &format!("{what}, values"));
+                    let sum: Vec<f32> = want.iter().zip(&old).map(|(a, b)| a + b).collect();
+                    close(&run(Epilogue::Add, element), &sum, most, &format!("{what}, added"));
+                    let act = |x: f32| x / (1.0 + (-x).exp());
+                    let acted: Vec<f32> = want.iter().map(|x| act(*x)).collect();
+                    close(&run(Epilogue::Activated(Act::Silu), element), &acted, 2.0 * most, &what);
+                    if n % 2 == 0 {
+                        let half = n / 2;
+                        let gated: Vec<f32> = want
+                            .chunks(n)
+                            .flat_map(|row| (0..half).map(|i| act(row[i]) * row[i + half]))
+                            .collect();
+                        let got = run(Epilogue::Gated(Act::Silu), element);
+                        let got: Vec<f32> = got.chunks(n).flat_map(|row| row[..half].to_vec()).collect();
+                        close(&got, &gated, 3.0 * most, &format!("{what}, gated"));
+                    }
+                }
+                b.held.clear();
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_go_through_the_matrix_of_their_expert() {
+    let mut b = Bench::new();
+    let (experts, active, n, k) = (5, 2, 64, 96);
+    for element in [DType::F32, DType::BF16] {
+        let kernels = b.gpu.kernels(element, 64).unwrap();
+        let formats = [
+            Format::Float(element),
+            Format::Quantized(Quantization::Int8),
+            Format::Quantized(Quantization::Int4),
+        ];
+        for (format, tokens) in formats.into_iter().flat_map(|f| [1, 3, 90].map(|t| (f, t))) {
+            let weights: Vec<_> = (0..experts).map(|e| noise(10 + e, n * k)).collect();
+            let all = b.matrix(experts * n, k, format, &weights.concat());
+            let x = rounded(element, &noise(5, tokens * k));
+            // Expert 3 gets nobody.
+            let logits: Vec<f32> = (0..tokens * experts)
+                .map(
+                    |i| if i % experts == 3 { -9.0 } else { ((i * 37 + i / experts * 11) % 23) as f32 * 0.3 },
+                )
+                .collect();
+            let pairs = tokens * active;
+            let (logits_at, x_at) = (b.floats(DType::F32, &logits), b.floats(element, &x));
+            let [chosen, shares, order] = [(); 3].map(|()| b.words(&vec![u32::MAX; pairs]));
+            let offsets = b.words(&vec![u32::MAX; experts + 1]);
+            launch!(b.gpu, kernels.route, (tokens.div_ceil(4) as u32, 1, 1), 128, 0;
+                logits_at, chosen, shares, tokens as i32, experts as i32, active as i32, 1i32)
+            .unwrap();
+            launch!(b.gpu, kernels.group_pairs, (1, 1, 1), 256, 4 * experts as u32;
+                order, offsets, chosen, pairs as i32, experts as i32)
+            .unwrap();
+            let out = b.floats(element, &vec![f32::NAN; pairs * n]);
+            let bytes = b.scratch(tokens, k);
+            let factor_bytes = match format {
+                Format::Quantized(Quantization::Int8) => 2,
+                Format::Quantized(Quantization::Int4) => 4,
+                Format::Float(_) => 0,
+            };
+            let value_bytes = match format {
+                Format::Float(dtype) => n * k * dtype.size() as usize,
+                Format::Quantized(Quantization::Int8) => n * k,
+                Format::Quantized(Quantization::Int4) => n * k / 2,
+            };
+            let strides = [value_bytes as u64, (n * k / GROUP * factor_bytes) as u64, 0];
+            let call = Linear {
+                weight: &Matrix { n, ..all },
+                bias: Ptr::NULL,
+                x: x_at,
+                x_stride: k,
+                rows: pairs,
+                out,
+                out_stride: n,
+                epilogue: Epilogue::Store,
+                grouped: Some(Grouped {
+                    count: experts,
+                    order,
+                    offsets,
+                    divide: active,
+                    most: tokens,
+                    strides,
+                }),
+                bytes,
+            };
+            b.gpu.linear(&kernels, element, &call).unwrap();
+            let sums = b.floats(element, &vec![f32::NAN; tokens * n]);
+            launch!(b.gpu, kernels.combine_experts, (1, tokens as u32, 1), 256, 0;
+                sums, out, shares, active as i32, n as i32, 0i32)
+            .unwrap();
+            let got = b.read(element, sums, tokens * n);
+
+            let mut want = Vec::new();
+            for token in 0..tokens {
+                let mut p: Vec<f32> = logits[token * experts..][..experts].to_vec();
+                crate::kernels::cpu::moe::softmax(&mut p);
+                let mut best: Vec<usize> = (0..experts).collect();
+                best.sort_by(|a, b| p[*b].total_cmp(&p[*a]).then(a.cmp(b)));
+                let mut best = best[..active].to_vec();
+                best.sort_unstable();
+                let total: f32 = best.iter().map(|e| p[*e]).sum();
+                let mut sum = vec![0.0; n];
+                for e in best {
+                    let y = reference(&weights[e], n, k, format, &x[token * k..][..k], None);
+                    sum.iter_mut().zip(y).for_each(|(s, y)| *s += p[e] / total * y);
+                }
+                want.extend(sum);
+            }
+            close(&got, &want, 2.0 * tolerance(element), &format!("{tokens} tokens, {element}, {format}"));
+            b.held.clear();
+        }
+    }
+}
+
+/// One row of a step: positions before it, and its tokens.
+type Row = (usize, usize);
+
+/// Attention by two loops, in f64.
+#[expect(clippy::too_many_arguments, reason = "what attention depends on")]
+fn plain_attention(
+    q: &[f32],
+    keys: &[Vec<f32>],
+    values: &[Vec<f32>],
+    rows: &[Row],
+    heads: usize,
+    kv_heads: usize,
+    d: usize,
+    scale: f32,
+    softcap: f32,
+    window: i32,
+) -> Vec<f32> {
+    let mut out = Vec::new();
+    let mut token = 0;
+    for (r, (start, count)) in rows.iter().enumerate() {
+        for position in *start..start + count {
+            for head in 0..heads {
+                let q = &q[(token * heads + head) * d..][..d];
+                let kv = head / (heads / kv_heads);
+                let (from, to) = match window {
+                    -1 => (0, start + count),
+                    0 => (0, position + 1),
+                    w => ((position + 1).saturating_sub(w as usize), position + 1),
+                };
+                let at = |p: usize| (p * kv_heads + kv) * d;
+                let scores: Vec<f64> = (from..to)
+                    .map(|p| {
+                        let dot: f32 = q.iter().zip(&keys[r][at(p)..]).map(|(a, b)| a * b).sum();
+                        let s = dot * scale;
+                        f64::from(if softcap > 0.0 { softcap * (s / softcap).tanh() } else { s }).exp()
+                    })
+                    .collect();
+                let total: f64 = scores.iter().sum();
+                out.extend((0..d).map(|i| {
+                    let sum: f64 =
+                        (from..to).zip(&scores).map(|(p, w)| w * f64::from(values[r][at(p) + i])).sum();
+                    (sum / total) as f32
+                }));
+            }
+            token += 1;
+        }
+    }
+    out
+}
+
+#[test]
+fn attention_is_that_of_two_loops_for_every_kernel() {
+    let mut b = Bench::new();
+    for (element, d) in [(DType::F32, 19), (DType::BF16, 64), (DType::F16, 48), (DType::BF16, 128)] {
+        let kernels = b.gpu.kernels(element, d).unwrap();
+        for (heads, kv_heads, softcap, window) in [
+            (4, 4, 0.0, 0),
+            (6, 2, 0.0, 0),
+            (8, 1, 20.0, 0),
+            (4, 2, 0.0, 7),
+            (20, 1, 0.0, 100),
+            (4, 2, 5.0, -1),
+        ] {
+            // Decoding at several lengths, chunks in the middle and at the beginning; an encoder's rows begin at 0.
+            let rows: &[Row] = match window {
+                -1 => &[(0, 33), (0, 1), (0, 90)],
+                _ => &[(0, 1), (63, 1), (200, 1), (0, 70), (45, 21), (64, 5)],
+            };
+            check_attention(&mut b, &kernels, element, d, heads, kv_heads, softcap, window, rows);
+            b.held.clear();
+        }
+    }
+}
+
+#[expect(clippy::too_many_arguments, reason = "what attention depends on")]
+fn check_attention(
+    b: &mut Bench,
+    kernels: &Kernels,
+    element: DType,
+    d: usize,
+    heads: usize,
+    kv_heads: usize,
+    softcap: f32,
+    window: i32,
+    rows: &[Row],
+) {
+    let tokens: usize = rows.iter().map(|r| r.1).sum();
+    let q = rounded(element, &noise(1, tokens * heads * d));
+    let length = |r: usize| rows[r].0 + rows[r].1;
+    let stored = |seed: usize| -> Vec<Vec<f32>> {
+        (0..rows.len()).map(|r| rounded(element, &noise(seed + r, length(r) * kv_heads * d))).collect()
+    };
+    let (keys, values) = (stored(20), stored(50));
+    let scale = 1.0 / (d as f32).sqrt();
+    let want = plain_attention(&q, &keys, &values, rows, heads, kv_heads, d, scale, softcap, window);
+
+    // Queries, keys and values side by side; those of earlier steps are in the cache only.
+    let width = (heads + 2 * kv_heads) * d;
+    let mut qkv = vec![f32::NAN; tokens * width];
+    let mut token = 0;
+    for (r, (start, count)) in rows.iter().enumerate() {
+        for p in *start..start + count {
+            let row = &mut qkv[token * width..][..width];
+            row[..heads * d].copy_from_slice(&q[token * heads * d..][..heads * d]);
+            let kv = p * kv_heads * d..(p + 1) * kv_heads * d;
+            row[heads * d..][..kv_heads * d].copy_from_slice(&keys[r][kv.clone()]);
+            row[(heads + kv_heads) * d..].copy_from_slice(&values[r][kv]);
+            token += 1;
+        }
+    }
+    // Blocks of the rows, in an order that is not theirs; what nobody wrote is NaN.
+    let blocks: Vec<usize> = (0..rows.len()).map(|r| length(r).div_ceil(16)).collect();
+    let all: usize = blocks.iter().sum();
+    let table: Vec<u32> = (0..all).map(|i| ((i * 7 + 3) % all) as u32).collect();
+    let unique = {
+        let mut t = table.clone();
+        t.sort_unstable();
+        t.dedup();
+        t.len() == all
+    };
+    let table: Vec<u32> = if unique { table } else { (0..all as u32).rev().collect() };
+    let (mut k_store, mut v_store) =
+        (vec![f32::NAN; all * 16 * kv_heads * d], vec![f32::NAN; all * 16 * kv_heads * d]);
+    let mut first_block = Vec::new();
+    let mut at = 0;
+    for (r, count) in blocks.iter().enumerate() {
+        first_block.push(at as u32);
+        for p in 0..length(r) {
+            let block = table[at + p / 16] as usize;
+            for h in 0..kv_heads {
+                let to = ((block * kv_heads + h) * 16 + p % 16) * d;
+                k_store[to..to + d].copy_from_slice(&keys[r][(p * kv_heads + h) * d..][..d]);
+                v_store[to..to + d].copy_from_slice(&values[r][(p * kv_heads + h) * d..][..d]);
+            }
+        }
+        at += count;
+    }
+    let per_token = |f: &dyn Fn(usize, usize) -> usize| -> Vec<u32> {
+        rows.iter().enumerate().flat_map(|(r, row)| (0..row.1).map(move |i| f(r, i) as u32)).collect()
+    };
+    let positions = b.words(&per_token(&|r, i| rows[r].0 + i));
+    let row_of = b.words(&per_token(&|r, _| r));
+    let firsts: Vec<u32> =
+        (0..rows.len()).map(|r| rows[..r].iter().map(|r| r.1).sum::<usize>() as u32).collect();
+    let cache = match window {
+        -1 => RawCache::default(),
+        _ => RawCache { keys: b.floats(element, &k_store), values: b.floats(element, &v_store) },
+    };
+    let partial = b.floats(DType::F32, &vec![f32::NAN; tokens * heads * 5 * (d + 2)]);
+    let call = Attend {
+        qkv: b.floats(element, &qkv),
+        out: b.floats(element, &vec![f32::NAN; tokens * heads * d]),
+        cache,
+        places: Places { positions, row_of, first_block: b.words(&first_block), tables: b.words(&table) },
+        row_first: b.words(&firsts),
+        row_start: b.words(&rows.iter().map(|r| r.0 as u32).collect::<Vec<_>>()),
+        row_count: b.words(&rows.iter().map(|r| r.1 as u32).collect::<Vec<_>>()),
+        rows: b.words(&(0..rows.len() as u32).collect::<Vec<_>>()),
+        heads: heads as i32,
+        kv_heads: kv_heads as i32,
+        scale,
+        softcap,
+        window,
+        splits: 1,
+        partial,
+    };
+    let what = format!("{element}, {heads} heads of {d}, {kv_heads} for keys, window {window}");
+    let longest = rows.iter().map(|r| r.1).max().unwrap() as u32;
+    let clear = vec![f32::NAN; tokens * heads * d];
+    for splits in [1, 5] {
+        let call = Attend { splits, out: b.floats(element, &clear), ..call };
+        let grid = (tokens as u32, heads as u32, splits as u32);
+        launch!(b.gpu, kernels.attention_plain, grid, 128, 0; call).unwrap();
+        if splits > 1 {
+            let grid = (rows.len() as u32, heads as u32, longest);
+            launch!(b.gpu, kernels.attention_combine, grid, 128, 0; call).unwrap();
+        }
+        let got = b.read(element, call.out, tokens * heads * d);
+        close(&got, &want, tolerance(element), &format!("plain, {what}, {splits} splits"));
+    }
+    let Some((prefill, decode)) =
+        kernels.tensor.as_ref().and_then(|t| t.prefill.as_ref().zip(t.decode.as_ref()))
+    else {
+        assert!(element == DType::F32 || d % 16 != 0, "{what}: no tensor cores");
+        return;
+    };
+    let group = heads / kv_heads;
+    let call = Attend { out: b.floats(element, &clear), ..call };
+    let grid = ((longest as usize * group).div_ceil(64) as u32, kv_heads as u32, rows.len() as u32);
+    launch!(b.gpu, prefill, grid, 128, attention_bytes(64, d); call).unwrap();
+    let got = b.read(element, call.out, tokens * heads * d);
+    close(&got, &want, 1.5 * tolerance(element), &format!("prefill, {what}"));
+    for splits in [1, 5] {
+        let call = Attend { splits, out: b.floats(element, &clear), ..call };
+        let tiles = (longest as usize * group).div_ceil(16) as u32;
+        let grid = (tiles * splits as u32, kv_heads as u32, rows.len() as u32);
+        launch!(b.gpu, decode, grid, 128, attention_bytes(16, d); call).unwrap();
+        if splits > 1 {
+            let grid = (rows.len() as u32, heads as u32, longest);
+            launch!(b.gpu, kernels.attention_combine, grid, 128, 0; call).unwrap();
+        }
+        let got = b.read(element, call.out, tokens * heads * d);
+        close(&got, &want, 1.5 * tolerance(element), &format!("decode, {what}, {splits} splits"));
+    }
+}
+
+#[test]
+fn candidates_are_the_largest_best_first_and_broken_logits_are_named() {
+    let mut b = Bench::new();
+    let kernels = b.gpu.kernels(DType::F32, 64).unwrap();
+    for vocab in [1, 40, 3000] {
+        let mut logits: Vec<Vec<f32>> = (0..5).map(|r| noise(r, vocab)).collect();
+        // Many equal ones, both zeros, negative ones only.
+        logits[1].iter_mut().enumerate().for_each(|(i, x)| *x = ((i * 7 % 5) as f32).max(2.0));
+        logits[2].iter_mut().enumerate().for_each(|(i, x)| *x = if i % 2 == 0 { -0.0 } else { 0.0 });
+        logits[3].iter_mut().for_each(|x| *x = -3.0 - *x);
+        let last = vocab - 1;
+        logits[4][last] = f32::INFINITY;
+        let wanted = [64u32, 7, 64, 1, 3];
+        let at = b.floats(DType::F32, &logits.concat());
+        let (out, broken) = (b.words(&[u32::MAX; 5 * 128]), b.words(&[u32::MAX; 5]));
+        let wanted_at = b.words(&wanted);
+        launch!(b.gpu, kernels.top_candidates, (5, 1, 1), 1024, 0; out, broken, at, wanted_at, vocab as i32)
+            .unwrap();
+        let got: Vec<u32> = b.read(DType::F32, out, 5 * 128).iter().map(|x| x.to_bits()).collect();
+        let broken: Vec<u32> = b.read(DType::F32, broken, 5).iter().map(|x| x.to_bits()).collect();
+        assert_eq!(broken, [vocab as u32, vocab as u32, vocab as u32, vocab as u32, last as u32]);
+        for row in 0..4 {
+            let mut order: Vec<u32> = (0..vocab as u32).collect();
+            let x = &logits[row];
+            order.sort_by(|a, b| x[*b as usize].partial_cmp(&x[*a as usize]).unwrap().then(a.cmp(b)));
+            order.truncate(wanted[row] as usize);
+            let pairs = got[row * 128..].as_chunks::<2>().0.iter().take(order.len());
+            let (tokens, values): (Vec<u32>, Vec<f32>) = pairs.map(|[t, x]| (*t, f32::from_bits(*x))).unzip();
+            assert_eq!(tokens, order, "row {row} of {vocab}");
+            assert!(values.iter().zip(&order).all(|(v, t)| *v == x[*t as usize]));
+        }
+    }
+}
