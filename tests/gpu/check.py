@@ -1,9 +1,9 @@
 """Checks everything that needs a GPU, with a binary that was built elsewhere.
 
-usage: python check.py --strata PATH --out DIR [--only parity,pipeline,offload,kill,bench] [--models a,b] [--budget SECONDS]
+usage: python check.py --strata PATH --out DIR [--only parity,pipeline,offload,kill,bench] [--budget SECONDS]
 
-Needs Python, and for the figures beside transformers torch and transformers. Prints a table, writes it to OUT/results.txt
-with the ends of all logs in OUT/logs.txt, and exits with 1 if a check failed.
+Needs Python, and for the figures beside transformers torch and transformers. Prints a table, writes it to
+OUT/results.txt with the ends of all logs in OUT/logs.txt, and exits with 1 if a check failed.
 """
 import argparse
 import concurrent.futures
@@ -12,7 +12,6 @@ import os
 import pathlib
 import platform
 import shutil
-import subprocess
 import sys
 import time
 
@@ -59,6 +58,7 @@ def main():
     parser.add_argument("--shape", default="llama-8b", help="for bench, as `strata random-model` knows it")
     parser.add_argument("--answer", type=int, default=1500, help="tokens of the answers that kill breaks")
     parser.add_argument("--at-once", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)))
+    parser.add_argument("--patience", type=float, default=60, help="seconds for an answer")
     parser.add_argument("--budget", type=float, default=540, help="seconds for everything")
     arguments = parser.parse_args()
     parts = arguments.only.split(",")
@@ -69,7 +69,8 @@ def main():
     if arguments.models:
         names = arguments.models.split(",")
     shutil.rmtree(arguments.work / "logs", ignore_errors=True)
-    run = Run(arguments.strata.resolve(), models, arguments.out, arguments.work, arguments.budget)
+    run = Run(arguments.strata.resolve(), models, arguments.out, arguments.work, arguments.budget,
+              arguments.patience)
     os.environ["LD_LIBRARY_PATH"] = run.environment["LD_LIBRARY_PATH"]
     found = gpus()
     begun = time.monotonic()

@@ -1,13 +1,13 @@
 """Every model of tests/models in every format, on a GPU beside this binary's CPU path.
 
-Every answer is followed along one path, transformers' greedy ids in float32: where a token differs, the next is asked for
-with transformers' token in its place. So all formats and devices are compared in the same contexts.
+Every answer is followed along one path, transformers' greedy ids in float32: where a token differs, the next is asked
+for with transformers' token in its place. So all formats and devices are compared in the same contexts.
 
 What may differ: in float32 nothing but the last bits. In another format, two devices that round independently are apart
 by √2 times what either is from the exact values. What rounding does to a model is taken from the CPU: its own error in
-that format against float32. Twice that, and a floor for models that round to next to nothing, is allowed. Both devices hold
-the same quantized weights and differ by what they make of activations, which is eight bits at least: so int4 is allowed
-what int8 is.
+that format against float32. Twice that, and a floor for models that round to next to nothing, is allowed. Both devices
+hold the same quantized weights and differ by what they make of activations, which is eight bits at least: so int4 is
+allowed what int8 is.
 """
 import concurrent.futures
 import json
@@ -52,7 +52,7 @@ def norm(values):
 
 
 class Decoder:
-    """What is asked of a decoder and how answers are compared: by position, a token and the likeliest tokens' scores."""
+    """What is asked of a decoder, and how answers are compared: by position, a token and the likeliest ones' scores."""
 
     def __init__(self, prompts):
         self.prompts = prompts

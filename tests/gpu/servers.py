@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import pathlib
-import signal
 import subprocess
 import sysconfig
 import threading
@@ -16,7 +15,6 @@ import time
 
 # A server compiles its kernels before it answers.
 START_SECONDS = 120
-ASK_SECONDS = 60
 LOG_BYTES = 12_000
 
 
@@ -27,9 +25,9 @@ class Failure(Exception):
 class Run:
     """One run of the checks: the binary, the time that is left, the processes, and the table of what was found."""
 
-    def __init__(self, strata, models, out, work, budget):
+    def __init__(self, strata, models, out, work, budget, patience):
         self.strata, self.models, self.out, self.work = strata, models, out, work
-        self.deadline = time.monotonic() + budget
+        self.deadline, self.patience = time.monotonic() + budget, patience
         self.rows, self.lock, self.processes = [], threading.Lock(), []
         self.started = itertools.count()
         out.mkdir(parents=True, exist_ok=True)
@@ -74,11 +72,11 @@ class Run:
         with self.lock, (self.out / "logs.txt").open("a") as file:
             file.write(f"==== {title}\n{text[-LOG_BYTES:]}\n")
 
-    def call(self, *arguments, seconds=ASK_SECONDS):
-        """Standard output of a command of the binary."""
+    def call(self, *arguments, seconds=None):
+        """Standard output of a command of the binary, for which there is the run's patience unless told otherwise."""
         command = [self.strata, *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, env=self.environment,
-                              timeout=self.within(seconds))
+                              timeout=self.within(seconds or self.patience))
         if done.returncode:
             raise Failure(f"{' '.join(map(str, arguments))[:80]}: {done.stderr.strip()[-400:]}")
         return done.stdout
@@ -122,9 +120,8 @@ class Process:
     def alive(self):
         return self.child.poll() is None
 
-    def kill(self):
-        """As a machine that loses power."""
-        self.child.send_signal(signal.SIGKILL)
+    def send(self, signal):
+        self.child.send_signal(signal)
 
     def close(self):
         """Ends it and keeps its log."""
@@ -150,7 +147,7 @@ class Server:
     def __exit__(self, *_):
         self.process.close()
 
-    def json(self, command, *arguments, seconds=ASK_SECONDS):
+    def json(self, command, *arguments, seconds=None):
         """The objects that a client prints."""
         out = self.run.call(command, "--address", self.address, "--json", *arguments, seconds=seconds)
         return [json.loads(line) for line in out.splitlines()]
@@ -173,7 +170,7 @@ class Server:
         """The stages of the first replica of the live plan."""
         return self.json("status")[0]["plan"]["replicas"][0]["stages"]
 
-    def bench(self, *arguments, seconds=ASK_SECONDS):
+    def bench(self, *arguments, seconds=None):
         """The report of `strata bench`."""
         return self.json("bench", *arguments, seconds=seconds)[-1]
 

@@ -1,7 +1,7 @@
 """Speeds on one GPU, beside what its memory and its matrix units allow, and beside transformers on the same GPU.
 
-The model has a known shape and random weights. A token of one stream reads all weights but the embeddings once: the bytes
-of a copy per second (read and written ones both count) say how fast that can be.
+The model has a known shape and random weights. A token of one stream reads all weights but the embeddings once: the
+bytes of a copy per second (read and written ones both count) say how fast that can be.
 """
 import importlib.util
 import json
@@ -62,8 +62,8 @@ def rates(run):
 
 def operations(shape, tokens):
     """Of a prompt: twice the weights of its layers for each token, the head once, and what attention multiplies."""
-    width, layers, head = shape["hidden_size"], shape["num_hidden_layers"], shape["hidden_size"] // shape["num_attention_heads"]
-    attention = width * (2 * width + 2 * head * shape["num_key_value_heads"])
+    width, layers = shape["hidden_size"], shape["num_hidden_layers"]
+    attention = 2 * width * (width + width // shape["num_attention_heads"] * shape["num_key_value_heads"])
     weights = layers * (attention + 3 * width * shape["intermediate_size"])
     scores = layers * 4 * width * tokens * (tokens + 1) // 2
     return 2 * weights * tokens + scores + 2 * width * shape["vocab_size"]

@@ -3,9 +3,9 @@
 usage: python torch_peer.py rates
        python torch_peer.py generate MODEL_DIR --streams 1,32 --prompt 32 --tokens 128
 
-`rates`: bytes per second of a copy (read and written bytes both count), and operations per second of a product of random
-bf16 matrices. `generate`: tokens per second of transformers' greedy decoding in bf16, of one way to run it after another,
-the quickest to prepare first; whoever reads this may stop when time is up.
+`rates`: bytes per second of a copy (read and written ones both count), and operations per second of a product of random
+bf16 matrices. `generate`: tokens per second of transformers' greedy decoding in bf16, of one way to run it after the
+other, the quickest to prepare first; whoever reads this may stop when time is up.
 """
 import argparse
 import json
@@ -35,14 +35,19 @@ def seconds(run, times):
     return sorted(found)[ROUNDS // 2]
 
 
-def rates():
+def copy():
     source = torch.randint(0, 255, (4 << 30,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    copy = 2 * source.numel() / seconds(lambda: target.copy_(source), 5)
-    del source, target
+    return 2 * source.numel() / seconds(lambda: target.copy_(source), 5)
+
+
+def product():
     a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    product = 2 * 8192**3 / seconds(lambda: torch.mm(a, b), 10)
-    say(device=torch.cuda.get_device_name(), torch=torch.__version__, copy=copy, product=product)
+    return 2 * 8192**3 / seconds(lambda: torch.mm(a, b), 10)
+
+
+def rates():
+    say(device=torch.cuda.get_device_name(), torch=torch.__version__, copy=copy(), product=product())
 
 
 def generate(arguments):
