@@ -26,14 +26,14 @@ struct Llama {
 
 impl Shape {
     fn llama(self) -> Llama {
-        let [width, inner, layers, heads, kv_heads, vocab] = match self {
-            Shape::Llama1m => [64, 160, 4, 4, 2, 512],
-            Shape::Llama160m => [768, 2048, 12, 12, 12, 32000],
-            Shape::Llama1_1b => [2048, 5632, 22, 32, 4, 32000],
-            Shape::Llama3b => [3072, 8192, 28, 24, 8, 128_256],
-            Shape::Llama8b => [4096, 14336, 32, 32, 8, 128_256],
+        let [width, inner, layers, heads, kv_heads, vocab, context] = match self {
+            Shape::Llama1m => [64, 160, 4, 4, 2, 512, 2048],
+            Shape::Llama160m => [768, 2048, 12, 12, 12, 32000, 2048],
+            Shape::Llama1_1b => [2048, 5632, 22, 32, 4, 32000, 2048],
+            Shape::Llama3b => [3072, 8192, 28, 24, 8, 128_256, 8192],
+            Shape::Llama8b => [4096, 14336, 32, 32, 8, 128_256, 8192],
         };
-        Llama { width, inner, layers, heads, kv_heads, vocab, context: 2048 }
+        Llama { width, inner, layers, heads, kv_heads, vocab, context }
     }
 }
 
@@ -177,4 +177,22 @@ fn normal(state: &mut u64) -> f32 {
     let sum: f32 = (0..4).map(|i| f32::from((z >> (16 * i)) as u16)).sum();
     // The variance of each is (2^16)^2 / 12.
     (sum / 65536.0 - 2.0) * 3f32.sqrt()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_have_the_parameters_of_their_models() {
+        let millions = |shape: Shape| {
+            let tensors = shape.llama().tensors();
+            tensors.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum::<usize>() / 1_000_000
+        };
+        assert_eq!(millions(Shape::Llama8b), 8_030);
+        assert_eq!(millions(Shape::Llama1_1b), 1_100);
+        let eight = Shape::Llama8b.llama();
+        assert_eq!(eight.config()["max_position_embeddings"], 8192);
+        assert_eq!(eight.width / eight.heads, 128);
+    }
 }
