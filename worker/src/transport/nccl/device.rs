@@ -139,6 +139,10 @@ impl Communicator for Rank {
         if let Err(error) = aborted.result() {
             tracing::warn!(error = ?error.0, "aborting an NCCL communicator");
         }
+        // What was asked for after a message that never came is done now; only then may its buffers go.
+        if let Err(error) = self.stream.synchronize() {
+            tracing::warn!(%error, "waiting for the stream of an aborted NCCL communicator");
+        }
     }
 }
 

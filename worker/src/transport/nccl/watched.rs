@@ -18,7 +18,7 @@ pub(crate) trait Communicator {
     /// Why it will never be.
     fn poll(&mut self) -> Result<bool, String>;
 
-    /// Gives up whatever is under way. Called once, last.
+    /// Gives up whatever is under way; nothing uses its buffers when this comes back. Called once, last.
     fn abort(&mut self);
 }
 
