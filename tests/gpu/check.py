@@ -51,7 +51,7 @@ def main():
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("/tmp/strata-gpu"),
                         help="for models with random weights, which are kept; 16 GB for bench")
     parser.add_argument("--only", default=",".join(PARTS))
-    parser.add_argument("--models", help="of tests/models, for parity; all of them otherwise")
+    parser.add_argument("--models", help="of tests/models, for parity and pipeline; all that these take otherwise")
     parser.add_argument("--formats", default=",".join(parity.FORMATS))
     parser.add_argument("--device", default="cuda:0", help="for parity; cpu tries the script where there is no GPU")
     parser.add_argument("--memory", default="2GiB", help="of a GPU, for each stage of the small models")
@@ -85,7 +85,7 @@ def main():
         if "offload" in parts:
             tasks.append((pipelines.offload, run))
         if "pipeline" in parts:
-            tasks += pipelines.cases(run, len(found), arguments.memory)
+            tasks += pipelines.cases(run, len(found), arguments.memory, names)
         if "parity" in parts:
             formats = arguments.formats.split(",")
             tasks += [(parity.check, run, name, formats, arguments.device, arguments.memory) for name in names]

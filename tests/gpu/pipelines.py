@@ -23,15 +23,15 @@ UNSEEN = 8
 BROKE = "the run of a stage broke"
 
 
-def cases(run, gpus, memory):
-    """Tasks: groups of links that the same workers can have."""
-    # Parts of one GPU; two GPUs; a GPU and the CPU, either first.
+def cases(run, gpus, memory, names):
+    """Tasks: groups of links that the same workers can have, each with those models that are among `names`."""
+    # Parts of one GPU; a GPU and the CPU, either first, which takes layers without need only where it has a cap.
     parts = (f"cuda:0/0={memory}", f"cuda:0/1={memory}")
     groups = [
         ("parts of one GPU", [",".join(parts)], False, ["device-copy", "loopback", "tcp"]),
         ("one GPU, two processes", list(parts), True, ["nccl", "tcp"]),
-        ("GPU, then CPU", [f"cuda:0={memory},cpu"], False, ["loopback", "tcp"]),
-        ("CPU, then GPU, two processes", ["cpu", f"cuda:0={memory}"], False, ["tcp"]),
+        ("GPU, then CPU", [f"cuda:0={memory},cpu={memory}"], False, ["loopback", "tcp"]),
+        ("CPU, then GPU, two processes", [f"cpu={memory}", f"cuda:0={memory}"], False, ["tcp"]),
     ]
     if gpus > 1:
         two = (f"cuda:0={memory}", f"cuda:1={memory}")
@@ -39,7 +39,8 @@ def cases(run, gpus, memory):
             ("two GPUs", [",".join(two)], False, ["device-copy", "nccl", "loopback", "tcp"]),
             ("two GPUs, two processes", list(two), False, ["nccl", "tcp"]),
         ]
-    return [(pipeline, run, *group) for group in groups]
+    models = [name for name in MODELS if name in names]
+    return [(pipeline, run, models, *group) for group in groups]
 
 
 def start(run, devices, one_gpu, models=None):
@@ -49,17 +50,18 @@ def start(run, devices, one_gpu, models=None):
         return list(pool.map(lambda d, e: worker(run, models or run.models, d, e), devices, environment))
 
 
-def pipeline(run, what, devices, one_gpu, links):
+def pipeline(run, models, what, devices, one_gpu, links):
     """Two stages, by each of some links: the tokens of one stage."""
     workers = []
     with run.checking(f"pipeline {what}"):
         workers = start(run, devices, one_gpu)
         for link in links:
-            for name in MODELS:
+            for name in models:
                 with run.checking(f"pipeline {what}, {link}: {name}"):
                     linked(run, what, workers, link, name)
-            with run.checking(f"pipeline {what}, {link}: shakespeare in bf16"):
-                rounded(run, what, workers, link)
+            for name in models[:1]:
+                with run.checking(f"pipeline {what}, {link}: {name} in bf16"):
+                    rounded(run, what, workers, link, name)
     for one in workers:
         one.close()
 
@@ -67,10 +69,7 @@ def pipeline(run, what, devices, one_gpu, links):
 def linked(run, what, workers, link, name):
     prompts, _ = expectations(run.models / name)
     with coordinate(run, workers, name, "--split", "balanced", "--links", link, *EXACT) as server:
-        stages = server.stages()
-        found = [s["link"] for s in stages[:-1]]
-        if found != [link]:
-            raise Failure(f"planned {len(stages)} stages with links {found}, not two by {link}")
+        two_by(link, server)
         answers = server.answers(prompts * COPIES)
         same = [answer == p["greedy_ids"] for answer, p in zip(answers, prompts * COPIES, strict=True)]
         note = ""
@@ -81,15 +80,23 @@ def linked(run, what, workers, link, name):
                 f"in {sum(same)} of {len(same)}{note}", all(same))
 
 
-def rounded(run, what, workers, link):
+def two_by(link, server):
+    """Makes sure that there are two stages with this link."""
+    found = [stage["link"] for stage in server.stages()]
+    if found != [link, None]:
+        raise Failure(f"planned {len(found)} stages with links {found[:-1]}, not two by {link}")
+
+
+def rounded(run, what, workers, link, name):
     """In bf16, where it is the link that must not change anything; followed as parity.py follows."""
-    model, options = Decoder(expectations(run.models / "shakespeare")[0]), ["--dtype", "bf16", "--no-prefix-cache"]
-    with coordinate(run, workers[:1], "shakespeare", "--split", "auto", *options) as server:
+    model, options = Decoder(expectations(run.models / name)[0]), ["--dtype", "bf16", "--no-prefix-cache"]
+    with coordinate(run, workers[:1], name, "--split", "auto", *options) as server:
         one = model.ask(server)
-    with coordinate(run, workers, "shakespeare", "--split", "balanced", "--links", link, *options) as server:
+    with coordinate(run, workers, name, "--split", "balanced", "--links", link, *options) as server:
+        two_by(link, server)
         two = model.ask(server)
     error, share = model.error(two, one), model.agreement(two, one)
-    run.row(f"pipeline {what}, {link}: shakespeare in bf16", f"error <= {ERROR_16:.0%}, tokens >= {AGREEMENT_16:.0%}",
+    run.row(f"pipeline {what}, {link}: {name} in bf16", f"error <= {ERROR_16:.0%}, tokens >= {AGREEMENT_16:.0%}",
             f"{error:.3%}, {share:.1%}", error <= ERROR_16 and share >= AGREEMENT_16)
 
 
@@ -170,8 +177,7 @@ def kill_one(run, memory, tokens, models, victim, alone, which):
     survivor = workers[1 - victim]
     try:
         with coordinate(run, workers, "llama-1m", "--split", "balanced", "--links", "nccl", "--dtype", "f32") as server:
-            if [s["link"] for s in server.stages()] != ["nccl", None]:
-                raise Failure(f"planned {server.stages()}")
+            two_by("nccl", server)
             answer = Watched(run, server.address, [17, 33, 65], tokens)
             if not answer.until(lambda: len(answer.times) >= BEFORE_KILL, run.patience):
                 raise Failure(f"no answer to break: {answer.end(1)}")
