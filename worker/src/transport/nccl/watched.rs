@@ -58,11 +58,10 @@ impl<C: Communicator> Watched<C> {
             }
             match self.communicator.poll() {
                 Ok(true) => return Ok(()),
-                Ok(false) => {}
+                // An ended generation closes what the two ends have in common.
+                _ if self.interrupt.is_tripped() => break LinkError::Interrupted,
                 Err(why) => break LinkError::Closed(why),
-            }
-            if self.interrupt.is_tripped() {
-                break LinkError::Interrupted;
+                Ok(false) => {}
             }
             match begun.elapsed() {
                 waited if waited > patience => break LinkError::Timeout(patience),
