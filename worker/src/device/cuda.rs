@@ -110,6 +110,7 @@ fn measured(ordinal: usize) -> Result<Measured, CudaError> {
                 epilogue: Epilogue::Store,
                 grouped: None,
                 bytes: Bytes { values: at_bytes, factors: at_factors, sums: at_sums },
+                are_bytes: false,
             };
             let product = || match format {
                 // Stages of this format have rows of it too.

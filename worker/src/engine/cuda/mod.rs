@@ -11,14 +11,17 @@ mod weights;
 
 use std::{ops::ControlFlow, path::Path};
 
-use self::{state::State, weights::Weights};
+use self::{
+    state::{Checked, State},
+    weights::Weights,
+};
 use super::{Allocated, Engine, Input, Loaded, Output, Size, Step};
 use crate::{
     device::DeviceSpec,
     error::WorkerError,
     kernels::{
         cpu::Cpu,
-        cuda::{CudaError, Gpu},
+        cuda::{CudaError, Gpu, launch::MAX_CANDIDATES},
     },
     model::{LoadedBytes, Model, ModelError, RangeSpec, StepError, step::Given},
     transport::Hidden,
@@ -111,7 +114,9 @@ impl Engine for CudaEngine {
             Input::Hidden(hidden) => (Given::Rows { elements: hidden.elements() }, Some(hidden)),
         };
         let tokens = state.limits.check(tower, rows, input, outputs)?;
-        let ran = state.run(&self.gpu, weights, tokens, rows, input, hidden, outputs, candidates);
+        let wanted = candidates.iter().map(|n| if *n as usize > MAX_CANDIDATES { 0 } else { *n }).collect();
+        let step = Checked { weights, rows, tokens, input, outputs, wanted };
+        let ran = state.run(&self.gpu, &step, hidden);
         if ran.is_err() {
             // What was asked for before the error still uses the buffers of this step.
             let _ = self.gpu.wait();

@@ -1,14 +1,16 @@
 //! One step on its way through a stage on a GPU.
 
-use strata_proto::DType;
+use std::cell::Cell;
+
+use strata_proto::Format;
 
 use super::{
-    state::{Inputs, PARTIALS, State},
+    state::{Inputs, State},
     weights::{Block, NormWeights},
 };
 use crate::{
     kernels::{
-        cpu::{attention::Span, norm::Norm},
+        cpu::{attention::Span, norm::Norm, quant::GROUP},
         cuda::{
             CudaError, Gpu,
             launch::{
@@ -24,12 +26,15 @@ use crate::{
         ModelError, StepError,
         blocks::{Attention, Ffn, Flow, Head, Moe, Pool, Position, Slot, Tower},
         forward::{Inner, Operations},
+        step::Limits,
         workspace::{self, Widths},
     },
 };
 
 /// Threads of a block that walks over one row.
 const ROW_THREADS: u32 = 256;
+/// Bytes for what attention puts together.
+const PARTIALS: u64 = 16 << 20;
 /// Most parts that one row's attention is split into.
 const MAX_SPLITS: usize = 64;
 
@@ -56,6 +61,7 @@ pub(super) struct Scratch {
     pub vocab: usize,
     /// Rows that there is room for.
     tokens: usize,
+    _elsewhere: [Memory; 2],
 }
 
 /// Scratch of a mixture of experts.
@@ -70,20 +76,14 @@ struct Experts {
 }
 
 impl Scratch {
-    #[expect(clippy::too_many_arguments, reason = "what it is cut from")]
-    pub fn new(
-        gpu: &Gpu,
-        tower: &Tower,
-        element: DType,
-        tokens: u32,
-        outputs: usize,
-        memory: &mut Arena,
-        partials: Ptr,
-        found: Ptr,
-    ) -> Result<Self, ModelError> {
+    /// Cut from `memory`, as much of it as is left; what does not grow with a step is from elsewhere.
+    pub fn new(gpu: &Gpu, tower: &Tower, limits: &Limits, memory: &mut Arena) -> Result<Self, ModelError> {
+        let (element, outputs) = (limits.spec.dtype, limits.max_outputs as usize);
+        let partials = Memory::new(&gpu.context, PARTIALS)?;
+        let found = Memory::new(&gpu.context, (outputs * (8 * MAX_CANDIDATES + 4)) as u64)?;
         let Widths { residual, qkv, attention, up, angles, outputs: values, experts, input, .. } =
             Widths::of(tower);
-        let tokens = workspace::padded(tokens);
+        let tokens = workspace::padded(limits.max_tokens);
         let mut rows = |width: usize, size: u64| memory.take((tokens * width) as u64 * size);
         let size = element.size();
         let experts = experts.map(|(all, active)| Experts {
@@ -119,11 +119,12 @@ impl Scratch {
             bytes: Bytes { values: rows(groups * 32, 1), factors: rows(groups, 4), sums: rows(groups, 4) },
             experts,
             values: memory.take((outputs * values) as u64 * 4),
-            found,
-            broken: found.offset((outputs * 8 * MAX_CANDIDATES) as u64),
-            partials,
+            found: found.ptr(),
+            broken: found.ptr().offset((outputs * 8 * MAX_CANDIDATES) as u64),
+            partials: partials.ptr(),
             vocab: tower.vocab,
             tokens,
+            _elsewhere: [partials, found],
         })
     }
 }
@@ -136,6 +137,8 @@ pub(super) struct Pass<'a> {
     pub tokens: usize,
     pub rows: &'a [BatchRow<'a>],
     pub inputs: Inputs,
+    /// The rows that are bytes now, too.
+    pub bytes_of: Cell<Ptr>,
 }
 
 impl Pass<'_> {
@@ -189,14 +192,31 @@ impl Pass<'_> {
     /// A norm of `rows` rows; those that `index` names, if it names any.
     fn norm(&self, norm: Norm, weights: NormWeights, rows: usize, call: NormCall) -> Result<(), StepError> {
         let NormCall { out, x, index, add } = call;
-        let width = self.tower.width as i32;
+        let width = self.tower.width;
+        // The product that follows, if it is one of quantized weights, takes whole groups.
+        let to_bytes = self.state.is_quantized && width.is_multiple_of(GROUP) && !add;
+        let bytes = if to_bytes { self.state.scratch.bytes } else { Bytes::default() };
         launch!(self.gpu, self.kernels()?.norm_rows, (rows as u32, 1, 1), ROW_THREADS, 0;
-            out, x, index, raw_norm(norm, weights), width, i32::from(add))?;
+            out, x, index, raw_norm(norm, weights), width as i32, i32::from(add), bytes)?;
+        self.bytes_of.set(if to_bytes { out } else { Ptr::NULL });
         Ok(())
     }
 
     fn linear(&self, call: &Linear<'_>) -> Result<(), StepError> {
-        Ok(self.gpu.linear(self.kernels()?, self.state.element, call)?)
+        let is_quantized = matches!(call.weight.format, Format::Quantized(_));
+        self.gpu.linear(self.kernels()?, self.state.element, call)?;
+        if is_quantized {
+            self.bytes_of.set(call.x);
+        }
+        // What was just written is not what the bytes are of.
+        if self.has_bytes(call.out) {
+            self.bytes_of.set(Ptr::NULL);
+        }
+        Ok(())
+    }
+
+    fn has_bytes(&self, x: Ptr) -> bool {
+        self.bytes_of.get() == x
     }
 
     /// Bytes of a row of the residual stream.
@@ -236,6 +256,7 @@ impl Pass<'_> {
                 epilogue,
                 grouped: None,
                 bytes,
+                are_bytes: self.has_bytes(x),
             })
         };
         // Of the residual stream, nothing is needed any more.
@@ -270,6 +291,7 @@ impl Pass<'_> {
                 self.norm(norm, block.norm(Slot::FinalNorm)?, count, call)
             }
             None => {
+                self.bytes_of.set(Ptr::NULL);
                 launch!(self.gpu, self.kernels()?.gather_rows, (count as u32, 1, 1), ROW_THREADS, 0;
                     normed, residual, index, self.tower.width as i32)?;
                 Ok(())
@@ -372,6 +394,7 @@ impl Operations for Pass<'_> {
     fn enter(&mut self, flow: Flow, block: &Block, slot: Slot) -> Result<(), StepError> {
         let Scratch { residual, normed, .. } = self.state.scratch;
         if matches!(flow, Flow::Post(_)) {
+            self.bytes_of.set(Ptr::NULL);
             let bytes = self.tokens as u64 * self.row_bytes();
             return Ok(memory::copy(&self.gpu.stream, normed, residual, bytes)?);
         }
@@ -395,6 +418,7 @@ impl Operations for Pass<'_> {
             epilogue: Epilogue::Store,
             grouped: None,
             bytes,
+            are_bytes: self.has_bytes(normed),
         })?;
         let (table, pairs) = match attention.position {
             Position::None => (Ptr::NULL, 0),
@@ -438,6 +462,7 @@ impl Operations for Pass<'_> {
             epilogue,
             grouped: None,
             bytes,
+            are_bytes: self.has_bytes(normed),
         })
     }
 
@@ -467,6 +492,7 @@ impl Operations for Pass<'_> {
                 epilogue: Epilogue::StoreValues,
                 grouped: None,
                 bytes,
+                are_bytes: self.has_bytes(x),
             })?;
             launch!(self.gpu, kernels.route, (tokens.div_ceil(4) as u32, 1, 1), 128, 0;
                 *logits, *chosen, *shares, tokens as i32, moe.experts as i32, moe.active as i32,
@@ -494,6 +520,7 @@ impl Operations for Pass<'_> {
                 epilogue: Epilogue::Gated(moe.mlp.act),
                 grouped: grouped(moe.active, first.strides),
                 bytes,
+                are_bytes: self.has_bytes(x),
             })?;
             self.linear(&Linear {
                 weight: &down.matrix,
@@ -506,6 +533,7 @@ impl Operations for Pass<'_> {
                 epilogue: Epilogue::Store,
                 grouped: grouped(1, down.strides),
                 bytes,
+                are_bytes: self.has_bytes(x),
             })?;
             let sandwich = matches!(flow, Flow::Sandwich(_));
             let out = if sandwich { normed } else { residual }.offset(begin as u64 * self.row_bytes());
@@ -538,6 +566,7 @@ impl Operations for Pass<'_> {
             epilogue,
             grouped: None,
             bytes,
+            are_bytes: self.has_bytes(x),
         })
     }
 

@@ -1,7 +1,7 @@
 //! What a stage on a GPU keeps between steps: cache, scratch, and recorded steps; and the way of a step's inputs and
 //! results between host and GPU.
 
-use std::collections::HashMap;
+use std::{cell::Cell, collections::HashMap};
 
 use cudarc::driver::{CudaGraph, sys};
 use strata_proto::DType;
@@ -24,7 +24,7 @@ use crate::{
     kv_cache::{BLOCK_TOKENS, BatchRow, KvLayer},
     model::{
         ModelError, StageState, StepError,
-        blocks::Ffn,
+        blocks::{Ffn, Tower},
         forward,
         state::cached,
         step::{Given, Limits},
@@ -32,8 +32,6 @@ use crate::{
     transport::{Expected, Hidden},
 };
 
-/// Bytes for what attention puts together.
-pub(super) const PARTIALS: u64 = 16 << 20;
 /// Activations that can be under way to the next stage without another allocation.
 const SLOTS: usize = 4;
 /// Most rows of a step that is recorded, and most recordings.
@@ -62,6 +60,38 @@ pub(super) struct Inputs {
     pub tables: Ptr,
 }
 
+/// A step that has been checked.
+pub(super) struct Checked<'a> {
+    pub weights: &'a Weights,
+    pub rows: &'a [BatchRow<'a>],
+    /// Of all rows.
+    pub tokens: usize,
+    pub input: Given<'a>,
+    pub outputs: &'a [u32],
+    /// For each output, how many candidates are enough; 0 if all values are wanted.
+    pub wanted: Vec<u32>,
+}
+
+impl<'a> Checked<'a> {
+    pub fn tower(&self) -> &'a Tower {
+        &self.weights.model.tower
+    }
+
+    /// Blocks up to the last token of a row.
+    fn blocks(&self, row: &BatchRow<'_>) -> usize {
+        match self.tower().is_encoder() {
+            true => 0,
+            false => ((row.start + row.count) as usize).div_ceil(BLOCK_TOKENS),
+        }
+    }
+
+    /// Whether every row has one token, and there are few: then all such steps of as many rows and outputs are alike.
+    fn is_alike(&self) -> bool {
+        let single = self.rows.iter().all(|r| r.count == 1);
+        single && self.tokens <= RECORDED_ROWS && !self.tower().is_encoder()
+    }
+}
+
 /// How often a kind of step has come.
 enum Recording {
     Seen,
@@ -74,6 +104,8 @@ enum Recording {
 pub(super) struct State {
     pub limits: Limits,
     pub element: DType,
+    /// Whether there are quantized weights.
+    pub is_quantized: bool,
     /// By width of a head.
     pub kernels: HashMap<usize, Kernels>,
     /// One per layer; none in an encoder.
@@ -93,7 +125,7 @@ pub(super) struct State {
     candidates: Vec<Vec<Candidate>>,
     cpu: Cpu,
     _memory: Arena,
-    _extra: Vec<Memory>,
+    _inputs: Memory,
 }
 
 impl State {
@@ -129,11 +161,8 @@ impl State {
                 return Err(ModelError::Device(text));
             }
         }
-        let partials = Memory::new(&gpu.context, PARTIALS)?;
         let (tokens, rows) = (size.tokens as usize, outputs as usize);
-        let found = Memory::new(&gpu.context, (rows * (8 * MAX_CANDIDATES + 4)) as u64)?;
-        let scratch =
-            Scratch::new(gpu, tower, element, size.tokens, rows, &mut memory, partials.ptr(), found.ptr())?;
+        let scratch = Scratch::new(gpu, tower, &limits, &mut memory)?;
         let longest = tower.context.div_ceil(BLOCK_TOKENS);
         let capacity = 10 * tokens + 2 * rows + LONG_ROWS.min(tokens) * longest;
         let inputs = Memory::new(&gpu.context, 4 * capacity as u64)?;
@@ -145,6 +174,7 @@ impl State {
         Ok(State {
             limits,
             element,
+            is_quantized: spec.quantization.is_some(),
             kernels,
             cache,
             scratch,
@@ -160,7 +190,7 @@ impl State {
             candidates: Vec::new(),
             cpu,
             _memory: memory,
-            _extra: vec![partials, found, inputs],
+            _inputs: inputs,
         })
     }
 
@@ -168,74 +198,55 @@ impl State {
         self.allocated
     }
 
-    /// Runs a step that has been checked, up to its end on the GPU. Without the head, it yields the residual stream, on its
-    /// way to the next stage.
-    #[expect(clippy::too_many_arguments, reason = "the parts of one step")]
+    /// Runs a step, up to its end on the GPU. Without the head, it yields the residual stream, on its way to the next stage.
     pub fn run(
         &mut self,
         gpu: &Gpu,
-        weights: &Weights,
-        tokens: usize,
-        rows: &[BatchRow<'_>],
-        input: Given<'_>,
+        step: &Checked<'_>,
         hidden: Option<Hidden>,
-        outputs: &[u32],
-        wanted: &[u32],
     ) -> Result<Option<DeviceRows>, StepError> {
-        let wanted: Vec<u32> =
-            wanted.iter().map(|w| if *w as usize > MAX_CANDIDATES { 0 } else { *w }).collect();
-        let inputs = self.upload(gpu, weights, tokens, rows, input, outputs, &wanted)?;
+        let inputs = self.upload(gpu, step)?;
         // Kept until the step is done, for its memory is read.
-        let hidden = hidden.map(|hidden| self.receive(gpu, weights, hidden)).transpose()?;
-        let single = rows.iter().all(|r| r.count == 1);
-        let recordable = single && tokens <= RECORDED_ROWS && !weights.model.tower.is_encoder();
-        let key = (tokens, outputs.len());
+        let hidden = hidden.map(|hidden| self.receive(gpu, step.tower(), hidden)).transpose()?;
+        let (key, alike) = ((step.tokens, step.outputs.len()), step.is_alike());
         match self.recordings.get(&key) {
-            Some(Recording::Graph(graph)) if recordable => graph.launch().doing("starting a graph")?,
-            Some(Recording::Seen) if recordable => {
-                let recorded = self.record(gpu, weights, tokens, rows, inputs, outputs.len())?;
+            Some(Recording::Graph(graph)) if alike => graph.launch().doing("starting a graph")?,
+            Some(Recording::Seen) if alike => {
+                let recorded = self.record(gpu, step, inputs)?;
                 if let Recording::Never = recorded {
-                    self.compute(gpu, weights, tokens, rows, inputs, outputs.len())?;
+                    self.compute(gpu, step, inputs)?;
                 }
                 self.recordings.insert(key, recorded);
             }
             seen => {
                 let first = seen.is_none();
-                self.compute(gpu, weights, tokens, rows, inputs, outputs.len())?;
-                if recordable && first && self.recordings.len() < RECORDINGS {
+                self.compute(gpu, step, inputs)?;
+                if alike && first && self.recordings.len() < RECORDINGS {
                     self.recordings.insert(key, Recording::Seen);
                 }
             }
         }
         let mut yielded = None;
         match &self.slots {
-            None => self.fetch(gpu, weights.model.tower.outputs(), &wanted)?,
+            None => self.fetch(gpu, step.tower().outputs(), &step.wanted)?,
             Some(slots) => {
-                let columns = weights.model.tower.width;
-                let rows = slots.rows(Expected { dtype: self.element, rows: tokens, columns })?;
+                let columns = step.tower().width;
+                let rows = slots.rows(Expected { dtype: self.element, rows: step.tokens, columns })?;
                 memory::copy(&gpu.stream, rows.ptr(), self.scratch.residual, rows.bytes())?;
                 yielded = Some(rows);
             }
         }
         gpu.wait()?;
         drop(hidden);
-        self.find(&wanted);
+        self.find(&step.wanted);
         Ok(yielded)
     }
 
     /// Captures a step, and runs it.
-    fn record(
-        &self,
-        gpu: &Gpu,
-        weights: &Weights,
-        tokens: usize,
-        rows: &[BatchRow<'_>],
-        inputs: Inputs,
-        outputs: usize,
-    ) -> Result<Recording, StepError> {
+    fn record(&self, gpu: &Gpu, step: &Checked<'_>, inputs: Inputs) -> Result<Recording, StepError> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         gpu.stream.begin_capture(mode).doing("recording a step")?;
-        let computed = self.compute(gpu, weights, tokens, rows, inputs, outputs);
+        let computed = self.compute(gpu, step, inputs);
         let graph = gpu.stream.end_capture(sys::CUgraphInstantiate_flags(0));
         match (computed, graph) {
             (Ok(()), Ok(Some(graph))) => {
@@ -244,63 +255,43 @@ impl State {
             }
             (Err(error), _) => Err(error),
             (_, graph) => {
-                tracing::warn!(error = ?graph.err(), tokens, "a step could not be recorded as a CUDA graph");
+                let (error, rows) = (graph.err(), step.tokens);
+                tracing::warn!(?error, rows, "a step could not be recorded as a CUDA graph");
                 Ok(Recording::Never)
             }
         }
     }
 
     /// All kernels of a step.
-    fn compute(
-        &self,
-        gpu: &Gpu,
-        weights: &Weights,
-        tokens: usize,
-        rows: &[BatchRow<'_>],
-        inputs: Inputs,
-        outputs: usize,
-    ) -> Result<(), StepError> {
-        let mut pass = Pass { gpu, state: self, tower: &weights.model.tower, tokens, rows, inputs };
+    fn compute(&self, gpu: &Gpu, step: &Checked<'_>, inputs: Inputs) -> Result<(), StepError> {
+        let &Checked { weights, rows, tokens, .. } = step;
+        let bytes_of = Cell::new(Ptr::NULL);
+        let mut pass = Pass { gpu, state: self, tower: step.tower(), tokens, rows, inputs, bytes_of };
         if let Some(block) = &weights.input {
             pass.embed(block, weights.output.as_ref())?;
         }
         pass.angles()?;
         for (i, block) in weights.layers.iter().enumerate() {
-            let layer = &weights.model.tower.layers[weights.spec.layers.first as usize + i];
+            let layer = &step.tower().layers[weights.spec.layers.first as usize + i];
             forward::layer(&mut pass, i, layer, block)?;
         }
         match &weights.output {
-            Some(head) if outputs > 0 => pass.finish(head, outputs),
+            Some(head) if !step.outputs.is_empty() => pass.finish(head, step.outputs.len()),
             _ => Ok(()),
         }
     }
 
     /// Sends a step's inputs.
-    #[expect(clippy::too_many_arguments, reason = "the parts of one step")]
-    fn upload(
-        &mut self,
-        gpu: &Gpu,
-        weights: &Weights,
-        tokens: usize,
-        rows: &[BatchRow<'_>],
-        input: Given<'_>,
-        outputs: &[u32],
-        wanted: &[u32],
-    ) -> Result<Inputs, StepError> {
-        let tower = &weights.model.tower;
-        let needed = |row: &BatchRow<'_>| match tower.is_encoder() {
-            true => 0,
-            false => ((row.start + row.count) as usize).div_ceil(BLOCK_TOKENS),
-        };
-        let blocks: usize = rows.iter().map(needed).sum();
+    fn upload(&mut self, gpu: &Gpu, step: &Checked<'_>) -> Result<Inputs, StepError> {
+        let &Checked { rows, tokens, outputs, ref wanted, .. } = step;
+        let blocks: usize = rows.iter().map(|row| step.blocks(row)).sum();
         let total = 5 * tokens + 5 * rows.len() + 2 * outputs.len() + blocks;
         if total > self.capacity {
             let text =
                 format!("the block tables of this step take {total} words: expected {}", self.capacity);
             return Err(StepError::Device(text));
         }
-        let words = &mut self.words.as_mut::<u32>()[..total];
-        let (mut rest, mut at) = (words, self.inputs);
+        let (mut rest, mut at) = (&mut self.words.as_mut::<u32>()[..total], self.inputs);
         // Fills the next part of the buffer, and says where it lies.
         let mut put = |values: &mut dyn Iterator<Item = u32>, count: usize| {
             let (part, more) = std::mem::take(&mut rest).split_at_mut(count);
@@ -309,24 +300,21 @@ impl State {
             (rest, at) = (more, at.offset(4 * count as u64));
             here
         };
-        let (ids, segments): (&[u32], &[u32]) = match input {
+        let (ids, segments): (&[u32], &[u32]) = match step.input {
             Given::Tokens { ids, segments } => (ids, segments),
-            _ => (&[], &[]),
+            Given::Rows { .. } => (&[], &[]),
         };
         let zeros = || std::iter::repeat(0);
         let per_token = |f: &dyn Fn(usize, &BatchRow<'_>, u32) -> u32| -> Vec<u32> {
             let each = rows.iter().enumerate();
             each.flat_map(|(r, row)| (0..row.count).map(move |i| f(r, row, i))).collect()
         };
-        let starts = |f: &dyn Fn(&BatchRow<'_>) -> u32| -> Vec<u32> {
-            rows.iter()
-                .scan(0, |sum, row| {
-                    let here = *sum;
-                    *sum += f(row);
-                    Some(here)
-                })
-                .collect()
+        // The sum of what comes before each row.
+        let before = |f: &dyn Fn(&BatchRow<'_>) -> u32| -> Vec<u32> {
+            let sums = rows.iter().scan(0, |sum, row| Some(std::mem::replace(sum, *sum + f(row))));
+            sums.collect()
         };
+        let tables = rows.iter().flat_map(|r| r.blocks[..step.blocks(r)].iter().copied());
         let count = rows.len();
         let inputs = Inputs {
             ids: put(&mut ids.iter().copied().chain(zeros()), tokens),
@@ -334,22 +322,21 @@ impl State {
             row_of: put(&mut per_token(&|r, _, _| r as u32).into_iter(), tokens),
             segments: put(&mut segments.iter().copied().chain(zeros()), tokens),
             sets: put(&mut per_token(&|_, row, _| row.rope_set).into_iter(), tokens),
-            row_first: put(&mut starts(&|row| row.count).into_iter(), count),
+            row_first: put(&mut before(&|row| row.count).into_iter(), count),
             row_start: put(&mut rows.iter().map(|r| r.start), count),
             row_count: put(&mut rows.iter().map(|r| r.count), count),
-            first_block: put(&mut starts(&|row| needed(row) as u32).into_iter(), count),
+            first_block: put(&mut before(&|row| step.blocks(row) as u32).into_iter(), count),
             by_length: put(&mut by_length(rows), count),
             outputs: put(&mut outputs.iter().copied(), outputs.len()),
             wanted: put(&mut wanted.iter().copied(), outputs.len()),
-            tables: put(&mut rows.iter().flat_map(|r| r.blocks[..needed(r)].iter().copied()), blocks),
+            tables: put(&mut { tables }, blocks),
         };
-        let words = &self.words.as_mut::<u32>()[..total];
-        memory::upload(&gpu.stream, self.inputs, words)?;
+        memory::upload(&gpu.stream, self.inputs, &self.words.as_mut::<u32>()[..total])?;
         Ok(inputs)
     }
 
     /// Copies the residual stream of the stage before into its place.
-    fn receive(&self, gpu: &Gpu, weights: &Weights, hidden: Hidden) -> Result<DeviceRows, StepError> {
+    fn receive(&self, gpu: &Gpu, tower: &Tower, hidden: Hidden) -> Result<DeviceRows, StepError> {
         let rows = match hidden {
             Hidden::Device(rows) => rows,
             Hidden::Host(tensor) => {
@@ -359,7 +346,7 @@ impl State {
                     Some(slots) => slots.clone(),
                     // The last stage sends nothing on, so it has none yet.
                     None => {
-                        let width = weights.model.tower.width as u64 * self.element.size();
+                        let width = tower.width as u64 * self.element.size();
                         Slots::new(&gpu.context, u64::from(self.limits.max_tokens) * width, 0)?
                     }
                 };

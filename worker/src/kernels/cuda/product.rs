@@ -110,6 +110,8 @@ pub(crate) struct Linear<'a> {
     pub grouped: Option<Grouped>,
     /// Where rows of `x` become bytes, if the weights are quantized.
     pub bytes: Bytes,
+    /// Whether they are there already.
+    pub are_bytes: bool,
 }
 
 impl Gpu {
@@ -117,7 +119,7 @@ impl Gpu {
     pub fn linear(&self, kernels: &Kernels, element: DType, call: &Linear<'_>) -> Result<(), CudaError> {
         let Linear { weight, rows, epilogue, grouped, .. } = call;
         let rows_each = grouped.map_or(*rows, |g| rows.div_ceil(g.count));
-        if let Format::Quantized(_) = weight.format {
+        if matches!(weight.format, Format::Quantized(_)) && !call.are_bytes {
             self.to_bytes(kernels, call)?;
         }
         if rows_each <= FEW_ROWS {

@@ -213,6 +213,7 @@ fn products_are_the_cpus_for_every_format_and_number_of_rows() {
                             epilogue,
                             grouped: None,
                             bytes,
+                            are_bytes: false,
                         };
                         b.gpu.linear(&kernels, element, &call).unwrap();
                         let got = b.read(out_dtype, out, rows * n);
@@ -307,6 +308,7 @@ fn rows_go_through_the_matrix_of_their_expert() {
                     strides,
                 }),
                 bytes,
+                are_bytes: false,
             };
             b.gpu.linear(&kernels, element, &call).unwrap();
             let sums = b.floats(element, &vec![f32::NAN; tokens * n]);
@@ -340,20 +342,25 @@ fn rows_go_through_the_matrix_of_their_expert() {
 /// One row of a step: positions before it, and its tokens.
 type Row = (usize, usize);
 
-/// Attention by two loops, in f64.
-#[expect(clippy::too_many_arguments, reason = "what attention depends on")]
-fn plain_attention(
-    q: &[f32],
-    keys: &[Vec<f32>],
-    values: &[Vec<f32>],
-    rows: &[Row],
+/// What attention depends on, beside its numbers.
+#[derive(Debug, Clone, Copy)]
+struct Case<'a> {
+    element: DType,
+    /// Width of a head.
+    d: usize,
     heads: usize,
     kv_heads: usize,
-    d: usize,
-    scale: f32,
+    /// 0 for none.
     softcap: f32,
+    /// As the kernels have it.
     window: i32,
-) -> Vec<f32> {
+    rows: &'a [Row],
+}
+
+/// Attention by two loops, in f64.
+fn plain_attention(case: Case<'_>, q: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>]) -> Vec<f32> {
+    let Case { d, heads, kv_heads, softcap, window, rows, .. } = case;
+    let scale = 1.0 / (d as f32).sqrt();
     let mut out = Vec::new();
     let mut token = 0;
     for (r, (start, count)) in rows.iter().enumerate() {
@@ -405,24 +412,14 @@ fn attention_is_that_of_two_loops_for_every_kernel() {
                 -1 => &[(0, 33), (0, 1), (0, 90)],
                 _ => &[(0, 1), (63, 1), (200, 1), (0, 70), (45, 21), (64, 5)],
             };
-            check_attention(&mut b, &kernels, element, d, heads, kv_heads, softcap, window, rows);
+            check_attention(&mut b, &kernels, Case { element, d, heads, kv_heads, softcap, window, rows });
             b.held.clear();
         }
     }
 }
 
-#[expect(clippy::too_many_arguments, reason = "what attention depends on")]
-fn check_attention(
-    b: &mut Bench,
-    kernels: &Kernels,
-    element: DType,
-    d: usize,
-    heads: usize,
-    kv_heads: usize,
-    softcap: f32,
-    window: i32,
-    rows: &[Row],
-) {
+fn check_attention(b: &mut Bench, kernels: &Kernels, case: Case<'_>) {
+    let Case { element, d, heads, kv_heads, softcap, window, rows } = case;
     let tokens: usize = rows.iter().map(|r| r.1).sum();
     let q = rounded(element, &noise(1, tokens * heads * d));
     let length = |r: usize| rows[r].0 + rows[r].1;
@@ -431,7 +428,7 @@ fn check_attention(
     };
     let (keys, values) = (stored(20), stored(50));
     let scale = 1.0 / (d as f32).sqrt();
-    let want = plain_attention(&q, &keys, &values, rows, heads, kv_heads, d, scale, softcap, window);
+    let want = plain_attention(case, &q, &keys, &values);
 
     // Queries, keys and values side by side; those of earlier steps are in the cache only.
     let width = (heads + 2 * kv_heads) * d;

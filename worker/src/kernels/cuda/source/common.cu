@@ -174,3 +174,18 @@ struct Bytes {
     float* factors;
     float* sums;
 };
+
+// One group of a row, a value per lane: the factor is the largest magnitude / 127.
+__device__ __forceinline__ void group_bytes(Bytes out, size_t group, float value) {
+    int lane = threadIdx.x % WARP;
+    float factor = warp_max(fabsf(value)) / 127.0f;
+    float inverse = 1.0f / factor;
+    // A factor too small to divide by stands for nothing.
+    int rounded = isfinite(inverse) ? max(-127, min(127, __float2int_rn(value * inverse))) : 0;
+    out.values[group * GROUP + lane] = (signed char)rounded;
+    float sum = warp_sum((float)rounded);
+    if (lane == 0) {
+        out.factors[group] = factor;
+        out.sums[group] = factor * sum;
+    }
+}

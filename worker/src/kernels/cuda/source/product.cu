@@ -270,23 +270,13 @@ MATVEC(matvec_int4_2, Int4<2>, 2)
 MATVEC(matvec_int4_4, Int4<4>, 4)
 MATVEC(matvec_int4_8, Int4<8>, 8)
 
-// Rows of x as bytes: by groups of 32, the factor is the largest magnitude / 127. One warp per group.
+// Rows of x as bytes. One warp per group.
 extern "C" __global__ void quantize_rows(Bytes out, const T* x, int x_stride, int k, int rows) {
     int groups = k / GROUP;
     int task = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (task >= rows * groups) return;
     int row = task / groups, group = task % groups;
-    float value = widen(x[(size_t)row * x_stride + group * GROUP + lane]);
-    float factor = warp_max(fabsf(value)) / 127.0f;
-    float inverse = 1.0f / factor;
-    // A factor too small to divide by stands for nothing.
-    int rounded = isfinite(inverse) ? max(-127, min(127, __float2int_rn(value * inverse))) : 0;
-    out.values[(size_t)task * GROUP + lane] = (signed char)rounded;
-    float sum = warp_sum((float)rounded);
-    if (lane == 0) {
-        out.factors[task] = factor;
-        out.sums[task] = factor * sum;
-    }
+    group_bytes(out, task, widen(x[(size_t)row * x_stride + group * GROUP + lane]));
 }
 
 // --- on the tensor cores ---

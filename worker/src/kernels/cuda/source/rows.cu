@@ -48,8 +48,9 @@ struct Norm {
     int centred;
 };
 
-// out (rows, width) = norm(x), or out += norm(x). With `index`, row r is that of index[r]. `out` may be `x`.
-extern "C" __global__ void norm_rows(T* out, const T* x, const u32* index, Norm norm, int width, int add) {
+// out (rows, width) = norm(x), or out += norm(x). With `index`, row r is that of index[r]. `out` may be `x`. If `bytes` are
+// wanted, rows are whole groups, and a product with quantized weights can begin at once.
+extern "C" __global__ void norm_rows(T* out, const T* x, const u32* index, Norm norm, int width, int add, Bytes bytes) {
     __shared__ float scratch[WARP];
     const T* from = x + (size_t)(index ? index[blockIdx.x] : blockIdx.x) * width;
     T* to = out + (size_t)blockIdx.x * width;
@@ -68,7 +69,9 @@ extern "C" __global__ void norm_rows(T* out, const T* x, const u32* index, Norm 
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
         float y = (widen(from[i]) - mean) * factor * norm.weight[i];
         if (norm.bias) y += norm.bias[i];
-        to[i] = narrowed(add ? widen(to[i]) + y : y);
+        T rounded = narrowed(add ? widen(to[i]) + y : y);
+        to[i] = rounded;
+        if (bytes.values) group_bytes(bytes, ((size_t)blockIdx.x * width + i) / GROUP, widen(rounded));
     }
 }
 
