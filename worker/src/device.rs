@@ -376,6 +376,16 @@ mod tests {
         for bad in ["gpu:0", "cpu:", "cpu:x", "cpu:0=", "cpu=-1GiB", "cpu=5parsecs", "", "cpu=1e40"] {
             assert!(bad.parse::<DeviceSpec>().is_err(), "{bad:?} was taken");
         }
-        assert!("cuda:0".parse::<DeviceSpec>().unwrap_err().contains("no CUDA support"));
+        match "cuda:1/2=1GiB".parse::<DeviceSpec>() {
+            Ok(spec) => {
+                assert_eq!((spec.id.as_str(), spec.ordinal(), spec.cap), ("cuda:1/2", 1, Some(1 << 30)))
+            }
+            Err(error) => {
+                assert!(cfg!(not(feature = "cuda")) && error.contains("no CUDA support"), "{error}")
+            }
+        }
+        for bad in ["cuda", "cuda:", "cuda:x", "cuda:0/", "cuda:0/x", "cpu:0/1", "cuda:1234567"] {
+            assert!(bad.parse::<DeviceSpec>().is_err(), "{bad:?} was taken");
+        }
     }
 }

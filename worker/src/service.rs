@@ -22,10 +22,10 @@ use crate::{
     model,
     stage::{Connect, Ends, MakeDownstream, MakeUpstream, Prepare, StageThread, StepHook},
     transport::{
-        LinkError, link_token,
+        LinkError, LinkToken, link_token,
         loopback::Hub,
         nccl::{self, Joining},
-        tcp::{self, Listener},
+        tcp::{self, Listener, Pending},
     },
 };
 
@@ -302,16 +302,14 @@ impl LocalWorker {
             LinkKind::Loopback | LinkKind::DeviceCopy => {
                 Box::new(move |ends| Ok(Box::new(hub.upstream(token, ends.interrupt))))
             }
-            LinkKind::Tcp => Box::new(move |ends| match ends.pending {
-                Some(pending) if *pending.token() == token => {
-                    Ok(Box::new(pending.accept(fence, &ends.interrupt)?))
-                }
-                _ => Err(LinkError::Protocol("this link's token was not announced by Prepare".into()).into()),
+            LinkKind::Tcp => Box::new(move |ends| {
+                Ok(Box::new(announced(ends.pending, token)?.accept(fence, &ends.interrupt)?))
             }),
             LinkKind::Nccl => {
                 let id = nccl::id_of(&link.nccl_id)?;
-                Box::new(move |Ends { interrupt, longest, .. }| {
-                    Ok(nccl::upstream(Joining { id, token, gpu, longest, interrupt })?)
+                Box::new(move |Ends { pending, interrupt, longest }| {
+                    let peer = announced(pending, token)?.accept_stream(&interrupt)?;
+                    Ok(nccl::upstream(Joining { id, token, peer, gpu, longest, interrupt })?)
                 })
             }
             LinkKind::Unspecified => return Err(WorkerError::BadMessage("a link needs a kind".into())),
@@ -333,12 +331,19 @@ impl LocalWorker {
             LinkKind::Nccl => {
                 let id = nccl::id_of(&link.nccl_id)?;
                 Box::new(move |Ends { interrupt, longest, .. }| {
-                    Ok(nccl::downstream(Joining { id, token, gpu, longest, interrupt })?)
+                    let peer = tcp::reach(&address, &token, &interrupt)?;
+                    Ok(nccl::downstream(Joining { id, token, peer, gpu, longest, interrupt })?)
                 })
             }
             LinkKind::Unspecified => return Err(WorkerError::BadMessage("a link needs a kind".into())),
         })
     }
+}
+
+/// The claim on a peer that shows `token`.
+fn announced(pending: Option<Pending>, token: LinkToken) -> Result<Pending, LinkError> {
+    let error = || LinkError::Protocol("this link's token was not announced by Prepare".into());
+    pending.filter(|pending| *pending.token() == token).ok_or_else(error)
 }
 
 fn read_files(directory: &Path) -> Result<Files, WorkerError> {

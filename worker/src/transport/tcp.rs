@@ -149,12 +149,18 @@ impl Pending {
     /// # Errors
     /// If it does not come in time, or its socket cannot be watched.
     pub fn accept(self, fence: Fence, interrupt: &Interrupt) -> Result<TcpUpstream, LinkError> {
+        let stream = self.accept_stream(interrupt)?;
+        Ok(TcpUpstream { stream, fence, interrupt: interrupt.clone() })
+    }
+
+    /// Waits for the peer, whose connection is for something else than activations.
+    pub(crate) fn accept_stream(self, interrupt: &Interrupt) -> Result<TcpStream, LinkError> {
         let begun = Instant::now();
         loop {
             match self.receiver.recv_timeout(Duration::from_millis(50)) {
                 Ok(stream) => {
                     interrupt.watch(&stream)?;
-                    return Ok(TcpUpstream { stream, fence, interrupt: interrupt.clone() });
+                    return Ok(stream);
                 }
                 Err(_) if interrupt.is_tripped() => return Err(LinkError::Interrupted),
                 Err(_) if begun.elapsed() > CONNECT_PATIENCE => {
@@ -182,6 +188,20 @@ pub fn dial(
     fence: Fence,
     interrupt: &Interrupt,
 ) -> Result<TcpDownstream, LinkError> {
+    let stream = reach(address, token, interrupt)?;
+    let (sender, queue) = sync_channel(IN_FLIGHT);
+    let failure = Arc::<Mutex<Option<LinkError>>>::default();
+    let report = failure.clone();
+    thread::Builder::new().name("strata-send".into()).spawn(move || {
+        if let Err(error) = write_frames(&stream, fence, &queue) {
+            *report.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        }
+    })?;
+    Ok(TcpDownstream { sender, failure, interrupt: interrupt.clone() })
+}
+
+/// A connection to the stage after this one, which has been shown the link's token.
+pub(crate) fn reach(address: &str, token: &LinkToken, interrupt: &Interrupt) -> Result<TcpStream, LinkError> {
     let target = address
         .to_socket_addrs()?
         .next()
@@ -199,15 +219,7 @@ pub fn dial(
     if u32::from_le_bytes(answer) != crc32c::crc32c(&hello) {
         return Err(LinkError::Protocol(format!("{address} answered the hello wrongly")));
     }
-    let (sender, queue) = sync_channel(IN_FLIGHT);
-    let failure = Arc::<Mutex<Option<LinkError>>>::default();
-    let report = failure.clone();
-    thread::Builder::new().name("strata-send".into()).spawn(move || {
-        if let Err(error) = write_frames(&stream, fence, &queue) {
-            *report.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-        }
-    })?;
-    Ok(TcpDownstream { sender, failure, interrupt: interrupt.clone() })
+    Ok(stream)
 }
 
 /// The sending end. Frames are encoded and written by a thread of its own.

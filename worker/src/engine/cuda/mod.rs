@@ -111,10 +111,14 @@ impl Engine for CudaEngine {
             Input::Hidden(hidden) => (Given::Rows { elements: hidden.elements() }, Some(hidden)),
         };
         let tokens = state.limits.check(tower, rows, input, outputs)?;
-        state.run(&self.gpu, weights, tokens, rows, input, hidden, outputs, candidates)?;
-        if weights.spec.head {
-            return Ok(Output::Values(state.values(outputs.len(), tower.outputs())));
+        let ran = state.run(&self.gpu, weights, tokens, rows, input, hidden, outputs, candidates);
+        if ran.is_err() {
+            // What was asked for before the error still uses the buffers of this step.
+            let _ = self.gpu.wait();
         }
-        Ok(Output::Hidden(Hidden::Device(state.hidden(&self.gpu, tokens, tower.width)?)))
+        match ran? {
+            Some(rows) => Ok(Output::Hidden(Hidden::Device(rows))),
+            None => Ok(Output::Values(state.values(outputs.len(), tower.outputs()))),
+        }
     }
 }

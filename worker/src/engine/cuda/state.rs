@@ -168,7 +168,8 @@ impl State {
         self.allocated
     }
 
-    /// Runs a step that has been checked, up to its end on the GPU.
+    /// Runs a step that has been checked, up to its end on the GPU. Without the head, it yields the residual stream, on its
+    /// way to the next stage.
     #[expect(clippy::too_many_arguments, reason = "the parts of one step")]
     pub fn run(
         &mut self,
@@ -180,7 +181,7 @@ impl State {
         hidden: Option<Hidden>,
         outputs: &[u32],
         wanted: &[u32],
-    ) -> Result<(), StepError> {
+    ) -> Result<Option<DeviceRows>, StepError> {
         let wanted: Vec<u32> =
             wanted.iter().map(|w| if *w as usize > MAX_CANDIDATES { 0 } else { *w }).collect();
         let inputs = self.upload(gpu, weights, tokens, rows, input, outputs, &wanted)?;
@@ -206,13 +207,20 @@ impl State {
                 }
             }
         }
-        if weights.spec.head {
-            self.fetch(gpu, weights.model.tower.outputs(), &wanted)?;
+        let mut yielded = None;
+        match &self.slots {
+            None => self.fetch(gpu, weights.model.tower.outputs(), &wanted)?,
+            Some(slots) => {
+                let columns = weights.model.tower.width;
+                let rows = slots.rows(Expected { dtype: self.element, rows: tokens, columns })?;
+                memory::copy(&gpu.stream, rows.ptr(), self.scratch.residual, rows.bytes())?;
+                yielded = Some(rows);
+            }
         }
         gpu.wait()?;
         drop(hidden);
         self.find(&wanted);
-        Ok(())
+        Ok(yielded)
     }
 
     /// Captures a step, and runs it.
@@ -359,15 +367,6 @@ impl State {
             }
         };
         rows.copy_to(&gpu.stream, self.scratch.residual)?;
-        Ok(rows)
-    }
-
-    /// The residual stream, on its way to the next stage.
-    pub fn hidden(&self, gpu: &Gpu, tokens: usize, width: usize) -> Result<DeviceRows, StepError> {
-        let slots = self.slots.as_ref().ok_or(StepError::Weights)?;
-        let rows = slots.rows(Expected { dtype: self.element, rows: tokens, columns: width })?;
-        memory::copy(&gpu.stream, rows.ptr(), self.scratch.residual, rows.bytes())?;
-        gpu.wait()?;
         Ok(rows)
     }
 

@@ -135,12 +135,14 @@ impl Element for f32 {}
 
 /// Copies host memory to the GPU, in order; `from` must stay as it is until the stream has come so far.
 pub(crate) fn upload<T: Element>(stream: &CudaStream, to: Ptr, from: &[T]) -> Result<(), CudaError> {
+    stream.context().bind_to_thread().doing("binding a GPU")?;
     // SAFETY: the caller's buffer holds as many bytes, and `from` lives on, which it promises.
     unsafe { result::memcpy_htod_async(to.0, from, stream.cu_stream()) }.doing("copying to a GPU")
 }
 
 /// Copies from the GPU to host memory, in order; `to` must not be read before the stream has come so far.
 pub(crate) fn download<T: Element>(stream: &CudaStream, to: &mut [T], from: Ptr) -> Result<(), CudaError> {
+    stream.context().bind_to_thread().doing("binding a GPU")?;
     // SAFETY: as in `upload`.
     unsafe { result::memcpy_dtoh_async(to, from.0, stream.cu_stream()) }.doing("copying from a GPU")
 }
@@ -170,6 +172,7 @@ pub(crate) fn copy_from(
 
 /// Copies within a GPU, in order.
 pub(crate) fn copy(stream: &CudaStream, to: Ptr, from: Ptr, bytes: u64) -> Result<(), CudaError> {
+    stream.context().bind_to_thread().doing("binding a GPU")?;
     // SAFETY: both places hold as many bytes, which the caller promises.
     unsafe { result::memcpy_dtod_async(to.0, from.0, bytes as usize, stream.cu_stream()) }
         .doing("copying on a GPU")

@@ -8,7 +8,7 @@ pub(crate) mod memory;
 pub(crate) mod product;
 pub(crate) mod rows;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::{
     collections::HashMap,

@@ -23,7 +23,7 @@ use crate::kernels::{
 };
 
 /// Builds the emulator and loads its libraries into this process, in place of NVIDIA's.
-fn emulator() {
+pub(crate) fn emulator() {
     static LOADED: OnceLock<()> = OnceLock::new();
     LOADED.get_or_init(|| {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");

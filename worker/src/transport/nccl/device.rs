@@ -6,7 +6,9 @@
 use std::{
     collections::VecDeque,
     ffi::{c_char, c_int},
+    io::ErrorKind,
     mem::MaybeUninit,
+    net::TcpStream,
     sync::Arc,
     time::Duration,
 };
@@ -74,11 +76,15 @@ struct Rank {
     stream: Arc<CudaStream>,
     /// Where the stream has to come to.
     asked: CudaEvent,
+    /// A connection to the other rank's process.
+    process: TcpStream,
 }
 
 impl Rank {
     /// Begins to join; [`Communicator::poll`] says when it is done.
     fn join(joining: &Joining, rank: c_int) -> Result<Self, LinkError> {
+        let process = joining.peer.try_clone()?;
+        process.set_nonblocking(true)?;
         let nccl = Nccl::get()?;
         let context = CudaContext::new(joining.gpu).doing("opening a GPU")?;
         context.bind_to_thread().doing("binding a GPU")?;
@@ -93,7 +99,7 @@ impl Rank {
         asked_for.result().map_err(|e| failed("joining", e.0))?;
         // SAFETY: NCCL has written it, as it did not refuse.
         let comm = unsafe { comm.assume_init() };
-        Ok(Rank { nccl, comm, peer: SENDER + RECEIVER - rank, stream, asked })
+        Ok(Rank { nccl, comm, peer: SENDER + RECEIVER - rank, stream, asked, process })
     }
 
     /// Sends a message, or receives one; in order with what else is asked of the stream.
@@ -124,12 +130,18 @@ impl Communicator for Rank {
         // SAFETY: the communicator lives, and belongs to this thread.
         let asked = unsafe { (self.nccl.async_error)(self.comm, &mut state) };
         asked.result().map_err(|e| reason("asking for errors", e.0))?;
-        match state {
+        let done = match state {
             sys::ncclResult_t::ncclSuccess => {
-                self.asked.try_is_complete().map_err(|e| format!("NCCL's stream: {e}"))
+                self.asked.try_is_complete().map_err(|e| format!("NCCL's stream: {e}"))?
             }
-            sys::ncclResult_t::ncclInProgress => Ok(false),
-            error => Err(reason("its other end", error)),
+            sys::ncclResult_t::ncclInProgress => false,
+            error => return Err(reason("its other end", error)),
+        };
+        // Nothing is ever sent on it: what comes is its end.
+        match self.process.peek(&mut [0]) {
+            _ if done => Ok(true),
+            Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(false),
+            _ => Err("the other rank's process ended".into()),
         }
     }
 
@@ -138,6 +150,10 @@ impl Communicator for Rank {
         let aborted = unsafe { (self.nccl.abort)(self.comm) };
         if let Err(error) = aborted.result() {
             tracing::warn!(error = ?error.0, "aborting an NCCL communicator");
+        }
+        // What was asked for after a message that never came is done now; only then may its buffers go.
+        if let Err(error) = self.stream.synchronize() {
+            tracing::warn!(%error, "waiting for the stream of an aborted NCCL communicator");
         }
     }
 }
@@ -311,7 +327,86 @@ fn read_head(head: &[u8]) -> (u64, Option<String>) {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        net::TcpListener,
+        thread,
+        time::{Duration, Instant},
+    };
+
+    use candle_core::{Device, Tensor};
+
     use super::*;
+    use crate::{interrupt::Interrupt, kernels::cuda::tests::emulator};
+
+    const SHAPE: Expected = Expected { dtype: DType::F32, rows: 2, columns: 3 };
+
+    /// Both ends of a link between two emulated GPUs.
+    fn pair(tokens: [u8; 2]) -> (Result<NcclDownstream, LinkError>, Result<NcclUpstream, LinkError>) {
+        emulator();
+        let id = mint_id().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let far = listener.accept().unwrap().0;
+        let joining = move |gpu: usize, peer| Joining {
+            id,
+            token: [tokens[gpu]; 32],
+            peer,
+            gpu,
+            longest: 4096,
+            interrupt: Interrupt::default(),
+        };
+        thread::scope(|scope| {
+            let down = scope.spawn(move || Carried(NcclDownstream::join(joining(0, near))));
+            let up = NcclUpstream::join(joining(1, far));
+            (down.join().unwrap().0, up)
+        })
+    }
+
+    /// Carries an end out of the thread that joined it, which ends with that.
+    struct Carried<T>(T);
+    // SAFETY: a communicator may be used by one thread at a time, which is what happens.
+    unsafe impl<T> Send for Carried<T> {}
+
+    #[test]
+    fn rows_and_poison_arrive_in_order_and_the_end_of_a_process_is_noticed() {
+        let (down, up) = pair([7, 7]);
+        let (mut down, mut up) = (down.unwrap(), up.unwrap());
+        let tensor = Tensor::from_vec(vec![1f32, -2.0, 3.5, 0.0, 5.0, 6.0], (2, 3), &Device::Cpu).unwrap();
+        let flat = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        for step in 0..6 {
+            let payload = match step % 3 {
+                2 => Payload::Poisoned(format!("reason {step}")),
+                _ => Payload::Tensors(vec![Hidden::Host(tensor.clone())]),
+            };
+            down.send(Activation { step, payload }, SHAPE).unwrap();
+            match up.receive(step, &[SHAPE]).unwrap().payload {
+                Payload::Poisoned(why) => assert_eq!(why, format!("reason {step}")),
+                Payload::Tensors(mut got) => {
+                    assert!(step % 3 < 2 && got[0].fits(&SHAPE));
+                    assert_eq!(flat(got.remove(0).into_host().unwrap()), flat(tensor.clone()));
+                }
+            }
+        }
+        // The emulated NCCL does not notice by itself.
+        let begun = Instant::now();
+        let sender = thread::spawn({
+            let down = Carried(down);
+            move || {
+                thread::sleep(Duration::from_millis(200));
+                drop(down);
+            }
+        });
+        let error = up.receive(6, &[SHAPE]).unwrap_err();
+        assert!(matches!(&error, LinkError::Closed(why) if why.contains("process ended")), "{error}");
+        assert!(begun.elapsed() < Duration::from_secs(5));
+        sender.join().unwrap();
+    }
+
+    #[test]
+    fn ranks_of_different_links_are_told_apart() {
+        let (_, up) = pair([7, 8]);
+        assert!(matches!(up.err(), Some(LinkError::Protocol(why)) if why.contains("another link")));
+    }
 
     #[test]
     fn heads_carry_steps_and_reasons() {

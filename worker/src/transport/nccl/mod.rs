@@ -12,6 +12,8 @@ mod library;
 #[cfg(any(feature = "cuda", test))]
 mod watched;
 
+use std::net::TcpStream;
+
 use super::{LinkError, LinkToken};
 use crate::interrupt::Interrupt;
 #[cfg(feature = "cuda")]
@@ -28,6 +30,8 @@ pub(crate) struct Joining {
     pub id: [u8; ID_BYTES],
     /// Shows that they are of the same link.
     pub token: LinkToken,
+    /// A connection to the other end's process, which the system closes when that ends. NCCL need not notice.
+    pub peer: TcpStream,
     /// GPU of the stage, as CUDA counts.
     pub gpu: usize,
     /// Bytes of the longest activation.

@@ -18,7 +18,7 @@ pub(crate) trait Communicator {
     /// Why it will never be.
     fn poll(&mut self) -> Result<bool, String>;
 
-    /// Gives up whatever is under way. Called once, last.
+    /// Gives up whatever is under way; nothing uses its buffers when this comes back. Called once, last.
     fn abort(&mut self);
 }
 
@@ -58,11 +58,10 @@ impl<C: Communicator> Watched<C> {
             }
             match self.communicator.poll() {
                 Ok(true) => return Ok(()),
-                Ok(false) => {}
+                // An ended generation closes what the two ends have in common.
+                _ if self.interrupt.is_tripped() => break LinkError::Interrupted,
                 Err(why) => break LinkError::Closed(why),
-            }
-            if self.interrupt.is_tripped() {
-                break LinkError::Interrupted;
+                Ok(false) => {}
             }
             match begun.elapsed() {
                 waited if waited > patience => break LinkError::Timeout(patience),
