@@ -216,5 +216,5 @@ def kill_unseen(run, server, victim, survivor, which):
         time.sleep(0.005)
     server.process.send(signal.SIGCONT)
     got = f"{left:.2f} s" if left else f"nothing in its log for {UNSEEN} s" if survivor.alive() else "its process ended"
-    # Its transport need not tell NCCL; and where pings to the coordinator fail first, the run ends without a word.
-    run.row(f"{which}: the link notices", "-", got, None if survivor.alive() else False)
+    run.row(f"{which}: the link notices", f"within {LEAVES_WITHIN:.0f} s, and its process goes on", got,
+            left is not None and left < LEAVES_WITHIN and survivor.alive())

@@ -35,7 +35,7 @@ class Run:
         (out / "logs.txt").write_text("")
         (out / "results.txt").write_text("")
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("STRATA_")}
-        self.environment |= {"STRATA_LOG": "info", "LD_LIBRARY_PATH": library_path(work)}
+        self.environment |= {"STRATA_LOG": "info", "LD_LIBRARY_PATH": library_path()}
 
     def within(self, seconds):
         """So many seconds, or what is left of the whole run's."""
@@ -191,22 +191,13 @@ def serve(run, model, *more):
     return Server(run, Process(run, ["serve", model, "--port", 0, *more]))
 
 
-def library_path(work):
-    """Folders with NVIDIA's libraries: those of the environment, those that came with Python packages, the toolkit's.
-
-    NCCL's run-time package has no `libnccl.so`, only `libnccl.so.2`: a folder of ours gives it the other name.
-    """
+def library_path():
+    """Folders with NVIDIA's libraries: those of the environment, those that came with Python packages, the toolkit's."""
     packages = pathlib.Path(sysconfig.get_path("purelib")) / "nvidia"
     folders = [f for f in os.environ.get("LD_LIBRARY_PATH", "").split(":") if f]
     folders += [str(f) for f in sorted(packages.glob("*/lib"))]
-    folders += [f for f in ("/usr/local/cuda/lib64", "/usr/lib/x86_64-linux-gnu") if os.path.isdir(f)]
-    names = work / "names"
-    names.mkdir(exist_ok=True)
-    if not any(os.path.exists(f"{f}/libnccl.so") for f in folders):
-        for folder in folders:
-            if os.path.exists(f"{folder}/libnccl.so.2") and not (names / "libnccl.so").exists():
-                (names / "libnccl.so").symlink_to(f"{folder}/libnccl.so.2")
-    return ":".join([*folders, str(names)])
+    folders += [f for f in ("/usr/local/cuda/lib64",) if os.path.isdir(f)]
+    return ":".join(folders)
 
 
 def one_gpu_twice(rank):
