@@ -21,7 +21,7 @@ use crate::{
     error::WorkerError,
     kernels::{
         cpu::Cpu,
-        cuda::{CudaError, Gpu, launch::MAX_CANDIDATES},
+        cuda::{self, CudaError, Gpu, GpuInfo, launch::MAX_CANDIDATES},
     },
     model::{LoadedBytes, Model, ModelError, RangeSpec, StepError, step::Given},
     transport::Hidden,
@@ -41,6 +41,16 @@ impl CudaEngine {
     pub fn new(device: &DeviceSpec, cpu: Cpu) -> Result<Self, WorkerError> {
         let failed = |e: CudaError| WorkerError::WrongState(format!("device {}: {e}", device.id));
         let gpu = Gpu::open(device.ordinal()).map_err(failed)?;
+        let GpuInfo { name, capability: (major, minor), free_bytes, total_bytes, .. } =
+            cuda::info(device.ordinal()).map_err(failed)?;
+        tracing::info!(
+            device = device.id,
+            name,
+            capability = format!("{major}.{minor}"),
+            free_bytes,
+            total_bytes,
+            "GPU"
+        );
         Ok(CudaEngine { state: None, weights: None, cpu, gpu })
     }
 }

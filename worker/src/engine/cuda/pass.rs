@@ -86,14 +86,16 @@ impl Scratch {
         let tokens = workspace::padded(limits.max_tokens);
         let mut rows = |width: usize, size: u64| memory.take((tokens * width) as u64 * size);
         let size = element.size();
-        let experts = experts.map(|(all, active)| Experts {
-            logits: rows(all, 4),
-            chosen: rows(active, 4),
-            shares: rows(active, 4),
-            order: rows(active, 4),
-            // Words enough: each of the other three has as many as there are pairs, and this one as the experts.
-            offsets: rows((all + 1).div_ceil(tokens).max(1), 4),
-            pairs: rows(residual, size),
+        let experts = experts.map(|(all, active)| {
+            Ok::<_, CudaError>(Experts {
+                logits: rows(all, 4)?,
+                chosen: rows(active, 4)?,
+                shares: rows(active, 4)?,
+                order: rows(active, 4)?,
+                // Words enough: each of the other three has as many as there are pairs, and this one as the experts.
+                offsets: rows((all + 1).div_ceil(tokens).max(1), 4)?,
+                pairs: rows(residual, size)?,
+            })
         });
         let mut frequencies = Vec::new();
         for rope in &tower.ropes {
@@ -109,16 +111,16 @@ impl Scratch {
         }
         let groups = input.div_ceil(32);
         Ok(Scratch {
-            residual: rows(residual, size),
-            normed: rows(residual, size),
-            qkv: rows(qkv, size),
-            attention: rows(attention, size),
-            up: rows(up, size),
-            angles: angles.iter().map(|width| rows(*width, 4)).collect(),
+            residual: rows(residual, size)?,
+            normed: rows(residual, size)?,
+            qkv: rows(qkv, size)?,
+            attention: rows(attention, size)?,
+            up: rows(up, size)?,
+            angles: angles.iter().map(|width| rows(*width, 4)).collect::<Result<_, _>>()?,
             frequencies,
-            bytes: Bytes { values: rows(groups * 32, 1), factors: rows(groups, 4), sums: rows(groups, 4) },
-            experts,
-            values: memory.take((outputs * values) as u64 * 4),
+            bytes: Bytes { values: rows(groups * 32, 1)?, factors: rows(groups, 4)?, sums: rows(groups, 4)? },
+            experts: experts.transpose()?,
+            values: memory.take((outputs * values) as u64 * 4)?,
             found: found.ptr(),
             broken: found.ptr().offset((outputs * 8 * MAX_CANDIDATES) as u64),
             partials: partials.ptr(),

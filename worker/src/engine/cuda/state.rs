@@ -145,9 +145,9 @@ impl State {
                 let elements = KvLayer::elements_per_token(a.kv_heads, a.head_dim) * BLOCK_TOKENS;
                 let half = u64::from(size.kv_blocks) * (elements / 2) as u64 * element.size();
                 kv_bytes += 2 * half;
-                RawCache { keys: memory.take(half), values: memory.take(half) }
+                Ok(RawCache { keys: memory.take(half)?, values: memory.take(half)? })
             })
-            .collect();
+            .collect::<Result<_, CudaError>>()?;
         let mut kernels = HashMap::new();
         for layer in &tower.layers[spec.layers.first as usize..spec.layers.end as usize] {
             let head_dim = layer.attention.head_dim;

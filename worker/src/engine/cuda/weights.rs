@@ -124,11 +124,11 @@ impl Weights {
         let bytes = spec.sites(model).map(|site| spec.bytes_of(model, site)).sum();
         let mut memory = Arena::new(&gpu.context, bytes)?;
         let mut block = |site: Site| {
-            let parts = spec.parts(model, site).map(|(key, shape)| {
+            let part = |(key, shape): ((Slot, usize), Shape)| {
                 let (format, biased) = (held(site, key.0, spec.format()), model.has_bias(site, key));
-                let weight = memory.take(part_bytes(shape, false, format));
+                let weight = memory.take(part_bytes(shape, false, format))?;
                 let bias = match shape {
-                    Shape::Norm(n) | Shape::Product(n, _) if biased => memory.take(n as u64 * 4),
+                    Shape::Norm(n) | Shape::Product(n, _) if biased => memory.take(n as u64 * 4)?,
                     _ => Ptr::NULL,
                 };
                 let part = match shape {
@@ -138,17 +138,17 @@ impl Weights {
                         Part::Product(Projection { matrix: matrix(n, k, format, weight), bias })
                     }
                 };
-                (key, part)
-            });
-            Block(parts.collect())
+                Ok((key, part))
+            };
+            spec.parts(model, site).map(part).collect::<Result<_, CudaError>>().map(Block)
         };
         let layers = spec.layers.first as usize..spec.layers.end as usize;
         Ok(Weights {
             model: model.clone(),
             spec: *spec,
-            input: spec.embedding.then(|| block(Site::Input)),
-            layers: layers.map(|layer| block(Site::Layer(layer))).collect(),
-            output: spec.head.then(|| block(Site::Output)),
+            input: spec.embedding.then(|| block(Site::Input)).transpose()?,
+            layers: layers.map(|layer| block(Site::Layer(layer))).collect::<Result<_, _>>()?,
+            output: spec.head.then(|| block(Site::Output)).transpose()?,
             bytes,
             _memory: memory,
         })

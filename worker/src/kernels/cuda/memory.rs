@@ -76,18 +76,22 @@ pub(crate) struct Arena {
 
 impl Arena {
     pub fn new(context: &Arc<CudaContext>, bytes: u64) -> Result<Self, CudaError> {
+        // At least something, of whole lines.
+        let bytes = bytes.max(1).next_multiple_of(LINE as u64);
         Ok(Arena { memory: Memory::new(context, bytes)?, used: 0 })
     }
 
     /// So many bytes, which begin on a line.
     ///
-    /// # Panics
-    /// If less is left: what is taken was counted before.
-    pub fn take(&mut self, bytes: u64) -> Ptr {
-        let at = self.memory.ptr().offset(self.used);
-        self.used += bytes.next_multiple_of(LINE as u64);
-        assert!(self.used <= self.memory.bytes(), "more GPU memory is used than was planned");
-        at
+    /// # Errors
+    /// If less is left: what is taken was counted before, so that is a defect of ours.
+    pub fn take(&mut self, bytes: u64) -> Result<Ptr, CudaError> {
+        let (at, bytes) = (self.memory.ptr().offset(self.used), bytes.next_multiple_of(LINE as u64));
+        if bytes > self.memory.bytes() - self.used {
+            return Err(CudaError::Uncounted { bytes });
+        }
+        self.used += bytes;
+        Ok(at)
     }
 }
 

@@ -60,6 +60,12 @@ pub enum CudaError {
         /// What there is.
         count: usize,
     },
+    /// More memory than was planned: a defect of ours.
+    #[error("internal error: {bytes} bytes of GPU memory more are used than were counted")]
+    Uncounted {
+        /// What there is no room for.
+        bytes: u64,
+    },
     /// cuBLAS refused.
     #[error("cuBLAS: {0:?}")]
     Blas(cublas::sys::cublasStatus_t),

@@ -124,25 +124,37 @@ impl Rank {
     }
 }
 
-impl Communicator for Rank {
-    fn poll(&mut self) -> Result<bool, String> {
+impl Rank {
+    /// Whether NCCL has taken note of what was asked for: only then is it on the stream, if not done.
+    fn is_settled(&mut self) -> Result<bool, String> {
         let mut state = sys::ncclResult_t::ncclSuccess;
         // SAFETY: the communicator lives, and belongs to this thread.
         let asked = unsafe { (self.nccl.async_error)(self.comm, &mut state) };
         asked.result().map_err(|e| reason("asking for errors", e.0))?;
-        let done = match state {
-            sys::ncclResult_t::ncclSuccess => {
-                self.asked.try_is_complete().map_err(|e| format!("NCCL's stream: {e}"))?
-            }
-            sys::ncclResult_t::ncclInProgress => false,
-            error => return Err(reason("its other end", error)),
-        };
+        match state {
+            sys::ncclResult_t::ncclSuccess => Ok(true),
+            sys::ncclResult_t::ncclInProgress => self.not_yet(),
+            error => Err(reason("its other end", error)),
+        }
+    }
+
+    /// That something is not done, as long as there is somebody to do it.
+    fn not_yet(&self) -> Result<bool, String> {
         // Nothing is ever sent on it: what comes is its end.
         match self.process.peek(&mut [0]) {
-            _ if done => Ok(true),
             Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(false),
             _ => Err("the other rank's process ended".into()),
         }
+    }
+}
+
+impl Communicator for Rank {
+    fn poll(&mut self) -> Result<bool, String> {
+        let settled = self.is_settled()?;
+        if settled && self.asked.try_is_complete().map_err(|e| format!("NCCL's stream: {e}"))? {
+            return Ok(true);
+        }
+        self.not_yet()
     }
 
     fn abort(&mut self) {
@@ -214,15 +226,17 @@ impl End {
         let rank = self.rank.get();
         memory::upload(&rank.stream, frame, &rows.staging().0[..HEAD as usize])?;
         rank.exchange(frame, bytes, true)?;
-        rank.mark()
+        self.rank.wait_until(Rank::is_settled, STEP_PATIENCE)?;
+        self.rank.get().mark()
     }
 
     /// Waits for a message with rows of their shape; gives its head.
     fn receive<'a>(&mut self, rows: &'a mut DeviceRows, patience: Duration) -> Result<&'a [u8], LinkError> {
         let (frame, bytes) = (rows.frame(), HEAD + rows.bytes());
         let head = &mut rows.staging().0[..HEAD as usize];
+        self.rank.get().exchange(frame, bytes, false)?;
+        self.rank.wait_until(Rank::is_settled, patience)?;
         let rank = self.rank.get();
-        rank.exchange(frame, bytes, false)?;
         memory::download(&rank.stream, head, frame)?;
         rank.mark()?;
         self.rank.wait(patience)?;

@@ -51,12 +51,24 @@ impl<C: Communicator> Watched<C> {
     /// # Errors
     /// If it fails, takes longer than `patience`, or the generation is ended; then the communicator is aborted.
     pub fn wait(&mut self, patience: Duration) -> Result<(), LinkError> {
+        self.wait_until(C::poll, patience)
+    }
+
+    /// The same, until `holds` says so.
+    ///
+    /// # Errors
+    /// As [`wait`](Self::wait).
+    pub fn wait_until(
+        &mut self,
+        holds: impl Fn(&mut C) -> Result<bool, String>,
+        patience: Duration,
+    ) -> Result<(), LinkError> {
         let begun = Instant::now();
         let error = loop {
             if self.aborted {
                 return Err(LinkError::Closed("the link was aborted".into()));
             }
-            match self.communicator.poll() {
+            match holds(&mut self.communicator) {
                 Ok(true) => return Ok(()),
                 // An ended generation closes what the two ends have in common.
                 _ if self.interrupt.is_tripped() => break LinkError::Interrupted,
