@@ -13,8 +13,7 @@ pub(crate) mod tests;
 use std::{
     collections::HashMap,
     ffi::c_void,
-    panic::catch_unwind,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
 use cudarc::{
@@ -133,18 +132,23 @@ pub struct GpuInfo {
     pub peers: Vec<String>,
 }
 
-/// Whether a library can be loaded; asking for one that cannot would panic.
-fn present(library: &'static str, ask: fn() -> bool) -> Result<(), CudaError> {
-    if catch_unwind(ask).unwrap_or(false) { Ok(()) } else { Err(CudaError::NoLibrary(library)) }
+/// Whether there is a driver; calling one that is not there would panic.
+fn has_driver() -> bool {
+    static THERE: OnceLock<bool> = OnceLock::new();
+    // SAFETY: loading the library runs its initialisers, which are made for it.
+    *THERE.get_or_init(|| unsafe { driver::sys::is_culib_present() })
 }
 
+/// Makes sure that all libraries are there which a stage needs.
 fn libraries() -> Result<(), CudaError> {
-    // SAFETY: loading these libraries runs their initialisers, which are made for it.
-    present("libcuda.so.1", || unsafe { driver::sys::is_culib_present() })?;
-    // SAFETY: as above.
-    present("libnvrtc.so", || unsafe { nvrtc::sys::is_culib_present() })?;
-    // SAFETY: as above.
-    present("libcublas.so", || unsafe { cublas::sys::is_culib_present() })
+    static MISSING: OnceLock<Option<&str>> = OnceLock::new();
+    let missing = MISSING.get_or_init(|| {
+        // SAFETY: as in `has_driver`.
+        let (compiler, blas) = unsafe { (nvrtc::sys::is_culib_present(), cublas::sys::is_culib_present()) };
+        let all = [("libcuda.so.1", has_driver()), ("libnvrtc.so", compiler), ("libcublas.so", blas)];
+        all.into_iter().find(|(_, there)| !there).map(|(name, _)| name)
+    });
+    missing.map_or(Ok(()), |name| Err(CudaError::NoLibrary(name)))
 }
 
 /// How many GPUs this machine has; none where there is no driver.
@@ -152,8 +156,7 @@ fn libraries() -> Result<(), CudaError> {
 /// # Errors
 /// If there is a driver, and it does not work.
 pub fn count() -> Result<usize, CudaError> {
-    // SAFETY: as in `libraries`.
-    if present("libcuda.so.1", || unsafe { driver::sys::is_culib_present() }).is_err() {
+    if !has_driver() {
         return Ok(0);
     }
     match CudaContext::device_count() {
@@ -208,7 +211,7 @@ fn can_copy(to: driver::sys::CUdevice, from: driver::sys::CUdevice) -> bool {
 
 /// Bytes of a GPU that no stage is given: cuBLAS's workspace, what attention puts together, activations on their way, and
 /// what CUDA and NCCL take for themselves when they are first used.
-pub const RESERVE: u64 = 512 << 20;
+pub const RESERVE: u64 = 1 << 30;
 
 /// Where cuBLAS may work; 32 MiB is what NVIDIA recommends for Hopper.
 const BLAS_WORKSPACE: u64 = 32 << 20;
