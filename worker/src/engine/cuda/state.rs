@@ -28,6 +28,7 @@ use crate::{
         forward,
         state::cached,
         step::{Given, Limits},
+        workspace::padded,
     },
     transport::{Expected, Hidden},
 };
@@ -154,10 +155,12 @@ impl State {
             if let std::collections::hash_map::Entry::Vacant(free) = kernels.entry(head_dim) {
                 free.insert(gpu.kernels(element, head_dim)?);
             }
+            // The pairs of one token and its experts must have room.
+            let most = MAX_ACTIVE.min(padded(size.tokens));
             if let Ffn::Moe(moe) = layer.ffn
-                && moe.active > MAX_ACTIVE
+                && moe.active > most
             {
-                let text = format!("{} experts per token: a GPU takes at most {MAX_ACTIVE}", moe.active);
+                let text = format!("{} experts per token: a GPU takes at most {most}", moe.active);
                 return Err(ModelError::Device(text));
             }
         }
