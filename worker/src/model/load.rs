@@ -45,6 +45,27 @@ pub(crate) struct Piece<'a> {
     pub data: &'a [u8],
 }
 
+/// Why a piece cannot be written.
+pub(crate) enum PieceError {
+    /// It holds a value that the format does not.
+    Value(Unrepresentable),
+    /// What is wrong has nothing to do with the tensor's values.
+    Other(ModelError),
+}
+
+impl From<Unrepresentable> for PieceError {
+    fn from(value: Unrepresentable) -> Self {
+        PieceError::Value(value)
+    }
+}
+
+impl Piece<'_> {
+    /// The error if the stage has no place for it.
+    pub fn misplaced(&self) -> PieceError {
+        PieceError::Other(ModelError::UnclaimedTensor(self.bound.weight.clone()))
+    }
+}
+
 /// A tensor to be read.
 struct Job<'a> {
     name: &'a str,
@@ -61,7 +82,7 @@ pub(crate) fn read_tensors(
     checkpoint: &Checkpoint,
     model: &Model,
     spec: &RangeSpec,
-    put: &mut dyn FnMut(&Piece<'_>) -> Result<(), Unrepresentable>,
+    put: &mut dyn FnMut(&Piece<'_>) -> Result<(), PieceError>,
     progress: &mut dyn FnMut(LoadedBytes) -> ControlFlow<()>,
 ) -> Result<(), ModelError> {
     let jobs = jobs(checkpoint, model, spec)?;
@@ -78,12 +99,14 @@ pub(crate) fn read_tensors(
         checkpoint.read(tensor, &mut buffer, |offset, data| {
             let [first, total_elements] = [offset, tensor.bytes].map(|bytes| (bytes / from.size()) as usize);
             let piece = Piece { site, key, bound, is_bias, rows, from, first, total: total_elements, data };
-            put(&piece).map_err(|e| {
-                let (tensor, value) = (name.to_owned(), e.0);
-                if value.is_nan() {
-                    return ModelError::NotANumber(tensor);
+            put(&piece).map_err(|error| match error {
+                PieceError::Value(Unrepresentable(x)) if x.is_nan() => {
+                    ModelError::NotANumber(name.to_owned())
                 }
-                ModelError::Unrepresentable { tensor, value, format: spec.format() }
+                PieceError::Value(Unrepresentable(value)) => {
+                    ModelError::Unrepresentable { tensor: name.to_owned(), value, format: spec.format() }
+                }
+                PieceError::Other(error) => error,
             })?;
             read += data.len() as u64;
             match progress(LoadedBytes { read, total }) {

@@ -286,9 +286,10 @@ impl StageWeights {
         let mut values = Vec::new();
         let mut put = |piece: &Piece<'_>| {
             let part = weights.block(piece.site).and_then(|block| block.0.get_mut(&piece.key));
+            let part = part.ok_or_else(|| piece.misplaced())?;
             widen(piece.data, piece.from, &mut values)?;
             let elements = Elements { first: piece.first, total: piece.total, values: &values, cpu };
-            part.map_or(Ok(()), |part| part.write(piece, &elements))
+            Ok(part.write(piece, &elements)?)
         };
         read_tensors(checkpoint, model, spec, &mut put, progress)?;
         Ok(weights)

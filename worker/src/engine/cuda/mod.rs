@@ -23,7 +23,7 @@ use crate::{
         cpu::Cpu,
         cuda::{self, CudaError, Gpu, GpuInfo, launch::MAX_CANDIDATES},
     },
-    model::{LoadedBytes, Model, ModelError, RangeSpec, StepError, step::Given},
+    model::{LoadedBytes, Model, ModelError, RangeSpec, StepError, load::PieceError, step::Given},
     transport::Hidden,
     weights::Checkpoint,
 };
@@ -68,6 +68,12 @@ impl From<CudaError> for ModelError {
     fn from(error: CudaError) -> Self {
         survive(&error);
         ModelError::Device(error.to_string())
+    }
+}
+
+impl From<CudaError> for PieceError {
+    fn from(error: CudaError) -> Self {
+        PieceError::Other(error.into())
     }
 }
 

@@ -6,7 +6,7 @@ use strata_proto::Format;
 
 use super::{
     state::{Inputs, State},
-    weights::{Block, NormWeights},
+    weights::{Block, NormWeights, Projection},
 };
 use crate::{
     kernels::{
@@ -217,6 +217,30 @@ impl Pass<'_> {
         Ok(())
     }
 
+    /// A product of rows that all go through one matrix; rows are given with their distance in elements.
+    fn product(
+        &self,
+        product: &Projection,
+        rows: usize,
+        (x, x_stride): (Ptr, usize),
+        (out, out_stride): (Ptr, usize),
+        epilogue: Epilogue,
+    ) -> Result<(), StepError> {
+        self.linear(&Linear {
+            weight: &product.matrix,
+            bias: product.bias,
+            x,
+            x_stride,
+            rows,
+            out,
+            out_stride,
+            epilogue,
+            grouped: None,
+            bytes: self.state.scratch.bytes,
+            are_bytes: self.has_bytes(x),
+        })
+    }
+
     fn has_bytes(&self, x: Ptr) -> bool {
         self.bytes_of.get() == x
     }
@@ -228,7 +252,7 @@ impl Pass<'_> {
 
     /// Final norm and head of the wanted tokens, and their candidates.
     pub fn finish(&mut self, block: &Block, outputs: usize) -> Result<(), StepError> {
-        let Scratch { residual, normed, values, found, broken, bytes, .. } = self.state.scratch;
+        let Scratch { residual, normed, values, found, broken, .. } = self.state.scratch;
         let (tower, width) = (self.tower, self.tower.width);
         let Inputs { row_of, row_first, row_count, wanted, .. } = self.inputs;
         if let Head::Embed { pool, normalize } = tower.head {
@@ -247,19 +271,7 @@ impl Pass<'_> {
         self.final_norm(block, outputs, self.inputs.outputs)?;
         let product = |slot, x, out, epilogue, out_stride| {
             let product = block.product(slot, 0)?;
-            self.linear(&Linear {
-                weight: &product.matrix,
-                bias: product.bias,
-                x,
-                x_stride: width,
-                rows: outputs,
-                out,
-                out_stride,
-                epilogue,
-                grouped: None,
-                bytes,
-                are_bytes: self.has_bytes(x),
-            })
+            self.product(&product, outputs, (x, width), (out, out_stride), epilogue)
         };
         // Of the residual stream, nothing is needed any more.
         let mut x = normed;
@@ -406,22 +418,16 @@ impl Operations for Pass<'_> {
 
     fn attend(&mut self, attention: &Attention, index: usize, block: &Block) -> Result<(), StepError> {
         let kernels = self.state.kernels.get(&attention.head_dim).ok_or(StepError::Weights)?;
-        let Scratch { normed, qkv, bytes, ref angles, .. } = self.state.scratch;
+        let Scratch { normed, qkv, ref angles, .. } = self.state.scratch;
         let Inputs { positions, row_of, first_block, tables, .. } = self.inputs;
         let product = block.product(Slot::Qkv, 0)?;
-        self.linear(&Linear {
-            weight: &product.matrix,
-            bias: product.bias,
-            x: normed,
-            x_stride: self.tower.width,
-            rows: self.tokens,
-            out: qkv,
-            out_stride: attention.qkv_width(),
-            epilogue: Epilogue::Store,
-            grouped: None,
-            bytes,
-            are_bytes: self.has_bytes(normed),
-        })?;
+        self.product(
+            &product,
+            self.tokens,
+            (normed, self.tower.width),
+            (qkv, attention.qkv_width()),
+            Epilogue::Store,
+        )?;
         let (table, pairs) = match attention.position {
             Position::None => (Ptr::NULL, 0),
             Position::Rope(set) => (angles[set], self.tower.ropes[set].pairs() as i32),
@@ -446,26 +452,14 @@ impl Operations for Pass<'_> {
     }
 
     fn up(&mut self, ffn: Ffn, block: &Block) -> Result<(), StepError> {
-        let Scratch { normed, up, bytes, .. } = self.state.scratch;
+        let Scratch { normed, up, .. } = self.state.scratch;
         let act = ffn.mlp().act;
         let (slot, epilogue) = match ffn {
             Ffn::Plain(_) => (Slot::Up, Epilogue::Activated(act)),
             _ => (Slot::GateUp, Epilogue::Gated(act)),
         };
         let product = block.product(slot, 0)?;
-        self.linear(&Linear {
-            weight: &product.matrix,
-            bias: product.bias,
-            x: normed,
-            x_stride: self.tower.width,
-            rows: self.tokens,
-            out: up,
-            out_stride: ffn.up_width(),
-            epilogue,
-            grouped: None,
-            bytes,
-            are_bytes: self.has_bytes(normed),
-        })
+        self.product(&product, self.tokens, (normed, self.tower.width), (up, ffn.up_width()), epilogue)
     }
 
     // As many tokens at a time as their pairs of token and expert have room for.
@@ -483,19 +477,7 @@ impl Operations for Pass<'_> {
             let tokens = at_once.min(self.tokens - begin);
             let count = tokens * moe.active;
             let x = normed.offset(begin as u64 * self.row_bytes());
-            self.linear(&Linear {
-                weight: &router.matrix,
-                bias: router.bias,
-                x,
-                x_stride: width,
-                rows: tokens,
-                out: *logits,
-                out_stride: moe.experts,
-                epilogue: Epilogue::StoreValues,
-                grouped: None,
-                bytes,
-                are_bytes: self.has_bytes(x),
-            })?;
+            self.product(&router, tokens, (x, width), (*logits, moe.experts), Epilogue::StoreValues)?;
             launch!(self.gpu, kernels.route, (tokens.div_ceil(4) as u32, 1, 1), 128, 0;
                 *logits, *chosen, *shares, tokens as i32, moe.experts as i32, moe.active as i32,
                 i32::from(moe.normalize))?;
@@ -547,7 +529,7 @@ impl Operations for Pass<'_> {
     }
 
     fn project(&mut self, flow: Flow, from: Inner<'_>, block: &Block) -> Result<(), StepError> {
-        let Scratch { residual, normed, attention, up, bytes, .. } = self.state.scratch;
+        let Scratch { residual, normed, attention, up, .. } = self.state.scratch;
         let (slot, x, x_stride) = match from {
             Inner::Attention(a) => (Slot::AttentionOut, attention, a.q_width()),
             Inner::Up(ffn) => (Slot::Down, up, ffn.up_width()),
@@ -557,19 +539,7 @@ impl Operations for Pass<'_> {
             _ => (residual, Epilogue::Add),
         };
         let product = block.product(slot, 0)?;
-        self.linear(&Linear {
-            weight: &product.matrix,
-            bias: product.bias,
-            x,
-            x_stride,
-            rows: self.tokens,
-            out,
-            out_stride: self.tower.width,
-            epilogue,
-            grouped: None,
-            bytes,
-            are_bytes: self.has_bytes(x),
-        })
+        self.product(&product, self.tokens, (x, x_stride), (out, self.tower.width), epilogue)
     }
 
     fn add_normed(&mut self, norm: Norm, block: &Block, slot: Slot) -> Result<(), StepError> {

@@ -13,7 +13,7 @@ use crate::{
         buffer::Element,
         cpu::{
             Cpu,
-            packed::{self, PackedMatrix, Unrepresentable},
+            packed::{self, PackedMatrix},
             quant::{self, GROUP},
         },
         cuda::{
@@ -25,7 +25,7 @@ use crate::{
     model::{
         LoadedBytes, Model, ModelError, RangeSpec, StepError,
         blocks::{Shape, Site, Slot},
-        load::{Piece, read_tensors},
+        load::{Piece, PieceError, read_tensors},
         names::Layout,
         stage::{held, part_bytes},
     },
@@ -107,15 +107,12 @@ impl Weights {
         spec.check(model)?;
         let weights = Self::empty(gpu, model, spec)?;
         let mut loader = Loader::new(gpu, cpu)?;
-        let mut failure = None;
         let mut put = |piece: &Piece<'_>| {
-            if let (Some(part), None) = (weights.part(piece.site, piece.key), &failure) {
-                failure = loader.put(part, piece)?.err();
-            }
-            Ok(())
+            let part = weights.part(piece.site, piece.key).ok_or_else(|| piece.misplaced())?;
+            loader.put(part, piece)
         };
         let read = read_tensors(checkpoint, model, spec, &mut put, progress);
-        failure.map_or(Ok(()), Err)?;
+        // Also after an error: what was sent still uses the loader's memory.
         gpu.wait()?;
         read.map(|()| weights)
     }
@@ -204,8 +201,8 @@ impl<'a> Loader<'a> {
         })
     }
 
-    /// Writes a piece into its part; the inner error is the GPU's.
-    fn put(&mut self, part: &Part, piece: &Piece<'_>) -> Result<Result<(), ModelError>, Unrepresentable> {
+    /// Writes a piece into its part.
+    fn put(&mut self, part: &Part, piece: &Piece<'_>) -> Result<(), PieceError> {
         let Piece { bound, is_bias, rows, from, first, total, data, .. } = *piece;
         let (layout, first_row) = (bound.layout, bound.first_row);
         let as_stored = match part {
@@ -220,25 +217,25 @@ impl<'a> Loader<'a> {
         if let Some((matrix, first)) = as_stored {
             packed::check_numbers(data, from)?;
             let to = matrix.values.offset(first as u64 * from.size());
-            return Ok(self.send(to, data.len(), |out| out.copy_from_slice(data)).map_err(ModelError::from));
+            return Ok(self.send(to, data.len(), |out| out.copy_from_slice(data))?);
         }
         let mut values = std::mem::take(&mut self.values);
         packed::widen(data, from, &mut values)?;
-        let done = match part {
-            Part::Norm(_, norm) if is_bias => self.floats(norm.bias, first, &values),
+        match part {
+            Part::Norm(_, norm) if is_bias => self.floats(norm.bias, first, &values)?,
             Part::Norm(n, norm) => {
                 debug_assert!(first + values.len() <= *n);
                 let plus = if layout == Layout::PlusOne { 1.0 } else { 0.0 };
                 values.iter_mut().for_each(|x| *x += plus);
-                self.floats(norm.weight, first, &values)
+                self.floats(norm.weight, first, &values)?;
             }
             Part::Product(product) if is_bias => match layout {
                 Layout::Heads { .. } => {
                     let mut placed = vec![0.0; values.len()];
                     (first..).zip(&values).for_each(|(i, x)| placed[layout.row(i)] = *x);
-                    self.floats(product.bias, first_row, &placed)
+                    self.floats(product.bias, first_row, &placed)?;
                 }
-                _ => self.floats(product.bias, first_row + first, &values),
+                _ => self.floats(product.bias, first_row + first, &values)?,
             },
             Part::Table(matrix) => self.elements(matrix, first, &values)?,
             Part::Product(product) => {
@@ -249,23 +246,21 @@ impl<'a> Loader<'a> {
                     }
                     Layout::Columns | Layout::Heads { .. } => {
                         self.staged.extend(&values);
-                        if self.staged.len() < total {
-                            Ok(())
-                        } else {
+                        if self.staged.len() == total {
                             let staged = std::mem::take(&mut self.staged);
                             let mut placed = vec![0.0; total];
                             for (i, x) in staged.into_iter().enumerate() {
                                 let (row, column) = layout.place(i, rows, k);
                                 placed[row * k + column] = x;
                             }
-                            self.elements(matrix, first_row * k, &placed)?
+                            self.elements(matrix, first_row * k, &placed)?;
                         }
                     }
                 }
             }
-        };
+        }
         self.values = values;
-        Ok(done.map_err(ModelError::from))
+        Ok(())
     }
 
     fn floats(&mut self, to: Ptr, first: usize, values: &[f32]) -> Result<(), CudaError> {
@@ -277,20 +272,13 @@ impl<'a> Loader<'a> {
     }
 
     /// Writes elements of a matrix from its element `first` on; both are whole groups where it is quantized.
-    fn elements(
-        &mut self,
-        matrix: &Matrix,
-        first: usize,
-        values: &[f32],
-    ) -> Result<Result<(), CudaError>, Unrepresentable> {
+    fn elements(&mut self, matrix: &Matrix, first: usize, values: &[f32]) -> Result<(), PieceError> {
         packed::check_fits(values, matrix.format)?;
         const CHUNK: usize = PIECE / 4;
         for (i, values) in values.chunks(CHUNK).enumerate() {
-            if let Err(error) = self.chunk(matrix, first + i * CHUNK, values) {
-                return Ok(Err(error));
-            }
+            self.chunk(matrix, first + i * CHUNK, values)?;
         }
-        Ok(Ok(()))
+        Ok(())
     }
 
     fn chunk(&mut self, matrix: &Matrix, first: usize, values: &[f32]) -> Result<(), CudaError> {

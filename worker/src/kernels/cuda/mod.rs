@@ -116,8 +116,6 @@ impl CudaError {
 /// What is known of a GPU before it is used.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GpuInfo {
-    /// Which one, as CUDA counts.
-    pub ordinal: usize,
     /// What it is called.
     pub name: String,
     /// What it is called nowhere else.
@@ -186,7 +184,6 @@ pub fn info(ordinal: usize) -> Result<GpuInfo, CudaError> {
         }
     }
     Ok(GpuInfo {
-        ordinal,
         name: context.name().doing("asking for a GPU's name")?,
         uuid: uuid(context.cu_device())?,
         capability: context.compute_capability().doing("asking for a GPU's capability")?,

@@ -60,6 +60,17 @@ pub(crate) enum Epilogue {
 }
 
 impl Epilogue {
+    /// As the sources number it.
+    fn number(self) -> i32 {
+        match self {
+            Epilogue::Store => 0,
+            Epilogue::Add => 1,
+            Epilogue::StoreValues => 2,
+            Epilogue::Gated(_) => 3,
+            Epilogue::Activated(_) => 4,
+        }
+    }
+
     fn act(self) -> Option<Act> {
         match self {
             Epilogue::Gated(act) | Epilogue::Activated(act) => Some(act),
@@ -161,7 +172,7 @@ impl Gpu {
         }
     }
 
-    fn raw(&self, call: &Linear<'_>, epilogue: i32) -> RawProduct {
+    fn raw(&self, call: &Linear<'_>, epilogue: Epilogue) -> RawProduct {
         let grouped = call.grouped;
         let [expert_values, expert_factors, expert_bias] = grouped.map_or([0; 3], |g| g.strides);
         RawProduct {
@@ -173,7 +184,7 @@ impl Gpu {
             x_stride: call.x_stride as i32,
             out_stride: call.out_stride as i32,
             rows: call.rows as i32,
-            epilogue,
+            epilogue: epilogue.number(),
             act: call.epilogue.act().map_or(0, act_number),
             order: grouped.map_or(Ptr::NULL, |g| g.order),
             offsets: grouped.map_or(Ptr::NULL, |g| g.offsets),
@@ -193,16 +204,9 @@ impl Gpu {
     fn matvec(&self, kernels: &Kernels, call: &Linear<'_>, rows_each: usize) -> Result<(), CudaError> {
         let step = rows_each.clamp(1, FEW_ROWS).next_power_of_two();
         let function = &kernels.matvec[call.weight.number() as usize][step.ilog2() as usize];
-        let (epilogue, outputs) = match call.epilogue {
-            Epilogue::Store => (0, call.weight.n),
-            Epilogue::Add => (1, call.weight.n),
-            Epilogue::StoreValues => (2, call.weight.n),
-            Epilogue::Gated(_) => (3, call.weight.n),
-            Epilogue::Activated(_) => (4, call.weight.n),
-        };
-        let blocks = outputs.div_ceil(2).div_ceil((MATVEC_THREADS / 32) as usize) as u32;
+        let blocks = call.weight.n.div_ceil(2).div_ceil((MATVEC_THREADS / 32) as usize) as u32;
         let (y, z) = Self::row_blocks(call, step);
-        launch!(self, function, (blocks, y, z), MATVEC_THREADS, 0; self.raw(call, epilogue))
+        launch!(self, function, (blocks, y, z), MATVEC_THREADS, 0; self.raw(call, call.epilogue))
     }
 
     fn tile(
@@ -211,11 +215,10 @@ impl Gpu {
         function: &cudarc::driver::CudaFunction,
         call: &Linear<'_>,
     ) -> Result<(), CudaError> {
+        // Gates and what they are for lie in different tiles: they meet afterwards.
         let epilogue = match call.epilogue {
-            Epilogue::Store | Epilogue::Gated(_) => 0,
-            Epilogue::Add => 1,
-            Epilogue::StoreValues => 2,
-            Epilogue::Activated(_) => 4,
+            Epilogue::Gated(_) => Epilogue::Store,
+            epilogue => epilogue,
         };
         let (y, z) = Self::row_blocks(call, TILE);
         let grid = (call.weight.n.div_ceil(TILE) as u32, y, z);
