@@ -16,7 +16,7 @@ use crate::{
             self, CudaError, Gemm, Gpu, GpuInfo, RESERVE,
             launch::Bytes,
             memory::{self, Memory, Ptr},
-            product::{Epilogue, Linear, Matrix},
+            product::{Epilogue, Linear, Matrix, RowBytes, Rows},
         },
     },
     transport::nccl,
@@ -99,19 +99,7 @@ fn measured(ordinal: usize) -> Result<Measured, CudaError> {
             // Rows, what they are as bytes, and what comes out, one after the other.
             let [at_bytes, at_factors, at_sums, at_out] =
                 [4, 5, 6, 7].map(|part: u64| x.ptr().offset(part * bytes / 8));
-            let call = Linear {
-                weight: &matrix,
-                bias: Ptr::NULL,
-                x: x.ptr(),
-                x_stride: K,
-                rows,
-                out: at_out,
-                out_stride: N,
-                epilogue: Epilogue::Store,
-                grouped: None,
-                bytes: Bytes { values: at_bytes, factors: at_factors, sums: at_sums },
-                are_bytes: false,
-            };
+            let bytes = RowBytes::new(Bytes { values: at_bytes, factors: at_factors, sums: at_sums });
             let product = || match format {
                 // Stages of this format have rows of it too.
                 Format::Float(element) if rows > 8 => gpu.gemm(Gemm {
@@ -127,7 +115,21 @@ fn measured(ordinal: usize) -> Result<Measured, CudaError> {
                     out_stride: N,
                     add: false,
                 }),
-                _ => gpu.linear(&kernels, DType::BF16, &call),
+                _ => {
+                    let call = Linear {
+                        weight: &matrix,
+                        bias: Ptr::NULL,
+                        // Written anew each time: to turn them into bytes is part of the product.
+                        x: Rows::new(x.ptr(), K),
+                        rows,
+                        out: at_out,
+                        out_stride: N,
+                        epilogue: Epilogue::Store,
+                        grouped: None,
+                        bytes: &bytes,
+                    };
+                    gpu.linear(&kernels, DType::BF16, &call)
+                }
             };
             let seconds = seconds(&gpu, product)?;
             let flops_per_second = (2 * rows * N * K) as f64 / seconds;

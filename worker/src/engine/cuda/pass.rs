@@ -1,9 +1,5 @@
 //! One step on its way through a stage on a GPU.
 
-use std::cell::Cell;
-
-use strata_proto::Format;
-
 use super::{
     state::{Inputs, State},
     weights::{Block, NormWeights, Projection},
@@ -18,7 +14,7 @@ use crate::{
                 attention_bytes, launch,
             },
             memory::{self, Arena, Memory, Ptr},
-            product::{Epilogue, Grouped, Linear, Matrix},
+            product::{Epilogue, Grouped, Linear, Matrix, RowBytes, Rows},
         },
     },
     kv_cache::BatchRow,
@@ -50,7 +46,7 @@ pub(super) struct Scratch {
     angles: Vec<Ptr>,
     frequencies: Vec<(Memory, Memory)>,
     /// Rows as bytes, where weights are quantized.
-    bytes: Bytes,
+    bytes: RowBytes,
     experts: Option<Experts>,
     /// `(outputs, values)` in f32.
     pub values: Ptr,
@@ -118,7 +114,11 @@ impl Scratch {
             up: rows(up, size)?,
             angles: angles.iter().map(|width| rows(*width, 4)).collect::<Result<_, _>>()?,
             frequencies,
-            bytes: Bytes { values: rows(groups * 32, 1)?, factors: rows(groups, 4)?, sums: rows(groups, 4)? },
+            bytes: RowBytes::new(Bytes {
+                values: rows(groups * 32, 1)?,
+                factors: rows(groups, 4)?,
+                sums: rows(groups, 4)?,
+            }),
             experts: experts.transpose()?,
             values: memory.take((outputs * values) as u64 * 4)?,
             found: found.ptr(),
@@ -133,17 +133,29 @@ impl Scratch {
 
 /// One step. All its inputs have been checked, and are on the GPU.
 pub(super) struct Pass<'a> {
-    pub gpu: &'a Gpu,
-    pub state: &'a State,
-    pub tower: &'a Tower,
-    pub tokens: usize,
-    pub rows: &'a [BatchRow<'a>],
-    pub inputs: Inputs,
-    /// The rows that are bytes now, too.
-    pub bytes_of: Cell<Ptr>,
+    gpu: &'a Gpu,
+    state: &'a State,
+    tower: &'a Tower,
+    tokens: usize,
+    rows: &'a [BatchRow<'a>],
+    inputs: Inputs,
+    /// The input of the block that is under way.
+    normed: Rows,
 }
 
-impl Pass<'_> {
+impl<'a> Pass<'a> {
+    pub fn new(
+        gpu: &'a Gpu,
+        state: &'a State,
+        tower: &'a Tower,
+        tokens: usize,
+        rows: &'a [BatchRow<'a>],
+        inputs: Inputs,
+    ) -> Self {
+        let normed = Rows::new(state.scratch.normed, tower.width);
+        Pass { gpu, state, tower, tokens, rows, inputs, normed }
+    }
+
     /// Any of the modules has the kernels that do not care for the width of a head.
     fn kernels(&self) -> Result<&Kernels, StepError> {
         self.state.kernels.values().next().ok_or(StepError::Weights)
@@ -192,37 +204,31 @@ impl Pass<'_> {
     }
 
     /// A norm of `rows` rows; those that `index` names, if it names any.
-    fn norm(&self, norm: Norm, weights: NormWeights, rows: usize, call: NormCall) -> Result<(), StepError> {
+    fn norm(&self, norm: Norm, weights: NormWeights, rows: usize, call: NormCall) -> Result<Rows, StepError> {
         let NormCall { out, x, index, add } = call;
         let width = self.tower.width;
+        let written = Rows::new(out, width);
         // The product that follows, if it is one of quantized weights, takes whole groups.
         let to_bytes = self.state.is_quantized && width.is_multiple_of(GROUP) && !add;
-        let bytes = if to_bytes { self.state.scratch.bytes } else { Bytes::default() };
+        let bytes = match to_bytes {
+            true => self.state.scratch.bytes.fill(written, rows, width),
+            false => Bytes::default(),
+        };
         launch!(self.gpu, self.kernels()?.norm_rows, (rows as u32, 1, 1), ROW_THREADS, 0;
             out, x, index, raw_norm(norm, weights), width as i32, i32::from(add), bytes)?;
-        self.bytes_of.set(if to_bytes { out } else { Ptr::NULL });
-        Ok(())
+        Ok(written)
     }
 
     fn linear(&self, call: &Linear<'_>) -> Result<(), StepError> {
-        let is_quantized = matches!(call.weight.format, Format::Quantized(_));
-        self.gpu.linear(self.kernels()?, self.state.element, call)?;
-        if is_quantized {
-            self.bytes_of.set(call.x);
-        }
-        // What was just written is not what the bytes are of.
-        if self.has_bytes(call.out) {
-            self.bytes_of.set(Ptr::NULL);
-        }
-        Ok(())
+        Ok(self.gpu.linear(self.kernels()?, self.state.element, call)?)
     }
 
-    /// A product of rows that all go through one matrix; rows are given with their distance in elements.
+    /// A product of rows that all go through one matrix; `out` is given with its rows' distance in elements.
     fn product(
         &self,
         product: &Projection,
         rows: usize,
-        (x, x_stride): (Ptr, usize),
+        x: Rows,
         (out, out_stride): (Ptr, usize),
         epilogue: Epilogue,
     ) -> Result<(), StepError> {
@@ -230,24 +236,13 @@ impl Pass<'_> {
             weight: &product.matrix,
             bias: product.bias,
             x,
-            x_stride,
             rows,
             out,
             out_stride,
             epilogue,
             grouped: None,
-            bytes: self.state.scratch.bytes,
-            are_bytes: self.has_bytes(x),
+            bytes: &self.state.scratch.bytes,
         })
-    }
-
-    fn has_bytes(&self, x: Ptr) -> bool {
-        self.bytes_of.get() == x
-    }
-
-    /// Bytes of a row of the residual stream.
-    fn row_bytes(&self) -> u64 {
-        self.tower.width as u64 * self.state.element.size()
     }
 
     /// Final norm and head of the wanted tokens, and their candidates.
@@ -268,21 +263,19 @@ impl Pass<'_> {
                 i32::from(normalize))?;
             return Ok(());
         }
-        self.final_norm(block, outputs, self.inputs.outputs)?;
+        let mut x = self.final_norm(block, outputs, self.inputs.outputs)?;
         let product = |slot, x, out, epilogue, out_stride| {
             let product = block.product(slot, 0)?;
-            self.product(&product, outputs, (x, width), (out, out_stride), epilogue)
+            self.product(&product, outputs, x, (out, out_stride), epilogue)
         };
         // Of the residual stream, nothing is needed any more.
-        let mut x = normed;
         if let Head::Mlm(act, _) | Head::Classify { act, .. } = tower.head {
             product(Slot::HeadDense, x, residual, Epilogue::Activated(act), width)?;
-            x = residual;
+            x = Rows::new(residual, width);
         }
         if let Head::Mlm(_, norm) = tower.head {
-            let call = NormCall { out: normed, x, index: Ptr::NULL, add: false };
-            self.norm(norm, block.norm(Slot::HeadNorm)?, outputs, call)?;
-            x = normed;
+            let call = NormCall { out: normed, x: x.at, index: Ptr::NULL, add: false };
+            x = self.norm(norm, block.norm(Slot::HeadNorm)?, outputs, call)?;
         }
         product(Slot::Head, x, values, Epilogue::StoreValues, tower.outputs())?;
         let Head::Lm { softcap } = tower.head else { return Ok(()) };
@@ -297,7 +290,7 @@ impl Pass<'_> {
     }
 
     /// Final norm of `count` rows of the residual stream, those that `index` names if it is not null, into `normed`.
-    fn final_norm(&self, block: &Block, count: usize, index: Ptr) -> Result<(), StepError> {
+    fn final_norm(&self, block: &Block, count: usize, index: Ptr) -> Result<Rows, StepError> {
         let Scratch { residual, normed, .. } = self.state.scratch;
         match self.tower.norm {
             Some(norm) => {
@@ -305,10 +298,9 @@ impl Pass<'_> {
                 self.norm(norm, block.norm(Slot::FinalNorm)?, count, call)
             }
             None => {
-                self.bytes_of.set(Ptr::NULL);
                 launch!(self.gpu, self.kernels()?.gather_rows, (count as u32, 1, 1), ROW_THREADS, 0;
                     normed, residual, index, self.tower.width as i32)?;
-                Ok(())
+                Ok(Rows::new(normed, self.tower.width))
             }
         }
     }
@@ -408,26 +400,24 @@ impl Operations for Pass<'_> {
     fn enter(&mut self, flow: Flow, block: &Block, slot: Slot) -> Result<(), StepError> {
         let Scratch { residual, normed, .. } = self.state.scratch;
         if matches!(flow, Flow::Post(_)) {
-            self.bytes_of.set(Ptr::NULL);
-            let bytes = self.tokens as u64 * self.row_bytes();
-            return Ok(memory::copy(&self.gpu.stream, normed, residual, bytes)?);
+            let width = self.tower.width;
+            let bytes = (self.tokens * width) as u64 * self.state.element.size();
+            memory::copy(&self.gpu.stream, normed, residual, bytes)?;
+            self.normed = Rows::new(normed, width);
+            return Ok(());
         }
         let call = NormCall { out: normed, x: residual, index: Ptr::NULL, add: false };
-        self.norm(flow.norm(), block.norm(slot)?, self.tokens, call)
+        self.normed = self.norm(flow.norm(), block.norm(slot)?, self.tokens, call)?;
+        Ok(())
     }
 
     fn attend(&mut self, attention: &Attention, index: usize, block: &Block) -> Result<(), StepError> {
         let kernels = self.state.kernels.get(&attention.head_dim).ok_or(StepError::Weights)?;
-        let Scratch { normed, qkv, ref angles, .. } = self.state.scratch;
+        let Scratch { qkv, ref angles, .. } = self.state.scratch;
         let Inputs { positions, row_of, first_block, tables, .. } = self.inputs;
         let product = block.product(Slot::Qkv, 0)?;
-        self.product(
-            &product,
-            self.tokens,
-            (normed, self.tower.width),
-            (qkv, attention.qkv_width()),
-            Epilogue::Store,
-        )?;
+        let out = (qkv, attention.qkv_width());
+        self.product(&product, self.tokens, self.normed, out, Epilogue::Store)?;
         let (table, pairs) = match attention.position {
             Position::None => (Ptr::NULL, 0),
             Position::Rope(set) => (angles[set], self.tower.ropes[set].pairs() as i32),
@@ -452,32 +442,32 @@ impl Operations for Pass<'_> {
     }
 
     fn up(&mut self, ffn: Ffn, block: &Block) -> Result<(), StepError> {
-        let Scratch { normed, up, .. } = self.state.scratch;
         let act = ffn.mlp().act;
         let (slot, epilogue) = match ffn {
             Ffn::Plain(_) => (Slot::Up, Epilogue::Activated(act)),
             _ => (Slot::GateUp, Epilogue::Gated(act)),
         };
         let product = block.product(slot, 0)?;
-        self.product(&product, self.tokens, (normed, self.tower.width), (up, ffn.up_width()), epilogue)
+        let out = (self.state.scratch.up, ffn.up_width());
+        self.product(&product, self.tokens, self.normed, out, epilogue)
     }
 
     // As many tokens at a time as their pairs of token and expert have room for.
     fn experts(&mut self, flow: Flow, moe: Moe, block: &Block) -> Result<(), StepError> {
-        let Scratch { residual, normed, up, bytes, tokens: room, ref experts, .. } = self.state.scratch;
+        let Scratch { residual, normed, up, ref bytes, tokens: room, ref experts, .. } = self.state.scratch;
         let Some(Experts { logits, chosen, shares, order, offsets, pairs }) = experts else {
             return Err(StepError::Weights);
         };
         let kernels = self.kernels()?;
-        let (width, ffn) = (self.tower.width, Ffn::Moe(moe));
+        let (width, size, up_width) = (self.tower.width, self.state.element.size(), Ffn::Moe(moe).up_width());
         let (first, down) = (Stacked::of(block, Slot::GateUp)?, Stacked::of(block, Slot::Down)?);
         let router = block.product(Slot::Router, 0)?;
         let at_once = (room / moe.active).max(1);
         for begin in (0..self.tokens).step_by(at_once) {
             let tokens = at_once.min(self.tokens - begin);
             let count = tokens * moe.active;
-            let x = normed.offset(begin as u64 * self.row_bytes());
-            self.product(&router, tokens, (x, width), (*logits, moe.experts), Epilogue::StoreValues)?;
+            let x = self.normed.skip(begin, size);
+            self.product(&router, tokens, x, (*logits, moe.experts), Epilogue::StoreValues)?;
             launch!(self.gpu, kernels.route, (tokens.div_ceil(4) as u32, 1, 1), 128, 0;
                 *logits, *chosen, *shares, tokens as i32, moe.experts as i32, moe.active as i32,
                 i32::from(moe.normalize))?;
@@ -497,30 +487,26 @@ impl Operations for Pass<'_> {
                 weight: &first.matrix,
                 bias: first.bias,
                 x,
-                x_stride: width,
                 rows: count,
                 out: up,
-                out_stride: ffn.up_width(),
+                out_stride: up_width,
                 epilogue: Epilogue::Gated(moe.mlp.act),
                 grouped: grouped(moe.active, first.strides),
                 bytes,
-                are_bytes: self.has_bytes(x),
             })?;
             self.linear(&Linear {
                 weight: &down.matrix,
                 bias: down.bias,
-                x: up,
-                x_stride: ffn.up_width(),
+                x: Rows::new(up, up_width),
                 rows: count,
                 out: *pairs,
                 out_stride: width,
                 epilogue: Epilogue::Store,
                 grouped: grouped(1, down.strides),
                 bytes,
-                are_bytes: self.has_bytes(x),
             })?;
             let sandwich = matches!(flow, Flow::Sandwich(_));
-            let out = if sandwich { normed } else { residual }.offset(begin as u64 * self.row_bytes());
+            let out = if sandwich { normed } else { residual }.offset((begin * width) as u64 * size);
             let grid = (width.div_ceil(256) as u32, tokens as u32, 1);
             launch!(self.gpu, kernels.combine_experts, grid, 256, 0;
                 out, *pairs, *shares, moe.active as i32, width as i32, i32::from(!sandwich))?;
@@ -530,28 +516,30 @@ impl Operations for Pass<'_> {
 
     fn project(&mut self, flow: Flow, from: Inner<'_>, block: &Block) -> Result<(), StepError> {
         let Scratch { residual, normed, attention, up, .. } = self.state.scratch;
-        let (slot, x, x_stride) = match from {
-            Inner::Attention(a) => (Slot::AttentionOut, attention, a.q_width()),
-            Inner::Up(ffn) => (Slot::Down, up, ffn.up_width()),
+        let (slot, x) = match from {
+            Inner::Attention(a) => (Slot::AttentionOut, Rows::new(attention, a.q_width())),
+            Inner::Up(ffn) => (Slot::Down, Rows::new(up, ffn.up_width())),
         };
         let (out, epilogue) = match flow {
             Flow::Sandwich(_) => (normed, Epilogue::Store),
             _ => (residual, Epilogue::Add),
         };
         let product = block.product(slot, 0)?;
-        self.product(&product, self.tokens, (x, x_stride), (out, self.tower.width), epilogue)
+        self.product(&product, self.tokens, x, (out, self.tower.width), epilogue)
     }
 
     fn add_normed(&mut self, norm: Norm, block: &Block, slot: Slot) -> Result<(), StepError> {
         let Scratch { residual, normed, .. } = self.state.scratch;
         let call = NormCall { out: residual, x: normed, index: Ptr::NULL, add: true };
-        self.norm(norm, block.norm(slot)?, self.tokens, call)
+        self.norm(norm, block.norm(slot)?, self.tokens, call)?;
+        Ok(())
     }
 
     fn renorm(&mut self, norm: Norm, block: &Block, slot: Slot) -> Result<(), StepError> {
         let residual = self.state.scratch.residual;
         let call = NormCall { out: residual, x: residual, index: Ptr::NULL, add: false };
-        self.norm(norm, block.norm(slot)?, self.tokens, call)
+        self.norm(norm, block.norm(slot)?, self.tokens, call)?;
+        Ok(())
     }
 }
 

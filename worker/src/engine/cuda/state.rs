@@ -1,7 +1,7 @@
 //! What a stage on a GPU keeps between steps: cache, scratch, and recorded steps; and the way of a step's inputs and
 //! results between host and GPU.
 
-use std::{cell::Cell, collections::HashMap};
+use std::collections::HashMap;
 
 use cudarc::driver::{CudaGraph, sys};
 use strata_proto::DType;
@@ -268,8 +268,7 @@ impl State {
     /// All kernels of a step.
     fn compute(&self, gpu: &Gpu, step: &Checked<'_>, inputs: Inputs) -> Result<(), StepError> {
         let &Checked { weights, rows, tokens, .. } = step;
-        let bytes_of = Cell::new(Ptr::NULL);
-        let mut pass = Pass { gpu, state: self, tower: step.tower(), tokens, rows, inputs, bytes_of };
+        let mut pass = Pass::new(gpu, self, step.tower(), tokens, rows, inputs);
         if let Some(block) = &weights.input {
             pass.embed(block, weights.output.as_ref())?;
         }

@@ -1,5 +1,10 @@
 //! Products with a matrix, by whichever way is fastest for their rows and format.
 
+use std::{
+    cell::Cell,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
 use strata_proto::{DType, Format, Quantization};
 
 use super::{
@@ -107,22 +112,77 @@ pub(crate) struct Grouped {
     pub strides: [u64; 3],
 }
 
+/// Rows that somebody wrote: where they are, and how many elements lie from one to the next. What is written to the same
+/// place later are other rows: each writer makes a value of its own, and whoever reads the rows is given that value.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rows {
+    pub at: Ptr,
+    pub stride: usize,
+    /// Another number for all that was ever written.
+    id: u64,
+}
+
+impl Rows {
+    /// Rows that are written now.
+    pub fn new(at: Ptr, stride: usize) -> Self {
+        static WRITTEN: AtomicU64 = AtomicU64::new(0);
+        Rows { at, stride, id: WRITTEN.fetch_add(1, Ordering::Relaxed) }
+    }
+
+    /// Those after the first `rows` of them; `size` is an element's bytes.
+    pub fn skip(self, rows: usize, size: u64) -> Self {
+        match rows {
+            0 => self,
+            _ => Rows::new(self.at.offset((rows * self.stride) as u64 * size), self.stride),
+        }
+    }
+}
+
+/// Room for rows as bytes, which products with quantized weights read. It holds those of one writing at a time, and knows
+/// which.
+pub(crate) struct RowBytes {
+    room: Bytes,
+    held: Cell<Option<Held>>,
+}
+
+/// What a room of bytes holds: the first `rows` rows of a writing, `k` elements of each.
+#[derive(Debug, Clone, Copy)]
+struct Held {
+    id: u64,
+    rows: usize,
+    k: usize,
+}
+
+impl RowBytes {
+    pub fn new(room: Bytes) -> Self {
+        RowBytes { room, held: Cell::new(None) }
+    }
+
+    /// The room, for a kernel that fills it with the first `rows` rows of `x`, `k` elements of each.
+    pub fn fill(&self, x: Rows, rows: usize, k: usize) -> Bytes {
+        self.held.set(Some(Held { id: x.id, rows, k }));
+        self.room
+    }
+
+    /// Whether it holds these.
+    fn holds(&self, x: Rows, rows: usize, k: usize) -> bool {
+        self.held.get().is_some_and(|held| held.id == x.id && held.rows >= rows && held.k == k)
+    }
+}
+
 /// `out (rows, n) = x (rows, k) * weight^T + bias`.
 pub(crate) struct Linear<'a> {
     pub weight: &'a Matrix,
     /// `(n)` in f32, or null.
     pub bias: Ptr,
-    pub x: Ptr,
-    pub x_stride: usize,
+    pub x: Rows,
     pub rows: usize,
     pub out: Ptr,
     pub out_stride: usize,
     pub epilogue: Epilogue,
     pub grouped: Option<Grouped>,
-    /// Where rows of `x` become bytes, if the weights are quantized.
-    pub bytes: Bytes,
-    /// Whether they are there already.
-    pub are_bytes: bool,
+    /// Where rows of `x` become bytes, if they are not yet and the weights are quantized.
+    pub bytes: &'a RowBytes,
 }
 
 impl Gpu {
@@ -130,7 +190,7 @@ impl Gpu {
     pub fn linear(&self, kernels: &Kernels, element: DType, call: &Linear<'_>) -> Result<(), CudaError> {
         let Linear { weight, rows, epilogue, grouped, .. } = call;
         let rows_each = grouped.map_or(*rows, |g| rows.div_ceil(g.count));
-        if matches!(weight.format, Format::Quantized(_)) && !call.are_bytes {
+        if matches!(weight.format, Format::Quantized(_)) {
             self.to_bytes(kernels, call)?;
         }
         if rows_each <= FEW_ROWS {
@@ -152,19 +212,19 @@ impl Gpu {
                     element,
                     out_element,
                     weight: weight.values,
-                    x: call.x,
+                    x: call.x.at,
                     out: call.out,
                     n,
                     k: weight.k,
                     rows: *rows,
-                    x_stride: call.x_stride,
+                    x_stride: call.x.stride,
                     out_stride: call.out_stride,
                     add,
                 })?;
                 self.activation(kernels, call)
             }
             (Format::Float(held), Some(_), Some(tensor))
-                if held == element && aligned(weight.k) && aligned(call.x_stride) =>
+                if held == element && aligned(weight.k) && aligned(call.x.stride) =>
             {
                 self.tile(kernels, &tensor.tile_dense, call)
             }
@@ -178,10 +238,10 @@ impl Gpu {
         RawProduct {
             weight: call.weight.raw(),
             bias: call.bias,
-            x: call.x,
-            bytes: call.bytes,
+            x: call.x.at,
+            bytes: call.bytes.room,
             out: call.out,
-            x_stride: call.x_stride as i32,
+            x_stride: call.x.stride as i32,
             out_stride: call.out_stride as i32,
             rows: call.rows as i32,
             epilogue: epilogue.number(),
@@ -229,14 +289,18 @@ impl Gpu {
         }
     }
 
-    /// Turns the rows that a product reads into bytes.
+    /// Turns the rows that a product reads into bytes, if they are not yet.
     fn to_bytes(&self, kernels: &Kernels, call: &Linear<'_>) -> Result<(), CudaError> {
         let rows = call.rows / call.grouped.map_or(1, |g| g.divide);
-        let k = call.weight.k;
+        let (x, k) = (call.x, call.weight.k);
+        if call.bytes.holds(x, rows, k) {
+            return Ok(());
+        }
+        let bytes = call.bytes.fill(x, rows, k);
         let blocks = (rows * (k / 32)).div_ceil(8) as u32;
         let function = &kernels.quantize_rows;
         launch!(self, function, (blocks, 1, 1), 256, 0;
-            call.bytes, call.x, call.x_stride as i32, k as i32, rows as i32)
+            bytes, x.at, x.stride as i32, k as i32, rows as i32)
     }
 
     /// Puts the bias of a product into its output, before the product is added.

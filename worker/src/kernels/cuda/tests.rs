@@ -8,14 +8,14 @@ use super::{
     Gpu,
     launch::{Attend, Bytes, Kernels, Places, RawCache, attention_bytes, launch},
     memory::{self, Memory, Ptr},
-    product::{Epilogue, Grouped, Linear, Matrix},
+    product::{Epilogue, Grouped, Linear, Matrix, RowBytes, Rows},
 };
 use crate::kernels::{
     buffer::{Arena, round_to},
     cpu::{
         Cpu,
         isa::Isa,
-        linear::{self, Output, Rows},
+        linear::{self, Output},
         norm::Act,
         packed::{Elements, PackedMatrix},
         quant::{self, GROUP},
@@ -111,11 +111,11 @@ impl Bench {
         Matrix { format, n, k, values, factors }
     }
 
-    fn scratch(&mut self, rows: usize, k: usize) -> Bytes {
+    fn scratch(&mut self, rows: usize, k: usize) -> RowBytes {
         let values = self.bytes(&vec![0xff; rows * k]);
         let [factors, sums] =
             [(); 2].map(|()| self.floats(DType::F32, &vec![f32::NAN; rows * k.div_ceil(GROUP)]));
-        Bytes { values, factors, sums }
+        RowBytes::new(Bytes { values, factors, sums })
     }
 }
 
@@ -151,7 +151,7 @@ fn reference(
     cpu.linear(linear::Linear {
         weight: &matrix,
         bias,
-        x: Rows { data: x, stride: k, count: rows },
+        x: linear::Rows { data: x, stride: k, count: rows },
         packed: &mut packed,
         out: &mut out,
         output: Output::Store,
@@ -205,15 +205,13 @@ fn products_are_the_cpus_for_every_format_and_number_of_rows() {
                         let call = Linear {
                             weight: &matrix,
                             bias: bias_at,
-                            x: x_at,
-                            x_stride: k,
+                            x: Rows::new(x_at, k),
                             rows,
                             out,
                             out_stride: n,
                             epilogue,
                             grouped: None,
-                            bytes,
-                            are_bytes: false,
+                            bytes: &bytes,
                         };
                         b.gpu.linear(&kernels, element, &call).unwrap();
                         let got = b.read(out_dtype, out, rows * n);
@@ -293,8 +291,7 @@ fn rows_go_through_the_matrix_of_their_expert() {
             let call = Linear {
                 weight: &Matrix { n, ..all },
                 bias: Ptr::NULL,
-                x: x_at,
-                x_stride: k,
+                x: Rows::new(x_at, k),
                 rows: pairs,
                 out,
                 out_stride: n,
@@ -307,8 +304,7 @@ fn rows_go_through_the_matrix_of_their_expert() {
                     most: tokens,
                     strides,
                 }),
-                bytes,
-                are_bytes: false,
+                bytes: &bytes,
             };
             b.gpu.linear(&kernels, element, &call).unwrap();
             let sums = b.floats(element, &vec![f32::NAN; tokens * n]);
