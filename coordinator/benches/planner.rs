@@ -99,6 +99,7 @@ fn offer(i: usize, range: u64) -> Offer {
         nccl: false,
         spill_bytes: 0,
         spill_directory: String::new(),
+        libraries: Vec::new(),
     };
     Offer { worker: "w".into(), host: "h".into(), device }
 }

@@ -99,6 +99,7 @@ mod tests {
             nccl,
             spill_bytes: 0,
             spill_directory: String::new(),
+            libraries: Vec::new(),
         }
     }
 

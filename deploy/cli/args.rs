@@ -248,6 +248,35 @@ impl SpillArgs {
     }
 }
 
+/// Where compiled kernels are kept.
+#[derive(Debug, Clone, Args)]
+pub struct KernelCacheArgs {
+    /// Directory that keeps the compiled kernels of GPUs for the next start; empty: nowhere [default: strata/kernels in the
+    /// user's cache directory, if there is one]
+    #[arg(long, env = "STRATA_KERNEL_CACHE")]
+    pub kernel_cache: Option<String>,
+}
+
+impl KernelCacheArgs {
+    /// The directory, if there is to be one.
+    pub fn resolve(&self) -> Option<PathBuf> {
+        match self.kernel_cache.as_deref() {
+            Some("") => None,
+            Some(named) => Some(named.into()),
+            // A user without a home, as in a container, has no such directory, and need not be told.
+            None => user_cache()
+                .map(|cache| cache.join("strata/kernels"))
+                .filter(|directory| std::fs::create_dir_all(directory).is_ok()),
+        }
+    }
+}
+
+/// The user's cache directory, by the XDG Base Directory Specification.
+fn user_cache() -> Option<PathBuf> {
+    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))
+}
+
 /// A model and devices of this machine.
 #[derive(Debug, Clone, Args)]
 pub struct HereArgs {
@@ -268,6 +297,8 @@ pub struct HereArgs {
     pub compute: ComputeArgs,
     #[command(flatten)]
     pub spill: SpillArgs,
+    #[command(flatten)]
+    pub kernel_cache: KernelCacheArgs,
 }
 
 #[derive(Debug, Args)]
@@ -350,6 +381,8 @@ pub struct WorkerArgs {
     pub compute: ComputeArgs,
     #[command(flatten)]
     pub spill: SpillArgs,
+    #[command(flatten)]
+    pub kernel_cache: KernelCacheArgs,
 }
 
 /// Where a server is.

@@ -66,6 +66,7 @@ fn offers(imagined: &[ImaginedDevices]) -> Vec<Offer> {
             nccl: false,
             spill_bytes: 0,
             spill_directory: String::new(),
+            libraries: Vec::new(),
         },
     };
     each.map(offer).collect()

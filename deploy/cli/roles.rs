@@ -18,7 +18,7 @@ use strata_coordinator::{
 use strata_proto::{DeviceKind, Worker};
 use strata_worker::{
     LocalWorker, Models, WorkerConfig,
-    device::{self, DeviceSpec, available_memory},
+    device::{self, DeviceSpec, Directories, available_memory},
     transport::loopback::Hub,
 };
 use tokio::{net::TcpListener, sync::mpsc};
@@ -75,7 +75,7 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         link_address: args.link_listen.unwrap_or(SocketAddr::new(address.ip(), 0)),
         hub: Arc::default(),
         step_hook: None,
-        spill_directory: args.spill.resolve()?,
+        directories: Directories { spill: args.spill.resolve()?, kernels: args.kernel_cache.resolve() },
     })?;
     let worker: Arc<dyn Worker> = Arc::new(worker);
     say(&format!("listening http://{address}"))?;
@@ -119,7 +119,7 @@ pub fn here(
         }
     };
     let compute = args.compute.resolve(device_lists.iter().map(|devices| processors(devices)).sum());
-    let spill = args.spill.resolve()?;
+    let directories = Directories { spill: args.spill.resolve()?, kernels: args.kernel_cache.resolve() };
     let hub = Arc::<Hub>::default();
     let mut workers: Vec<(String, Arc<dyn Worker>)> = Vec::new();
     for (index, devices) in device_lists.into_iter().enumerate() {
@@ -131,7 +131,7 @@ pub fn here(
             link_address: SocketAddr::new(IpAddr::from([127, 0, 0, 1]), 0),
             hub: hub.clone(),
             step_hook: None,
-            spill_directory: spill.clone(),
+            directories: directories.clone(),
         })?;
         workers.push((format!("worker-{index}"), Arc::new(worker)));
     }

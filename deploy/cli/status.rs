@@ -52,6 +52,11 @@ fn as_text(status: &StatusResponse, plan: Option<&Plan>) -> String {
             member.devices.iter().map(|d| format!("{} {}", d.id, show::bytes(d.budget_bytes))).collect();
         let live = if member.live { devices.join(", ") } else { "does not answer".to_owned() };
         out += &format!("worker    {}: {live}\n", member.worker);
+        // GPUs of one worker are used by the same ones.
+        let libraries = member.devices.iter().find(|d| !d.libraries.is_empty());
+        for library in libraries.iter().flat_map(|d| &d.libraries) {
+            out += &format!("library   {} {}: {}\n", library.name, library.version, library.path);
+        }
     }
     out + &plan.map_or(String::new(), show::plan_table)
 }

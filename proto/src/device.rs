@@ -49,6 +49,19 @@ pub struct Device {
     pub spill_bytes: u64,
     /// Directory that they would be in.
     pub spill_directory: String,
+    /// What a GPU is used by; none of a processor.
+    pub libraries: Vec<Library>,
+}
+
+/// A library that is used, and not part of Strata.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Library {
+    /// What it is called: `driver`, `NVRTC`, `cuBLAS`, `cuBLASLt`, `NCCL`.
+    pub name: String,
+    /// As it says itself; of the driver, the version of CUDA that it is made for.
+    pub version: String,
+    /// The file that it was loaded from.
+    pub path: String,
 }
 
 /// How fast products are.
@@ -123,6 +136,11 @@ impl From<Device> for v1::Device {
             nccl: d.nccl,
             spill_bytes: d.spill_bytes,
             spill_directory: d.spill_directory,
+            libraries: d
+                .libraries
+                .into_iter()
+                .map(|Library { name, version, path }| v1::Library { name, version, path })
+                .collect(),
         }
     }
 }
@@ -166,6 +184,11 @@ impl TryFrom<v1::Device> for Device {
             nccl: d.nccl,
             spill_bytes: d.spill_bytes,
             spill_directory: d.spill_directory,
+            libraries: d
+                .libraries
+                .into_iter()
+                .map(|v1::Library { name, version, path }| Library { name, version, path })
+                .collect(),
         })
     }
 }

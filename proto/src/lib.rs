@@ -11,7 +11,7 @@ mod plan;
 mod profile;
 mod worker;
 
-pub use device::{Device, DeviceKind, Rate, rate_at};
+pub use device::{Device, DeviceKind, Library, Rate, rate_at};
 pub use dtype::{DType, Format, Quantization};
 pub use plan::{Forecast, LayerRange, LinkChoice, LinkKind, MapDevice, Offload, Plan, Replica, StagePlan};
 pub use profile::{Experts, FormatBytes, ModelProfile, Module};

@@ -194,6 +194,12 @@ API int cublasGetVersion_v2(void* handle, int* version) {
     return success;
 }
 
+API int cublasGetProperty(int which, int* value) {
+    if (!value || which < 0 || which > 2) return invalid_value;
+    *value = which == 0 ? 13 : 0;  // major, minor, patch
+    return success;
+}
+
 API const char* cublasGetStatusName(int status) {
     switch (status) {
         case success: return "CUBLAS_STATUS_SUCCESS";

@@ -10,6 +10,8 @@
 
 #include <dlfcn.h>
 #include <link.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #define EMULATOR_RUNTIME
 #include "kernel.h"
@@ -35,6 +37,8 @@ static uint64_t setting(const char* name, uint64_t otherwise) {
     const char* text = getenv(name);
     return text && *text ? strtoull(text, nullptr, 10) : otherwise;
 }
+
+int library_version(const char* name) { return int(setting(name, 13000)); }
 
 std::string library_folder() {
     Dl_info info;
@@ -97,7 +101,7 @@ API int cuInit(unsigned flags) {
 
 API int cuDriverGetVersion(int* version) {
     if (!version) return invalid_value;
-    *version = 13000;
+    *version = library_version("EMULATOR_DRIVER");
     return success;
 }
 
@@ -311,16 +315,50 @@ API int cuCtxDisablePeerAccess(void* context) {
 
 // ---- modules and functions
 
+/// Opens machine code, which has its library in itself: a file without a name, once per content, as a module's variables
+/// exist once per process.
+static void* open_machine_code(const char* code, size_t size) {
+    static std::mutex mutex;
+    static auto& opened = *new std::unordered_map<std::string, void*>;
+    std::lock_guard lock(mutex);
+    std::string content(code, size);
+    auto found = opened.find(content);
+    if (found != opened.end()) return found->second;
+    int file = memfd_create("emulated kernels", MFD_CLOEXEC);
+    bool written = file >= 0;
+    for (size_t at = 0; written && at < size;) {
+        ssize_t count = write(file, code + at, size - at);
+        written = count > 0;
+        at += written ? size_t(count) : 0;
+    }
+    void* library = nullptr;
+    if (written) library = dlopen(("/proc/self/fd/" + std::to_string(file)).c_str(), RTLD_NOW | RTLD_LOCAL);
+    // The file stays open, or the next one would have its number, and be taken for it by name.
+    if (library) opened.emplace(std::move(content), library);
+    return library;
+}
+
 API int cuModuleLoadData(void** result, const void* image) {
     if (!result || !image) return invalid_value;
     if (!current) return invalid_context;
-    // "PTX" as nvrtc.cpp writes it: a line that says so, then the path of a shared library.
-    static const std::string magic = "// emulated kernels\n";
+    // As nvrtc.cpp writes it: a line that says what it is and by which version it was made; then of PTX the path of a
+    // shared library, of machine code its size and itself. An older driver takes machine code of its own generation of
+    // CUDA only, and PTX of its own version.
     const char* text = static_cast<const char*>(image);
-    if (strncmp(text, magic.c_str(), magic.size()) != 0) return invalid_image;
-    std::string path(text + magic.size());
-    path.resize(std::min(path.size(), path.find('\n')));
-    void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    char kind[16];
+    int version, length = 0, driver = library_version("EMULATOR_DRIVER");
+    void* library;
+    if (sscanf(text, "// emulated %15[PTX]%d%n", kind, &version, &length) == 2 && length) {
+        if (version > driver) return 222;  // CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+        std::string path(text + length + 1);
+        path.resize(std::min(path.size(), path.find('\n')));
+        library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    } else if (size_t size; sscanf(text, "// emulated machine code %d\n%zu%n", &version, &size, &length) == 2 && length) {
+        if (version / 1000 > driver / 1000) return 209;  // CUDA_ERROR_NO_BINARY_FOR_GPU
+        library = open_machine_code(text + length + 1, size);
+    } else {
+        return invalid_image;
+    }
     if (!library) {
         fprintf(stderr, "emulator: %s\n", dlerror());
         return invalid_image;

@@ -152,6 +152,9 @@ void drain_device(int device);
 /// The folder of this library, where kernel.h lies too.
 std::string library_folder();
 
+/// The version of CUDA that a library says it has, as 1000 * major + 10 * minor, from the environment.
+int library_version(const char* name);
+
 /// What this thread does, for the message when it crashes.
 extern thread_local const char* doing;
 

@@ -1,4 +1,5 @@
-// NVRTC: compiles kernel sources with g++ into shared libraries, which it keeps. The "PTX" names the library.
+// NVRTC: compiles kernel sources with g++ into shared libraries, which it keeps. The "PTX" names the library, the machine
+// code has it in itself, and both say by which version they were made.
 #include "emulator.h"
 
 #include <algorithm>
@@ -26,8 +27,10 @@ enum Result {
 };
 
 struct Program {
-    std::string source, name, log, ptx;
+    std::string source, name, log, ptx, machine_code;
 };
+
+const int architectures[] = {80, 89, 90};
 
 std::string read_file(const std::string& path) {
     std::ifstream file(path, std::ios::binary);
@@ -167,6 +170,25 @@ bool pass_options(int count, const char* const* options, std::string& result) {
     return true;
 }
 
+/// Whether the architecture is known, and whether it is one of machines: of a virtual one there is PTX only.
+bool pass_architecture(int count, const char* const* options, bool& has_machine_code) {
+    has_machine_code = false;
+    for (int i = 0; i < count; i++) {
+        std::string option = options[i];
+        for (std::string prefix : {"--gpu-architecture=", "-arch="}) {
+            if (option.compare(0, prefix.size(), prefix) != 0) continue;
+            std::string name = option.substr(prefix.size());
+            bool is_known = false;
+            for (int known : architectures) {
+                has_machine_code |= name == "sm_" + std::to_string(known);
+                is_known |= has_machine_code || name == "compute_" + std::to_string(known);
+            }
+            if (!is_known) return false;
+        }
+    }
+    return true;
+}
+
 std::string cache_folder() {
     const char* chosen = getenv("EMULATOR_CACHE");
     std::string folder = chosen && *chosen ? chosen : emulator::library_folder() + "/kernels";
@@ -180,7 +202,7 @@ std::string cache_folder() {
     return folder;
 }
 
-int compile(Program& program, const std::string& options) {
+int compile(Program& program, const std::string& options, bool has_machine_code) {
     std::string here = emulator::library_folder(), folder = cache_folder();
     const char* chosen = getenv("CXX");
     std::string compiler = chosen && *chosen ? chosen : "g++";
@@ -214,7 +236,13 @@ int compile(Program& program, const std::string& options) {
         for (auto& path : {source, expanded, result}) unlink(path.c_str());
         if (!built) return compilation;
     }
-    program.ptx = "// emulated kernels\n" + library + "\n";
+    std::string version = std::to_string(emulator::library_version("EMULATOR_NVRTC"));
+    program.ptx = "// emulated PTX " + version + "\n" + library + "\n";
+    if (has_machine_code) {
+        std::string code = read_file(library);
+        program.machine_code =
+            "// emulated machine code " + version + "\n" + std::to_string(code.size()) + "\n" + code;
+    }
     return success;
 }
 
@@ -222,15 +250,16 @@ int compile(Program& program, const std::string& options) {
 
 API int nvrtcVersion(int* major, int* minor) {
     if (!major || !minor) return invalid_input;
-    *major = 13;
-    *minor = 0;
+    int version = emulator::library_version("EMULATOR_NVRTC");
+    *major = version / 1000;
+    *minor = version % 1000 / 10;
     return success;
 }
 
 API int nvrtcCreateProgram(Program** result, const char* source, const char* name, int headers, const char* const*,
                            const char* const*) {
     if (!result || !source || headers != 0) return invalid_input;
-    *result = new Program{source, name && *name ? name : "kernels.cu", "", ""};
+    *result = new Program{source, name && *name ? name : "kernels.cu", "", "", ""};
     return success;
 }
 
@@ -244,10 +273,13 @@ API int nvrtcDestroyProgram(Program** program) {
 API int nvrtcCompileProgram(Program* program, int count, const char* const* options) {
     if (!program) return invalid_program;
     std::string passed;
-    if (!pass_options(count, options, passed)) return invalid_option;
+    bool has_machine_code;
+    if (!pass_options(count, options, passed) || !pass_architecture(count, options, has_machine_code))
+        return invalid_option;
     program->log.clear();
     program->ptx.clear();
-    return compile(*program, passed);
+    program->machine_code.clear();
+    return compile(*program, passed, has_machine_code);
 }
 
 static int text_size(Program* program, const std::string& text, size_t* size) {
@@ -270,21 +302,31 @@ API int nvrtcGetPTXSize(Program* program, size_t* size) {
 API int nvrtcGetPTX(Program* program, char* to) {
     return program && program->ptx.empty() ? invalid_program : copy_text(program, program->ptx, to);
 }
-API int nvrtcGetCUBINSize(Program* program, size_t* size) { return nvrtcGetPTXSize(program, size); }
-API int nvrtcGetCUBIN(Program* program, char* to) { return nvrtcGetPTX(program, to); }
+// Machine code has no end of its own: its size is exact. There is none (0) for a virtual architecture.
+API int nvrtcGetCUBINSize(Program* program, size_t* size) {
+    if (!program || program->ptx.empty()) return invalid_program;
+    if (!size) return invalid_input;
+    *size = program->machine_code.size();
+    return success;
+}
+API int nvrtcGetCUBIN(Program* program, char* to) {
+    if (!program || program->ptx.empty()) return invalid_program;
+    if (!to) return invalid_input;
+    memcpy(to, program->machine_code.data(), program->machine_code.size());
+    return success;
+}
 API int nvrtcGetProgramLogSize(Program* program, size_t* size) { return text_size(program, program->log, size); }
 API int nvrtcGetProgramLog(Program* program, char* to) { return copy_text(program, program->log, to); }
 
 API int nvrtcGetNumSupportedArchs(int* count) {
     if (!count) return invalid_input;
-    *count = 3;
+    *count = std::size(architectures);
     return success;
 }
 
-API int nvrtcGetSupportedArchs(int* architectures) {
-    if (!architectures) return invalid_input;
-    int supported[] = {80, 89, 90};
-    memcpy(architectures, supported, sizeof supported);
+API int nvrtcGetSupportedArchs(int* supported) {
+    if (!supported) return invalid_input;
+    memcpy(supported, architectures, sizeof architectures);
     return success;
 }
 

@@ -21,7 +21,7 @@ use strata_proto::{
 };
 use strata_worker::{
     LocalWorker, Models, StepHook, WorkerConfig,
-    device::{Compute, DeviceSpec},
+    device::{Compute, DeviceSpec, Directories},
     transport::loopback::Hub,
 };
 use tokio::sync::{mpsc, oneshot};
@@ -161,7 +161,7 @@ impl Options {
                 link_address: "127.0.0.1:0".parse().unwrap(),
                 hub: hub.clone(),
                 step_hook: self.hook.clone(),
-                spill_directory: Some(std::env::temp_dir()),
+                directories: Directories { spill: Some(std::env::temp_dir()), kernels: None },
             });
             let worker: Arc<dyn Worker> = Arc::new(worker.unwrap());
             Member { name: format!("worker-{rank}"), worker, rank, host: "127.0.0.1".into() }

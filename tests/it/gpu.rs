@@ -35,7 +35,7 @@ pub fn emulator() -> &'static Path {
         let build = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/emulator/build");
         let built = Command::new(build).arg(&directory).status().unwrap();
         assert!(built.success(), "the emulator could not be built: it needs a C++ compiler");
-        for library in ["libcuda.so", "libnvrtc.so", "libcublas.so", "libnccl.so.2"] {
+        for library in ["libcuda.so.1", "libcuda.so", "libnvrtc.so.13", "libcublas.so.13", "libnccl.so.2"] {
             let path = directory.join(library);
             // SAFETY: our own libraries, which do nothing when they are loaded. Who asks for one by name later gets this.
             let library = unsafe { libloading::Library::new(&path) }.unwrap();

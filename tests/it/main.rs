@@ -11,3 +11,5 @@ mod parity;
 mod processes;
 mod replicas;
 mod serving;
+#[cfg(feature = "cuda")]
+mod start;

@@ -38,6 +38,7 @@ impl Process {
     pub fn start_with(environment: &[(&str, &str)], args: &[&str], says: &str) -> Process {
         let mut child = Command::new(env!("CARGO_BIN_EXE_strata"))
             .args(args)
+            .env("STRATA_KERNEL_CACHE", "")
             .envs(environment.iter().copied())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())

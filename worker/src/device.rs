@@ -5,7 +5,7 @@ mod cuda;
 
 use std::{
     fmt,
-    path::Path,
+    path::{Path, PathBuf},
     str::FromStr,
     sync::{
         Mutex, PoisonError,
@@ -200,20 +200,30 @@ pub fn all() -> Vec<DeviceSpec> {
     gpus.into_iter().chain([DeviceSpec::cpu(None)]).collect()
 }
 
+/// Directories that a worker may write to.
+#[derive(Debug, Clone, Default)]
+pub struct Directories {
+    /// For weights that stay memory-mapped because they do not fit into memory.
+    pub spill: Option<PathBuf>,
+    /// For the compiled kernels of GPUs.
+    pub kernels: Option<PathBuf>,
+}
+
 /// What the devices offer. An uncapped CPU offers 90 % of the memory that is free now and held by nothing of ours, and
-/// 95 % of what is free on the disk of the directory `spill`; an uncapped GPU, its free memory but for a reserve.
+/// 95 % of what is free on the disk of the directory for what spills; an uncapped GPU, its free memory but for a reserve.
 ///
 /// # Errors
 /// If a GPU cannot be used.
 pub fn offers(
     specs: &[DeviceSpec],
     compute: Compute,
-    spill: Option<&Path>,
+    directories: &Directories,
     held: impl Fn(&str) -> Held,
 ) -> Result<Vec<Device>, WorkerError> {
     let (free, total) = memory();
     let processors = specs.iter().filter(|s| s.kind == DeviceKind::Cpu);
     let uncapped = processors.filter(|s| s.cap.is_none()).count().max(1) as u64;
+    let spill = directories.spill.as_deref();
     let on_disk = spill.map_or(0, free_on_disk);
     let Measured { bytes_per_second, rates } = measured(compute);
     let flops_per_second = rates.iter().map(|r| r.flops_per_second).fold(1.0, f64::max);
@@ -237,11 +247,12 @@ pub fn offers(
         nccl: false,
         spill_bytes: spill_bytes(spec),
         spill_directory: spill.map_or(String::new(), |directory| directory.display().to_string()),
+        libraries: Vec::new(),
     };
     let offer = |spec: &DeviceSpec| match spec.kind {
         DeviceKind::Cpu => Ok(processor(spec)),
         #[cfg(feature = "cuda")]
-        DeviceKind::Cuda => cuda::offer(spec, specs, &held),
+        DeviceKind::Cuda => cuda::offer(spec, specs, directories.kernels.as_deref(), &held),
         #[cfg(not(feature = "cuda"))]
         DeviceKind::Cuda => Err(WorkerError::BadMessage(no_cuda(&spec.id))),
     };
@@ -357,7 +368,9 @@ mod tests {
         let compute = Compute::shared_by(2);
         let held = |id: &str| Held { memory: 0, mapped: if id == "cpu:1" { 1 << 40 } else { 0 } };
         let offered = |spill: Option<&Path>| -> Vec<u64> {
-            offers(&specs, compute, spill, held).unwrap().iter().map(|device| device.spill_bytes).collect()
+            let directories = Directories { spill: spill.map(Path::to_owned), kernels: None };
+            let offers = offers(&specs, compute, &directories, held).unwrap();
+            offers.iter().map(|device| device.spill_bytes).collect()
         };
         let with = offered(Some(directory.path()));
         // Other processes write to the disk as well.

@@ -17,7 +17,7 @@ use tonic::{Status, async_trait};
 use uuid::Uuid;
 
 use crate::{
-    device::{self, Compute, DeviceSpec, Held},
+    device::{self, Compute, DeviceSpec, Directories, Held},
     error::WorkerError,
     model,
     stage::{Connect, Ends, MakeDownstream, MakeUpstream, Prepare, StageThread, StepHook},
@@ -95,8 +95,8 @@ pub struct WorkerConfig {
     pub hub: Arc<Hub>,
     /// Fault injection for tests.
     pub step_hook: Option<StepHook>,
-    /// Where weights may stay memory-mapped that do not fit into memory.
-    pub spill_directory: Option<PathBuf>,
+    /// Where it may write.
+    pub directories: Directories,
 }
 
 /// A worker.
@@ -131,8 +131,8 @@ impl LocalWorker {
             .devices
             .iter()
             .map(|d| {
-                let (hook, spill) = (config.step_hook.clone(), config.spill_directory.clone());
-                Ok((d.id.clone(), StageThread::spawn(d, config.compute, hook, spill)?))
+                let (hook, directories) = (config.step_hook.clone(), config.directories.clone());
+                Ok((d.id.clone(), StageThread::spawn(d, config.compute, hook, directories)?))
             })
             .collect::<Result<_, WorkerError>>()?;
         let worker = LocalWorker {
@@ -173,8 +173,7 @@ impl LocalWorker {
     }
 
     fn offers(&self) -> Result<Vec<strata_proto::Device>, WorkerError> {
-        let spill = self.config.spill_directory.as_deref();
-        device::offers(&self.config.devices, self.config.compute, spill, |id| {
+        device::offers(&self.config.devices, self.config.compute, &self.config.directories, |id| {
             self.stage(id).map_or(Held::default(), StageThread::held)
         })
     }

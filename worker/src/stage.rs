@@ -24,7 +24,7 @@ use tokio::sync::{
 use tonic::Status;
 
 use crate::{
-    device::{Compute, DeviceSpec, Held},
+    device::{Compute, DeviceSpec, Directories, Held},
     engine::{self, Allocated, Engine, Size},
     error::WorkerError,
     generation::{Generation, RunEnd},
@@ -113,7 +113,7 @@ impl StageThread {
         device: &DeviceSpec,
         compute: Compute,
         hook: Option<StepHook>,
-        spill: Option<PathBuf>,
+        directories: Directories,
     ) -> Result<Self, WorkerError> {
         let (commands, orders) = std_mpsc::channel();
         let (report, started) = std_mpsc::channel();
@@ -125,7 +125,7 @@ impl StageThread {
         let run = move || {
             cores.first().copied().map(core_affinity::set_for_current);
             // What belongs to a device is made where it is used.
-            let engine = match engine::on(&device, compute.cpu_on(&cores)) {
+            let engine = match engine::on(&device, compute.cpu_on(&cores), directories.kernels) {
                 Ok(engine) => engine,
                 Err(error) => return report.send(Err(error)).unwrap_or(()),
             };
@@ -135,7 +135,7 @@ impl StageThread {
                 begun,
                 engine,
                 hook,
-                spill,
+                spill: directories.spill,
                 spec: None,
                 bytes_read: 0,
                 generation: None,

@@ -78,6 +78,7 @@ pub(crate) fn device(kind: DeviceKind, id: &str, budget: u64, capped: bool) -> O
         nccl: false,
         spill_bytes: 0,
         spill_directory: String::new(),
+        libraries: Vec::new(),
     };
     Offer { worker: "w".into(), host: "h".into(), device }
 }

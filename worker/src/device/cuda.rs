@@ -1,6 +1,7 @@
 //! What GPUs offer: memory, neighbours, and speeds, measured by the kernels that will do the work.
 
 use std::{
+    path::Path,
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -36,12 +37,13 @@ pub(super) fn specs() -> Vec<DeviceSpec> {
 pub(super) fn offer(
     spec: &DeviceSpec,
     specs: &[DeviceSpec],
+    kernel_cache: Option<&Path>,
     held: impl Fn(&str) -> Held,
 ) -> Result<Device, WorkerError> {
     let failed = |e: CudaError| WorkerError::WrongState(format!("device {}: {e}", spec.id));
     let GpuInfo { uuid, capability, free_bytes, total_bytes, peers, .. } =
         cuda::info(spec.ordinal()).map_err(failed)?;
-    let Measured { bytes_per_second, rates } = measured(spec.ordinal()).map_err(failed)?;
+    let Measured { bytes_per_second, rates } = measured(spec.ordinal(), kernel_cache).map_err(failed)?;
     let shares = specs.iter().filter(|s| s.kind == DeviceKind::Cuda && s.ordinal() == spec.ordinal());
     let uncapped = shares.filter(|s| s.cap.is_none()).count().max(1) as u64;
     let free = free_bytes.saturating_sub(RESERVE) / uncapped + held(&spec.id).memory;
@@ -61,6 +63,7 @@ pub(super) fn offer(
         nccl: nccl::is_there(),
         spill_bytes: 0,
         spill_directory: String::new(),
+        libraries: cuda::libraries().map_err(failed)?,
     })
 }
 
@@ -80,13 +83,13 @@ const K: usize = 4096;
 const SLOW: Duration = Duration::from_millis(20);
 
 /// Measures once per process and GPU, in some tens of milliseconds.
-fn measured(ordinal: usize) -> Result<Measured, CudaError> {
+fn measured(ordinal: usize, kernel_cache: Option<&Path>) -> Result<Measured, CudaError> {
     static MEASURED: Mutex<Vec<(usize, Measured)>> = Mutex::new(Vec::new());
     let mut known = MEASURED.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some((_, measured)) = known.iter().find(|(o, _)| *o == ordinal) {
         return Ok(measured.clone());
     }
-    let gpu = Gpu::open(ordinal)?;
+    let gpu = Gpu::open(ordinal)?.keeping_kernels_in(kernel_cache.map(Path::to_owned));
     let bytes = (N * K * 4) as u64;
     let (weight, x) = (Memory::new(&gpu.context, bytes)?, Memory::new(&gpu.context, bytes)?);
     let copy = seconds(&gpu, || memory::copy(&gpu.stream, x.ptr(), weight.ptr(), bytes))?;

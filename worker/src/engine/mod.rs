@@ -4,7 +4,10 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 
-use std::{ops::ControlFlow, path::Path};
+use std::{
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+};
 
 use strata_proto::DeviceKind;
 
@@ -133,15 +136,20 @@ pub(crate) struct Candidate {
     pub logit: f32,
 }
 
-/// The engine of a device; `cpu` computes where the device does not.
+/// The engine of a device; `cpu` computes where the device does not, and `kernels` is a directory for compiled kernels.
 ///
 /// # Errors
 /// If the device cannot be used.
-pub(crate) fn on(device: &DeviceSpec, cpu: Cpu) -> Result<Box<dyn Engine>, WorkerError> {
+pub(crate) fn on(
+    device: &DeviceSpec,
+    cpu: Cpu,
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only GPUs compile kernels"))]
+    kernels: Option<PathBuf>,
+) -> Result<Box<dyn Engine>, WorkerError> {
     match device.kind {
         DeviceKind::Cpu => Ok(Box::new(cpu::CpuEngine::new(cpu))),
         #[cfg(feature = "cuda")]
-        DeviceKind::Cuda => Ok(Box::new(cuda::CudaEngine::new(device, cpu)?)),
+        DeviceKind::Cuda => Ok(Box::new(cuda::CudaEngine::new(device, cpu, kernels)?)),
         #[cfg(not(feature = "cuda"))]
         DeviceKind::Cuda => Err(WorkerError::BadMessage(crate::device::no_cuda(&device.id))),
     }

@@ -9,7 +9,10 @@ mod pass;
 mod state;
 mod weights;
 
-use std::{ops::ControlFlow, path::Path};
+use std::{
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+};
 
 use self::{
     state::{Checked, State},
@@ -37,10 +40,10 @@ pub(super) struct CudaEngine {
 }
 
 impl CudaEngine {
-    /// Opens the GPU that `device` names.
-    pub fn new(device: &DeviceSpec, cpu: Cpu) -> Result<Self, WorkerError> {
+    /// Opens the GPU that `device` names; compiled kernels are kept in the directory `kernels`, if there is one.
+    pub fn new(device: &DeviceSpec, cpu: Cpu, kernels: Option<PathBuf>) -> Result<Self, WorkerError> {
         let failed = |e: CudaError| WorkerError::WrongState(format!("device {}: {e}", device.id));
-        let gpu = Gpu::open(device.ordinal()).map_err(failed)?;
+        let gpu = Gpu::open(device.ordinal()).map_err(failed)?.keeping_kernels_in(kernels);
         let GpuInfo { name, capability: (major, minor), free_bytes, total_bytes, .. } =
             cuda::info(device.ordinal()).map_err(failed)?;
         tracing::info!(

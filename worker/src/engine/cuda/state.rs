@@ -1,7 +1,7 @@
 //! What a stage on a GPU keeps between steps: cache, scratch, and recorded steps; and the way of a step's inputs and
 //! results between host and GPU.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use cudarc::driver::{CudaGraph, sys};
 use strata_proto::DType;
@@ -15,7 +15,7 @@ use crate::{
     kernels::{
         cpu::Cpu,
         cuda::{
-            CudaError, DeviceRows, Doing, Gpu,
+            self, CudaError, DeviceRows, Doing, Gpu,
             launch::{Kernels, MAX_ACTIVE, MAX_CANDIDATES, RawCache},
             memory::{self, Arena, Memory, Pinned, Ptr},
             rows::Slots,
@@ -149,12 +149,15 @@ impl State {
                 Ok(RawCache { keys: memory.take(half)?, values: memory.take(half)? })
             })
             .collect::<Result<_, CudaError>>()?;
-        let mut kernels = HashMap::new();
-        for layer in &tower.layers[spec.layers.first as usize..spec.layers.end as usize] {
-            let head_dim = layer.attention.head_dim;
-            if let std::collections::hash_map::Entry::Vacant(free) = kernels.entry(head_dim) {
-                free.insert(gpu.kernels(element, head_dim)?);
-            }
+        let layers = &tower.layers[spec.layers.first as usize..spec.layers.end as usize];
+        let head_dims: BTreeSet<_> = layers.iter().map(|layer| layer.attention.head_dim).collect();
+        let head_dims = Vec::from_iter(head_dims);
+        gpu.compile(element, &head_dims)?;
+        let kernels = head_dims.iter().map(|width| Ok((*width, gpu.kernels(element, *width)?)));
+        let kernels = kernels.collect::<Result<_, CudaError>>()?;
+        let (compiled, read) = cuda::counts();
+        tracing::info!("kernels: {compiled} compiled, {read} from the cache");
+        for layer in layers {
             // The pairs of one token and its experts must have room.
             let most = MAX_ACTIVE.min(padded(size.tokens));
             if let Ffn::Moe(moe) = layer.ffn

@@ -2,16 +2,13 @@
 
 use std::sync::Arc;
 
-use cudarc::{
-    driver::{CudaFunction, CudaModule, DeviceRepr, DriverError, sys::CUfunction_attribute},
-    nvrtc::{self, CompileError, CompileOptions},
-};
+use cudarc::driver::{CudaFunction, CudaModule, DeviceRepr, DriverError, sys::CUfunction_attribute};
 use strata_proto::DType;
 
-use super::{CudaError, memory::Ptr};
+use super::memory::Ptr;
 
 /// One translation unit, in this order.
-const SOURCES: [&str; 6] = [
+pub(super) const SOURCES: [&str; 6] = [
     include_str!("source/common.cu"),
     include_str!("source/rows.cu"),
     include_str!("source/product.cu"),
@@ -34,29 +31,9 @@ pub(crate) fn element_number(dtype: DType) -> i32 {
     }
 }
 
-/// Compiles the kernels.
-pub(super) fn compile(
-    capability: (i32, i32),
-    element: DType,
-    head_dim: usize,
-) -> Result<nvrtc::Ptx, CudaError> {
-    let options = CompileOptions {
-        options: vec![
-            format!("--gpu-architecture=compute_{}{}", capability.0, capability.1),
-            "--std=c++17".into(),
-            format!("-DELEMENT={}", element_number(element)),
-            format!("-DHEAD_DIM={head_dim}"),
-        ],
-        name: Some("strata.cu".into()),
-        ..Default::default()
-    };
-    nvrtc::compile_ptx_with_opts(SOURCES.concat(), options).map_err(|error| CudaError::Compile {
-        capability: format!("{}.{}", capability.0, capability.1),
-        log: match error {
-            CompileError::CompileError { log, .. } => log.to_string_lossy().into_owned(),
-            other => format!("{other:?}"),
-        },
-    })
+/// What the compiler is told, besides what machine code to make.
+pub(super) fn options(element: DType, head_dim: usize) -> [String; 3] {
+    ["--std=c++17".into(), format!("-DELEMENT={}", element_number(element)), format!("-DHEAD_DIM={head_dim}")]
 }
 
 /// Declares the kernels by name.

@@ -3,43 +3,57 @@
 //! The libraries of CUDA are loaded when they are first needed, so one binary runs with and without GPUs. A `Gpu` belongs
 //! to one stage thread; everything it does goes through one stream, in order.
 
+mod compile;
+mod disk;
 pub(crate) mod launch;
+mod library;
 pub(crate) mod memory;
 pub(crate) mod product;
 pub(crate) mod rows;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use std::{
-    collections::HashMap,
-    ffi::c_void,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
-};
+use std::{ffi::c_void, path::PathBuf, sync::Arc};
 
 use cudarc::{
     cublas,
     driver::{self, CudaContext, CudaStream, DriverError, sys::CUdevice_attribute},
-    nvrtc,
+    nvrtc::Ptx,
 };
-use strata_proto::DType;
+use strata_proto::{DType, Library};
 
 pub use self::rows::DeviceRows;
+pub(crate) use self::{compile::counts, library::path_of};
 use self::{
     launch::Kernels,
+    library::{Cuda, cuda, cuda_version, has_driver},
     memory::{Memory, Ptr},
 };
 
 /// What a GPU could not do.
 #[derive(Debug, thiserror::Error)]
 pub enum CudaError {
-    /// A library is not there.
-    #[error("{0} was not found: install the NVIDIA driver and CUDA's libraries, or use --devices cpu")]
-    NoLibrary(&'static str),
+    /// A library is not there, or of another installation than the others.
+    #[error("{0}")]
+    Library(String),
     /// The driver refused, or a kernel failed.
     #[error("{doing}: {source}")]
     Driver {
         /// What was being done.
         doing: &'static str,
+        /// The driver's reason.
+        source: DriverError,
+    },
+    /// The driver does not take what the compiler makes.
+    #[error(
+        "the driver, for CUDA {driver}, does not take kernels from {compiler}: {source}; install a driver for that version of \
+         CUDA or a newer one, or put a libnvrtc of CUDA {driver} or an older one first in LD_LIBRARY_PATH"
+    )]
+    Kernels {
+        /// The driver's version of CUDA.
+        driver: String,
+        /// The compiler, with version and path.
+        compiler: String,
         /// The driver's reason.
         source: DriverError,
     },
@@ -66,8 +80,8 @@ pub enum CudaError {
         bytes: u64,
     },
     /// cuBLAS refused.
-    #[error("cuBLAS: {0:?}")]
-    Blas(cublas::sys::cublasStatus_t),
+    #[error("cuBLAS: {0}")]
+    Blas(String),
     /// A GPU that is too old.
     #[error("GPU {name} has compute capability {major}.{minor}: expected 8.0 or more; use --devices cpu")]
     TooOld {
@@ -130,25 +144,6 @@ pub struct GpuInfo {
     pub peers: Vec<String>,
 }
 
-/// Whether there is a driver; calling one that is not there would panic.
-fn has_driver() -> bool {
-    static THERE: OnceLock<bool> = OnceLock::new();
-    // SAFETY: loading the library runs its initialisers, which are made for it.
-    *THERE.get_or_init(|| unsafe { driver::sys::is_culib_present() })
-}
-
-/// Makes sure that all libraries are there which a stage needs.
-fn libraries() -> Result<(), CudaError> {
-    static MISSING: OnceLock<Option<&str>> = OnceLock::new();
-    let missing = MISSING.get_or_init(|| {
-        // SAFETY: as in `has_driver`.
-        let (compiler, blas) = unsafe { (nvrtc::sys::is_culib_present(), cublas::sys::is_culib_present()) };
-        let all = [("libcuda.so.1", has_driver()), ("libnvrtc.so", compiler), ("libcublas.so", blas)];
-        all.into_iter().find(|(_, there)| !there).map(|(name, _)| name)
-    });
-    missing.map_or(Ok(()), |name| Err(CudaError::NoLibrary(name)))
-}
-
 /// How many GPUs this machine has; none where there is no driver.
 ///
 /// # Errors
@@ -169,7 +164,7 @@ pub fn count() -> Result<usize, CudaError> {
 /// # Errors
 /// If there is no such GPU, or it does not work.
 pub fn info(ordinal: usize) -> Result<GpuInfo, CudaError> {
-    libraries()?;
+    cuda()?;
     let count = count()?;
     if ordinal >= count {
         return Err(CudaError::NoGpu { ordinal, count });
@@ -191,6 +186,14 @@ pub fn info(ordinal: usize) -> Result<GpuInfo, CudaError> {
         total_bytes: total as u64,
         peers,
     })
+}
+
+/// The libraries that GPUs are used by, NCCL included if it is there.
+///
+/// # Errors
+/// If one is missing that every stage needs.
+pub fn libraries() -> Result<Vec<Library>, CudaError> {
+    Ok(cuda()?.libraries())
 }
 
 fn uuid(device: driver::sys::CUdevice) -> Result<String, CudaError> {
@@ -220,12 +223,15 @@ pub(crate) struct Gpu {
     blas: Blas,
     pub multiprocessors: u32,
     pub capability: (i32, i32),
+    cuda: &'static Cuda,
+    /// Where compiled kernels are kept.
+    kernel_cache: Option<PathBuf>,
 }
 
 impl Gpu {
     /// Opens a GPU, with a stream of its own.
     pub fn open(ordinal: usize) -> Result<Self, CudaError> {
-        libraries()?;
+        let cuda = cuda()?;
         let context = CudaContext::new(ordinal).doing("opening a GPU")?;
         // SAFETY: no buffer of this context is tracked; order comes from using one stream, and from waiting for it.
         unsafe { context.disable_event_tracking() };
@@ -237,27 +243,49 @@ impl Gpu {
         let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors = context.attribute(count).doing("asking for multiprocessors")? as u32;
         let stream = context.new_stream().doing("making a stream")?;
-        let blas = Blas::new(&context, &stream)?;
-        Ok(Gpu { context, stream, blas, multiprocessors, capability })
+        let blas = Blas::new(cuda, &context, &stream)?;
+        Ok(Gpu { context, stream, blas, multiprocessors, capability, cuda, kernel_cache: None })
+    }
+
+    /// The same, which keeps compiled kernels in a directory, if there is one.
+    pub fn keeping_kernels_in(mut self, directory: Option<PathBuf>) -> Self {
+        self.kernel_cache = directory;
+        self
     }
 
     /// The kernels for a format and a width of heads, compiled at most once per process.
     pub fn kernels(&self, element: DType, head_dim: usize) -> Result<Kernels, CudaError> {
-        type Key = ((i32, i32), DType, usize);
-        static COMPILED: Mutex<Option<HashMap<Key, nvrtc::Ptx>>> = Mutex::new(None);
-        let mut compiled = COMPILED.lock().unwrap_or_else(PoisonError::into_inner);
-        let compiled = compiled.get_or_insert_default();
-        let key = (self.capability, element, head_dim);
-        let ptx = match compiled.get(&key) {
-            Some(ptx) => ptx.clone(),
-            None => {
-                let ptx = launch::compile(self.capability, element, head_dim)?;
-                compiled.insert(key, ptx.clone());
-                ptx
-            }
-        };
-        let module = self.context.load_module(ptx).doing("loading kernels")?;
+        use driver::sys::cudaError_enum as E;
+        let directory = self.kernel_cache.as_deref();
+        let image = compile::kernels(self.cuda, self.capability, element, head_dim, directory)?;
+        let module =
+            self.context.load_module(Ptx::from_binary(image.to_vec())).map_err(|source| match source.0 {
+                E::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+                | E::CUDA_ERROR_NO_BINARY_FOR_GPU
+                | E::CUDA_ERROR_INVALID_IMAGE
+                | E::CUDA_ERROR_INVALID_PTX => CudaError::Kernels {
+                    driver: cuda_version(self.cuda.driver),
+                    compiler: self.cuda.named("NVRTC"),
+                    source,
+                },
+                _ => CudaError::Driver { doing: "loading kernels", source },
+            })?;
         Kernels::load(&module, element, head_dim).doing("finding a kernel")
+    }
+
+    /// Makes the kernels for several widths of heads ready, those that have to be compiled at once.
+    pub fn compile(&self, element: DType, head_dims: &[usize]) -> Result<(), CudaError> {
+        let (cuda, capability, directory) = (self.cuda, self.capability, self.kernel_cache.as_deref());
+        let one = |head_dim| compile::kernels(cuda, capability, element, head_dim, directory).map(|_| ());
+        std::thread::scope(|scope| {
+            let others = head_dims.iter().skip(1).map(|head_dim| scope.spawn(|| one(*head_dim)));
+            let others: Vec<_> = others.collect();
+            let first = head_dims.first().map_or(Ok(()), |head_dim| one(*head_dim));
+            let joined = |thread: std::thread::ScopedJoinHandle<'_, _>| {
+                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            others.into_iter().map(joined).fold(first, Result::and)
+        })
     }
 
     /// Waits until all that was asked for is done.
@@ -279,7 +307,7 @@ impl Gpu {
         // SAFETY: the pointers are buffers of this GPU that hold such matrices, which the caller promises; work on them is
         // ordered by the stream that the handle has.
         let done = unsafe {
-            cublas::result::gemm_ex(
+            (self.cuda.blas.gemm)(
                 self.blas.handle,
                 // cuBLAS counts by columns: it sees all three matrices transposed.
                 sys::cublasOperation_t::CUBLAS_OP_T,
@@ -302,7 +330,7 @@ impl Gpu {
                 sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
             )
         };
-        done.map_err(|e| CudaError::Blas(e.0))
+        self.cuda.blas.check(done)
     }
 }
 
@@ -328,23 +356,24 @@ pub(crate) struct Gemm {
 
 /// A handle of cuBLAS, with memory of its own, so that it allocates none while a step runs.
 struct Blas {
+    calls: &'static library::BlasCalls,
     handle: cublas::sys::cublasHandle_t,
     _workspace: Memory,
 }
 
 impl Blas {
-    fn new(context: &Arc<CudaContext>, stream: &CudaStream) -> Result<Self, CudaError> {
+    fn new(cuda: &'static Cuda, context: &Arc<CudaContext>, stream: &CudaStream) -> Result<Self, CudaError> {
         let workspace = Memory::new(context, BLAS_WORKSPACE)?;
-        let failed = |e: cublas::result::CublasError| CudaError::Blas(e.0);
-        let handle = cublas::result::create_handle().map_err(failed)?;
-        let blas = Blas { handle, _workspace: workspace };
+        let calls = &cuda.blas;
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: the pointer is of a handle, which is used only if it was made.
+        calls.check(unsafe { (calls.create)(&mut handle) })?;
+        let blas = Blas { calls, handle, _workspace: workspace };
         // SAFETY: the stream outlives the handle (the GPU owns both), and so does the workspace.
         unsafe {
-            cublas::result::set_stream(handle, stream.cu_stream().cast()).map_err(failed)?;
+            calls.check((calls.set_stream)(handle, stream.cu_stream().cast()))?;
             let at: *mut c_void = blas._workspace.ptr().raw().cast_mut();
-            cublas::sys::cublasSetWorkspace_v2(handle, at, BLAS_WORKSPACE as usize)
-                .result()
-                .map_err(failed)?;
+            calls.check((calls.set_workspace)(handle, at, BLAS_WORKSPACE as usize))?;
         }
         Ok(blas)
     }
@@ -353,6 +382,6 @@ impl Blas {
 impl Drop for Blas {
     fn drop(&mut self) {
         // SAFETY: made in `new`, used nowhere else.
-        let _ = unsafe { cublas::result::destroy_handle(self.handle) };
+        unsafe { (self.calls.destroy)(self.handle) };
     }
 }

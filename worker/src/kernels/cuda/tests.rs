@@ -30,7 +30,7 @@ pub(crate) fn emulator() {
         let directory = root.join("target/tmp/emulator");
         let built = Command::new(root.join("tests/emulator/build")).arg(&directory).status().unwrap();
         assert!(built.success(), "the emulator could not be built: it needs a C++ compiler");
-        for library in ["libcuda.so", "libnvrtc.so", "libcublas.so", "libnccl.so.2"] {
+        for library in ["libcuda.so.1", "libcuda.so", "libnvrtc.so.13", "libcublas.so.13", "libnccl.so.2"] {
             // SAFETY: our own libraries, which do nothing when they are loaded.
             let library = unsafe { libloading::Library::new(directory.join(library)) };
             std::mem::forget(library.unwrap());

@@ -9,7 +9,7 @@ use std::{
 use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclConfig_t, ncclDataType_t, ncclResult_t, ncclUniqueId};
 use libloading::Library;
 
-use crate::transport::LinkError;
+use crate::{kernels::cuda, transport::LinkError};
 
 /// Where NCCL is looked for.
 const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
@@ -34,6 +34,7 @@ pub(super) struct Nccl {
     pub recv: Receive,
     pub async_error: unsafe extern "C" fn(ncclComm_t, *mut ncclResult_t) -> ncclResult_t,
     pub abort: unsafe extern "C" fn(ncclComm_t) -> ncclResult_t,
+    version: unsafe extern "C" fn(*mut c_int) -> ncclResult_t,
     _library: Library,
 }
 
@@ -60,10 +61,24 @@ impl Nccl {
                 recv: *library.get(b"ncclRecv").ok()?,
                 async_error: *library.get(b"ncclCommGetAsyncError").ok()?,
                 abort: *library.get(b"ncclCommAbort").ok()?,
+                version: *library.get(b"ncclGetVersion").ok()?,
                 _library: library,
             })
         }
     }
+}
+
+/// NCCL for people, if it is there.
+pub(crate) fn description() -> Option<strata_proto::Library> {
+    let nccl = Nccl::get().ok()?;
+    let mut number = 0;
+    // SAFETY: the pointer is of a number that lives on.
+    unsafe { (nccl.version)(&mut number) };
+    Some(strata_proto::Library {
+        name: "NCCL".into(),
+        version: format!("{}.{}.{}", number / 10_000, number % 10_000 / 100, number % 100),
+        path: cuda::path_of(nccl.version as *const c_void),
+    })
 }
 
 /// Whether NCCL can be used.

@@ -19,7 +19,7 @@ use crate::interrupt::Interrupt;
 #[cfg(feature = "cuda")]
 pub(crate) use device::mint_id;
 #[cfg(feature = "cuda")]
-pub(crate) use library::is_there;
+pub(crate) use library::{description, is_there};
 
 /// Bytes of the id that brings two ranks together.
 pub(crate) const ID_BYTES: usize = 128;
