@@ -135,7 +135,8 @@ fn libraries_are_opened_by_names_with_a_version_and_shown() {
         std::os::unix::fs::symlink(other, decoys.path().join(name)).unwrap();
     }
     let path = format!("{}:{}", decoys.path().display(), emulator().display());
-    let serve = ["serve", model("shakespeare").to_str().unwrap(), "--port", "0", "--devices", "cuda:0=64MiB"];
+    let model = model("shakespeare");
+    let serve = ["serve", model.to_str().unwrap(), "--port", "0", "--devices", "cuda:0=64MiB"];
     let server = Process::start_with(&[("LD_LIBRARY_PATH", &path)], &serve, "ready ");
     let status = |more: &[&str]| {
         let args = [&["status", "--address", &server.address], more].concat();
