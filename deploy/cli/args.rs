@@ -421,7 +421,16 @@ pub struct BenchArgs {
     /// Tokens of each answer
     #[arg(long, env = "STRATA_MAX_TOKENS", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_tokens: u32,
-    /// Seed of the prompts
+    /// 0 is greedy
+    #[arg(long, env = "STRATA_TEMPERATURE", default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Keep only this many most likely tokens; 0 is all
+    #[arg(long, env = "STRATA_TOP_K", default_value_t = 0)]
+    pub top_k: u32,
+    /// Keep the smallest set of tokens of this probability
+    #[arg(long, env = "STRATA_TOP_P", default_value_t = 1.0)]
+    pub top_p: f32,
+    /// Seed of the prompts, and of the sampler
     #[arg(long, env = "STRATA_SEED", default_value_t = 0)]
     pub seed: u64,
     /// Print one JSON object per measurement

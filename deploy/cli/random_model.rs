@@ -2,8 +2,12 @@
 
 use std::{
     fs::{self, File},
-    io::{BufWriter, Write},
+    io::{self, Write},
+    os::unix::fs::FileExt,
+    panic::resume_unwind,
     path::Path,
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
 };
 
 use anyhow::{Context, bail};
@@ -141,36 +145,70 @@ fn weights(path: &Path, model: &Llama, seed: u64) -> anyhow::Result<()> {
     }
     let mut header = Value::from(header).to_string();
     header += &" ".repeat(header.len().next_multiple_of(8) - header.len());
-    let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    let mut file = File::create(path)?;
     file.write_all(&(header.len() as u64).to_le_bytes())?;
     file.write_all(header.as_bytes())?;
+    let chunks = chunks(&tensors, 8 + header.len());
 
     let style = ProgressStyle::with_template("{bar:32} {bytes:>11} / {total_bytes:11} {bytes_per_sec}");
     let bar = ProgressBar::new(end as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-    let mut state = seed;
-    for (_, shape) in &tensors {
-        let count: usize = shape.iter().product();
-        for first in (0..count).step_by(CHUNK) {
-            let values = (first..count.min(first + CHUNK)).map(|_| match shape.len() {
-                1 => bf16::ONE,
-                _ => bf16::from_f32(0.02 * normal(&mut state)),
-            });
-            let bytes: Vec<u8> = values.flat_map(bf16::to_le_bytes).collect();
-            file.write_all(&bytes)?;
+    let next = AtomicUsize::new(0);
+    let write = || -> io::Result<()> {
+        while let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let bytes: Vec<u8> = (0..chunk.values).flat_map(|i| chunk.value(seed, i).to_le_bytes()).collect();
+            file.write_all_at(&bytes, chunk.at as u64)?;
             bar.inc(bytes.len() as u64);
         }
-    }
+        Ok(())
+    };
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    thread::scope(|scope| {
+        let writers: Vec<_> = (0..threads).map(|_| scope.spawn(write)).collect();
+        let ends = writers.into_iter().map(|w| w.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        ends.collect::<io::Result<()>>()
+    })?;
     bar.finish_and_clear();
-    Ok(file.flush()?)
+    Ok(())
 }
 
-/// Values that are written at once.
+/// Values that a thread writes at once.
 const CHUNK: usize = 1 << 19;
 
-/// About a standard normal deviate: the sum of four uniform ones, from SplitMix64.
-fn normal(state: &mut u64) -> f32 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mut z = *state;
+/// Values that are beside each other in the file.
+struct Chunk {
+    /// Where they begin in the file, in bytes.
+    at: usize,
+    values: usize,
+    /// How many values were drawn before the first of them; None where all are 1.
+    drawn: Option<u64>,
+}
+
+impl Chunk {
+    /// The `i`-th of them, whoever asks for it and in whatever order.
+    fn value(&self, seed: u64, i: usize) -> bf16 {
+        self.drawn.map_or(bf16::ONE, |drawn| bf16::from_f32(0.02 * normal(seed, drawn + i as u64)))
+    }
+}
+
+/// All values of all tensors, which begin at a place of the file.
+fn chunks(tensors: &[(String, Vec<usize>)], mut at: usize) -> Vec<Chunk> {
+    let (mut chunks, mut drawn) = (Vec::new(), 0);
+    for (_, shape) in tensors {
+        let count: usize = shape.iter().product();
+        for first in (0..count).step_by(CHUNK) {
+            let values = CHUNK.min(count - first);
+            let random = shape.len() > 1;
+            chunks.push(Chunk { at, values, drawn: random.then_some(drawn) });
+            at += 2 * values;
+            drawn += if random { values as u64 } else { 0 };
+        }
+    }
+    chunks
+}
+
+/// About a standard normal deviate, the `index`-th one: the sum of four uniform ones, from SplitMix64.
+fn normal(seed: u64, index: u64) -> f32 {
+    let mut z = seed.wrapping_add((index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^= z >> 31;
@@ -194,5 +232,15 @@ mod tests {
         let eight = Shape::Llama8b.llama();
         assert_eq!(eight.config()["max_position_embeddings"], 8192);
         assert_eq!(eight.width / eight.heads, 128);
+    }
+
+    #[test]
+    fn chunks_cover_the_file_and_draw_each_value_once() {
+        let tensors = [("a".to_owned(), vec![3, CHUNK]), ("b".to_owned(), vec![5]), ("c".to_owned(), vec![2, 4])];
+        let found: Vec<_> = chunks(&tensors, 100).iter().map(|c| (c.at, c.values, c.drawn)).collect();
+        let [whole, drawn] = [2 * CHUNK, CHUNK as u64];
+        let end = 100 + 3 * whole;
+        let first = [0, 1, 2].map(|i| (100 + i * whole, CHUNK, Some(i as u64 * drawn)));
+        assert_eq!(found, [&first[..], &[(end, 5, None), (end + 10, 8, Some(3 * drawn))]].concat());
     }
 }
