@@ -54,9 +54,9 @@ def norm(values):
 class Decoder:
     """What is asked of a decoder, and how answers are compared: by position, a token and the likeliest ones' scores."""
 
-    def __init__(self, prompts):
+    def __init__(self, prompts, of_logits=None):
         self.prompts = prompts
-        self.spread = statistics.mean(spread(p["last_row"]) for p in prompts)
+        self.spread = of_logits or statistics.mean(spread(p["last_row"]) for p in prompts)
 
     def ask(self, server):
         with concurrent.futures.ThreadPoolExecutor(len(self.prompts)) as pool:

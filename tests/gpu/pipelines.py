@@ -74,7 +74,7 @@ def linked(run, what, workers, link, name):
         same = [answer == p["greedy_ids"] for answer, p in zip(answers, prompts * COPIES, strict=True)]
         note = ""
         if name == "shakespeare":
-            report = server.bench("--requests", 2, "--prompt-tokens", 8, "--max-tokens", 32)
+            report = server.bench("--requests", 2, "--prompt-tokens", 8, "--max-tokens", 32)[0]
             note = f", {report['inter_token_ms']['p50']:.2f} ms per token"
         run.row(f"pipeline {what}, {link}: {name}", "transformers' tokens in all answers",
                 f"in {sum(same)} of {len(same)}{note}", all(same))

@@ -9,39 +9,54 @@ import json
 import os
 import pathlib
 import subprocess
+import sys
 import sysconfig
 import threading
 import time
+import traceback
 
-# A server compiles its kernels before it answers.
-START_SECONDS = 120
-LOG_BYTES = 12_000
+# Of one log, and of all: what is brought back is small.
+LOG_BYTES, LOGS_BYTES = 400_000, 12_000_000
+# What ends a check, and not the run.
+UNFIT = (subprocess.SubprocessError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ArithmeticError)
 
 
 class Failure(Exception):
     """Something did not do what it should; the reason."""
 
 
-class Run:
-    """One run of the checks: the binary, the time that is left, the processes, and the table of what was found."""
+class Spent(Failure):
+    """The time of the whole run is over."""
 
-    def __init__(self, strata, models, out, work, budget, patience):
+
+class Stop(Failure):
+    """What all that follows stands on does not hold."""
+
+
+class Run:
+    """One run of the checks: the binary, the time that is left, the processes, and the table of what was found.
+
+    `load` is how many seconds a server may take to compile and to load, `patience` how many an answer may take.
+    """
+
+    def __init__(self, strata, models, out, work, budget, load, patience):
         self.strata, self.models, self.out, self.work = strata, models, out, work
-        self.deadline, self.patience = time.monotonic() + budget, patience
-        self.rows, self.lock, self.processes = [], threading.Lock(), []
+        self.deadline, self.load, self.patience = time.monotonic() + budget, load, patience
+        self.rows, self.missed, self.lock, self.processes = [], 0, threading.Lock(), []
         self.started = itertools.count()
         out.mkdir(parents=True, exist_ok=True)
         (work / "logs").mkdir(parents=True)
         (out / "logs.txt").write_text("")
         (out / "results.txt").write_text("")
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("STRATA_")}
-        self.environment |= {"STRATA_LOG": "info", "LD_LIBRARY_PATH": library_path()}
+        self.environment |= {"STRATA_LOG": "info", "STRATA_KERNEL_CACHE": str(work / "kernels"),
+                             "LD_LIBRARY_PATH": library_path()}
 
     def within(self, seconds):
         """So many seconds, or what is left of the whole run's."""
         left = self.deadline - time.monotonic()
         if left <= 1:
-            raise Failure("the budget of time is spent")
+            raise Spent("the time is spent")
         return min(seconds, left)
 
     def say(self, line):
@@ -63,14 +78,24 @@ class Run:
         """Turns what goes wrong inside into a failed row."""
         try:
             yield
-        except (Failure, subprocess.SubprocessError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        except Stop:
+            raise
+        except (Failure, *UNFIT) as error:
+            if time.monotonic() > self.deadline - 1:
+                self.missed += 1
+                return self.say(f"| {what} | an answer | the time was spent before | not reached |")
             reason = str(error) if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
             self.row(what, "an answer", " ".join(reason.split())[:600], False)
+            if not isinstance(error, Failure):
+                self.log(what, traceback.format_exc())
 
     def log(self, title, text):
-        """Keeps the end of a log."""
+        """Keeps a log: of a long one the beginning and the end."""
         with self.lock, (self.out / "logs.txt").open("a") as file:
-            file.write(f"==== {title}\n{text[-LOG_BYTES:]}\n")
+            keep = min(LOG_BYTES, max(4000, LOGS_BYTES - file.tell()))
+            if len(text) > keep:
+                text = f"{text[:keep // 4]}\n[...]\n{text[-3 * keep // 4:]}"
+            file.write(f"==== {title}\n{text}\n")
 
     def call(self, *arguments, seconds=None):
         """Standard output of a command of the binary, for which there is the run's patience unless told otherwise."""
@@ -78,6 +103,7 @@ class Run:
         done = subprocess.run(command, capture_output=True, text=True, env=self.environment,
                               timeout=self.within(seconds or self.patience))
         if done.returncode:
+            self.log(" ".join(map(str, arguments)), done.stderr)
             raise Failure(f"{' '.join(map(str, arguments))[:80]}: {done.stderr.strip()[-400:]}")
         return done.stdout
 
@@ -88,30 +114,38 @@ class Run:
 
 
 class Process:
-    """A server of the binary; `address` is what it says on standard output."""
+    """A server of the binary; `address` is what it says on standard output, `seconds` is how long that took.
 
-    def __init__(self, run, arguments, environment=None):
+    `under` is a command that runs it, such as a debugger.
+    """
+
+    def __init__(self, run, arguments, environment=None, under=(), load=None):
+        begun = time.monotonic()
         self.run, self.title = run, " ".join(map(str, arguments))
         self.path = run.work / "logs" / f"{next(run.started)}-{arguments[0]}.txt"
-        self.address, said = None, threading.Event()
+        # What it says on standard output, and whether that has ended.
+        self.address, self.lines, self.ended, said = None, [], threading.Event(), threading.Event()
         with self.path.open("w") as log:
-            self.child = subprocess.Popen([run.strata, *map(str, arguments)], stdout=subprocess.PIPE, stderr=log,
-                                          text=True, env=run.environment | (environment or {}))
+            self.child = subprocess.Popen([*under, run.strata, *map(str, arguments)], stdout=subprocess.PIPE,
+                                          stderr=log, text=True, env=run.environment | (environment or {}))
         with run.lock:
             run.processes.append(self)
 
         def read():
             for line in self.child.stdout:
+                self.lines.append(line.rstrip("\n"))
                 if line.startswith(("ready ", "listening ")):
                     self.address = line.split()[1]
                     said.set()
             said.set()
+            self.ended.set()
 
         threading.Thread(target=read, daemon=True).start()
-        if not said.wait(run.within(START_SECONDS)) or self.address is None:
-            log = self.log()
+        if not said.wait(run.within(load or run.load)) or self.address is None:
+            waited, log = time.monotonic() - begun, self.log()
             self.close()
-            raise Failure(f"{self.title} did not start: {log.strip()[-400:]}")
+            raise Failure(f"{self.title} did not start in {waited:.0f} s: {log.strip()[-400:]}")
+        self.seconds = time.monotonic() - begun
 
     def log(self):
         """What it has said on standard error."""
@@ -131,8 +165,11 @@ class Process:
             self.run.processes.remove(self)
         if self.alive():
             self.child.kill()
-        status = self.child.wait()
-        self.run.log(f"{self.title} (status {status})", self.log())
+        try:
+            status = self.child.wait(5)
+        except subprocess.TimeoutExpired:
+            status = "does not die"
+        self.run.log(f"{self.title} (status {status})", "\n".join([self.log(), *self.lines]))
 
 
 class Server:
@@ -152,9 +189,9 @@ class Server:
         out = self.run.call(command, "--address", self.address, "--json", *arguments, seconds=seconds)
         return [json.loads(line) for line in out.splitlines()]
 
-    def generate(self, ids, count, logprobs=None):
-        """Greedy tokens, and by token a map from ids to log-probabilities if they are asked for."""
-        extra = [] if logprobs is None else ["--logprobs", logprobs]
+    def generate(self, ids, count, logprobs=None, *more):
+        """Greedy tokens, and by token a map from ids to log-probabilities if they are asked for; `more` may sample."""
+        extra = [*more] if logprobs is None else ["--logprobs", logprobs, *more]
         last = self.json("generate", "--token-ids", ",".join(map(str, ids)), "--max-tokens", count, "--ignore-eos",
                          *extra)[-1]
         tops = [{t["token_id"]: t["logprob"] for t in scores["top"]} for scores in last.get("logprobs", [])]
@@ -171,8 +208,8 @@ class Server:
         return self.json("status")[0]["plan"]["replicas"][0]["stages"]
 
     def bench(self, *arguments, seconds=None):
-        """The report of `strata bench`."""
-        return self.json("bench", *arguments, seconds=seconds)[-1]
+        """The reports of `strata bench`, one for each number of streams."""
+        return self.json("bench", *arguments, seconds=seconds)
 
 
 def worker(run, models, devices, environment=None, *more):
@@ -186,18 +223,18 @@ def coordinate(run, workers, model, *more):
     return Server(run, Process(run, ["coordinator", *named, "--model", model, "--port", 0, *more]))
 
 
-def serve(run, model, *more):
+def serve(run, model, *more, **how):
     """A server in one process."""
-    return Server(run, Process(run, ["serve", model, "--port", 0, *more]))
+    return Server(run, Process(run, ["serve", model, "--port", 0, *more], **how))
 
 
 def library_path():
     """Folders with NVIDIA's libraries: those of the environment, those that came with Python packages, the toolkit's."""
-    packages = pathlib.Path(sysconfig.get_path("purelib")) / "nvidia"
     folders = [f for f in os.environ.get("LD_LIBRARY_PATH", "").split(":") if f]
-    folders += [str(f) for f in sorted(packages.glob("*/lib"))]
+    for packages in dict.fromkeys([sysconfig.get_path("purelib"), *sys.path]):
+        folders += [str(f) for f in sorted(pathlib.Path(packages or ".").glob("nvidia/*/lib"))]
     folders += [f for f in ("/usr/local/cuda/lib64",) if os.path.isdir(f)]
-    return ":".join(folders)
+    return ":".join(dict.fromkeys(folders))
 
 
 def one_gpu_twice(rank):

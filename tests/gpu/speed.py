@@ -1,63 +1,118 @@
-"""Speeds on one GPU, beside what its memory and its matrix units allow, and beside transformers on the same GPU.
+"""Speeds of a Llama of 8 B parameters with random weights on one GPU: beside what its memory and its matrix units allow,
+and beside transformers on the same GPU.
 
-The model has a known shape and random weights. A token of one stream reads all weights but the embeddings once: the
-bytes of a copy per second (read and written ones both count) say how fast that can be.
+A token of one stream reads all weights but the embedding once, in whatever format they are: the bytes of a copy per
+second (read and written ones both count) say how fast that can be. Rates are tokens per second of wall time while the
+middle half of all tokens came, so that beginnings and ends are not in them; each is measured twice.
 """
-import importlib.util
 import json
-import pathlib
+import shutil
+import statistics
 import subprocess
-import sys
-import threading
 
-from servers import Failure, serve
+import kernels
+import machine
+from logits import Logits
+from peer import Peer
+from servers import Failure, Stop, serve
 
-PROMPT, TOKENS, STREAMS, LONG = 32, 128, 32, 2048
-LOAD_SECONDS = 240
+PROMPT, TOKENS, STREAMS, LONG = 32, 256, 32, 2048
 # What is asked of each measurement.
-ROOFLINE, BATCH, MATRIX, TIMES_INT8, TIMES_INT4, TIMES_TRANSFORMERS = 0.70, 15, 0.50, 1.5, 2.0, 3.0
-PEER = pathlib.Path(__file__).parent / "torch_peer.py"
+ROOFLINE, BATCH, MATRIX, TIMES_TRANSFORMERS = 0.75, 25, 0.60, 3.0
+TIMES_BF16 = {"int8": 1.6, "int4": 2.0}
+FORMS = ("bf16", "int8", "int4")
+SAMPLED = {
+    "top-p": ["--temperature", 0.8, "--top-p", 0.95],
+    "top-p and top-k": ["--temperature", 0.8, "--top-p", 0.95, "--top-k", 50],
+}
+LOAD_SECONDS = 100
 
 
 def start_writing(run, shape):
     """Begins to write the model, unless it is there; the directory, and what to wait for."""
-    directory = run.work / shape
-    unfinished = run.work / f"{shape}.unfinished"
+    directory, unfinished = run.work / shape, run.work / f"{shape}.unfinished"
     if directory.exists():
         return directory, None
-    subprocess.run(["rm", "-rf", str(unfinished)], check=True)
-    return directory, subprocess.Popen([run.strata, "random-model", shape, str(unfinished)], env=run.environment,
-                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    return directory, subprocess.Popen([run.strata, "random-model", shape, unfinished], env=run.environment,
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def measure(run, writing):
+def written(run, directory, writer):
+    """Waits until the model is there."""
+    if writer is not None:
+        _, errors = writer.communicate(timeout=run.within(LOAD_SECONDS))
+        if writer.returncode:
+            raise Stop(f"random-model: {errors.strip()[-300:]}")
+        (run.work / f"{directory.name}.unfinished").rename(directory)
+    return json.loads((directory / "config.json").read_text())
+
+
+def measure(run, shape, device):
     """All of it, in the order of how much the figures are wanted."""
-    directory, writer = writing
-    with run.checking("bench: a model with random weights"):
-        if writer is not None:
-            if writer.wait(run.within(LOAD_SECONDS)):
-                raise Failure(f"random-model ended with {writer.returncode}")
-            (run.work / f"{directory.name}.unfinished").rename(directory)
-        shape = json.loads((directory / "config.json").read_text())
-        measured = rates(run)
-        ours = {}
-        for form in ("bf16", "int8", "int4"):
-            with run.checking(f"bench {form}"):
-                ours[form] = one(run, directory, form, shape, measured, ours.get("bf16"))
-        if "bf16" in ours:
-            with run.checking("bench: transformers"):
-                transformers(run, directory, ours["bf16"])
+    directory, writer = start_writing(run, shape)
+    peer = Peer(run)
+    try:
+        with machine.watched(run):
+            # Nothing but this uses the GPU: torch is still being imported, and the model is written by the CPU.
+            if kernels.there(run):
+                kernels.ours(run, shape, device)
+            measured = kernels.rates(run, peer)
+            with run.checking("speed: a model with random weights"):
+                config = written(run, directory, writer)
+            kernels.torchs(run, peer, config)
+            speeds(run, peer, directory, device, config, measured)
+    finally:
+        peer.close()
+        if writer is not None and writer.poll() is None:
+            writer.kill()
+            writer.wait()
 
 
-def rates(run):
-    """Bytes and operations per second, by torch if it is there."""
-    if importlib.util.find_spec("torch") is None:
-        return {}
-    done = subprocess.run([sys.executable, PEER, "rates"], capture_output=True, text=True, timeout=run.within(60))
-    if done.returncode:
-        run.say(f"torch measures nothing here: {done.stderr.strip()[-200:]}")
-        return {}
-    return json.loads(done.stdout)
+def speeds(run, peer, directory, device, config, measured):
+    ours, logits = {}, Logits(config)
+    for form in FORMS:
+        with run.checking(f"speed {form}"):
+            # Torch loads while the first server does.
+            loads = form == "bf16" and peer.there()
+            if loads:
+                peer.begin("load", model=str(directory))
+            before = machine.used()
+            with fast(run, directory, device, form) as server:
+                run.row(f"speed {form}: start", "-",
+                        f"{server.process.seconds:.1f} s; {machine.mebibytes(before)} of the GPU in use before, "
+                        f"{machine.mebibytes(machine.used())} now", None)
+                if loads:
+                    with run.checking("speed: torch loads the model"):
+                        peer.end(LOAD_SECONDS)
+                    with run.checking("logits bf16"):
+                        logits.ask_bf16(server)
+                        logits.beside_torch(run, peer)
+                elif form == "bf16":
+                    logits.ask_bf16(server)
+                one = Format(run, server, form, config, measured, ours.get("bf16", {}))
+                ours[form] = one.found
+                one.decoding()
+                with run.checking(f"speed {form}: prompts"):
+                    one.prompts()
+                if form != "bf16":
+                    with run.checking(f"logits {form}"):
+                        logits.beside_bf16(run, server, form)
+                with run.checking(f"speed {form}: long contexts"):
+                    one.contexts()
+                if form == "bf16":
+                    with run.checking(f"speed {form}: sampled streams"):
+                        one.sampled()
+            run.row(f"speed {form}: end", "-", f"{machine.mebibytes(machine.used())} of the GPU in use", None)
+    if peer.there() and ours.get("bf16"):
+        beside_transformers(run, peer, ours["bf16"])
+
+
+def fast(run, directory, device, form):
+    # A prompt is one step here: its rate is asked for, and nobody else waits.
+    quantize = [] if form == "bf16" else ["--quantize", form]
+    return serve(run, directory, "--devices", device, "--dtype", "bf16", "--no-prefix-cache", "--max-step-tokens", LONG,
+                 "--prefill-chunk", LONG, *quantize, load=LOAD_SECONDS)
 
 
 def operations(shape, tokens):
@@ -69,90 +124,109 @@ def operations(shape, tokens):
     return 2 * weights * tokens + scores + 2 * width * shape["vocab_size"]
 
 
-def one(run, directory, form, shape, measured, bf16):
-    """One format; tokens per second by number of streams."""
-    quantize = [] if form == "bf16" else ["--quantize", form]
-    with fast(run, directory, quantize) as server:
+class Format:
+    """A server in one format, and the rates that it reached, by number of streams."""
+
+    def __init__(self, run, server, form, shape, measured, bf16):
+        self.run, self.server, self.form, self.shape, self.bf16, self.found = run, server, form, shape, bf16, {}
         status = server.json("status")[0]
         device = status["members"][0]["devices"][0]
-        copy = measured.get("copy", device["bytes_per_second"])
         best = max(r["flops_per_second"] for r in device["rates"])
-        matrix = measured.get("product", best)
-        by = measured.get("device", "by strata's own measurement")
-        if bf16 is None:
-            run.row("bench: a copy, and a product of bf16 matrices", "-",
-                    f"{copy / 1e12:.2f} TB/s, {matrix / 1e12:.0f} TFLOP/s ({by}); strata itself measures "
-                    f"{device['bytes_per_second'] / 1e12:.2f} TB/s, {best / 1e12:.0f} TFLOP/s", None)
+        self.copy = measured.get("copy", device["bytes_per_second"])
+        self.matrix = measured.get("product", best)
+        if form == "bf16":
+            run.row("strata: a copy, and its best product", "-",
+                    f"{device['bytes_per_second'] / 1e12:.3f} TB/s, {best / 1e12:.0f} TFLOP/s"
+                    f"{'' if measured else '; what follows is beside these'}", None)
         weights = sum(s["weight_bytes"] for s in status["plan"]["replicas"][0]["stages"])
-        read = weights - 2 * shape["vocab_size"] * shape["hidden_size"] * (form == "bf16")
-        streams = {}
-        for count, requests in ((1, 3), (STREAMS, STREAMS)):
-            report = server.bench("--concurrency", count, "--requests", requests, "--prompt-tokens", PROMPT,
-                                  "--max-tokens", TOKENS, seconds=120)
-            streams[count] = count * 1e3 / report["inter_token_ms"]["p50"]
-        share = streams[1] * read / copy
-        got = f"{streams[1]:.1f} tokens/s, {share:.1%} of {copy / read:.0f}"
-        if bf16 is None:
-            run.row(f"bench {form}: one stream, of what a copy's speed allows", f">= {ROOFLINE:.0%}", got,
-                    share >= ROOFLINE)
+        # No token reads the embedding, which is held in 16 bits, or in 8 with a factor of 16 bits for 32 values.
+        embedding = shape["vocab_size"] * shape["hidden_size"]
+        self.read = weights - (2 * embedding if form == "bf16" else embedding * 17 // 16)
+        head = shape["hidden_size"] // shape["num_attention_heads"]
+        self.kv = 2 * 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head
+        self.span = machine.Span(run)
+
+    def rate(self, streams, prompt, tokens, *sampling):
+        """Steady tokens per second of two rounds: their mean, and how to write it."""
+        reports = self.server.bench("--concurrency", f"{streams},{streams}", "--requests", streams, "--prompt-tokens", prompt,
+                                    "--max-tokens", tokens, *sampling, seconds=60)
+        rates = [r["steady_tokens_per_second"] for r in reports]
+        if min(rates) <= 0:
+            raise Failure(f"rates of {rates} tokens per second")
+        mean = statistics.mean(rates)
+        first, gap = (statistics.median(r[k]["p50"] for r in reports) for k in ("first_token_ms", "inter_token_ms"))
+        return mean, (f"{mean:.1f} tokens/s (rounds {', '.join(f'{r:.1f}' for r in rates)}; first token {first:.1f} ms, then "
+                      f"{gap:.2f} ms)")
+
+    def decoding(self):
+        """One stream beside what the memory allows, many beside one."""
+        run, form = self.run, self.form
+        one, said = self.rate(1, PROMPT, TOKENS)
+        self.found[1] = one
+        # In the middle of the answer so many tokens are in the cache.
+        most = self.copy / (self.read + self.kv * (PROMPT + TOKENS // 2))
+        got = f"{one / most:.1%} of {most:.1f}; {said}"
+        if form == "bf16":
+            run.row(f"speed {form}: one stream, of what a copy's speed allows", f">= {ROOFLINE:.0%}", got,
+                    one / most >= ROOFLINE)
         else:
-            times, least = streams[1] / bf16[1], TIMES_INT8 if form == "int8" else TIMES_INT4
-            run.row(f"bench {form}: one stream, beside bf16", f">= {least}", f"{times:.2f}; {got}", times >= least)
-        ratio = streams[STREAMS] / streams[1]
-        run.row(f"bench {form}: {STREAMS} streams, of one", f">= {BATCH}" if bf16 is None else "-",
-                f"{ratio:.1f}; {streams[STREAMS]:.0f} tokens/s", ratio >= BATCH if bf16 is None else None)
-        # Small shapes have a context of no more than that, and one token is to come.
-        long = min(LONG, shape["max_position_embeddings"] - 1)
-        report = server.bench("--requests", 4, "--prompt-tokens", long, "--max-tokens", 1)
-        first = report["first_token_ms"]["p50"]
-        rate = operations(shape, long) / first * 1e3
-        run.row(f"bench {form}: a prompt of {long}, of the product's rate",
-                f">= {MATRIX:.0%}" if bf16 is None else "-",
-                f"{rate / matrix:.1%}; {first:.1f} ms, {long / first * 1e3:.0f} tokens/s, {rate / 1e12:.0f} TFLOP/s",
-                rate / matrix >= MATRIX if bf16 is None else None)
-        return streams
+            times = one / self.bf16.get(1, float("inf"))
+            run.row(f"speed {form}: one stream, beside bf16", f">= {TIMES_BF16[form]}", f"{times:.2f}; {got}",
+                    times >= TIMES_BF16[form])
+        many, said = self.rate(STREAMS, PROMPT, TOKENS)
+        self.found[STREAMS] = many
+        if form == "bf16":
+            run.row(f"speed {form}: {STREAMS} streams, beside one", f">= {BATCH}", f"{many / one:.1f}; {said}",
+                    many / one >= BATCH)
+        else:
+            times = many / self.bf16.get(STREAMS, float("inf"))
+            run.row(f"speed {form}: {STREAMS} streams, beside bf16", ">= 1", f"{times:.2f}; {said}", times >= 1)
+        run.row(f"speed {form}: the GPU meanwhile", "-", str(self.span), None)
+
+    def prompts(self):
+        """Prompts of 2048 and of the whole context."""
+        context = self.shape["max_position_embeddings"]
+        for length in (min(LONG, context - 1), context - 1)[:1 + (context > LONG)]:
+            reports = self.server.bench("--concurrency", "1,1", "--requests", 3, "--prompt-tokens", length,
+                                        "--max-tokens", 1, seconds=60)
+            rounds = [r["first_token_ms"]["p50"] for r in reports]
+            first = statistics.mean(rounds)
+            rate = operations(self.shape, length) / first * 1e3
+            asked = length <= LONG
+            self.run.row(f"speed {self.form}: a prompt of {length}, of the product's rate",
+                         f">= {MATRIX:.0%}" if asked else "-",
+                         f"{rate / self.matrix:.1%}; {first:.1f} ms (rounds {', '.join(f'{r:.1f}' for r in rounds)}), "
+                         f"{length / first * 1e3:.0f} tokens/s, {rate / 1e12:.0f} TFLOP/s",
+                         rate / self.matrix >= MATRIX if asked else None)
+
+    def contexts(self):
+        """Many streams at 2048 tokens, one at the end of the context."""
+        context = self.shape["max_position_embeddings"]
+        tokens = min(TOKENS, context // 8)
+        for streams, prompt in ((STREAMS, min(LONG, context - tokens - 1)), (1, context - tokens - 1)):
+            rate, said = self.rate(streams, prompt, tokens)
+            most = streams * self.copy / (self.read + streams * self.kv * (prompt + tokens // 2))
+            self.run.row(f"speed {self.form}: {streams} stream{'s' * (streams > 1)} at {prompt} tokens", "-",
+                         f"{rate / most:.1%} of what a copy's speed allows; {said}", None)
+
+    def sampled(self):
+        """Streams whose tokens are drawn, beside greedy ones."""
+        for streams in (1, STREAMS):
+            for name, sampling in SAMPLED.items():
+                rate, said = self.rate(streams, PROMPT, TOKENS // 2, *sampling)
+                self.run.row(f"speed {self.form}: {streams} stream{'s' * (streams > 1)}, temperature and {name}", "-",
+                             f"{rate / self.found[streams]:.2f} of greedy; {said}", None)
 
 
-def fast(run, directory, quantize):
-    # A prompt is one step here: its rate is asked for, and nobody else waits.
-    return serve(run, directory, "--devices", "cuda:0", "--dtype", "bf16", "--no-prefix-cache",
-                 "--max-step-tokens", LONG, "--prefill-chunk", LONG, *quantize)
-
-
-def transformers(run, directory, ours):
-    """`generate` of transformers, as far as it gets in the time that is left."""
-    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
-        return run.say("torch or transformers is not here: nothing to compare with")
-    command = [sys.executable, str(PEER), "generate", str(directory), "--prompt", str(PROMPT), "--tokens", str(TOKENS)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    best, errors = {}, []
-
-    def read():
-        for line in child.stdout:
-            found = json.loads(line)
-            if "tokens_per_second" in found:
-                rate, streams = found["tokens_per_second"], found["streams"]
-                run.say(f"transformers, {found['way']}, {streams} streams: {rate:.1f} tokens/s")
-                best[streams] = max(best.get(streams, 0), rate)
-            elif "error" in found:
-                run.say(f"transformers, {found['way']}, {found['streams']} streams: {found['error']}")
-
-    reader = threading.Thread(target=read)
-    drain = threading.Thread(target=lambda: errors.append(child.stderr.read()))
-    reader.start()
-    drain.start()
-    try:
-        child.wait(run.within(300))
-    except subprocess.TimeoutExpired:
-        run.say("transformers: stopped, as its time was up")
-    finally:
-        child.kill()
-        child.wait()
-        reader.join()
-        drain.join()
-        run.log("transformers", errors[0])
-    for count, rate in ours.items():
-        times = rate / best[count] if count in best else 0
-        run.row(f"bench bf16: {count} stream{'s' * (count > 1)}, beside transformers' best",
-                f">= {TIMES_TRANSFORMERS}", f"{times:.2f}; {rate:.1f} and {best.get(count, 0):.1f} tokens/s",
-                times >= TIMES_TRANSFORMERS)
+def beside_transformers(run, peer, ours):
+    """`generate` of transformers: as it is, of which we are asked a multiple; and compiled, which is only told."""
+    for way, compiled in (("eager", False), ("compiled, static cache", True)):
+        for streams, rate in ours.items():
+            what = f"speed bf16: {streams} stream{'s' * (streams > 1)}, beside transformers ({way})"
+            with run.checking(what):
+                rates = peer.ask("generate", 120, streams=streams, prompt=PROMPT, tokens=64 if not compiled else 128,
+                                 compiled=compiled)["tokens_per_second"]
+                times = rate / max(rates)
+                run.row(what, "-" if compiled else f">= {TIMES_TRANSFORMERS}",
+                        f"{times:.2f}; {', '.join(f'{r:.1f}' for r in rates)} tokens/s there, {rate:.1f} here",
+                        None if compiled else times >= TIMES_TRANSFORMERS)

@@ -1,0 +1,79 @@
+"""Kernels by themselves: what `strata kernels` measures, and torch's own products and attention at the same shapes."""
+import json
+
+from servers import Failure
+
+ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
+# Streams, queries of each, keys of each.
+ATTENTION = [(1, 1, 2048), (1, 1, 8192), (32, 1, 512), (32, 1, 2048), (1, 2048, 2048), (1, 8192, 8192)]
+SECONDS = 40
+
+
+def ours(run, shape, device):
+    """The report of `strata kernels`, kept in OUT/kernels.json and shown."""
+    with run.checking("kernels: strata"):
+        out = run.call("kernels", shape, "--json", "--device", device, "--seconds", SECONDS, seconds=SECONDS + run.load)
+        (run.out / "kernels.json").write_text(out[:16_000_000])
+        for line in out.splitlines()[:400]:
+            run.say(f"    {line[:300]}")
+
+
+def shapes(config):
+    """Inputs and outputs of a layer's products, and the head's, by name."""
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    kv = width // config["num_attention_heads"] * config["num_key_value_heads"]
+    return {"qkv": (width, width + 2 * kv), "output": (width, width), "gate and up": (width, 2 * inner),
+            "down": (inner, width), "head": (width, config["vocab_size"])}
+
+
+def rates(run, peer):
+    """Bytes and operations per second, by torch; empty without it."""
+    with run.checking("kernels: torch's copy and product"):
+        if not peer.there():
+            return {}
+        found = peer.ask("rates", 60)
+        run.row("torch: a copy, and a product of bf16 matrices", "-",
+                f"{found['copy'] / 1e12:.3f} TB/s, {found['product'] / 1e12:.0f} TFLOP/s; {found['device']}, torch "
+                f"{found['torch']}", None)
+        return found
+    return {}
+
+
+def torchs(run, peer, config):
+    """Torch's products and attention at the same shapes."""
+    if not peer.there():
+        return
+    with run.checking("kernels: torch's products"):
+        named = shapes(config)
+        found = peer.ask("products", 60, shapes=list(named.values()), rows=ROWS)["products"]
+        (run.out / "torch.json").write_text(json.dumps(found))
+        run.say(f"\ntorch.mm in bf16, microseconds (TB/s of weights, TFLOP/s)\n\n| product | {' | '.join(map(str, ROWS))} |\n"
+                f"|---|{'---|' * len(ROWS)}")
+        for name, (k, n) in named.items():
+            cells = [f"{1e6 * f['seconds']:.1f} ({2e-12 * k * n / f['seconds']:.2f}, "
+                     f"{2e-12 * k * n * f['rows'] / f['seconds']:.0f})" for f in found if (f["k"], f["n"]) == (k, n)]
+            run.say(f"| {name} {k} x {n} | {' | '.join(cells)} |")
+        run.say("\n| check | expected | got | |\n|---|---|---|---|")
+    with run.checking("kernels: torch's attention"):
+        heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        width = config["hidden_size"] // heads
+        cases = [case for case in ATTENTION if case[2] <= config["max_position_embeddings"]]
+        for f in peer.ask("attention", 40, cases=cases, heads=heads, kv_heads=kv_heads, width=width)["attention"]:
+            streams, queries, keys = f["streams"], f["queries"], f["keys"]
+            what = f"torch: attention, {streams} x {queries} queries, {keys} keys"
+            if "error" in f:
+                run.row(what, "-", f["error"], None)
+                continue
+            read = 4 * streams * keys * kv_heads * width
+            work = 4 * streams * heads * width * (keys * queries / (2 if queries > 1 else 1))
+            run.row(what, "-", f"{1e6 * f['seconds']:.1f} us, {read / f['seconds'] / 1e12:.2f} TB/s, "
+                    f"{work / f['seconds'] / 1e12:.0f} TFLOP/s", None)
+
+
+def there(run):
+    """Whether this binary has the command."""
+    try:
+        run.call("kernels", "--help", seconds=20)
+    except Failure:
+        return False
+    return True
