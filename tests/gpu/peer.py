@@ -6,7 +6,6 @@ import queue
 import subprocess
 import sys
 import threading
-import time
 
 from servers import Failure, Spent
 
@@ -16,13 +15,13 @@ SCRIPT = pathlib.Path(__file__).parent / "torch_peer.py"
 class Peer:
     """Answers one question at a time. Beginning takes some seconds, in which something else may be done."""
 
-    def __init__(self, run):
+    def __init__(self, run, device):
         self.run, self.path, self.child, self.answers = run, run.work / "logs" / "torch.txt", None, queue.Queue()
         if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
             return run.say("torch or transformers is not here: there is nothing to compare with\n")
         with self.path.open("w") as log:
-            self.child = subprocess.Popen([sys.executable, "-u", str(SCRIPT)], stdin=subprocess.PIPE, text=True,
-                                          stdout=subprocess.PIPE, stderr=log)
+            command = [sys.executable, "-u", str(SCRIPT), device.split(":")[0]]
+            self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
 
         def read():
             for line in self.child.stdout:

@@ -51,7 +51,7 @@ def written(run, directory, writer):
 def measure(run, shape, device):
     """All of it, in the order of how much the figures are wanted."""
     directory, writer = start_writing(run, shape)
-    peer = Peer(run)
+    peer = Peer(run, device)
     try:
         with machine.watched(run):
             # Nothing but this uses the GPU: torch is still being imported, and the model is written by the CPU.

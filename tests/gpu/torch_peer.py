@@ -1,5 +1,9 @@
 """What torch and transformers reach on this GPU: reads a question per line and answers each with a line, all JSON.
 
+usage: python torch_peer.py cuda|cpu
+
+With cpu everything is small: that tries the script.
+
 Questions, by their `do`:
   rates       bytes per second of a copy (read and written ones both count), and operations per second of a product of
               random bf16 matrices of 8192 x 8192
@@ -18,9 +22,11 @@ import time
 
 import torch
 
-ROUNDS = 5
-# More than caches hold: products take turns over so many bytes of matrices.
-TURNS_BYTES = 512 << 20
+DEVICE = sys.argv[1]
+ON_GPU = DEVICE == "cuda"
+ROUNDS = 5 if ON_GPU else 1
+# Of a copy, of a side of the large product, and, so that caches do not hold them, of matrices that take turns.
+COPY_BYTES, SIDE, TURNS_BYTES = (4 << 30, 8192, 512 << 20) if ON_GPU else (1 << 26, 256, 1 << 20)
 MODEL = None
 
 
@@ -39,6 +45,11 @@ def seconds(run, least=0.02):
 
 
 def elapsed(run, times):
+    if not ON_GPU:
+        begun = time.monotonic()
+        for _ in range(times):
+            run()
+        return time.monotonic() - begun
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     for _ in range(times):
@@ -49,17 +60,23 @@ def elapsed(run, times):
 
 
 def random(*shape):
-    return torch.randn(*shape, dtype=torch.bfloat16, device="cuda")
+    return torch.randn(*shape, dtype=torch.bfloat16, device=DEVICE)
+
+
+def wait():
+    if ON_GPU:
+        torch.cuda.synchronize()
 
 
 def rates():
-    source = torch.randint(0, 255, (4 << 30,), dtype=torch.uint8, device="cuda")
+    source = torch.randint(0, 255, (COPY_BYTES,), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     copy = 2 * source.numel() / seconds(lambda: target.copy_(source))
     del source, target
-    a, b = random(8192, 8192), random(8192, 8192)
-    product = 2 * 8192**3 / seconds(lambda: torch.mm(a, b))
-    return {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy": copy, "product": product}
+    a, b = random(SIDE, SIDE), random(SIDE, SIDE)
+    product = 2 * SIDE**3 / seconds(lambda: torch.mm(a, b))
+    name = torch.cuda.get_device_name() if ON_GPU else "cpu"
+    return {"device": name, "torch": torch.__version__, "copy": copy, "product": product}
 
 
 def products(shapes, rows):
@@ -107,8 +124,8 @@ def load(model):
     import transformers
 
     transformers.logging.set_verbosity_error()
-    MODEL = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to("cuda").eval()
-    return {"transformers": transformers.__version__, "bytes": torch.cuda.memory_allocated()}
+    MODEL = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(DEVICE).eval()
+    return {"transformers": transformers.__version__, "bytes": torch.cuda.memory_allocated() if ON_GPU else 0}
 
 
 def turn_into(dtype):
@@ -121,7 +138,7 @@ def turn_into(dtype):
 @torch.inference_mode()
 def rows_of(sequence, top):
     """Of each place from `from` - 1 on: the likeliest tokens' log-probabilities, and the spread of the logits."""
-    ids = torch.tensor([sequence["ids"]], device="cuda")
+    ids = torch.tensor([sequence["ids"]], device=DEVICE)
     hidden = MODEL.model(input_ids=ids, use_cache=False).last_hidden_state[0, sequence["from"] - 1:-1]
     logits = MODEL.lm_head(hidden).float()
     best = torch.log_softmax(logits, -1).topk(min(top, logits.shape[-1]), -1)
@@ -149,15 +166,15 @@ def generate(streams, prompt, tokens, compiled):
     """Seconds by token after the first: how much longer the longer one of two answers takes."""
     options = {"cache_implementation": "static"} if compiled else {}
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(10, 250, (streams, prompt), generator=generator).to("cuda")
+    ids = torch.randint(10, 250, (streams, prompt), generator=generator).to(DEVICE)
 
     def run(count):
-        torch.cuda.synchronize()
+        wait()
         begun = time.monotonic()
         with torch.inference_mode():
             out = MODEL.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
                                  max_new_tokens=count, min_new_tokens=count, **options)
-        torch.cuda.synchronize()
+        wait()
         assert out.shape[1] == prompt + count
         return time.monotonic() - begun
 
