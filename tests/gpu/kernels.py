@@ -1,5 +1,7 @@
 """Kernels by themselves: what `strata kernels` measures, and torch's own products and attention at the same shapes."""
 import json
+import subprocess
+import threading
 
 from servers import Failure
 
@@ -10,12 +12,34 @@ SECONDS = 40
 
 
 def ours(run, shape, device):
-    """The report of `strata kernels`, kept in OUT/kernels.json and shown."""
+    """What `strata kernels` reports, line by line as it comes: shown, and as it is in OUT/kernels.json."""
     with run.checking("kernels: strata"):
-        out = run.call("kernels", shape, "--json", "--device", device, "--seconds", SECONDS, seconds=SECONDS + run.load)
-        (run.out / "kernels.json").write_text(out[:16_000_000])
-        for line in out.splitlines()[:400]:
-            run.say(f"    {line[:300]}")
+        command = [run.strata, "kernels", shape, "--json", "--device", device, "--seconds", str(SECONDS)]
+        errors = run.work / "logs" / "kernels.txt"
+        with errors.open("w") as log, (run.out / "kernels.json").open("w") as kept:
+            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=run.environment)
+            # It ends by itself, unless a kernel does not.
+            watch = threading.Timer(run.within(SECONDS + 40), child.kill)
+            watch.start()
+            run.say("\nstrata kernels\n")
+            for line in child.stdout:
+                kept.write(line)
+                run.say(f"    {shown(json.loads(line))}")
+            status = child.wait()
+            watch.cancel()
+        run.say("\n| check | expected | got | |\n|---|---|---|---|")
+        run.log("kernels", errors.read_text(errors="replace"))
+        run.row("kernels: strata", "a report", f"ended with {status}", status == 0)
+
+
+def shown(found):
+    """A line of the report for people: one that names no kernel is about the device, or what was left."""
+    if "kernel" not in found:
+        return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items())
+    context = "" if found.get("context") is None else f"at {found['context']}"
+    return (f"{found['kernel']:22} {found['format']:6} {found['shape']!s:>14} x {found['rows']:<5} {context:9} "
+            f"{found['microseconds']:10.1f} us {found['gigabytes_per_second']:8.1f} GB/s "
+            f"{found['teraflops_per_second']:8.2f} TFLOP/s {found['share']:7.1%} of {found['bound']}")
 
 
 def shapes(config):

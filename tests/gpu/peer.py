@@ -22,6 +22,7 @@ class Peer:
         with self.path.open("w") as log:
             command = [sys.executable, "-u", str(SCRIPT), device.split(":")[0]]
             self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+        run.processes.append(self)
 
         def read():
             for line in self.child.stdout:
@@ -70,4 +71,5 @@ class Peer:
             self.child.kill()
             self.child.wait()
             self.child = None
+            self.run.processes.remove(self)
             self.run.log("torch", self.path.read_text(errors="replace"))

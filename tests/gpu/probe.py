@@ -1,9 +1,11 @@
 """The first minutes on a GPU: whether anything runs at all, a cold and a warm start, memory, and one run under memcheck."""
 import concurrent.futures
+import contextlib
+import os
+import pathlib
 import re
 import shutil
 import signal
-import subprocess
 import time
 
 import machine
@@ -92,17 +94,17 @@ def sampled(run, server, ids):
 
 def ours_below(parent, path):
     """Processes of the binary that `parent` has started, or what it has started."""
+    children = {}
+    for entry in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            # After the name, which is in parentheses: the state, and the parent.
+            above = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(above, []).append((int(entry.name), (entry / "cmdline").read_bytes().split(b"\0")[0]))
     found, parents = [], [parent]
     while parents:
-        done = subprocess.run(["ps", "-o", "pid=", "--ppid", ",".join(map(str, parents))], capture_output=True, text=True)
-        parents = [int(pid) for pid in done.stdout.split()]
-        for pid in parents:
-            try:
-                command = open(f"/proc/{pid}/cmdline", "rb").read().split(b"\0")[0]
-            except OSError:
-                continue
-            if command == str(path).encode():
-                found.append(pid)
+        below = [child for pid in parents for child in children.get(pid, [])]
+        found += [pid for pid, command in below if command == os.fsencode(path)]
+        parents = [pid for pid, _ in below]
     return found
 
 
@@ -123,7 +125,7 @@ def memcheck(run, name, device, *how):
                 server = Server(run, process)
                 list(pool.map(lambda p: server.generate(p["ids"], 8), prompts[:2]))
             for pid in ours_below(process.child.pid, run.strata):
-                subprocess.run(["kill", f"-{signal.SIGTERM.value}", str(pid)], check=False)
+                os.kill(pid, signal.SIGTERM)
             process.child.wait(run.within(30))
             # What the tool says goes to its standard output.
             process.ended.wait(5)

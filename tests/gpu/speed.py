@@ -9,6 +9,7 @@ import json
 import shutil
 import statistics
 import subprocess
+import time
 
 import kernels
 import machine
@@ -28,45 +29,47 @@ SAMPLED = {
 LOAD_SECONDS = 100
 
 
-def start_writing(run, shape):
-    """Begins to write the model, unless it is there; the directory, and what to wait for."""
-    directory, unfinished = run.work / shape, run.work / f"{shape}.unfinished"
-    if directory.exists():
-        return directory, None
-    shutil.rmtree(unfinished, ignore_errors=True)
-    return directory, subprocess.Popen([run.strata, "random-model", shape, unfinished], env=run.environment,
-                                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+class Writer:
+    """Writes the model, unless it is there, while something else is done."""
 
+    def __init__(self, run, shape):
+        self.run, self.directory, self.child = run, run.work / shape, None
+        self.unfinished = run.work / f"{shape}.unfinished"
+        if not self.directory.exists():
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+            self.child = subprocess.Popen([run.strata, "random-model", shape, self.unfinished], env=run.environment,
+                                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            run.processes.append(self)
 
-def written(run, directory, writer):
-    """Waits until the model is there."""
-    if writer is not None:
-        _, errors = writer.communicate(timeout=run.within(LOAD_SECONDS))
-        if writer.returncode:
-            raise Stop(f"random-model: {errors.strip()[-300:]}")
-        (run.work / f"{directory.name}.unfinished").rename(directory)
-    return json.loads((directory / "config.json").read_text())
+    def config(self):
+        """Waits until it is there."""
+        if self.child is not None:
+            begun = time.monotonic()
+            _, errors = self.child.communicate(timeout=self.run.within(LOAD_SECONDS))
+            if self.child.returncode:
+                raise Stop(f"random-model: {errors.strip()[-300:]}")
+            self.unfinished.rename(self.directory)
+            self.run.row("speed: waited for the model to be written", "-", f"{time.monotonic() - begun:.1f} s", None)
+        return json.loads((self.directory / "config.json").read_text())
+
+    def close(self):
+        if self in self.run.processes:
+            self.run.processes.remove(self)
+            self.child.kill()
+            self.child.wait()
 
 
 def measure(run, shape, device):
     """All of it, in the order of how much the figures are wanted."""
-    directory, writer = start_writing(run, shape)
-    peer = Peer(run, device)
-    try:
-        with machine.watched(run):
-            # Nothing but this uses the GPU: torch is still being imported, and the model is written by the CPU.
-            if kernels.there(run):
-                kernels.ours(run, shape, device)
-            measured = kernels.rates(run, peer)
-            with run.checking("speed: a model with random weights"):
-                config = written(run, directory, writer)
-            kernels.torchs(run, peer, config)
-            speeds(run, peer, directory, device, config, measured)
-    finally:
-        peer.close()
-        if writer is not None and writer.poll() is None:
-            writer.kill()
-            writer.wait()
+    writer, peer = Writer(run, shape), Peer(run, device)
+    with machine.watched(run):
+        # Nothing but this uses the GPU: torch is still being imported, and the model is written by the CPU.
+        if kernels.there(run):
+            kernels.ours(run, shape, device)
+        measured = kernels.rates(run, peer)
+        config = writer.config()
+        kernels.torchs(run, peer, config)
+        speeds(run, peer, writer.directory, device, config, measured)
 
 
 def speeds(run, peer, directory, device, config, measured):
