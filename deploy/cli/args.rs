@@ -67,6 +67,8 @@ pub enum Command {
     Bench(BenchArgs),
     /// Write a model of a named shape with random weights, to measure with
     RandomModel(RandomModelArgs),
+    /// Measure every kernel of a device by itself, at the shapes of a model
+    Kernels(KernelsArgs),
 }
 
 /// How a model is deployed, whatever the processes.
@@ -469,6 +471,35 @@ pub struct RandomModelArgs {
     /// Seed of the weights
     #[arg(long, env = "STRATA_SEED", default_value_t = 0)]
     pub seed: u64,
+}
+
+#[derive(Debug, Args)]
+pub struct KernelsArgs {
+    /// Whose shapes: a model directory, of which only config.json is read, or a name that `strata random-model` knows
+    #[arg(env = "STRATA_MODEL_DIR")]
+    pub model: String,
+    /// A GPU or the CPU [default: the first GPU, if there is one]
+    #[arg(long, env = "STRATA_DEVICE")]
+    pub device: Option<DeviceSpec>,
+    /// Format of activations and cache: auto (the model's), f32, bf16 or f16
+    #[arg(long, env = "STRATA_DTYPE", default_value = "auto", value_parser = parse_dtype)]
+    pub dtype: AutoDType,
+    /// Formats of weights besides that: int8, int4 [default: both]
+    #[arg(long, env = "STRATA_QUANTIZE", value_delimiter = ',')]
+    pub quantize: Vec<Quantization>,
+    /// Rows of products, measured in this order [default: 1, 32, 2048, then others up to 2048]
+    #[arg(long, env = "STRATA_ROWS", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub rows: Vec<u32>,
+    /// Seconds after which no further kernel is begun
+    #[arg(long, env = "STRATA_SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    pub seconds: u64,
+    /// Print one JSON object per line
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+    #[command(flatten)]
+    pub compute: ComputeArgs,
+    #[command(flatten)]
+    pub kernel_cache: KernelCacheArgs,
 }
 
 #[derive(Debug, Args)]

@@ -7,6 +7,7 @@ mod client;
 mod config_file;
 mod encode;
 mod generate;
+mod kernels;
 mod plan;
 mod random_model;
 mod roles;
@@ -53,6 +54,7 @@ fn run() -> anyhow::Result<()> {
             Command::Status(args) => status::status(args).await,
             Command::Bench(args) => bench::bench(args).await,
             Command::RandomModel(args) => random_model::write(&args),
+            Command::Kernels(args) => kernels::kernels(&args),
         }
     });
     // Stage threads and blocked connections end with the process.

@@ -17,6 +17,11 @@ use serde_json::{Map, Value, json};
 
 use crate::args::{RandomModelArgs, Shape};
 
+/// The configuration of a model of a named shape.
+pub fn config(shape: Shape) -> Value {
+    shape.llama().config()
+}
+
 /// Numbers of a Llama.
 struct Llama {
     width: usize,

@@ -6,6 +6,7 @@ mod faults;
 mod foreign_client;
 #[cfg(feature = "cuda")]
 mod gpu;
+mod kernels;
 mod loading;
 mod parity;
 mod processes;

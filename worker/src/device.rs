@@ -11,22 +11,15 @@ use std::{
         Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Instant,
 };
 
 use core_affinity::CoreId;
-use strata_proto::{DType, Device, DeviceKind, Format, Rate};
+use strata_proto::{Device, DeviceKind, Format, Rate};
 
 use crate::error::WorkerError;
 use crate::kernels::{
-    buffer::{Arena, free_bytes_in},
-    cpu::{
-        Cpu,
-        isa::Isa,
-        linear::{self, Linear, Output, Rows},
-        packed::PackedMatrix,
-        pool::Pool,
-    },
+    buffer::free_bytes_in,
+    cpu::{Cpu, isa::Isa, measure, pool::Pool},
 };
 
 /// A device as named on the command line: `cpu`, `cpu:1`, `cpu:0=24MiB`, `cuda:0`; `cuda:0/1=20GiB` is one of several
@@ -287,47 +280,23 @@ fn measured(compute: Compute) -> Measured {
         return measured.clone();
     }
     let cpu = compute.cpu();
-    // More than the caches hold. Little, which stays in them: then arithmetic is what takes time.
-    let (n, k) = (8192, 2048);
-    let bandwidth = product_seconds(&cpu, (n, k), Format::Float(DType::F32), 1);
     let rates = Format::ALL.into_iter().flat_map(|format| {
         let cpu = &cpu;
         ROWS.into_iter().filter_map(move |rows| {
+            // Little, which stays in the caches: then arithmetic is what takes time.
             let (n, k) = (256, 1024);
-            let seconds = product_seconds(cpu, (n, k), format, rows)?;
+            let seconds = measure::product(cpu, (n, k), format, rows, 1)?;
             let flops_per_second = (2 * rows * n * k) as f64 / seconds;
             Some(Rate { format, rows: rows as u32, flops_per_second })
         })
     });
     let measured = Measured {
         // Without 64 MiB nothing will run; any positive rate plans as well as another.
-        bytes_per_second: bandwidth.map_or(1e9, |seconds| (n * k * 4) as f64 / seconds),
+        bytes_per_second: measure::bytes_per_second(&cpu).unwrap_or(1e9),
         rates: rates.collect(),
     };
     known.push((compute, measured.clone()));
     measured
-}
-
-/// The best of three times of a product of `rows` rows with an `(n, k)` matrix; `None` if there is no memory for it.
-fn product_seconds(cpu: &Cpu, (n, k): (usize, usize), format: Format, rows: usize) -> Option<f64> {
-    let mut arena = Arena::new(PackedMatrix::bytes_for(n, k, format)).ok()?;
-    let weight = PackedMatrix::zeros(n, k, format, &mut arena).ok()?;
-    let (x, mut out) = (vec![0.5; rows * k], vec![0.0; rows * n]);
-    let mut packed = vec![0; rows * linear::packed_words(k)];
-    let mut once = |_| {
-        let begun = Instant::now();
-        cpu.linear(Linear {
-            weight: &weight,
-            bias: None,
-            x: Rows { data: &x, stride: k, count: rows },
-            packed: &mut packed,
-            out: &mut out,
-            output: Output::Store,
-        });
-        std::hint::black_box(&out);
-        begun.elapsed().as_secs_f64()
-    };
-    Some((0..3).map(&mut once).fold(f64::INFINITY, f64::min).max(1e-9))
 }
 
 #[cfg(test)]

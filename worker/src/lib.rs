@@ -18,6 +18,7 @@ mod stage;
 pub mod transport;
 pub mod weights;
 
+pub use engine::measure;
 pub use error::WorkerError;
 pub use interrupt::Interrupt;
 pub use service::{LocalWorker, Models, WorkerConfig};

@@ -220,7 +220,7 @@ pub fn likeliest(cpu: &Cpu, logits: &[f32], count: u32) -> Result<Vec<v1::Altern
 }
 
 /// The most likely token; ties to the lowest id.
-fn argmax(logits: &[f32]) -> u32 {
+pub(crate) fn argmax(logits: &[f32]) -> u32 {
     let max = largest(logits);
     logits.iter().position(|x| *x == max).unwrap_or(0) as u32
 }

@@ -3,7 +3,6 @@
 use std::{
     path::Path,
     sync::{Mutex, PoisonError},
-    time::{Duration, Instant},
 };
 
 use strata_proto::{DType, Device, DeviceKind, Format, Rate};
@@ -11,14 +10,10 @@ use strata_proto::{DType, Device, DeviceKind, Format, Rate};
 use super::{DeviceSpec, Held};
 use crate::{
     error::WorkerError,
-    kernels::{
-        cpu::packed::PackedMatrix,
-        cuda::{
-            self, CudaError, Gemm, Gpu, GpuInfo, RESERVE,
-            launch::Bytes,
-            memory::{self, Memory, Ptr},
-            product::{Epilogue, Linear, Matrix, RowBytes, Rows},
-        },
+    kernels::cuda::{
+        self, CudaError, Gpu, GpuInfo, RESERVE,
+        measure::{self, Pool, Product, Room},
+        product::Epilogue,
     },
     transport::nccl,
 };
@@ -76,11 +71,11 @@ struct Measured {
 
 /// Rows at which arithmetic is measured.
 const ROWS: [usize; 4] = [1, 8, 64, 512];
-/// Outputs and inputs of the matrix: more than caches hold.
+/// Outputs and inputs of the matrices.
 const N: usize = 8192;
 const K: usize = 4096;
 /// A measurement that takes longer is the last of its format: with more rows it would take longer still.
-const SLOW: Duration = Duration::from_millis(20);
+const SLOW: f64 = 0.02;
 
 /// Measures once per process and GPU, in some tens of milliseconds.
 fn measured(ordinal: usize, kernel_cache: Option<&Path>) -> Result<Measured, CudaError> {
@@ -90,81 +85,30 @@ fn measured(ordinal: usize, kernel_cache: Option<&Path>) -> Result<Measured, Cud
         return Ok(measured.clone());
     }
     let gpu = Gpu::open(ordinal)?.keeping_kernels_in(kernel_cache.map(Path::to_owned));
-    let bytes = (N * K * 4) as u64;
-    let (weight, x) = (Memory::new(&gpu.context, bytes)?, Memory::new(&gpu.context, bytes)?);
-    let copy = seconds(&gpu, || memory::copy(&gpu.stream, x.ptr(), weight.ptr(), bytes))?;
-    let mut rates = Vec::new();
+    let mut pool = Pool::new(&gpu, (N * K * 4) as u64)?;
+    let longest = ROWS[ROWS.len() - 1];
+    let room = Room::new(&gpu, longest * K, longest * N)?;
     let kernels = gpu.kernels(DType::BF16, 128)?;
+    let mut rates = Vec::new();
     for format in Format::ALL {
-        let format = PackedMatrix::held(K, format);
-        let matrix = Matrix { format, n: N, k: K, values: weight.ptr(), factors: weight.ptr() };
+        pool.fill(&gpu, format)?;
         for rows in ROWS {
-            // Rows, what they are as bytes, and what comes out, one after the other.
-            let [at_bytes, at_factors, at_sums, at_out] =
-                [4, 5, 6, 7].map(|part: u64| x.ptr().offset(part * bytes / 8));
-            let bytes = RowBytes::new(Bytes { values: at_bytes, factors: at_factors, sums: at_sums });
-            let product = || match format {
-                // Stages of this format have rows of it too.
-                Format::Float(element) if rows > 8 => gpu.gemm(Gemm {
-                    element,
-                    out_element: element,
-                    weight: weight.ptr(),
-                    x: x.ptr(),
-                    out: at_out,
-                    n: N,
-                    k: K,
-                    rows,
-                    x_stride: K,
-                    out_stride: N,
-                    add: false,
-                }),
-                _ => {
-                    let call = Linear {
-                        weight: &matrix,
-                        bias: Ptr::NULL,
-                        // Written anew each time: to turn them into bytes is part of the product.
-                        x: Rows::new(x.ptr(), K),
-                        rows,
-                        out: at_out,
-                        out_stride: N,
-                        epilogue: Epilogue::Store,
-                        grouped: None,
-                        bytes: &bytes,
-                    };
-                    gpu.linear(&kernels, DType::BF16, &call)
-                }
+            // Stages of this format have rows of it too; with few rows, only what is read of the weights counts.
+            let element = match format {
+                Format::Float(element) if rows > 8 => element,
+                _ => DType::BF16,
             };
-            let seconds = seconds(&gpu, product)?;
+            let (shape, epilogue) = ((N, K), Epilogue::Store);
+            let product = Product { format, shape, rows, epilogue, makes_bytes: true };
+            let seconds = measure::product(&gpu, &kernels, element, (&pool, &room), product)?;
             let flops_per_second = (2 * rows * N * K) as f64 / seconds;
             rates.push(Rate { format, rows: rows as u32, flops_per_second });
-            if seconds > SLOW.as_secs_f64() {
+            if seconds > SLOW {
                 break;
             }
         }
     }
-    // A copy reads and writes every byte.
-    let measured = Measured { bytes_per_second: 2.0 * bytes as f64 / copy, rates };
+    let measured = Measured { bytes_per_second: pool.copy(&gpu)?, rates };
     known.push((ordinal, measured.clone()));
     Ok(measured)
-}
-
-/// The least time of some runs of something, each long enough that starting it does not count.
-fn seconds(gpu: &Gpu, mut run: impl FnMut() -> Result<(), CudaError>) -> Result<f64, CudaError> {
-    let mut least = f64::INFINITY;
-    let mut times = 1;
-    // The first run also loads what is loaded lazily.
-    for round in 0..4 {
-        let begun = Instant::now();
-        for _ in 0..times {
-            run()?;
-        }
-        gpu.wait()?;
-        let seconds = begun.elapsed().as_secs_f64() / f64::from(times);
-        least = least.min(seconds);
-        if round == 0 && seconds > SLOW.as_secs_f64() {
-            break;
-        }
-        times = 10;
-    }
-    Ok(least.max(1e-9))
 }

@@ -3,6 +3,7 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+pub mod measure;
 
 use std::{
     ops::ControlFlow,

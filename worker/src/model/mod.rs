@@ -186,6 +186,21 @@ impl Model {
         Ok(Model { family, tower: description.tower, dtype, special, names: description.names, bound })
     }
 
+    /// The model that `config.json` alone describes, to measure with: no product has a bias, and the head is a tensor of
+    /// its own.
+    pub fn without_checkpoint(config: serde_json::Value) -> Result<Self, ModelError> {
+        let config = Config::new("config.json", config)?;
+        let (family, description) = families::describe(&config)?;
+        Ok(Model {
+            family,
+            tower: description.tower,
+            dtype: config.dtype()?.unwrap_or(DType::F32),
+            special: SpecialTokens::default(),
+            names: description.names,
+            bound: Bindings::new(),
+        })
+    }
+
     /// Opens the checkpoint in `dir` and the model in it.
     pub fn open_dir(dir: &Path) -> Result<(Checkpoint, Self), ModelError> {
         let checkpoint = Checkpoint::open(dir)?;

@@ -5,6 +5,7 @@
 //! sequence has one token are recorded as CUDA graphs: the second time a number of rows comes, it is captured, from then
 //! on it is one launch.
 
+pub(super) mod measure;
 mod pass;
 mod state;
 mod weights;

@@ -247,9 +247,9 @@ impl<'a> Pass<'a> {
 
     /// Final norm and head of the wanted tokens, and their candidates.
     pub fn finish(&mut self, block: &Block, outputs: usize) -> Result<(), StepError> {
-        let Scratch { residual, normed, values, found, broken, .. } = self.state.scratch;
+        let Scratch { residual, normed, values, .. } = self.state.scratch;
         let (tower, width) = (self.tower, self.tower.width);
-        let Inputs { row_of, row_first, row_count, wanted, .. } = self.inputs;
+        let Inputs { row_of, row_first, row_count, .. } = self.inputs;
         if let Head::Embed { pool, normalize } = tower.head {
             self.final_norm(block, self.tokens, Ptr::NULL)?;
             let pool = match pool {
@@ -284,8 +284,14 @@ impl<'a> Pass<'a> {
             launch!(self.gpu, self.kernels()?.soft_cap, (count.div_ceil(256) as u32, 1, 1), 256, 0;
                 values, count as u64, cap)?;
         }
+        self.candidates(outputs)
+    }
+
+    /// The likeliest tokens of the wanted ones' logits.
+    pub fn candidates(&self, outputs: usize) -> Result<(), StepError> {
+        let Scratch { values, found, broken, .. } = self.state.scratch;
         launch!(self.gpu, self.kernels()?.top_candidates, (outputs as u32, 1, 1), 1024, 0;
-            found, broken, values, wanted, tower.vocab as i32)?;
+            found, broken, values, self.inputs.wanted, self.tower.vocab as i32)?;
         Ok(())
     }
 
@@ -305,13 +311,44 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// Attention of some of the rows, all with kernels for one token each or all with those for several.
-    fn attend_rows(
-        &self,
-        attention: &Attention,
-        kernels: &Kernels,
-        cache: RawCache,
-    ) -> Result<(), StepError> {
+    /// Turns queries and keys, and puts keys and values into the cache of the stage's layer `index`.
+    pub fn place(&self, attention: &Attention, index: usize, block: &Block) -> Result<(), StepError> {
+        let kernels = self.head_kernels(attention)?;
+        let Scratch { qkv, ref angles, .. } = self.state.scratch;
+        let Inputs { positions, row_of, first_block, tables, .. } = self.inputs;
+        let (table, pairs) = match attention.position {
+            Position::None => (Ptr::NULL, 0),
+            Position::Rope(set) => (angles[set], self.tower.ropes[set].pairs() as i32),
+        };
+        let head_norm = |slot| match attention.qk_norm {
+            Some(norm) => Ok(raw_norm(norm, block.norm(slot)?)),
+            None => Ok::<_, StepError>(RawNorm::default()),
+        };
+        let heads = Heads {
+            heads: attention.heads as i32,
+            kv_heads: attention.kv_heads as i32,
+            pairs,
+            query: head_norm(Slot::QueryNorm)?,
+            key: head_norm(Slot::KeyNorm)?,
+        };
+        let all = attention.heads + 2 * attention.kv_heads;
+        let grid = (self.tokens as u32, all.div_ceil(4) as u32, 1);
+        let places = Places { positions, row_of, first_block, tables };
+        launch!(self.gpu, kernels.rope_store, grid, 128, 0; qkv, heads, table, places, self.cache(index))?;
+        Ok(())
+    }
+
+    fn head_kernels(&self, attention: &Attention) -> Result<&Kernels, StepError> {
+        self.state.kernels.get(&attention.head_dim).ok_or(StepError::Weights)
+    }
+
+    fn cache(&self, index: usize) -> RawCache {
+        self.state.cache.get(index).copied().unwrap_or_default()
+    }
+
+    /// Attention of the stage's layer `index`, rows of one token with kernels for one and the others with those for several.
+    pub fn attend_rows(&self, attention: &Attention, index: usize) -> Result<(), StepError> {
+        let (kernels, cache) = (self.head_kernels(attention)?, self.cache(index));
         let Scratch { qkv, attention: out, partials, .. } = self.state.scratch;
         let Inputs {
             positions, row_of, first_block, tables, by_length, row_first, row_start, row_count, ..
@@ -412,33 +449,11 @@ impl Operations for Pass<'_> {
     }
 
     fn attend(&mut self, attention: &Attention, index: usize, block: &Block) -> Result<(), StepError> {
-        let kernels = self.state.kernels.get(&attention.head_dim).ok_or(StepError::Weights)?;
-        let Scratch { qkv, ref angles, .. } = self.state.scratch;
-        let Inputs { positions, row_of, first_block, tables, .. } = self.inputs;
         let product = block.product(Slot::Qkv, 0)?;
-        let out = (qkv, attention.qkv_width());
+        let out = (self.state.scratch.qkv, attention.qkv_width());
         self.product(&product, self.tokens, self.normed, out, Epilogue::Store)?;
-        let (table, pairs) = match attention.position {
-            Position::None => (Ptr::NULL, 0),
-            Position::Rope(set) => (angles[set], self.tower.ropes[set].pairs() as i32),
-        };
-        let head_norm = |slot| match attention.qk_norm {
-            Some(norm) => Ok(raw_norm(norm, block.norm(slot)?)),
-            None => Ok::<_, StepError>(RawNorm::default()),
-        };
-        let heads = Heads {
-            heads: attention.heads as i32,
-            kv_heads: attention.kv_heads as i32,
-            pairs,
-            query: head_norm(Slot::QueryNorm)?,
-            key: head_norm(Slot::KeyNorm)?,
-        };
-        let cache = self.state.cache.get(index).copied().unwrap_or_default();
-        let all = attention.heads + 2 * attention.kv_heads;
-        let grid = (self.tokens as u32, all.div_ceil(4) as u32, 1);
-        let places = Places { positions, row_of, first_block, tables };
-        launch!(self.gpu, kernels.rope_store, grid, 128, 0; qkv, heads, table, places, cache)?;
-        self.attend_rows(attention, kernels, cache)
+        self.place(attention, index, block)?;
+        self.attend_rows(attention, index)
     }
 
     fn up(&mut self, ffn: Ffn, block: &Block) -> Result<(), StepError> {

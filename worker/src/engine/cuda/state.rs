@@ -287,7 +287,7 @@ impl State {
     }
 
     /// Sends a step's inputs.
-    fn upload(&mut self, gpu: &Gpu, step: &Checked<'_>) -> Result<Inputs, StepError> {
+    pub fn upload(&mut self, gpu: &Gpu, step: &Checked<'_>) -> Result<Inputs, StepError> {
         let &Checked { rows, tokens, outputs, ref wanted, .. } = step;
         let blocks: usize = rows.iter().map(|row| step.blocks(row)).sum();
         let total = 5 * tokens + 5 * rows.len() + 2 * outputs.len() + blocks;

@@ -117,7 +117,8 @@ impl Weights {
         read.map(|()| weights)
     }
 
-    fn empty(gpu: &Gpu, model: &Model, spec: &RangeSpec) -> Result<Self, CudaError> {
+    /// Zeros in place of the tensors of a range.
+    pub fn empty(gpu: &Gpu, model: &Model, spec: &RangeSpec) -> Result<Self, CudaError> {
         let bytes = spec.sites(model).map(|site| spec.bytes_of(model, site)).sum();
         let mut memory = Arena::new(&gpu.context, bytes)?;
         let mut block = |site: Site| {

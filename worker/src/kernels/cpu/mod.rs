@@ -7,6 +7,7 @@ pub mod attention;
 pub mod isa;
 pub mod linear;
 pub mod math;
+pub(crate) mod measure;
 pub mod moe;
 pub mod norm;
 pub mod packed;

@@ -7,6 +7,7 @@ mod compile;
 mod disk;
 pub(crate) mod launch;
 mod library;
+pub(crate) mod measure;
 pub(crate) mod memory;
 pub(crate) mod product;
 pub(crate) mod rows;

@@ -1,0 +1,102 @@
+//! `strata kernels`: what each kernel of a device reaches.
+
+use std::{fs, io::Write, path::Path, time::Duration};
+
+use anyhow::{Context, bail};
+use clap::ValueEnum;
+use strata_proto::{Format, Quantization};
+use strata_worker::{
+    WorkerError,
+    device::{self, DeviceSpec},
+    measure::{self, Line, Report, Request},
+    model::Model,
+};
+
+use crate::{
+    args::{KernelsArgs, Shape},
+    random_model,
+};
+
+/// `strata kernels`
+pub fn kernels(args: &KernelsArgs) -> anyhow::Result<()> {
+    let model = model(&args.model)?;
+    let dtype = args.dtype.0.unwrap_or(model.dtype);
+    let device = args.device.clone().or_else(|| device::all().into_iter().next());
+    let quantized = if args.quantize.is_empty() { Quantization::ALL.to_vec() } else { args.quantize.clone() };
+    let formats = [Format::Float(dtype)].into_iter().chain(quantized.into_iter().map(Format::Quantized));
+    let request = Request {
+        device: device.unwrap_or(DeviceSpec::cpu(None)),
+        compute: args.compute.resolve(1),
+        kernels: args.kernel_cache.resolve(),
+        model,
+        dtype,
+        formats: formats.collect(),
+        rows: if args.rows.is_empty() { measure::ROWS.to_vec() } else { args.rows.clone() },
+        budget: Duration::from_secs(args.seconds),
+    };
+    let mut out = std::io::stdout();
+    let mut say = |report: &Report| {
+        if args.json {
+            return writeln!(out, "{}", serde_json::to_string(report)?);
+        }
+        match report {
+            Report::Limits(limits) => writeln!(
+                out,
+                "{}: {:.1} GB/s of memory, {:.2} TFLOP/s in {dtype}\n\n{}",
+                request.device,
+                limits.bytes_per_second / 1e9,
+                limits.flops_per_second / 1e12,
+                heading()
+            ),
+            Report::Line(line) => writeln!(out, "{}", row(line)),
+            Report::Left { not_measured: 0 } => Ok(()),
+            Report::Left { not_measured } => {
+                writeln!(out, "\n{not_measured} more were not measured: no time (--seconds) or no memory")
+            }
+        }
+    };
+    let io = |source| WorkerError::Io { path: "standard output".into(), source };
+    measure::measure(&request, &mut |report| say(&report).map_err(io))?;
+    Ok(())
+}
+
+/// The model of a directory's configuration, or of a name.
+fn model(name: &str) -> anyhow::Result<Model> {
+    let path = Path::new(name).join("config.json");
+    let config = match Shape::from_str(name, false) {
+        Ok(shape) => random_model::config(shape),
+        Err(_) if path.is_file() => {
+            let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+            serde_json::from_str(&text).with_context(|| format!("reading {}", path.display()))?
+        }
+        Err(_) => {
+            let shapes = Shape::value_variants().iter().filter_map(ValueEnum::to_possible_value);
+            let shapes: Vec<_> = shapes.map(|value| value.get_name().to_owned()).collect();
+            bail!("model {name}: expected a directory with a config.json, or one of {}", shapes.join(", "));
+        }
+    };
+    Model::without_checkpoint(config).with_context(|| format!("model {name}"))
+}
+
+fn heading() -> String {
+    format!(
+        "{:22} {:6} {:>14} {:>5} {:>7} {:>11} {:>9} {:>9}  bound",
+        "kernel", "format", "shape", "rows", "context", "us", "GB/s", "TFLOP/s"
+    )
+}
+
+fn row(line: &Line) -> String {
+    let context = line.context.map_or(String::new(), |context| context.to_string());
+    format!(
+        "{:22} {:6} {:>14} {:>5} {context:>7} {:>11.1} {:>9.1} {:>9.2}  {:5.1} % of {}",
+        line.kernel,
+        line.format,
+        line.shape,
+        line.rows,
+        line.microseconds,
+        line.gigabytes_per_second,
+        line.teraflops_per_second,
+        100.0 * line.share,
+        line.bound
+    )
+}

@@ -1,0 +1,70 @@
+//! `strata kernels`: every kernel of a device is measured, whatever the figures are.
+
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::cluster::model;
+
+/// What `strata kernels` says of the demo model on a device, one object per line.
+fn measured(device: &str, environment: &[(&str, &str)]) -> Vec<Value> {
+    let output = Command::new(env!("CARGO_BIN_EXE_strata"))
+        .arg("kernels")
+        .arg(model("shakespeare"))
+        .args(["--device", device, "--rows", "1,40", "--seconds", "3600", "--threads", "1", "--json"])
+        .env("STRATA_KERNEL_CACHE", "")
+        .envs(environment.iter().copied())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn check(lines: &[Value]) {
+    let positive = |value: &Value| value.as_f64().is_some_and(|x| x.is_finite() && x > 0.0);
+    let (limits, rest) = lines.split_first().unwrap();
+    assert!(positive(&limits["bytes_per_second"]) && positive(&limits["flops_per_second"]), "{limits}");
+    let (left, kernels) = rest.split_last().unwrap();
+    assert_eq!(left["not_measured"], 0);
+    for line in kernels {
+        for figure in ["microseconds", "gigabytes_per_second", "teraflops_per_second", "share"] {
+            assert!(positive(&line[figure]), "{figure} of {line}");
+        }
+    }
+    let has = |kernel: &str, format: &str, rows: u64| {
+        kernels
+            .iter()
+            .any(|line| line["kernel"] == kernel && line["format"] == format && line["rows"] == rows)
+    };
+    for product in ["qkv", "attention out", "gate and up", "down", "head"] {
+        for (format, rows) in
+            [("bf16", 1), ("bf16", 40), ("int8", 1), ("int8", 40), ("int4", 1), ("int4", 40)]
+        {
+            assert!(has(&format!("product {product}"), format, rows), "{product} {format} {rows}");
+        }
+    }
+    for other in ["attention decode", "norm", "rope and store", "candidates"] {
+        assert!([1, 32].iter().all(|rows| has(other, "bf16", *rows)), "{other}");
+    }
+    assert!(kernels.iter().any(|line| line["kernel"] == "attention prefill" && line["context"] == 0));
+}
+
+#[test]
+fn every_kernel_of_a_cpu_is_measured() {
+    check(&measured("cpu", &[]));
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn every_kernel_of_a_gpu_is_measured() {
+    check(&measured("cuda:0", &[("LD_LIBRARY_PATH", crate::gpu::emulator().to_str().unwrap())]));
+}
+
+#[test]
+fn a_model_of_no_shape_is_refused() {
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_strata")).args(["kernels", "no-such-model"]).output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && error.contains("expected a directory with a config.json"), "{error}");
+}

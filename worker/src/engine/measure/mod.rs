@@ -1,0 +1,404 @@
+//! Measures every kernel of a device by itself, at the shapes of a model: a GPU by its own clock, a CPU by the host's.
+//!
+//! No weights are needed: matrices of the right shape are made on the device. Each run takes the next one of several that
+//! together are larger than the caches, as the layers of a model are.
+
+mod cpu;
+
+use std::{
+    fmt,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use serde::Serialize;
+use strata_proto::{DType, DeviceKind, Format, Quantization};
+
+use crate::{
+    device::{Compute, DeviceSpec},
+    error::WorkerError,
+    kernels::cpu::{attention::Span, norm::Act},
+    model::{
+        Model,
+        blocks::{Ffn, Head, Layer, Tower},
+    },
+};
+
+/// Rows of products, most valuable first: one stream, many, a prompt, and what lies between.
+pub const ROWS: [u32; 10] = [1, 32, 2048, 8, 128, 16, 64, 512, 2, 4];
+/// The head is computed for the last token of each sequence only.
+const MOST_OUTPUTS: u32 = 128;
+/// Sequences and positions before the token that each of them decodes.
+const DECODES: [(u32, u32); 6] = [(1, 2048), (32, 2048), (1, 8192), (1, 512), (32, 512), (128, 512)];
+/// Tokens of a prompt, and positions before them.
+const PREFILLS: [(u32, u32); 4] = [(2048, 0), (512, 0), (512, 1536), (512, 7680)];
+/// Rows of everything else.
+const OTHERS: [u32; 3] = [1, 32, 2048];
+/// Sides of the square products that the arithmetic rate is taken from: larger ones as long as they are quick.
+const SIDES: [usize; 5] = [512, 1024, 2048, 4096, 8192];
+const QUICK: f64 = 0.02;
+
+/// What is to be measured.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Where.
+    pub device: DeviceSpec,
+    /// How the CPU computes.
+    pub compute: Compute,
+    /// Where a GPU's compiled kernels are kept.
+    pub kernels: Option<PathBuf>,
+    /// Whose shapes.
+    pub model: Model,
+    /// Format of rows and cache.
+    pub dtype: DType,
+    /// Formats of weights.
+    pub formats: Vec<Format>,
+    /// Rows of products, in the order in which they are measured.
+    pub rows: Vec<u32>,
+    /// What remains after so long is not begun.
+    pub budget: Duration,
+}
+
+/// How fast a device is at what bounds its kernels.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Limits {
+    /// Of memory: by a large copy, which reads and writes, on a GPU; by reading weights on a CPU.
+    pub bytes_per_second: f64,
+    /// Of arithmetic: by the best large square product in the format of rows.
+    pub flops_per_second: f64,
+}
+
+/// A kernel's figures.
+#[derive(Debug, Clone, Serialize)]
+pub struct Line {
+    /// What it does.
+    pub kernel: String,
+    /// Format of its weights, or of rows and cache if it has none.
+    pub format: String,
+    /// Outputs and inputs of a product, heads and their width in attention, else the width of a row.
+    pub shape: String,
+    /// Rows, or sequences in attention while decoding.
+    pub rows: u32,
+    /// Positions before a row, where it matters.
+    pub context: Option<u32>,
+    /// Of one run, the median of several rounds.
+    pub microseconds: f64,
+    /// Bytes that it has to read and write, per nanosecond.
+    pub gigabytes_per_second: f64,
+    /// Operations per picosecond.
+    pub teraflops_per_second: f64,
+    /// What bounds it on this device: `memory` or `arithmetic`.
+    pub bound: &'static str,
+    /// The time it would take at that bound's full speed, as a share of the time it takes.
+    pub share: f64,
+}
+
+/// What a report consists of.
+#[derive(Debug, Clone, Serialize)]
+#[serde(untagged)]
+pub enum Report {
+    /// First.
+    Limits(Limits),
+    /// Then one of these per kernel.
+    Line(Line),
+    /// In the end, kernels that the time or the device's memory did not suffice for.
+    Left {
+        /// How many.
+        not_measured: usize,
+    },
+}
+
+/// A product of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    Qkv,
+    AttentionOut,
+    Up(Act),
+    GateUp(Act),
+    Down,
+    Head,
+}
+
+impl Role {
+    fn name(self) -> &'static str {
+        match self {
+            Role::Qkv => "qkv",
+            Role::AttentionOut => "attention out",
+            Role::Up(_) => "up",
+            Role::GateUp(_) => "gate and up",
+            Role::Down => "down",
+            Role::Head => "head",
+        }
+    }
+}
+
+/// One kernel, or what a step always does together.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Kernel {
+    Product {
+        role: Role,
+        /// Outputs and inputs.
+        shape: (usize, usize),
+        format: Format,
+        rows: u32,
+    },
+    /// Attention of one token of each of some sequences.
+    Decode {
+        sequences: u32,
+        context: u32,
+    },
+    /// Attention of several tokens of one sequence.
+    Prefill {
+        tokens: u32,
+        context: u32,
+    },
+    Norm {
+        rows: u32,
+    },
+    /// Queries and keys turn, keys and values go into the cache.
+    Place {
+        rows: u32,
+    },
+    /// The likeliest tokens of rows of logits.
+    Choose {
+        rows: u32,
+    },
+}
+
+/// A device whose kernels can be measured.
+pub(crate) trait Bench {
+    /// Bytes per second of [`Limits`].
+    fn bytes_per_second(&mut self) -> Result<f64, WorkerError>;
+
+    /// Seconds of one run; `None` if the device has no memory for it.
+    fn seconds(&mut self, kernel: Kernel) -> Result<Option<f64>, WorkerError>;
+}
+
+/// Measures the kernels of a device, most valuable first, and reports each as soon as it is known.
+///
+/// # Errors
+/// If the device cannot be used.
+pub fn measure(
+    request: &Request,
+    report: &mut dyn FnMut(Report) -> Result<(), WorkerError>,
+) -> Result<(), WorkerError> {
+    let begun = Instant::now();
+    let mut bench: Box<dyn Bench> = match request.device.kind {
+        DeviceKind::Cpu => Box::new(cpu::CpuBench::new(request)),
+        #[cfg(feature = "cuda")]
+        DeviceKind::Cuda => Box::new(super::cuda::measure::GpuBench::new(request)?),
+        #[cfg(not(feature = "cuda"))]
+        DeviceKind::Cuda => {
+            return Err(WorkerError::BadMessage(crate::device::no_cuda(&request.device.id)));
+        }
+    };
+    let bytes_per_second = bench.bytes_per_second()?;
+    let mut flops_per_second = 0f64;
+    for side in SIDES {
+        let (role, shape, format) = (Role::Qkv, (side, side), Format::Float(request.dtype));
+        let Some(seconds) = bench.seconds(Kernel::Product { role, shape, format, rows: side as u32 })? else {
+            break;
+        };
+        flops_per_second = flops_per_second.max(2.0 * (side as f64).powi(3) / seconds);
+        if seconds > QUICK {
+            break;
+        }
+    }
+    let limits = Limits { bytes_per_second, flops_per_second };
+    report(Report::Limits(limits))?;
+    let mut left = 0;
+    for kernel in kernels(request) {
+        let work = Work::of(kernel, request);
+        let rest = request.budget.saturating_sub(begun.elapsed()).as_secs_f64();
+        // It is run twice at least.
+        let seconds = match 2.0 * work.least_seconds(&limits) < rest {
+            true => bench.seconds(kernel)?,
+            false => None,
+        };
+        match seconds {
+            Some(seconds) => report(Report::Line(work.line(seconds, &limits)))?,
+            None => left += 1,
+        }
+    }
+    report(Report::Left { not_measured: left })
+}
+
+/// Everything that is measured, most valuable first.
+fn kernels(request: &Request) -> Vec<Kernel> {
+    let tower = &request.model.tower;
+    let context = tower.context as u32;
+    let mut all = Vec::new();
+    let products = |rows: u32, all: &mut Vec<Kernel>| {
+        for format in &request.formats {
+            let roles = products(tower).into_iter();
+            let roles = roles.filter(|(role, _)| *role != Role::Head || rows <= MOST_OUTPUTS);
+            all.extend(roles.map(|(role, shape)| Kernel::Product { role, shape, format: *format, rows }));
+        }
+    };
+    // As much of them as the model's context allows, and nothing twice.
+    let decodes = DECODES.map(|(sequences, before)| (sequences, before.min(context)));
+    let prefills = PREFILLS.map(|(tokens, before)| (tokens.min(context), before));
+    let prefills = prefills.into_iter().filter(|(tokens, before)| tokens + before <= context);
+    let mut rows = request.rows.iter();
+    rows.by_ref().take(3).for_each(|rows| products(*rows, &mut all));
+    if !tower.is_encoder() {
+        let decodes = unique(decodes).into_iter();
+        all.extend(decodes.map(|(sequences, context)| Kernel::Decode { sequences, context }));
+        let prefills = unique(prefills).into_iter();
+        all.extend(prefills.map(|(tokens, context)| Kernel::Prefill { tokens, context }));
+    }
+    for rows in unique(OTHERS.map(|rows| rows.min(context))) {
+        all.push(Kernel::Norm { rows });
+        if !tower.is_encoder() {
+            all.push(Kernel::Place { rows });
+        }
+        if matches!(tower.head, Head::Lm { .. }) && rows <= MOST_OUTPUTS {
+            all.push(Kernel::Choose { rows });
+        }
+    }
+    rows.for_each(|rows| products(*rows, &mut all));
+    all
+}
+
+/// Each once, in the order of their first coming.
+fn unique<T: PartialEq>(all: impl IntoIterator<Item = T>) -> Vec<T> {
+    all.into_iter().fold(Vec::new(), |mut seen, one| {
+        if !seen.contains(&one) {
+            seen.push(one);
+        }
+        seen
+    })
+}
+
+/// The products of a model, by the second of its layers, for the first may be held in other formats.
+pub(crate) fn products(tower: &Tower) -> Vec<(Role, (usize, usize))> {
+    let (width, layer) = (tower.width, middle(tower));
+    let Layer { attention, ffn, .. } = layer;
+    let (inner, act) = (ffn.mlp().inner, ffn.mlp().act);
+    let up = if matches!(ffn, Ffn::Plain(_)) { Role::Up(act) } else { Role::GateUp(act) };
+    let mut all = vec![
+        (Role::Qkv, (attention.qkv_width(), width)),
+        (Role::AttentionOut, (width, attention.q_width())),
+        (up, (ffn.up_width(), width)),
+        (Role::Down, (width, inner)),
+    ];
+    if matches!(tower.head, Head::Lm { .. } | Head::Mlm(..)) {
+        all.push((Role::Head, (tower.vocab, width)));
+    }
+    all
+}
+
+/// The layer whose shapes stand for all.
+pub(crate) fn middle(tower: &Tower) -> &Layer {
+    &tower.layers[tower.layers.len() / 2]
+}
+
+/// What a kernel has to do.
+struct Work {
+    kernel: String,
+    format: String,
+    shape: String,
+    rows: u32,
+    context: Option<u32>,
+    bytes: f64,
+    flops: f64,
+}
+
+impl Work {
+    fn of(kernel: Kernel, request: &Request) -> Work {
+        let (tower, dtype) = (&request.model.tower, request.dtype);
+        let (attention, size) = (&middle(tower).attention, dtype.size() as f64);
+        let (q, kv) = (attention.q_width() as f64, attention.kv_width() as f64);
+        let heads = format!("{}/{}x{}", attention.heads, attention.kv_heads, attention.head_dim);
+        // Rows of queries and of what comes out, keys and values of the positions that are seen, and pairs of the two.
+        let attend = |tokens: f64, positions: f64, pairs: f64| {
+            (size * (2.0 * tokens * q + 2.0 * positions * kv), 4.0 * pairs * q)
+        };
+        let seen = |positions: u32| match attention.span {
+            Span::Window(window) => f64::from(positions).min(window as f64),
+            _ => f64::from(positions),
+        };
+        let named = |name: &str, shape: &dyn fmt::Display, rows, (bytes, flops)| Work {
+            kernel: name.into(),
+            format: dtype.to_string(),
+            shape: shape.to_string(),
+            rows,
+            context: None,
+            bytes,
+            flops,
+        };
+        match kernel {
+            Kernel::Product { role, shape: (n, k), format, rows } => {
+                let (each, n, k) = (f64::from(rows), n as f64, k as f64);
+                let out = match role {
+                    Role::GateUp(_) => n / 2.0 * size,
+                    // Read, too.
+                    Role::AttentionOut | Role::Down => 2.0 * n * size,
+                    Role::Head => n * 4.0,
+                    Role::Qkv | Role::Up(_) => n * size,
+                };
+                let weights = n * k * bits(format) / 8.0;
+                let work = (weights + each * (k * size + out), 2.0 * each * n * k);
+                let name = format!("product {}", role.name());
+                Work { format: format.to_string(), ..named(&name, &format!("{n}x{k}"), rows, work) }
+            }
+            Kernel::Decode { sequences, context } => {
+                let positions = f64::from(sequences) * seen(context);
+                let work = attend(f64::from(sequences), positions, positions);
+                Work { context: Some(context), ..named("attention decode", &heads, sequences, work) }
+            }
+            Kernel::Prefill { tokens, context } => {
+                let pairs = (context + 1..=context + tokens).map(seen).sum();
+                let work = attend(f64::from(tokens), seen(context + tokens), pairs);
+                Work { context: Some(context), ..named("attention prefill", &heads, tokens, work) }
+            }
+            Kernel::Norm { rows } => {
+                let elements = f64::from(rows) * tower.width as f64;
+                named("norm", &tower.width, rows, (2.0 * elements * size, 4.0 * elements))
+            }
+            Kernel::Place { rows } => {
+                let elements = f64::from(rows) * attention.qkv_width() as f64;
+                named("rope and store", &heads, rows, (2.0 * elements * size, 3.0 * elements))
+            }
+            Kernel::Choose { rows } => {
+                let elements = f64::from(rows) * tower.vocab as f64;
+                named("candidates", &tower.vocab, rows, (4.0 * elements, elements))
+            }
+        }
+    }
+
+    /// What memory and arithmetic would take at the device's full speed.
+    fn bounds(&self, limits: &Limits) -> (f64, f64) {
+        (self.bytes / limits.bytes_per_second, self.flops / limits.flops_per_second)
+    }
+
+    fn least_seconds(&self, limits: &Limits) -> f64 {
+        let (memory, arithmetic) = self.bounds(limits);
+        memory.max(arithmetic)
+    }
+
+    fn line(self, seconds: f64, limits: &Limits) -> Line {
+        let (memory, arithmetic) = self.bounds(limits);
+        Line {
+            bound: if memory >= arithmetic { "memory" } else { "arithmetic" },
+            share: memory.max(arithmetic) / seconds,
+            microseconds: seconds * 1e6,
+            gigabytes_per_second: self.bytes / seconds / 1e9,
+            teraflops_per_second: self.flops / seconds / 1e12,
+            kernel: self.kernel,
+            format: self.format,
+            shape: self.shape,
+            rows: self.rows,
+            context: self.context,
+        }
+    }
+}
+
+/// Bits of a weight, with its part of what its group has in common.
+fn bits(format: Format) -> f64 {
+    match format {
+        Format::Float(dtype) => 8.0 * dtype.size() as f64,
+        Format::Quantized(Quantization::Int8) => 8.5,
+        Format::Quantized(Quantization::Int4) => 5.0,
+    }
+}
