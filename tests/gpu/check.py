@@ -57,7 +57,7 @@ def probing(run, arguments, names):
     if arguments.formats:
         formats = dict.fromkeys(formats, arguments.formats)
     # Mixtures whose kernels are those of large ones come first, and what is slow.
-    tried = sorted((n for n in formats if is_mixture(n)), key=lambda n: "wide" not in n)[:1]
+    tried = sorted((n for n in formats if is_mixture(n)), key=lambda n: "groups" not in n)[:1]
     tasks = [(probe.memcheck, run, name, arguments.device, "--quantize", "int8") for name in tried]
     tasks += [(probe.memcheck, run, probe.MODEL, arguments.device, "--dtype", "bf16")]
     if arguments.device == "cpu":

@@ -49,7 +49,7 @@ class Run:
         (out / "logs.txt").write_text("")
         (out / "results.txt").write_text("")
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("STRATA_")}
-        self.environment |= {"STRATA_LOG": "info", "STRATA_KERNEL_CACHE": str(work / "kernels"),
+        self.environment |= {"STRATA_LOG": "info", "NO_COLOR": "1", "STRATA_KERNEL_CACHE": str(work / "kernels"),
                              "LD_LIBRARY_PATH": library_path()}
 
     def within(self, seconds):
