@@ -241,9 +241,10 @@ mod tests {
 
     #[test]
     fn chunks_cover_the_file_and_draw_each_value_once() {
-        let tensors = [("a".to_owned(), vec![3, CHUNK]), ("b".to_owned(), vec![5]), ("c".to_owned(), vec![2, 4])];
+        let tensors =
+            [("a".to_owned(), vec![3, CHUNK]), ("b".to_owned(), vec![5]), ("c".to_owned(), vec![2, 4])];
         let found: Vec<_> = chunks(&tensors, 100).iter().map(|c| (c.at, c.values, c.drawn)).collect();
-        let [whole, drawn] = [2 * CHUNK, CHUNK as u64];
+        let (whole, drawn) = (2 * CHUNK, CHUNK as u64);
         let end = 100 + 3 * whole;
         let first = [0, 1, 2].map(|i| (100 + i * whole, CHUNK, Some(i as u64 * drawn)));
         assert_eq!(found, [&first[..], &[(end, 5, None), (end + 10, 8, Some(3 * drawn))]].concat());
