@@ -7,6 +7,7 @@
 #include <cstring>
 #include <fstream>
 #include <iterator>
+#include <set>
 
 #include <dlfcn.h>
 #include <link.h>
@@ -61,6 +62,7 @@ struct Module {
 
 struct Function {
     const Kernel* kernel;
+    const char* options;
     int device;
     unsigned dynamic_limit = 48 << 10;
 };
@@ -397,6 +399,7 @@ API int cuModuleGetFunction(void** result, void* handle, const char* name) {
     if (!kernel) return not_found;
     auto function = std::make_unique<Function>();
     function->kernel = static_cast<const Kernel*>(kernel);
+    function->options = static_cast<const char*>(dlsym(found->second->library, "emulator_options"));
     function->device = found->second->device;
     *result = function.get();
     functions[*result] = std::move(function);
@@ -457,6 +460,22 @@ API int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* handle, i
     return cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, handle, threads, dynamic, 0);
 }
 
+/// Writes the name of a kernel that is started, and the definitions it was compiled with, to the file that EMULATOR_TRACE
+/// names; once per process.
+static void trace(const Function& function) {
+    static const char* path = getenv("EMULATOR_TRACE");
+    if (!path || !*path) return;
+    static std::mutex mutex;
+    static auto& seen = *new std::set<std::string>;
+    std::string line = std::string(function.kernel->name) + (function.options ? function.options : "") + "\n";
+    std::lock_guard lock(mutex);
+    if (!seen.insert(line).second) return;
+    if (FILE* file = fopen(path, "ae")) {
+        fputs(line.c_str(), file);
+        fclose(file);
+    }
+}
+
 API int cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                        unsigned block_y, unsigned block_z, unsigned shared_bytes, void* stream_handle, void** values,
                        void** extra) {
@@ -490,6 +509,7 @@ API int cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned 
         memcpy(pointers->back(), values[i], kernel->sizes[i]);
         at += (kernel->sizes[i] + 15) / 16;
     }
+    trace(*function);
     Launch launch{kernel, {grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared_bytes};
     return enqueue(stream_handle, [=] {
         (void)buffer;  // kept for the pointers into it

@@ -213,14 +213,16 @@ int compile(Program& program, const std::string& options, bool has_machine_code)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
         flags += " -march=x86-64-v3";
 
+    // What the program was compiled with, for EMULATOR_TRACE.
+    std::string known = "extern \"C\" { extern const char emulator_options[]; const char emulator_options[] = R\"(" + options + ")\"; }\n";
     std::string key = hash(read_file(here + "/kernel.h") + '\0' + compiler + flags + options + '\0' + here + '\0' +
-                           program.name + '\0' + program.source);
+                           program.name + '\0' + program.source + known);
     std::string library = folder + "/" + key + ".so";
     if (access(library.c_str(), R_OK) != 0) {
         static std::atomic<int> count{0};
         std::string base = folder + "/" + key + "." + std::to_string(getpid()) + "-" + std::to_string(count++);
         std::string source = base + ".cpp", expanded = base + ".ii", result = base + ".so";
-        std::string line = "#include \"kernel.h\"\n#line 1 \"" + program.name + "\"\n" + program.source + "\n";
+        std::string line = "#include \"kernel.h\"\n#line 1 \"" + program.name + "\"\n" + program.source + "\n" + known;
         bool built = write_file(source, line) &&
                      run(compiler + flags + options + " -I" + quoted(here) + " -E -o " + quoted(expanded) + " " +
                              quoted(source),

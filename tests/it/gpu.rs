@@ -143,6 +143,67 @@ async fn every_format_is_close_to_the_cpu() {
     }
 }
 
+/// Models in which every product is of whole groups and every head of whole slabs, so that all that is quantized or on the
+/// tensor cores is met: norms that yield bytes, mixtures of experts, a norm behind each block, both branches side by side.
+const WHOLE_GROUPS: [&str; 4] =
+    ["mixtral-groups-bf16", "qwen3-moe-groups-f16", "gemma2-groups-bf16", "phi-groups-f32"];
+
+/// In float32 the answer is transformers'. In another format, what rounding does to the model is taken from the CPU, as
+/// tests/gpu/parity.py says: twice that may lie between the two devices, and between the GPU and transformers. Int4 weights
+/// are the same integers on both, and activations eight bits at least, so that the devices may be as far apart as in int8.
+/// Which experts a token goes through is all or nothing, so one prompt of four may be off.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn models_of_whole_groups_are_within_what_each_format_does_to_them() {
+    emulator();
+    const FLOOR: f32 = 2e-3;
+    let (int8, int4) = (Some(Quantization::Int8), Some(Quantization::Int4));
+    for name in WHOLE_GROUPS {
+        let model = crate::cluster::model(name);
+        let expected = expectations(&model);
+        let want: Vec<_> = expected.iter().map(|e| e.last_row.clone()).collect();
+        let rows = async |on: &str, dtype, quantization| {
+            // Steps with so little room that the pairs of token and expert take several turns.
+            let options = Options { max_step_tokens: 48, ..options(&model, on) };
+            let mut driver = Driver::start(&Options { dtype: Some(dtype), quantization, ..options }).await;
+            let mut rows = Vec::new();
+            for e in &expected {
+                let request = Request::new(&e.ids, 40, 0, RowOutput::Logits);
+                rows.push(driver.run(vec![request]).await.remove(0).logits);
+            }
+            rows
+        };
+        let apart = |got: &[Vec<f32>], want: &[Vec<f32>]| {
+            let mut each: Vec<f32> = got.iter().zip(want).map(|(got, want)| difference(got, want)).collect();
+            each.sort_by(f32::total_cmp);
+            each[each.len() - 2]
+        };
+        let off = apart(&rows("cuda:0", DType::F32, None).await, &want);
+        assert!(off < 1e-4, "{name} in f32: {off} from transformers");
+        let mut in_int8 = 0.0;
+        for (dtype, quantization) in [
+            (DType::BF16, None),
+            (DType::F16, None),
+            (DType::F32, int8),
+            (DType::BF16, int8),
+            (DType::BF16, int4),
+            (DType::F16, int4),
+        ] {
+            let gpu = rows("cuda:0", dtype, quantization).await;
+            let cpu = rows("cpu", dtype, quantization).await;
+            let cost = apart(&cpu, &want);
+            if quantization == int8 {
+                in_int8 = cost;
+            }
+            let between = if quantization == int4 { in_int8 } else { cost };
+            let what = format!("{name} {dtype} {quantization:?}");
+            let off = apart(&gpu, &cpu);
+            assert!(off < 2.0 * between + FLOOR, "{what}: {off} from the CPU, which rounds by {between}");
+            let off = apart(&gpu, &want);
+            assert!(off < 2.0 * cost + FLOOR, "{what}: {off} from transformers, the CPU {cost}");
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_encoder_answers_as_transformers() {
     emulator();

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
-CONTEXT, VOCAB, MARGIN, NEW_TOKENS, LENGTHS, LARGEST = 256, 320, 0.02, 24, (1, 5, 20, 90), 400_000
+CONTEXT, VOCAB, MARGIN, NEW_TOKENS, LENGTHS, LARGEST = 256, 320, 0.02, 24, (1, 5, 20, 90), 700_000
 TEXT = [
     "A stage holds a few layers, and the next stage holds the layers after them.",
     "The coordinator counts every byte before a single one is loaded.",
@@ -125,6 +125,27 @@ FIXTURES = {
         model_type="gpt_neox", vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
         num_attention_heads=4, use_parallel_residual=False, attention_bias=False, hidden_act="gelu_new",
         rope_parameters=dict(rope_type="default", rope_theta=500.0, partial_rotary_factor=1.0)), torch.float32, "1GB"),
+    # Whole groups of 32 in every product, experts' too: all of them can be int8 or int4. Whole slabs of 16 in every head.
+    "mixtral-groups-bf16": (dict(
+        model_type="mixtral", vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
+        tie_word_embeddings=False), torch.bfloat16, "1GB"),
+    # The same, with more and narrower experts, norms on heads, and a dense layer.
+    "qwen3-moe-groups-f16": (dict(
+        model_type="qwen3_moe", vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=1, head_dim=32, num_experts=8, num_experts_per_tok=3,
+        moe_intermediate_size=64, norm_topk_prob=True, mlp_only_layers=[1], tie_word_embeddings=False),
+        torch.float16, "1GB"),
+    # Norms on both sides.
+    "gemma2-groups-bf16": (dict(
+        model_type="gemma2", vocab_size=320, hidden_size=64, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=17, query_pre_attn_scalar=20,
+        attn_logit_softcapping=2.0, final_logit_softcapping=8.0), torch.bfloat16, "1GB"),
+    # Both branches side by side, biases everywhere.
+    "phi-groups-f32": (dict(
+        model_type="phi", vocab_size=320, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5)),
+        torch.float32, "1GB"),
 }
 
 

@@ -14,7 +14,7 @@ use crate::{
                 attention_bytes, launch,
             },
             memory::{self, Arena, Memory, Ptr},
-            product::{Epilogue, Grouped, Linear, Matrix, RowBytes, Rows},
+            product::{Epilogue, Grouped, Linear, Matrix, RowBytes, Rows, TASK_BYTES},
         },
     },
     kv_cache::BatchRow,
@@ -65,8 +65,9 @@ struct Experts {
     logits: Ptr,
     chosen: Ptr,
     shares: Ptr,
+    /// Pairs by expert, and tasks of them; as many as there are pairs.
     order: Ptr,
-    offsets: Ptr,
+    tasks: Ptr,
     /// `(pairs, width)`, as many pairs as tokens.
     pairs: Ptr,
 }
@@ -87,9 +88,8 @@ impl Scratch {
                 logits: rows(all, 4)?,
                 chosen: rows(active, 4)?,
                 shares: rows(active, 4)?,
-                order: rows(active, 4)?,
-                // Words enough: each of the other three has as many as there are pairs, and this one as the experts.
-                offsets: rows((all + 1).div_ceil(tokens).max(1), 4)?,
+                order: rows(1, 4)?,
+                tasks: rows(1, TASK_BYTES)?,
                 pairs: rows(residual, size)?,
             })
         });
@@ -470,7 +470,7 @@ impl Operations for Pass<'_> {
     // As many tokens at a time as their pairs of token and expert have room for.
     fn experts(&mut self, flow: Flow, moe: Moe, block: &Block) -> Result<(), StepError> {
         let Scratch { residual, normed, up, ref bytes, tokens: room, ref experts, .. } = self.state.scratch;
-        let Some(Experts { logits, chosen, shares, order, offsets, pairs }) = experts else {
+        let Some(Experts { logits, chosen, shares, order, tasks, pairs }) = experts else {
             return Err(StepError::Weights);
         };
         let kernels = self.kernels()?;
@@ -486,18 +486,8 @@ impl Operations for Pass<'_> {
             launch!(self.gpu, kernels.route, (tokens.div_ceil(4) as u32, 1, 1), 128, 0;
                 *logits, *chosen, *shares, tokens as i32, moe.experts as i32, moe.active as i32,
                 i32::from(moe.normalize))?;
-            launch!(self.gpu, kernels.group_pairs, (1, 1, 1), 256, 4 * moe.experts as u32;
-                *order, *offsets, *chosen, count as i32, moe.experts as i32)?;
-            let grouped = |divide, strides| {
-                Some(Grouped {
-                    count: moe.experts,
-                    order: *order,
-                    offsets: *offsets,
-                    divide,
-                    most: tokens,
-                    strides,
-                })
-            };
+            let groups = self.gpu.group(kernels, (*chosen, count), moe.experts, (*order, *tasks))?;
+            let grouped = |divide, strides| Some(Grouped { groups, divide, strides });
             self.linear(&Linear {
                 weight: &first.matrix,
                 bias: first.bias,

@@ -176,7 +176,7 @@ passed! {
     RawProduct {
         weight: RawMatrix, bias: Ptr, x: Ptr, bytes: Bytes, out: Ptr,
         x_stride: i32, out_stride: i32, rows: i32, epilogue: i32, act: i32,
-        order: Ptr, offsets: Ptr, divide: i32,
+        order: Ptr, tasks: Ptr, divide: i32,
         expert_values: u64, expert_factors: u64, expert_bias: u64,
     }
     /// `Attend` of `attention.cu`.

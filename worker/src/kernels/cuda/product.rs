@@ -99,18 +99,28 @@ pub(crate) fn act_number(act: Act) -> i32 {
 /// Rows that go through several matrices of one shape.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Grouped {
-    /// Matrices.
-    pub count: usize,
-    /// Rows `order[offsets[e]..offsets[e + 1]]` go through matrix `e`.
-    pub order: Ptr,
-    pub offsets: Ptr,
+    pub groups: Groups,
     /// Row `r` of these reads row `r / divide` of `x`.
     pub divide: usize,
-    /// Most rows that one matrix may get.
-    pub most: usize,
     /// Bytes from matrix to matrix: of values, factors, bias.
     pub strides: [u64; 3],
 }
+
+/// Rows by the matrix that they go through, and a list of tasks of one matrix each; made by [`Gpu::group`]. Only the GPU
+/// knows how many rows a matrix gets, so the list has as many places as there can be tasks.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Groups {
+    order: Ptr,
+    tasks: Ptr,
+    /// Most rows of a task, and places in the list.
+    pub(super) task_rows: usize,
+    pub(super) places: usize,
+    /// Rows that a matrix gets, on average.
+    rows_each: usize,
+}
+
+/// Bytes of a task in a list.
+pub(crate) const TASK_BYTES: u64 = 12;
 
 /// Rows that somebody wrote: where they are, and how many elements lie from one to the next. What is written to the same
 /// place later are other rows: each writer makes a value of its own, and whoever reads the rows is given that value.
@@ -189,7 +199,7 @@ impl Gpu {
     /// Computes a product; `element` is the format of `x`, and of `out` unless it is values.
     pub fn linear(&self, kernels: &Kernels, element: DType, call: &Linear<'_>) -> Result<(), CudaError> {
         let Linear { weight, rows, epilogue, grouped, .. } = call;
-        let rows_each = grouped.map_or(*rows, |g| rows.div_ceil(g.count));
+        let rows_each = grouped.map_or(*rows, |g| g.groups.rows_each);
         if matches!(weight.format, Format::Quantized(_)) {
             self.to_bytes(kernels, call)?;
         }
@@ -232,6 +242,24 @@ impl Gpu {
         }
     }
 
+    /// Sorts `rows` rows by the matrix that each goes through, of `matrices`; `chosen` has their numbers. `order` has room for
+    /// a word and `tasks` for a task of each row.
+    pub fn group(
+        &self,
+        kernels: &Kernels,
+        (chosen, rows): (Ptr, usize),
+        matrices: usize,
+        (order, tasks): (Ptr, Ptr),
+    ) -> Result<Groups, CudaError> {
+        let rows_each = rows.div_ceil(matrices);
+        let task_rows = if rows_each <= FEW_ROWS { rows_each.next_power_of_two() } else { TILE };
+        // In the last task of each matrix that gets any rows, all but one may be missing.
+        let places = (rows + (task_rows - 1) * matrices.min(rows)) / task_rows;
+        launch!(self, kernels.group_pairs, (1, 1, 1), 256, 4 * matrices as u32;
+            order, tasks, chosen, rows as i32, matrices as i32, task_rows as i32, places as i32)?;
+        Ok(Groups { order, tasks, task_rows, places, rows_each })
+    }
+
     fn raw(&self, call: &Linear<'_>, epilogue: Epilogue) -> RawProduct {
         let grouped = call.grouped;
         let [expert_values, expert_factors, expert_bias] = grouped.map_or([0; 3], |g| g.strides);
@@ -246,8 +274,8 @@ impl Gpu {
             rows: call.rows as i32,
             epilogue: epilogue.number(),
             act: call.epilogue.act().map_or(0, act_number),
-            order: grouped.map_or(Ptr::NULL, |g| g.order),
-            offsets: grouped.map_or(Ptr::NULL, |g| g.offsets),
+            order: grouped.map_or(Ptr::NULL, |g| g.groups.order),
+            tasks: grouped.map_or(Ptr::NULL, |g| g.groups.tasks),
             divide: grouped.map_or(1, |g| g.divide as i32),
             expert_values,
             expert_factors,
@@ -255,10 +283,12 @@ impl Gpu {
         }
     }
 
-    /// Blocks of rows of the grid, and matrices.
+    /// Of a grid, the blocks for rows: tiles, or tasks and the tiles of each.
     fn row_blocks(call: &Linear<'_>, tile: usize) -> (u32, u32) {
-        let most = call.grouped.map_or(call.rows, |g| g.most);
-        (most.div_ceil(tile) as u32, call.grouped.map_or(1, |g| g.count as u32))
+        match call.grouped {
+            None => (call.rows.div_ceil(tile) as u32, 1),
+            Some(Grouped { groups, .. }) => (groups.places as u32, groups.task_rows.div_ceil(tile) as u32),
+        }
     }
 
     fn matvec(&self, kernels: &Kernels, call: &Linear<'_>, rows_each: usize) -> Result<(), CudaError> {

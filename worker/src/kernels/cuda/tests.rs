@@ -6,9 +6,9 @@ use strata_proto::{DType, Format, Quantization};
 
 use super::{
     Gpu,
-    launch::{Attend, Bytes, Kernels, Places, RawCache, attention_bytes, launch},
+    launch::{Attend, Bytes, Kernels, Places, RawCache, RawNorm, attention_bytes, launch},
     memory::{self, Memory, Ptr},
-    product::{Epilogue, Grouped, Linear, Matrix, RowBytes, Rows},
+    product::{Epilogue, Grouped, Linear, Matrix, RowBytes, Rows, TASK_BYTES},
 };
 use crate::kernels::{
     buffer::{Arena, round_to},
@@ -247,8 +247,8 @@ fn products_are_the_cpus_for_every_format_and_number_of_rows() {
 #[test]
 fn rows_go_through_the_matrix_of_their_expert() {
     let mut b = Bench::new();
-    let (experts, active, n, k) = (5, 2, 64, 96);
-    for element in [DType::F32, DType::BF16] {
+    let (n, k) = (64, 96);
+    for (element, experts, active) in [(DType::F32, 5, 2), (DType::BF16, 5, 2), (DType::BF16, 70, 3)] {
         let kernels = b.gpu.kernels(element, 64).unwrap();
         let formats = [
             Format::Float(element),
@@ -259,22 +259,21 @@ fn rows_go_through_the_matrix_of_their_expert() {
             let weights: Vec<_> = (0..experts).map(|e| noise(10 + e, n * k)).collect();
             let all = b.matrix(experts * n, k, format, &weights.concat());
             let x = rounded(element, &noise(5, tokens * k));
-            // Expert 3 gets nobody.
-            let logits: Vec<f32> = (0..tokens * experts)
-                .map(
-                    |i| if i % experts == 3 { -9.0 } else { ((i * 37 + i / experts * 11) % 23) as f32 * 0.3 },
-                )
-                .collect();
+            // Expert 3 gets nobody, and of many experts three get nearly everybody.
+            let logit = |token: usize, expert: usize| match expert {
+                3 => -9.0,
+                0 | 33 | 69 if experts == 70 && token > 4 => 9.0,
+                _ => (((token * experts + expert) * 37 + token * 11) % 23) as f32 * 0.3,
+            };
+            let logits: Vec<f32> = (0..tokens).flat_map(|t| (0..experts).map(move |e| logit(t, e))).collect();
             let pairs = tokens * active;
             let (logits_at, x_at) = (b.floats(DType::F32, &logits), b.floats(element, &x));
             let [chosen, shares, order] = [(); 3].map(|()| b.words(&vec![u32::MAX; pairs]));
-            let offsets = b.words(&vec![u32::MAX; experts + 1]);
+            let tasks = b.bytes(&vec![0xff; pairs * TASK_BYTES as usize]);
             launch!(b.gpu, kernels.route, (tokens.div_ceil(4) as u32, 1, 1), 128, 0;
                 logits_at, chosen, shares, tokens as i32, experts as i32, active as i32, 1i32)
             .unwrap();
-            launch!(b.gpu, kernels.group_pairs, (1, 1, 1), 256, 4 * experts as u32;
-                order, offsets, chosen, pairs as i32, experts as i32)
-            .unwrap();
+            let groups = b.gpu.group(&kernels, (chosen, pairs), experts, (order, tasks)).unwrap();
             let out = b.floats(element, &vec![f32::NAN; pairs * n]);
             let bytes = b.scratch(tokens, k);
             let factor_bytes = match format {
@@ -296,14 +295,7 @@ fn rows_go_through_the_matrix_of_their_expert() {
                 out,
                 out_stride: n,
                 epilogue: Epilogue::Store,
-                grouped: Some(Grouped {
-                    count: experts,
-                    order,
-                    offsets,
-                    divide: active,
-                    most: tokens,
-                    strides,
-                }),
+                grouped: Some(Grouped { groups, divide: active, strides }),
                 bytes: &bytes,
             };
             b.gpu.linear(&kernels, element, &call).unwrap();
@@ -330,6 +322,70 @@ fn rows_go_through_the_matrix_of_their_expert() {
                 want.extend(sum);
             }
             close(&got, &want, 2.0 * tolerance(element), &format!("{tokens} tokens, {element}, {format}"));
+            b.held.clear();
+        }
+    }
+}
+
+#[test]
+fn there_are_no_more_tasks_than_experts_can_make() {
+    let mut b = Bench::new();
+    let kernels = b.gpu.kernels(DType::BF16, 64).unwrap();
+    // Pairs, experts, and how many tasks of how many rows: one per pair, of some, and of a tile.
+    for (pairs, experts, places, rows) in [(8, 128, 8, 1), (300, 128, 171, 4), (2048, 8, 39, 64)] {
+        let chosen: Vec<u32> = (0..pairs).map(|i| (i * i % 7 * 3 % experts) as u32).collect();
+        let chosen_at = b.words(&chosen);
+        let (order, tasks) =
+            (b.words(&vec![u32::MAX; pairs]), b.bytes(&vec![0xff; pairs * TASK_BYTES as usize]));
+        let groups = b.gpu.group(&kernels, (chosen_at, pairs), experts, (order, tasks)).unwrap();
+        assert_eq!((groups.places, groups.task_rows), (places, rows));
+        let read =
+            |at, count| -> Vec<u32> { b.read(DType::F32, at, count).iter().map(|x| x.to_bits()).collect() };
+        let (order, tasks) = (read(order, pairs), read(tasks, 3 * places));
+        let mut computed = vec![0; pairs];
+        for [expert, first, count] in tasks.as_chunks().0 {
+            assert!(*count as usize <= rows);
+            for pair in &order[*first as usize..][..*count as usize] {
+                assert_eq!(chosen[*pair as usize], *expert);
+                computed[*pair as usize] += 1;
+            }
+        }
+        assert!(computed.iter().all(|times| *times == 1), "each pair is computed once");
+        b.held.clear();
+    }
+}
+
+#[test]
+fn the_bytes_of_a_norm_are_those_of_its_rows() {
+    let mut b = Bench::new();
+    for element in [DType::F32, DType::BF16, DType::F16] {
+        let kernels = b.gpu.kernels(element, 64).unwrap();
+        for (width, centred) in [(32, 0), (96, 1), (1312, 0)] {
+            let rows = 3;
+            let x = b.floats(element, &noise(6, 5 * width));
+            let [weight, bias] = [7, 8].map(|seed| b.floats(DType::F32, &noise(seed, width)));
+            let norm = RawNorm { weight, bias, epsilon: 1e-5, centred };
+            // Rows in an order of their own.
+            let (out, index) = (b.floats(element, &vec![f32::NAN; rows * width]), b.words(&[4, 0, 2]));
+            let written = Rows::new(out, width);
+            let [by_norm, by_rows] = [(); 2].map(|()| b.scratch(rows, width));
+            let to = by_norm.fill(written, rows, width);
+            launch!(b.gpu, kernels.norm_rows, (rows as u32, 1, 1), 256, 0;
+                out, x, index, norm, width as i32, 0i32, to)
+            .unwrap();
+            let from = by_rows.fill(written, rows, width);
+            let blocks = (rows * width / GROUP).div_ceil(8) as u32;
+            launch!(b.gpu, kernels.quantize_rows, (blocks, 1, 1), 256, 0;
+                from, out, width as i32, width as i32, rows as i32)
+            .unwrap();
+            let parts = |bytes: Bytes| {
+                let words = [(bytes.values, GROUP / 4), (bytes.factors, 1), (bytes.sums, 1)];
+                words.map(|(at, each)| {
+                    let words = b.read(DType::F32, at, rows * width / GROUP * each);
+                    words.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+                })
+            };
+            assert_eq!(parts(to), parts(from), "{element}, {width} wide");
             b.held.clear();
         }
     }

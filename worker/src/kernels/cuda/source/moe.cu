@@ -54,23 +54,37 @@ extern "C" __global__ void route(float* logits, u32* chosen, float* shares, int 
     }
 }
 
-// Sorts pairs of token and expert by expert: `order` gets them, offsets[e] is where those of expert e begin. One block;
-// dynamic shared memory holds `experts` words.
-extern "C" __global__ void group_pairs(u32* order, u32* offsets, const u32* chosen, int pairs, int experts) {
+// Sorts pairs of token and expert by expert: `order` gets them. `tasks` gets what there is to do, at most `rows` rows of one
+// expert at a time; there are no more than `most`, and what remains of them are tasks without rows. One block; dynamic
+// shared memory holds `experts` words.
+extern "C" __global__ void group_pairs(u32* order, Task* tasks, const u32* chosen, int pairs, int experts, int rows, int most) {
     u32* next = (u32*)dynamic_shared;
     for (int e = threadIdx.x; e < experts; e += blockDim.x) next[e] = 0;
     __syncthreads();
     for (int i = threadIdx.x; i < pairs; i += blockDim.x) atomicAdd(&next[chosen[i]], 1u);
     __syncthreads();
-    if (threadIdx.x == 0) {
-        u32 sum = 0;
-        for (int e = 0; e < experts; e++) {
-            u32 count = next[e];
-            offsets[e] = sum;
-            next[e] = sum;
-            sum += count;
+    if (threadIdx.x < WARP) {
+        int lane = threadIdx.x, pairs_before = 0, tasks_before = 0;
+        for (int base = 0; base < experts; base += WARP) {
+            int e = base + lane;
+            int count = e < experts ? next[e] : 0, parts = (count + rows - 1) / rows;
+            // Sums up to and with this expert.
+            int pairs_end = count, parts_end = parts;
+            for (int offset = 1; offset < WARP; offset *= 2) {
+                int more_pairs = __shfl_up_sync(FULL, pairs_end, offset), more_parts = __shfl_up_sync(FULL, parts_end, offset);
+                if (lane >= offset) {
+                    pairs_end += more_pairs;
+                    parts_end += more_parts;
+                }
+            }
+            int first = pairs_before + pairs_end - count, at = tasks_before + parts_end - parts;
+            if (e < experts) next[e] = first;
+            for (int i = 0; i < parts; i++)
+                tasks[at + i] = {(u32)e, (u32)(first + i * rows), min(rows, count - i * rows)};
+            pairs_before += __shfl_sync(FULL, pairs_end, WARP - 1);
+            tasks_before += __shfl_sync(FULL, parts_end, WARP - 1);
         }
-        offsets[experts] = sum;
+        for (int i = tasks_before + lane; i < most; i += WARP) tasks[i] = {0, 0, 0};
     }
     __syncthreads();
     // The order within an expert does not matter: each pair is computed by itself.

@@ -12,6 +12,12 @@ enum Epilogue {
     ACTIVATED = 4,    // out = T(act(sum + bias))
 };
 
+// Some rows of one expert: order[first..first + count].
+struct Task {
+    u32 expert, first;
+    int count;
+};
+
 struct Product {
     Matrix weight;
     // (n), or null.
@@ -23,32 +29,36 @@ struct Product {
     int x_stride, out_stride;
     int rows;
     int epilogue, act;
-    // Of experts: rows order[offsets[e]..offsets[e + 1]] go through expert e; row r of these reads row r / divide of x
+    // Of experts: the rows in `order` of block y's task go through its expert; row r of these reads row r / divide of x
     // and writes row r of out. Null where all rows go through one matrix.
     const u32* order;
-    const u32* offsets;
+    const Task* tasks;
     int divide;
     // Bytes from expert to expert.
     u64 expert_values, expert_factors, expert_bias;
 };
 
-// The rows that a block computes.
-struct Span {
-    int first, count;
-};
+// The product of one matrix among those of the experts.
+__device__ __forceinline__ Product of_expert(Product p, u32 expert) {
+    p.weight.values += expert * p.expert_values;
+    p.weight.factors += expert * p.expert_factors;
+    if (p.bias) p.bias = (const float*)((const u8*)p.bias + expert * p.expert_bias);
+    return p;
+}
 
-__device__ __forceinline__ Span rows_of_block(const Product& p, int tile) {
-    int begin = p.offsets ? p.offsets[blockIdx.z] : 0;
-    int end = p.offsets ? p.offsets[blockIdx.z + 1] : p.rows;
-    int first = begin + blockIdx.y * tile;
-    return {first, min(tile, end - first)};
+// The rows that a block computes, at most `tile`, and their expert. A task may be several tiles.
+__device__ __forceinline__ Task rows_of_block(const Product& p, int tile) {
+    Task task = {0, 0, p.rows};
+    if (p.tasks) task = p.tasks[blockIdx.y];
+    int first = (p.tasks ? blockIdx.z : blockIdx.y) * tile;
+    return {task.expert, task.first + first, min(tile, task.count - first)};
 }
 
 __device__ __forceinline__ int source_row(const Product& p, int row) { return p.order ? p.order[row] / p.divide : row; }
 __device__ __forceinline__ int target_row(const Product& p, int row) { return p.order ? p.order[row] : row; }
 
 __device__ __forceinline__ void put(const Product& p, int row, int column, float sum) {
-    if (p.bias) sum += ((const float*)((const u8*)p.bias + blockIdx.z * p.expert_bias))[column];
+    if (p.bias) sum += p.bias[column];
     size_t at = (size_t)target_row(p, row) * p.out_stride + column;
     if (p.epilogue == STORE_VALUES) {
         ((float*)p.out)[at] = sum;
@@ -69,7 +79,7 @@ struct Dense {
     static __device__ __forceinline__ void sums(const Product& p, const int (&outputs)[2], const int (&sources)[M],
                                                 float (&sum)[2][M]) {
         int lane = threadIdx.x % WARP, k = p.weight.k;
-        const W* all = (const W*)(p.weight.values + blockIdx.z * p.expert_values);
+        const W* all = (const W*)p.weight.values;
         const W* w[2] = {all + (size_t)outputs[0] * k, all + (size_t)outputs[1] * k};
         // 16 bytes at a time need rows that begin at a multiple of 16 bytes.
         if (k % COUNT == 0 && (sizeof(W) != sizeof(T) || p.x_stride % COUNT == 0)) {
@@ -130,8 +140,8 @@ struct Int8 {
     static __device__ __forceinline__ void sums(const Product& p, const int (&outputs)[2], const int (&sources)[M],
                                                 float (&sum)[2][M]) {
         int lane = threadIdx.x % WARP, k = p.weight.k, groups = k / GROUP;
-        const signed char* all = (const signed char*)(p.weight.values + blockIdx.z * p.expert_values);
-        const u16* factors = (const u16*)(p.weight.factors + blockIdx.z * p.expert_factors);
+        const signed char* all = (const signed char*)p.weight.values;
+        const u16* factors = (const u16*)p.weight.factors;
         constexpr int UNROLL = M <= 2 ? 4 : 2;
         for (int at = lane * 16; at < k; at += WARP * 16 * UNROLL) {
             int4 held[UNROLL][2];
@@ -168,8 +178,8 @@ struct Int4 {
     static __device__ __forceinline__ void sums(const Product& p, const int (&outputs)[2], const int (&sources)[M],
                                                 float (&sum)[2][M]) {
         int lane = threadIdx.x % WARP, k = p.weight.k, groups = k / GROUP;
-        const u8* all = p.weight.values + blockIdx.z * p.expert_values;
-        const u32* factors = (const u32*)(p.weight.factors + blockIdx.z * p.expert_factors);
+        const u8* all = p.weight.values;
+        const u32* factors = (const u32*)p.weight.factors;
         constexpr int UNROLL = M <= 2 ? 4 : 2;
         for (int group = lane; group < groups; group += WARP * UNROLL) {
             int4 held[UNROLL][2];
@@ -214,8 +224,9 @@ struct Int4 {
 
 // One warp per two outputs and M rows.
 template <class Weights, int M>
-__device__ __forceinline__ void matvec(const Product& p) {
-    Span span = rows_of_block(p, M);
+__device__ __forceinline__ void matvec(const Product& all) {
+    Task span = rows_of_block(all, M);
+    Product p = of_expert(all, span.expert);
     int n = p.weight.n, half = n / 2;
     int pair = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     bool gated = p.epilogue == GATED;
@@ -237,8 +248,7 @@ __device__ __forceinline__ void matvec(const Product& p) {
         if (m >= span.count) break;
         int row = span.first + m;
         if (gated) {
-            const float* bias = p.bias ? (const float*)((const u8*)p.bias + blockIdx.z * p.expert_bias) : nullptr;
-            float gate = sum[0][m] + (bias ? bias[outputs[0]] : 0.0f), up = sum[1][m] + (bias ? bias[outputs[1]] : 0.0f);
+            float gate = sum[0][m] + (p.bias ? p.bias[outputs[0]] : 0.0f), up = sum[1][m] + (p.bias ? p.bias[outputs[1]] : 0.0f);
             ((T*)p.out)[(size_t)target_row(p, row) * p.out_stride + pair] = narrowed(activate(p.act, gate) * up);
         } else {
             put(p, row, outputs[0], sum[0][m]);
@@ -299,17 +309,18 @@ struct TileShared {
 
 // FORMAT 0: weights of format T, 16 bits wide; 3: int8; 4: int4. 128 threads, a warp per 32 x 32 of the tile.
 template <int FORMAT>
-__device__ __forceinline__ void tile(const Product& p) {
+__device__ __forceinline__ void tile(const Product& all) {
     __shared__ TileShared s;
-    Span span = rows_of_block(p, TILE_ROWS);
+    Task span = rows_of_block(all, TILE_ROWS);
     if (span.count <= 0) return;
+    Product p = of_expert(all, span.expert);
     constexpr bool QUANTIZED = FORMAT != 0;
     // Of the rows of a tile; those of int4 weights take half of them.
     int row_bytes = QUANTIZED ? p.weight.k : p.weight.k * 2;
     int groups = p.weight.k / GROUP;
     int n = p.weight.n, first_output = blockIdx.x * TILE_OUTPUTS;
-    const u8* weights = p.weight.values + blockIdx.z * p.expert_values;
-    const u8* factors = p.weight.factors + blockIdx.z * p.expert_factors;
+    const u8* weights = p.weight.values;
+    const u8* factors = p.weight.factors;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int g = lane / 4, t = lane % 4;
     int warp_row = warp / 2 * 32, warp_output = warp % 2 * 32;
