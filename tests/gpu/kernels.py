@@ -1,9 +1,8 @@
 """Kernels by themselves: what `strata kernels` measures, and torch's own products and attention at the same shapes."""
 import json
+import math
 import subprocess
 import threading
-
-from servers import Failure
 
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
 # Streams, queries of each, keys of each.
@@ -12,7 +11,11 @@ SECONDS = 40
 
 
 def ours(run, shape, device):
-    """What `strata kernels` reports, line by line as it comes: shown, and as it is in OUT/kernels.json."""
+    """What `strata kernels` reports, line by line as it comes: shown, and as it is in OUT/kernels.json.
+
+    Gives the microseconds of products in bf16, by name and rows.
+    """
+    found = {}
     with run.checking("kernels: strata"):
         command = [run.strata, "kernels", shape, "--json", "--device", device, "--seconds", str(SECONDS)]
         errors = run.work / "logs" / "kernels.txt"
@@ -24,12 +27,16 @@ def ours(run, shape, device):
             run.say("\nstrata kernels\n")
             for line in child.stdout:
                 kept.write(line)
-                run.say(f"    {shown(json.loads(line))}")
+                one = json.loads(line)
+                run.say(f"    {shown(one)}")
+                if one.get("format") == "bf16":
+                    found[one["kernel"].removeprefix("product "), one["rows"]] = one["microseconds"]
             status = child.wait()
             watch.cancel()
         run.say("\n| check | expected | got | |\n|---|---|---|---|")
         run.log("kernels", errors.read_text(errors="replace"))
         run.row("kernels: strata", "a report", f"ended with {status}", status == 0)
+    return found
 
 
 def shown(found):
@@ -46,7 +53,7 @@ def shapes(config):
     """Inputs and outputs of a layer's products, and the head's, by name."""
     width, inner = config["hidden_size"], config["intermediate_size"]
     kv = width // config["num_attention_heads"] * config["num_key_value_heads"]
-    return {"qkv": (width, width + 2 * kv), "output": (width, width), "gate and up": (width, 2 * inner),
+    return {"qkv": (width, width + 2 * kv), "attention out": (width, width), "gate and up": (width, 2 * inner),
             "down": (inner, width), "head": (width, config["vocab_size"])}
 
 
@@ -63,19 +70,20 @@ def rates(run, peer):
     return {}
 
 
-def torchs(run, peer, config):
-    """Torch's products and attention at the same shapes."""
+def torchs(run, peer, config, ours):
+    """Torch's products and attention at the same shapes, beside our products."""
     if not peer.there():
         return
     with run.checking("kernels: torch's products"):
         named = shapes(config)
         found = peer.ask("products", 60, shapes=list(named.values()), rows=ROWS)["products"]
         (run.out / "torch.json").write_text(json.dumps(found))
-        run.say(f"\ntorch.mm in bf16, microseconds (TB/s of weights, TFLOP/s)\n\n| product | {' | '.join(map(str, ROWS))} |\n"
+        run.say(f"\ntorch.mm in bf16, microseconds (TB/s of weights, TFLOP/s); ours\n\n| product | {' | '.join(map(str, ROWS))} |\n"
                 f"|---|{'---|' * len(ROWS)}")
         for name, (k, n) in named.items():
             cells = [f"{1e6 * f['seconds']:.1f} ({2e-12 * k * n / f['seconds']:.2f}, "
-                     f"{2e-12 * k * n * f['rows'] / f['seconds']:.0f})" for f in found if (f["k"], f["n"]) == (k, n)]
+                     f"{2e-12 * k * n * f['rows'] / f['seconds']:.0f}); {ours.get((name, f['rows']), math.nan):.1f}"
+                     for f in found if (f["k"], f["n"]) == (k, n)]
             run.say(f"| {name} {k} x {n} | {' | '.join(cells)} |")
         run.say("\n| check | expected | got | |\n|---|---|---|---|")
     with run.checking("kernels: torch's attention"):
@@ -92,12 +100,3 @@ def torchs(run, peer, config):
             work = 4 * streams * heads * width * (keys * queries / (2 if queries > 1 else 1))
             run.row(what, "-", f"{1e6 * f['seconds']:.1f} us, {read / f['seconds'] / 1e12:.2f} TB/s, "
                     f"{work / f['seconds'] / 1e12:.0f} TFLOP/s", None)
-
-
-def there(run):
-    """Whether this binary has the command."""
-    try:
-        run.call("kernels", "--help", seconds=20)
-    except Failure:
-        return False
-    return True

@@ -46,6 +46,8 @@ class Run:
         self.started = itertools.count()
         out.mkdir(parents=True, exist_ok=True)
         (work / "logs").mkdir(parents=True)
+        for before in (*out.glob("*.json"), *out.glob("*.csv")):
+            before.unlink()
         (out / "logs.txt").write_text("")
         (out / "results.txt").write_text("")
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("STRATA_")}

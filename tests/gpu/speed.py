@@ -64,11 +64,10 @@ def measure(run, shape, device):
     writer, peer = Writer(run, shape), Peer(run, device)
     with machine.watched(run):
         # Nothing but this uses the GPU: torch is still being imported, and the model is written by the CPU.
-        if kernels.there(run):
-            kernels.ours(run, shape, device)
+        ours = kernels.ours(run, shape, device)
         measured = kernels.rates(run, peer)
         config = writer.config()
-        kernels.torchs(run, peer, config)
+        kernels.torchs(run, peer, config, ours)
         speeds(run, peer, writer.directory, device, config, measured)
 
 
