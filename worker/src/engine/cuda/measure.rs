@@ -100,8 +100,7 @@ impl GpuBench {
             Role::GateUp(act) => (Epilogue::Gated(act), false),
             Role::Head => (Epilogue::StoreValues, false),
         };
-        self.pool(format)?;
-        if Room::bytes(rows * k, rows * n) > self.free()? / 2 {
+        if !self.pool(format)?.holds((n, k)) || Room::bytes(rows * k, rows * n) > self.free()? / 2 {
             return Ok(None);
         }
         let room = Room::new(&self.gpu, rows * k, rows * n)?;

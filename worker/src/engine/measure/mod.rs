@@ -270,7 +270,7 @@ fn unique<T: PartialEq>(all: impl IntoIterator<Item = T>) -> Vec<T> {
     })
 }
 
-/// The products of a model, by the second of its layers, for the first may be held in other formats.
+/// The products of a model, by a layer in its middle; of a mixture of experts, those of one expert.
 pub(crate) fn products(tower: &Tower) -> Vec<(Role, (usize, usize))> {
     let (width, layer) = (tower.width, middle(tower));
     let Layer { attention, ffn, .. } = layer;

@@ -26,7 +26,7 @@ pub(crate) fn seconds(mut run: impl FnMut(usize)) -> f64 {
     let mut times: Vec<f64> = Vec::new();
     let mut sum = 0.0;
     // Short ones more often: an interruption is long beside them.
-    while times.len() < ROUNDS * 20 && (times.len() < ROUNDS || sum < LONG) && !(sum > 10.0 * LONG) {
+    while times.len() < ROUNDS * 20 && (times.len() < ROUNDS || sum < LONG) && sum <= 10.0 * LONG {
         let seconds = once(1 + times.len());
         sum += seconds;
         times.push(seconds);

@@ -106,7 +106,12 @@ impl Pool {
         spread(gpu, &mut self.pattern, &self.factors, factors)
     }
 
-    /// The `turn`th matrix of a shape; after the last one comes the first again.
+    /// Whether a matrix of a shape has room in any format.
+    pub fn holds(&self, (n, k): (usize, usize)) -> bool {
+        (4 * n * k) as u64 <= self.values.bytes()
+    }
+
+    /// The `turn`th matrix of a shape that it [holds](Self::holds); after the last one comes the first again.
     pub fn matrix(&self, format: Format, (n, k): (usize, usize), turn: usize) -> Matrix {
         let format = PackedMatrix::held(k, format);
         let (bytes, factors) = match format {
@@ -116,8 +121,8 @@ impl Pool {
         };
         // On whole lines.
         let (bytes, factors) = (bytes.next_multiple_of(256), factors.next_multiple_of(256));
-        let copies = (self.values.bytes() / bytes).max(1).min((self.factors.bytes() / factors.max(1)).max(1));
-        let turn = turn as u64 % copies;
+        let copies = (self.values.bytes() / bytes).min(self.factors.bytes() / factors.max(1));
+        let turn = turn as u64 % copies.max(1);
         Matrix {
             format,
             n,
