@@ -1,7 +1,8 @@
 //! Measures every kernel of a device by itself, at the shapes of a model: a GPU by its own clock, a CPU by the host's.
 //!
-//! No weights are needed: matrices of the right shape are made on the device. Each run takes the next one of several that
-//! together are larger than the caches, as the layers of a model are.
+//! No weights are needed: matrices of the right shape are made on the device, of random numbers on a GPU, whose clock
+//! depends on them. Each run takes the next one of several that together are larger than the caches, as the layers of a
+//! model are.
 
 mod cpu;
 
