@@ -112,10 +112,18 @@ bool known(int type) { return type == f32 || type == f16 || type == bf16; }
 
 }  // namespace
 
+bool emulator::blas_uses(void* stream) {
+    std::lock_guard lock(mutex);
+    for (auto& [_, handle] : handles)
+        if (handle->stream == stream) return true;
+    return false;
+}
+
 API int cublasCreate_v2(void** result) {
     emulator::Device* device = emulator::current_device();
     if (!result) return invalid_value;
     if (!device) return not_initialized;
+    if (emulator::refuse_in_capture()) return execution_failed;
     auto handle = std::make_shared<Handle>();
     handle->device = device;
     std::lock_guard lock(mutex);
@@ -128,7 +136,8 @@ API int cublasDestroy_v2(void* handle) {
     auto found = find(handle);
     if (!found) return not_initialized;
     // As documented, this waits for the device.
-    if (emulator::refuse_in_capture() == 0) emulator::drain_device(found->device->ordinal);
+    if (emulator::refuse_in_capture_of(found->device->ordinal)) return execution_failed;
+    emulator::drain_device(found->device->ordinal);
     std::lock_guard lock(mutex);
     handles.erase(handle);
     return success;

@@ -238,6 +238,7 @@ API int cuMemPoolTrimTo(void* pool, size_t) { return find_context(pool) ? succes
 API int cuDevicePrimaryCtxRetain(void** context, int device) {
     if (!context) return invalid_value;
     if (!find_device(device)) return state().initialized ? invalid_device : not_initialized;
+    if (int status = refuse_in_capture()) return status;
     std::lock_guard lock(state().mutex);
     find_device(device)->retained++;
     *context = find_device(device);
@@ -246,6 +247,7 @@ API int cuDevicePrimaryCtxRetain(void** context, int device) {
 
 API int cuDevicePrimaryCtxRelease_v2(int device) {
     if (!find_device(device)) return invalid_device;
+    if (int status = refuse_in_capture()) return status;
     std::lock_guard lock(state().mutex);
     if (find_device(device)->retained == 0) return invalid_context;
     // The context stays usable: nothing is torn down before the process ends.
@@ -304,6 +306,7 @@ API int cuCtxEnablePeerAccess(void* context, unsigned flags) {
     int can = 0;
     cuDeviceCanAccessPeer(&can, current->ordinal, peer->ordinal);
     if (!can) return peer_access_unsupported;
+    if (int status = refuse_in_capture()) return status;
     std::lock_guard lock(state().mutex);
     return current->peers.emplace(peer->ordinal, true).second ? success : peer_access_already_enabled;
 }
@@ -343,6 +346,7 @@ static void* open_machine_code(const char* code, size_t size) {
 API int cuModuleLoadData(void** result, const void* image) {
     if (!result || !image) return invalid_value;
     if (!current) return invalid_context;
+    if (int status = refuse_in_capture()) return status;
     // As nvrtc.cpp writes it: a line that says what it is and by which version it was made; then of PTX the path of a
     // shared library, of machine code its size and itself. An older driver takes machine code of its own generation of
     // CUDA only, and PTX of its own version.
@@ -385,6 +389,7 @@ API int cuModuleLoad(void** result, const char* path) {
 }
 
 API int cuModuleUnload(void* handle) {
+    if (int status = refuse_in_capture()) return status;
     // The library stays loaded: kernels of it may still be queued, and loading it again is then free.
     std::lock_guard lock(state().mutex);
     return modules.erase(handle) ? success : invalid_value;

@@ -54,6 +54,7 @@ using Task = std::function<void()>;
 struct Graph {
     std::vector<Task> tasks;
     void* origin = nullptr;  // the stream on which the capture began
+    int device = 0;
     int mode = 0;
     std::thread::id thread;
     bool active = true;
@@ -80,6 +81,13 @@ private:
     std::deque<Task> tasks;
     uint64_t pushed = 0, done = 0;
     bool closing = false;
+};
+
+/// A graph that can be launched. It takes memory of its device, as on a GPU.
+struct Executable {
+    std::vector<Task> tasks;
+    int device;
+    size_t bytes;
 };
 
 /// One cuEventRecord. Those who wait hold on to the record that was last when they began.
@@ -117,7 +125,7 @@ struct State {
     std::unordered_map<void*, std::shared_ptr<Stream>> streams;
     std::unordered_map<void*, std::shared_ptr<Event>> events;
     std::unordered_map<void*, std::shared_ptr<Graph>> graphs;
-    std::unordered_map<void*, std::shared_ptr<std::vector<Task>>> executables;
+    std::unordered_map<void*, std::shared_ptr<Executable>> executables;
     std::vector<std::shared_ptr<Graph>> captures;
 };
 
@@ -132,6 +140,9 @@ Device* find_context(void* handle);
 
 /// What the device's allocations take.
 size_t used_memory(const Device* device);
+/// Counts memory that the driver takes for itself; false if there is not enough.
+bool charge_memory(Device* device, size_t bytes);
+void discharge_memory(Device* device, size_t bytes);
 /// Lets copies reach memory that no allocation holds: a module's variable.
 void know_memory(void* memory, size_t bytes, int device);
 
@@ -142,12 +153,18 @@ std::shared_ptr<Stream> find_stream(void* handle);
 int enqueue(void* stream, Task task);
 /// Enqueues and waits; refused while the stream captures.
 int enqueue_and_wait(void* stream, Task task);
-/// Fails while a capture forbids calls that synchronize or allocate in this thread.
+/// Called by all that allocates, frees, loads, makes or destroys a handle, or synchronizes more than a stream: fails beside
+/// a capture, which is lost then. CUDA allows some of it, in other threads or in relaxed mode.
 int refuse_in_capture();
+/// The same, for waiting for a device: never allowed while a stream of it captures, whatever the mode.
+int refuse_in_capture_of(int device);
 /// As the above, for one stream.
 int refuse_on_capturing(const std::shared_ptr<Stream>& stream);
 /// Waits until every stream of the device has nothing left to do.
 void drain_device(int device);
+
+/// Whether a handle of cuBLAS is to use a stream.
+bool blas_uses(void* stream);
 
 /// The folder of this library, where kernel.h lies too.
 std::string library_folder();

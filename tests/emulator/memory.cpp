@@ -117,6 +117,18 @@ size_t used_memory(const Device* device) {
     return device->used;
 }
 
+bool charge_memory(Device* device, size_t bytes) {
+    std::lock_guard lock(memory_mutex);
+    if (bytes > device->total - device->used) return false;
+    device->used += bytes;
+    return true;
+}
+
+void discharge_memory(Device* device, size_t bytes) {
+    std::lock_guard lock(memory_mutex);
+    device->used -= bytes;
+}
+
 void know_memory(void* memory, size_t bytes, int device) {
     std::lock_guard lock(memory_mutex);
     allocations[reinterpret_cast<uintptr_t>(memory)] = {nullptr, 0, bytes, 0, device};

@@ -395,6 +395,7 @@ API int ncclCommInitRankConfig(void** result, int ranks, UniqueId id, int rank, 
     *result = nullptr;
     emulator::Device* device = emulator::current_device();
     if (!device) return fail(unhandled_cuda_error, "no current context");
+    if (emulator::refuse_in_capture()) return fail(unhandled_cuda_error, "a stream is captured");
     if (rank < 0 || rank >= ranks || ranks > 2) return fail(invalid_argument, "one or two ranks are emulated");
     auto communicator = std::make_shared<Communicator>();
     communicator->rank = rank;
@@ -451,6 +452,7 @@ API int ncclCommGetAsyncError(void* handle, int* error) {
 API int ncclCommAbort(void* handle) {
     auto communicator = find(handle);
     if (!communicator) return invalid_argument;
+    if (emulator::refuse_in_capture()) return fail(unhandled_cuda_error, "a stream is captured");
     {
         std::lock_guard lock(communicator->mutex);
         communicator->aborted = true;

@@ -1,6 +1,9 @@
 // Streams, events, captures and graphs.
 #include "emulator.h"
 
+#include <cstdio>
+#include <cstdlib>
+
 namespace emulator {
 
 thread_local const char* doing = nullptr;
@@ -119,17 +122,29 @@ int refuse_on_capturing(const std::shared_ptr<Stream>& stream) {
     return capture_unsupported;
 }
 
-int refuse_in_capture() {
-    enum { global = 0, relaxed = 2 };
+static thread_local uint64_t changes = 0;
+
+static int refuse_beside(const std::function<bool(const Graph&)>& forbids) {
+    changes++;
+    int status = success;
     std::lock_guard lock(state().mutex);
     for (auto& graph : state().captures) {
-        if (graph->mode == relaxed) continue;
-        if (graph->mode == global || graph->thread == std::this_thread::get_id()) {
-            graph->invalidated = true;
-            return capture_unsupported;
-        }
+        if (!forbids(*graph)) continue;
+        graph->invalidated = true;
+        status = capture_unsupported;
     }
-    return success;
+    return status;
+}
+
+int refuse_in_capture() {
+    constexpr int relaxed = 2;
+    return refuse_beside([](const Graph& graph) { return graph.mode != relaxed; });
+}
+
+int refuse_in_capture_of(int device) {
+    if (int status = refuse_in_capture()) return status;
+    changes--;
+    return refuse_beside([device](const Graph& graph) { return graph.device == device; });
 }
 
 void drain_device(int device) {
@@ -146,12 +161,16 @@ void drain_device(int device) {
 
 using namespace emulator;
 
+/// How often this thread has asked for what no capture bears, for tests of those who should not.
+API uint64_t emulatorChanges() { return changes; }
+
 // ---- streams
 
 API int cuStreamCreateWithPriority(void** result, unsigned, int) {
     Device* device = current_device();
     if (!device) return invalid_context;
     if (!result) return invalid_value;
+    if (int status = refuse_in_capture()) return status;
     auto stream = Stream::start(device->ordinal);
     std::lock_guard lock(state().mutex);
     state().streams[stream.get()] = stream;
@@ -162,6 +181,11 @@ API int cuStreamCreateWithPriority(void** result, unsigned, int) {
 API int cuStreamCreate(void** result, unsigned flags) { return cuStreamCreateWithPriority(result, flags, 0); }
 
 API int cuStreamDestroy_v2(void* handle) {
+    if (int status = refuse_in_capture()) return status;
+    if (blas_uses(handle)) {
+        fprintf(stderr, "emulator: a stream is destroyed before the cuBLAS handle that uses it\n");
+        abort();
+    }
     std::lock_guard lock(state().mutex);
     auto found = state().streams.find(handle);
     if (found == state().streams.end()) return invalid_value;
@@ -198,7 +222,7 @@ API int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
 API int cuCtxSynchronize() {
     Device* device = current_device();
     if (!device) return invalid_context;
-    if (int status = refuse_in_capture()) return status;
+    if (int status = refuse_in_capture_of(device->ordinal)) return status;
     drain_device(device->ordinal);
     return success;
 }
@@ -219,6 +243,7 @@ API int cuEventCreate(void** result, unsigned flags) {
     Device* device = current_device();
     if (!device) return invalid_context;
     if (!result) return invalid_value;
+    if (int status = refuse_in_capture()) return status;
     auto event = std::make_shared<Event>();
     event->device = device->ordinal;
     event->timing = !(flags & disable_timing);
@@ -229,6 +254,7 @@ API int cuEventCreate(void** result, unsigned flags) {
 }
 
 API int cuEventDestroy_v2(void* handle) {
+    if (int status = refuse_in_capture()) return status;
     std::lock_guard lock(state().mutex);
     return state().events.erase(handle) ? success : invalid_value;
 }
@@ -327,6 +353,7 @@ API int cuStreamBeginCapture_v2(void* handle, int mode) {
     if (stream->capture) return illegal_state;
     auto graph = std::make_shared<Graph>();
     graph->origin = stream.get();
+    graph->device = stream->device;
     graph->mode = mode;
     graph->thread = std::this_thread::get_id();
     stream->capture = graph;
@@ -371,16 +398,21 @@ API int cuGraphInstantiateWithFlags(void** result, void* handle, unsigned long l
     constexpr unsigned long long auto_free = 1, device_launch = 4;
     if (!result) return invalid_value;
     if ((flags & auto_free) && (flags & device_launch)) return invalid_value;
+    if (int status = refuse_in_capture()) return status;
+    constexpr size_t node_bytes = 4096;
     std::lock_guard lock(state().mutex);
     auto found = state().graphs.find(handle);
     if (found == state().graphs.end()) return invalid_value;
-    auto executable = std::make_shared<std::vector<Task>>(found->second->tasks);
+    auto& graph = *found->second;
+    auto executable =
+        std::make_shared<Executable>(Executable{graph.tasks, graph.device, graph.tasks.size() * node_bytes});
+    if (!charge_memory(state().devices[size_t(graph.device)].get(), executable->bytes)) return out_of_memory;
     state().executables[executable.get()] = executable;
     *result = executable.get();
     return success;
 }
 
-static std::shared_ptr<std::vector<Task>> find_executable(void* handle) {
+static std::shared_ptr<Executable> find_executable(void* handle) {
     std::lock_guard lock(state().mutex);
     auto found = state().executables.find(handle);
     return found == state().executables.end() ? nullptr : found->second;
@@ -390,7 +422,7 @@ API int cuGraphLaunch(void* handle, void* stream) {
     auto executable = find_executable(handle);
     if (!executable) return invalid_value;
     return enqueue(stream, [executable] {
-        for (auto& task : *executable) task();
+        for (auto& task : executable->tasks) task();
     });
 }
 
@@ -399,11 +431,17 @@ API int cuGraphUpload(void* handle, void* stream) {
 }
 
 API int cuGraphDestroy(void* handle) {
+    if (int status = refuse_in_capture()) return status;
     std::lock_guard lock(state().mutex);
     return state().graphs.erase(handle) ? success : invalid_value;
 }
 
 API int cuGraphExecDestroy(void* handle) {
+    if (int status = refuse_in_capture()) return status;
     std::lock_guard lock(state().mutex);
-    return state().executables.erase(handle) ? success : invalid_value;
+    auto found = state().executables.find(handle);
+    if (found == state().executables.end()) return invalid_value;
+    discharge_memory(state().devices[size_t(found->second->device)].get(), found->second->bytes);
+    state().executables.erase(found);
+    return success;
 }

@@ -108,6 +108,18 @@ pub enum ModelError {
     /// Cache and scratch were asked for before weights.
     #[error("the weights of this stage are not loaded; Load comes first")]
     NotLoaded,
+    /// Longer steps than the kernels of a device can take.
+    #[error("steps of {asked} {what}: a GPU takes at most {most}; use {flag} {most} or less")]
+    StepSize {
+        /// What was asked for.
+        asked: u32,
+        /// What there may be.
+        most: usize,
+        /// Of what.
+        what: &'static str,
+        /// What says how many.
+        flag: &'static str,
+    },
     /// The device failed.
     #[error("{0}")]
     Device(String),

@@ -164,6 +164,8 @@ impl GpuBench {
             weights: &weights,
             rows: &rows,
             tokens: all as usize,
+            padding: 0,
+            is_recorded: false,
             input: Given::Tokens { ids: &ids, segments: &[] },
             outputs: &chosen,
             wanted: vec![cuda::launch::MAX_CANDIDATES as u32; chosen.len()],

@@ -2,11 +2,14 @@
 //!
 //! All memory is allocated when weights are loaded and when a generation is prepared. A step uploads one small buffer (ids,
 //! positions, block tables), runs kernels in order on one stream, and waits once, at its end. Steps in which every
-//! sequence has one token are recorded as CUDA graphs: the second time a number of rows comes, it is captured, from then
-//! on it is one launch.
+//! sequence has one token are recorded as CUDA graphs.
 
 pub(super) mod measure;
 mod pass;
+mod recordings;
+#[cfg(test)]
+mod refusals;
+mod size;
 mod state;
 mod weights;
 
@@ -16,6 +19,7 @@ use std::{
 };
 
 use self::{
+    recordings::PADDING,
     state::{Checked, State},
     weights::Weights,
 };
@@ -135,7 +139,12 @@ impl Engine for CudaEngine {
         };
         let tokens = state.limits.check(tower, rows, input, outputs)?;
         let wanted = candidates.iter().map(|n| if *n as usize > MAX_CANDIDATES { 0 } else { *n }).collect();
-        let step = Checked { weights, rows, tokens, input, outputs, wanted };
+        let padded = state.padded(tower, rows, outputs);
+        let padding = padded.map_or(0, |padded| padded - rows.len());
+        let rows = &*[rows, &vec![PADDING; padding]].concat();
+        let is_recorded = padded.is_some();
+        let tokens = tokens + padding;
+        let step = Checked { weights, rows, tokens, padding, is_recorded, input, outputs, wanted };
         let ran = state.run(&self.gpu, &step, hidden);
         if ran.is_err() {
             // What was asked for before the error still uses the buffers of this step.

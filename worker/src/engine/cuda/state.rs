@@ -3,11 +3,12 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use cudarc::driver::{CudaGraph, sys};
 use strata_proto::DType;
 
 use super::{
     pass::{Pass, Scratch},
+    recordings::Recordings,
+    size,
     weights::Weights,
 };
 use crate::{
@@ -15,10 +16,10 @@ use crate::{
     kernels::{
         cpu::Cpu,
         cuda::{
-            self, CudaError, DeviceRows, Doing, Gpu,
+            self, CudaError, DeviceRows, Gpu,
             launch::{Kernels, MAX_ACTIVE, MAX_CANDIDATES, RawCache},
             memory::{self, Arena, Memory, Pinned, Ptr},
-            rows::Slots,
+            rows::{self, Slots},
         },
     },
     kv_cache::{BLOCK_TOKENS, BatchRow, KvLayer},
@@ -35,9 +36,6 @@ use crate::{
 
 /// Activations that can be under way to the next stage without another allocation.
 const SLOTS: usize = 4;
-/// Most rows of a step that is recorded, and most recordings.
-const RECORDED_ROWS: usize = 64;
-const RECORDINGS: usize = 128;
 /// Sequences that a step has room for whose contexts are as long as the model's.
 const LONG_ROWS: usize = 256;
 
@@ -64,9 +62,14 @@ pub(super) struct Inputs {
 /// A step that has been checked.
 pub(super) struct Checked<'a> {
     pub weights: &'a Weights,
+    /// Padding comes last.
     pub rows: &'a [BatchRow<'a>],
     /// Of all rows.
     pub tokens: usize,
+    /// Rows, of one token each, that stand for nothing.
+    pub padding: usize,
+    /// Whether steps of as many rows are alike, and recorded.
+    pub is_recorded: bool,
     pub input: Given<'a>,
     pub outputs: &'a [u32],
     /// For each output, how many candidates are enough; 0 if all values are wanted.
@@ -86,19 +89,11 @@ impl<'a> Checked<'a> {
         }
     }
 
-    /// Whether every row has one token, and there are few: then all such steps of as many rows and outputs are alike.
-    fn is_alike(&self) -> bool {
-        let single = self.rows.iter().all(|r| r.count == 1);
-        single && self.tokens <= RECORDED_ROWS && !self.tower().is_encoder()
+    /// Outputs that the head computes: in a recorded step, as many as rows.
+    fn outputs(&self) -> usize {
+        let all = self.is_recorded && self.weights.output.is_some();
+        if all { self.rows.len() } else { self.outputs.len() }
     }
-}
-
-/// How often a kind of step has come.
-enum Recording {
-    Seen,
-    Graph(CudaGraph),
-    /// It could not be recorded.
-    Never,
 }
 
 /// Cache and scratch of a stage on a GPU, allocated once.
@@ -114,7 +109,9 @@ pub(super) struct State {
     pub scratch: Scratch,
     allocated: Allocated,
     slots: Option<Slots>,
-    recordings: HashMap<(usize, usize), Recording>,
+    pub(super) recordings: Recordings,
+    /// Rows that come from the host, on their way.
+    staging: Pinned,
     /// A step's inputs, here and there.
     words: Pinned,
     capacity: usize,
@@ -134,6 +131,7 @@ impl State {
         let Weights { model, spec, .. } = weights;
         let (tower, element) = (&model.tower, spec.dtype);
         let outputs = if spec.head { size.outputs } else { 0 };
+        size::check(tower, size, outputs)?;
         let limits =
             Limits { spec: *spec, kv_blocks: size.kv_blocks, max_tokens: size.tokens, max_outputs: outputs };
         let bytes = StageState::bytes_for(model, spec, size.kv_blocks, size.tokens, outputs);
@@ -186,7 +184,8 @@ impl State {
             scratch,
             allocated: Allocated { kv_bytes, workspace_bytes: bytes - kv_bytes },
             slots,
-            recordings: HashMap::new(),
+            recordings: Recordings::new(if spec.head { tokens.min(rows) } else { tokens }),
+            staging: Pinned::new(&gpu.context, if spec.embedding { 0 } else { tokens * width as usize })?,
             words: Pinned::new(&gpu.context, 4 * capacity)?,
             capacity,
             inputs: inputs.ptr(),
@@ -213,31 +212,22 @@ impl State {
     ) -> Result<Option<DeviceRows>, StepError> {
         let inputs = self.upload(gpu, step)?;
         // Kept until the step is done, for its memory is read.
-        let hidden = hidden.map(|hidden| self.receive(gpu, step.tower(), hidden)).transpose()?;
-        let (key, alike) = ((step.tokens, step.outputs.len()), step.is_alike());
-        match self.recordings.get(&key) {
-            Some(Recording::Graph(graph)) if alike => graph.launch().doing("starting a graph")?,
-            Some(Recording::Seen) if alike => {
-                let recorded = self.record(gpu, step, inputs)?;
-                if let Recording::Never = recorded {
-                    self.compute(gpu, step, inputs)?;
-                }
-                self.recordings.insert(key, recorded);
+        let hidden = hidden.and_then(|hidden| self.receive(gpu, step, hidden).transpose()).transpose()?;
+        match step.is_recorded {
+            true => {
+                let mut recordings = std::mem::take(&mut self.recordings);
+                let ran = recordings.run(gpu, step.rows.len(), || self.compute(gpu, step, inputs));
+                self.recordings = recordings;
+                ran?;
             }
-            seen => {
-                let first = seen.is_none();
-                self.compute(gpu, step, inputs)?;
-                if alike && first && self.recordings.len() < RECORDINGS {
-                    self.recordings.insert(key, Recording::Seen);
-                }
-            }
+            false => self.compute(gpu, step, inputs)?,
         }
         let mut yielded = None;
         match &self.slots {
             None => self.fetch(gpu, step.tower().outputs(), &step.wanted)?,
             Some(slots) => {
-                let columns = step.tower().width;
-                let rows = slots.rows(Expected { dtype: self.element, rows: step.tokens, columns })?;
+                let (rows, columns) = (step.tokens - step.padding, step.tower().width);
+                let rows = slots.rows(Expected { dtype: self.element, rows, columns })?;
                 memory::copy(&gpu.stream, rows.ptr(), self.scratch.residual, rows.bytes())?;
                 yielded = Some(rows);
             }
@@ -248,24 +238,12 @@ impl State {
         Ok(yielded)
     }
 
-    /// Captures a step, and runs it.
-    fn record(&self, gpu: &Gpu, step: &Checked<'_>, inputs: Inputs) -> Result<Recording, StepError> {
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        gpu.stream.begin_capture(mode).doing("recording a step")?;
-        let computed = self.compute(gpu, step, inputs);
-        let graph = gpu.stream.end_capture(sys::CUgraphInstantiate_flags(0));
-        match (computed, graph) {
-            (Ok(()), Ok(Some(graph))) => {
-                graph.launch().doing("starting a graph")?;
-                Ok(Recording::Graph(graph))
-            }
-            (Err(error), _) => Err(error),
-            (_, graph) => {
-                let (error, rows) = (graph.err(), step.tokens);
-                tracing::warn!(?error, rows, "a step could not be recorded as a CUDA graph");
-                Ok(Recording::Never)
-            }
-        }
+    /// How many rows a step is given, if it is one of those that are recorded: every row has one token, and the head has
+    /// something to do if it is here.
+    pub fn padded(&self, tower: &Tower, rows: &[BatchRow<'_>], outputs: &[u32]) -> Option<usize> {
+        let single = rows.iter().all(|r| r.count == 1);
+        let idle = self.limits.spec.head && outputs.is_empty();
+        self.recordings.padded(rows.len()).filter(|_| single && !idle && !tower.is_encoder())
     }
 
     /// All kernels of a step.
@@ -281,7 +259,7 @@ impl State {
             forward::layer(&mut pass, i, layer, block)?;
         }
         match &weights.output {
-            Some(head) if !step.outputs.is_empty() => pass.finish(head, step.outputs.len()),
+            Some(head) if step.outputs() > 0 => pass.finish(head, step.outputs()),
             _ => Ok(()),
         }
     }
@@ -290,7 +268,8 @@ impl State {
     pub fn upload(&mut self, gpu: &Gpu, step: &Checked<'_>) -> Result<Inputs, StepError> {
         let &Checked { rows, tokens, outputs, ref wanted, .. } = step;
         let blocks: usize = rows.iter().map(|row| step.blocks(row)).sum();
-        let total = 5 * tokens + 5 * rows.len() + 2 * outputs.len() + blocks;
+        let (count, computed) = (rows.len(), step.outputs());
+        let total = 5 * tokens + 5 * count + 2 * computed + blocks;
         if total > self.capacity {
             let text =
                 format!("the block tables of this step take {total} words: expected {}", self.capacity);
@@ -320,7 +299,8 @@ impl State {
             sums.collect()
         };
         let tables = rows.iter().flat_map(|r| r.blocks[..step.blocks(r)].iter().copied());
-        let count = rows.len();
+        let real = count - step.padding;
+        let counts = |(r, row): (usize, &BatchRow<'_>)| if r < real { row.count } else { 0 };
         let inputs = Inputs {
             ids: put(&mut ids.iter().copied().chain(zeros()), tokens),
             positions: put(&mut per_token(&|_, row, i| row.start + i).into_iter(), tokens),
@@ -329,37 +309,43 @@ impl State {
             sets: put(&mut per_token(&|_, row, _| row.rope_set).into_iter(), tokens),
             row_first: put(&mut before(&|row| row.count).into_iter(), count),
             row_start: put(&mut rows.iter().map(|r| r.start), count),
-            row_count: put(&mut rows.iter().map(|r| r.count), count),
+            row_count: put(&mut rows.iter().enumerate().map(counts), count),
             first_block: put(&mut before(&|row| step.blocks(row) as u32).into_iter(), count),
             by_length: put(&mut by_length(rows), count),
-            outputs: put(&mut outputs.iter().copied(), outputs.len()),
-            wanted: put(&mut wanted.iter().copied(), outputs.len()),
+            outputs: put(&mut outputs.iter().copied().chain(zeros()), computed),
+            wanted: put(&mut wanted.iter().copied().chain(zeros()), computed),
             tables: put(&mut { tables }, blocks),
         };
         memory::upload(&gpu.stream, self.inputs, &self.words.as_mut::<u32>()[..total])?;
         Ok(inputs)
     }
 
-    /// Copies the residual stream of the stage before into its place.
-    fn receive(&self, gpu: &Gpu, tower: &Tower, hidden: Hidden) -> Result<DeviceRows, StepError> {
-        let rows = match hidden {
-            Hidden::Device(rows) => rows,
-            Hidden::Host(tensor) => {
-                let (rows, columns) = tensor.dims2().map_err(|e| StepError::Device(e.to_string()))?;
-                let shape = Expected { dtype: self.element, rows, columns };
-                let slots = match &self.slots {
-                    Some(slots) => slots.clone(),
-                    // The last stage sends nothing on, so it has none yet.
-                    None => {
-                        let width = tower.width as u64 * self.element.size();
-                        Slots::new(&gpu.context, u64::from(self.limits.max_tokens) * width, 0)?
-                    }
-                };
-                slots.rows(shape)?.fill(&tensor)?
+    /// Copies the residual stream of the stage before into its place; gives what must stay until that is done.
+    fn receive(
+        &mut self,
+        gpu: &Gpu,
+        step: &Checked<'_>,
+        hidden: Hidden,
+    ) -> Result<Option<DeviceRows>, StepError> {
+        let residual = self.scratch.residual;
+        let row_bytes = step.tower().width as u64 * self.element.size();
+        let real = (step.tokens - step.padding) as u64 * row_bytes;
+        if step.padding > 0 {
+            // What was there before would grow from step to step.
+            memory::zero(&gpu.stream, residual.offset(real), step.padding as u64 * row_bytes)?;
+        }
+        match hidden {
+            Hidden::Device(rows) => {
+                rows.copy_to(&gpu.stream, residual)?;
+                Ok(Some(rows))
             }
-        };
-        rows.copy_to(&gpu.stream, self.scratch.residual)?;
-        Ok(rows)
+            Hidden::Host(tensor) => {
+                let staging = &mut self.staging.as_mut::<u8>()[..real as usize];
+                rows::bytes_of(&tensor, staging);
+                memory::upload(&gpu.stream, residual, staging)?;
+                Ok(None)
+            }
+        }
     }
 
     /// Asks for what the sampler needs.

@@ -18,6 +18,7 @@ use crate::{
         },
         cuda::{
             CudaError, Doing, Gpu,
+            gate::Handle,
             memory::{self, Arena, Pinned, Ptr},
             product::Matrix,
         },
@@ -178,7 +179,7 @@ struct Loader<'a> {
     gpu: &'a Gpu,
     cpu: &'a Cpu,
     /// Two, so that one is filled while the other is copied; and when each was last copied.
-    staging: [(Pinned, CudaEvent); 2],
+    staging: [(Pinned, Handle<CudaEvent>); 2],
     turn: usize,
     values: Vec<f32>,
     /// Elements of a tensor in another order, until all are there.
@@ -190,7 +191,7 @@ impl<'a> Loader<'a> {
         let staging = || {
             // A piece of 16-bit elements that becomes f32 is twice as long.
             let pinned = Pinned::new(&gpu.context, 2 * PIECE)?;
-            Ok((pinned, gpu.context.new_event(None).doing("making an event")?))
+            Ok((pinned, Handle::new(|| gpu.context.new_event(None)).doing("making an event")?))
         };
         Ok(Loader {
             gpu,

@@ -8,6 +8,7 @@ use strata_proto::{DType, Format, Quantization};
 
 use super::{
     CudaError, Doing, Gpu,
+    gate::{self, Handle},
     launch::{Bytes, Kernels},
     memory::{self, Memory, Pinned, Ptr},
     product::{Epilogue, Linear, Matrix, RowBytes, Rows},
@@ -41,12 +42,16 @@ pub(crate) fn seconds<E: From<CudaError>>(
     // What is waited for from the host looks several times as long as it is.
     let runs = (4 * runs).clamp(1, MOST_RUNS);
     let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    let turn = gate::recording();
     gpu.stream.begin_capture(mode).doing("recording a measurement")?;
     let asked = (0..runs).try_for_each(&mut run);
     let graph = gpu.stream.end_capture(CUgraphInstantiate_flags(0)).doing("recording a measurement");
+    drop(turn);
     asked?;
     let Some(graph) = graph? else { return Ok(once.as_secs_f64()) };
-    let event = || gpu.context.new_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).doing("making an event");
+    let graph = Handle::new(|| Ok::<_, CudaError>(graph))?;
+    let event = || Handle::new(|| gpu.context.new_event(Some(CUevent_flags::CU_EVENT_DEFAULT)));
+    let event = || event().doing("making an event");
     let (begin, end) = (event()?, event()?);
     graph.launch().doing("measuring")?;
     let mut times = Vec::new();

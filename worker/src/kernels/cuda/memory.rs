@@ -4,7 +4,7 @@ use std::{ffi::c_void, sync::Arc};
 
 use cudarc::driver::{CudaContext, CudaStream, DeviceRepr, result, sys};
 
-use super::{CudaError, Doing};
+use super::{CudaError, Doing, gate};
 use crate::kernels::buffer::LINE;
 
 /// A place in a GPU's memory; whoever made the memory keeps it.
@@ -40,14 +40,16 @@ pub(crate) struct Memory {
 impl Memory {
     pub fn new(context: &Arc<CudaContext>, bytes: u64) -> Result<Self, CudaError> {
         let bytes = bytes.max(1);
+        let _turn = gate::changing();
         context.bind_to_thread().doing("binding a GPU")?;
+        // A stream of its own, so that nothing is waited for but this.
+        let stream = context.new_stream().doing("making a stream")?;
         // SAFETY: the pointer is freed when this is dropped, and not before; nothing reads it before it is zeroed.
         unsafe {
             let at = result::malloc_sync(bytes as usize).doing("allocating GPU memory")?;
             let memory = Memory { at: Ptr(at), bytes, context: context.clone() };
-            result::memset_d8_sync(at, 0, bytes as usize).doing("zeroing GPU memory")?;
-            // Which has only begun, on a stream that others do not wait for.
-            context.synchronize().doing("zeroing GPU memory")?;
+            zero(&stream, memory.at, bytes)?;
+            stream.synchronize().doing("zeroing GPU memory")?;
             Ok(memory)
         }
     }
@@ -63,6 +65,7 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        let _turn = gate::changing();
         // SAFETY: made by `new`; the driver waits for work that uses it. A GPU that is gone frees nothing.
         let _ = self.context.bind_to_thread().and_then(|()| unsafe { result::free_sync(self.at.0) });
     }
@@ -108,6 +111,7 @@ unsafe impl Send for Pinned {}
 impl Pinned {
     pub fn new(context: &Arc<CudaContext>, bytes: usize) -> Result<Self, CudaError> {
         let bytes = bytes.max(1);
+        let _turn = gate::changing();
         context.bind_to_thread().doing("binding a GPU")?;
         // SAFETY: freed when this is dropped; zeroed before anybody reads it.
         unsafe {
@@ -126,6 +130,7 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
+        let _turn = gate::changing();
         // SAFETY: made by `new`.
         let _ = self.context.bind_to_thread().and_then(|()| unsafe { result::free_host(self.at.cast()) });
     }
@@ -151,6 +156,36 @@ pub(crate) fn download<T: Element>(stream: &CudaStream, to: &mut [T], from: Ptr)
     unsafe { result::memcpy_dtoh_async(to, from.0, stream.cu_stream()) }.doing("copying from a GPU")
 }
 
+/// Zeroes memory, in order.
+pub(crate) fn zero(stream: &CudaStream, at: Ptr, bytes: u64) -> Result<(), CudaError> {
+    stream.context().bind_to_thread().doing("binding a GPU")?;
+    // SAFETY: there are as many bytes, which the caller promises.
+    unsafe { result::memset_d8_async(at.0, 0, bytes as usize, stream.cu_stream()) }
+        .doing("zeroing GPU memory")
+}
+
+/// Lets one GPU copy from the memory of another by itself, if the hardware can; otherwise the driver copies by the host.
+pub(super) fn reach(own: &CudaContext, other: &CudaContext) -> Result<(), CudaError> {
+    if !super::can_copy(own.cu_device(), other.cu_device()) {
+        return Ok(());
+    }
+    own.bind_to_thread().doing("binding a GPU")?;
+    // SAFETY: both contexts live.
+    match unsafe { sys::cuCtxEnablePeerAccess(other.cu_ctx(), 0) }.result() {
+        Ok(()) => Ok(()),
+        Err(e) if e.0 == sys::cudaError_enum::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => Ok(()),
+        Err(error) => {
+            let error = CudaError::Driver { doing: "reaching another GPU's memory", source: error };
+            if error.is_sticky() {
+                return Err(error);
+            }
+            let (from, to) = (other.ordinal(), own.ordinal());
+            tracing::warn!(%error, from, to, "copies between these GPUs go by the host");
+            Ok(())
+        }
+    }
+}
+
 /// Copies from another GPU (or this one), in order, without the host where the hardware can.
 pub(crate) fn copy_from(
     stream: &CudaStream,
@@ -166,8 +201,6 @@ pub(crate) fn copy_from(
     own.bind_to_thread().doing("binding a GPU")?;
     // SAFETY: both contexts live; both places hold as many bytes, which the caller promises.
     unsafe {
-        // Allowed once is enough; where it cannot be, the driver copies by the host.
-        let _ = sys::cuCtxEnablePeerAccess(other.cu_ctx(), 0);
         let (own, other) = (own.cu_ctx(), other.cu_ctx());
         result::memcpy_peer_async(own, to.0, other, from.0, bytes as usize, stream.cu_stream())
     }

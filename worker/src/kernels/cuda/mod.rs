@@ -5,6 +5,7 @@
 
 mod compile;
 mod disk;
+pub(crate) mod gate;
 pub(crate) mod launch;
 mod library;
 pub(crate) mod measure;
@@ -14,11 +15,16 @@ pub(crate) mod rows;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use std::{ffi::c_void, path::PathBuf, sync::Arc};
+use std::{
+    collections::HashMap,
+    ffi::c_void,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use cudarc::{
     cublas,
-    driver::{self, CudaContext, CudaStream, DriverError, sys::CUdevice_attribute},
+    driver::{self, CudaContext, CudaModule, CudaStream, DriverError, sys::CUdevice_attribute},
     nvrtc::Ptx,
 };
 use strata_proto::{DType, Library};
@@ -26,6 +32,7 @@ use strata_proto::{DType, Library};
 pub use self::rows::DeviceRows;
 pub(crate) use self::{compile::counts, library::path_of};
 use self::{
+    gate::Handle,
     launch::Kernels,
     library::{Cuda, cuda, cuda_version, has_driver},
     memory::{Memory, Ptr},
@@ -114,8 +121,9 @@ impl CudaError {
         let CudaError::Driver { source, .. } = self else { return false };
         matches!(
             source.0,
-            E::CUDA_ERROR_ILLEGAL_ADDRESS
-                | E::CUDA_ERROR_LAUNCH_FAILED
+            // Of these, cuda.h says that the process must be terminated and relaunched.
+            E::CUDA_ERROR_CONTAINED
+                | E::CUDA_ERROR_ILLEGAL_ADDRESS
                 | E::CUDA_ERROR_LAUNCH_TIMEOUT
                 | E::CUDA_ERROR_ASSERT
                 | E::CUDA_ERROR_HARDWARE_STACK_ERROR
@@ -123,7 +131,13 @@ impl CudaError {
                 | E::CUDA_ERROR_MISALIGNED_ADDRESS
                 | E::CUDA_ERROR_INVALID_ADDRESS_SPACE
                 | E::CUDA_ERROR_INVALID_PC
+                | E::CUDA_ERROR_LAUNCH_FAILED
+                | E::CUDA_ERROR_TENSOR_MEMORY_LEAK
+                | E::CUDA_ERROR_MPS_CLIENT_TERMINATED
+                | E::CUDA_ERROR_EXTERNAL_DEVICE
+                // Of these, that hardware failed while it worked.
                 | E::CUDA_ERROR_ECC_UNCORRECTABLE
+                | E::CUDA_ERROR_NVLINK_UNCORRECTABLE
         )
     }
 }
@@ -170,7 +184,7 @@ pub fn info(ordinal: usize) -> Result<GpuInfo, CudaError> {
     if ordinal >= count {
         return Err(CudaError::NoGpu { ordinal, count });
     }
-    let context = CudaContext::new(ordinal).doing("opening a GPU")?;
+    let context = context(ordinal)?;
     let (free, total) = context.mem_get_info().doing("asking for free memory")?;
     let mut peers = Vec::new();
     for other in 0..count {
@@ -210,8 +224,30 @@ fn can_copy(to: driver::sys::CUdevice, from: driver::sys::CUdevice) -> bool {
     asked.result().is_ok() && can == 1
 }
 
-/// Bytes of a GPU that no stage is given: cuBLAS's workspace, what attention puts together, activations on their way, and
-/// what CUDA and NCCL take for themselves when they are first used.
+/// The context of a GPU: one per process, from its first use to the process's end, so that none is made or destroyed while
+/// others compute. Each can copy from the memory of those that are open by then, where the hardware can.
+pub(crate) fn context(ordinal: usize) -> Result<Arc<CudaContext>, CudaError> {
+    static OPEN: Mutex<Vec<Arc<CudaContext>>> = Mutex::new(Vec::new());
+    let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(context) = open.iter().find(|context| context.ordinal() == ordinal) {
+        return Ok(context.clone());
+    }
+    let _turn = gate::changing();
+    let context = CudaContext::new(ordinal).doing("opening a GPU")?;
+    // SAFETY: no buffer of this context is tracked; order comes from using one stream, and from waiting for it. With
+    // tracking, the first stream would also wait for all that the GPU does.
+    unsafe { context.disable_event_tracking() };
+    for other in &*open {
+        for (own, other) in [(&context, other), (other, &context)] {
+            memory::reach(own, other)?;
+        }
+    }
+    open.push(context.clone());
+    Ok(context)
+}
+
+/// Bytes of a GPU that no stage is given: cuBLAS's workspace, what attention puts together, activations on their way,
+/// recorded steps, and what CUDA and NCCL take for themselves when they are first used.
 pub const RESERVE: u64 = 1 << 30;
 
 /// Where cuBLAS may work; 32 MiB is what NVIDIA recommends for Hopper.
@@ -219,9 +255,10 @@ const BLAS_WORKSPACE: u64 = 32 << 20;
 
 /// A GPU in use by one stage.
 pub(crate) struct Gpu {
-    pub context: Arc<CudaContext>,
-    pub stream: Arc<CudaStream>,
+    // Dropped in this order: what uses a stream before the stream.
     blas: Blas,
+    pub stream: Handle<Arc<CudaStream>>,
+    pub context: Arc<CudaContext>,
     pub multiprocessors: u32,
     pub capability: (i32, i32),
     cuda: &'static Cuda,
@@ -233,9 +270,7 @@ impl Gpu {
     /// Opens a GPU, with a stream of its own.
     pub fn open(ordinal: usize) -> Result<Self, CudaError> {
         let cuda = cuda()?;
-        let context = CudaContext::new(ordinal).doing("opening a GPU")?;
-        // SAFETY: no buffer of this context is tracked; order comes from using one stream, and from waiting for it.
-        unsafe { context.disable_event_tracking() };
+        let context = context(ordinal)?;
         let capability = context.compute_capability().doing("asking for a GPU's capability")?;
         if capability.0 < 8 {
             let name = context.name().doing("asking for a GPU's name")?;
@@ -243,9 +278,9 @@ impl Gpu {
         }
         let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors = context.attribute(count).doing("asking for multiprocessors")? as u32;
-        let stream = context.new_stream().doing("making a stream")?;
+        let stream = Handle::new(|| context.new_stream()).doing("making a stream")?;
         let blas = Blas::new(cuda, &context, &stream)?;
-        Ok(Gpu { context, stream, blas, multiprocessors, capability, cuda, kernel_cache: None })
+        Ok(Gpu { blas, stream, context, multiprocessors, capability, cuda, kernel_cache: None })
     }
 
     /// The same, which keeps compiled kernels in a directory, if there is one.
@@ -256,21 +291,8 @@ impl Gpu {
 
     /// The kernels for a format and a width of heads, compiled at most once per process.
     pub fn kernels(&self, element: DType, head_dim: usize) -> Result<Kernels, CudaError> {
-        use driver::sys::cudaError_enum as E;
-        let directory = self.kernel_cache.as_deref();
-        let image = compile::kernels(self.cuda, self.capability, element, head_dim, directory)?;
-        let module =
-            self.context.load_module(Ptx::from_binary(image.to_vec())).map_err(|source| match source.0 {
-                E::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
-                | E::CUDA_ERROR_NO_BINARY_FOR_GPU
-                | E::CUDA_ERROR_INVALID_IMAGE
-                | E::CUDA_ERROR_INVALID_PTX => CudaError::Kernels {
-                    driver: cuda_version(self.cuda.driver),
-                    compiler: self.cuda.named("NVRTC"),
-                    source,
-                },
-                _ => CudaError::Driver { doing: "loading kernels", source },
-            })?;
+        let module = self.module(element, head_dim)?;
+        let _turn = gate::changing();
         Kernels::load(&module, element, head_dim).doing("finding a kernel")
     }
 
@@ -287,6 +309,36 @@ impl Gpu {
             };
             others.into_iter().map(joined).fold(first, Result::and)
         })
+    }
+
+    /// A module, loaded once per GPU: it stays until the process ends, so that none is unloaded while others compute.
+    fn module(&self, element: DType, head_dim: usize) -> Result<Arc<CudaModule>, CudaError> {
+        use driver::sys::cudaError_enum as E;
+        type Key = (usize, DType, usize);
+        static LOADED: Mutex<Option<HashMap<Key, Arc<CudaModule>>>> = Mutex::new(None);
+        let directory = self.kernel_cache.as_deref();
+        let image = compile::kernels(self.cuda, self.capability, element, head_dim, directory)?;
+        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        let loaded = loaded.get_or_insert_default();
+        let key = (self.context.ordinal(), element, head_dim);
+        if let Some(module) = loaded.get(&key) {
+            return Ok(module.clone());
+        }
+        let _turn = gate::changing();
+        let module =
+            self.context.load_module(Ptx::from_binary(image.to_vec())).map_err(|source| match source.0 {
+                E::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+                | E::CUDA_ERROR_NO_BINARY_FOR_GPU
+                | E::CUDA_ERROR_INVALID_IMAGE
+                | E::CUDA_ERROR_INVALID_PTX => CudaError::Kernels {
+                    driver: cuda_version(self.cuda.driver),
+                    compiler: self.cuda.named("NVRTC"),
+                    source,
+                },
+                _ => CudaError::Driver { doing: "loading kernels", source },
+            })?;
+        loaded.insert(key, module.clone());
+        Ok(module)
     }
 
     /// Waits until all that was asked for is done.
@@ -309,7 +361,7 @@ impl Gpu {
         // ordered by the stream that the handle has.
         let done = unsafe {
             (self.cuda.blas.gemm)(
-                self.blas.handle,
+                self.blas.handle.handle,
                 // cuBLAS counts by columns: it sees all three matrices transposed.
                 sys::cublasOperation_t::CUBLAS_OP_T,
                 sys::cublasOperation_t::CUBLAS_OP_N,
@@ -357,19 +409,35 @@ pub(crate) struct Gemm {
 
 /// A handle of cuBLAS, with memory of its own, so that it allocates none while a step runs.
 struct Blas {
+    handle: Handle<BlasHandle>,
+    _workspace: Memory,
+}
+
+struct BlasHandle {
     calls: &'static library::BlasCalls,
     handle: cublas::sys::cublasHandle_t,
-    _workspace: Memory,
+}
+
+impl Drop for BlasHandle {
+    fn drop(&mut self) {
+        // SAFETY: made in `Blas::new`, used nowhere else.
+        unsafe { (self.calls.destroy)(self.handle) };
+    }
 }
 
 impl Blas {
     fn new(cuda: &'static Cuda, context: &Arc<CudaContext>, stream: &CudaStream) -> Result<Self, CudaError> {
         let workspace = Memory::new(context, BLAS_WORKSPACE)?;
         let calls = &cuda.blas;
-        let mut handle = std::ptr::null_mut();
-        // SAFETY: the pointer is of a handle, which is used only if it was made.
-        calls.check(unsafe { (calls.create)(&mut handle) })?;
-        let blas = Blas { calls, handle, _workspace: workspace };
+        context.bind_to_thread().doing("binding a GPU")?;
+        let handle = Handle::new(|| {
+            let mut handle = std::ptr::null_mut();
+            // SAFETY: the pointer is of a handle, which is used only if it was made.
+            calls.check(unsafe { (calls.create)(&mut handle) })?;
+            Ok::<_, CudaError>(BlasHandle { calls, handle })
+        })?;
+        let blas = Blas { handle, _workspace: workspace };
+        let handle = blas.handle.handle;
         // SAFETY: the stream outlives the handle (the GPU owns both), and so does the workspace.
         unsafe {
             calls.check((calls.set_stream)(handle, stream.cu_stream().cast()))?;
@@ -377,12 +445,5 @@ impl Blas {
             calls.check((calls.set_workspace)(handle, at, BLAS_WORKSPACE as usize))?;
         }
         Ok(blas)
-    }
-}
-
-impl Drop for Blas {
-    fn drop(&mut self) {
-        // SAFETY: made in `new`, used nowhere else.
-        unsafe { (self.calls.destroy)(self.handle) };
     }
 }

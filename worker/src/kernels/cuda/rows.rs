@@ -12,6 +12,7 @@ use strata_proto::DType;
 
 use super::{
     CudaError, Doing,
+    gate::Handle,
     memory::{self, Memory, Pinned, Ptr},
 };
 use crate::transport::Expected;
@@ -26,7 +27,7 @@ pub(crate) struct Slots(Arc<Pool>);
 struct Pool {
     context: Arc<CudaContext>,
     /// For copies that a stage's own stream has no part in.
-    stream: Arc<CudaStream>,
+    stream: Handle<Arc<CudaStream>>,
     bytes: u64,
     free: Mutex<Vec<Slot>>,
 }
@@ -40,17 +41,20 @@ struct Slot {
 impl Slots {
     /// So many slots for activations of at most `bytes` bytes.
     pub fn new(context: &Arc<CudaContext>, bytes: u64, count: usize) -> Result<Self, CudaError> {
-        let stream = context.new_stream().doing("making a stream")?;
+        let stream = Handle::new(|| context.new_stream()).doing("making a stream")?;
         let pool = Pool { context: context.clone(), stream, bytes, free: Mutex::default() };
         let free = (0..count).map(|_| pool.slot()).collect::<Result<_, _>>()?;
         *pool.free.lock().unwrap_or_else(PoisonError::into_inner) = free;
         Ok(Slots(Arc::new(pool)))
     }
 
-    /// Room for rows of a shape. Links bound how many are under way; should there be more than slots, one is made.
+    /// Room for rows of a shape. No memory is allocated for it.
+    ///
+    /// # Errors
+    /// If there is none: links bound how many rows are under way, so that is a defect of ours.
     pub fn rows(&self, shape: Expected) -> Result<DeviceRows, CudaError> {
         let free = self.0.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let slot = free.map_or_else(|| self.0.slot(), Ok)?;
+        let slot = free.ok_or(CudaError::Uncounted { bytes: HEAD + self.0.bytes })?;
         Ok(DeviceRows { slot: Some(slot), shape, home: self.clone() })
     }
 }
@@ -162,7 +166,7 @@ fn tensor_of(bytes: &[u8], dtype: DType, dims: (usize, usize)) -> candle_core::R
 }
 
 /// Writes the elements of a contiguous tensor in host memory.
-fn bytes_of(tensor: &Tensor, out: &mut [u8]) {
+pub(crate) fn bytes_of(tensor: &Tensor, out: &mut [u8]) {
     let (storage, layout) = tensor.storage_and_layout();
     let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
         unreachable!("links deliver contiguous tensors in host memory");

@@ -1,5 +1,7 @@
 //! Every kernel against the CPU's, or against a plain loop; run by the emulator (tests/emulator).
 
+mod refusals;
+
 use std::{path::Path, process::Command, sync::OnceLock};
 
 use strata_proto::{DType, Format, Quantization};
@@ -36,6 +38,18 @@ pub(crate) fn emulator() {
             std::mem::forget(library.unwrap());
         }
     });
+}
+
+/// How often this thread has asked the emulator for what CUDA refuses beside a capture.
+pub(crate) fn changes() -> u64 {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tmp/emulator/libcuda.so");
+    // SAFETY: our own library, which is loaded already; the function has this type.
+    unsafe {
+        let library = libloading::Library::new(path).unwrap();
+        let count: libloading::Symbol<'_, unsafe extern "C" fn() -> u64> =
+            library.get(b"emulatorChanges").unwrap();
+        count()
+    }
 }
 
 /// A GPU, and buffers on it for as long as a test needs them.

@@ -8,13 +8,13 @@ use std::{
     ffi::{c_char, c_int},
     io::ErrorKind,
     mem::MaybeUninit,
-    net::TcpStream,
+    net::{Shutdown, TcpStream},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use cudarc::{
-    driver::{CudaContext, CudaEvent, CudaStream},
+    driver::{CudaEvent, CudaStream},
     nccl::sys,
 };
 use strata_proto::DType;
@@ -26,7 +26,8 @@ use super::{
 };
 use crate::{
     kernels::cuda::{
-        CudaError, DeviceRows, Doing,
+        self, CudaError, DeviceRows, Doing,
+        gate::{self, Handle},
         memory::{self, Ptr},
         rows::{HEAD, Slots},
     },
@@ -49,6 +50,7 @@ const IN_FLIGHT: usize = 2;
 /// If NCCL is not there, or refuses.
 pub(crate) fn mint_id() -> Result<[u8; ID_BYTES], LinkError> {
     let mut id = sys::ncclUniqueId { internal: [0; ID_BYTES] };
+    let _turn = gate::changing();
     // SAFETY: NCCL writes an id into memory for one.
     unsafe { (Nccl::get()?.get_unique_id)(&mut id) }.result().map_err(|e| failed("making an id", e.0))?;
     Ok(id.internal.map(|b| b as u8))
@@ -73,9 +75,9 @@ struct Rank {
     nccl: &'static Nccl,
     comm: sys::ncclComm_t,
     peer: c_int,
-    stream: Arc<CudaStream>,
+    stream: Handle<Arc<CudaStream>>,
     /// Where the stream has to come to.
-    asked: CudaEvent,
+    asked: Handle<CudaEvent>,
     /// A connection to the other rank's process.
     process: TcpStream,
 }
@@ -86,10 +88,10 @@ impl Rank {
         let process = joining.peer.try_clone()?;
         process.set_nonblocking(true)?;
         let nccl = Nccl::get()?;
-        let context = CudaContext::new(joining.gpu).doing("opening a GPU")?;
+        let context = cuda::context(joining.gpu)?;
         context.bind_to_thread().doing("binding a GPU")?;
-        let stream = context.new_stream().doing("making a stream")?;
-        let asked = context.new_event(None).doing("making an event")?;
+        let stream = Handle::new(|| context.new_stream()).doing("making a stream")?;
+        let asked = Handle::new(|| context.new_event(None)).doing("making an event")?;
         asked.record(&stream).doing("making an event")?;
         let id = sys::ncclUniqueId { internal: joining.id.map(|b| b as c_char) };
         let mut config = config();
@@ -143,7 +145,7 @@ impl Rank {
         // Nothing is ever sent on it: what comes is its end.
         match self.process.peek(&mut [0]) {
             Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(false),
-            _ => Err("the other rank's process ended".into()),
+            _ => Err("the other rank's process ended, or aborted".into()),
         }
     }
 }
@@ -158,6 +160,10 @@ impl Communicator for Rank {
     }
 
     fn abort(&mut self) {
+        // The other rank aborts, too, when it sees this end.
+        let _ = self.process.shutdown(Shutdown::Both);
+        let begun = Instant::now();
+        let _turn = gate::changing();
         // SAFETY: called once, and nothing is asked of the communicator after it.
         let aborted = unsafe { (self.nccl.abort)(self.comm) };
         if let Err(error) = aborted.result() {
@@ -167,6 +173,7 @@ impl Communicator for Rank {
         if let Err(error) = self.stream.synchronize() {
             tracing::warn!(%error, "waiting for the stream of an aborted NCCL communicator");
         }
+        tracing::info!(elapsed_ms = begun.elapsed().as_millis() as u64, "aborted an NCCL communicator");
     }
 }
 
@@ -203,6 +210,7 @@ impl End {
     /// Joins, and exchanges the link's token in a message of the largest size: that verifies the link, and allocates all
     /// that NCCL needs before the first step.
     fn join(joining: Joining, rank: c_int) -> Result<Self, LinkError> {
+        let _turn = gate::changing();
         let mut watched = Watched::new(Rank::join(&joining, rank)?, joining.interrupt.clone());
         watched.wait(CONNECT_PATIENCE)?;
         let context = watched.get().stream.context().clone();
@@ -414,6 +422,18 @@ mod tests {
         assert!(matches!(&error, LinkError::Closed(why) if why.contains("process ended")), "{error}");
         assert!(begun.elapsed() < Duration::from_secs(5));
         sender.join().unwrap();
+    }
+
+    #[test]
+    fn both_ranks_abort_when_one_does() {
+        let (down, up) = pair([7, 7]);
+        let (mut down, mut up) = (down.unwrap(), up.unwrap());
+        let failed = down.end.rank.wait_until(|_| Err("it failed".into()), Duration::from_secs(60));
+        assert!(matches!(failed, Err(LinkError::Closed(why)) if why == "it failed"));
+        // What aborted is still there; an abort may take long, and until it is done nothing else goes.
+        let error = up.receive(0, &[SHAPE]).unwrap_err();
+        assert!(matches!(&error, LinkError::Closed(why) if why.contains("process ended")), "{error}");
+        drop(down);
     }
 
     #[test]

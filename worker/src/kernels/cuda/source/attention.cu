@@ -13,6 +13,7 @@ struct Attend {
     Places places;
     const u32* row_first;
     const u32* row_start;
+    // 0 for a row that pads a step: nothing is computed for its token.
     const u32* row_count;
     // The rows that this launch computes.
     const u32* rows;
@@ -65,6 +66,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_plain(Attend a) {
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int token = blockIdx.x, head = blockIdx.y, split = blockIdx.z;
     int row = a.places.row_of[token], kv_head = head / (a.heads / a.kv_heads);
+    if (a.row_count[row] == 0) return;
     Seen seen = seen_by(a, a.places.positions[token], a.row_start[row] + a.row_count[row]);
     int part = (seen.to - seen.from + a.splits - 1) / a.splits;
     int from = seen.from + split * part, to = min(seen.to, from + part);

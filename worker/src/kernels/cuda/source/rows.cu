@@ -103,6 +103,8 @@ struct Places {
 };
 
 #define BLOCK_TOKENS 16
+// Of a row that pads a step, and has no tokens to be attended to by.
+#define NO_BLOCK 0xffffffffu
 
 // Of one layer: (blocks, kv_heads, 16, HEAD_DIM) each.
 struct Cache {
@@ -166,6 +168,7 @@ extern "C" __global__ void rope_store(T* qkv, Heads h, const float* angles, Plac
     int kv_head = (head - h.heads) % h.kv_heads;
     u32 position = places.positions[token];
     u32 block = places.tables[places.first_block[places.row_of[token]] + position / BLOCK_TOKENS];
+    if (block == NO_BLOCK) return;
     T* to = (is_value ? cache.values : cache.keys) +
             (((size_t)block * h.kv_heads + kv_head) * BLOCK_TOKENS + position % BLOCK_TOKENS) * HEAD_DIM;
     for (int i = lane; i < HEAD_DIM; i += WARP) to[i] = x[i];
