@@ -481,6 +481,13 @@ static void trace(const Function& function) {
     }
 }
 
+struct CUlaunchConfig {
+    unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
+    void* stream;
+    const void* attributes;
+    unsigned attribute_count;
+};
+
 API int cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                        unsigned block_y, unsigned block_z, unsigned shared_bytes, void* stream_handle, void** values,
                        void** extra) {
@@ -520,6 +527,13 @@ API int cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned 
         (void)buffer;  // kept for the pointers into it
         run_kernel(launch, pointers->data());
     });
+}
+
+API int cuLaunchKernelEx(const CUlaunchConfig* config, void* handle, void** values, void** extra) {
+    // Attributes say what may overlap: here, what follows in a stream comes after.
+    if (!config || (config->attribute_count && !config->attributes)) return invalid_value;
+    return cuLaunchKernel(handle, config->grid_x, config->grid_y, config->grid_z, config->block_x, config->block_y,
+                          config->block_z, config->shared_bytes, config->stream, values, extra);
 }
 
 // ---- errors

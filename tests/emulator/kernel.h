@@ -416,7 +416,10 @@ inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32
 
 inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { emulator_mma_bf16(d, a, b); }
 inline void mma_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { emulator_mma_f16(d, a, b); }
-inline void mma_s8(int (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { emulator_mma_s8(d, a, b); }
+inline void mma_s8(int (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    for (int& sum : d) sum = 0;
+    emulator_mma_s8(d, a, b);
+}
 inline void ldmatrix4(unsigned (&r)[4], const void* shared_row) { emulator_ldmatrix4(r, shared_row, false); }
 inline void ldmatrix4_transposed(unsigned (&r)[4], const void* shared_row) { emulator_ldmatrix4(r, shared_row, true); }
 inline void copy_async16(void* shared, const void* global, bool in_range) {
@@ -426,6 +429,23 @@ inline void copy_async_commit() { emulator_copy_async_commit(); }
 template <int N>
 inline void copy_async_wait() {
     emulator_copy_async_wait(N);
+}
+
+inline float power_of_two(float x) {
+    float y = exp2f(x);
+    return y < 1.17549435e-38f ? 0.0f : y;
+}
+inline void prefetch(const void*) {}
+// Kernels of a stream follow each other.
+inline void let_next_come() {}
+inline void wait_for_previous() {}
+inline unsigned bf16_bits(float x) {
+    unsigned bits = __float_as_uint(x);
+    return x != x ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+inline unsigned two_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
+inline unsigned two_f16(float low, float high) {
+    return (unsigned)float_to_half(low) | (unsigned)float_to_half(high) << 16;
 }
 
 // ---- how the driver calls a kernel

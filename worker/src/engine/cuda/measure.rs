@@ -179,7 +179,10 @@ impl GpuBench {
             let index = turn % layers;
             let block = &weights.layers[index];
             match kernel {
-                Kernel::Norm { .. } => pass.enter(layer.flow, block, Slot::AttentionNorm),
+                Kernel::Norm { .. } => {
+                    pass.enter(layer.flow, block, Slot::AttentionNorm)?;
+                    pass.input().map(|_| ())
+                }
                 Kernel::Place { .. } => pass.place(&layer.attention, index, block),
                 Kernel::Choose { .. } => pass.candidates(chosen.len()),
                 _ => pass.attend_rows(&layer.attention, index),

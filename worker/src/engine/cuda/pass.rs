@@ -11,7 +11,7 @@ use crate::{
             CudaError, Gpu,
             launch::{
                 Attend, Bytes, Heads, Kernels, MAX_CANDIDATES, Places, RawCache, RawMatrix, RawNorm, Tables,
-                attention_bytes, launch,
+                attention_bytes, follow, launch,
             },
             memory::{self, Arena, Memory, Ptr},
             product::{Epilogue, Grouped, Linear, Matrix, RowBytes, Rows, TASK_BYTES},
@@ -57,7 +57,7 @@ pub(super) struct Scratch {
     pub vocab: usize,
     /// Rows that there is room for.
     tokens: usize,
-    _elsewhere: [Memory; 2],
+    _elsewhere: [Memory; 3],
 }
 
 /// Scratch of a mixture of experts.
@@ -78,6 +78,8 @@ impl Scratch {
         let (element, outputs) = (limits.spec.dtype, limits.max_outputs as usize);
         let partials = Memory::new(&gpu.context, PARTIALS)?;
         let found = Memory::new(&gpu.context, (outputs * (8 * MAX_CANDIDATES + 4)) as u64)?;
+        let unpacked = if limits.spec.quantization.is_some() { RowBytes::UNPACKED } else { 0 };
+        let unpacked = Memory::new(&gpu.context, unpacked)?;
         let Widths { residual, qkv, attention, up, angles, outputs: values, experts, input, .. } =
             Widths::of(tower);
         let tokens = workspace::padded(limits.max_tokens);
@@ -114,11 +116,10 @@ impl Scratch {
             up: rows(up, size)?,
             angles: angles.iter().map(|width| rows(*width, 4)).collect::<Result<_, _>>()?,
             frequencies,
-            bytes: RowBytes::new(Bytes {
-                values: rows(groups * 32, 1)?,
-                factors: rows(groups, 4)?,
-                sums: rows(groups, 4)?,
-            }),
+            bytes: RowBytes::new(
+                Bytes { values: rows(groups * 32, 1)?, factors: rows(groups, 4)?, sums: rows(groups, 4)? },
+                unpacked.ptr(),
+            ),
             experts: experts.transpose()?,
             values: memory.take((outputs * values) as u64 * 4)?,
             found: found.ptr(),
@@ -126,7 +127,7 @@ impl Scratch {
             partials: partials.ptr(),
             vocab: tower.vocab,
             tokens,
-            _elsewhere: [partials, found],
+            _elsewhere: [partials, found, unpacked],
         })
     }
 }
@@ -140,7 +141,16 @@ pub(super) struct Pass<'a> {
     rows: &'a [BatchRow<'a>],
     inputs: Inputs,
     /// The input of the block that is under way.
-    normed: Rows,
+    normed: Normed,
+}
+
+/// The input of a block.
+#[derive(Clone, Copy)]
+enum Normed {
+    /// Rows that are there.
+    Rows(Rows),
+    /// A norm of the residual stream that has not been taken yet: a product of one row takes it itself.
+    Pending(RawNorm),
 }
 
 impl<'a> Pass<'a> {
@@ -152,7 +162,7 @@ impl<'a> Pass<'a> {
         rows: &'a [BatchRow<'a>],
         inputs: Inputs,
     ) -> Self {
-        let normed = Rows::new(state.scratch.normed, tower.width);
+        let normed = Normed::Rows(Rows::new(state.scratch.normed, tower.width));
         Pass { gpu, state, tower, tokens, rows, inputs, normed }
     }
 
@@ -204,7 +214,7 @@ impl<'a> Pass<'a> {
     }
 
     /// A norm of `rows` rows; those that `index` names, if it names any.
-    fn norm(&self, norm: Norm, weights: NormWeights, rows: usize, call: NormCall) -> Result<Rows, StepError> {
+    fn norm(&self, norm: RawNorm, rows: usize, call: NormCall) -> Result<Rows, StepError> {
         let NormCall { out, x, index, add } = call;
         let width = self.tower.width;
         let written = Rows::new(out, width);
@@ -214,9 +224,43 @@ impl<'a> Pass<'a> {
             true => self.state.scratch.bytes.fill(written, rows, width),
             false => Bytes::default(),
         };
-        launch!(self.gpu, self.kernels()?.norm_rows, (rows as u32, 1, 1), ROW_THREADS, 0;
-            out, x, index, raw_norm(norm, weights), width as i32, i32::from(add), bytes)?;
+        follow!(self.gpu, self.kernels()?.norm_rows, (rows as u32, 1, 1), ROW_THREADS, 0;
+            out, x, index, norm, width as i32, i32::from(add), bytes)?;
         Ok(written)
+    }
+
+    /// The input of the block, whose norm is taken now if it has not been yet.
+    pub fn input(&mut self) -> Result<Rows, StepError> {
+        let rows = match self.normed {
+            Normed::Rows(rows) => rows,
+            Normed::Pending(norm) => {
+                let Scratch { residual, normed, .. } = self.state.scratch;
+                let call = NormCall { out: normed, x: residual, index: Ptr::NULL, add: false };
+                self.norm(norm, self.tokens, call)?
+            }
+        };
+        self.normed = Normed::Rows(rows);
+        Ok(rows)
+    }
+
+    /// A product of the block's input.
+    fn product_of_input(
+        &mut self,
+        product: &Projection,
+        rows: usize,
+        out: (Ptr, usize),
+        epilogue: Epilogue,
+    ) -> Result<(), StepError> {
+        match self.normed {
+            Normed::Pending(norm) if self.gpu.norms(&product.matrix, self.state.element, rows) => {
+                let x = Rows::new(self.state.scratch.residual, self.tower.width);
+                self.linear(&Linear { norm, ..self.call(product, rows, x, out, epilogue) })
+            }
+            _ => {
+                let x = self.input()?;
+                self.product(product, rows, x, out, epilogue)
+            }
+        }
     }
 
     fn linear(&self, call: &Linear<'_>) -> Result<(), StepError> {
@@ -232,17 +276,29 @@ impl<'a> Pass<'a> {
         (out, out_stride): (Ptr, usize),
         epilogue: Epilogue,
     ) -> Result<(), StepError> {
-        self.linear(&Linear {
+        self.linear(&self.call(product, rows, x, (out, out_stride), epilogue))
+    }
+
+    fn call<'b>(
+        &'b self,
+        product: &'b Projection,
+        rows: usize,
+        x: Rows,
+        (out, out_stride): (Ptr, usize),
+        epilogue: Epilogue,
+    ) -> Linear<'b> {
+        Linear {
             weight: &product.matrix,
             bias: product.bias,
             x,
+            norm: RawNorm::default(),
             rows,
             out,
             out_stride,
             epilogue,
             grouped: None,
             bytes: &self.state.scratch.bytes,
-        })
+        }
     }
 
     /// Final norm and head of the wanted tokens, and their candidates.
@@ -263,21 +319,29 @@ impl<'a> Pass<'a> {
                 i32::from(normalize))?;
             return Ok(());
         }
-        let mut x = self.final_norm(block, outputs, self.inputs.outputs)?;
+        if let (Head::Lm { .. }, Some(norm), 1) = (&tower.head, tower.norm, self.tokens) {
+            // The only token is the only output.
+            self.normed = Normed::Pending(raw_norm(norm, block.norm(Slot::FinalNorm)?));
+        } else {
+            self.normed = Normed::Rows(self.final_norm(block, outputs, self.inputs.outputs)?);
+        }
         let product = |slot, x, out, epilogue, out_stride| {
             let product = block.product(slot, 0)?;
             self.product(&product, outputs, x, (out, out_stride), epilogue)
         };
         // Of the residual stream, nothing is needed any more.
-        if let Head::Mlm(act, _) | Head::Classify { act, .. } = tower.head {
-            product(Slot::HeadDense, x, residual, Epilogue::Activated(act), width)?;
-            x = Rows::new(residual, width);
+        if let (Head::Mlm(act, _) | Head::Classify { act, .. }, Normed::Rows(x)) = (&tower.head, self.normed)
+        {
+            product(Slot::HeadDense, x, residual, Epilogue::Activated(*act), width)?;
+            self.normed = Normed::Rows(Rows::new(residual, width));
         }
         if let Head::Mlm(_, norm) = tower.head {
-            let call = NormCall { out: normed, x: x.at, index: Ptr::NULL, add: false };
-            x = self.norm(norm, block.norm(Slot::HeadNorm)?, outputs, call)?;
+            let call = NormCall { out: normed, x: residual, index: Ptr::NULL, add: false };
+            let norm = raw_norm(norm, block.norm(Slot::HeadNorm)?);
+            self.normed = Normed::Rows(self.norm(norm, outputs, call)?);
         }
-        product(Slot::Head, x, values, Epilogue::StoreValues, tower.outputs())?;
+        let head = block.product(Slot::Head, 0)?;
+        self.product_of_input(&head, outputs, (values, tower.outputs()), Epilogue::StoreValues)?;
         let Head::Lm { softcap } = tower.head else { return Ok(()) };
         if let Some(cap) = softcap {
             let count = outputs * tower.vocab;
@@ -301,7 +365,7 @@ impl<'a> Pass<'a> {
         match self.tower.norm {
             Some(norm) => {
                 let call = NormCall { out: normed, x: residual, index, add: false };
-                self.norm(norm, block.norm(Slot::FinalNorm)?, count, call)
+                self.norm(raw_norm(norm, block.norm(Slot::FinalNorm)?), count, call)
             }
             None => {
                 launch!(self.gpu, self.kernels()?.gather_rows, (count as u32, 1, 1), ROW_THREADS, 0;
@@ -334,7 +398,7 @@ impl<'a> Pass<'a> {
         let all = attention.heads + 2 * attention.kv_heads;
         let grid = (self.tokens as u32, all.div_ceil(4) as u32, 1);
         let places = Places { positions, row_of, first_block, tables };
-        launch!(self.gpu, kernels.rope_store, grid, 128, 0; qkv, heads, table, places, self.cache(index))?;
+        follow!(self.gpu, kernels.rope_store, grid, 128, 0; qkv, heads, table, places, self.cache(index))?;
         Ok(())
     }
 
@@ -362,7 +426,8 @@ impl<'a> Pass<'a> {
             row_first,
             row_start,
             row_count,
-            rows: by_length,
+            rows: Ptr::NULL,
+            count: self.tokens as i32,
             heads: heads as i32,
             kv_heads: kv_heads as i32,
             scale: attention.scale,
@@ -375,41 +440,45 @@ impl<'a> Pass<'a> {
             splits: 1,
             partial: partials,
         };
-        let group = heads / kv_heads;
-        let single = self.rows.iter().filter(|r| r.count == 1).count();
-        let several = self.rows.len() - single;
-        let longest = self.rows.iter().map(|r| r.count as usize).max().unwrap_or(1);
-        // Parts, so that every multiprocessor has something to do; as many as their sums have room for.
-        let splits = |blocks: usize, tokens: usize| {
-            let room = PARTIALS as usize / (tokens * heads * (head_dim + 2) * 4).max(1);
+        // Parts, so that every multiprocessor has something to do; as many as the sums of all places have room for.
+        let splits = |blocks: usize, places: usize| {
+            let room = PARTIALS as usize / (places * heads * (head_dim + 2) * 4).max(1);
             let wanted = (2 * self.gpu.multiprocessors as usize).div_ceil(blocks.max(1));
-            wanted.min(room).clamp(1, MAX_SPLITS)
+            wanted.min(room).clamp(1, MAX_SPLITS) as i32
         };
-        let combine = |call: Attend, rows: usize, longest: usize| {
+        let combine = |call: Attend| {
             if call.splits == 1 {
                 return Ok(());
             }
-            let grid = (rows as u32, heads as u32, longest as u32);
-            launch!(self.gpu, kernels.attention_combine, grid, 128, 0; call)
+            follow!(self.gpu, kernels.attention_combine, ((call.count * call.heads) as u32, 1, 1), 128, 0; call)
         };
-        let tensor = kernels.tensor.as_ref().and_then(|t| t.prefill.as_ref().zip(t.decode.as_ref()));
-        let Some((prefill, decode)) = tensor else {
-            let call = Attend { splits: splits(self.tokens * heads, self.tokens) as i32, ..call };
+        let Some(tiles) = kernels.tensor.as_ref().and_then(|tensor| tensor.attention.as_ref()) else {
+            let call = Attend { splits: splits(self.tokens * heads, self.tokens), ..call };
             let grid = (self.tokens as u32, heads as u32, call.splits as u32);
-            launch!(self.gpu, kernels.attention_plain, grid, 128, 0; call)?;
-            return Ok(combine(call, self.rows.len(), longest)?);
+            follow!(self.gpu, kernels.attention_plain, grid, 128, 0; call)?;
+            return Ok(combine(call)?);
         };
+        let (group, capped) = (heads / kv_heads, usize::from(attention.softcap.is_some()));
+        let single = self.rows.iter().filter(|r| r.count == 1).count();
+        let several = self.rows.len() - single;
         if single > 0 {
-            let tiles = group.div_ceil(16);
-            let call = Attend { splits: splits(tiles * kv_heads * single, self.tokens) as i32, ..call };
-            let grid = ((tiles as i32 * call.splits) as u32, kv_heads as u32, single as u32);
-            launch!(self.gpu, decode, grid, 128, attention_bytes(16, head_dim); call)?;
-            combine(call, single, 1)?;
+            let parts = group.div_ceil(16);
+            let call = Attend {
+                rows: by_length,
+                count: single as i32,
+                splits: splits(parts * kv_heads * single, single),
+                ..call
+            };
+            let blocks = (parts * kv_heads * single) as u32 * call.splits as u32;
+            follow!(self.gpu, tiles.decode[capped], (blocks, 1, 1), 128, attention_bytes(16, head_dim); call)?;
+            combine(call)?;
         }
         if several > 0 {
-            let call = Attend { rows: by_length.offset(4 * single as u64), ..call };
-            let grid = ((longest * group).div_ceil(64) as u32, kv_heads as u32, several as u32);
-            launch!(self.gpu, prefill, grid, 128, attention_bytes(64, head_dim); call)?;
+            let longest = self.rows.iter().map(|r| r.count as usize).max().unwrap_or(1);
+            let rows = by_length.offset(4 * single as u64);
+            let call = Attend { rows, count: several as i32, ..call };
+            let blocks = ((longest * group).div_ceil(64) * kv_heads * several) as u32;
+            follow!(self.gpu, tiles.prefill[capped], (blocks, 1, 1), 128, attention_bytes(64, head_dim); call)?;
         }
         Ok(())
     }
@@ -440,18 +509,21 @@ impl Operations for Pass<'_> {
             let width = self.tower.width;
             let bytes = (self.tokens * width) as u64 * self.state.element.size();
             memory::copy(&self.gpu.stream, normed, residual, bytes)?;
-            self.normed = Rows::new(normed, width);
+            self.normed = Normed::Rows(Rows::new(normed, width));
             return Ok(());
         }
-        let call = NormCall { out: normed, x: residual, index: Ptr::NULL, add: false };
-        self.normed = self.norm(flow.norm(), block.norm(slot)?, self.tokens, call)?;
+        self.normed = Normed::Pending(raw_norm(flow.norm(), block.norm(slot)?));
+        if matches!(flow, Flow::ParallelOne(_) | Flow::ParallelTwo(_)) {
+            // The residual stream changes before all of the block has read its norm.
+            self.input()?;
+        }
         Ok(())
     }
 
     fn attend(&mut self, attention: &Attention, index: usize, block: &Block) -> Result<(), StepError> {
         let product = block.product(Slot::Qkv, 0)?;
         let out = (self.state.scratch.qkv, attention.qkv_width());
-        self.product(&product, self.tokens, self.normed, out, Epilogue::Store)?;
+        self.product_of_input(&product, self.tokens, out, Epilogue::Store)?;
         self.place(attention, index, block)?;
         self.attend_rows(attention, index)
     }
@@ -464,7 +536,7 @@ impl Operations for Pass<'_> {
         };
         let product = block.product(slot, 0)?;
         let out = (self.state.scratch.up, ffn.up_width());
-        self.product(&product, self.tokens, self.normed, out, epilogue)
+        self.product_of_input(&product, self.tokens, out, epilogue)
     }
 
     // As many tokens at a time as their pairs of token and expert have room for.
@@ -473,15 +545,16 @@ impl Operations for Pass<'_> {
         let Some(Experts { logits, chosen, shares, order, tasks, pairs }) = experts else {
             return Err(StepError::Weights);
         };
-        let kernels = self.kernels()?;
         let (width, size, up_width) = (self.tower.width, self.state.element.size(), Ffn::Moe(moe).up_width());
         let (first, down) = (Stacked::of(block, Slot::GateUp)?, Stacked::of(block, Slot::Down)?);
         let router = block.product(Slot::Router, 0)?;
+        let input = self.input()?;
+        let kernels = self.kernels()?;
         let at_once = (room / moe.active).max(1);
         for begin in (0..self.tokens).step_by(at_once) {
             let tokens = at_once.min(self.tokens - begin);
             let count = tokens * moe.active;
-            let x = self.normed.skip(begin, size);
+            let x = input.skip(begin, size);
             self.product(&router, tokens, x, (*logits, moe.experts), Epilogue::StoreValues)?;
             launch!(self.gpu, kernels.route, (tokens.div_ceil(4) as u32, 1, 1), 128, 0;
                 *logits, *chosen, *shares, tokens as i32, moe.experts as i32, moe.active as i32,
@@ -492,6 +565,7 @@ impl Operations for Pass<'_> {
                 weight: &first.matrix,
                 bias: first.bias,
                 x,
+                norm: RawNorm::default(),
                 rows: count,
                 out: up,
                 out_stride: up_width,
@@ -503,6 +577,7 @@ impl Operations for Pass<'_> {
                 weight: &down.matrix,
                 bias: down.bias,
                 x: Rows::new(up, up_width),
+                norm: RawNorm::default(),
                 rows: count,
                 out: *pairs,
                 out_stride: width,
@@ -536,14 +611,14 @@ impl Operations for Pass<'_> {
     fn add_normed(&mut self, norm: Norm, block: &Block, slot: Slot) -> Result<(), StepError> {
         let Scratch { residual, normed, .. } = self.state.scratch;
         let call = NormCall { out: residual, x: normed, index: Ptr::NULL, add: true };
-        self.norm(norm, block.norm(slot)?, self.tokens, call)?;
+        self.norm(raw_norm(norm, block.norm(slot)?), self.tokens, call)?;
         Ok(())
     }
 
     fn renorm(&mut self, norm: Norm, block: &Block, slot: Slot) -> Result<(), StepError> {
         let residual = self.state.scratch.residual;
         let call = NormCall { out: residual, x: residual, index: Ptr::NULL, add: false };
-        self.norm(norm, block.norm(slot)?, self.tokens, call)?;
+        self.norm(raw_norm(norm, block.norm(slot)?), self.tokens, call)?;
         Ok(())
     }
 }

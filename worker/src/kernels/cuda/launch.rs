@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaFunction, CudaModule, DeviceRepr, DriverError, sys::CUfunction_attribute};
+use cudarc::driver::{CudaFunction, CudaModule, DeviceRepr, DriverError, sys, sys::CUfunction_attribute};
 use strata_proto::DType;
 
-use super::memory::Ptr;
+use super::{CudaError, Doing, Gpu, memory::Ptr};
 
 /// One translation unit, in this order.
 pub(super) const SOURCES: [&str; 6] = [
@@ -44,6 +44,8 @@ macro_rules! kernels {
             $(pub $name: CudaFunction,)*
             /// By format of the weights (as [`weight_number`] counts), then for 1, 2, 4 and 8 rows.
             pub matvec: [[CudaFunction; 4]; 5],
+            /// By quantized format, then for 16, 32 and 64 rows.
+            pub tiles: [[CudaFunction; 3]; 2],
             /// On the tensor cores, which f32 does without.
             pub tensor: Option<TensorKernels>,
         }
@@ -51,24 +53,35 @@ macro_rules! kernels {
         impl Kernels {
             pub fn load(
                 module: &Arc<CudaModule>,
+                capability: (i32, i32),
                 element: DType,
                 head_dim: usize,
             ) -> Result<Self, DriverError> {
                 let matvec = |format: &str| {
                     let load = |rows: usize| module.load_function(&format!("matvec_{format}_{rows}"));
-                    Ok::<_, DriverError>([load(1)?, load(2)?, load(4)?, load(8)?])
+                    let one = load(1)?;
+                    allow_shared(&one, ONE_ROW_BYTES)?;
+                    Ok::<_, DriverError>([one, load(2)?, load(4)?, load(8)?])
+                };
+                let tiles = |format: &str| {
+                    let load = |rows: usize| {
+                        let function = module.load_function(&format!("tile_{format}_{rows}"))?;
+                        allow_shared(&function, tile_bytes(capability, format == "int4", rows))?;
+                        Ok::<_, DriverError>(function)
+                    };
+                    Ok::<_, DriverError>([load(16)?, load(32)?, load(64)?])
                 };
                 Ok(Kernels {
                     $($name: module.load_function(stringify!($name))?,)*
                     matvec: [
                         matvec("f32")?, matvec("bf16")?, matvec("f16")?, matvec("int8")?, matvec("int4")?,
                     ],
+                    tiles: [tiles("int8")?, tiles("int4")?],
                     tensor: match element {
                         DType::F32 => None,
                         _ => Some(TensorKernels {
                             tile_dense: module.load_function("tile_dense")?,
-                            prefill: attention(module, "attention_prefill", attention_bytes(64, head_dim)),
-                            decode: attention(module, "attention_decode", attention_bytes(16, head_dim)),
+                            attention: TileAttention::load(module, head_dim),
                         }),
                     },
                 })
@@ -79,15 +92,49 @@ macro_rules! kernels {
 
 kernels! {
     embed norm_rows gather_rows angles rope_store gate_mul activate_rows bias_rows bias_values soft_cap pool_rows quantize_rows
-    tile_int8 tile_int4 attention_plain attention_combine route group_pairs combine_experts top_candidates
+    dequantize_int8 dequantize_int4 attention_plain attention_combine route group_pairs combine_experts top_candidates
 }
 
 /// Kernels for 16-bit formats.
 pub(crate) struct TensorKernels {
     pub tile_dense: CudaFunction,
-    /// Attention, where heads are whole slabs of 16 elements.
-    pub prefill: Option<CudaFunction>,
-    pub decode: Option<CudaFunction>,
+    /// Where heads are whole slabs of 16 elements and a GPU's shared memory has room.
+    pub attention: Option<TileAttention>,
+}
+
+/// Attention on the tensor cores, each without and with a soft cap.
+pub(crate) struct TileAttention {
+    pub prefill: [CudaFunction; 2],
+    pub decode: [CudaFunction; 2],
+}
+
+impl TileAttention {
+    fn load(module: &Arc<CudaModule>, head_dim: usize) -> Option<Self> {
+        let load = |name: &str, rows| {
+            let function = module.load_function(name).ok()?;
+            allow_shared(&function, attention_bytes(rows, head_dim)).ok()?;
+            Some(function)
+        };
+        Some(TileAttention {
+            prefill: [load("attention_prefill", 64)?, load("attention_prefill_capped", 64)?],
+            decode: [load("attention_decode", 16)?, load("attention_decode_capped", 16)?],
+        })
+    }
+}
+
+/// Most bytes of shared memory for a row that its product holds there.
+pub(crate) const ONE_ROW_BYTES: u32 = 72 << 10;
+
+/// Bytes of shared memory for a product of quantized weights with up to so many rows, `WarpShared` of `product.cu` eight
+/// times; or the sums of eight warps, if they are more.
+pub(crate) fn tile_bytes(capability: (i32, i32), int4: bool, rows: usize) -> u32 {
+    let (outputs, groups, warps) = (32, 4, 8);
+    // GPUs with 100 KB of shared memory for each multiprocessor have room for two steps.
+    let steps = if matches!(capability, (8, 6 | 9) | (12, _)) { 2 } else { 3 };
+    let weights = steps * outputs * (groups * if int4 { 16 } else { 32 } + 16);
+    let second = if int4 { groups } else { 1 };
+    let factors = (groups + second) * (outputs + rows) * 4;
+    (warps * (weights + factors).max(rows * outputs * 4)) as u32
 }
 
 /// Positions that a block of `attention_prefill` and `attention_decode` takes at a time.
@@ -101,13 +148,59 @@ pub(crate) fn attention_bytes(rows: usize, head_dim: usize) -> u32 {
     tiles.max(sums) as u32
 }
 
-/// A kernel of attention, if the width of the heads and the GPU's shared memory allow it.
-fn attention(module: &Arc<CudaModule>, name: &str, bytes: u32) -> Option<CudaFunction> {
-    let function = module.load_function(name).ok()?;
+/// Lets a kernel have so many bytes of dynamic shared memory.
+fn allow_shared(function: &CudaFunction, bytes: u32) -> Result<(), DriverError> {
     let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-    function.set_attribute(most, bytes as i32).ok()?;
-    Some(function)
+    function.set_attribute(most, bytes as i32)
 }
+
+/// Starts a kernel that may overlap with the one before it in the stream: it waits for that one by itself
+/// (`wait_for_previous` of `common.cu`), so that its start costs no time of its own.
+pub(crate) fn start_following(
+    gpu: &Gpu,
+    function: &CudaFunction,
+    (grid_x, grid_y, grid_z): (u32, u32, u32),
+    threads: u32,
+    shared: u32,
+    arguments: &mut [*mut std::ffi::c_void],
+) -> Result<(), CudaError> {
+    gpu.context.bind_to_thread().doing("binding a GPU")?;
+    let mut attribute = sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    };
+    let config = sys::CUlaunchConfig {
+        gridDimX: grid_x,
+        gridDimY: grid_y,
+        gridDimZ: grid_z,
+        blockDimX: threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: shared,
+        hStream: gpu.stream.cu_stream(),
+        attrs: &raw mut attribute,
+        // GPUs before Hopper do not know it.
+        numAttrs: u32::from(gpu.capability.0 >= 9),
+    };
+    // SAFETY: as for `launch`; the attribute and the arguments live until the call returns.
+    let started = unsafe {
+        sys::cuLaunchKernelEx(&config, function.cu_function(), arguments.as_mut_ptr(), std::ptr::null_mut())
+    };
+    started.result().doing("starting a kernel")
+}
+
+/// As [`launch`], of a kernel that begins with `follow` or its two halves: it may overlap with the one before.
+macro_rules! follow {
+    ($gpu:expr, $function:expr, $grid:expr, $block:expr, $shared:expr; $($arg:expr),+ $(,)?) => {
+        // Each argument lives until the call has returned.
+        $crate::kernels::cuda::launch::start_following(
+            $gpu, &$function, $grid, $block, $shared,
+            &mut [$(std::ptr::from_ref(&{ $arg }).cast_mut().cast()),+],
+        )
+    };
+}
+pub(crate) use follow;
 
 /// Starts a kernel on a GPU's stream: grid, threads per block, bytes of dynamic shared memory, arguments.
 macro_rules! launch {
@@ -174,7 +267,7 @@ passed! {
     Heads { heads: i32, kv_heads: i32, pairs: i32, query: RawNorm, key: RawNorm }
     /// `Product` of `product.cu`.
     RawProduct {
-        weight: RawMatrix, bias: Ptr, x: Ptr, bytes: Bytes, out: Ptr,
+        weight: RawMatrix, bias: Ptr, x: Ptr, norm: RawNorm, bytes: Bytes, out: Ptr,
         x_stride: i32, out_stride: i32, rows: i32, epilogue: i32, act: i32,
         order: Ptr, tasks: Ptr, divide: i32,
         expert_values: u64, expert_factors: u64, expert_bias: u64,
@@ -182,7 +275,7 @@ passed! {
     /// `Attend` of `attention.cu`.
     Attend {
         qkv: Ptr, out: Ptr, cache: RawCache, places: Places,
-        row_first: Ptr, row_start: Ptr, row_count: Ptr, rows: Ptr,
+        row_first: Ptr, row_start: Ptr, row_count: Ptr, rows: Ptr, count: i32,
         heads: i32, kv_heads: i32, scale: f32, softcap: f32, window: i32, splits: i32, partial: Ptr,
     }
 }

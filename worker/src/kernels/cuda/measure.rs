@@ -9,7 +9,7 @@ use strata_proto::{DType, Format, Quantization};
 use super::{
     CudaError, Doing, Gpu,
     gate::{self, Handle},
-    launch::{Bytes, Kernels},
+    launch::{Bytes, Kernels, RawNorm},
     memory::{self, Memory, Pinned, Ptr},
     product::{Epilogue, Linear, Matrix, RowBytes, Rows},
 };
@@ -169,6 +169,8 @@ fn spread(
 /// Where rows are on their way through a product.
 pub(crate) struct Room {
     memory: Memory,
+    /// For weights as elements.
+    unpacked: Memory,
     bytes: u64,
     x_bytes: u64,
 }
@@ -176,7 +178,7 @@ pub(crate) struct Room {
 impl Room {
     /// What [`new`](Self::new) takes, about.
     pub fn bytes(input: usize, output: usize) -> u64 {
-        6 * input as u64 + 4 * output as u64
+        RowBytes::UNPACKED + 6 * input as u64 + 4 * output as u64
     }
 
     /// For rows of `input` elements in all, and `output` ones, of 4 bytes at most.
@@ -184,7 +186,7 @@ impl Room {
         let (x_bytes, bytes) =
             ((4 * input as u64).next_multiple_of(256), (input as u64).next_multiple_of(1024));
         let memory = Memory::new(&gpu.context, x_bytes + bytes + bytes / 2 + 4 * output as u64)?;
-        Ok(Room { memory, bytes, x_bytes })
+        Ok(Room { memory, unpacked: Memory::new(&gpu.context, RowBytes::UNPACKED)?, bytes, x_bytes })
     }
 
     pub fn x(&self) -> Ptr {
@@ -194,7 +196,8 @@ impl Room {
     fn row_bytes(&self) -> RowBytes {
         let values = self.memory.ptr().offset(self.x_bytes);
         let factors = values.offset(self.bytes);
-        RowBytes::new(Bytes { values, factors, sums: factors.offset(self.bytes / 4) })
+        let room = Bytes { values, factors, sums: factors.offset(self.bytes / 4) };
+        RowBytes::new(room, self.unpacked.ptr())
     }
 
     fn out(&self) -> Ptr {
@@ -232,6 +235,7 @@ pub(crate) fn product(
                 weight: &pool.matrix(format, (n, k), turn),
                 bias: Ptr::NULL,
                 x: if makes_bytes { Rows::new(room.x(), k) } else { same },
+                norm: RawNorm::default(),
                 rows,
                 out: room.out(),
                 out_stride: n,

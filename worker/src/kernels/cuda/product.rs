@@ -9,18 +9,41 @@ use strata_proto::{DType, Format, Quantization};
 
 use super::{
     CudaError, Gemm, Gpu,
-    launch::{Bytes, Kernels, RawMatrix, RawProduct, element_number, launch},
+    launch::{
+        Bytes, Kernels, ONE_ROW_BYTES, RawMatrix, RawNorm, RawProduct, element_number, follow, launch,
+        tile_bytes,
+    },
     memory::Ptr,
 };
-use crate::kernels::cpu::norm::Act;
+use crate::kernels::cpu::{norm::Act, quant::GROUP};
 
-/// Rows that are computed by reading each weight once; more go to the tensor cores.
-const FEW_ROWS: usize = 8;
+/// Most rows of one launch of `matvec_*`, which reads each weight once for them.
+const MATVEC_ROWS: usize = 8;
 /// Threads of a block of `matvec_*`: a warp per two outputs.
 const MATVEC_THREADS: u32 = 256;
-/// Rows and outputs of a tile of `tile_*`, and its threads.
-const TILE: usize = 64;
-const TILE_THREADS: u32 = 128;
+/// Blocks of `matvec_*_1` on a multiprocessor at a time: they take turns at the outputs.
+const ONE_ROW_BLOCKS: u32 = 3;
+/// Rows and outputs of a block of `tile_dense`, and its threads.
+const DENSE_TILE: usize = 64;
+const DENSE_THREADS: u32 = 128;
+/// Outputs of a block of `tile_int8_*` and `tile_int4_*`, its threads, and the most rows.
+const TILE_OUTPUTS: usize = 32;
+const TILE_THREADS: u32 = 256;
+const TILE_ROWS: usize = 64;
+/// Bytes of one turn of quantized weights into elements: small enough to be read again before it has left the cache.
+const UNPACKED: u64 = 64 << 20;
+
+/// Most rows by which a product of weights in a format is one of `matvec_*`, rather than one on the tensor cores.
+/// Measured on an H200 (tests/gpu/results): cuBLAS takes as long for 16 rows as for one; f32 has no tensor cores.
+fn few_rows(format: Format) -> usize {
+    match format {
+        Format::Float(DType::F32) => 8,
+        Format::Float(DType::BF16 | DType::F16) | Format::Quantized(_) => 2,
+    }
+}
+
+/// Rows from which on quantized weights are turned into elements for cuBLAS. Measured as above.
+const UNPACK_FROM: usize = 192;
 
 /// A matrix `(n, k)` by rows.
 #[derive(Debug, Clone, Copy)]
@@ -153,6 +176,8 @@ impl Rows {
 pub(crate) struct RowBytes {
     room: Bytes,
     held: Cell<Option<Held>>,
+    /// Room for [`RowBytes::UNPACKED`] bytes of weights as elements, for products of many rows.
+    unpacked: Ptr,
 }
 
 /// What a room of bytes holds: the first `rows` rows of a writing, `k` elements of each.
@@ -164,8 +189,11 @@ struct Held {
 }
 
 impl RowBytes {
-    pub fn new(room: Bytes) -> Self {
-        RowBytes { room, held: Cell::new(None) }
+    /// Bytes of room for weights as elements.
+    pub const UNPACKED: u64 = UNPACKED;
+
+    pub fn new(room: Bytes, unpacked: Ptr) -> Self {
+        RowBytes { room, held: Cell::new(None), unpacked }
     }
 
     /// The room, for a kernel that fills it with the first `rows` rows of `x`, `k` elements of each.
@@ -186,6 +214,8 @@ pub(crate) struct Linear<'a> {
     /// `(n)` in f32, or null.
     pub bias: Ptr,
     pub x: Rows,
+    /// Of `x`, if it has not been taken yet; only where [`Gpu::norms`] says so.
+    pub norm: RawNorm,
     pub rows: usize,
     pub out: Ptr,
     pub out_stride: usize,
@@ -196,49 +226,48 @@ pub(crate) struct Linear<'a> {
 }
 
 impl Gpu {
+    /// Whether a product of one row takes a norm of the row itself.
+    pub fn norms(&self, weight: &Matrix, element: DType, rows: usize) -> bool {
+        rows == 1 && Self::one_row_bytes(weight, element) <= ONE_ROW_BYTES
+    }
+
+    /// Bytes of shared memory for a row.
+    fn one_row_bytes(weight: &Matrix, element: DType) -> u32 {
+        let bytes = match weight.format {
+            Format::Float(_) => weight.k as u64 * element.size(),
+            Format::Quantized(_) => (weight.k + 8 * weight.k / GROUP) as u64,
+        };
+        u32::try_from(bytes).unwrap_or(u32::MAX)
+    }
+
     /// Computes a product; `element` is the format of `x`, and of `out` unless it is values.
     pub fn linear(&self, kernels: &Kernels, element: DType, call: &Linear<'_>) -> Result<(), CudaError> {
-        let Linear { weight, rows, epilogue, grouped, .. } = call;
+        let Linear { weight, rows, grouped, .. } = call;
         let rows_each = grouped.map_or(*rows, |g| g.groups.rows_each);
+        if rows_each <= 1 && Self::one_row_bytes(weight, element) <= ONE_ROW_BYTES {
+            return self.one_row(kernels, element, call);
+        }
         if matches!(weight.format, Format::Quantized(_)) {
+            if grouped.is_none() && *rows >= UNPACK_FROM {
+                return self.unpacked(kernels, element, call);
+            }
             self.to_bytes(kernels, call)?;
         }
-        if rows_each <= FEW_ROWS {
+        if rows_each <= few_rows(weight.format) {
             return self.matvec(kernels, call, rows_each);
         }
         let aligned = |stride: usize| stride.is_multiple_of(8);
         match (weight.format, grouped, &kernels.tensor) {
-            (Format::Quantized(Quantization::Int8), ..) => self.tile(kernels, &kernels.tile_int8, call),
-            (Format::Quantized(Quantization::Int4), ..) => self.tile(kernels, &kernels.tile_int4, call),
-            (Format::Float(held), None, _) if held == element => {
-                let out_element = if *epilogue == Epilogue::StoreValues { DType::F32 } else { element };
-                let n = weight.n;
-                let mut add = *epilogue == Epilogue::Add;
-                if call.bias != Ptr::NULL {
-                    self.bias(kernels, call, add)?;
-                    add = true;
-                }
-                self.gemm(Gemm {
-                    element,
-                    out_element,
-                    weight: weight.values,
-                    x: call.x.at,
-                    out: call.out,
-                    n,
-                    k: weight.k,
-                    rows: *rows,
-                    x_stride: call.x.stride,
-                    out_stride: call.out_stride,
-                    add,
-                })?;
-                self.activation(kernels, call)
-            }
+            (Format::Quantized(quantization), ..) => self.tile(kernels, quantization, call, rows_each),
+            (Format::Float(held), None, _) if held == element => self.around(kernels, element, call, |add| {
+                self.gemm(Self::gemm_of(element, call, weight.values, add))
+            }),
             (Format::Float(held), Some(_), Some(tensor))
                 if held == element && aligned(weight.k) && aligned(call.x.stride) =>
             {
-                self.tile(kernels, &tensor.tile_dense, call)
+                self.tile_dense(kernels, element, &tensor.tile_dense, call)
             }
-            _ => self.matvec(kernels, call, FEW_ROWS),
+            _ => self.matvec(kernels, call, MATVEC_ROWS),
         }
     }
 
@@ -252,12 +281,71 @@ impl Gpu {
         (order, tasks): (Ptr, Ptr),
     ) -> Result<Groups, CudaError> {
         let rows_each = rows.div_ceil(matrices);
-        let task_rows = if rows_each <= FEW_ROWS { rows_each.next_power_of_two() } else { TILE };
+        let task_rows = if rows_each <= MATVEC_ROWS { rows_each.next_power_of_two() } else { TILE_ROWS };
         // In the last task of each matrix that gets any rows, all but one may be missing.
         let places = (rows + (task_rows - 1) * matrices.min(rows)) / task_rows;
         launch!(self, kernels.group_pairs, (1, 1, 1), 256, 4 * matrices as u32;
             order, tasks, chosen, rows as i32, matrices as i32, task_rows as i32, places as i32)?;
         Ok(Groups { order, tasks, task_rows, places, rows_each })
+    }
+
+    /// What comes before and after a product of cuBLAS: bias and activation. `gemm` is told whether to add to the output.
+    fn around(
+        &self,
+        kernels: &Kernels,
+        element: DType,
+        call: &Linear<'_>,
+        gemm: impl FnOnce(bool) -> Result<(), CudaError>,
+    ) -> Result<(), CudaError> {
+        let mut add = call.epilogue == Epilogue::Add;
+        if call.bias != Ptr::NULL {
+            self.bias(kernels, call, add)?;
+            add = true;
+        }
+        gemm(add)?;
+        self.activation(kernels, element, call)
+    }
+
+    /// A product of cuBLAS with weights in the format of `x`.
+    fn gemm_of(element: DType, call: &Linear<'_>, weight: Ptr, add: bool) -> Gemm {
+        Gemm {
+            element,
+            out_element: if call.epilogue == Epilogue::StoreValues { DType::F32 } else { element },
+            weight,
+            x: call.x.at,
+            out: call.out,
+            n: call.weight.n,
+            k: call.weight.k,
+            rows: call.rows,
+            x_stride: call.x.stride,
+            out_stride: call.out_stride,
+            add,
+        }
+    }
+
+    /// A product of many rows with quantized weights: some outputs' weights at a time become elements, for cuBLAS.
+    fn unpacked(&self, kernels: &Kernels, element: DType, call: &Linear<'_>) -> Result<(), CudaError> {
+        let Matrix { n, k, format, .. } = *call.weight;
+        let turns = ((n * k) as u64 * element.size()).div_ceil(UNPACKED) as usize;
+        // Turns of one length, of whole tiles.
+        let each = n.div_ceil(turns).next_multiple_of(64).min(n);
+        let each = if (each * k) as u64 * element.size() > UNPACKED { n / turns } else { each };
+        let (function, per_thread) = match format {
+            Format::Quantized(Quantization::Int4) => (&kernels.dequantize_int4, 32),
+            _ => (&kernels.dequantize_int8, 16),
+        };
+        self.around(kernels, element, call, |add| {
+            for first in (0..n).step_by(each) {
+                let count = each.min(n - first);
+                let blocks = (count * k / per_thread).div_ceil(256) as u32;
+                follow!(self, function, (blocks, 1, 1), 256, 0;
+                    call.bytes.unpacked, call.weight.raw(), first as i32, count as i32)?;
+                let gemm = Self::gemm_of(element, call, call.bytes.unpacked, add);
+                let out = call.out.offset(first as u64 * gemm.out_element.size());
+                self.gemm(Gemm { n: count, out, ..gemm })?;
+            }
+            Ok(())
+        })
     }
 
     fn raw(&self, call: &Linear<'_>, epilogue: Epilogue) -> RawProduct {
@@ -267,6 +355,7 @@ impl Gpu {
             weight: call.weight.raw(),
             bias: call.bias,
             x: call.x.at,
+            norm: call.norm,
             bytes: call.bytes.room,
             out: call.out,
             x_stride: call.x.stride as i32,
@@ -291,17 +380,48 @@ impl Gpu {
         }
     }
 
+    /// Products of one row each, which lies in shared memory.
+    fn one_row(&self, kernels: &Kernels, element: DType, call: &Linear<'_>) -> Result<(), CudaError> {
+        let function = &kernels.matvec[call.weight.number() as usize][0];
+        let (y, z) = Self::row_blocks(call, 1);
+        let pairs = call.weight.n.div_ceil(2) as u32;
+        let blocks = pairs.div_ceil(MATVEC_THREADS / 32).min(ONE_ROW_BLOCKS * self.multiprocessors);
+        let shared = Self::one_row_bytes(call.weight, element);
+        follow!(self, function, (blocks, y, z), MATVEC_THREADS, shared; self.raw(call, call.epilogue))
+    }
+
     fn matvec(&self, kernels: &Kernels, call: &Linear<'_>, rows_each: usize) -> Result<(), CudaError> {
-        let step = rows_each.clamp(1, FEW_ROWS).next_power_of_two();
+        let step = rows_each.clamp(2, MATVEC_ROWS).next_power_of_two();
         let function = &kernels.matvec[call.weight.number() as usize][step.ilog2() as usize];
         let blocks = call.weight.n.div_ceil(2).div_ceil((MATVEC_THREADS / 32) as usize) as u32;
         let (y, z) = Self::row_blocks(call, step);
-        launch!(self, function, (blocks, y, z), MATVEC_THREADS, 0; self.raw(call, call.epilogue))
+        follow!(self, function, (blocks, y, z), MATVEC_THREADS, 0; self.raw(call, call.epilogue))
     }
 
     fn tile(
         &self,
         kernels: &Kernels,
+        quantization: Quantization,
+        call: &Linear<'_>,
+        rows_each: usize,
+    ) -> Result<(), CudaError> {
+        let rows = rows_each.clamp(16, TILE_ROWS).next_power_of_two();
+        let int4 = quantization == Quantization::Int4;
+        let function = &kernels.tiles[usize::from(int4)][(rows / 16).ilog2() as usize];
+        let (y, z) = Self::row_blocks(call, rows);
+        // Of gates, half of a block's outputs are what they are for.
+        let each = if matches!(call.epilogue, Epilogue::Gated(_)) { TILE_OUTPUTS / 2 } else { TILE_OUTPUTS };
+        let outputs =
+            if matches!(call.epilogue, Epilogue::Gated(_)) { call.weight.n / 2 } else { call.weight.n };
+        let shared = tile_bytes(self.capability, int4, rows);
+        follow!(self, function, (outputs.div_ceil(each) as u32, y, z), TILE_THREADS, shared;
+            self.raw(call, call.epilogue))
+    }
+
+    fn tile_dense(
+        &self,
+        kernels: &Kernels,
+        element: DType,
         function: &cudarc::driver::CudaFunction,
         call: &Linear<'_>,
     ) -> Result<(), CudaError> {
@@ -310,11 +430,11 @@ impl Gpu {
             Epilogue::Gated(_) => Epilogue::Store,
             epilogue => epilogue,
         };
-        let (y, z) = Self::row_blocks(call, TILE);
-        let grid = (call.weight.n.div_ceil(TILE) as u32, y, z);
-        launch!(self, function, grid, TILE_THREADS, 0; self.raw(call, epilogue))?;
+        let (y, z) = Self::row_blocks(call, DENSE_TILE);
+        let grid = (call.weight.n.div_ceil(DENSE_TILE) as u32, y, z);
+        follow!(self, function, grid, DENSE_THREADS, 0; self.raw(call, epilogue))?;
         match call.epilogue {
-            Epilogue::Gated(_) => self.activation(kernels, call),
+            Epilogue::Gated(_) => self.activation(kernels, element, call),
             _ => Ok(()),
         }
     }
@@ -329,7 +449,7 @@ impl Gpu {
         let bytes = call.bytes.fill(x, rows, k);
         let blocks = (rows * (k / 32)).div_ceil(8) as u32;
         let function = &kernels.quantize_rows;
-        launch!(self, function, (blocks, 1, 1), 256, 0;
+        follow!(self, function, (blocks, 1, 1), 256, 0;
             bytes, x.at, x.stride as i32, k as i32, rows as i32)
     }
 
@@ -345,12 +465,14 @@ impl Gpu {
     }
 
     /// The activation that a product ends with, where it was not part of it.
-    fn activation(&self, kernels: &Kernels, call: &Linear<'_>) -> Result<(), CudaError> {
+    fn activation(&self, kernels: &Kernels, element: DType, call: &Linear<'_>) -> Result<(), CudaError> {
         let n = call.weight.n;
         match call.epilogue {
             Epilogue::Gated(act) => {
-                let grid = ((n / 2).div_ceil(256) as u32, call.rows as u32, 1);
-                launch!(self, kernels.gate_mul, grid, 256, 0; call.out, (n / 2) as i32, act_number(act))
+                let blocks = (n / 2).div_ceil(16 / element.size() as usize).div_ceil(256);
+                let grid = ((blocks * call.rows) as u32, 1, 1);
+                follow!(self, kernels.gate_mul, grid, 256, 0;
+                    call.out, (n / 2) as i32, act_number(act), blocks as i32)
             }
             Epilogue::Activated(act) => self.activate(kernels, call.out, call.rows * n, act),
             _ => Ok(()),

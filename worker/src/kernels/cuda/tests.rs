@@ -129,7 +129,8 @@ impl Bench {
         let values = self.bytes(&vec![0xff; rows * k]);
         let [factors, sums] =
             [(); 2].map(|()| self.floats(DType::F32, &vec![f32::NAN; rows * k.div_ceil(GROUP)]));
-        RowBytes::new(Bytes { values, factors, sums })
+        let unpacked = self.bytes(&vec![0xff; RowBytes::UNPACKED as usize]);
+        RowBytes::new(Bytes { values, factors, sums }, unpacked)
     }
 }
 
@@ -207,7 +208,7 @@ fn products_are_the_cpus_for_every_format_and_number_of_rows() {
                 let matrix = b.matrix(n, k, format, &weight);
                 let bias = noise(2, n);
                 let bias_at = b.floats(DType::F32, &bias);
-                for rows in [1, 2, 3, 8, 9, 65] {
+                for rows in [1, 2, 3, 17, 65] {
                     // The CPU rounds activations as the weights are; these are already.
                     let also = if let Format::Float(dtype) = format { dtype } else { element };
                     let x = rounded(also, &rounded(element, &noise(3, rows * k)));
@@ -220,6 +221,7 @@ fn products_are_the_cpus_for_every_format_and_number_of_rows() {
                             weight: &matrix,
                             bias: bias_at,
                             x: Rows::new(x_at, k),
+                            norm: RawNorm::default(),
                             rows,
                             out,
                             out_stride: n,
@@ -305,6 +307,7 @@ fn rows_go_through_the_matrix_of_their_expert() {
                 weight: &Matrix { n, ..all },
                 bias: Ptr::NULL,
                 x: Rows::new(x_at, k),
+                norm: RawNorm::default(),
                 rows: pairs,
                 out,
                 out_stride: n,
@@ -557,7 +560,8 @@ fn check_attention(b: &mut Bench, kernels: &Kernels, case: Case<'_>) {
         row_first: b.words(&firsts),
         row_start: b.words(&rows.iter().map(|r| r.0 as u32).collect::<Vec<_>>()),
         row_count: b.words(&rows.iter().map(|r| r.1 as u32).collect::<Vec<_>>()),
-        rows: b.words(&(0..rows.len() as u32).collect::<Vec<_>>()),
+        rows: Ptr::NULL,
+        count: tokens as i32,
         heads: heads as i32,
         kv_heads: kv_heads as i32,
         scale,
@@ -567,41 +571,55 @@ fn check_attention(b: &mut Bench, kernels: &Kernels, case: Case<'_>) {
         partial,
     };
     let what = format!("{element}, {heads} heads of {d}, {kv_heads} for keys, window {window}");
-    let longest = rows.iter().map(|r| r.1).max().unwrap() as u32;
     let clear = vec![f32::NAN; tokens * heads * d];
+    let combine = |b: &Bench, call: Attend| {
+        let blocks = (call.count * call.heads) as u32;
+        launch!(b.gpu, kernels.attention_combine, (blocks, 1, 1), 128, 0; call).unwrap();
+    };
     for splits in [1, 5] {
         let call = Attend { splits, out: b.floats(element, &clear), ..call };
         let grid = (tokens as u32, heads as u32, splits as u32);
         launch!(b.gpu, kernels.attention_plain, grid, 128, 0; call).unwrap();
         if splits > 1 {
-            let grid = (rows.len() as u32, heads as u32, longest);
-            launch!(b.gpu, kernels.attention_combine, grid, 128, 0; call).unwrap();
+            combine(b, call);
         }
         let got = b.read(element, call.out, tokens * heads * d);
         close(&got, &want, tolerance(element), &format!("plain, {what}, {splits} splits"));
     }
-    let Some((prefill, decode)) =
-        kernels.tensor.as_ref().and_then(|t| t.prefill.as_ref().zip(t.decode.as_ref()))
-    else {
+    let Some(tiles) = kernels.tensor.as_ref().and_then(|tensor| tensor.attention.as_ref()) else {
         assert!(element == DType::F32 || !d.is_multiple_of(16), "{what}: no tensor cores");
         return;
     };
-    let group = heads / kv_heads;
-    let call = Attend { out: b.floats(element, &clear), ..call };
-    let grid = ((longest as usize * group).div_ceil(64) as u32, kv_heads as u32, rows.len() as u32);
-    launch!(b.gpu, prefill, grid, 128, attention_bytes(64, d); call).unwrap();
+    let (group, capped) = (heads / kv_heads, usize::from(softcap > 0.0));
+    let longest = rows.iter().map(|r| r.1).max().unwrap();
+    let all: Vec<u32> = (0..rows.len() as u32).collect();
+    let call =
+        Attend { out: b.floats(element, &clear), rows: b.words(&all), count: rows.len() as i32, ..call };
+    let blocks = ((longest * group).div_ceil(64) * kv_heads * rows.len()) as u32;
+    launch!(b.gpu, tiles.prefill[capped], (blocks, 1, 1), 128, attention_bytes(64, d); call).unwrap();
     let got = b.read(element, call.out, tokens * heads * d);
     close(&got, &want, 1.5 * tolerance(element), &format!("prefill, {what}"));
+    // Decoding is of rows of one token: of the others, nothing is written.
+    let single: Vec<u32> = all.iter().copied().filter(|r| rows[*r as usize].1 == 1).collect();
+    let want: Vec<f32> = single
+        .iter()
+        .flat_map(|r| &want[firsts[*r as usize] as usize * heads * d..][..heads * d])
+        .copied()
+        .collect();
     for splits in [1, 5] {
-        let call = Attend { splits, out: b.floats(element, &clear), ..call };
-        let tiles = (longest as usize * group).div_ceil(16) as u32;
-        let grid = (tiles * splits as u32, kv_heads as u32, rows.len() as u32);
-        launch!(b.gpu, decode, grid, 128, attention_bytes(16, d); call).unwrap();
+        let out = b.floats(element, &clear);
+        let call = Attend { splits, out, rows: b.words(&single), count: single.len() as i32, ..call };
+        let blocks = (group.div_ceil(16) * kv_heads * single.len()) as u32 * splits as u32;
+        launch!(b.gpu, tiles.decode[capped], (blocks, 1, 1), 128, attention_bytes(16, d); call).unwrap();
         if splits > 1 {
-            let grid = (rows.len() as u32, heads as u32, longest);
-            launch!(b.gpu, kernels.attention_combine, grid, 128, 0; call).unwrap();
+            combine(b, call);
         }
         let got = b.read(element, call.out, tokens * heads * d);
+        let got: Vec<f32> = single
+            .iter()
+            .flat_map(|r| &got[firsts[*r as usize] as usize * heads * d..][..heads * d])
+            .copied()
+            .collect();
         close(&got, &want, 1.5 * tolerance(element), &format!("decode, {what}, {splits} splits"));
     }
 }

@@ -42,11 +42,11 @@ __device__ __forceinline__ void mma_f16(float (&d)[4], const u32 (&a)[4], const 
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// The same for signed bytes: a (16, 32), b (32, 8).
+// d = a * b for signed bytes: a (16, 32), b (32, 8).
 __device__ __forceinline__ void mma_s8(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(0));
 }
 
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
@@ -74,7 +74,52 @@ __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.com
 template <int N>
 __device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 
+// 2 to the power of x; what is too small for a normal number is 0.
+__device__ __forceinline__ float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Asks for the 128 bytes around an address, which later reads then find nearer by.
+__device__ __forceinline__ void prefetch(const void* at) {
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(at));
+}
+
+// Kernels of one stream may overlap (programmatic dependent launch): blocks of the next one come as soon as all blocks of
+// this one have called `let_next_come`; they must not touch what another kernel wrote or reads before `wait_for_previous`.
+// INVARIANT: every kernel calls `wait_for_previous` in every block, or what comes two kernels later could overtake it.
+__device__ __forceinline__ void let_next_come() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The bits of two floats in 16 bits each, rounded to nearest, ties to even; `low` in the low half.
+__device__ __forceinline__ u32 two_bf16(float low, float high) {
+    u32 both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
+__device__ __forceinline__ u32 two_f16(float low, float high) {
+    u32 both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
+#endif
+
+__device__ __forceinline__ void follow() {
+    let_next_come();
+    wait_for_previous();
+}
 
 struct bf16 { u16 bits; };
 struct f16 { u16 bits; };
@@ -85,11 +130,7 @@ __device__ __forceinline__ float widen(f16 x) { return half_to_float(x.bits); }
 
 // To nearest, ties to even; NaN stays one.
 __device__ __forceinline__ void narrow(float x, float& out) { out = x; }
-__device__ __forceinline__ void narrow(float x, bf16& out) {
-    u32 bits = __float_as_uint(x);
-    u32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    out.bits = (u16)(x != x ? (bits >> 16) | 0x40u : rounded);
-}
+__device__ __forceinline__ void narrow(float x, bf16& out) { out.bits = (u16)two_bf16(x, 0.0f); }
 __device__ __forceinline__ void narrow(float x, f16& out) { out.bits = float_to_half(x); }
 
 #if ELEMENT == 0
@@ -119,6 +160,12 @@ __device__ __forceinline__ Pack<E> load16(const E* from) {
     return both.pack;
 }
 
+template <class E>
+__device__ __forceinline__ void store16(E* to, const Pack<E>& pack) {
+    union { Pack<E> pack; uint4 raw; } both = {pack};
+    *(uint4*)to = both.raw;
+}
+
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int offset = WARP / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(FULL, x, offset);
@@ -142,7 +189,7 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {
 }
 
 // Activation functions, numbered as the host numbers them.
-__device__ __forceinline__ float activate(int act, float x) {
+__device__ __forceinline__ float activate_inline(int act, float x) {
     switch (act) {
         case 0: return x / (1.0f + expf(-x));                                                      // SiLU
         case 1: return 0.5f * x * (1.0f + erff(x * 0.70710678f));                                  // GELU
@@ -152,6 +199,9 @@ __device__ __forceinline__ float activate(int act, float x) {
         default: return tanhf(x);
     }
 }
+
+// The same as one function, for where it is no hot loop: the compiler has less to do.
+__device__ __noinline__ float activate(int act, float x) { return activate_inline(act, x); }
 
 // A matrix (n, k) by rows, in one of five formats.
 //
@@ -175,17 +225,40 @@ struct Bytes {
     float* sums;
 };
 
-// One group of a row, a value per lane: the factor is the largest magnitude / 127.
-__device__ __forceinline__ void group_bytes(Bytes out, size_t group, float value) {
-    int lane = threadIdx.x % WARP;
-    float factor = warp_max(fabsf(value)) / 127.0f;
-    float inverse = 1.0f / factor;
+// Rows of whole groups become bytes: each lane gives `COUNT` values from element `first` on, neighbouring lanes neighbouring
+// ones; a group's factor is its largest magnitude / 127. All lanes of a warp take part, those that are not `there` with
+// values that go nowhere.
+template <int COUNT>
+__device__ __forceinline__ void group_bytes(Bytes out, size_t first, const float (&values)[COUNT], bool there) {
+    float most = 0.0f;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) most = fmaxf(most, fabsf(values[i]));
+#pragma unroll
+    for (int offset = GROUP / COUNT / 2; offset > 0; offset /= 2)
+        most = fmaxf(most, __shfl_xor_sync(FULL, most, offset));
+    float factor = most / 127.0f, inverse = 1.0f / factor;
     // A factor too small to divide by stands for nothing.
-    int rounded = isfinite(inverse) ? max(-127, min(127, __float2int_rn(value * inverse))) : 0;
-    out.values[group * GROUP + lane] = (signed char)rounded;
-    float sum = warp_sum((float)rounded);
-    if (lane == 0) {
-        out.factors[group] = factor;
-        out.sums[group] = factor * sum;
+    inverse = isfinite(inverse) ? inverse : 0.0f;
+    u32 words[(COUNT + 3) / 4] = {};
+    int sum = 0;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        int value = max(-127, min(127, __float2int_rn(values[i] * inverse)));
+        words[i / 4] |= ((u32)value & 255u) << i % 4 * 8;
+        sum += value;
+    }
+#pragma unroll
+    for (int offset = GROUP / COUNT / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(FULL, sum, offset);
+    if (!there) return;
+    signed char* to = out.values + first;
+    if constexpr (COUNT == 1) {
+        *to = (signed char)words[0];
+    } else {
+#pragma unroll
+        for (int i = 0; i < COUNT / 4; i++) ((u32*)to)[i] = words[i];
+    }
+    if (first % GROUP == 0) {
+        out.factors[first / GROUP] = factor;
+        out.sums[first / GROUP] = factor * (float)sum;
     }
 }

@@ -48,12 +48,59 @@ struct Norm {
     int centred;
 };
 
-// out (rows, width) = norm(x), or out += norm(x). With `index`, row r is that of index[r]. `out` may be `x`. If `bytes` are
-// wanted, rows are whole groups, and a product with quantized weights can begin at once.
-extern "C" __global__ void norm_rows(T* out, const T* x, const u32* index, Norm norm, int width, int add, Bytes bytes) {
-    __shared__ float scratch[WARP];
-    const T* from = x + (size_t)(index ? index[blockIdx.x] : blockIdx.x) * width;
-    T* to = out + (size_t)blockIdx.x * width;
+// Elements that a thread takes at a time, where rows are whole packs, and packs that it keeps of a row.
+#define PACK (16 / (int)sizeof(T))
+#define HELD 4
+
+// The norm of one row by a block. `put(i, values, there)` gets the values of COUNT elements from i on; all lanes of a warp
+// call it together, those without elements too. `scratch` holds 32 floats. Rows of whole packs that threads can keep are
+// read once.
+template <class Put>
+__device__ __forceinline__ void norm_row(const T* from, const Norm& norm, int width, float* scratch, const Put& put) {
+    const int stride = blockDim.x * PACK, first = threadIdx.x * PACK;
+    if (width % PACK == 0 && width <= HELD * stride) {
+        float held[HELD][PACK];
+#pragma unroll
+        for (int h = 0; h < HELD; h++) {
+            Pack<T> pack = {};
+            if (h * stride + first < width) pack = load16(from + h * stride + first);
+#pragma unroll
+            for (int e = 0; e < PACK; e++) held[h][e] = widen(pack.at[e]);
+        }
+        float mean = 0.0f;
+        if (norm.centred) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int h = 0; h < HELD; h++)
+#pragma unroll
+                for (int e = 0; e < PACK; e++) sum += held[h][e];
+            mean = block_sum(sum, scratch) / width;
+        }
+        float squares = 0.0f;
+#pragma unroll
+        for (int h = 0; h < HELD; h++)
+#pragma unroll
+            for (int e = 0; e < PACK; e++) {
+                held[h][e] = h * stride + first < width ? held[h][e] - mean : 0.0f;
+                squares = fmaf(held[h][e], held[h][e], squares);
+            }
+        float factor = rsqrtf(block_sum(squares, scratch) / width + norm.epsilon);
+#pragma unroll
+        for (int h = 0; h < HELD; h++) {
+            // Warps leave together.
+            if (h * stride + (int)(threadIdx.x / WARP) * WARP * PACK >= width) break;
+            int i = h * stride + first;
+            if (i < width) {
+#pragma unroll
+                for (int e = 0; e < PACK; e++) {
+                    held[h][e] = held[h][e] * factor * norm.weight[i + e];
+                    if (norm.bias) held[h][e] += norm.bias[i + e];
+                }
+            }
+            put(i, held[h], i < width);
+        }
+        return;
+    }
     float mean = 0.0f;
     if (norm.centred) {
         float sum = 0.0f;
@@ -63,16 +110,55 @@ extern "C" __global__ void norm_rows(T* out, const T* x, const u32* index, Norm 
     float squares = 0.0f;
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
         float d = widen(from[i]) - mean;
-        squares += d * d;
+        squares = fmaf(d, d, squares);
     }
     float factor = rsqrtf(block_sum(squares, scratch) / width + norm.epsilon);
-    for (int i = threadIdx.x; i < width; i += blockDim.x) {
-        float y = (widen(from[i]) - mean) * factor * norm.weight[i];
-        if (norm.bias) y += norm.bias[i];
-        T rounded = narrowed(add ? widen(to[i]) + y : y);
-        to[i] = rounded;
-        if (bytes.values) group_bytes(bytes, ((size_t)blockIdx.x * width + i) / GROUP, widen(rounded));
+    for (int base = threadIdx.x / WARP * WARP; base < width; base += blockDim.x) {
+        int i = base + threadIdx.x % WARP;
+        float y[1] = {0.0f};
+        if (i < width) y[0] = (widen(from[i]) - mean) * factor * norm.weight[i] + (norm.bias ? norm.bias[i] : 0.0f);
+        put(i, y, i < width);
     }
+}
+
+// COUNT values become elements, where they are `there`; the values become what these stand for.
+template <int COUNT>
+__device__ __forceinline__ void store_values(T* to, float (&values)[COUNT], bool there, bool add) {
+    if (!there) return;
+    if constexpr (COUNT == 1) {
+        *to = narrowed(add ? widen(*to) + values[0] : values[0]);
+        values[0] = widen(*to);
+    } else {
+        Pack<T> pack;
+        if (add) pack = load16(to);
+#pragma unroll
+        for (int e = 0; e < COUNT; e++) {
+            pack.at[e] = narrowed(add ? widen(pack.at[e]) + values[e] : values[e]);
+            values[e] = widen(pack.at[e]);
+        }
+        store16(to, pack);
+    }
+}
+
+struct PutRow {
+    T* out;
+    size_t row;
+    bool add;
+    Bytes bytes;
+    template <int COUNT>
+    __device__ __forceinline__ void operator()(int i, float (&values)[COUNT], bool there) const {
+        store_values(out + row + i, values, there, add);
+        if (bytes.values) group_bytes(bytes, row + i, values, there);
+    }
+};
+
+// out (rows, width) = norm(x), or out += norm(x). With `index`, row r is that of index[r]. `out` may be `x`. If `bytes` are
+// wanted, rows are whole groups, and a product with quantized weights can begin at once.
+extern "C" __global__ void norm_rows(T* out, const T* x, const u32* index, Norm norm, int width, int add, Bytes bytes) {
+    __shared__ float scratch[WARP];
+    follow();
+    const T* from = x + (size_t)(index ? index[blockIdx.x] : blockIdx.x) * width;
+    norm_row(from, norm, width, scratch, PutRow{out, (size_t)blockIdx.x * width, add != 0, bytes});
 }
 
 // out (rows, width) = x, or the rows of it that `index` names.
@@ -122,6 +208,7 @@ struct Heads {
 
 // One warp per head: norm and rotation of queries and keys in place, and keys and values into the cache, if there is one.
 extern "C" __global__ void rope_store(T* qkv, Heads h, const float* angles, Places places, Cache cache) {
+    follow();
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int token = blockIdx.x;
     int head = blockIdx.y * (blockDim.x / WARP) + warp;
@@ -175,10 +262,27 @@ extern "C" __global__ void rope_store(T* qkv, Heads h, const float* angles, Plac
 }
 
 // gate_up (rows, 2 * inner): act(gate) * up into the first half.
-extern "C" __global__ void gate_mul(T* gate_up, int inner, int act) {
-    T* row = gate_up + (size_t)blockIdx.y * 2 * inner;
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < inner) row[i] = narrowed(activate(act, widen(row[i])) * widen(row[inner + i]));
+template <int COUNT>
+__device__ __forceinline__ void gate_mul_by(T* row, int i, int inner, int act) {
+    if constexpr (COUNT == 1) {
+        row[i] = narrowed(activate(act, widen(row[i])) * widen(row[inner + i]));
+    } else {
+        Pack<T> gates = load16(row + i), ups = load16(row + inner + i);
+#pragma unroll
+        for (int e = 0; e < COUNT; e++) gates.at[e] = narrowed(activate(act, widen(gates.at[e])) * widen(ups.at[e]));
+        store16(row + i, gates);
+    }
+}
+// The blocks of a row come first in the grid, so that rows have no bound.
+extern "C" __global__ void gate_mul(T* gate_up, int inner, int act, int blocks) {
+    follow();
+    T* row = gate_up + (size_t)(blockIdx.x / blocks) * 2 * inner;
+    int i = (blockIdx.x % blocks) * blockDim.x + threadIdx.x;
+    if (inner % PACK == 0) {
+        if (i * PACK < inner) gate_mul_by<PACK>(row, i * PACK, inner, act);
+    } else {
+        for (int e = i * PACK; e < min(inner, (i + 1) * PACK); e++) gate_mul_by<1>(row, e, inner, act);
+    }
 }
 
 extern "C" __global__ void activate_rows(T* x, size_t count, int act) {
