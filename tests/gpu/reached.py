@@ -20,6 +20,7 @@ README = pathlib.Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- reached.py -->\n", "<!-- /reached.py -->\n"
 # Arguments of cargo test, and what the tests' names begin with.
 SUITES = [(["-p", "strata-worker", "--features", "cuda", "--lib"], "kernels::cuda::"),
+          (["-p", "strata-worker", "--features", "cuda", "--lib"], "engine::cuda::"),
           (["--features", "cuda", "--test", "it"], "gpu::")]
 ELEMENTS = ("f32", "bf16", "f16")
 

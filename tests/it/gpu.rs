@@ -13,7 +13,7 @@ use std::{
 use strata_coordinator::planner::Split;
 use strata_proto::{
     DType, LinkKind, Quantization,
-    v1::{RowOutput, generate_event},
+    v1::{self, RowOutput, generate_event},
 };
 use strata_worker::device::DeviceSpec;
 
@@ -110,6 +110,50 @@ async fn every_decoder_matches_transformers_in_float32() {
             let got: Vec<u32> = request.sampled.iter().map(|t| t.token_id).collect();
             let e = &expected[i % expected.len()];
             assert_eq!(got, e.greedy[..tokens(e)], "{}", model.display());
+        }
+    }
+}
+
+/// Tokens that the GPU draws from its own logits, alone and together: those of the processor, whose logits differ in
+/// the last bits.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sampled_answers_are_the_processors() {
+    emulator();
+    let model = crate::cluster::model("shakespeare");
+    let base = v1::Sampling { temperature: Some(0.9), seed: Some(7), ..v1::Sampling::default() };
+    let requests: Vec<_> = [
+        base.clone(),
+        v1::Sampling { top_p: Some(0.9), ..base.clone() },
+        v1::Sampling { top_k: Some(100), min_p: Some(0.02), ..base.clone() },
+        v1::Sampling { repetition_penalty: Some(1.3), frequency_penalty: Some(0.3), ..base.clone() },
+        v1::Sampling { top_k: Some(40), top_p: Some(0.95), presence_penalty: Some(0.5), ..base.clone() },
+        v1::Sampling { logit_bias: [(5, 4.0), (9, -100.0)].into_iter().collect(), ..base },
+    ]
+    .into_iter()
+    .enumerate()
+    .map(|(i, sampling)| v1::GenerateRequest {
+        prompt: Some("ROMEO:\n".into()),
+        max_tokens: Some(16),
+        sampling: Some(sampling),
+        logprobs: (i % 2 == 1).then_some(3),
+        ..v1::GenerateRequest::default()
+    })
+    .collect();
+    let mut answers = Vec::new();
+    for on in ["cpu", "cuda:0"] {
+        let cluster = Cluster::start(&options(&model, on)).await;
+        let client = cluster.client().await;
+        let asked = futures::future::join_all(requests.iter().map(|r| ask(&client, r.clone()))).await;
+        answers.push(asked.into_iter().map(Result::unwrap).collect::<Vec<_>>());
+        cluster.wait_idle().await;
+    }
+    for ((want, got), request) in answers[0].iter().zip(&answers[1]).zip(&requests) {
+        assert_eq!(got.ids, want.ids, "{request:?}");
+        assert_eq!(got.logprobs.len(), want.logprobs.len());
+        for (got, want) in got.logprobs.iter().zip(&want.logprobs) {
+            assert!((got.logprob - want.logprob).abs() < 1e-4, "{got:?}, expected {want:?}");
+            let tokens = |l: &v1::TokenLogprobs| l.top.iter().map(|a| a.token_id).collect::<Vec<_>>();
+            assert_eq!(tokens(got), tokens(want));
         }
     }
 }

@@ -44,7 +44,7 @@ fn check(lines: &[Value]) {
             assert!(has(&format!("product {product}"), format, rows), "{product} {format} {rows}");
         }
     }
-    for other in ["attention decode", "norm", "rope and store", "candidates"] {
+    for other in ["attention decode", "norm", "rope and store", "likeliest token", "top-p draw"] {
         assert!([1, 32].iter().all(|rows| has(other, "bf16", *rows)), "{other}");
     }
     assert!(kernels.iter().any(|line| line["kernel"] == "attention prefill" && line["context"] == 0));

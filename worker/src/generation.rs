@@ -12,14 +12,14 @@ use strata_proto::{
 };
 
 use crate::{
-    engine::{Candidate, Engine, Input, Loaded, Output, Step, Values},
+    engine::{Engine, Input, Loaded, Output, Step, Values},
     error::WorkerError,
     interrupt::Interrupt,
     model::{
         BatchRow,
         blocks::{Head, Tower},
     },
-    sampler::{Draw, SampleError, Sampled, SamplingParams, TokenHistory, likeliest, sample, sample_among},
+    sampler::{Draw, SampleError, Sampled, SamplingParams, TokenHistory, likeliest, sample},
     stage::StepHook,
     transport::{Activation, Downstream, Expected, Hidden, LinkError, Payload, Upstream, tcp::Pending},
 };
@@ -243,6 +243,15 @@ impl Generation {
         if let Some(hook) = hook {
             hook(meta)?;
         }
+        // Every token is seen exactly once: a sampled one when it comes back as the next row's input.
+        let mut at = 0;
+        for row in &meta.rows {
+            let ids = &meta.token_ids[at..at + row.count as usize];
+            at += row.count as usize;
+            if let Some(sampler) = self.sequences.get_mut(&row.sequence).and_then(|s| s.sampler.as_mut()) {
+                sampler.observe(ids, row.start);
+            }
+        }
         let rows: Vec<BatchRow<'_>> = meta
             .rows
             .iter()
@@ -255,7 +264,7 @@ impl Generation {
             .collect();
         let loaded = engine.loaded().ok_or("no weights are loaded")?;
         let (head, values_width) = (loaded.spec.head, loaded.model.tower.outputs());
-        let (mut outputs, mut candidates, mut segments) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut outputs, mut draws, mut segments) = (Vec::new(), Vec::new(), Vec::new());
         let mut at = 0;
         for row in &meta.rows {
             match row.output() {
@@ -266,11 +275,11 @@ impl Generation {
                 RowOutput::Masks => outputs.extend(row.masked.iter().map(|position| at + position)),
             }
             let sampler = self.sequences.get(&row.sequence).and_then(|s| s.sampler.as_ref());
-            let enough = match row.output() {
-                RowOutput::Token => sampler.map_or(0, |s| s.draw(0).candidates()),
-                _ => 0,
+            let draw = match row.output() {
+                RowOutput::Token => sampler.map(|s| s.draw(row.start + row.count)),
+                _ => None,
             };
-            candidates.resize(outputs.len(), enough);
+            draws.resize(outputs.len(), draw);
             segments.extend(&row.segment_ids);
             at += row.count;
             if !segments.is_empty() {
@@ -281,12 +290,10 @@ impl Generation {
             None => Input::Tokens { ids: &meta.token_ids, segments: &segments },
             Some(hidden) => Input::Hidden(hidden),
         };
-        let step = Step { rows: &rows, input, outputs: &outputs, candidates: &candidates };
+        let step = Step { rows: &rows, input, outputs: &outputs, draws: &draws };
         match engine.forward(step).map_err(|e| e.to_string())? {
             Output::Hidden(hidden) => Ok(Computed::Hidden(hidden)),
-            Output::Values(values) => {
-                answer(meta, values, values_width, &mut self.sequences).map(Computed::Output)
-            }
+            Output::Values(values) => answer(meta, values, values_width, &draws).map(Computed::Output),
         }
     }
 }
@@ -330,13 +337,11 @@ fn check_row(row: &v1::Row, tower: &Tower) -> Result<(), String> {
     Ok(())
 }
 
-/// A token to be drawn.
+/// A token to be drawn, or drawn.
 struct Choice<'a> {
     sequence: u64,
     logits: &'a mut [f32],
     order: &'a mut [u32],
-    /// Enough of them, if there are any.
-    candidates: &'a [Candidate],
     draw: Draw<'a>,
     chosen: Option<Result<Sampled, SampleError>>,
 }
@@ -344,21 +349,13 @@ struct Choice<'a> {
 /// Turns the values `(outputs, width)` of a step into its result.
 fn answer(
     meta: &v1::StepMeta,
-    Values { values, order, candidates: enough, cpu }: Values<'_>,
+    Values { values, order, drawn, cpu }: Values<'_>,
     width: usize,
-    sequences: &mut HashMap<u64, Sequence>,
+    draws: &[Option<Draw<'_>>],
 ) -> Result<step_result::Output, String> {
-    // Every token is seen exactly once: a sampled one when it comes back as the next row's input.
-    let mut at = 0;
-    for row in &meta.rows {
-        let ids = &meta.token_ids[at..at + row.count as usize];
-        at += row.count as usize;
-        if let Some(sampler) = sequences.get_mut(&row.sequence).and_then(|s| s.sampler.as_mut()) {
-            sampler.observe(ids, row.start);
-        }
-    }
-    let enough = enough.iter().map(Vec::as_slice).chain(std::iter::repeat(&[][..]));
-    let mut values = values.chunks_exact_mut(width).zip(order.chunks_exact_mut(width)).zip(enough);
+    let drawn = drawn.iter().cloned().chain(std::iter::repeat(None));
+    let values = values.chunks_exact_mut(width).zip(order.chunks_exact_mut(width));
+    let mut values = values.zip(draws.iter().zip(drawn));
     let mut next = || values.next().ok_or("a row has no values");
     let (mut choices, mut vectors, mut guesses) = (Vec::new(), Vec::new(), Vec::new());
     for row in &meta.rows {
@@ -369,11 +366,9 @@ fn answer(
                 vectors.push(v1::Vector { sequence, values: next()?.0.0.to_vec() });
             }
             RowOutput::Token => {
-                let ((logits, order), candidates) = next()?;
-                let sampler = sequences.get(&sequence).and_then(|s| s.sampler.as_ref());
-                let sampler = sampler.ok_or("a row that samples came without sampling parameters")?;
-                let draw = sampler.draw(row.start + row.count);
-                choices.push(Choice { sequence, logits, order, candidates, draw, chosen: None });
+                let ((logits, order), (draw, chosen)) = next()?;
+                let draw = draw.ok_or("a row that samples came without sampling parameters")?;
+                choices.push(Choice { sequence, logits, order, draw, chosen });
             }
             RowOutput::Masks => {
                 for _ in &row.masked {
@@ -384,10 +379,7 @@ fn answer(
         }
     }
     cpu.each(&mut choices, |c| {
-        c.chosen = Some(match c.candidates {
-            [] => sample(cpu, c.logits, c.order, &c.draw),
-            candidates => sample_among(cpu, candidates, &c.draw),
-        });
+        c.chosen.get_or_insert_with(|| sample(cpu, c.logits, c.order, &c.draw));
     });
     let tokens =
         choices.into_iter().filter_map(|c| Some((c.sequence, c.chosen?))).map(|(sequence, chosen)| {

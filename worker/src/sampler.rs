@@ -1,19 +1,19 @@
 //! The next token as a pure function of logits, parameters, seed and position.
 //!
 //! Order: logit bias, repetition penalty (prompt and answer), frequency and presence penalties (answer), temperature,
-//! top-k, top-p, min-p, then a draw by Philox with the position as counter and the seed as key. Sums run in a fixed
-//! order in f64 over our own `exp`, so a replay draws the same token on any host.
+//! top-k, top-p, min-p, then a draw by Philox with the position as counter and the seed as key.
+//!
+//! A token's weight is our own `exp` of its distance from the most likely one, which weighs [`ONE`], as an integer: so
+//! no sum depends on its order, and a replay draws the same token on any host and on any GPU (`sample.cu`).
 
 use std::{cmp::Ordering, collections::BTreeMap};
 
 use strata_proto::v1;
 
-use crate::{engine::Candidate, kernels::cpu::Cpu};
+use crate::kernels::cpu::Cpu;
 
 /// Most alternatives that are reported.
-const MAX_ALTERNATIVES: u32 = 20;
-/// Most tokens that are drawn from without the other logits.
-pub(crate) const MOST_AMONG: usize = 64;
+pub(crate) const MAX_ALTERNATIVES: u32 = 20;
 /// Most candidates for a masked position.
 const MAX_CANDIDATES: u32 = 100;
 /// Most entries of a logit bias.
@@ -55,14 +55,14 @@ pub enum SampleError {
 /// How tokens are chosen, within the ranges that `inference.proto` documents.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
-    temperature: f32,
-    top_k: usize,
-    top_p: f32,
-    min_p: f32,
-    repetition_penalty: f32,
-    frequency_penalty: f32,
-    presence_penalty: f32,
-    logit_bias: BTreeMap<u32, f32>,
+    pub(crate) temperature: f32,
+    pub(crate) top_k: usize,
+    pub(crate) top_p: f32,
+    pub(crate) min_p: f32,
+    pub(crate) repetition_penalty: f32,
+    pub(crate) frequency_penalty: f32,
+    pub(crate) presence_penalty: f32,
+    pub(crate) logit_bias: BTreeMap<u32, f32>,
 }
 
 impl TryFrom<&v1::Sampling> for SamplingParams {
@@ -111,7 +111,7 @@ impl SamplingParams {
 #[derive(Debug, Clone, Default)]
 pub struct TokenHistory {
     /// Occurrences in the answer; 0 for tokens of the prompt alone.
-    answer_counts: BTreeMap<u32, u32>,
+    pub(crate) answer_counts: BTreeMap<u32, u32>,
 }
 
 impl TokenHistory {
@@ -142,15 +142,17 @@ pub struct Draw<'a> {
 }
 
 impl Draw<'_> {
-    /// How many of the most likely tokens are enough to draw from; 0 if all logits are needed.
-    pub fn candidates(&self) -> u32 {
-        let SamplingParams { temperature, top_k, logit_bias, .. } = self.params;
-        match (*temperature, *top_k) {
-            _ if self.logprobs.is_some() || !logit_bias.is_empty() || self.params.needs_history() => 0,
-            (0.0, _) => 1,
-            (_, 1..=MOST_AMONG) => *top_k as u32,
-            _ => 0,
-        }
+    /// 64 bits of Philox.
+    pub(crate) fn random(&self) -> u64 {
+        let key = [self.seed as u32, (self.seed >> 32) as u32];
+        let words = rand_philox::philox4x32_10([self.position, 0, 0, 0], key);
+        u64::from(words[0]) << 32 | u64::from(words[1])
+    }
+
+    /// Top-p in parts of 2^64; `None` if it keeps all tokens.
+    pub(crate) fn top_p(&self) -> Option<u64> {
+        let p = f64::from(self.params.top_p);
+        (p < 1.0).then_some((p * 2.0f64.powi(64)) as u64)
     }
 }
 
@@ -183,29 +185,9 @@ pub fn sample(
         if draw.params.temperature == 0.0 { argmax(logits) } else { choose(cpu, logits, order, draw) };
     let logprobs = raw.map(|raw| {
         let logit = changed.get(&token).copied().unwrap_or(logits[token as usize]);
-        v1::TokenLogprobs { logprob: raw.logprob(logit), top: raw.alternatives() }
+        raw.logprobs(logit)
     });
     Ok(Sampled { token, logprobs })
-}
-
-/// Chooses as [`sample`] does, where the [`candidates`](Draw::candidates) most likely tokens, best first, are known and
-/// enough. Of logits that are not finite, the first is the only candidate.
-pub(crate) fn sample_among(
-    cpu: &Cpu,
-    candidates: &[Candidate],
-    draw: &Draw<'_>,
-) -> Result<Sampled, SampleError> {
-    let (mut logits, mut order) = ([0.0; MOST_AMONG], [0; MOST_AMONG]);
-    let count = candidates.len().min(MOST_AMONG);
-    logits.iter_mut().zip(candidates).for_each(|(x, c)| *x = c.logit);
-    let token = |index: u32| candidates[index as usize].token;
-    match sample(cpu, &mut logits[..count], &mut order, draw) {
-        Ok(sampled) => Ok(Sampled { token: token(sampled.token), ..sampled }),
-        Err(SampleError::NotFinite { token: index, value }) => {
-            Err(SampleError::NotFinite { token: token(index), value })
-        }
-        Err(error) => Err(error),
-    }
 }
 
 /// The `count` most likely tokens by `logits`, best first, with their log-probabilities.
@@ -253,7 +235,8 @@ fn adjust(logits: &mut [f32], draw: &Draw<'_>) -> BTreeMap<u32, f32> {
     changed
 }
 
-/// Draws from the filtered distribution.
+/// Draws from the filtered distribution: with the tokens that are left in the order of their ids, the first at which the
+/// sum of weights passes a random share of all of it.
 fn choose(cpu: &Cpu, logits: &[f32], order: &mut [u32], draw: &Draw<'_>) -> u32 {
     let params = draw.params;
     let weigh = Weigh { cpu, logits, max: largest(logits), temperature: params.temperature };
@@ -266,13 +249,15 @@ fn choose(cpu: &Cpu, logits: &[f32], order: &mut [u32], draw: &Draw<'_>) -> u32 
     if params.top_k > 0 && params.top_k < kept.len() {
         kept.select_nth_unstable_by(params.top_k - 1, best_first);
         kept = &mut kept[..params.top_k];
-        kept.sort_unstable_by(best_first);
     }
-    if params.top_p < 1.0 {
-        kept = top_p(kept, f64::from(params.top_p), &weigh, best_first);
+    if let Some(p) = draw.top_p() {
+        kept = top_p(kept, p, &weigh, best_first);
+    }
+    if !kept.is_sorted() {
+        kept.sort_unstable();
     }
     let total = weigh.total(kept, params.min_p);
-    kept[weigh.reach(kept, params.min_p, uniform(draw.seed, draw.position) * total)]
+    kept[weigh.passing(kept, params.min_p, share(draw.random(), total))]
 }
 
 fn largest(logits: &[f32]) -> f32 {
@@ -282,7 +267,20 @@ fn largest(logits: &[f32]) -> f32 {
 /// Values whose powers are computed at a time.
 const CHUNK: usize = 256;
 
-/// Weights of tokens, relative to the most likely one, which has weight 1.
+/// The weight of the most likely token. What weighs less than one is never drawn; a sum holds for up to 2^24 tokens.
+pub(crate) const ONE: u64 = 1 << 40;
+
+/// A weight that is given as a share of the most likely token's.
+fn fixed(weight: f32) -> u64 {
+    (weight * ONE as f32) as u64
+}
+
+/// `parts` / 2^64 of `total`, rounded down.
+fn share(parts: u64, total: u64) -> u64 {
+    ((u128::from(parts) * u128::from(total)) >> 64) as u64
+}
+
+/// Weights of tokens, relative to the most likely one.
 struct Weigh<'a> {
     cpu: &'a Cpu,
     logits: &'a [f32],
@@ -291,35 +289,32 @@ struct Weigh<'a> {
 }
 
 impl Weigh<'_> {
-    /// The sum of those of `ids` that are `least` and more, in their order.
-    fn total(&self, ids: &[u32], least: f32) -> f64 {
-        let mut sum = 0.0;
+    /// The sum of those of `ids` whose share is `least` and more.
+    fn total(&self, ids: &[u32], least: f32) -> u64 {
+        let mut sum = 0;
         for ids in ids.chunks(CHUNK) {
             for weight in &self.chunk(ids)[..ids.len()] {
-                sum += if *weight >= least { f64::from(*weight) } else { 0.0 };
+                sum += if *weight >= least { fixed(*weight) } else { 0 };
             }
         }
         sum
     }
 
-    /// Where the same sum reaches `target`; should rounding leave it short of that, the last place that adds to it.
-    fn reach(&self, ids: &[u32], least: f32, target: f64) -> usize {
-        let (mut sum, mut last) = (0.0, 0);
+    /// Where the same sum, in the order of `ids`, passes `target`, which must be less than all of it.
+    fn passing(&self, ids: &[u32], least: f32, target: u64) -> usize {
+        let mut sum = 0;
         for (c, ids) in ids.chunks(CHUNK).enumerate() {
             for (i, weight) in self.chunk(ids)[..ids.len()].iter().enumerate() {
-                if *weight >= least && *weight > 0.0 {
-                    sum += f64::from(*weight);
-                    last = c * CHUNK + i;
-                    if sum >= target {
-                        return last;
-                    }
+                sum += if *weight >= least { fixed(*weight) } else { 0 };
+                if sum > target {
+                    return c * CHUNK + i;
                 }
             }
         }
-        last
+        0
     }
 
-    /// Those of at most [`CHUNK`] tokens.
+    /// Those of at most [`CHUNK`] tokens, as shares.
     fn chunk(&self, ids: &[u32]) -> [f32; CHUNK] {
         powers(self.cpu, ids.iter().map(|id| (self.logits[*id as usize] - self.max) / self.temperature))
     }
@@ -333,57 +328,51 @@ fn powers(cpu: &Cpu, values: impl Iterator<Item = f32>) -> [f32; CHUNK] {
     x
 }
 
-/// The smallest set of most likely tokens whose share of the weight reaches `p`, best first.
+/// The smallest set of most likely tokens whose share of the weight reaches `p` (in parts of 2^64). So light a token that
+/// all of its kind together weigh no more than what may be left out, is left out first: most need no sorting then.
 fn top_p<'a>(
     kept: &'a mut [u32],
-    p: f64,
+    p: u64,
     weigh: &Weigh<'_>,
     best_first: impl Fn(&u32, &u32) -> Ordering,
 ) -> &'a mut [u32] {
     let total = weigh.total(kept, 0.0);
-    // All tokens lighter than this together weigh less than what may be left out, so that they need no sorting.
-    let needless = (1.0 - p) * total / kept.len() as f64;
+    let needed = share(p, total).max(1);
+    let light = (total - needed) / weigh.logits.len() as u64;
     let mut count = 0;
     for first in (0..kept.len()).step_by(CHUNK) {
         let chunk = first..kept.len().min(first + CHUNK);
         let weights = weigh.chunk(&kept[chunk.clone()]);
         for (i, weight) in chunk.zip(weights) {
-            if f64::from(weight) >= needless {
+            if fixed(weight) >= light {
                 kept.swap(i, count);
                 count += 1;
             }
         }
     }
-    let kept = &mut kept[..count.max(1)];
+    let kept = &mut kept[..count];
     kept.sort_unstable_by(best_first);
-    let end = weigh.reach(kept, 0.0, p * total) + 1;
+    let end = weigh.passing(kept, 0.0, needed - 1) + 1;
     &mut kept[..end]
 }
 
-/// A number in `[0, 1)` from 53 bits of Philox.
-fn uniform(seed: u64, position: u32) -> f64 {
-    let words = rand_philox::philox4x32_10([position, 0, 0, 0], [seed as u32, (seed >> 32) as u32]);
-    let bits = (u64::from(words[0]) << 32 | u64::from(words[1])) >> 11;
-    bits as f64 * (1.0 / (1u64 << 53) as f64)
-}
-
 /// What is remembered of the logits as the model gave them.
-struct Raw {
-    max: f32,
-    /// Logarithm of the sum of `e^(logit - max)`.
-    log_sum: f64,
-    /// Best first; ties to the lowest id.
-    top: Vec<(u32, f32)>,
+pub(crate) struct Raw {
+    pub max: f32,
+    /// The sum of their weights at temperature 1.
+    pub sum: u64,
+    /// The most likely ones, best first; ties to the lowest id.
+    pub top: Vec<(u32, f32)>,
 }
 
 impl Raw {
     fn of(cpu: &Cpu, logits: &[f32], count: u32) -> Self {
         let count = count as usize;
         let max = largest(logits);
-        let mut sum = 0.0;
+        let mut sum = 0;
         for logits in logits.chunks(CHUNK) {
             let powers = powers(cpu, logits.iter().map(|x| x - max));
-            powers[..logits.len()].iter().for_each(|w| sum += f64::from(*w));
+            powers[..logits.len()].iter().for_each(|w| sum += fixed(*w));
         }
         let mut top: Vec<(u32, f32)> = Vec::with_capacity(count + 1);
         for (&x, id) in logits.iter().zip(0..) {
@@ -393,11 +382,17 @@ impl Raw {
                 top.truncate(count);
             }
         }
-        Raw { max, log_sum: sum.ln(), top }
+        Raw { max, sum, top }
+    }
+
+    /// Those of a token with this raw logit, and of the most likely ones.
+    pub fn logprobs(&self, logit: f32) -> v1::TokenLogprobs {
+        v1::TokenLogprobs { logprob: self.logprob(logit), top: self.alternatives() }
     }
 
     fn logprob(&self, logit: f32) -> f32 {
-        (f64::from(logit - self.max) - self.log_sum) as f32
+        let log_sum = (self.sum as f64 / ONE as f64).ln();
+        (f64::from(logit - self.max) - log_sum) as f32
     }
 
     fn alternatives(&self) -> Vec<v1::Alternative> {
@@ -407,143 +402,4 @@ impl Raw {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::kernels::cpu::isa::Isa;
-
-    fn cpu() -> Cpu {
-        Cpu::on(Isa::detect())
-    }
-
-    fn params(s: v1::Sampling) -> SamplingParams {
-        SamplingParams::try_from(&s).unwrap()
-    }
-
-    fn run(logits: &[f32], params: &SamplingParams, history: Option<&TokenHistory>, position: u32) -> u32 {
-        let draw = Draw { params, history, seed: 42, position, logprobs: None };
-        sample(&cpu(), &mut logits.to_vec(), &mut vec![0; logits.len()], &draw).unwrap().token
-    }
-
-    fn shares(logits: &[f32], params: &SamplingParams, draws: u32) -> Vec<f64> {
-        let mut counts = vec![0u32; logits.len()];
-        (0..draws).for_each(|p| counts[run(logits, params, None, p) as usize] += 1);
-        counts.iter().map(|c| f64::from(*c) / f64::from(draws)).collect()
-    }
-
-    #[test]
-    fn greedy_takes_the_largest_and_ties_go_to_the_lowest_id() {
-        let greedy = params(v1::Sampling::default());
-        assert_eq!(run(&[1.0, 3.0, 3.0, 2.0], &greedy, None, 0), 1);
-        assert_eq!(run(&[-5.0, -5.0], &greedy, None, 9), 0);
-    }
-
-    #[test]
-    fn draws_follow_the_distribution_and_depend_on_seed_and_position_alone() {
-        let logits: Vec<f32> = [0.5f32, 0.25, 0.15, 0.1].iter().map(|p| p.ln()).collect();
-        let plain = params(v1::Sampling { temperature: Some(1.0), ..Default::default() });
-        for (share, p) in shares(&logits, &plain, 40_000).iter().zip([0.5, 0.25, 0.15, 0.1]) {
-            assert!((share - p).abs() < 0.01, "{share} {p}");
-        }
-        let hot = params(v1::Sampling { temperature: Some(2.0), ..Default::default() });
-        let root: Vec<f64> = [0.5f64, 0.25, 0.15, 0.1].iter().map(|p| p.sqrt()).collect();
-        for (share, p) in shares(&logits, &hot, 40_000).iter().zip(&root) {
-            assert!((share - p / root.iter().sum::<f64>()).abs() < 0.01);
-        }
-        for position in 0..100 {
-            assert_eq!(run(&logits, &plain, None, position), run(&logits, &plain, None, position));
-        }
-    }
-
-    #[test]
-    fn filters_keep_exactly_their_tokens() {
-        let logits: Vec<f32> = [0.1f32, 0.5, 0.15, 0.25].iter().map(|p| p.ln()).collect();
-        let base = v1::Sampling { temperature: Some(1.0), ..Default::default() };
-        for (sampling, kept) in [
-            (v1::Sampling { top_k: Some(2), ..base.clone() }, vec![1, 3]),
-            (v1::Sampling { top_k: Some(1), ..base.clone() }, vec![1]),
-            (v1::Sampling { top_k: Some(1000), ..base.clone() }, vec![0, 1, 2, 3]),
-            (v1::Sampling { top_p: Some(0.49), ..base.clone() }, vec![1]),
-            (v1::Sampling { top_p: Some(0.51), ..base.clone() }, vec![1, 3]),
-            (v1::Sampling { top_p: Some(0.8), ..base.clone() }, vec![1, 2, 3]),
-            (v1::Sampling { top_p: Some(1e-6), ..base.clone() }, vec![1]),
-            (v1::Sampling { min_p: Some(0.4), ..base.clone() }, vec![1, 3]),
-            (v1::Sampling { min_p: Some(1.0), ..base.clone() }, vec![1]),
-            // Among the first three, 0.5 + 0.25 are 0.83 of the weight.
-            (v1::Sampling { top_k: Some(3), top_p: Some(0.8), ..base.clone() }, vec![1, 3]),
-            (v1::Sampling { temperature: Some(1e-30), ..base.clone() }, vec![1]),
-        ] {
-            let shares = shares(&logits, &params(sampling.clone()), 2000);
-            let drawn: Vec<usize> = (0..4).filter(|i| shares[*i] > 0.0).collect();
-            assert_eq!(drawn, kept, "{sampling:?}");
-        }
-        // Ties at the border of top-k go to the lowest ids.
-        let tied = params(v1::Sampling { top_k: Some(2), ..base });
-        assert!(shares(&[1.0; 5], &tied, 500)[2..].iter().all(|s| *s == 0.0));
-    }
-
-    #[test]
-    fn penalties_and_bias_change_the_choice() {
-        let mut history = TokenHistory::default();
-        history.push_prompt(0);
-        history.push_answer(1);
-        history.push_answer(1);
-        let pick = |s: v1::Sampling, logits: &[f32]| run(logits, &params(s), Some(&history), 0);
-        let d = v1::Sampling::default;
-        assert_eq!(pick(d(), &[3.0, 2.9, 2.0]), 0);
-        // Prompt and answer are both penalised, whatever the sign.
-        assert_eq!(pick(v1::Sampling { repetition_penalty: Some(2.0), ..d() }, &[3.0, 2.9, 2.0]), 2);
-        assert_eq!(pick(v1::Sampling { repetition_penalty: Some(2.0), ..d() }, &[-1.0, -1.0, -1.5]), 2);
-        // Only the answer, once or per occurrence.
-        assert_eq!(pick(v1::Sampling { presence_penalty: Some(0.5), ..d() }, &[1.0, 1.4, 0.0]), 0);
-        assert_eq!(pick(v1::Sampling { presence_penalty: Some(0.3), ..d() }, &[1.0, 1.4, 0.0]), 1);
-        assert_eq!(pick(v1::Sampling { frequency_penalty: Some(0.3), ..d() }, &[1.0, 1.4, 0.0]), 0);
-        let logit_bias = [(2, 5.0), (7_000_000, 1.0)].into_iter().collect();
-        assert_eq!(pick(v1::Sampling { logit_bias, ..d() }, &[3.0, 2.9, 2.0]), 2);
-        let tiny = v1::Sampling { repetition_penalty: Some(1e-38), temperature: Some(1.0), ..d() };
-        assert_eq!(pick(tiny, &[0.0, 9.0, 0.0]), 1);
-    }
-
-    #[test]
-    fn logprobs_are_of_the_raw_logits() {
-        let logits = [1.0f32, 2.0, 2.0, -1.0];
-        let logit_bias = [(3, 100.0)].into_iter().collect();
-        let params = params(v1::Sampling { logit_bias, temperature: Some(0.5), ..Default::default() });
-        let draw = Draw { params: &params, history: None, seed: 1, position: 0, logprobs: Some(3) };
-        let sampled = sample(&cpu(), &mut logits.to_vec(), &mut [0; 4], &draw).unwrap();
-        let sum: f64 = logits.iter().map(|x| f64::from(*x).exp()).sum();
-        let logprob = |i: usize| (f64::from(logits[i]) - sum.ln()) as f32;
-        let got = sampled.logprobs.unwrap();
-        assert_eq!(sampled.token, 3);
-        assert!((got.logprob - logprob(3)).abs() < 1e-6);
-        assert_eq!(got.top.iter().map(|a| a.token_id).collect::<Vec<_>>(), [1, 2, 0]);
-        assert!(got.top.iter().all(|a| (a.logprob - logprob(a.token_id as usize)).abs() < 1e-6));
-    }
-
-    #[test]
-    fn bad_input_is_an_error() {
-        let greedy = params(v1::Sampling::default());
-        let draw = Draw { params: &greedy, history: None, seed: 0, position: 0, logprobs: None };
-        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            let e = sample(&cpu(), &mut [0.0, bad], &mut [0; 2], &draw).unwrap_err();
-            assert!(matches!(e, SampleError::NotFinite { token: 1, .. }));
-        }
-        assert!(sample(&cpu(), &mut [], &mut [], &draw).is_err());
-        assert!(sample(&cpu(), &mut [0.0], &mut [], &draw).is_err());
-        let d = v1::Sampling::default;
-        for (sampling, field) in [
-            (v1::Sampling { temperature: Some(-1.0), ..d() }, "temperature"),
-            (v1::Sampling { temperature: Some(f32::NAN), ..d() }, "temperature"),
-            (v1::Sampling { temperature: Some(101.0), ..d() }, "temperature"),
-            (v1::Sampling { top_p: Some(0.0), ..d() }, "top_p"),
-            (v1::Sampling { top_p: Some(1.5), ..d() }, "top_p"),
-            (v1::Sampling { min_p: Some(-0.1), ..d() }, "min_p"),
-            (v1::Sampling { repetition_penalty: Some(0.0), ..d() }, "repetition_penalty"),
-            (v1::Sampling { frequency_penalty: Some(3.0), ..d() }, "frequency_penalty"),
-            (v1::Sampling { presence_penalty: Some(f32::NAN), ..d() }, "presence_penalty"),
-            (v1::Sampling { logit_bias: [(1, 101.0)].into_iter().collect(), ..d() }, "logit_bias"),
-            (v1::Sampling { logit_bias: (0..1025).map(|i| (i, 0.0)).collect(), ..d() }, "logit_bias"),
-        ] {
-            assert_eq!(SamplingParams::try_from(&sampling).unwrap_err().field, field);
-        }
-    }
-}
+mod tests;

@@ -67,7 +67,7 @@ impl Engine for CpuEngine {
         let (Some(weights), Some(state)) = (&self.weights, &mut self.state) else {
             return Err(StepError::Weights);
         };
-        debug_assert_eq!(step.candidates.len(), step.outputs.len());
+        debug_assert_eq!(step.draws.len(), step.outputs.len());
         let (dtype, width) = (candle_dtype(weights.spec().dtype), weights.model().tower.width);
         let failed = |e: candle_core::Error| StepError::Device(e.to_string());
         let host;
@@ -87,7 +87,7 @@ impl Engine for CpuEngine {
                 Ok(Output::Hidden(Hidden::Host(tensor)))
             }
             StageOutput::Values { values, order, cpu } => {
-                Ok(Output::Values(Values { values, order, candidates: &[], cpu }))
+                Ok(Output::Values(Values { values, order, drawn: &[], cpu }))
             }
         }
     }

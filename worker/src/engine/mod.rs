@@ -17,6 +17,7 @@ use crate::{
     error::WorkerError,
     kernels::cpu::Cpu,
     model::{BatchRow, LoadedBytes, Model, ModelError, RangeSpec, StepError},
+    sampler::{Draw, SampleError, Sampled},
     transport::Hidden,
     weights::Checkpoint,
 };
@@ -90,8 +91,8 @@ pub(crate) struct Step<'a> {
     /// The packed tokens whose values are wanted, ascending. A head that pools yields the vector of the row in which
     /// the token lies. Without the head: none.
     pub outputs: &'a [u32],
-    /// For each of them, how many of the largest values are enough; 0 for all.
-    pub candidates: &'a [u32],
+    /// For each of them the token to be drawn from its values, if one is all that is wanted of them.
+    pub draws: &'a [Option<Draw<'a>>],
 }
 
 /// What a step begins with.
@@ -117,24 +118,14 @@ pub(crate) enum Output<'a> {
 
 /// What the head yields.
 pub(crate) struct Values<'a> {
-    /// `(outputs, values)`; the sampler may overwrite it. Of an output with candidates, anything.
+    /// `(outputs, values)`; the sampler may overwrite it. Of an output whose token the engine drew, anything.
     pub values: &'a mut [f32],
     /// Scratch for the sampler: as many indexes.
     pub order: &'a mut [u32],
-    /// Per output its candidates, best first, where only these were wanted; none at all if the engine gives all values
-    /// to everyone.
-    pub candidates: &'a [Vec<Candidate>],
+    /// Per output its token, if the engine drew it; none at all if it draws none.
+    pub drawn: &'a [Option<Result<Sampled, SampleError>>],
     /// What samples.
     pub cpu: &'a Cpu,
-}
-
-/// One of the largest values of an output.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Candidate {
-    /// Its index.
-    pub token: u32,
-    /// The value; if not finite, the output is broken and this its only candidate.
-    pub logit: f32,
 }
 
 /// The engine of a device; `cpu` computes where the device does not, and `kernels` is a directory for compiled kernels.

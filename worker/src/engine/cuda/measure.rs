@@ -10,15 +10,16 @@ use super::{
 use crate::{
     engine::{
         Size,
-        measure::{Bench, Kernel, Request, Role, middle, products},
+        measure::{Bench, Kernel, Request, Role, choice, middle, products},
     },
     error::WorkerError,
     kernels::{
         cpu::{Cpu, norm::Act},
         cuda::{
-            self, CudaError, Doing, Gpu,
+            CudaError, Doing, Gpu,
             launch::Kernels,
             measure::{self, Pool, Product, Room, seconds},
+            memory,
             product::Epilogue,
         },
     },
@@ -29,6 +30,7 @@ use crate::{
         forward::Operations,
         step::Given,
     },
+    sampler::Draw,
 };
 
 /// Bytes of matrices that runs take in turn, if the GPU has as many: several times what its caches hold.
@@ -146,7 +148,7 @@ impl GpuBench {
         let per_block = (KvLayer::elements_per_token(a.kv_heads, a.head_dim) * BLOCK_TOKENS) as u64 * size;
         let (kv_blocks, all) = (each * sequences, tokens * sequences);
         let (layers, vocab, outputs) = match kernel {
-            Kernel::Choose { rows } => (1, model.tower.vocab, rows),
+            Kernel::Choose { rows, .. } => (1, model.tower.vocab, rows),
             _ => (CACHES.div_ceil(u64::from(kv_blocks) * per_block).clamp(1, LAYERS) as usize, 64, 1),
         };
         let Some((weights, mut state)) =
@@ -160,6 +162,11 @@ impl GpuBench {
             rows.map(|blocks| BatchRow { start: context, count: tokens, blocks, rope_set: 0 }).collect();
         let ids = vec![0; all as usize];
         let chosen: Vec<u32> = (0..outputs.min(all)).collect();
+        let top_p = matches!(kernel, Kernel::Choose { top_p: true, .. });
+        let (params, logits) = choice(top_p, chosen.len() * weights.model.tower.outputs())
+            .map_err(|e| ModelError::Device(e.to_string()))?;
+        let draw = Draw { params: &params, history: None, seed: 0, position: 0, logprobs: None };
+        let draws = vec![Some(draw); chosen.len()];
         let step = Checked {
             weights: &weights,
             rows: &rows,
@@ -168,10 +175,13 @@ impl GpuBench {
             is_recorded: false,
             input: Given::Tokens { ids: &ids, segments: &[] },
             outputs: &chosen,
-            wanted: vec![cuda::launch::MAX_CANDIDATES as u32; chosen.len()],
+            draws: &draws,
         };
         let failed = |e: StepError| ModelError::Device(e.to_string());
         let inputs = state.upload(&self.gpu, &step).map_err(failed)?;
+        state.sampling.ask(&self.gpu, &draws)?;
+        memory::upload(&self.gpu.stream, state.scratch.values, &logits)?;
+        let state = state;
         let layer = middle(step.tower());
         let mut pass = Pass::new(&self.gpu, &state, step.tower(), step.tokens, &rows, inputs);
         pass.angles().map_err(failed)?;
@@ -184,7 +194,9 @@ impl GpuBench {
                     pass.input().map(|_| ())
                 }
                 Kernel::Place { .. } => pass.place(&layer.attention, index, block),
-                Kernel::Choose { .. } => pass.candidates(chosen.len()),
+                Kernel::Choose { .. } => {
+                    Ok(state.sampling.start(&self.gpu, &self.kernels, state.scratch.values)?)
+                }
                 _ => pass.attend_rows(&layer.attention, index),
             }
         });
@@ -210,7 +222,9 @@ impl Bench for GpuBench {
             }
             Kernel::Decode { sequences, context } => stepped(sequences, 1, context - 1),
             Kernel::Prefill { tokens, context } => stepped(1, tokens, context),
-            Kernel::Norm { rows } | Kernel::Place { rows } | Kernel::Choose { rows } => stepped(1, rows, 0),
+            Kernel::Norm { rows } | Kernel::Place { rows } | Kernel::Choose { rows, .. } => {
+                stepped(1, rows, 0)
+            }
         }
     }
 }

@@ -9,6 +9,7 @@ mod pass;
 mod recordings;
 #[cfg(test)]
 mod refusals;
+mod sampling;
 mod size;
 mod state;
 mod weights;
@@ -29,7 +30,7 @@ use crate::{
     error::WorkerError,
     kernels::{
         cpu::Cpu,
-        cuda::{self, CudaError, Gpu, GpuInfo, launch::MAX_CANDIDATES},
+        cuda::{self, CudaError, Gpu, GpuInfo},
     },
     model::{LoadedBytes, Model, ModelError, RangeSpec, StepError, load::PieceError, step::Given},
     transport::Hidden,
@@ -132,19 +133,18 @@ impl Engine for CudaEngine {
             return Err(StepError::Weights);
         };
         let tower = &weights.model.tower;
-        let Step { rows, input, outputs, candidates } = step;
+        let Step { rows, input, outputs, draws } = step;
         let (input, hidden) = match input {
             Input::Tokens { ids, segments } => (Given::Tokens { ids, segments }, None),
             Input::Hidden(hidden) => (Given::Rows { elements: hidden.elements() }, Some(hidden)),
         };
         let tokens = state.limits.check(tower, rows, input, outputs)?;
-        let wanted = candidates.iter().map(|n| if *n as usize > MAX_CANDIDATES { 0 } else { *n }).collect();
         let padded = state.padded(tower, rows, outputs);
         let padding = padded.map_or(0, |padded| padded - rows.len());
         let rows = &*[rows, &vec![PADDING; padding]].concat();
         let is_recorded = padded.is_some();
         let tokens = tokens + padding;
-        let step = Checked { weights, rows, tokens, padding, is_recorded, input, outputs, wanted };
+        let step = Checked { weights, rows, tokens, padding, is_recorded, input, outputs, draws };
         let ran = state.run(&self.gpu, &step, hidden);
         if ran.is_err() {
             // What was asked for before the error still uses the buffers of this step.
@@ -156,3 +156,6 @@ impl Engine for CudaEngine {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,8 +10,8 @@ use crate::{
         cuda::{
             CudaError, Gpu,
             launch::{
-                Attend, Bytes, Heads, Kernels, MAX_CANDIDATES, Places, RawCache, RawMatrix, RawNorm, Tables,
-                attention_bytes, follow, launch,
+                Attend, Bytes, Heads, Kernels, Places, RawCache, RawMatrix, RawNorm, Tables, attention_bytes,
+                follow, launch,
             },
             memory::{self, Arena, Memory, Ptr},
             product::{Epilogue, Grouped, Linear, Matrix, RowBytes, Rows, TASK_BYTES},
@@ -50,14 +50,10 @@ pub(super) struct Scratch {
     experts: Option<Experts>,
     /// `(outputs, values)` in f32.
     pub values: Ptr,
-    /// `(outputs, 64)` candidates, and the first broken value of each output.
-    pub found: Ptr,
-    pub broken: Ptr,
     partials: Ptr,
-    pub vocab: usize,
     /// Rows that there is room for.
     tokens: usize,
-    _elsewhere: [Memory; 3],
+    _elsewhere: [Memory; 2],
 }
 
 /// Scratch of a mixture of experts.
@@ -77,7 +73,6 @@ impl Scratch {
     pub fn new(gpu: &Gpu, tower: &Tower, limits: &Limits, memory: &mut Arena) -> Result<Self, ModelError> {
         let (element, outputs) = (limits.spec.dtype, limits.max_outputs as usize);
         let partials = Memory::new(&gpu.context, PARTIALS)?;
-        let found = Memory::new(&gpu.context, (outputs * (8 * MAX_CANDIDATES + 4)) as u64)?;
         let unpacked = if limits.spec.quantization.is_some() { RowBytes::UNPACKED } else { 0 };
         let unpacked = Memory::new(&gpu.context, unpacked)?;
         let Widths { residual, qkv, attention, up, angles, outputs: values, experts, input, .. } =
@@ -122,12 +117,9 @@ impl Scratch {
             ),
             experts: experts.transpose()?,
             values: memory.take((outputs * values) as u64 * 4)?,
-            found: found.ptr(),
-            broken: found.ptr().offset((outputs * 8 * MAX_CANDIDATES) as u64),
             partials: partials.ptr(),
-            vocab: tower.vocab,
             tokens,
-            _elsewhere: [partials, found, unpacked],
+            _elsewhere: [partials, unpacked],
         })
     }
 }
@@ -301,7 +293,7 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// Final norm and head of the wanted tokens, and their candidates.
+    /// Final norm and head of the wanted tokens.
     pub fn finish(&mut self, block: &Block, outputs: usize) -> Result<(), StepError> {
         let Scratch { residual, normed, values, .. } = self.state.scratch;
         let (tower, width) = (self.tower, self.tower.width);
@@ -348,14 +340,6 @@ impl<'a> Pass<'a> {
             launch!(self.gpu, self.kernels()?.soft_cap, (count.div_ceil(256) as u32, 1, 1), 256, 0;
                 values, count as u64, cap)?;
         }
-        self.candidates(outputs)
-    }
-
-    /// The likeliest tokens of the wanted ones' logits.
-    pub fn candidates(&self, outputs: usize) -> Result<(), StepError> {
-        let Scratch { values, found, broken, .. } = self.state.scratch;
-        launch!(self.gpu, self.kernels()?.top_candidates, (outputs as u32, 1, 1), 1024, 0;
-            found, broken, values, self.inputs.wanted, self.tower.vocab as i32)?;
         Ok(())
     }
 

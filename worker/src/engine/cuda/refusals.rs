@@ -45,8 +45,8 @@ fn decode(engine: &mut CudaEngine, sequences: Range<usize>, position: u32) -> Ve
     let ids: Vec<u32> = sequences.map(|r| 7 * r as u32 + position).collect();
     let outputs: Vec<u32> = (0..rows.len() as u32).collect();
     let input = Input::Tokens { ids: &ids, segments: &[] };
-    let candidates = vec![0; rows.len()];
-    values(engine, Step { rows: &rows, input, outputs: &outputs, candidates: &candidates })
+    let draws = vec![None; rows.len()];
+    values(engine, Step { rows: &rows, input, outputs: &outputs, draws: &draws })
 }
 
 fn values(engine: &mut CudaEngine, step: Step<'_>) -> Vec<f32> {
@@ -130,7 +130,7 @@ fn a_step_allocates_nothing() {
                 Input::Hidden(Hidden::Host(hidden))
             }
         };
-        values(engine, Step { rows: &rows, input, outputs: &[count as u32 - 1], candidates: &[0] });
+        values(engine, Step { rows: &rows, input, outputs: &[count as u32 - 1], draws: &[None] });
     };
     for engine in [&mut first, &mut last] {
         let before = changes();

@@ -8,16 +8,17 @@ use strata_proto::DType;
 use super::{
     pass::{Pass, Scratch},
     recordings::Recordings,
+    sampling::Sampling,
     size,
     weights::Weights,
 };
 use crate::{
-    engine::{Allocated, Candidate, Size, Values},
+    engine::{Allocated, Size, Values},
     kernels::{
         cpu::Cpu,
         cuda::{
             self, CudaError, DeviceRows, Gpu,
-            launch::{Kernels, MAX_ACTIVE, MAX_CANDIDATES, RawCache},
+            launch::{Kernels, MAX_ACTIVE, RawCache},
             memory::{self, Arena, Memory, Pinned, Ptr},
             rows::{self, Slots},
         },
@@ -31,11 +32,14 @@ use crate::{
         step::{Given, Limits},
         workspace::padded,
     },
+    sampler::Draw,
     transport::{Expected, Hidden},
 };
 
 /// Activations that can be under way to the next stage without another allocation.
 const SLOTS: usize = 4;
+/// Biases and tokens of histories that a step has room for; rows beyond are sampled by the host.
+const ENTRIES: usize = 1 << 18;
 /// Sequences that a step has room for whose contexts are as long as the model's.
 const LONG_ROWS: usize = 256;
 
@@ -55,7 +59,6 @@ pub(super) struct Inputs {
     /// Rows of one token, then the others.
     pub by_length: Ptr,
     pub outputs: Ptr,
-    pub wanted: Ptr,
     pub tables: Ptr,
 }
 
@@ -72,8 +75,8 @@ pub(super) struct Checked<'a> {
     pub is_recorded: bool,
     pub input: Given<'a>,
     pub outputs: &'a [u32],
-    /// For each output, how many candidates are enough; 0 if all values are wanted.
-    pub wanted: Vec<u32>,
+    /// For each output the token to be drawn; `None` if all values are wanted.
+    pub draws: &'a [Option<Draw<'a>>],
 }
 
 impl<'a> Checked<'a> {
@@ -116,11 +119,10 @@ pub(super) struct State {
     words: Pinned,
     capacity: usize,
     inputs: Ptr,
-    /// What comes back: values, and candidates.
+    /// Values that come back.
     values: Pinned,
-    found: Pinned,
     order: Vec<u32>,
-    candidates: Vec<Vec<Candidate>>,
+    pub sampling: Sampling,
     cpu: Cpu,
     _memory: Arena,
     _inputs: Memory,
@@ -168,7 +170,7 @@ impl State {
         let (tokens, rows) = (size.tokens as usize, outputs as usize);
         let scratch = Scratch::new(gpu, tower, &limits, &mut memory)?;
         let longest = tower.context.div_ceil(BLOCK_TOKENS);
-        let capacity = 10 * tokens + 2 * rows + LONG_ROWS.min(tokens) * longest;
+        let capacity = 10 * tokens + rows + LONG_ROWS.min(tokens) * longest;
         let inputs = Memory::new(&gpu.context, 4 * capacity as u64)?;
         let width = tower.width as u64 * element.size();
         let slots = match spec.head {
@@ -190,9 +192,8 @@ impl State {
             capacity,
             inputs: inputs.ptr(),
             values: Pinned::new(&gpu.context, 4 * rows * tower.outputs())?,
-            found: Pinned::new(&gpu.context, rows * (8 * MAX_CANDIDATES + 4))?,
             order: vec![0; rows * tower.outputs()],
-            candidates: Vec::new(),
+            sampling: Sampling::new(gpu, rows, tower.outputs(), ENTRIES)?,
             cpu,
             _memory: memory,
             _inputs: inputs,
@@ -224,7 +225,13 @@ impl State {
         }
         let mut yielded = None;
         match &self.slots {
-            None => self.fetch(gpu, step.tower().outputs(), &step.wanted)?,
+            None => {
+                let kernels = self.kernels.values().next().ok_or(StepError::Weights)?;
+                self.sampling.ask(gpu, step.draws)?;
+                self.sampling.start(gpu, kernels, self.scratch.values)?;
+                self.sampling.fetch(gpu)?;
+                self.fetch(gpu, step.tower().outputs(), step.outputs.len())?;
+            }
             Some(slots) => {
                 let (rows, columns) = (step.tokens - step.padding, step.tower().width);
                 let rows = slots.rows(Expected { dtype: self.element, rows, columns })?;
@@ -234,7 +241,7 @@ impl State {
         }
         gpu.wait()?;
         drop(hidden);
-        self.find(&step.wanted);
+        self.sampling.read();
         Ok(yielded)
     }
 
@@ -266,10 +273,10 @@ impl State {
 
     /// Sends a step's inputs.
     pub fn upload(&mut self, gpu: &Gpu, step: &Checked<'_>) -> Result<Inputs, StepError> {
-        let &Checked { rows, tokens, outputs, ref wanted, .. } = step;
+        let &Checked { rows, tokens, outputs, .. } = step;
         let blocks: usize = rows.iter().map(|row| step.blocks(row)).sum();
         let (count, computed) = (rows.len(), step.outputs());
-        let total = 5 * tokens + 5 * count + 2 * computed + blocks;
+        let total = 5 * tokens + 5 * count + computed + blocks;
         if total > self.capacity {
             let text =
                 format!("the block tables of this step take {total} words: expected {}", self.capacity);
@@ -313,7 +320,6 @@ impl State {
             first_block: put(&mut before(&|row| step.blocks(row) as u32).into_iter(), count),
             by_length: put(&mut by_length(rows), count),
             outputs: put(&mut outputs.iter().copied().chain(zeros()), computed),
-            wanted: put(&mut wanted.iter().copied().chain(zeros()), computed),
             tables: put(&mut { tables }, blocks),
         };
         memory::upload(&gpu.stream, self.inputs, &self.words.as_mut::<u32>()[..total])?;
@@ -348,44 +354,19 @@ impl State {
         }
     }
 
-    /// Asks for what the sampler needs.
-    fn fetch(&mut self, gpu: &Gpu, width: usize, wanted: &[u32]) -> Result<(), CudaError> {
-        let stream = &gpu.stream;
-        if wanted.iter().any(|w| *w > 0) {
-            let words = wanted.len() * 2 * MAX_CANDIDATES;
-            let all = self.found.as_mut::<u32>();
-            let (candidates, rest) = all.split_at_mut(words);
-            memory::download(stream, candidates, self.scratch.found)?;
-            memory::download(stream, &mut rest[..wanted.len()], self.scratch.broken)?;
-        }
+    /// Asks for the values of the outputs whose tokens are not drawn here.
+    fn fetch(&mut self, gpu: &Gpu, width: usize, outputs: usize) -> Result<(), CudaError> {
         let values = self.values.as_mut::<f32>();
         let mut row = 0;
-        while row < wanted.len() {
-            let whole = wanted[row..].iter().take_while(|w| **w == 0).count();
+        while row < outputs {
+            let whole = (row..outputs).take_while(|row| !self.sampling.draws(*row)).count();
             if whole > 0 {
                 let from = self.scratch.values.offset(4 * (row * width) as u64);
-                memory::download(stream, &mut values[row * width..(row + whole) * width], from)?;
+                memory::download(&gpu.stream, &mut values[row * width..(row + whole) * width], from)?;
             }
             row += whole.max(1);
         }
         Ok(())
-    }
-
-    /// Reads the candidates that have come.
-    fn find(&mut self, wanted: &[u32]) {
-        self.candidates.clear();
-        let words = self.found.as_mut::<u32>();
-        let broken = wanted.len() * 2 * MAX_CANDIDATES;
-        for (row, count) in wanted.iter().enumerate() {
-            let pairs = words[row * 2 * MAX_CANDIDATES..].as_chunks::<2>().0.iter().take(*count as usize);
-            let mut found: Vec<_> = pairs
-                .map(|[token, logit]| Candidate { token: *token, logit: f32::from_bits(*logit) })
-                .collect();
-            if *count > 0 && (words[broken + row] as usize) < self.scratch.vocab {
-                found = vec![Candidate { token: words[broken + row], logit: f32::NAN }];
-            }
-            self.candidates.push(found);
-        }
     }
 
     /// What the head yielded.
@@ -393,7 +374,7 @@ impl State {
         Values {
             values: &mut self.values.as_mut::<f32>()[..outputs * width],
             order: &mut self.order[..outputs * width],
-            candidates: &self.candidates,
+            drawn: self.sampling.drawn(),
             cpu: &self.cpu,
         }
     }

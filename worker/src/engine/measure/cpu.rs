@@ -16,10 +16,10 @@ use crate::{
     },
     kv_cache::{BLOCK_TOKENS, BatchRow, KvLayer},
     model::{ModelError, blocks::Position},
-    sampler,
+    sampler::{self, Draw},
 };
 
-use super::{Bench, Kernel, Request, middle};
+use super::{Bench, Kernel, Request, choice, middle};
 
 /// More than caches hold, and the most that a measurement takes.
 const CACHES: u64 = 64 << 20;
@@ -111,15 +111,16 @@ impl CpuBench {
         })
     }
 
-    fn choose(&self, rows: usize) -> f64 {
+    fn choose(&self, rows: usize, top_p: bool) -> Result<f64, WorkerError> {
         let vocab = self.request.model.tower.vocab;
-        let mut random = crate::kernels::measure::Random::default();
-        let logits: Vec<f32> = (0..rows * vocab).map(|_| random.next()).collect();
-        seconds(|_| {
-            for logits in logits.chunks(vocab) {
-                std::hint::black_box(sampler::argmax(logits));
+        let (params, mut logits) = choice(top_p, rows * vocab)?;
+        let draw = Draw { params: &params, history: None, seed: 0, position: 0, logprobs: None };
+        let mut order = vec![0; vocab];
+        Ok(seconds(|_| {
+            for logits in logits.chunks_mut(vocab) {
+                drop(std::hint::black_box(sampler::sample(&self.cpu, logits, &mut order, &draw)));
             }
-        })
+        }))
     }
 }
 
@@ -142,7 +143,7 @@ impl Bench for CpuBench {
             Kernel::Prefill { tokens, context } => attention(1, tokens, context, false),
             Kernel::Place { rows } => attention(1, rows, 0, true),
             Kernel::Norm { rows } => Ok(Some(self.norm(rows as usize))),
-            Kernel::Choose { rows } => Ok(Some(self.choose(rows as usize))),
+            Kernel::Choose { rows, top_p } => self.choose(rows as usize, top_p).map(Some),
         }
     }
 }

@@ -13,16 +13,20 @@ use std::{
 };
 
 use serde::Serialize;
-use strata_proto::{DType, DeviceKind, Format, Quantization};
+use strata_proto::{DType, DeviceKind, Format, Quantization, v1};
 
 use crate::{
     device::{Compute, DeviceSpec},
     error::WorkerError,
-    kernels::cpu::{attention::Span, norm::Act},
+    kernels::{
+        cpu::{attention::Span, norm::Act},
+        measure::Random,
+    },
     model::{
         Model,
         blocks::{Ffn, Head, Layer, Tower},
     },
+    sampler::SamplingParams,
 };
 
 /// Rows of products, most valuable first: one stream, many, a prompt, and what lies between.
@@ -160,9 +164,10 @@ pub(crate) enum Kernel {
     Place {
         rows: u32,
     },
-    /// The likeliest tokens of rows of logits.
+    /// The likeliest token of rows of logits, or one that is drawn from the likeliest ones.
     Choose {
         rows: u32,
+        top_p: bool,
     },
 }
 
@@ -254,11 +259,22 @@ fn kernels(request: &Request) -> Vec<Kernel> {
             all.push(Kernel::Place { rows });
         }
         if matches!(tower.head, Head::Lm { .. }) && rows <= MOST_OUTPUTS {
-            all.push(Kernel::Choose { rows });
+            all.extend([false, true].map(|top_p| Kernel::Choose { rows, top_p }));
         }
     }
     rows.for_each(|rows| products(*rows, &mut all));
     all
+}
+
+/// What tokens are chosen by, and logits of some rows that they are chosen from.
+pub(crate) fn choice(top_p: bool, logits: usize) -> Result<(SamplingParams, Vec<f32>), WorkerError> {
+    let (temperature, top_p) = if top_p { (1.0, 0.9) } else { (0.0, 1.0) };
+    let sampling =
+        v1::Sampling { temperature: Some(temperature), top_p: Some(top_p), ..v1::Sampling::default() };
+    let params = SamplingParams::try_from(&sampling).map_err(|e| WorkerError::BadMessage(e.to_string()))?;
+    let mut random = Random::default();
+    // As far apart as a model's.
+    Ok((params, (0..logits).map(|_| 10.0 * random.next()).collect()))
 }
 
 /// Each once, in the order of their first coming.
@@ -361,9 +377,10 @@ impl Work {
                 let elements = f64::from(rows) * attention.qkv_width() as f64;
                 named("rope and store", &heads, rows, (2.0 * elements * size, 3.0 * elements))
             }
-            Kernel::Choose { rows } => {
+            Kernel::Choose { rows, top_p } => {
                 let elements = f64::from(rows) * tower.vocab as f64;
-                named("candidates", &tower.vocab, rows, (4.0 * elements, elements))
+                let name = if top_p { "top-p draw" } else { "likeliest token" };
+                named(name, &tower.vocab, rows, (4.0 * elements, elements))
             }
         }
     }

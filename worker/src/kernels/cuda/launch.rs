@@ -17,8 +17,6 @@ pub(super) const SOURCES: [&str; 6] = [
     include_str!("source/sample.cu"),
 ];
 
-/// Most candidates per row that a GPU finds.
-pub(crate) const MAX_CANDIDATES: usize = 64;
 /// Most experts per token.
 pub(crate) const MAX_ACTIVE: usize = 32;
 
@@ -92,7 +90,8 @@ macro_rules! kernels {
 
 kernels! {
     embed norm_rows gather_rows angles rope_store gate_mul activate_rows bias_rows bias_values soft_cap pool_rows quantize_rows
-    dequantize_int8 dequantize_int4 attention_plain attention_combine route group_pairs combine_experts top_candidates
+    dequantize_int8 dequantize_int4 attention_plain attention_combine route group_pairs combine_experts
+    sample_scan sample_adjust sample_mass sample_bins sample_ties sample_alternatives
 }
 
 /// Kernels for 16-bit formats.
@@ -271,6 +270,10 @@ passed! {
         x_stride: i32, out_stride: i32, rows: i32, epilogue: i32, act: i32,
         order: Ptr, tasks: Ptr, divide: i32,
         expert_values: u64, expert_factors: u64, expert_bias: u64,
+    }
+    /// `Sample` of `sample.cu`.
+    RawSample {
+        draws: Ptr, drawn: Ptr, bins: Ptr, partial: Ptr, entries: Ptr, logits: Ptr, vocab: i32,
     }
     /// `Attend` of `attention.cu`.
     Attend {

@@ -149,9 +149,17 @@ pub(crate) fn upload<T: Element>(stream: &CudaStream, to: Ptr, from: &[T]) -> Re
     unsafe { result::memcpy_htod_async(to.0, from, stream.cu_stream()) }.doing("copying to a GPU")
 }
 
+#[cfg(test)]
+thread_local! {
+    /// Bytes that this thread has asked a GPU for.
+    pub(crate) static DOWNLOADED: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
 /// Copies from the GPU to host memory, in order; `to` must not be read before the stream has come so far.
 pub(crate) fn download<T: Element>(stream: &CudaStream, to: &mut [T], from: Ptr) -> Result<(), CudaError> {
     stream.context().bind_to_thread().doing("binding a GPU")?;
+    #[cfg(test)]
+    DOWNLOADED.set(DOWNLOADED.get() + size_of_val(to) as u64);
     // SAFETY: as in `upload`.
     unsafe { result::memcpy_dtoh_async(to, from.0, stream.cu_stream()) }.doing("copying from a GPU")
 }

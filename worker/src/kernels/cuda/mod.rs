@@ -247,7 +247,7 @@ pub(crate) fn context(ordinal: usize) -> Result<Arc<CudaContext>, CudaError> {
 }
 
 /// Bytes of a GPU that no stage is given: cuBLAS's workspace, what attention puts together, activations on their way,
-/// recorded steps, and what CUDA and NCCL take for themselves when they are first used.
+/// what tokens are drawn by, recorded steps, and what CUDA and NCCL take for themselves when they are first used.
 pub const RESERVE: u64 = 1 << 30;
 
 /// Where cuBLAS may work; 32 MiB is what NVIDIA recommends for Hopper.

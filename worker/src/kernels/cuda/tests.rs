@@ -623,37 +623,3 @@ fn check_attention(b: &mut Bench, kernels: &Kernels, case: Case<'_>) {
         close(&got, &want, 1.5 * tolerance(element), &format!("decode, {what}, {splits} splits"));
     }
 }
-
-#[test]
-fn candidates_are_the_largest_best_first_and_broken_logits_are_named() {
-    let mut b = Bench::new();
-    let kernels = b.gpu.kernels(DType::F32, 64).unwrap();
-    for vocab in [1, 40, 3000] {
-        let mut logits: Vec<Vec<f32>> = (0..5).map(|r| noise(r, vocab)).collect();
-        // Many equal ones, both zeros, negative ones only.
-        logits[1].iter_mut().enumerate().for_each(|(i, x)| *x = ((i * 7 % 5) as f32).max(2.0));
-        logits[2].iter_mut().enumerate().for_each(|(i, x)| *x = if i % 2 == 0 { -0.0 } else { 0.0 });
-        logits[3].iter_mut().for_each(|x| *x = -3.0 - *x);
-        let last = vocab - 1;
-        logits[4][last] = f32::INFINITY;
-        let wanted = [64u32, 7, 64, 1, 3];
-        let at = b.floats(DType::F32, &logits.concat());
-        let (out, broken) = (b.words(&[u32::MAX; 5 * 128]), b.words(&[u32::MAX; 5]));
-        let wanted_at = b.words(&wanted);
-        launch!(b.gpu, kernels.top_candidates, (5, 1, 1), 1024, 0; out, broken, at, wanted_at, vocab as i32)
-            .unwrap();
-        let got: Vec<u32> = b.read(DType::F32, out, 5 * 128).iter().map(|x| x.to_bits()).collect();
-        let broken: Vec<u32> = b.read(DType::F32, broken, 5).iter().map(|x| x.to_bits()).collect();
-        assert_eq!(broken, [vocab as u32, vocab as u32, vocab as u32, vocab as u32, last as u32]);
-        for row in 0..4 {
-            let mut order: Vec<u32> = (0..vocab as u32).collect();
-            let x = &logits[row];
-            order.sort_by(|a, b| x[*b as usize].partial_cmp(&x[*a as usize]).unwrap().then(a.cmp(b)));
-            order.truncate(wanted[row] as usize);
-            let pairs = got[row * 128..].as_chunks::<2>().0.iter().take(order.len());
-            let (tokens, values): (Vec<u32>, Vec<f32>) = pairs.map(|[t, x]| (*t, f32::from_bits(*x))).unzip();
-            assert_eq!(tokens, order, "row {row} of {vocab}");
-            assert!(values.iter().zip(&order).all(|(v, t)| *v == x[*t as usize]));
-        }
-    }
-}
