@@ -42,8 +42,8 @@ macro_rules! kernels {
             $(pub $name: CudaFunction,)*
             /// By format of the weights (as [`weight_number`] counts), then for 1, 2, 4 and 8 rows.
             pub matvec: [[CudaFunction; 4]; 5],
-            /// By quantized format, then for 16, 32 and 64 rows.
-            pub tiles: [[CudaFunction; 3]; 2],
+            /// By quantized format, then for 16, 32 and 64 rows, where a GPU's shared memory has room.
+            pub tiles: [[Option<CudaFunction>; 3]; 2],
             /// On the tensor cores, which f32 does without.
             pub tensor: Option<TensorKernels>,
         }
@@ -51,7 +51,6 @@ macro_rules! kernels {
         impl Kernels {
             pub fn load(
                 module: &Arc<CudaModule>,
-                capability: (i32, i32),
                 element: DType,
                 head_dim: usize,
             ) -> Result<Self, DriverError> {
@@ -64,8 +63,8 @@ macro_rules! kernels {
                 let tiles = |format: &str| {
                     let load = |rows: usize| {
                         let function = module.load_function(&format!("tile_{format}_{rows}"))?;
-                        allow_shared(&function, tile_bytes(capability, format == "int4", rows))?;
-                        Ok::<_, DriverError>(function)
+                        // GPUs with little shared memory do without.
+                        Ok::<_, DriverError>(allow_shared(&function, tile_bytes(format == "int4", rows)).ok().map(|()| function))
                     };
                     Ok::<_, DriverError>([load(16)?, load(32)?, load(64)?])
                 };
@@ -124,16 +123,19 @@ impl TileAttention {
 /// Most bytes of shared memory for a row that its product holds there.
 pub(crate) const ONE_ROW_BYTES: u32 = 72 << 10;
 
-/// Bytes of shared memory for a product of quantized weights with up to so many rows, `WarpShared` of `product.cu` eight
-/// times; or the sums of eight warps, if they are more.
-pub(crate) fn tile_bytes(capability: (i32, i32), int4: bool, rows: usize) -> u32 {
-    let (outputs, groups, warps) = (32, 4, 8);
-    // GPUs with 100 KB of shared memory for each multiprocessor have room for two steps.
-    let steps = if matches!(capability, (8, 6 | 9) | (12, _)) { 2 } else { 3 };
-    let weights = steps * outputs * (groups * if int4 { 16 } else { 32 } + 16);
-    let second = if int4 { groups } else { 1 };
-    let factors = (groups + second) * (outputs + rows) * 4;
-    (warps * (weights + factors).max(rows * outputs * 4)) as u32
+/// Elements of a row that a warp of `tile_*` takes at a time; rows are whole steps.
+pub(crate) const TILE_STEP: usize = 128;
+
+/// Bytes of shared memory for a product of quantized weights with up to so many rows, `TileShared` of `product.cu`.
+pub(crate) fn tile_bytes(int4: bool, rows: usize) -> u32 {
+    let (outputs, groups, warps, float) = (32, TILE_STEP / 32, 4, 4);
+    let (weight, x) =
+        if int4 { (TILE_STEP / 2 + 16, TILE_STEP + 32) } else { (TILE_STEP + 16, TILE_STEP + 16) };
+    let sums = if int4 { rows } else { 1 };
+    let step = outputs * weight + rows * x + (rows + sums) * groups * float;
+    let depth = if rows == 16 { 3 } else { 2 };
+    let factors = (warps + if int4 { warps } else { 1 }) * outputs * groups * float;
+    (warps * depth * step + factors + warps * rows * outputs * float) as u32
 }
 
 /// Positions that a block of `attention_prefill` and `attention_decode` takes at a time.

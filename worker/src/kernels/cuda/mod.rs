@@ -293,7 +293,7 @@ impl Gpu {
     pub fn kernels(&self, element: DType, head_dim: usize) -> Result<Kernels, CudaError> {
         let module = self.module(element, head_dim)?;
         let _turn = gate::changing();
-        Kernels::load(&module, self.capability, element, head_dim).doing("finding a kernel")
+        Kernels::load(&module, element, head_dim).doing("finding a kernel")
     }
 
     /// Makes the kernels for several widths of heads ready, those that have to be compiled at once.

@@ -10,8 +10,8 @@ use strata_proto::{DType, Format, Quantization};
 use super::{
     CudaError, Gemm, Gpu,
     launch::{
-        Bytes, Kernels, ONE_ROW_BYTES, RawMatrix, RawNorm, RawProduct, element_number, follow, launch,
-        tile_bytes,
+        Bytes, Kernels, ONE_ROW_BYTES, RawMatrix, RawNorm, RawProduct, TILE_STEP, element_number, follow,
+        launch, tile_bytes,
     },
     memory::Ptr,
 };
@@ -21,14 +21,15 @@ use crate::kernels::cpu::{norm::Act, quant::GROUP};
 const MATVEC_ROWS: usize = 8;
 /// Threads of a block of `matvec_*`: a warp per two outputs.
 const MATVEC_THREADS: u32 = 256;
-/// Blocks of `matvec_*_1` on a multiprocessor at a time: they take turns at the outputs.
-const ONE_ROW_BLOCKS: u32 = 3;
+/// Blocks of `matvec_*_1` on a multiprocessor at a time, and warps of each: they take turns at the outputs.
+const ONE_ROW_BLOCKS: u32 = 2;
+const ONE_ROW_WARPS: usize = 8;
 /// Rows and outputs of a block of `tile_dense`, and its threads.
 const DENSE_TILE: usize = 64;
 const DENSE_THREADS: u32 = 128;
 /// Outputs of a block of `tile_int8_*` and `tile_int4_*`, its threads, and the most rows.
 const TILE_OUTPUTS: usize = 32;
-const TILE_THREADS: u32 = 256;
+const TILE_THREADS: u32 = 128;
 const TILE_ROWS: usize = 64;
 /// Bytes of one turn of quantized weights into elements: small enough to be read again before it has left the cache.
 const UNPACKED: u64 = 64 << 20;
@@ -38,7 +39,8 @@ const UNPACKED: u64 = 64 << 20;
 fn few_rows(format: Format) -> usize {
     match format {
         Format::Float(DType::F32) => 8,
-        Format::Float(DType::BF16 | DType::F16) | Format::Quantized(_) => 2,
+        Format::Float(DType::BF16 | DType::F16) => 1,
+        Format::Quantized(_) => 2,
     }
 }
 
@@ -228,7 +230,16 @@ pub(crate) struct Linear<'a> {
 impl Gpu {
     /// Whether a product of one row takes a norm of the row itself.
     pub fn norms(&self, weight: &Matrix, element: DType, rows: usize) -> bool {
-        rows == 1 && Self::one_row_bytes(weight, element) <= ONE_ROW_BYTES
+        rows == 1 && Self::holds_row(weight, element)
+    }
+
+    /// Whether shared memory holds a row, and weights are read in packs of 16 bytes.
+    fn holds_row(weight: &Matrix, element: DType) -> bool {
+        let packs = match weight.format {
+            Format::Float(dtype) => weight.k.is_multiple_of(16 / dtype.size() as usize),
+            Format::Quantized(_) => true,
+        };
+        packs && Self::one_row_bytes(weight, element) <= ONE_ROW_BYTES
     }
 
     /// Bytes of shared memory for a row.
@@ -244,7 +255,7 @@ impl Gpu {
     pub fn linear(&self, kernels: &Kernels, element: DType, call: &Linear<'_>) -> Result<(), CudaError> {
         let Linear { weight, rows, grouped, .. } = call;
         let rows_each = grouped.map_or(*rows, |g| g.groups.rows_each);
-        if rows_each <= 1 && Self::one_row_bytes(weight, element) <= ONE_ROW_BYTES {
+        if rows_each <= 1 && Self::holds_row(weight, element) {
             return self.one_row(kernels, element, call);
         }
         if matches!(weight.format, Format::Quantized(_)) {
@@ -258,7 +269,9 @@ impl Gpu {
         }
         let aligned = |stride: usize| stride.is_multiple_of(8);
         match (weight.format, grouped, &kernels.tensor) {
-            (Format::Quantized(quantization), ..) => self.tile(kernels, quantization, call, rows_each),
+            (Format::Quantized(quantization), ..) if weight.k.is_multiple_of(TILE_STEP) => {
+                self.tile(kernels, quantization, call, rows_each)
+            }
             (Format::Float(held), None, _) if held == element => self.around(kernels, element, call, |add| {
                 self.gemm(Self::gemm_of(element, call, weight.values, add))
             }),
@@ -384,8 +397,18 @@ impl Gpu {
     fn one_row(&self, kernels: &Kernels, element: DType, call: &Linear<'_>) -> Result<(), CudaError> {
         let function = &kernels.matvec[call.weight.number() as usize][0];
         let (y, z) = Self::row_blocks(call, 1);
-        let pairs = call.weight.n.div_ceil(2) as u32;
-        let blocks = pairs.div_ceil(MATVEC_THREADS / 32).min(ONE_ROW_BLOCKS * self.multiprocessors);
+        // Warps share out k if there is work for them; the others have outputs of their own, two pairs each.
+        let each = 32
+            * match call.weight.format {
+                Format::Float(dtype) => 16 / dtype.size() as usize,
+                Format::Quantized(Quantization::Int8) => 16,
+                Format::Quantized(Quantization::Int4) => 32,
+            };
+        let pieces = call.weight.k.div_ceil(each);
+        let share = 1 << pieces.clamp(1, ONE_ROW_WARPS).ilog2();
+        let pairs = call.weight.n.div_ceil(2);
+        let blocks = pairs.div_ceil(2 * ONE_ROW_WARPS / share) as u32;
+        let blocks = blocks.min(ONE_ROW_BLOCKS * self.multiprocessors);
         let shared = Self::one_row_bytes(call.weight, element);
         follow!(self, function, (blocks, y, z), MATVEC_THREADS, shared; self.raw(call, call.epilogue))
     }
@@ -407,15 +430,22 @@ impl Gpu {
     ) -> Result<(), CudaError> {
         let rows = rows_each.clamp(16, TILE_ROWS).next_power_of_two();
         let int4 = quantization == Quantization::Int4;
-        let function = &kernels.tiles[usize::from(int4)][(rows / 16).ilog2() as usize];
+        // The largest that a GPU has room for.
+        let tiles = kernels.tiles[usize::from(int4)].iter().zip([16, 32, 64]);
+        let fitting =
+            tiles.filter_map(|(tile, most)| Some((tile.as_ref()?, most))).filter(|(_, most)| *most <= rows);
+        let Some((function, rows)) = fitting.last() else {
+            return self.matvec(kernels, call, MATVEC_ROWS);
+        };
         let (y, z) = Self::row_blocks(call, rows);
-        // Of gates, half of a block's outputs are what they are for.
-        let each = if matches!(call.epilogue, Epilogue::Gated(_)) { TILE_OUTPUTS / 2 } else { TILE_OUTPUTS };
-        let outputs =
-            if matches!(call.epilogue, Epilogue::Gated(_)) { call.weight.n / 2 } else { call.weight.n };
-        let shared = tile_bytes(self.capability, int4, rows);
-        follow!(self, function, (outputs.div_ceil(each) as u32, y, z), TILE_THREADS, shared;
-            self.raw(call, call.epilogue))
+        // Of gates, half of a block's outputs are what they are for; blocks take turns.
+        let gated = matches!(call.epilogue, Epilogue::Gated(_));
+        let outputs = if gated { call.weight.n / 2 } else { call.weight.n };
+        let tiles = outputs.div_ceil(if gated { TILE_OUTPUTS / 2 } else { TILE_OUTPUTS }) as u32;
+        let at_once = if rows == TILE_ROWS { 1 } else { 2 };
+        let blocks = tiles.min((at_once * self.multiprocessors).div_ceil(y * z).max(1));
+        let shared = tile_bytes(int4, rows);
+        follow!(self, function, (blocks, y, z), TILE_THREADS, shared; self.raw(call, call.epilogue))
     }
 
     fn tile_dense(

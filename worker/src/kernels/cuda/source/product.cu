@@ -300,27 +300,133 @@ struct Staged {
     }
 };
 
-// Blocks take turns at the pairs of outputs, so that each stages the row once. While the kernel before still runs, the first
-// weights come nearer.
-template <class Weights, bool QUANTIZED>
-__device__ __forceinline__ void one_row(Product p, int row_bytes) {
-    __shared__ float scratch[WARP];
+// What a lane has of the weights of four outputs: 16 bytes of each, from element `at` of their rows on.
+template <class W>
+struct DensePiece {
+    static constexpr int COUNT = Pack<W>::COUNT;
+    Pack<W> weights[4];
+
+    __device__ __forceinline__ void load(const Product& p, const int (&outputs)[4], int at) {
+#pragma unroll
+        for (int r = 0; r < 4; r++) weights[r] = load16((const W*)p.weight.values + (size_t)outputs[r] * p.weight.k + at);
+    }
+
+    __device__ __forceinline__ void add(const Staged<false>& x, int at, float (&sum)[4]) const {
+        float wide[COUNT];
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) wide[i] = widen(x.elements[at + i]);
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) sum[r] = fmaf(widen(weights[r].at[i]), wide[i], sum[r]);
+    }
+};
+
+struct Int8Piece {
+    static constexpr int COUNT = 16;
+    int4 weights[4];
+    u16 factors[4];
+
+    __device__ __forceinline__ void load(const Product& p, const int (&outputs)[4], int at) {
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            size_t place = (size_t)outputs[r] * p.weight.k + at;
+            weights[r] = *(const int4*)(p.weight.values + place);
+            factors[r] = ((const u16*)p.weight.factors)[place / GROUP];
+        }
+    }
+
+    __device__ __forceinline__ void add(const Staged<true>& x, int at, float (&sum)[4]) const {
+        int4 row = *(const int4*)(x.bytes.values + at);
+        float scale = x.bytes.factors[at / GROUP];
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+            sum[r] = fmaf((float)dot16(weights[r], row, 0), half_to_float(factors[r]) * scale, sum[r]);
+    }
+};
+
+struct Int4Piece {
+    static constexpr int COUNT = 32;
+    int4 weights[4];
+    u32 factors[4];
+
+    __device__ __forceinline__ void load(const Product& p, const int (&outputs)[4], int at) {
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            size_t group = ((size_t)outputs[r] * p.weight.k + at) / GROUP;
+            weights[r] = *(const int4*)(p.weight.values + group * (GROUP / 2));
+            factors[r] = ((const u32*)p.weight.factors)[group];
+        }
+    }
+
+    __device__ __forceinline__ void add(const Staged<true>& x, int at, float (&sum)[4]) const {
+        const int4* row = (const int4*)(x.bytes.values + at);
+        int4 first = row[0], second = row[1];
+        float scale = x.bytes.factors[at / GROUP], total = x.bytes.sums[at / GROUP];
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            int4 w = weights[r];
+            int dot = __dp4a(w.x & 0x0f0f0f0f, first.x, __dp4a((w.x >> 4) & 0x0f0f0f0f, first.y, 0));
+            dot = __dp4a(w.y & 0x0f0f0f0f, first.z, __dp4a((w.y >> 4) & 0x0f0f0f0f, first.w, dot));
+            dot = __dp4a(w.z & 0x0f0f0f0f, second.x, __dp4a((w.z >> 4) & 0x0f0f0f0f, second.y, dot));
+            dot = __dp4a(w.w & 0x0f0f0f0f, second.z, __dp4a((w.w >> 4) & 0x0f0f0f0f, second.w, dot));
+            float factor = half_to_float((u16)factors[r]), least = half_to_float((u16)(factors[r] >> 16));
+            sum[r] += (float)dot * (factor * scale) + least * total;
+        }
+    }
+};
+
+#define ONE_ROW_WARPS 8
+
+// One row by a block of eight warps, which holds it in shared memory. As many warps as there is work for share out k, the
+// others are further groups of outputs; each warp has four outputs, two pairs. Blocks take turns at the outputs, and ask for
+// the next weights before they sum up: the first ones while the kernel before still runs.
+template <class Piece, bool QUANTIZED>
+__device__ __forceinline__ void one_row(Product p) {
+    __shared__ float scratch[WARP], partial[2][ONE_ROW_WARPS][4];
+    constexpr int EACH = WARP * Piece::COUNT, AHEAD = 2;
     let_next_come();
-    int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int n = p.weight.n, k = p.weight.k, half = n / 2;
     bool gated = p.epilogue == GATED;
-    int pairs = gated ? half : (n + 1) / 2, pair = blockIdx.x * warps + threadIdx.x / WARP;
-    if (!p.tasks && pair < pairs && lane * 128 < row_bytes) {
-        const u8* first = p.weight.values + lane * 128;
-        prefetch(first + (size_t)(gated ? pair : 2 * pair) * row_bytes);
-        prefetch(first + (size_t)(gated ? pair + half : min(2 * pair + 1, n - 1)) * row_bytes);
+    int pairs = gated ? half : (n + 1) / 2, pieces = (k + EACH - 1) / EACH;
+    // As `ONE_ROW_WARPS` of product.rs.
+    int share = pieces >= 8 ? 8 : pieces >= 4 ? 4 : pieces >= 2 ? 2 : 1;
+    int groups = ONE_ROW_WARPS / share, group = warp / share, chunks = (pieces + share - 1) / share;
+    int tiles = (pairs + 2 * groups - 1) / (2 * groups);
+    int first_at = (warp % share * WARP + lane) * Piece::COUNT, step_at = share * EACH;
+    auto first_of = [&](int pair) { return gated ? pair : 2 * pair; };
+    auto second_of = [&](int pair) { return gated ? pair + half : min(2 * pair + 1, n - 1); };
+
+    Piece held[AHEAD];
+    int next_tile = blockIdx.x, next_chunk = 0;
+    auto load = [&](Piece& piece) {
+        int at = first_at + next_chunk * step_at, pair = (next_tile * groups + group) * 2;
+        if (next_tile < tiles && at < k) {
+            int one = min(pair, pairs - 1), other = min(pair + 1, pairs - 1);
+            const int outputs[4] = {first_of(one), second_of(one), first_of(other), second_of(other)};
+            piece.load(p, outputs, at);
+        }
+        if (++next_chunk == chunks) {
+            next_chunk = 0;
+            next_tile += gridDim.x;
+        }
+    };
+    bool alone = !p.tasks;
+    if (alone) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) load(held[i]);
     }
     wait_for_previous();
-    Task span = rows_of_block(p, 1);
-    if (span.count <= 0) return;
-    p = of_expert(p, span.expert);
-    int row = target_row(p, span.first);
-    const T* x = p.x + (size_t)source_row(p, span.first) * p.x_stride;
+    Task task = rows_of_block(p, 1);
+    if (task.count <= 0) return;
+    if (!alone) {
+        p = of_expert(p, task.expert);
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) load(held[i]);
+    }
+    int row = target_row(p, task.first);
+    const T* x = p.x + (size_t)source_row(p, task.first) * p.x_stride;
     Staged<QUANTIZED> staged;
     if constexpr (QUANTIZED) {
         staged.bytes.values = (signed char*)dynamic_shared;
@@ -332,67 +438,80 @@ __device__ __forceinline__ void one_row(Product p, int row_bytes) {
     if (p.norm.weight) {
         norm_row(x, p.norm, k, scratch, staged);
     } else if (k % PACK == 0 && p.x_stride % PACK == 0) {
-        for (int base = threadIdx.x / WARP * WARP * PACK; base < k; base += blockDim.x * PACK) {
-            int i = base + lane * PACK;
-            Pack<T> pack = {};
-            if (i < k) pack = load16(x + i);
-            float values[PACK];
+        constexpr int STAGED = 2;
+        for (int base = warp * WARP * PACK; base < k; base += STAGED * ONE_ROW_WARPS * WARP * PACK) {
+            Pack<T> packs[STAGED];
 #pragma unroll
-            for (int e = 0; e < PACK; e++) values[e] = widen(pack.at[e]);
-            staged(i, values, i < k);
+            for (int s = 0; s < STAGED; s++) {
+                int i = base + s * ONE_ROW_WARPS * WARP * PACK + lane * PACK;
+                packs[s] = {};
+                if (i < k) packs[s] = load16(x + i);
+            }
+#pragma unroll
+            for (int s = 0; s < STAGED; s++) {
+                int i = base + s * ONE_ROW_WARPS * WARP * PACK;
+                if (i >= k) break;
+                float values[PACK];
+#pragma unroll
+                for (int e = 0; e < PACK; e++) values[e] = widen(packs[s].at[e]);
+                staged(i + lane * PACK, values, i + lane * PACK < k);
+            }
         }
     } else {
-        for (int base = threadIdx.x / WARP * WARP; base < k; base += blockDim.x) {
+        for (int base = warp * WARP; base < k; base += ONE_ROW_WARPS * WARP) {
             int i = base + lane;
             float value[1] = {i < k ? widen(x[i]) : 0.0f};
             staged(i, value, i < k);
         }
     }
     __syncthreads();
-    if constexpr (QUANTIZED) {
-        p.bytes = staged.bytes;
-    } else {
-        p.x = staged.elements;
-        // Rows of one are at any distance: one that does not keep weights from being read in packs.
-        p.x_stride = 0;
-    }
-    const float* bias = p.bias;
-    const int sources[1] = {0};
-    for (; pair < pairs; pair += gridDim.x * warps) {
-        int outputs[2] = {gated ? pair : 2 * pair, gated ? pair + half : min(2 * pair + 1, n - 1)};
-        float sum[2][1] = {};
-        Weights::sums(p, outputs, sources, sum);
-        sum[0][0] = warp_sum(sum[0][0]);
-        sum[1][0] = warp_sum(sum[1][0]);
-        if (lane != 0) continue;
-        if (gated) {
-            float gate = sum[0][0] + (bias ? bias[outputs[0]] : 0.0f), up = sum[1][0] + (bias ? bias[outputs[1]] : 0.0f);
-            ((T*)p.out)[(size_t)row * p.out_stride + pair] = narrowed(activate_inline(p.act, gate) * up);
-        } else {
-            put(p, row, outputs[0], sum[0][0]);
-            if (2 * pair + 1 < n) put(p, row, outputs[1], sum[1][0]);
+    float sum[4] = {};
+    int tile = blockIdx.x, chunk = 0, turn = 0;
+    while (tile < tiles) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            if (tile >= tiles) break;
+            int at = first_at + chunk * step_at;
+            if (at < k) held[i].add(staged, at, sum);
+            load(held[i]);
+            if (++chunk < chunks) continue;
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                sum[r] = warp_sum(sum[r]);
+                if (lane == 0) partial[turn][warp][r] = sum[r];
+                sum[r] = 0.0f;
+            }
+            __syncthreads();
+            if (threadIdx.x < 2 * groups) {
+                int from = threadIdx.x / 2 * share, side = threadIdx.x % 2 * 2, pair = tile * 2 * groups + threadIdx.x;
+                float first = 0.0f, second = 0.0f;
+                for (int w = from; w < from + share; w++) {
+                    first += partial[turn][w][side];
+                    second += partial[turn][w][side + 1];
+                }
+                if (pair < pairs && gated) {
+                    float gate = first + (p.bias ? p.bias[pair] : 0.0f), up = second + (p.bias ? p.bias[pair + half] : 0.0f);
+                    ((T*)p.out)[(size_t)row * p.out_stride + pair] = narrowed(activate_inline(p.act, gate) * up);
+                } else if (pair < pairs) {
+                    put(p, row, 2 * pair, first);
+                    if (2 * pair + 1 < n) put(p, row, 2 * pair + 1, second);
+                }
+            }
+            // What is written there next comes after another meeting of all warps.
+            turn ^= 1;
+            chunk = 0;
+            tile += gridDim.x;
         }
     }
 }
 
-#define ONE_ROW(NAME, QUANTIZED, BYTES, ...) \
-    extern "C" __global__ void __launch_bounds__(256, 3) NAME(Product p) { one_row<__VA_ARGS__, QUANTIZED>(p, BYTES); }
-ONE_ROW(matvec_f32_1, false, p.weight.k * 4, Dense<float, 1>)
-ONE_ROW(matvec_bf16_1, false, p.weight.k * 2, Dense<bf16, 1>)
-ONE_ROW(matvec_f16_1, false, p.weight.k * 2, Dense<f16, 1>)
-ONE_ROW(matvec_int8_1, true, p.weight.k, Int8<1>)
-ONE_ROW(matvec_int4_1, true, p.weight.k / 2, Int4<1>)
-
-// Rows of x as bytes. One warp per group.
-extern "C" __global__ void quantize_rows(Bytes out, const T* x, int x_stride, int k, int rows) {
-    follow();
-    int groups = k / GROUP;
-    int task = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    if (task >= rows * groups) return;
-    int row = task / groups, group = task % groups;
-    float value[1] = {widen(x[(size_t)row * x_stride + group * GROUP + lane])};
-    group_bytes(out, (size_t)task * GROUP + lane, value, true);
-}
+#define ONE_ROW(NAME, QUANTIZED, ...) \
+    extern "C" __global__ void __launch_bounds__(WARP * ONE_ROW_WARPS, 2) NAME(Product p) { one_row<__VA_ARGS__, QUANTIZED>(p); }
+ONE_ROW(matvec_f32_1, false, DensePiece<float>)
+ONE_ROW(matvec_bf16_1, false, DensePiece<bf16>)
+ONE_ROW(matvec_f16_1, false, DensePiece<f16>)
+ONE_ROW(matvec_int8_1, true, Int8Piece)
+ONE_ROW(matvec_int4_1, true, Int4Piece)
 
 // Rows first to first + count of quantized weights as elements of T: out (count, k). A thread turns 16 bytes.
 template <bool INT4>
@@ -436,223 +555,237 @@ extern "C" __global__ void dequantize_int4(T* out, Matrix weight, int first, int
 
 // --- on the tensor cores ---
 
-// Quantized weights and up to 64 rows: 32 outputs per block, whose warps share out k. Weights are the left operand (16
-// outputs), rows the right one (8 rows). Of four lanes, t takes bytes 4 t and 16 + 4 t of each group; where weights are half
-// bytes, bytes 8 t and 8 t + 4, which a word holds: a product sums over k in any order.
+// Quantized weights and up to 64 rows, of whole steps: 32 outputs per block, whose warps share out k; blocks take turns at the
+// outputs. Weights are the left operand (16 outputs), rows the right one (8 rows). Of four lanes, t takes bytes 4 t and
+// 16 + 4 t of each group; where weights are half bytes, bytes 8 t and 8 t + 4, which a word holds: a product sums over k in any
+// order.
 #define TILE_OUTPUTS 32
-#define TILE_WARPS 8
-// Groups that a warp has in shared memory at a time, and how many such steps are under way.
+#define TILE_WARPS 4
+// Groups that a warp takes at a time.
 #define STEP_GROUPS 4
-#if __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
-#define STEPS 2
-#else
-#define STEPS 3
-#endif
+#define STEP_ELEMENTS (STEP_GROUPS * GROUP)
 
-template <bool INT4>
+// What a warp has in shared memory of one step, on its way or there. Distances from row to row let the lanes of a fragment
+// meet all banks.
+template <bool INT4, int ROWS>
 struct Step {
-    static constexpr int BYTES = STEP_GROUPS * (INT4 ? GROUP / 2 : GROUP);
-    // From output to output: lanes of a fragment meet all banks.
-    static constexpr int STRIDE = BYTES + 16;
-    static constexpr int SIZE = TILE_OUTPUTS * STRIDE;
+    static constexpr int BYTES = INT4 ? STEP_ELEMENTS / 2 : STEP_ELEMENTS, STRIDE = BYTES + 16;
+    static constexpr int X_STRIDE = STEP_ELEMENTS + (INT4 ? 32 : 16);
+    u8 weights[TILE_OUTPUTS][STRIDE];
+    u8 x[ROWS][X_STRIDE];
+    float x_factor[ROWS][STEP_GROUPS];
+    float x_sum[INT4 ? ROWS : 1][STEP_GROUPS];
 };
 
-// What a warp has in shared memory: steps of weights, and the factors of one step.
 template <bool INT4, int ROWS>
-struct WarpShared {
-    u8 weights[STEPS][Step<INT4>::SIZE];
-    float w_factor[STEP_GROUPS][TILE_OUTPUTS], w_least[INT4 ? STEP_GROUPS : 1][TILE_OUTPUTS];
-    float x_factor[STEP_GROUPS][ROWS], x_sum[INT4 ? STEP_GROUPS : 1][ROWS];
+struct TileShared {
+    // Steps under way.
+    static constexpr int DEPTH = ROWS == 16 ? 3 : 2;
+    Step<INT4, ROWS> steps[TILE_WARPS][DEPTH];
+    float w_factor[TILE_WARPS][TILE_OUTPUTS][STEP_GROUPS], w_least[INT4 ? TILE_WARPS : 1][TILE_OUTPUTS][STEP_GROUPS];
+    float sums[TILE_WARPS][ROWS][TILE_OUTPUTS];
 };
 
 template <bool INT4, int ROWS>
 __device__ __forceinline__ void tile_quantized(Product p) {
-    typedef WarpShared<INT4, ROWS> Shared;
-    typedef Step<INT4> S;
-    constexpr int COLUMNS = ROWS / 8, LANE_ROWS = (ROWS + WARP - 1) / WARP;
+    typedef TileShared<INT4, ROWS> Shared;
+    typedef Step<INT4, ROWS> S;
+    constexpr int COLUMNS = ROWS / 8, DEPTH = Shared::DEPTH;
     follow();
     Task span = rows_of_block(p, ROWS);
     if (span.count <= 0) return;
     p = of_expert(p, span.expert);
+    Shared& s = *(Shared*)dynamic_shared;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    Shared& s = ((Shared*)dynamic_shared)[warp];
-    int n = p.weight.n, k = p.weight.k, groups = k / GROUP, half = n / 2;
+    int n = p.weight.n, k = p.weight.k, groups = k / GROUP, half = n / 2, steps = k / STEP_ELEMENTS;
     bool gated = p.epilogue == GATED;
-    // Of gated products, the first 16 are gates and the others what they are for.
-    int first_output = blockIdx.x * (gated ? TILE_OUTPUTS / 2 : TILE_OUTPUTS);
-    auto output_of = [&](int r) { return gated && r >= 16 ? half + first_output + r - 16 : first_output + r; };
-    int outputs_left = gated ? half - first_output : n - first_output;
-    auto there = [&](int r) { return (gated ? r % 16 : r) < outputs_left; };
-    const u8* weights = p.weight.values;
-    const u8* factors = p.weight.factors;
-    int row_bytes = INT4 ? k / 2 : k, steps = (groups + STEP_GROUPS - 1) / STEP_GROUPS;
-
-    size_t my_output = output_of(lane), my_row[LANE_ROWS];
-    bool my_output_there = there(lane);
-#pragma unroll
-    for (int i = 0; i < LANE_ROWS; i++)
-        my_row[i] = source_row(p, span.first + min(i * WARP + lane, span.count - 1));
-    const signed char* x[COLUMNS];
-#pragma unroll
-    for (int j = 0; j < COLUMNS; j++)
-        x[j] = p.bytes.values + (size_t)source_row(p, span.first + min(j * 8 + g, span.count - 1)) * k + t * (INT4 ? 8 : 4);
-
-    auto rows_at = [&](int j, int group) {
-        const signed char* at = x[j] + (size_t)group * GROUP;
-        return INT4 ? *(const uint2*)at : make_uint2(*(const u32*)at, *(const u32*)(at + 16));
+    // Of gated products, the first 16 outputs of a tile are gates and the others what they are for.
+    int wide = gated ? TILE_OUTPUTS / 2 : TILE_OUTPUTS, outputs = gated ? half : n, tiles = (outputs + wide - 1) / wide;
+    auto output_of = [&](int tile, int r) {
+        int output = min(tile * wide + (gated ? r % 16 : r), outputs - 1);
+        return gated && r >= 16 ? half + output : output;
     };
-    auto fetch = [&](int step, int slot) {
-        constexpr int PIECES_OF_ROW = S::BYTES / 16;
-#pragma unroll
-        for (int i = 0; i < TILE_OUTPUTS * PIECES_OF_ROW / WARP; i++) {
-            int piece = i * WARP + lane, r = piece / PIECES_OF_ROW, at = step * S::BYTES + piece % PIECES_OF_ROW * 16;
-            bool in_range = there(r) && at < row_bytes;
-            const u8* from = in_range ? weights + (size_t)output_of(r) * row_bytes + at : weights;
-            copy_async16(s.weights[slot] + r * S::STRIDE + piece % PIECES_OF_ROW * 16, from, in_range);
+    // Pieces of 16 bytes that each lane copies, and those of a row.
+    constexpr int X_PIECES = ROWS * STEP_ELEMENTS / 16 / WARP, W_PIECES = TILE_OUTPUTS * S::BYTES / 16 / WARP;
+    constexpr int IN_X_ROW = STEP_ELEMENTS / 16, IN_W_ROW = S::BYTES / 16;
+    // Lanes keep where the rows are, two each if there are more than lanes.
+    u32 source = source_row(p, span.first + min(lane, span.count - 1)), source_2 = 0;
+    if (ROWS > WARP) source_2 = source_row(p, span.first + min(lane + WARP, span.count - 1));
+    const int row_bytes = INT4 ? k / 2 : k;
+
+    // A warp's steps of a tile are every fourth one.
+    int next_tile = blockIdx.x, next_step = warp;
+    // Four factors of an output, of the step that comes next.
+    uint4 next_factors = make_uint4(0, 0, 0, 0);
+    auto fetch = [&](S& to) {
+        if (next_step >= steps) {
+            next_tile += gridDim.x;
+            next_step = warp;
         }
-    };
-    // A lane's share of a step's factors.
-    float w_factor[STEP_GROUPS], w_least[STEP_GROUPS], x_factor[LANE_ROWS][STEP_GROUPS], x_sum[LANE_ROWS][STEP_GROUPS];
-    auto fetch_factors = [&](int step) {
+        if (next_tile < tiles && next_step < steps) {
 #pragma unroll
-        for (int i = 0; i < STEP_GROUPS; i++) {
-            int group = step * STEP_GROUPS + i;
-            bool is = group < groups;
-            size_t w = my_output * groups + group;
-            if constexpr (INT4) {
-                u32 both = is && my_output_there ? ((const u32*)factors)[w] : 0;
-                w_factor[i] = half_to_float((u16)both);
-                w_least[i] = half_to_float((u16)(both >> 16));
-            } else {
-                w_factor[i] = half_to_float(is && my_output_there ? ((const u16*)factors)[w] : (u16)0);
+            for (int i = 0; i < W_PIECES; i++) {
+                int r = i * (WARP / IN_W_ROW) + lane / IN_W_ROW, at = lane % IN_W_ROW * 16;
+                const u8* from = p.weight.values + (size_t)output_of(next_tile, r) * row_bytes + next_step * S::BYTES + at;
+                copy_async16(to.weights[r] + at, from, true);
             }
 #pragma unroll
-            for (int r = 0; r < LANE_ROWS; r++) {
-                x_factor[r][i] = is ? p.bytes.factors[my_row[r] * groups + group] : 0.0f;
-                if (INT4) x_sum[r][i] = is ? p.bytes.sums[my_row[r] * groups + group] : 0.0f;
+            for (int i = 0; i < X_PIECES; i++) {
+                int r = i * (WARP / IN_X_ROW) + lane / IN_X_ROW, at = lane % IN_X_ROW * 16;
+                size_t from = __shfl_sync(FULL, r < WARP ? source : source_2, r % WARP);
+                copy_async16(to.x[r] + at, p.bytes.values + from * k + next_step * STEP_ELEMENTS + at, true);
             }
+            size_t at = (size_t)source * groups + next_step * STEP_GROUPS;
+            if (lane < ROWS) {
+                copy_async16(to.x_factor[lane], p.bytes.factors + at, true);
+                if (INT4) copy_async16(to.x_sum[lane], p.bytes.sums + at, true);
+            }
+            if constexpr (ROWS > WARP) {
+                at = (size_t)source_2 * groups + next_step * STEP_GROUPS;
+                copy_async16(to.x_factor[lane + WARP], p.bytes.factors + at, true);
+                if (INT4) copy_async16(to.x_sum[lane + WARP], p.bytes.sums + at, true);
+            }
+            next_step += TILE_WARPS;
         }
-    };
-
-    float acc[2][COLUMNS][4] = {};
-    fetch_factors(warp);
-#pragma unroll
-    for (int i = 0; i < STEPS - 1; i++) {
-        if (warp + i * TILE_WARPS < steps) fetch(warp + i * TILE_WARPS, i);
         copy_async_commit();
-    }
+    };
+    auto fetch_factors = [&](int tile, int step) {
+        size_t at = (size_t)output_of(tile, lane) * groups + step * STEP_GROUPS;
+        if constexpr (INT4) {
+            next_factors = *(const uint4*)(p.weight.factors + at * 4);
+        } else {
+            uint2 both = *(const uint2*)(p.weight.factors + at * 2);
+            next_factors.x = both.x;
+            next_factors.y = both.y;
+        }
+    };
+
+    if (warp < steps) fetch_factors(blockIdx.x, warp);
+#pragma unroll
+    for (int i = 0; i < DEPTH - 1; i++) fetch(s.steps[warp][i]);
     int slot = 0;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        float acc[2][COLUMNS][4] = {};
 #pragma unroll 1
-    for (int step = warp; step < steps; step += TILE_WARPS) {
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < STEP_GROUPS; i++) {
-            s.w_factor[i][lane] = w_factor[i];
-            if (INT4) s.w_least[i][lane] = w_least[i];
-#pragma unroll
-            for (int r = 0; r < LANE_ROWS; r++)
-                if (r * WARP + lane < ROWS) {
-                    s.x_factor[i][r * WARP + lane] = x_factor[r][i];
-                    if (INT4) s.x_sum[i][r * WARP + lane] = x_sum[r][i];
-                }
-        }
-        int ahead = step + (STEPS - 1) * TILE_WARPS;
-        if (ahead < steps) fetch(ahead, (slot + STEPS - 1) % STEPS);
-        copy_async_commit();
-        if (step + TILE_WARPS < steps) fetch_factors(step + TILE_WARPS);
-        uint2 b[COLUMNS];
-#pragma unroll
-        for (int j = 0; j < COLUMNS; j++) b[j] = rows_at(j, step * STEP_GROUPS);
-        copy_async_wait<STEPS - 1>();
-        __syncwarp();
-        const u8* held = s.weights[slot];
-#pragma unroll
-        for (int i = 0; i < STEP_GROUPS; i++) {
-            int group = step * STEP_GROUPS + i;
-            if (group >= groups) break;
-            u32 a[2][4];
-            float wf[2][2], wl[2][2];
-#pragma unroll
-            for (int f = 0; f < 2; f++) {
-                if constexpr (INT4) {
-                    const u8* at = held + (f * 16 + g) * S::STRIDE + i * 16 + t * 4;
-                    u32 low = *(const u32*)at, high = *(const u32*)(at + 8 * S::STRIDE);
-                    a[f][0] = low & 0x0f0f0f0f;
-                    a[f][1] = high & 0x0f0f0f0f;
-                    a[f][2] = low >> 4 & 0x0f0f0f0f;
-                    a[f][3] = high >> 4 & 0x0f0f0f0f;
-                } else {
-                    ldmatrix4(a[f], held + (f * 16 + lane % 16) * S::STRIDE + i * 32 + lane / 16 * 16);
-                }
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    wf[f][h] = s.w_factor[i][f * 16 + g + h * 8];
-                    if (INT4) wl[f][h] = s.w_least[i][f * 16 + g + h * 8];
-                }
+        for (int step = warp; step < steps; step += TILE_WARPS) {
+            // All lanes are done with the step before.
+            __syncwarp();
+            fetch(s.steps[warp][(slot + DEPTH - 1) % DEPTH]);
+            float4* factor = (float4*)s.w_factor[warp][lane];
+            if constexpr (INT4) {
+                *factor = make_float4(half_to_float((u16)next_factors.x), half_to_float((u16)next_factors.y),
+                                      half_to_float((u16)next_factors.z), half_to_float((u16)next_factors.w));
+                *(float4*)s.w_least[warp][lane] =
+                    make_float4(half_to_float((u16)(next_factors.x >> 16)), half_to_float((u16)(next_factors.y >> 16)),
+                                half_to_float((u16)(next_factors.z >> 16)), half_to_float((u16)(next_factors.w >> 16)));
+            } else {
+                *factor = make_float4(half_to_float((u16)next_factors.x), half_to_float((u16)(next_factors.x >> 16)),
+                                      half_to_float((u16)next_factors.y), half_to_float((u16)(next_factors.y >> 16)));
             }
-#pragma unroll
-            for (int j = 0; j < COLUMNS; j++) {
-                const u32 rows[2] = {b[j].x, b[j].y};
-                // The next group's rows come while this one is computed.
-                if (i + 1 < STEP_GROUPS && group + 1 < groups) b[j] = rows_at(j, group + 1);
-                float2 xf = *(const float2*)&s.x_factor[i][j * 8 + t * 2], xs;
-                if (INT4) xs = *(const float2*)&s.x_sum[i][j * 8 + t * 2];
+            bool last = step + TILE_WARPS >= steps;
+            if (!last || tile + gridDim.x < tiles) fetch_factors(last ? tile + gridDim.x : tile, last ? warp : step + TILE_WARPS);
+            copy_async_wait<DEPTH - 1>();
+            __syncwarp();
+            const S& held = s.steps[warp][slot];
+#pragma unroll(ROWS == 64 ? 1 : 2)
+            for (int i = 0; i < STEP_GROUPS; i++) {
+                u32 a[2][4];
+                float wf[2][2], wl[2][2];
 #pragma unroll
                 for (int f = 0; f < 2; f++) {
-                    int d[4];
-                    mma_s8(d, a[f], rows);
-                    acc[f][j][0] = fmaf((float)d[0], wf[f][0] * xf.x, acc[f][j][0]);
-                    acc[f][j][1] = fmaf((float)d[1], wf[f][0] * xf.y, acc[f][j][1]);
-                    acc[f][j][2] = fmaf((float)d[2], wf[f][1] * xf.x, acc[f][j][2]);
-                    acc[f][j][3] = fmaf((float)d[3], wf[f][1] * xf.y, acc[f][j][3]);
-                    if (INT4) {
-                        acc[f][j][0] = fmaf(wl[f][0], xs.x, acc[f][j][0]);
-                        acc[f][j][1] = fmaf(wl[f][0], xs.y, acc[f][j][1]);
-                        acc[f][j][2] = fmaf(wl[f][1], xs.x, acc[f][j][2]);
-                        acc[f][j][3] = fmaf(wl[f][1], xs.y, acc[f][j][3]);
+                    if constexpr (INT4) {
+                        u32 low = *(const u32*)(held.weights[f * 16 + g] + i * 16 + t * 4);
+                        u32 high = *(const u32*)(held.weights[f * 16 + g + 8] + i * 16 + t * 4);
+                        a[f][0] = low & 0x0f0f0f0f;
+                        a[f][1] = high & 0x0f0f0f0f;
+                        a[f][2] = low >> 4 & 0x0f0f0f0f;
+                        a[f][3] = high >> 4 & 0x0f0f0f0f;
+                    } else {
+                        ldmatrix4(a[f], held.weights[f * 16 + lane % 16] + i * 32 + lane / 16 * 16);
+                    }
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        wf[f][h] = s.w_factor[warp][f * 16 + g + h * 8][i];
+                        if (INT4) wl[f][h] = s.w_least[warp][f * 16 + g + h * 8][i];
+                    }
+                }
+#pragma unroll
+                for (int j = 0; j < COLUMNS; j += 2) {
+                    // Two columns of eight rows.
+                    u32 b[2][2];
+                    if constexpr (INT4) {
+#pragma unroll
+                        for (int c = 0; c < 2; c++) {
+                            uint2 both = *(const uint2*)(held.x[(j + c) * 8 + g] + i * 32 + t * 8);
+                            b[c][0] = both.x;
+                            b[c][1] = both.y;
+                        }
+                    } else {
+                        u32 four[4];
+                        ldmatrix4(four, held.x[(j + lane / 16) * 8 + lane % 8] + i * 32 + lane / 8 % 2 * 16);
+                        b[0][0] = four[0];
+                        b[0][1] = four[1];
+                        b[1][0] = four[2];
+                        b[1][1] = four[3];
+                    }
+#pragma unroll
+                    for (int c = 0; c < 2; c++) {
+                        int row = (j + c) * 8 + t * 2;
+                        float xf[2] = {held.x_factor[row][i], held.x_factor[row + 1][i]}, xs[2];
+                        if (INT4) {
+                            xs[0] = held.x_sum[row][i];
+                            xs[1] = held.x_sum[row + 1][i];
+                        }
+#pragma unroll
+                        for (int f = 0; f < 2; f++) {
+                            int d[4];
+                            mma_s8(d, a[f], b[c]);
+#pragma unroll
+                            for (int e = 0; e < 4; e++) {
+                                float& sum = acc[f][j + c][e];
+                                sum = fmaf((float)d[e], wf[f][e / 2] * xf[e % 2], sum);
+                                if (INT4) sum = fmaf(wl[f][e / 2], xs[e % 2], sum);
+                            }
+                        }
                     }
                 }
             }
+            slot = (slot + 1) % DEPTH;
         }
-        slot = (slot + 1) % STEPS;
+        // The warps' sums meet.
+#pragma unroll
+        for (int f = 0; f < 2; f++)
+#pragma unroll
+            for (int j = 0; j < COLUMNS; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) s.sums[warp][j * 8 + t * 2 + e % 2][f * 16 + g + e / 2 * 8] = acc[f][j][e];
+        __syncthreads();
+        auto sum_of = [&](int row, int r) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int w = 0; w < TILE_WARPS; w++) sum += s.sums[w][row][r];
+            return sum;
+        };
+        int rows = min(ROWS, span.count);
+        for (int i = threadIdx.x; i < rows * wide; i += TILE_WARPS * WARP) {
+            int row = i / wide, r = i % wide, output = tile * wide + r;
+            if (output >= outputs) continue;
+            int target = target_row(p, span.first + row);
+            if (gated) {
+                float gate = sum_of(row, r) + (p.bias ? p.bias[output] : 0.0f);
+                float up = sum_of(row, r + 16) + (p.bias ? p.bias[half + output] : 0.0f);
+                ((T*)p.out)[(size_t)target * p.out_stride + output] = narrowed(activate_inline(p.act, gate) * up);
+            } else {
+                put(p, target, output, sum_of(row, r));
+            }
+        }
+        __syncthreads();
     }
     copy_async_wait<0>();
-    // The warps' sums meet in shared memory, of which the weights are needed no longer.
-    __syncthreads();
-    float* sums = (float*)dynamic_shared;
-#pragma unroll
-    for (int f = 0; f < 2; f++)
-#pragma unroll
-        for (int j = 0; j < COLUMNS; j++)
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                int row = j * 8 + t * 2 + c % 2, r = f * 16 + g + c / 2 * 8;
-                sums[(warp * ROWS + row) * TILE_OUTPUTS + r] = acc[f][j][c];
-            }
-    __syncthreads();
-    auto sum_of = [&](int row, int r) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int w = 0; w < TILE_WARPS; w++) sum += sums[(w * ROWS + row) * TILE_OUTPUTS + r];
-        return sum;
-    };
-    const float* bias = p.bias;
-    int wide = gated ? TILE_OUTPUTS / 2 : TILE_OUTPUTS;
-    for (int i = threadIdx.x; i < ROWS * wide; i += TILE_WARPS * WARP) {
-        int row = i / wide, r = i % wide;
-        if (row >= span.count || r >= outputs_left) continue;
-        int target = target_row(p, span.first + row), output = first_output + r;
-        if (gated) {
-            float gate = sum_of(row, r) + (bias ? bias[output] : 0.0f), up = sum_of(row, r + 16) + (bias ? bias[half + output] : 0.0f);
-            ((T*)p.out)[(size_t)target * p.out_stride + output] = narrowed(activate(p.act, gate) * up);
-        } else {
-            put(p, target, output, sum_of(row, r));
-        }
-    }
 }
 
 #define TILE(NAME, ...) \
-    extern "C" __global__ void __launch_bounds__(TILE_WARPS * WARP, 1) NAME(Product p) { tile_quantized<__VA_ARGS__>(p); }
+    extern "C" __global__ void __launch_bounds__(TILE_WARPS * WARP, 2) NAME(Product p) { tile_quantized<__VA_ARGS__>(p); }
 TILE(tile_int8_16, false, 16)
 TILE(tile_int8_32, false, 32)
 TILE(tile_int8_64, false, 64)

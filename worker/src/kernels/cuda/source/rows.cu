@@ -59,13 +59,11 @@ template <class Put>
 __device__ __forceinline__ void norm_row(const T* from, const Norm& norm, int width, float* scratch, const Put& put) {
     const int stride = blockDim.x * PACK, first = threadIdx.x * PACK;
     if (width % PACK == 0 && width <= HELD * stride) {
-        float held[HELD][PACK];
+        Pack<T> held[HELD];
 #pragma unroll
         for (int h = 0; h < HELD; h++) {
-            Pack<T> pack = {};
-            if (h * stride + first < width) pack = load16(from + h * stride + first);
-#pragma unroll
-            for (int e = 0; e < PACK; e++) held[h][e] = widen(pack.at[e]);
+            held[h] = {};
+            if (h * stride + first < width) held[h] = load16(from + h * stride + first);
         }
         float mean = 0.0f;
         if (norm.centred) {
@@ -73,16 +71,18 @@ __device__ __forceinline__ void norm_row(const T* from, const Norm& norm, int wi
 #pragma unroll
             for (int h = 0; h < HELD; h++)
 #pragma unroll
-                for (int e = 0; e < PACK; e++) sum += held[h][e];
+                for (int e = 0; e < PACK; e++) sum += widen(held[h].at[e]);
             mean = block_sum(sum, scratch) / width;
         }
         float squares = 0.0f;
 #pragma unroll
         for (int h = 0; h < HELD; h++)
+            if (h * stride + first < width) {
 #pragma unroll
-            for (int e = 0; e < PACK; e++) {
-                held[h][e] = h * stride + first < width ? held[h][e] - mean : 0.0f;
-                squares = fmaf(held[h][e], held[h][e], squares);
+                for (int e = 0; e < PACK; e++) {
+                    float d = widen(held[h].at[e]) - mean;
+                    squares = fmaf(d, d, squares);
+                }
             }
         float factor = rsqrtf(block_sum(squares, scratch) / width + norm.epsilon);
 #pragma unroll
@@ -90,14 +90,13 @@ __device__ __forceinline__ void norm_row(const T* from, const Norm& norm, int wi
             // Warps leave together.
             if (h * stride + (int)(threadIdx.x / WARP) * WARP * PACK >= width) break;
             int i = h * stride + first;
-            if (i < width) {
+            float values[PACK];
 #pragma unroll
-                for (int e = 0; e < PACK; e++) {
-                    held[h][e] = held[h][e] * factor * norm.weight[i + e];
-                    if (norm.bias) held[h][e] += norm.bias[i + e];
-                }
+            for (int e = 0; e < PACK; e++) {
+                values[e] = (widen(held[h].at[e]) - mean) * factor * (i < width ? norm.weight[i + e] : 0.0f);
+                if (norm.bias && i < width) values[e] += norm.bias[i + e];
             }
-            put(i, held[h], i < width);
+            put(i, values, i < width);
         }
         return;
     }
