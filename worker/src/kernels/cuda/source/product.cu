@@ -513,6 +513,17 @@ ONE_ROW(matvec_f16_1, false, DensePiece<f16>)
 ONE_ROW(matvec_int8_1, true, Int8Piece)
 ONE_ROW(matvec_int4_1, true, Int4Piece)
 
+// Rows of x as bytes. One warp per group.
+extern "C" __global__ void quantize_rows(Bytes out, const T* x, int x_stride, int k, int rows) {
+    follow();
+    int groups = k / GROUP;
+    int task = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (task >= rows * groups) return;
+    int row = task / groups, group = task % groups;
+    float value[1] = {widen(x[(size_t)row * x_stride + group * GROUP + lane])};
+    group_bytes(out, (size_t)task * GROUP + lane, value, true);
+}
+
 // Rows first to first + count of quantized weights as elements of T: out (count, k). A thread turns 16 bytes.
 template <bool INT4>
 __device__ __forceinline__ void dequantize(T* out, const Matrix& weight, int first, int count) {
