@@ -126,9 +126,14 @@ pub(crate) const ONE_ROW_BYTES: u32 = 72 << 10;
 /// Elements of a row that a warp of `tile_*` takes at a time; rows are whole steps.
 pub(crate) const TILE_STEP: usize = 128;
 
+/// Warps of a block of `tile_*` for up to so many rows.
+pub(crate) fn tile_warps(rows: usize) -> usize {
+    if rows == 64 { 4 } else { 8 }
+}
+
 /// Bytes of shared memory for a product of quantized weights with up to so many rows, `TileShared` of `product.cu`.
 pub(crate) fn tile_bytes(int4: bool, rows: usize) -> u32 {
-    let (outputs, groups, warps, float) = (32, TILE_STEP / 32, 4, 4);
+    let (outputs, groups, warps, float) = (32, TILE_STEP / 32, tile_warps(rows), 4);
     let (weight, x) =
         if int4 { (TILE_STEP / 2 + 16, TILE_STEP + 32) } else { (TILE_STEP + 16, TILE_STEP + 16) };
     let sums = if int4 { rows } else { 1 };

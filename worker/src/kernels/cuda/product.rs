@@ -11,7 +11,7 @@ use super::{
     CudaError, Gemm, Gpu,
     launch::{
         Bytes, Kernels, ONE_ROW_BYTES, RawMatrix, RawNorm, RawProduct, TILE_STEP, element_number, follow,
-        launch, tile_bytes,
+        launch, tile_bytes, tile_warps,
     },
     memory::Ptr,
 };
@@ -27,9 +27,8 @@ const ONE_ROW_WARPS: usize = 8;
 /// Rows and outputs of a block of `tile_dense`, and its threads.
 const DENSE_TILE: usize = 64;
 const DENSE_THREADS: u32 = 128;
-/// Outputs of a block of `tile_int8_*` and `tile_int4_*`, its threads, and the most rows.
+/// Outputs of a block of `tile_int8_*` and `tile_int4_*`, and the most rows.
 const TILE_OUTPUTS: usize = 32;
-const TILE_THREADS: u32 = 128;
 const TILE_ROWS: usize = 64;
 /// Bytes of one turn of quantized weights into elements: small enough to be read again before it has left the cache.
 const UNPACKED: u64 = 64 << 20;
@@ -430,11 +429,11 @@ impl Gpu {
     ) -> Result<(), CudaError> {
         let rows = rows_each.clamp(16, TILE_ROWS).next_power_of_two();
         let int4 = quantization == Quantization::Int4;
-        // The largest that a GPU has room for.
+        // The smallest for so many rows, of those that a GPU's shared memory has room for; else the largest.
         let tiles = kernels.tiles[usize::from(int4)].iter().zip([16, 32, 64]);
-        let fitting =
-            tiles.filter_map(|(tile, most)| Some((tile.as_ref()?, most))).filter(|(_, most)| *most <= rows);
-        let Some((function, rows)) = fitting.last() else {
+        let fitting: Vec<_> = tiles.filter_map(|(tile, most)| Some((tile.as_ref()?, most))).collect();
+        let enough = fitting.iter().find(|(_, most)| *most >= rows);
+        let Some((function, rows)) = enough.or(fitting.last()).copied() else {
             return self.matvec(kernels, call, MATVEC_ROWS);
         };
         let (y, z) = Self::row_blocks(call, rows);
@@ -442,10 +441,10 @@ impl Gpu {
         let gated = matches!(call.epilogue, Epilogue::Gated(_));
         let outputs = if gated { call.weight.n / 2 } else { call.weight.n };
         let tiles = outputs.div_ceil(if gated { TILE_OUTPUTS / 2 } else { TILE_OUTPUTS }) as u32;
-        let at_once = if rows == TILE_ROWS { 1 } else { 2 };
-        let blocks = tiles.min((at_once * self.multiprocessors).div_ceil(y * z).max(1));
+        let blocks = tiles.min(self.multiprocessors.div_ceil(y * z).max(1));
+        let threads = 32 * tile_warps(rows) as u32;
         let shared = tile_bytes(int4, rows);
-        follow!(self, function, (blocks, y, z), TILE_THREADS, shared; self.raw(call, call.epilogue))
+        follow!(self, function, (blocks, y, z), threads, shared; self.raw(call, call.epilogue))
     }
 
     fn tile_dense(

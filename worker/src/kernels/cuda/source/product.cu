@@ -313,8 +313,14 @@ struct DensePiece {
 
     __device__ __forceinline__ void add(const Staged<false>& x, int at, float (&sum)[4]) const {
         float wide[COUNT];
+        if constexpr (sizeof(W) == sizeof(T)) {
+            Pack<T> pack = load16(x.elements + at);
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) wide[i] = widen(x.elements[at + i]);
+            for (int i = 0; i < COUNT; i++) wide[i] = widen(pack.at[i]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) wide[i] = widen(x.elements[at + i]);
+        }
 #pragma unroll
         for (int r = 0; r < 4; r++)
 #pragma unroll
@@ -571,7 +577,6 @@ extern "C" __global__ void dequantize_int4(T* out, Matrix weight, int first, int
 // 16 + 4 t of each group; where weights are half bytes, bytes 8 t and 8 t + 4, which a word holds: a product sums over k in any
 // order.
 #define TILE_OUTPUTS 32
-#define TILE_WARPS 4
 // Groups that a warp takes at a time.
 #define STEP_GROUPS 4
 #define STEP_ELEMENTS (STEP_GROUPS * GROUP)
@@ -590,18 +595,18 @@ struct Step {
 
 template <bool INT4, int ROWS>
 struct TileShared {
-    // Steps under way.
-    static constexpr int DEPTH = ROWS == 16 ? 3 : 2;
-    Step<INT4, ROWS> steps[TILE_WARPS][DEPTH];
-    float w_factor[TILE_WARPS][TILE_OUTPUTS][STEP_GROUPS], w_least[INT4 ? TILE_WARPS : 1][TILE_OUTPUTS][STEP_GROUPS];
-    float sums[TILE_WARPS][ROWS][TILE_OUTPUTS];
+    // Warps, and steps of each under way: what shared memory has room for.
+    static constexpr int WARPS = ROWS == 64 ? 4 : 8, DEPTH = ROWS == 16 ? 3 : 2;
+    Step<INT4, ROWS> steps[WARPS][DEPTH];
+    float w_factor[WARPS][TILE_OUTPUTS][STEP_GROUPS], w_least[INT4 ? WARPS : 1][TILE_OUTPUTS][STEP_GROUPS];
+    float sums[WARPS][ROWS][TILE_OUTPUTS];
 };
 
 template <bool INT4, int ROWS>
 __device__ __forceinline__ void tile_quantized(Product p) {
     typedef TileShared<INT4, ROWS> Shared;
     typedef Step<INT4, ROWS> S;
-    constexpr int COLUMNS = ROWS / 8, DEPTH = Shared::DEPTH;
+    constexpr int COLUMNS = ROWS / 8, DEPTH = Shared::DEPTH, WARPS = Shared::WARPS;
     follow();
     Task span = rows_of_block(p, ROWS);
     if (span.count <= 0) return;
@@ -624,16 +629,16 @@ __device__ __forceinline__ void tile_quantized(Product p) {
     if (ROWS > WARP) source_2 = source_row(p, span.first + min(lane + WARP, span.count - 1));
     const int row_bytes = INT4 ? k / 2 : k;
 
-    // A warp's steps of a tile are every fourth one.
-    int next_tile = blockIdx.x, next_step = warp;
+    // A warp has every WARPS-th step of a tile. Tiles begin at different ones, so that not all blocks read the same rows at the
+    // same time.
+    const int my_steps = warp < steps ? (steps - warp + WARPS - 1) / WARPS : 0;
+    auto step_of = [&](int tile, int i) { return warp + (i + tile % my_steps) % my_steps * WARPS; };
+    int next_tile = blockIdx.x, next = 0;
     // Four factors of an output, of the step that comes next.
     uint4 next_factors = make_uint4(0, 0, 0, 0);
     auto fetch = [&](S& to) {
-        if (next_step >= steps) {
-            next_tile += gridDim.x;
-            next_step = warp;
-        }
-        if (next_tile < tiles && next_step < steps) {
+        if (next_tile < tiles && my_steps > 0) {
+            int next_step = step_of(next_tile, next);
 #pragma unroll
             for (int i = 0; i < W_PIECES; i++) {
                 int r = i * (WARP / IN_W_ROW) + lane / IN_W_ROW, at = lane % IN_W_ROW * 16;
@@ -644,7 +649,7 @@ __device__ __forceinline__ void tile_quantized(Product p) {
             for (int i = 0; i < X_PIECES; i++) {
                 int r = i * (WARP / IN_X_ROW) + lane / IN_X_ROW, at = lane % IN_X_ROW * 16;
                 size_t from = __shfl_sync(FULL, r < WARP ? source : source_2, r % WARP);
-                copy_async16(to.x[r] + at, p.bytes.values + from * k + next_step * STEP_ELEMENTS + at, true);
+                copy_async16(to.x[r] + at, p.bytes.values + from * k + next_step * STEP_ELEMENTS + at, r < span.count);
             }
             size_t at = (size_t)source * groups + next_step * STEP_GROUPS;
             if (lane < ROWS) {
@@ -656,7 +661,10 @@ __device__ __forceinline__ void tile_quantized(Product p) {
                 copy_async16(to.x_factor[lane + WARP], p.bytes.factors + at, true);
                 if (INT4) copy_async16(to.x_sum[lane + WARP], p.bytes.sums + at, true);
             }
-            next_step += TILE_WARPS;
+            if (++next == my_steps) {
+                next = 0;
+                next_tile += gridDim.x;
+            }
         }
         copy_async_commit();
     };
@@ -671,14 +679,14 @@ __device__ __forceinline__ void tile_quantized(Product p) {
         }
     };
 
-    if (warp < steps) fetch_factors(blockIdx.x, warp);
+    if (my_steps > 0 && (int)blockIdx.x < tiles) fetch_factors(blockIdx.x, step_of(blockIdx.x, 0));
 #pragma unroll
     for (int i = 0; i < DEPTH - 1; i++) fetch(s.steps[warp][i]);
     int slot = 0;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         float acc[2][COLUMNS][4] = {};
 #pragma unroll 1
-        for (int step = warp; step < steps; step += TILE_WARPS) {
+        for (int i = 0; i < my_steps; i++) {
             // All lanes are done with the step before.
             __syncwarp();
             fetch(s.steps[warp][(slot + DEPTH - 1) % DEPTH]);
@@ -693,31 +701,31 @@ __device__ __forceinline__ void tile_quantized(Product p) {
                 *factor = make_float4(half_to_float((u16)next_factors.x), half_to_float((u16)(next_factors.x >> 16)),
                                       half_to_float((u16)next_factors.y), half_to_float((u16)(next_factors.y >> 16)));
             }
-            bool last = step + TILE_WARPS >= steps;
-            if (!last || tile + gridDim.x < tiles) fetch_factors(last ? tile + gridDim.x : tile, last ? warp : step + TILE_WARPS);
+            int then = i + 1 < my_steps ? tile : tile + gridDim.x;
+            if (then < tiles) fetch_factors(then, step_of(then, i + 1 < my_steps ? i + 1 : 0));
             copy_async_wait<DEPTH - 1>();
             __syncwarp();
             const S& held = s.steps[warp][slot];
 #pragma unroll(ROWS == 64 ? 1 : 2)
-            for (int i = 0; i < STEP_GROUPS; i++) {
+            for (int part = 0; part < STEP_GROUPS; part++) {
                 u32 a[2][4];
                 float wf[2][2], wl[2][2];
 #pragma unroll
                 for (int f = 0; f < 2; f++) {
                     if constexpr (INT4) {
-                        u32 low = *(const u32*)(held.weights[f * 16 + g] + i * 16 + t * 4);
-                        u32 high = *(const u32*)(held.weights[f * 16 + g + 8] + i * 16 + t * 4);
+                        u32 low = *(const u32*)(held.weights[f * 16 + g] + part * 16 + t * 4);
+                        u32 high = *(const u32*)(held.weights[f * 16 + g + 8] + part * 16 + t * 4);
                         a[f][0] = low & 0x0f0f0f0f;
                         a[f][1] = high & 0x0f0f0f0f;
                         a[f][2] = low >> 4 & 0x0f0f0f0f;
                         a[f][3] = high >> 4 & 0x0f0f0f0f;
                     } else {
-                        ldmatrix4(a[f], held.weights[f * 16 + lane % 16] + i * 32 + lane / 16 * 16);
+                        ldmatrix4(a[f], held.weights[f * 16 + lane % 16] + part * 32 + lane / 16 * 16);
                     }
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
-                        wf[f][h] = s.w_factor[warp][f * 16 + g + h * 8][i];
-                        if (INT4) wl[f][h] = s.w_least[warp][f * 16 + g + h * 8][i];
+                        wf[f][h] = s.w_factor[warp][f * 16 + g + h * 8][part];
+                        if (INT4) wl[f][h] = s.w_least[warp][f * 16 + g + h * 8][part];
                     }
                 }
 #pragma unroll
@@ -727,13 +735,13 @@ __device__ __forceinline__ void tile_quantized(Product p) {
                     if constexpr (INT4) {
 #pragma unroll
                         for (int c = 0; c < 2; c++) {
-                            uint2 both = *(const uint2*)(held.x[(j + c) * 8 + g] + i * 32 + t * 8);
+                            uint2 both = *(const uint2*)(held.x[(j + c) * 8 + g] + part * 32 + t * 8);
                             b[c][0] = both.x;
                             b[c][1] = both.y;
                         }
                     } else {
                         u32 four[4];
-                        ldmatrix4(four, held.x[(j + lane / 16) * 8 + lane % 8] + i * 32 + lane / 8 % 2 * 16);
+                        ldmatrix4(four, held.x[(j + lane / 16) * 8 + lane % 8] + part * 32 + lane / 8 % 2 * 16);
                         b[0][0] = four[0];
                         b[0][1] = four[1];
                         b[1][0] = four[2];
@@ -742,10 +750,10 @@ __device__ __forceinline__ void tile_quantized(Product p) {
 #pragma unroll
                     for (int c = 0; c < 2; c++) {
                         int row = (j + c) * 8 + t * 2;
-                        float xf[2] = {held.x_factor[row][i], held.x_factor[row + 1][i]}, xs[2];
+                        float xf[2] = {held.x_factor[row][part], held.x_factor[row + 1][part]}, xs[2];
                         if (INT4) {
-                            xs[0] = held.x_sum[row][i];
-                            xs[1] = held.x_sum[row + 1][i];
+                            xs[0] = held.x_sum[row][part];
+                            xs[1] = held.x_sum[row + 1][part];
                         }
 #pragma unroll
                         for (int f = 0; f < 2; f++) {
@@ -774,11 +782,11 @@ __device__ __forceinline__ void tile_quantized(Product p) {
         auto sum_of = [&](int row, int r) {
             float sum = 0.0f;
 #pragma unroll
-            for (int w = 0; w < TILE_WARPS; w++) sum += s.sums[w][row][r];
+            for (int w = 0; w < WARPS; w++) sum += s.sums[w][row][r];
             return sum;
         };
         int rows = min(ROWS, span.count);
-        for (int i = threadIdx.x; i < rows * wide; i += TILE_WARPS * WARP) {
+        for (int i = threadIdx.x; i < rows * wide; i += WARPS * WARP) {
             int row = i / wide, r = i % wide, output = tile * wide + r;
             if (output >= outputs) continue;
             int target = target_row(p, span.first + row);
@@ -795,14 +803,14 @@ __device__ __forceinline__ void tile_quantized(Product p) {
     copy_async_wait<0>();
 }
 
-#define TILE(NAME, ...) \
-    extern "C" __global__ void __launch_bounds__(TILE_WARPS * WARP, 2) NAME(Product p) { tile_quantized<__VA_ARGS__>(p); }
-TILE(tile_int8_16, false, 16)
-TILE(tile_int8_32, false, 32)
-TILE(tile_int8_64, false, 64)
-TILE(tile_int4_16, true, 16)
-TILE(tile_int4_32, true, 32)
-TILE(tile_int4_64, true, 64)
+#define TILE(NAME, WARPS, ...) \
+    extern "C" __global__ void __launch_bounds__(WARPS * WARP, 1) NAME(Product p) { tile_quantized<__VA_ARGS__>(p); }
+TILE(tile_int8_16, 8, false, 16)
+TILE(tile_int8_32, 8, false, 32)
+TILE(tile_int8_64, 4, false, 64)
+TILE(tile_int4_16, 8, true, 16)
+TILE(tile_int4_32, 8, true, 32)
+TILE(tile_int4_64, 4, true, 64)
 
 #if ELEMENT != 0
 
