@@ -228,10 +228,11 @@ fn to_version_4(config: &mut Value) {
         fields.insert("torch_dtype".into(), dtype);
     }
     let family = fields["model_type"].as_str().unwrap().to_owned();
-    if let Some(experts) = fields.shift_remove("num_local_experts").filter(|_| family == "qwen3_moe") {
+    // Mixtral's has this name in both.
+    if family == "qwen3_moe"
+        && let Some(experts) = fields.shift_remove("num_local_experts")
+    {
         fields.insert("num_experts".into(), experts);
-    } else if family == "mixtral" {
-        fields.insert("num_local_experts".into(), json!(5));
     }
     if fields.shift_remove("layer_types").is_some() && family == "gemma3_text" {
         fields.insert("sliding_window_pattern".into(), json!(3));
