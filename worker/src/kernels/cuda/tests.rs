@@ -261,6 +261,66 @@ fn products_are_the_cpus_for_every_format_and_number_of_rows() {
 }
 
 #[test]
+fn many_rows_meet_quantized_weights_as_elements() {
+    let mut b = Bench::new();
+    let kernels = b.gpu.kernels(DType::F32, 64).unwrap();
+    // More weights than become elements at a time.
+    let (n, k, rows) = (4160, 4096, 192);
+    assert!((n * k * 4) as u64 > RowBytes::UNPACKED);
+    let x = noise(3, rows * k);
+    let x_at = b.floats(DType::F32, &x);
+    let bytes = b.scratch(rows, k);
+    for quantization in [Quantization::Int8, Quantization::Int4] {
+        let int4 = quantization == Quantization::Int4;
+        let values: Vec<u8> =
+            (0..n * k / if int4 { 2 } else { 1 }).map(|i| (i * 31 + i / 4099) as u8).collect();
+        let (factor, least) = (half::f16::from_f32(0.011), half::f16::from_f32(-0.08));
+        let factors: Vec<u8> = (0..n * k / GROUP)
+            .flat_map(|_| [factor, least].into_iter().take(1 + usize::from(int4)))
+            .flat_map(half::f16::to_le_bytes)
+            .collect();
+        let weight = |o: usize, i: usize| {
+            let place = o * k + i;
+            match int4 {
+                false => f64::from(values[place] as i8) * f64::from(factor),
+                true => {
+                    let byte = values[place / 8 * 4 + place % 4];
+                    f64::from(byte >> (place % 8 / 4 * 4) & 15) * f64::from(factor) + f64::from(least)
+                }
+            }
+        };
+        let matrix = Matrix {
+            format: Format::Quantized(quantization),
+            n,
+            k,
+            values: b.bytes(&values),
+            factors: b.bytes(&factors),
+        };
+        let out = b.floats(DType::F32, &vec![f32::NAN; rows * n]);
+        let call = Linear {
+            weight: &matrix,
+            bias: Ptr::NULL,
+            x: Rows::new(x_at, k),
+            norm: RawNorm::default(),
+            rows,
+            out,
+            out_stride: n,
+            epilogue: Epilogue::Store,
+            grouped: None,
+            bytes: &bytes,
+        };
+        b.gpu.linear(&kernels, DType::F32, &call).unwrap();
+        let all = b.read(DType::F32, out, rows * n);
+        let places: Vec<_> = (0..300).map(|s| (s * 37 % rows, s * 1013 % n)).collect();
+        let got: Vec<f32> = places.iter().map(|(row, o)| all[row * n + o]).collect();
+        let sum =
+            |row: usize, o: usize| (0..k).map(|i| f64::from(x[row * k + i]) * weight(o, i)).sum::<f64>();
+        let want: Vec<f32> = places.iter().map(|(row, o)| sum(*row, *o) as f32).collect();
+        close(&got, &want, 2e-5, &format!("{quantization:?}"));
+    }
+}
+
+#[test]
 fn rows_go_through_the_matrix_of_their_expert() {
     let mut b = Bench::new();
     let (n, k) = (64, 96);
