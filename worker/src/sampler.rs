@@ -3,7 +3,7 @@
 //! Order: logit bias, repetition penalty (prompt and answer), frequency and presence penalties (answer), temperature,
 //! top-k, top-p, min-p, then a draw by Philox with the position as counter and the seed as key.
 //!
-//! A token's weight is our own `exp` of its distance from the most likely one, which weighs [`ONE`], as an integer: so
+//! A token's weight is our own `exp` of its distance from the most likely one, which weighs `ONE`, as an integer: so
 //! no sum depends on its order, and a replay draws the same token on any host and on any GPU (`sample.cu`).
 
 use std::{cmp::Ordering, collections::BTreeMap};
