@@ -171,6 +171,10 @@ async fn every_format_is_close_to_the_cpu() {
         (DType::BF16, Some(Quantization::Int4), 0.05),
     ];
     for model in decoders() {
+        // The next test holds those to more, but for one prompt in which an expert may be another.
+        if WHOLE_GROUPS.iter().any(|name| model.ends_with(name)) {
+            continue;
+        }
         // Which experts a token goes through is all or nothing.
         let experts = model.join("config.json");
         let experts = std::fs::read_to_string(experts).unwrap().contains("num_experts_per_tok");
