@@ -36,12 +36,12 @@ const TILE_ROWS: usize = 64;
 /// Bytes of one turn of quantized weights into elements: small enough to be read again before it has left the cache.
 const UNPACKED: u64 = 64 << 20;
 
-/// Most rows by which a product of weights in a format is one of `matvec_*`, rather than one on the tensor cores.
-/// Measured on an H200 (tests/gpu/results): cuBLAS takes as long for 16 rows as for one; f32 has no tensor cores.
+/// Most rows by which a product of weights in a format is one of `matvec_*`, rather than one on the tensor cores, where there
+/// are any for it. Measured on an H200 (tests/gpu/results): cuBLAS takes as long for 16 rows as for one; f32 has no tensor cores.
 fn few_rows(format: Format) -> usize {
     match format {
         Format::Float(DType::F32) => 8,
-        Format::Float(DType::BF16 | DType::F16) => 1,
+        Format::Float(DType::BF16 | DType::F16) => 0,
         Format::Quantized(_) => 2,
     }
 }
@@ -287,7 +287,7 @@ impl Gpu {
             {
                 self.tile_dense(kernels, element, &tensor.tile_dense, call)
             }
-            _ => self.matvec(kernels, call, MATVEC_ROWS),
+            _ => self.matvec(kernels, call, rows_each),
         }
     }
 
