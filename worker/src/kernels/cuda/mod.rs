@@ -109,11 +109,26 @@ pub(crate) trait Doing<T> {
 
 impl<T> Doing<T> for Result<T, DriverError> {
     fn doing(self, what: &'static str) -> Result<T, CudaError> {
-        self.map_err(|source| CudaError::Driver { doing: what, source })
+        self.map_err(|source| CudaError::of_driver(what, source))
     }
 }
 
 impl CudaError {
+    /// What the driver refused. Every error of the driver becomes one here, whoever asked it for something.
+    pub(crate) fn of_driver(doing: &'static str, source: DriverError) -> Self {
+        CudaError::Driver { doing, source }.survived()
+    }
+
+    /// The error, unless the GPU is lost to this process, which then ends: only a new process gets it back, and this one's
+    /// memory would only be in the way. The coordinator sees the worker go.
+    pub(crate) fn survived(self) -> Self {
+        if self.is_sticky() {
+            tracing::error!(error = %self, "the GPU failed in a way that this process cannot recover from; it ends");
+            std::process::exit(70);
+        }
+        self
+    }
+
     /// Whether nothing on this GPU will work again in this process (a kernel that read or wrote where it must not, or
     /// hardware that failed), as opposed to one call that was refused.
     pub fn is_sticky(&self) -> bool {
@@ -335,7 +350,7 @@ impl Gpu {
                     compiler: self.cuda.named("NVRTC"),
                     source,
                 },
-                _ => CudaError::Driver { doing: "loading kernels", source },
+                _ => CudaError::of_driver("loading kernels", source),
             })?;
         loaded.insert(key, module.clone());
         Ok(module)
