@@ -13,7 +13,7 @@ use strata_proto::{
     v1::{ChatMessage, Truncation},
 };
 use strata_worker::{
-    device::{Compute, DeviceSpec, parse_bytes},
+    device::{self, Compute, DeviceSpec, parse_bytes},
     kernels::cpu::isa::Isa,
 };
 
@@ -266,9 +266,9 @@ impl KernelCacheArgs {
             Some("") => None,
             Some(named) => Some(named.into()),
             // A user without a home, as in a container, has no such directory, and need not be told.
-            None => user_cache()
-                .map(|cache| cache.join("strata/kernels"))
-                .filter(|directory| std::fs::create_dir_all(directory).is_ok()),
+            None => {
+                user_cache().map(|cache| cache.join("strata/kernels")).filter(|path| device::can_write(path))
+            }
         }
     }
 }
