@@ -62,6 +62,22 @@ fn every_kernel_of_a_gpu_is_measured() {
 }
 
 #[test]
+fn a_full_disk_is_said_once() {
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_strata"))
+        .arg("kernels")
+        .arg(model("shakespeare"))
+        .args(["--device", "cpu", "--rows", "1", "--threads", "1", "--json"])
+        .env("STRATA_KERNEL_CACHE", "")
+        .stdout(full)
+        .output()
+        .unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success());
+    assert_eq!(error, "error: standard output: No space left on device (os error 28)\n");
+}
+
+#[test]
 fn a_model_of_no_shape_is_refused() {
     let output =
         Command::new(env!("CARGO_BIN_EXE_strata")).args(["kernels", "no-such-model"]).output().unwrap();

@@ -46,7 +46,13 @@ impl Memory {
         let stream = context.new_stream().doing("making a stream")?;
         // SAFETY: the pointer is freed when this is dropped, and not before; nothing reads it before it is zeroed.
         unsafe {
-            let at = result::malloc_sync(bytes as usize).doing("allocating GPU memory")?;
+            let at = result::malloc_sync(bytes as usize).or_else(|error| match error.0 {
+                sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY => {
+                    let (free, total) = context.mem_get_info().doing("asking for free memory")?;
+                    Err(CudaError::Memory { bytes, free: free as u64, total: total as u64 })
+                }
+                _ => Err(error).doing("allocating GPU memory"),
+            })?;
             let memory = Memory { at: Ptr(at), bytes, context: context.clone() };
             zero(&stream, memory.at, bytes)?;
             stream.synchronize().doing("zeroing GPU memory")?;

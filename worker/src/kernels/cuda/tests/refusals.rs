@@ -154,6 +154,21 @@ fn what_comes_and_goes_in_other_threads_spoils_no_recording() {
 }
 
 #[test]
+fn what_a_gpu_has_no_room_for_is_said_beside_what_is_free() {
+    let bench = Bench::new();
+    let error = Memory::new(&bench.gpu.context, 1 << 50).map(|_| ()).unwrap_err().to_string();
+    let parts = ["1125899906842624 bytes were asked for", " of 4294967296 are free", "cuda:0=20GiB"];
+    assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+}
+
+#[test]
+fn a_gpu_that_is_not_there_is_said_beside_those_that_are() {
+    emulator();
+    let error = Gpu::open(9).map(|_| ()).unwrap_err().to_string();
+    assert!(error.starts_with("there is no GPU 9: this machine has 2"), "{error}");
+}
+
+#[test]
 fn gpus_that_are_open_reach_each_others_memory() {
     emulator();
     let [here, there] = [0, 1].map(|ordinal| cuda::context(ordinal).unwrap());
