@@ -292,7 +292,7 @@ fn measured(compute: Compute) -> Measured {
         ROWS.into_iter().filter_map(move |rows| {
             // Little, which stays in the caches: then arithmetic is what takes time.
             let (n, k) = (256, 1024);
-            let seconds = measure::product(cpu, (n, k), format, rows, 1)?;
+            let seconds = measure::product(cpu, (n, k), format, rows, (1, measure::LITTLE))?;
             let flops_per_second = (2 * rows * n * k) as f64 / seconds;
             Some(Rate { format, rows: rows as u32, flops_per_second })
         })

@@ -3,6 +3,7 @@
 use std::{
     path::Path,
     sync::{Mutex, PoisonError},
+    time::Duration,
 };
 
 use strata_proto::{DType, Device, DeviceKind, Format, Rate};
@@ -77,6 +78,9 @@ const K: usize = 4096;
 /// A measurement that takes longer is the last of its format: with more rows it would take longer still.
 const SLOW: f64 = 0.02;
 
+/// No run takes longer.
+const SLOWEST: Duration = Duration::from_secs(60);
+
 /// Measures once per process and GPU, in some tens of milliseconds.
 fn measured(ordinal: usize, kernel_cache: Option<&Path>) -> Result<Measured, CudaError> {
     static MEASURED: Mutex<Vec<(usize, Measured)>> = Mutex::new(Vec::new());
@@ -99,7 +103,7 @@ fn measured(ordinal: usize, kernel_cache: Option<&Path>) -> Result<Measured, Cud
                 _ => DType::BF16,
             };
             let (shape, epilogue) = ((N, K), Epilogue::Store);
-            let product = Product { format, shape, rows, epilogue, makes_bytes: true };
+            let product = Product { format, shape, rows, epilogue, makes_bytes: true, patience: SLOWEST };
             let seconds = measure::product(&gpu, &kernels, element, (&pool, &room), product)?;
             let flops_per_second = (2 * rows * N * K) as f64 / seconds;
             rates.push(Rate { format, rows: rows as u32, flops_per_second });
