@@ -73,8 +73,9 @@ impl Scratch {
     pub fn new(gpu: &Gpu, tower: &Tower, limits: &Limits, memory: &mut Arena) -> Result<Self, ModelError> {
         let (element, outputs) = (limits.spec.dtype, limits.max_outputs as usize);
         let partials = Memory::new(&gpu.context, PARTIALS)?;
-        let unpacked = if limits.spec.quantization.is_some() { RowBytes::UNPACKED } else { 0 };
-        let unpacked = Memory::new(&gpu.context, unpacked)?;
+        let meets = limits.spec.quantization.is_some() || Widths::of(tower).experts.is_some();
+        let elsewhere = if meets { RowBytes::ELSEWHERE } else { 0 };
+        let elsewhere = Memory::new(&gpu.context, elsewhere)?;
         let Widths { residual, qkv, attention, up, angles, outputs: values, experts, input, .. } =
             Widths::of(tower);
         let tokens = workspace::padded(limits.max_tokens);
@@ -113,13 +114,13 @@ impl Scratch {
             frequencies,
             bytes: RowBytes::new(
                 Bytes { values: rows(groups * 32, 1)?, factors: rows(groups, 4)?, sums: rows(groups, 4)? },
-                unpacked.ptr(),
+                elsewhere.ptr(),
             ),
             experts: experts.transpose()?,
             values: memory.take((outputs * values) as u64 * 4)?,
             partials: partials.ptr(),
             tokens,
-            _elsewhere: [partials, unpacked],
+            _elsewhere: [partials, elsewhere],
         })
     }
 }

@@ -169,8 +169,8 @@ fn spread(
 /// Where rows are on their way through a product.
 pub(crate) struct Room {
     memory: Memory,
-    /// For weights as elements.
-    unpacked: Memory,
+    /// What is not rows.
+    elsewhere: Memory,
     bytes: u64,
     x_bytes: u64,
 }
@@ -178,7 +178,7 @@ pub(crate) struct Room {
 impl Room {
     /// What [`new`](Self::new) takes, about.
     pub fn bytes(input: usize, output: usize) -> u64 {
-        RowBytes::UNPACKED + 6 * input as u64 + 4 * output as u64
+        RowBytes::ELSEWHERE + 6 * input as u64 + 4 * output as u64
     }
 
     /// For rows of `input` elements in all, and `output` ones, of 4 bytes at most.
@@ -186,7 +186,7 @@ impl Room {
         let (x_bytes, bytes) =
             ((4 * input as u64).next_multiple_of(256), (input as u64).next_multiple_of(1024));
         let memory = Memory::new(&gpu.context, x_bytes + bytes + bytes / 2 + 4 * output as u64)?;
-        Ok(Room { memory, unpacked: Memory::new(&gpu.context, RowBytes::UNPACKED)?, bytes, x_bytes })
+        Ok(Room { memory, elsewhere: Memory::new(&gpu.context, RowBytes::ELSEWHERE)?, bytes, x_bytes })
     }
 
     pub fn x(&self) -> Ptr {
@@ -197,7 +197,7 @@ impl Room {
         let values = self.memory.ptr().offset(self.x_bytes);
         let factors = values.offset(self.bytes);
         let room = Bytes { values, factors, sums: factors.offset(self.bytes / 4) };
-        RowBytes::new(room, self.unpacked.ptr())
+        RowBytes::new(room, self.elsewhere.ptr())
     }
 
     fn out(&self) -> Ptr {

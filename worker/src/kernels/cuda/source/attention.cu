@@ -138,9 +138,10 @@ extern "C" __global__ void __launch_bounds__(128) attention_plain(Attend a) {
 // Puts the splits together, in order. One block per place and head.
 extern "C" __global__ void __launch_bounds__(128) attention_combine(Attend a) {
     __shared__ float shares[MAX_SPLITS];
-    follow();
+    let_next_come();
     int place = blockIdx.x / a.heads, head = blockIdx.x % a.heads;
     size_t token = a.rows ? a.row_first[a.rows[place]] : place;
+    wait_for_previous();
     const float* partial = a.partial + (size_t)blockIdx.x * a.splits * PARTIAL;
     if (threadIdx.x < WARP) {
         float maxima[MAX_SPLITS / WARP], most = NEG_INF;
@@ -264,7 +265,7 @@ __device__ __forceinline__ void attend_tile(const Attend& a) {
     T* queries = (T*)dynamic_shared;
     T* keys = queries + ROWS * ROW;
     T* values = keys + KEYS * ROW;
-    follow();
+    let_next_come();
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     int group = a.heads / a.kv_heads;
     // Row and key-value head are the quick parts of the number of a block; tiles of queries that see most come first.
@@ -273,16 +274,6 @@ __device__ __forceinline__ void attend_tile(const Attend& a) {
     int row = a.rows[place], tile = part_number / a.splits, split = part_number % a.splits;
     int count = a.row_count[row], start = a.row_start[row], end = start + count;
     int first_row = tile * ROWS, all_rows = count * group;
-    if (first_row >= all_rows) return;
-    int width = a.heads + 2 * a.kv_heads;
-    // Row r of the tile is head r % group of token r / group.
-    for (int i = threadIdx.x; i < ROWS * PIECES; i += 128) {
-        int r = first_row + i / PIECES, part = i % PIECES * 8;
-        bool there = r < all_rows;
-        size_t token = a.row_first[row] + (there ? r / group : 0);
-        const T* from = a.qkv + (token * width + kv_head * group + (there ? r % group : 0)) * HEAD_DIM + part;
-        copy_async16(queries + i / PIECES * ROW + part, from, there);
-    }
     int last_row = min(first_row + ROWS, all_rows) - 1;
     Seen least = seen_by(a, start + first_row / group, end), last = seen_by(a, start + last_row / group, end);
     int lo = least.from, hi = last.to;
@@ -300,11 +291,28 @@ __device__ __forceinline__ void attend_tile(const Attend& a) {
     const T* my_values = values + (my_first + lane % 16) * ROW + lane / 16 * 8;
     const float scale = CAPPED ? LOG2_E : a.scale * LOG2_E;
 
+    // What was in the cache before this step is asked for while the kernel before still runs.
     Source source = source_of(a, row, kv_head);
-    u32 blocks = from_tile < to_tile ? blocks_of(source, from_tile * KEYS, hi) : 0;
-    if (from_tile < to_tile) copy_tile(source, source.keys, blocks, keys, from_tile * KEYS, hi);
+    bool any = first_row < all_rows && from_tile < to_tile, early = any && source.table && (from_tile + 1) * KEYS <= start;
+    u32 blocks = any ? blocks_of(source, from_tile * KEYS, hi) : 0;
+    if (early) {
+        copy_tile(source, source.keys, blocks, keys, from_tile * KEYS, hi);
+        copy_tile(source, source.values, blocks, values, from_tile * KEYS, hi);
+    }
+    wait_for_previous();
+    if (first_row >= all_rows) return;
+    int width = a.heads + 2 * a.kv_heads;
+    // Row r of the tile is head r % group of token r / group.
+    for (int i = threadIdx.x; i < ROWS * PIECES; i += 128) {
+        int r = first_row + i / PIECES, part = i % PIECES * 8;
+        bool there = r < all_rows;
+        size_t token = a.row_first[row] + (there ? r / group : 0);
+        const T* from = a.qkv + (token * width + kv_head * group + (there ? r % group : 0)) * HEAD_DIM + part;
+        copy_async16(queries + i / PIECES * ROW + part, from, there);
+    }
+    if (any && !early) copy_tile(source, source.keys, blocks, keys, from_tile * KEYS, hi);
     copy_async_commit();
-    if (from_tile < to_tile) copy_tile(source, source.values, blocks, values, from_tile * KEYS, hi);
+    if (any && !early) copy_tile(source, source.values, blocks, values, from_tile * KEYS, hi);
     copy_async_commit();
 #pragma unroll 1
     for (int at = from_tile; at < to_tile; at++) {
