@@ -104,8 +104,8 @@ impl Bench {
         let (values, factors) = match format {
             Format::Float(dtype) => (self.floats(dtype, values), Ptr::NULL),
             Format::Quantized(q) => {
-                let groups: Vec<_> = values.as_chunks::<GROUP>().0.iter().collect();
-                let groups = quant::quantize(&cpu(), q, &groups);
+                let mut groups = vec![quant::Group::default(); values.len() / GROUP];
+                quant::quantize(&cpu(), q, values.as_chunks().0, &mut groups);
                 let (mut integers, mut factors) = (Vec::new(), Vec::new());
                 for group in &groups {
                     factors.extend(group.factor.to_le_bytes());
