@@ -238,7 +238,7 @@ impl<'a> Pass<'a> {
         epilogue: Epilogue,
     ) -> Result<(), StepError> {
         match self.normed {
-            Normed::Pending(norm) if self.gpu.norms(&product.matrix, self.state.element, rows) => {
+            Normed::Pending(norm) if self.gpu.norms(self.kernels()?, &product.matrix, rows) => {
                 let x = Rows::new(self.state.scratch.residual, self.tower.width);
                 self.linear(&Linear { norm, ..self.call(product, rows, x, out, epilogue) })
             }
@@ -250,7 +250,7 @@ impl<'a> Pass<'a> {
     }
 
     fn linear(&self, call: &Linear<'_>) -> Result<(), StepError> {
-        Ok(self.gpu.linear(self.kernels()?, self.state.element, call)?)
+        Ok(self.gpu.linear(self.kernels()?, call)?)
     }
 
     /// A product of rows that all go through one matrix; `out` is given with its rows' distance in elements.

@@ -231,43 +231,43 @@ pub(crate) struct Linear<'a> {
 
 impl Gpu {
     /// Whether a product of one row takes a norm of the row itself.
-    pub fn norms(&self, weight: &Matrix, element: DType, rows: usize) -> bool {
-        rows == 1 && Self::holds_row(weight, element)
+    pub fn norms(&self, kernels: &Kernels, weight: &Matrix, rows: usize) -> bool {
+        rows == 1 && Self::holds_row(kernels, weight)
     }
 
     /// Whether shared memory holds a row, weights are read in packs of 16 bytes, and cuBLAS is not quicker.
-    fn holds_row(weight: &Matrix, element: DType) -> bool {
+    fn holds_row(kernels: &Kernels, weight: &Matrix) -> bool {
         let (packs, few) = match weight.format {
             Format::Float(dtype) => {
                 let bytes = (weight.n * weight.k) as u64 * dtype.size();
                 // What cuBLAS cannot take is ours whatever its size.
-                let ours = dtype != element || dtype == DType::F32 || bytes <= ONE_ROW_WEIGHTS;
+                let ours = dtype != kernels.element || dtype == DType::F32 || bytes <= ONE_ROW_WEIGHTS;
                 (weight.k.is_multiple_of(16 / dtype.size() as usize), ours)
             }
             Format::Quantized(_) => (true, true),
         };
-        packs && few && Self::one_row_bytes(weight, element) <= ONE_ROW_BYTES
+        packs && few && Self::one_row_bytes(kernels, weight) <= ONE_ROW_BYTES
     }
 
     /// Bytes of shared memory for a row.
-    fn one_row_bytes(weight: &Matrix, element: DType) -> u32 {
+    fn one_row_bytes(kernels: &Kernels, weight: &Matrix) -> u32 {
         let bytes = match weight.format {
-            Format::Float(_) => weight.k as u64 * element.size(),
+            Format::Float(_) => weight.k as u64 * kernels.element.size(),
             Format::Quantized(_) => (weight.k + 8 * weight.k / GROUP) as u64,
         };
         u32::try_from(bytes).unwrap_or(u32::MAX)
     }
 
-    /// Computes a product; `element` is the format of `x`, and of `out` unless it is values.
-    pub fn linear(&self, kernels: &Kernels, element: DType, call: &Linear<'_>) -> Result<(), CudaError> {
+    /// Computes a product; `x` is in the format of the kernels, and so is `out` unless it is values.
+    pub fn linear(&self, kernels: &Kernels, call: &Linear<'_>) -> Result<(), CudaError> {
         let Linear { weight, rows, grouped, .. } = call;
         let rows_each = grouped.map_or(*rows, |g| g.groups.rows_each);
-        if rows_each <= 1 && Self::holds_row(weight, element) {
-            return self.one_row(kernels, element, call);
+        if rows_each <= 1 && Self::holds_row(kernels, weight) {
+            return self.one_row(kernels, call);
         }
         if matches!(weight.format, Format::Quantized(_)) {
             if grouped.is_none() && *rows >= UNPACK_FROM {
-                return self.unpacked(kernels, element, call);
+                return self.unpacked(kernels, call);
             }
             self.to_bytes(kernels, call)?;
         }
@@ -279,13 +279,13 @@ impl Gpu {
             (Format::Quantized(quantization), ..) if weight.k.is_multiple_of(TILE_STEP) => {
                 self.tile(kernels, quantization, call, rows_each)
             }
-            (Format::Float(held), None, _) if held == element => self.around(kernels, element, call, |add| {
-                self.gemm(Self::gemm_of(element, call, weight.values, add))
-            }),
+            (Format::Float(held), None, _) if held == kernels.element => {
+                self.around(kernels, call, |add| self.gemm(Self::gemm_of(kernels, call, weight.values, add)))
+            }
             (Format::Float(held), Some(_), Some(tensor))
-                if held == element && aligned(weight.k) && aligned(call.x.stride) =>
+                if held == kernels.element && aligned(weight.k) && aligned(call.x.stride) =>
             {
-                self.tile_dense(kernels, element, &tensor.tile_dense, call)
+                self.tile_dense(kernels, &tensor.tile_dense, call)
             }
             _ => self.matvec(kernels, call, rows_each),
         }
@@ -313,7 +313,6 @@ impl Gpu {
     fn around(
         &self,
         kernels: &Kernels,
-        element: DType,
         call: &Linear<'_>,
         gemm: impl FnOnce(bool) -> Result<(), CudaError>,
     ) -> Result<(), CudaError> {
@@ -323,11 +322,12 @@ impl Gpu {
             add = true;
         }
         gemm(add)?;
-        self.activation(kernels, element, call)
+        self.activation(kernels, call)
     }
 
     /// A product of cuBLAS with weights in the format of `x`.
-    fn gemm_of(element: DType, call: &Linear<'_>, weight: Ptr, add: bool) -> Gemm {
+    fn gemm_of(kernels: &Kernels, call: &Linear<'_>, weight: Ptr, add: bool) -> Gemm {
+        let element = kernels.element;
         Gemm {
             element,
             out_element: if call.epilogue == Epilogue::StoreValues { DType::F32 } else { element },
@@ -344,23 +344,24 @@ impl Gpu {
     }
 
     /// A product of many rows with quantized weights: some outputs' weights at a time become elements, for cuBLAS.
-    fn unpacked(&self, kernels: &Kernels, element: DType, call: &Linear<'_>) -> Result<(), CudaError> {
+    fn unpacked(&self, kernels: &Kernels, call: &Linear<'_>) -> Result<(), CudaError> {
         let Matrix { n, k, format, .. } = *call.weight;
-        let turns = ((n * k) as u64 * element.size()).div_ceil(UNPACKED) as usize;
+        let size = kernels.element.size();
+        let turns = ((n * k) as u64 * size).div_ceil(UNPACKED) as usize;
         // Turns of one length, of whole tiles.
         let each = n.div_ceil(turns).next_multiple_of(64).min(n);
-        let each = if (each * k) as u64 * element.size() > UNPACKED { n / turns } else { each };
+        let each = if (each * k) as u64 * size > UNPACKED { n / turns } else { each };
         let (function, per_thread) = match format {
             Format::Quantized(Quantization::Int4) => (&kernels.dequantize_int4, 32),
             _ => (&kernels.dequantize_int8, 16),
         };
-        self.around(kernels, element, call, |add| {
+        self.around(kernels, call, |add| {
             for first in (0..n).step_by(each) {
                 let count = each.min(n - first);
                 let blocks = (count * k / per_thread).div_ceil(256) as u32;
                 follow!(self, function, (blocks, 1, 1), 256, 0;
                     call.bytes.unpacked, call.weight.raw(), first as i32, count as i32)?;
-                let gemm = Self::gemm_of(element, call, call.bytes.unpacked, add);
+                let gemm = Self::gemm_of(kernels, call, call.bytes.unpacked, add);
                 let out = call.out.offset(first as u64 * gemm.out_element.size());
                 self.gemm(Gemm { n: count, out, ..gemm })?;
             }
@@ -401,7 +402,7 @@ impl Gpu {
     }
 
     /// Products of one row each, which lies in shared memory.
-    fn one_row(&self, kernels: &Kernels, element: DType, call: &Linear<'_>) -> Result<(), CudaError> {
+    fn one_row(&self, kernels: &Kernels, call: &Linear<'_>) -> Result<(), CudaError> {
         let function = &kernels.matvec[call.weight.number() as usize][0];
         let (y, z) = Self::row_blocks(call, 1);
         // Warps share out k if there is work for them; the others have outputs of their own, two pairs each.
@@ -416,7 +417,7 @@ impl Gpu {
         let pairs = call.weight.n.div_ceil(2);
         let blocks = pairs.div_ceil(2 * ONE_ROW_WARPS / share) as u32;
         let blocks = blocks.min(ONE_ROW_BLOCKS * self.multiprocessors);
-        let shared = Self::one_row_bytes(call.weight, element);
+        let shared = Self::one_row_bytes(kernels, call.weight);
         follow!(self, function, (blocks, y, z), MATVEC_THREADS, shared; self.raw(call, call.epilogue))
     }
 
@@ -458,7 +459,6 @@ impl Gpu {
     fn tile_dense(
         &self,
         kernels: &Kernels,
-        element: DType,
         function: &cudarc::driver::CudaFunction,
         call: &Linear<'_>,
     ) -> Result<(), CudaError> {
@@ -471,7 +471,7 @@ impl Gpu {
         let grid = (call.weight.n.div_ceil(DENSE_TILE) as u32, y, z);
         follow!(self, function, grid, DENSE_THREADS, 0; self.raw(call, epilogue))?;
         match call.epilogue {
-            Epilogue::Gated(_) => self.activation(kernels, element, call),
+            Epilogue::Gated(_) => self.activation(kernels, call),
             _ => Ok(()),
         }
     }
@@ -502,11 +502,11 @@ impl Gpu {
     }
 
     /// The activation that a product ends with, where it was not part of it.
-    fn activation(&self, kernels: &Kernels, element: DType, call: &Linear<'_>) -> Result<(), CudaError> {
+    fn activation(&self, kernels: &Kernels, call: &Linear<'_>) -> Result<(), CudaError> {
         let n = call.weight.n;
         match call.epilogue {
             Epilogue::Gated(act) => {
-                let blocks = (n / 2).div_ceil(16 / element.size() as usize).div_ceil(256);
+                let blocks = (n / 2).div_ceil(16 / kernels.element.size() as usize).div_ceil(256);
                 let grid = ((blocks * call.rows) as u32, 1, 1);
                 follow!(self, kernels.gate_mul, grid, 256, 0;
                     call.out, (n / 2) as i32, act_number(act), blocks as i32)

@@ -229,7 +229,7 @@ fn products_are_the_cpus_for_every_format_and_number_of_rows() {
                             grouped: None,
                             bytes: &bytes,
                         };
-                        b.gpu.linear(&kernels, element, &call).unwrap();
+                        b.gpu.linear(&kernels, &call).unwrap();
                         let got = b.read(out_dtype, out, rows * n);
                         b.held.pop();
                         got
@@ -309,7 +309,7 @@ fn many_rows_meet_quantized_weights_as_elements() {
             grouped: None,
             bytes: &bytes,
         };
-        b.gpu.linear(&kernels, DType::F32, &call).unwrap();
+        b.gpu.linear(&kernels, &call).unwrap();
         let all = b.read(DType::F32, out, rows * n);
         let places: Vec<_> = (0..300).map(|s| (s * 37 % rows, s * 1013 % n)).collect();
         let got: Vec<f32> = places.iter().map(|(row, o)| all[row * n + o]).collect();
@@ -375,7 +375,7 @@ fn rows_go_through_the_matrix_of_their_expert() {
                 grouped: Some(Grouped { groups, divide: active, strides }),
                 bytes: &bytes,
             };
-            b.gpu.linear(&kernels, element, &call).unwrap();
+            b.gpu.linear(&kernels, &call).unwrap();
             let sums = b.floats(element, &vec![f32::NAN; tokens * n]);
             launch!(b.gpu, kernels.combine_experts, (1, tokens as u32, 1), 256, 0;
                 sums, out, shares, active as i32, n as i32, 0i32)
