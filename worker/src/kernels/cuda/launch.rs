@@ -41,6 +41,8 @@ macro_rules! kernels {
     ($($name:ident)*) => {
         /// The kernels of one module.
         pub(crate) struct Kernels {
+            /// Format of the rows that they read and write: what the module was compiled for.
+            pub element: DType,
             $(pub $name: CudaFunction,)*
             /// By format of the weights (as [`weight_number`] counts), then for 1, 2, 4 and 8 rows.
             pub matvec: [[CudaFunction; 4]; 5],
@@ -62,6 +64,7 @@ macro_rules! kernels {
                     Ok::<_, DriverError>([one, load(2)?, load(4)?, load(8)?])
                 };
                 Ok(Kernels {
+                    element,
                     $($name: module.load_function(stringify!($name))?,)*
                     matvec: [
                         matvec("f32")?, matvec("bf16")?, matvec("f16")?, matvec("int8")?, matvec("int4")?,

@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use strata_proto::{DType, Format, Quantization};
 
 use super::{
-    CudaError, Doing, Gpu,
+    CudaError, Doing, Gemm, Gpu,
     gate::{self, Handle},
     launch::{Bytes, Kernels, RawNorm},
     memory::{self, Memory, Pinned, Ptr},
@@ -216,11 +216,10 @@ pub(crate) struct Product {
     pub makes_bytes: bool,
 }
 
-/// Seconds of a product, in the way that a stage computes it; `element` is the format of rows.
+/// Seconds of a product, in the way that a stage computes it.
 pub(crate) fn product(
     gpu: &Gpu,
     kernels: &Kernels,
-    element: DType,
     (pool, room): (&Pool, &Room),
     product: Product,
 ) -> Result<f64, CudaError> {
@@ -230,7 +229,6 @@ pub(crate) fn product(
     seconds(gpu, |turn| {
         gpu.linear(
             kernels,
-            element,
             &Linear {
                 weight: &pool.matrix(format, (n, k), turn),
                 bias: Ptr::NULL,
@@ -244,5 +242,29 @@ pub(crate) fn product(
                 bytes: &bytes,
             },
         )
+    })
+}
+
+/// Seconds of cuBLAS's product of rows with weights of the same format.
+pub(crate) fn gemm(
+    gpu: &Gpu,
+    element: DType,
+    (pool, room): (&Pool, &Room),
+    ((n, k), rows): ((usize, usize), usize),
+) -> Result<f64, CudaError> {
+    seconds(gpu, |turn| {
+        gpu.gemm(Gemm {
+            element,
+            out_element: element,
+            weight: pool.matrix(Format::Float(element), (n, k), turn).values,
+            x: room.x(),
+            out: room.out(),
+            n,
+            k,
+            rows,
+            x_stride: k,
+            out_stride: n,
+            add: false,
+        })
     })
 }

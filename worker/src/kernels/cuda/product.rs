@@ -240,50 +240,50 @@ pub(crate) struct Linear<'a> {
 
 impl Gpu {
     /// Whether a product of one row takes a norm of the row itself.
-    pub fn norms(&self, weight: &Matrix, element: DType, rows: usize) -> bool {
-        rows == 1 && self.holds_row(weight, element)
+    pub fn norms(&self, kernels: &Kernels, weight: &Matrix, rows: usize) -> bool {
+        rows == 1 && self.holds_row(kernels, weight)
     }
 
     /// Whether shared memory holds a row, and weights are read in packs of 16 bytes.
-    fn holds_row(&self, weight: &Matrix, element: DType) -> bool {
+    fn holds_row(&self, kernels: &Kernels, weight: &Matrix) -> bool {
         let packs = match weight.format {
             Format::Float(dtype) => weight.k.is_multiple_of(16 / dtype.size() as usize),
             Format::Quantized(_) => true,
         };
-        packs && Self::one_row_bytes(weight, element) <= self.shared - ONE_ROW_STATIC
+        packs && Self::one_row_bytes(kernels, weight) <= self.shared - ONE_ROW_STATIC
     }
 
     /// Bytes of shared memory for a row, and for weights on their way to it.
-    fn one_row_bytes(weight: &Matrix, element: DType) -> u32 {
+    fn one_row_bytes(kernels: &Kernels, weight: &Matrix) -> u32 {
         let bytes = match weight.format {
-            Format::Float(_) => weight.k as u64 * element.size(),
+            Format::Float(_) => weight.k as u64 * kernels.element.size(),
             Format::Quantized(_) => (weight.k + 8 * weight.k / GROUP) as u64,
         };
         let rings = one_row_rings(matches!(weight.format, Format::Quantized(_)));
         u32::try_from(bytes.next_multiple_of(16) + u64::from(rings)).unwrap_or(u32::MAX)
     }
 
-    /// Computes a product; `element` is the format of `x`, and of `out` unless it is values.
-    pub fn linear(&self, kernels: &Kernels, element: DType, call: &Linear<'_>) -> Result<(), CudaError> {
+    /// Computes a product; `x` is in the format of the kernels, and so is `out` unless it is values.
+    pub fn linear(&self, kernels: &Kernels, call: &Linear<'_>) -> Result<(), CudaError> {
         let Linear { weight, rows, grouped, .. } = call;
         let rows_each = grouped.map_or(*rows, |g| g.groups.rows_each);
-        if rows_each <= 1 && self.holds_row(weight, element) {
-            return self.one_row(kernels, element, call);
+        if rows_each <= 1 && self.holds_row(kernels, weight) {
+            return self.one_row(kernels, call);
         }
         if let (Format::Quantized(quantization), None) = (weight.format, grouped)
-            && *rows >= unpack_from(element, quantization)
+            && *rows >= unpack_from(kernels.element, quantization)
         {
-            return self.unpacked(kernels, element, call);
+            return self.unpacked(kernels, call);
         }
         let few = rows_each <= few_rows(weight.format);
         match (weight.format, &kernels.tensor) {
-            (Format::Float(held), _) if !few && held == element && grouped.is_none() => {
-                return self.around(kernels, element, call, |add| {
-                    self.gemm(Self::gemm_of(element, call, weight.values, add))
+            (Format::Float(held), _) if !few && held == kernels.element && grouped.is_none() => {
+                return self.around(kernels, call, |add| {
+                    self.gemm(Self::gemm_of(kernels, call, weight.values, add))
                 });
             }
             (format, Some(tensor)) if !few => {
-                let tile = Self::tile_format(format, element, call);
+                let tile = Self::tile_format(format, kernels.element, call);
                 if let Some((tile, rows)) =
                     tile.and_then(|format| Some((format, tensor.tiles.of(format, rows_each)?)))
                 {
@@ -320,7 +320,6 @@ impl Gpu {
     fn around(
         &self,
         kernels: &Kernels,
-        element: DType,
         call: &Linear<'_>,
         gemm: impl FnOnce(bool) -> Result<(), CudaError>,
     ) -> Result<(), CudaError> {
@@ -330,11 +329,12 @@ impl Gpu {
             add = true;
         }
         gemm(add)?;
-        self.activation(kernels, element, call)
+        self.activation(kernels, call)
     }
 
     /// A product of cuBLAS with weights in the format of `x`.
-    fn gemm_of(element: DType, call: &Linear<'_>, weight: Ptr, add: bool) -> Gemm {
+    fn gemm_of(kernels: &Kernels, call: &Linear<'_>, weight: Ptr, add: bool) -> Gemm {
+        let element = kernels.element;
         Gemm {
             element,
             out_element: if call.epilogue == Epilogue::StoreValues { DType::F32 } else { element },
@@ -351,23 +351,24 @@ impl Gpu {
     }
 
     /// A product of many rows with quantized weights: some outputs' weights at a time become elements, for cuBLAS.
-    fn unpacked(&self, kernels: &Kernels, element: DType, call: &Linear<'_>) -> Result<(), CudaError> {
+    fn unpacked(&self, kernels: &Kernels, call: &Linear<'_>) -> Result<(), CudaError> {
         let Matrix { n, k, format, .. } = *call.weight;
-        let turns = ((n * k) as u64 * element.size()).div_ceil(UNPACKED) as usize;
+        let size = kernels.element.size();
+        let turns = ((n * k) as u64 * size).div_ceil(UNPACKED) as usize;
         // Turns of one length, of whole tiles.
         let each = n.div_ceil(turns).next_multiple_of(64).min(n);
-        let each = if (each * k) as u64 * element.size() > UNPACKED { n / turns } else { each };
+        let each = if (each * k) as u64 * size > UNPACKED { n / turns } else { each };
         let (function, per_thread) = match format {
             Format::Quantized(Quantization::Int4) => (&kernels.dequantize_int4, 32),
             _ => (&kernels.dequantize_int8, 16),
         };
-        self.around(kernels, element, call, |add| {
+        self.around(kernels, call, |add| {
             for first in (0..n).step_by(each) {
                 let count = each.min(n - first);
                 let blocks = (count * k / per_thread).div_ceil(256) as u32;
                 follow!(self, function, (blocks, 1, 1), 256, 0;
                     call.bytes.elsewhere, call.weight.raw(), first as i32, count as i32)?;
-                let gemm = Self::gemm_of(element, call, call.bytes.elsewhere, add);
+                let gemm = Self::gemm_of(kernels, call, call.bytes.elsewhere, add);
                 let out = call.out.offset(first as u64 * gemm.out_element.size());
                 self.gemm(Gemm { n: count, out, ..gemm })?;
             }
@@ -408,7 +409,7 @@ impl Gpu {
     }
 
     /// Products of one row each, which lies in shared memory.
-    fn one_row(&self, kernels: &Kernels, element: DType, call: &Linear<'_>) -> Result<(), CudaError> {
+    fn one_row(&self, kernels: &Kernels, call: &Linear<'_>) -> Result<(), CudaError> {
         let function = &kernels.matvec[call.weight.number() as usize][0];
         let (y, z) = Self::row_blocks(call, 1);
         // Warps share out k if there is work for them; the others have outputs of their own, two pairs each.
@@ -423,7 +424,7 @@ impl Gpu {
         let pairs = call.weight.n.div_ceil(2);
         let blocks = pairs.div_ceil(2 * ONE_ROW_WARPS / share) as u32;
         let blocks = blocks.min(ONE_ROW_BLOCKS * self.multiprocessors);
-        let shared = Self::one_row_bytes(call.weight, element);
+        let shared = Self::one_row_bytes(kernels, call.weight);
         follow!(self, function, (blocks, y, z), MATVEC_THREADS, shared; self.raw(call, call.epilogue))
     }
 
@@ -487,11 +488,11 @@ impl Gpu {
     }
 
     /// The activation that a product ends with, where it was not part of it.
-    fn activation(&self, kernels: &Kernels, element: DType, call: &Linear<'_>) -> Result<(), CudaError> {
+    fn activation(&self, kernels: &Kernels, call: &Linear<'_>) -> Result<(), CudaError> {
         let n = call.weight.n;
         match call.epilogue {
             Epilogue::Gated(act) => {
-                let blocks = (n / 2).div_ceil(16 / element.size() as usize).div_ceil(256);
+                let blocks = (n / 2).div_ceil(16 / kernels.element.size() as usize).div_ceil(256);
                 let grid = ((blocks * call.rows) as u32, 1, 1);
                 follow!(self, kernels.gate_mul, grid, 256, 0;
                     call.out, (n / 2) as i32, act_number(act), blocks as i32)

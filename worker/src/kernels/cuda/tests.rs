@@ -104,8 +104,8 @@ impl Bench {
         let (values, factors) = match format {
             Format::Float(dtype) => (self.floats(dtype, values), Ptr::NULL),
             Format::Quantized(q) => {
-                let groups: Vec<_> = values.as_chunks::<GROUP>().0.iter().collect();
-                let groups = quant::quantize(&cpu(), q, &groups);
+                let mut groups = vec![quant::Group::default(); values.len() / GROUP];
+                quant::quantize(&cpu(), q, values.as_chunks().0, &mut groups);
                 let (mut integers, mut factors) = (Vec::new(), Vec::new());
                 for group in &groups {
                     factors.extend(group.factor.to_le_bytes());
@@ -153,7 +153,9 @@ fn rounded(dtype: DType, values: &[f32]) -> Vec<f32> {
 
 /// What quantized weights stand for, as elements of a format.
 fn stood_for(weight: &[f32], quantization: Quantization, element: DType) -> Vec<f32> {
-    let groups: Vec<_> = weight.as_chunks::<GROUP>().0.iter().collect();
+    let groups = weight.as_chunks::<GROUP>().0;
+    let mut quantized = vec![quant::Group::default(); groups.len()];
+    quant::quantize(&cpu(), quantization, groups, &mut quantized);
     let of = |group: &quant::Group| -> Vec<f32> {
         let (factor, least) = (group.factor.to_f32(), group.least.to_f32());
         let value = |v: &i8| match quantization {
@@ -164,7 +166,7 @@ fn stood_for(weight: &[f32], quantization: Quantization, element: DType) -> Vec<
         };
         group.values.iter().map(value).collect()
     };
-    quant::quantize(&cpu(), quantization, &groups).iter().flat_map(of).collect()
+    quantized.iter().flat_map(of).collect()
 }
 
 /// The product by the CPU's kernels, which have their own tests.
@@ -259,7 +261,7 @@ fn products_are_the_cpus_for_every_format_and_number_of_rows() {
                             grouped: None,
                             bytes: &bytes,
                         };
-                        b.gpu.linear(&kernels, element, &call).unwrap();
+                        b.gpu.linear(&kernels, &call).unwrap();
                         let got = b.read(out_dtype, out, rows * n);
                         b.held.pop();
                         got
@@ -339,7 +341,7 @@ fn many_rows_meet_quantized_weights_as_elements() {
             grouped: None,
             bytes: &bytes,
         };
-        b.gpu.linear(&kernels, DType::F32, &call).unwrap();
+        b.gpu.linear(&kernels, &call).unwrap();
         let all = b.read(DType::F32, out, rows * n);
         let places: Vec<_> = (0..300).map(|s| (s * 37 % rows, s * 1013 % n)).collect();
         let got: Vec<f32> = places.iter().map(|(row, o)| all[row * n + o]).collect();
@@ -405,7 +407,7 @@ fn rows_go_through_the_matrix_of_their_expert() {
                 grouped: Some(Grouped { groups, divide: active, strides }),
                 bytes: &bytes,
             };
-            b.gpu.linear(&kernels, element, &call).unwrap();
+            b.gpu.linear(&kernels, &call).unwrap();
             let sums = b.floats(element, &vec![f32::NAN; tokens * n]);
             launch!(b.gpu, kernels.combine_experts, (1, tokens as u32, 1), 256, 0;
                 sums, out, shares, active as i32, n as i32, 0i32)
