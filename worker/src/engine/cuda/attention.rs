@@ -90,10 +90,11 @@ impl Pass<'_> {
             splits: 1,
             partial: partials,
         };
-        // Parts, so that every multiprocessor has something to do; as many as the sums of all places have room for.
+        // Parts, so that every multiprocessor has something to do: about two blocks of each; as many as the sums of all places
+        // have room for.
         let splits = |blocks: usize, places: usize| {
             let room = PARTIALS as usize / (places * heads * (head_dim + 2) * 4).max(1);
-            let wanted = (2 * self.gpu.multiprocessors as usize).div_ceil(blocks.max(1));
+            let wanted = (2 * self.gpu.multiprocessors as usize + blocks / 2) / blocks.max(1);
             wanted.min(room).clamp(1, MAX_SPLITS) as i32
         };
         let combine = |call: Attend| {

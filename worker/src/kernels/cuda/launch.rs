@@ -171,20 +171,29 @@ pub(crate) fn one_row_rings(quantized: bool) -> u32 {
     warps * depth * outputs * lanes * if quantized { 16 + 4 } else { 16 }
 }
 
-/// Elements of a row that a block of `tile_*` takes at a time, its outputs and its threads.
-pub(crate) const TILE_STEP: usize = 128;
+/// Outputs of a block of `tile_*`, and its threads.
 pub(crate) const TILE_OUTPUTS: usize = 128;
 pub(crate) const TILE_THREADS: u32 = 128;
+
+impl TileFormat {
+    /// Elements of a row that a block takes at a time.
+    pub fn step(self) -> usize {
+        if self == TileFormat::Elements { 64 } else { 128 }
+    }
+}
 
 /// Bytes of shared memory of a block of `tile_*`: the stages of `tile.cu`.
 pub(crate) fn tile_bytes(format: TileFormat, rows: usize) -> u32 {
     const ROOM: usize = 98 << 10;
-    let (weights, factors) = match format {
-        TileFormat::Elements => (2 * TILE_STEP + 64, 0),
-        TileFormat::Int8 => (TILE_STEP + 32, 8),
-        TileFormat::Int4 => (TILE_STEP / 2 + 16, 16),
+    // Of an output's weights, of its factors, and of a row.
+    let (weights, factors, x) = match format {
+        TileFormat::Elements => (2 * format.step() + 16, 0, 2 * format.step() + 16),
+        TileFormat::Int8 => (format.step() + 32, 8, 2 * format.step() + 64),
+        TileFormat::Int4 => (format.step() / 2 + 16, 16, 2 * format.step() + 64),
     };
-    let stage = TILE_OUTPUTS * weights + rows * (2 * TILE_STEP + 64) + (TILE_OUTPUTS * factors).max(16);
+    let held = TILE_OUTPUTS * weights + rows * x + (TILE_OUTPUTS * factors).max(16);
+    // At the end the sums take the place of a stage.
+    let stage = held.max(rows * TILE_OUTPUTS * 4);
     ((ROOM / stage).clamp(2, 6) * stage) as u32
 }
 

@@ -11,8 +11,8 @@ use strata_proto::{DType, Format, Quantization};
 use super::{
     CudaError, Gemm, Gpu,
     launch::{
-        Bytes, Kernels, Meeting, ONE_ROW_STATIC, RawMatrix, RawNorm, RawProduct, TILE_OUTPUTS, TILE_STEP,
-        TILE_THREADS, TileFormat, element_number, follow, launch, one_row_rings, tile_bytes,
+        Bytes, Kernels, Meeting, ONE_ROW_STATIC, RawMatrix, RawNorm, RawProduct, TILE_OUTPUTS, TILE_THREADS,
+        TileFormat, element_number, follow, launch, one_row_rings, tile_bytes,
     },
     memory::Ptr,
 };
@@ -25,6 +25,9 @@ const MATVEC_THREADS: u32 = 256;
 /// Blocks of `matvec_*_1` on a multiprocessor at a time, and warps of each: they take turns at the outputs.
 const ONE_ROW_BLOCKS: u32 = 2;
 const ONE_ROW_WARPS: usize = 8;
+/// Threads of a block of `dequantize_*`, and how often each turns eight weights.
+const DEQUANTIZE_THREADS: usize = 256;
+const DEQUANTIZE_TURNS: usize = 4;
 /// Most rows of a block of `tile_*`.
 const TILE_ROWS: usize = 64;
 /// Blocks of `tile_*` for a multiprocessor.
@@ -358,15 +361,15 @@ impl Gpu {
         // Turns of one length, of whole tiles.
         let each = n.div_ceil(turns).next_multiple_of(64).min(n);
         let each = if (each * k) as u64 * size > UNPACKED { n / turns } else { each };
-        let (function, per_thread) = match format {
-            Format::Quantized(Quantization::Int4) => (&kernels.dequantize_int4, 32),
-            _ => (&kernels.dequantize_int8, 16),
+        let function = match format {
+            Format::Quantized(Quantization::Int4) => &kernels.dequantize_int4,
+            _ => &kernels.dequantize_int8,
         };
         self.around(kernels, call, |add| {
             for first in (0..n).step_by(each) {
                 let count = each.min(n - first);
-                let blocks = (count * k / per_thread).div_ceil(256) as u32;
-                follow!(self, function, (blocks, 1, 1), 256, 0;
+                let blocks = (count * k / 8).div_ceil(DEQUANTIZE_THREADS * DEQUANTIZE_TURNS) as u32;
+                follow!(self, function, (blocks, 1, 1), DEQUANTIZE_THREADS as u32, 0;
                     call.bytes.elsewhere, call.weight.raw(), first as i32, count as i32)?;
                 let gemm = Self::gemm_of(kernels, call, call.bytes.elsewhere, add);
                 let out = call.out.offset(first as u64 * gemm.out_element.size());
@@ -441,8 +444,8 @@ impl Gpu {
         let (format, whole) = match held {
             Format::Float(held) if held == element => (TileFormat::Elements, 8),
             Format::Float(_) => return None,
-            Format::Quantized(Quantization::Int8) => (TileFormat::Int8, TILE_STEP),
-            Format::Quantized(Quantization::Int4) => (TileFormat::Int4, TILE_STEP),
+            Format::Quantized(Quantization::Int8) => (TileFormat::Int8, TileFormat::Int8.step()),
+            Format::Quantized(Quantization::Int4) => (TileFormat::Int4, TileFormat::Int4.step()),
         };
         (call.weight.k.is_multiple_of(whole) && call.x.stride.is_multiple_of(8)).then_some(format)
     }
@@ -455,7 +458,7 @@ impl Gpu {
     ) -> Result<(), CudaError> {
         let (y, z) = Self::row_blocks(call, rows);
         // Tiles and the steps of each are shared out evenly. As many blocks as the room for their sums is for.
-        let units = (call.weight.n.div_ceil(TILE_OUTPUTS) * call.weight.k.div_ceil(TILE_STEP)) as u32;
+        let units = (call.weight.n.div_ceil(TILE_OUTPUTS) * call.weight.k.div_ceil(format.step())) as u32;
         let blocks = (TILE_BLOCKS * self.multiprocessors / (y * z)).clamp(1, units);
         let shared = tile_bytes(format, rows);
         follow!(self, function, (blocks, y, z), TILE_THREADS, shared;

@@ -184,22 +184,6 @@ extern "C" __global__ void __launch_bounds__(128) attention_combine(Attend a) {
 #define PIECES (HEAD_DIM / 8)
 #define COPIES (KEYS * PIECES / 128)
 
-__device__ __forceinline__ void mma_t(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-#if ELEMENT == 1
-    mma_bf16(d, a, b);
-#else
-    mma_f16(d, a, b);
-#endif
-}
-
-__device__ __forceinline__ u32 pair_of(float low, float high) {
-#if ELEMENT == 1
-    return two_bf16(low, high);
-#else
-    return two_f16(low, high);
-#endif
-}
-
 // Where the keys of one row and key-value head are: of a cache, blocks of 16 positions; of an encoder, rows of `qkv`.
 struct Source {
     const T* keys;
@@ -331,8 +315,8 @@ __device__ __forceinline__ void attend_tile(const Attend& a) {
                 u32 k[4];
                 ldmatrix4(k, my_keys + b * 8 * ROW + d);
                 u32 low[2] = {k[0], k[1]}, high[2] = {k[2], k[3]};
-                mma_t(scores[b], q, low);
-                mma_t(scores[b + 1], q, high);
+                mma(scores[b], q, low);
+                mma(scores[b + 1], q, high);
             }
         }
         __syncthreads();
@@ -389,15 +373,15 @@ __device__ __forceinline__ void attend_tile(const Attend& a) {
         __syncthreads();
 #pragma unroll
         for (int b = 0; b < BLOCKS; b += 2) {
-            u32 p[4] = {pair_of(scores[b][0], scores[b][1]), pair_of(scores[b][2], scores[b][3]),
-                        pair_of(scores[b + 1][0], scores[b + 1][1]), pair_of(scores[b + 1][2], scores[b + 1][3])};
+            u32 p[4] = {two_elements(scores[b][0], scores[b][1]), two_elements(scores[b][2], scores[b][3]),
+                        two_elements(scores[b + 1][0], scores[b + 1][1]), two_elements(scores[b + 1][2], scores[b + 1][3])};
 #pragma unroll
             for (int d = 0; d < DIMS; d += 2) {
                 u32 v[4];
                 ldmatrix4_transposed(v, my_values + b * 8 * ROW + d * 8);
                 u32 low[2] = {v[0], v[1]}, high[2] = {v[2], v[3]};
-                mma_t(out[d], p, low);
-                mma_t(out[d + 1], p, high);
+                mma(out[d], p, low);
+                mma(out[d + 1], p, high);
             }
         }
         __syncthreads();
@@ -418,7 +402,7 @@ __device__ __forceinline__ void attend_tile(const Attend& a) {
             T* to = a.out + ((size_t)(a.row_first[row] + r / group) * a.heads + kv_head * group + r % group) * HEAD_DIM;
 #pragma unroll
             for (int d = 0; d < DIMS; d++)
-                *(u32*)(to + d * 8 + t * 2) = pair_of(out[d][2 * h] / total[h], out[d][2 * h + 1] / total[h]);
+                *(u32*)(to + d * 8 + t * 2) = two_elements(out[d][2 * h] / total[h], out[d][2 * h + 1] / total[h]);
         }
     } else {
         // The warps' quarters are put together in shared memory, of which keys and values are needed no longer.

@@ -196,6 +196,20 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
+// The sums of four numbers over the lanes of a warp: lanes 8 i to 8 i + 7 get the i-th.
+__device__ __forceinline__ float warp_sums(const float (&x)[4]) {
+    int lane = threadIdx.x % WARP;
+    bool upper = lane & 16, odd = lane & 8;
+    float one = upper ? x[2] : x[0], other = upper ? x[3] : x[1];
+    one += __shfl_xor_sync(FULL, upper ? x[0] : x[2], 16);
+    other += __shfl_xor_sync(FULL, upper ? x[1] : x[3], 16);
+    float sum = odd ? other : one;
+    sum += __shfl_xor_sync(FULL, odd ? one : other, 8);
+#pragma unroll
+    for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(FULL, sum, offset);
+    return sum;
+}
+
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
     for (int offset = WARP / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(FULL, x, offset));
@@ -211,6 +225,19 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {
     __syncthreads();
     return warp_sum(lane < (blockDim.x + WARP - 1) / WARP ? scratch[lane] : 0.0f);
 }
+
+#if ELEMENT != 0
+
+// d += a * b of elements, as `mma_bf16`.
+__device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+#if ELEMENT == 1
+    mma_bf16(d, a, b);
+#else
+    mma_f16(d, a, b);
+#endif
+}
+
+#endif
 
 // Activation functions, numbered as the host numbers them.
 __device__ __forceinline__ float activate_inline(int act, float x) {

@@ -106,25 +106,31 @@ __device__ __forceinline__ void one_row(Product p) {
     int groups = ONE_ROW_WARPS / share, group = warp / share, chunks = (pieces + share - 1) / share;
     int first = (int)((u64)fours * blockIdx.x / gridDim.x), end = (int)((u64)fours * (blockIdx.x + 1) / gridDim.x);
     int first_at = (warp % share * WARP + lane) * Piece::COUNT, step_at = share * EACH;
-    auto output = [&](int four, int r) {
-        int pair = min(four * 2 + r / 2, pairs - 1);
-        return gated ? pair + r % 2 * half : min(2 * pair + r % 2, n - 1);
-    };
+    // From output to output of a pair, and from pair to pair, in rows of the matrix. Missing ones of the last are others again.
+    const size_t to_second = gated ? half : 1, to_pair = gated ? 1 : 2;
+    const bool odd_pairs = pairs % 2, odd_outputs = !gated && n % 2;
 
     const int row_bytes = ((QUANTIZED ? k + k / GROUP * 8 : k * (int)sizeof(T)) + 15) / 16 * 16;
     u8* ring = dynamic_shared + row_bytes + warp * ONE_ROW_DEPTH * SLOT;
     int next_four = first + group, next_chunk = 0;
+    // The first element of a row of the matrix that a lane takes, by output of a four.
+    auto element_of = [&](int four, int r, int at) {
+        bool last = four == fours - 1;
+        size_t row = (size_t)four * 2 * to_pair + (r >= 2 && !(last && odd_pairs) ? to_pair : 0);
+        bool single = odd_outputs && last && (r >= 2 || odd_pairs);
+        return (row + (r % 2 && !single ? to_second : 0)) * k + at;
+    };
     auto load = [&](int slot) {
         int at = first_at + next_chunk * step_at;
         if (next_four < end && at < k) {
+            u8* to = ring + slot * SLOT;
 #pragma unroll
             for (int r = 0; r < 4; r++) {
-                size_t element = (size_t)output(next_four, r) * k + at;
-                const u8* from = p.weight.values + Piece::bytes(element);
-                const u8* factor = p.weight.factors + (Piece::FACTOR == 4 ? element / GROUP * 4 : element / GROUP / 2 * 4);
-                u8* to = ring + slot * SLOT;
-                copy_async16(to + (r * WARP + lane) * 16, from, true);
-                if constexpr (Piece::FACTOR != 0) copy_async4(to + 4 * WARP * 16 + (r * WARP + lane) * 4, factor);
+                size_t element = element_of(next_four, r, at);
+                copy_async16(to + (r * WARP + lane) * 16, p.weight.values + Piece::bytes(element), true);
+                // Of int8, the word that the factor lies in.
+                size_t factor = element / GROUP * Piece::FACTOR & ~(size_t)3;
+                if constexpr (Piece::FACTOR != 0) copy_async4(to + 4 * WARP * 16 + (r * WARP + lane) * 4, p.weight.factors + factor);
             }
         }
         copy_async_commit();
@@ -205,7 +211,7 @@ __device__ __forceinline__ void one_row(Product p) {
                     u32 factors[4];
 #pragma unroll
                     for (int r = 0; r < 4; r++) {
-                        element[r] = (size_t)output(four, r) * k + at;
+                        element[r] = element_of(four, r, at);
                         weights[r] = *(const uint4*)(from + (r * WARP + lane) * 16);
                         if constexpr (Piece::FACTOR != 0)
                             factors[r] = *(const u32*)(from + 4 * WARP * 16 + (r * WARP + lane) * 4);
@@ -215,11 +221,8 @@ __device__ __forceinline__ void one_row(Product p) {
                 load(slot);
                 slot = (slot + 1) % ONE_ROW_DEPTH;
             }
-#pragma unroll
-            for (int r = 0; r < 4; r++) {
-                float all = warp_sum(sum[r]);
-                if (lane == 0) partial[turn][four - begin][r][warp % share] = all;
-            }
+            float all = warp_sums(sum);
+            if (lane % 8 == 0) partial[turn][four - begin][lane / 8][warp % share] = all;
         }
         // The warps' sums meet. What is written in their place next comes after another meeting.
         __syncthreads();

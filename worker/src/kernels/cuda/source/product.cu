@@ -333,37 +333,116 @@ extern "C" __global__ void quantize_rows(Bytes out, const T* x, int x_stride, in
     group_bytes(out, (size_t)task * GROUP + lane, value, true);
 }
 
-// Rows first to first + count of quantized weights as elements of T: out (count, k). A thread turns 16 bytes.
+#if ELEMENT != 0
+
+// --- quantized weights as elements ---
+
+#if ELEMENT == 1
+#define ONE_TWICE 0x3f803f80
+#define fma_two fma_two_bf16
+#else
+#define ONE_TWICE 0x3c003c00
+#define fma_two fma_two_f16
+#endif
+
+// Two bytes or half bytes of a word as elements, whole numbers. `both` has them in the low bits of its halves.
+//
+// A small number in the low bits of the mantissa of a power of two adds itself to that. Bytes of bf16, whose mantissa has seven
+// bits, take off twice as much if they are negative.
+__device__ __forceinline__ u32 two_of_int8(u32 both) {
+#if ELEMENT == 1
+    return fma_two(and_or(both, 0x007f007f, 0x43004300), ONE_TWICE, and_or(both, 0x00800080, 0xc300c300));
+#else
+    return fma_two(both ^ 0x64806480, ONE_TWICE, 0xe480e480);
+#endif
+}
+
+__device__ __forceinline__ u32 two_of_int4(u32 both) {
+#if ELEMENT == 1
+    return fma_two(and_or(both, 0x000f000f, 0x43004300), ONE_TWICE, 0xc300c300);
+#else
+    return fma_two(and_or(both, 0x000f000f, 0x64006400), ONE_TWICE, 0xe400e400);
+#endif
+}
+
+__device__ __forceinline__ u32 two_elements(float low, float high) {
+#if ELEMENT == 1
+    return two_bf16(low, high);
+#else
+    return two_f16(low, high);
+#endif
+}
+
+// The element nearest to an f16, twice.
+__device__ __forceinline__ u32 twice(u16 half) {
+#if ELEMENT == 1
+    float wide = half_to_float(half);
+    return two_bf16(wide, wide);
+#else
+    return half * 0x10001u;
+#endif
+}
+
+// The eight half bytes of a word as elements, two and two: times a factor, plus something.
+__device__ __forceinline__ void eight_of_int4(u32 (&out)[4], u32 word, u32 factor, u32 least) {
+    u32 low = __byte_perm(word, 0, 0x4140), high = __byte_perm(word, 0, 0x4342);
+    out[0] = fma_two(two_of_int4(low), factor, least);
+    out[1] = fma_two(two_of_int4(high), factor, least);
+    out[2] = fma_two(two_of_int4(low >> 4), factor, least);
+    out[3] = fma_two(two_of_int4(high >> 4), factor, least);
+}
+
+#endif
+
+// What eight quantized weights stand for: bytes in two words, or half bytes in the first of them.
+template <bool INT4>
+__device__ __forceinline__ void eight_elements(T* to, uint2 raw, u32 both) {
+    float factor = half_to_float((u16)both), least = INT4 ? half_to_float((u16)(both >> 16)) : 0.0f;
+#if ELEMENT != 0
+    u32 out[4];
+    if constexpr (INT4) {
+        eight_of_int4(out, raw.x, twice((u16)both), twice((u16)(both >> 16)));
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            u32 two = (i < 2 ? raw.x : raw.y) >> i % 2 * 16;
+            out[i] = two_elements((float)(signed char)two * factor, (float)(signed char)(two >> 8) * factor);
+        }
+    }
+    *(uint4*)to = make_uint4(out[0], out[1], out[2], out[3]);
+#else
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        if constexpr (INT4) to[i] = fmaf((float)(raw.x >> (i % 4 * 8 + i / 4 * 4) & 15u), factor, least);
+        else to[i] = (float)(signed char)((i < 4 ? raw.x : raw.y) >> i % 4 * 8) * factor;
+    }
+#endif
+}
+
+// Threads of a block of `dequantize_*`, and how often each turns eight weights.
+#define DEQUANTIZE_THREADS 256
+#define DEQUANTIZE_TURNS 4
+
+// Rows first to first + count of quantized weights as elements of T: out (count, k).
 template <bool INT4>
 __device__ __forceinline__ void dequantize(T* out, const Matrix& weight, int first, int count) {
     follow();
-    constexpr int EACH = INT4 ? 32 : 16;
-    size_t at = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * EACH;
-    if (at >= (size_t)count * weight.k) return;
-    size_t from = (size_t)first * weight.k + at, group = from / GROUP;
-    uint4 raw = *(const uint4*)(weight.values + (INT4 ? from / 2 : from));
-    float values[EACH];
-    if constexpr (INT4) {
-        u32 both = ((const u32*)weight.factors)[group];
-        float factor = half_to_float((u16)both), least = half_to_float((u16)(both >> 16));
-        const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
+    size_t end = (size_t)count * weight.k / 8, before = (size_t)first * weight.k / 8;
+    size_t begin = (size_t)blockIdx.x * DEQUANTIZE_THREADS * DEQUANTIZE_TURNS + threadIdx.x;
+    uint2 raw[DEQUANTIZE_TURNS];
+    u32 factor[DEQUANTIZE_TURNS];
 #pragma unroll
-        for (int i = 0; i < 32; i++) {
-            u32 value = words[i / 8] >> (i % 4 * 8 + i % 8 / 4 * 4) & 15u;
-            values[i] = fmaf((float)value, factor, least);
-        }
-    } else {
-        float factor = half_to_float(((const u16*)weight.factors)[group]);
-        const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-        for (int i = 0; i < 16; i++) values[i] = (float)(signed char)(words[i / 4] >> i % 4 * 8) * factor;
+    for (int i = 0; i < DEQUANTIZE_TURNS; i++) {
+        size_t at = begin + i * DEQUANTIZE_THREADS, from = before + at;
+        if (at >= end) break;
+        raw[i] = INT4 ? make_uint2(((const u32*)weight.values)[from], 0) : ((const uint2*)weight.values)[from];
+        factor[i] = INT4 ? ((const u32*)weight.factors)[from * 8 / GROUP] : ((const u16*)weight.factors)[from * 8 / GROUP];
     }
 #pragma unroll
-    for (int i = 0; i < EACH; i += PACK) {
-        Pack<T> pack;
-#pragma unroll
-        for (int e = 0; e < PACK; e++) pack.at[e] = narrowed(values[i + e]);
-        store16(out + at + i, pack);
+    for (int i = 0; i < DEQUANTIZE_TURNS; i++) {
+        size_t at = begin + i * DEQUANTIZE_THREADS;
+        if (at >= end) break;
+        eight_elements<INT4>(out + at * 8, raw[i], factor[i]);
     }
 }
 extern "C" __global__ void dequantize_int8(T* out, Matrix weight, int first, int count) {

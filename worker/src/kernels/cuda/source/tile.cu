@@ -4,24 +4,26 @@
 
 enum TileFormat { TILE_ELEMENTS, TILE_INT8, TILE_INT4 };
 
-// Outputs of a block, a quarter of them for each of its warps, and elements of k that it takes at a time.
+// Outputs of a block, a quarter of them for each of its warps.
 #define TILE_OUTPUTS 128
 #define TILE_THREADS 128
-#define TILE_STEP 128
-#define TILE_GROUPS (TILE_STEP / GROUP)
 
 // What a block has of one step in shared memory, or on its way there. The distances from row to row let the lanes that read
 // together meet all banks.
 template <TileFormat FORMAT, int ROWS>
 struct TileStage {
-    static constexpr int BYTES = FORMAT == TILE_ELEMENTS ? TILE_STEP * 2 : FORMAT == TILE_INT8 ? TILE_STEP : TILE_STEP / 2;
-    static constexpr int STRIDE = FORMAT == TILE_ELEMENTS ? BYTES + 64 : FORMAT == TILE_INT8 ? BYTES + 32 : BYTES + 16;
-    static constexpr int X_BYTES = TILE_STEP * 2, X_STRIDE = X_BYTES + 64;
+    // Elements of k, and their bytes of an output.
+    static constexpr int STEP = FORMAT == TILE_ELEMENTS ? 64 : 128;
+    static constexpr int BYTES = FORMAT == TILE_INT8 ? STEP : FORMAT == TILE_INT4 ? STEP / 2 : STEP * 2;
+    static constexpr int STRIDE = FORMAT == TILE_INT8 ? BYTES + 32 : BYTES + 16;
+    static constexpr int X_BYTES = STEP * 2, X_STRIDE = FORMAT == TILE_ELEMENTS ? X_BYTES + 16 : X_BYTES + 64;
     // Of an output: f16 factors, of int4 each with what is added.
-    static constexpr int FACTORS = FORMAT == TILE_ELEMENTS ? 0 : FORMAT == TILE_INT8 ? TILE_GROUPS * 2 : TILE_GROUPS * 4;
+    static constexpr int GROUPS = STEP / GROUP, FACTORS = FORMAT == TILE_INT8 ? GROUPS * 2 : FORMAT == TILE_INT4 ? GROUPS * 4 : 0;
     u8 weights[TILE_OUTPUTS][STRIDE];
     u8 x[ROWS][X_STRIDE];
-    u8 factors[FACTORS ? TILE_OUTPUTS * FACTORS : 16];
+    static constexpr int OTHERS = TILE_OUTPUTS * STRIDE + ROWS * X_STRIDE, SUMS = ROWS * TILE_OUTPUTS * 4 - OTHERS;
+    // At the end of a tile, the sums take the place of a stage.
+    u8 factors[SUMS > TILE_OUTPUTS * FACTORS ? SUMS : FACTORS ? TILE_OUTPUTS * FACTORS : 16];
 };
 
 // Shared memory of a block: two of them fit a multiprocessor of data-centre GPUs, one any other.
@@ -31,77 +33,23 @@ struct TileStage {
 template <class Stage>
 constexpr int TILE_DEPTH = TILE_ROOM / sizeof(Stage) < 2 ? 2 : TILE_ROOM / sizeof(Stage) > 6 ? 6 : TILE_ROOM / sizeof(Stage);
 
-#if ELEMENT == 1
-#define ONE_TWICE 0x3f803f80
-#define fma_two fma_two_bf16
-#else
-#define ONE_TWICE 0x3c003c00
-#define fma_two fma_two_f16
-#endif
-
-// Two bytes or half bytes of a word as elements, whole numbers. `both` has them in the low bits of its halves.
-//
-// A small number in the low bits of the mantissa of a power of two adds itself to that. Bytes of bf16, whose mantissa has seven
-// bits, take off twice as much if they are negative.
-__device__ __forceinline__ u32 two_of_int8(u32 both) {
-#if ELEMENT == 1
-    return fma_two(and_or(both, 0x007f007f, 0x43004300), ONE_TWICE, and_or(both, 0x00800080, 0xc300c300));
-#else
-    return fma_two(both ^ 0x64806480, ONE_TWICE, 0xe480e480);
-#endif
-}
-
-__device__ __forceinline__ u32 two_of_int4(u32 both) {
-#if ELEMENT == 1
-    return fma_two(and_or(both, 0x000f000f, 0x43004300), ONE_TWICE, 0xc300c300);
-#else
-    return fma_two(and_or(both, 0x000f000f, 0x64006400), ONE_TWICE, 0xe400e400);
-#endif
-}
-
-// The same element twice.
-__device__ __forceinline__ u32 twice(u16 half) {
-#if ELEMENT == 1
-    float wide = half_to_float(half);
-    return two_bf16(wide, wide);
-#else
-    return half * 0x10001u;
-#endif
-}
-
-__device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], const u32* b) {
-    const u32 pair[2] = {b[0], b[1]};
-#if ELEMENT == 1
-    mma_bf16(d, a, pair);
-#else
-    mma_f16(d, a, pair);
-#endif
-}
-
-// What a lane has of the weights of 16 outputs and 32 elements of k: the operands of two products. Lane t of four takes elements
+// What a lane has of the quantized weights of 16 outputs and a group: the operands of two products. Lane t of four takes elements
 // 8 t to 8 t + 7 of each row; as it does so of x too, a product adds up what belongs together, in another order.
 template <TileFormat FORMAT>
 __device__ __forceinline__ void tile_weights(u32 (&a)[2][4], const u8* row, int half, const u8* factors) {
-    if constexpr (FORMAT == TILE_ELEMENTS) {
-        uint4 raw = *(const uint4*)row;
-        a[0][half] = raw.x;
-        a[0][half + 2] = raw.y;
-        a[1][half] = raw.z;
-        a[1][half + 2] = raw.w;
-    } else if constexpr (FORMAT == TILE_INT8) {
+    if constexpr (FORMAT == TILE_INT8) {
         uint2 raw = *(const uint2*)row;
         a[0][half] = two_of_int8(__byte_perm(raw.x, 0, 0x4140));
         a[0][half + 2] = two_of_int8(__byte_perm(raw.x, 0, 0x4342));
         a[1][half] = two_of_int8(__byte_perm(raw.y, 0, 0x4140));
         a[1][half + 2] = two_of_int8(__byte_perm(raw.y, 0, 0x4342));
     } else {
-        u32 raw = *(const u32*)row, both = *(const u32*)factors;
-        u32 factor = twice((u16)both), least = twice((u16)(both >> 16));
-        u32 low = __byte_perm(raw, 0, 0x4140), high = __byte_perm(raw, 0, 0x4342);
-        a[0][half] = fma_two(two_of_int4(low), factor, least);
-        a[0][half + 2] = fma_two(two_of_int4(high), factor, least);
-        a[1][half] = fma_two(two_of_int4(low >> 4), factor, least);
-        a[1][half + 2] = fma_two(two_of_int4(high >> 4), factor, least);
+        u32 both = *(const u32*)factors, elements[4];
+        eight_of_int4(elements, *(const u32*)row, twice((u16)both), twice((u16)(both >> 16)));
+        a[0][half] = elements[0];
+        a[0][half + 2] = elements[1];
+        a[1][half] = elements[2];
+        a[1][half + 2] = elements[3];
     }
 }
 
@@ -135,7 +83,7 @@ __device__ __forceinline__ void tile(Product p, const Meeting& meeting) {
     const bool gated = p.epilogue == GATED;
     // Of gated products, half of a tile are gates and the others what they are for.
     const int wide = gated ? TILE_OUTPUTS / 2 : TILE_OUTPUTS, outputs = gated ? half : n;
-    const int tiles = (outputs + wide - 1) / wide, steps = (k + TILE_STEP - 1) / TILE_STEP, units = tiles * steps;
+    const int tiles = (outputs + wide - 1) / wide, steps = (k + Stage::STEP - 1) / Stage::STEP, units = tiles * steps;
     const int first = (int)((u64)units * blockIdx.x / gridDim.x), end = (int)((u64)units * (blockIdx.x + 1) / gridDim.x);
 
     // Each thread carries 16 bytes of every `PASS`-th output of a tile. Of 32 outputs, of gated products the first 16 are gates
@@ -185,7 +133,7 @@ __device__ __forceinline__ void tile(Product p, const Meeting& meeting) {
     constexpr int X_IN_ROW = Stage::X_BYTES / 16, X_PIECES = ROWS * X_IN_ROW / TILE_THREADS;
     const T* source[X_PIECES];
     auto fetch_x = [&](Stage& to, int step) {
-        int at = step * TILE_STEP + thread % X_IN_ROW * 8;
+        int at = step * Stage::STEP + thread % X_IN_ROW * 8;
 #pragma unroll
         for (int i = 0; i < X_PIECES; i++) {
             int r = i * (TILE_THREADS / X_IN_ROW) + thread / X_IN_ROW;
@@ -230,35 +178,56 @@ __device__ __forceinline__ void tile(Product p, const Meeting& meeting) {
             copy_async_commit();
             const Stage& held = stages[slot];
             slot = slot == DEPTH - 1 ? 0 : slot + 1;
-#pragma unroll(ROWS == 64 && FORMAT == TILE_INT8 ? 1 : TILE_GROUPS)
-            for (int part = 0; part < TILE_GROUPS; part++) {
-                u32 a[2][2][4];
-                float factor[2][2] = {};
+            if constexpr (FORMAT == TILE_ELEMENTS) {
 #pragma unroll
-                for (int f = 0; f < 2; f++)
+                for (int slab = 0; slab < Stage::STEP / 16; slab++) {
+                    u32 a[2][4];
 #pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        int r = warp * 32 + f * 16 + h * 8 + g;
-                        const u8* factors = held.factors + r * Stage::FACTORS + part * (Stage::FACTORS / TILE_GROUPS);
-                        tile_weights<FORMAT>(a[f], held.weights[r] + (part * 4 + t) * (Stage::BYTES / 16), h, factors);
-                        if constexpr (FORMAT == TILE_INT8) factor[f][h] = half_to_float(*(const u16*)factors);
+                    for (int f = 0; f < 2; f++)
+                        ldmatrix4(a[f], held.weights[warp * 32 + f * 16 + lane % 16] + slab * 32 + lane / 16 * 16);
+#pragma unroll
+                    for (int j = 0; j < COLUMNS; j += 2) {
+                        u32 four[4];
+                        ldmatrix4(four, held.x[(j + lane / 16) * 8 + lane % 8] + slab * 32 + lane / 8 % 2 * 16);
+                        const u32 x[2][2] = {{four[0], four[1]}, {four[2], four[3]}};
+#pragma unroll
+                        for (int f = 0; f < 2; f++) {
+                            mma(sum[f][j], a[f], x[0]);
+                            mma(sum[f][j + 1], a[f], x[1]);
+                        }
                     }
+                }
+            } else {
+#pragma unroll(ROWS == 64 && FORMAT == TILE_INT8 ? 1 : Stage::GROUPS)
+                for (int part = 0; part < Stage::GROUPS; part++) {
+                    u32 a[2][2][4];
+                    float factor[2][2] = {};
 #pragma unroll
-                for (int j = 0; j < COLUMNS; j++) {
-                    uint4 raw = *(const uint4*)(held.x[j * 8 + g] + part * 64 + t * 16);
-                    const u32 x[4] = {raw.x, raw.y, raw.z, raw.w};
+                    for (int f = 0; f < 2; f++)
 #pragma unroll
-                    for (int f = 0; f < 2; f++) {
-                        if constexpr (FORMAT == TILE_INT8) {
-                            // Whole numbers as elements are exact; so is their factor afterwards.
-                            float d[4] = {};
-                            mma(d, a[f][0], x);
-                            mma(d, a[f][1], x + 2);
+                        for (int h = 0; h < 2; h++) {
+                            int r = warp * 32 + f * 16 + h * 8 + g;
+                            const u8* factors = held.factors + r * Stage::FACTORS + part * (Stage::FACTORS / Stage::GROUPS);
+                            tile_weights<FORMAT>(a[f], held.weights[r] + (part * 4 + t) * (Stage::BYTES / 16), h, factors);
+                            if constexpr (FORMAT == TILE_INT8) factor[f][h] = half_to_float(*(const u16*)factors);
+                        }
 #pragma unroll
-                            for (int e = 0; e < 4; e++) sum[f][j][e] = fmaf(d[e], factor[f][e / 2], sum[f][j][e]);
-                        } else {
-                            mma(sum[f][j], a[f][0], x);
-                            mma(sum[f][j], a[f][1], x + 2);
+                    for (int j = 0; j < COLUMNS; j++) {
+                        uint4 raw = *(const uint4*)(held.x[j * 8 + g] + part * 64 + t * 16);
+                        const u32 x[2][2] = {{raw.x, raw.y}, {raw.z, raw.w}};
+#pragma unroll
+                        for (int f = 0; f < 2; f++) {
+                            if constexpr (FORMAT == TILE_INT8) {
+                                // Whole numbers as elements are exact; so is their factor afterwards.
+                                float d[4] = {};
+                                mma(d, a[f][0], x[0]);
+                                mma(d, a[f][1], x[1]);
+#pragma unroll
+                                for (int e = 0; e < 4; e++) sum[f][j][e] = fmaf(d[e], factor[f][e / 2], sum[f][j][e]);
+                            } else {
+                                mma(sum[f][j], a[f][0], x[0]);
+                                mma(sum[f][j], a[f][1], x[1]);
+                            }
                         }
                     }
                 }
