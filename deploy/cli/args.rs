@@ -13,7 +13,7 @@ use strata_proto::{
     v1::{ChatMessage, Truncation},
 };
 use strata_worker::{
-    device::{Compute, DeviceSpec, parse_bytes},
+    device::{self, Compute, DeviceSpec, parse_bytes},
     kernels::cpu::isa::Isa,
 };
 
@@ -266,9 +266,9 @@ impl KernelCacheArgs {
             Some("") => None,
             Some(named) => Some(named.into()),
             // A user without a home, as in a container, has no such directory, and need not be told.
-            None => user_cache()
-                .map(|cache| cache.join("strata/kernels"))
-                .filter(|directory| std::fs::create_dir_all(directory).is_ok()),
+            None => {
+                user_cache().map(|cache| cache.join("strata/kernels")).filter(|path| device::can_write(path))
+            }
         }
     }
 }
@@ -490,7 +490,8 @@ pub struct KernelsArgs {
     /// Rows of products, measured in this order [default: 1, 32, 2048, then others up to 2048]
     #[arg(long, env = "STRATA_ROWS", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub rows: Vec<u32>,
-    /// Seconds after which no further kernel is begun
+    /// Seconds for measuring, from when the device is open and its kernels are compiled; the first kernel is measured however
+    /// long it takes, and others that would take longer are left out
     #[arg(long, env = "STRATA_SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     pub seconds: u64,
     /// Print one JSON object per line

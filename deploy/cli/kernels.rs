@@ -42,16 +42,19 @@ pub fn kernels(args: &KernelsArgs) -> anyhow::Result<()> {
         match report {
             Report::Limits(limits) => writeln!(
                 out,
-                "{}: {:.1} GB/s of memory, {:.2} TFLOP/s in {dtype}\n\n{}",
+                "{}: {:.1} GB/s of memory{}\n\n{}",
                 request.device,
                 limits.bytes_per_second / 1e9,
-                limits.flops_per_second / 1e12,
+                limits.flops_per_second.iter().map(in_format).collect::<String>(),
                 heading()
             ),
             Report::Line(line) => writeln!(out, "{}", row(line)),
-            Report::Left { not_measured: 0 } => Ok(()),
-            Report::Left { not_measured } => {
-                writeln!(out, "\n{not_measured} more were not measured: no time (--seconds) or no memory")
+            Report::Left { not_measured, never_measured } => {
+                let never = never_measured.iter().map(|what| format!("\nNot measured: {what}"));
+                let more =
+                    format!("\n{not_measured} more were not measured: no time (--seconds) or no memory");
+                let more = (*not_measured > 0).then_some(more);
+                never.chain(more).try_for_each(|line| writeln!(out, "{line}"))
             }
         }
     };
@@ -78,6 +81,10 @@ fn model(name: &str) -> anyhow::Result<Model> {
     Model::without_checkpoint(config).with_context(|| format!("model {name}"))
 }
 
+fn in_format((format, flops_per_second): (&String, &f64)) -> String {
+    format!(", {:.2} TFLOP/s in {format}", flops_per_second / 1e12)
+}
+
 fn heading() -> String {
     format!(
         "{:22} {:6} {:>14} {:>5} {:>7} {:>11} {:>9} {:>9}  bound",
@@ -87,16 +94,18 @@ fn heading() -> String {
 
 fn row(line: &Line) -> String {
     let context = line.context.map_or(String::new(), |context| context.to_string());
+    let share = line
+        .share
+        .zip(line.bound)
+        .map_or("-".to_owned(), |(share, bound)| format!("{:5.1} % of {bound}", 100.0 * share));
     format!(
-        "{:22} {:6} {:>14} {:>5} {context:>7} {:>11.1} {:>9.1} {:>9.2}  {:5.1} % of {}",
+        "{:22} {:6} {:>14} {:>5} {context:>7} {:>11.1} {:>9.1} {:>9.2}  {share}",
         line.kernel,
         line.format,
         line.shape,
         line.rows,
         line.microseconds,
         line.gigabytes_per_second,
-        line.teraflops_per_second,
-        100.0 * line.share,
-        line.bound
+        line.teraflops_per_second
     )
 }

@@ -27,8 +27,7 @@ fn main() -> ! {
         Ok(()) => 0,
         Err(error) if is_broken_pipe(&error) => 0,
         Err(error) => {
-            // One line with the whole chain of causes.
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", in_one_line(&error));
             1
         }
     };
@@ -84,6 +83,15 @@ fn start_logging(cli: &Cli) -> anyhow::Result<()> {
         LogFormat::Json => builder.json().init(),
     }
     Ok(())
+}
+
+/// The whole chain of causes, those once that an error says itself, too.
+fn in_one_line(error: &anyhow::Error) -> String {
+    error.chain().map(|cause| cause.to_string()).fold(String::new(), |line, cause| match line.as_str() {
+        "" => cause,
+        said if said.ends_with(&cause) => line,
+        said => format!("{said}: {cause}"),
+    })
 }
 
 /// Whoever read our standard output has seen enough.

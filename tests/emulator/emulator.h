@@ -38,6 +38,7 @@ enum Status : int {
     not_ready = 600,
     peer_access_already_enabled = 704,
     peer_access_not_enabled = 705,
+    launch_failed = 719,
     not_supported = 801,
     capture_unsupported = 900,
     capture_invalidated = 901,
@@ -161,7 +162,7 @@ int refuse_in_capture_of(int device);
 /// As the above, for one stream.
 int refuse_on_capturing(const std::shared_ptr<Stream>& stream);
 /// Waits until every stream of the device has nothing left to do.
-void drain_device(int device);
+int drain_device(int device);
 
 /// Whether a handle of cuBLAS is to use a stream.
 bool blas_uses(void* stream);

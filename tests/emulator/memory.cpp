@@ -159,7 +159,7 @@ API int cuMemFree_v2(uint64_t address) {
     if (device < 0) return invalid_value;
     if (int status = refuse_in_capture()) return status;
     // The real call waits for the device too; with a receive pending that never comes, both hang.
-    drain_device(device);
+    if (int status = drain_device(device)) return status;
     return release(reinterpret_cast<void*>(address), false);
 }
 

@@ -93,7 +93,11 @@ static std::shared_ptr<Event> find_event(void* handle) {
     return found == state().events.end() ? nullptr : found->second;
 }
 
+// Whether every device is as after a kernel that failed: whatever waits for work, or asks for more, is told so.
+static std::atomic<bool> lost = false;
+
 int enqueue(void* handle, Task task) {
+    if (lost) return launch_failed;
     auto stream = find_stream(handle);
     if (!stream) return current_device() ? invalid_value : invalid_context;
     std::lock_guard lock(state().mutex);
@@ -147,7 +151,7 @@ int refuse_in_capture_of(int device) {
     return refuse_beside([device](const Graph& graph) { return graph.device == device; });
 }
 
-void drain_device(int device) {
+int drain_device(int device) {
     std::vector<std::shared_ptr<Stream>> streams;
     {
         std::lock_guard lock(state().mutex);
@@ -155,6 +159,7 @@ void drain_device(int device) {
             if (stream->device == device) streams.push_back(stream);
     }
     for (auto& stream : streams) stream->drain();
+    return lost ? launch_failed : success;
 }
 
 }  // namespace emulator
@@ -163,6 +168,7 @@ using namespace emulator;
 
 /// How often this thread has asked for what no capture bears, for tests of those who should not.
 API uint64_t emulatorChanges() { return changes; }
+API void emulatorLose() { lost = true; }
 
 // ---- streams
 
@@ -202,7 +208,7 @@ API int cuStreamSynchronize(void* handle) {
     if (!stream) return current_device() ? invalid_value : invalid_context;
     if (int status = refuse_on_capturing(stream)) return status;
     stream->drain();
-    return success;
+    return lost ? launch_failed : success;
 }
 
 API int cuStreamQuery(void* handle) {
@@ -223,8 +229,7 @@ API int cuCtxSynchronize() {
     Device* device = current_device();
     if (!device) return invalid_context;
     if (int status = refuse_in_capture_of(device->ordinal)) return status;
-    drain_device(device->ordinal);
-    return success;
+    return drain_device(device->ordinal);
 }
 
 API int cuLaunchHostFunc(void* stream, void (*function)(void*), void* data) {
@@ -315,6 +320,7 @@ static int last_record(void* handle, std::shared_ptr<Record>& record) {
 API int cuEventQuery(void* handle) {
     std::shared_ptr<Record> record;
     if (int status = last_record(handle, record)) return status;
+    if (lost) return launch_failed;
     return !record || record->finished() ? success : not_ready;
 }
 

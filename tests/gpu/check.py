@@ -13,6 +13,8 @@ import concurrent.futures
 import os
 import pathlib
 import shutil
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -102,10 +104,18 @@ def main():
     parser.add_argument("--patience", type=float, default=30, help="seconds for an answer")
     parser.add_argument("--budget", type=float, help=f"seconds for everything; {BUDGETS}")
     arguments = parser.parse_args()
-    if arguments.only and not set(arguments.only.split(",")) <= set(PARTS["faults"]):
-        parser.error(f"--only: expected some of {','.join(PARTS['faults'])}")
     models = ROOT / "tests" / "models"
     names = sorted(p.parent.name for p in models.glob("*/expected.json"))
+    for flag, given, known in (("only", arguments.only, PARTS["faults"]), ("models", arguments.models, names),
+                               ("formats", arguments.formats, parity.FORMATS)):
+        if given and (wrong := [name for name in given.split(",") if name not in known]):
+            sys.exit(f"check.py: --{flag} {','.join(wrong)}: expected some of {','.join(known)}")
+    try:
+        subprocess.run([arguments.strata.resolve(), "--version"], capture_output=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        sys.exit(f"check.py: --strata {arguments.strata}: {reason}; expected the binary that "
+                 "`cargo build --release --features cuda` makes")
     if arguments.models:
         names = arguments.models.split(",")
     shutil.rmtree(arguments.work / "logs", ignore_errors=True)
@@ -115,12 +125,20 @@ def main():
     os.environ["LD_LIBRARY_PATH"] = run.environment["LD_LIBRARY_PATH"]
     begun = time.monotonic()
 
-    def out_of_time():
-        run.say(f"\nEnded after {budget:.0f} s with something still running.")
+    def end(why):
+        run.say(f"\nEnded after {time.monotonic() - begun:.0f} s with something still running: {why}.")
         run.close()
         os._exit(1)
 
-    watch = threading.Timer(budget - 2, out_of_time)
+    def asked(number, _):
+        # Not here: what this thread was doing may hold what ending needs.
+        threading.Thread(target=end, args=(signal.Signals(number).name,)).start()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        # Under nohup, one is not to be heard.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, asked)
+    watch = threading.Timer(budget - 2, end, ("the time is spent",))
     watch.daemon = True
     watch.start()
     try:

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -110,9 +111,14 @@ class Run:
         return done.stdout
 
     def close(self):
-        """Ends every process that is still there."""
+        """Ends every process that is still there; none is started any more."""
+        self.deadline = 0
         for process in list(self.processes):
             process.close()
+        # Clients, and what watches the GPU.
+        for child in children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
 
 
 class Process:
@@ -123,6 +129,7 @@ class Process:
 
     def __init__(self, run, arguments, environment=None, under=(), load=None):
         begun = time.monotonic()
+        run.within(1)
         self.run, self.title = run, " ".join(map(str, arguments))
         self.path = run.work / "logs" / f"{next(run.started)}-{arguments[0]}.txt"
         # What it says on standard output, and whether that has ended.
@@ -228,6 +235,18 @@ def coordinate(run, workers, model, *more):
 def serve(run, model, *more, **how):
     """A server in one process."""
     return Server(run, Process(run, ["serve", model, "--port", 0, *more], **how))
+
+
+def children():
+    """Processes that this one started and that have not ended."""
+    found = []
+    for status in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # After the name, which may hold anything: state and parent.
+            state, parent = status.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == os.getpid() and state != "Z":
+                found.append(int(status.parent.name))
+    return found
 
 
 def library_path():

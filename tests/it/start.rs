@@ -114,6 +114,47 @@ fn without_a_directory_to_write_to_kernels_are_compiled_at_every_start() {
 }
 
 #[test]
+fn a_library_that_is_damaged_is_told_from_one_that_is_not_there() {
+    // The driver alone.
+    let directory = free_dir();
+    let emulator = emulator().canonicalize().unwrap();
+    for name in ["libcuda.so.1", "libemulator.so"] {
+        std::os::unix::fs::symlink(emulator.join(name), directory.path().join(name)).unwrap();
+    }
+    let log = || {
+        let output = check(&[("LD_LIBRARY_PATH", directory.path().to_str().unwrap())], Path::new(""));
+        assert!(!output.status.success());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let without = log();
+    assert!(
+        without.contains("libnvrtc.so.13 or libnvrtc.so.12 or libnvrtc.so was not found: install"),
+        "{without}"
+    );
+    fs::write(directory.path().join("libnvrtc.so.13"), [b'?'; 4096]).unwrap();
+    let damaged = log();
+    for part in ["libnvrtc.so.13 cannot be used (", "invalid ELF header", "LD_LIBRARY_PATH"] {
+        assert!(damaged.contains(part), "{damaged}");
+    }
+}
+
+#[test]
+fn what_needs_no_gpu_makes_no_directory_for_kernels() {
+    let home = free_dir();
+    let output = Command::new(env!("CARGO_BIN_EXE_strata"))
+        .arg("check")
+        .arg(model("shakespeare"))
+        .args(["--devices", "cpu=64MiB"])
+        .env_remove("XDG_CACHE_HOME")
+        .env_remove("STRATA_KERNEL_CACHE")
+        .env("HOME", home.path())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(files(home.path()), Vec::<PathBuf>::new());
+}
+
+#[test]
 fn a_driver_takes_kernels_of_any_compiler_of_its_generation() {
     let directory = free_dir();
     assert!(counts(&check(&[("EMULATOR_NVRTC", "13020")], directory.path())).0 > 0);

@@ -202,6 +202,13 @@ pub struct Directories {
     pub kernels: Option<PathBuf>,
 }
 
+/// Whether files can be put into a directory, which need not be there yet: nothing is made.
+pub fn can_write(directory: &Path) -> bool {
+    let there = directory.ancestors().find(|path| path.symlink_metadata().is_ok());
+    let rights = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+    there.is_some_and(|path| path.is_dir() && rustix::fs::access(path, rights).is_ok())
+}
+
 /// What the devices offer. An uncapped CPU offers 90 % of the memory that is free now and held by nothing of ours, and
 /// 95 % of what is free on the disk of the directory for what spills; an uncapped GPU, its free memory but for a reserve.
 ///
@@ -285,7 +292,7 @@ fn measured(compute: Compute) -> Measured {
         ROWS.into_iter().filter_map(move |rows| {
             // Little, which stays in the caches: then arithmetic is what takes time.
             let (n, k) = (256, 1024);
-            let seconds = measure::product(cpu, (n, k), format, rows, 1)?;
+            let seconds = measure::product(cpu, (n, k), format, rows, (1, measure::LITTLE))?;
             let flops_per_second = (2 * rows * n * k) as f64 / seconds;
             Some(Rate { format, rows: rows as u32, flops_per_second })
         })

@@ -3,6 +3,7 @@
 use std::{
     path::Path,
     sync::{Mutex, PoisonError},
+    time::Duration,
 };
 
 use strata_proto::{DType, Device, DeviceKind, Format, Rate};
@@ -77,6 +78,9 @@ const K: usize = 4096;
 /// A measurement that takes longer is the last of its format: with more rows it would take longer still.
 const SLOW: f64 = 0.02;
 
+/// No run takes longer.
+const SLOWEST: Duration = Duration::from_secs(60);
+
 /// Measures once per process and GPU, in some tens of milliseconds.
 fn measured(ordinal: usize, kernel_cache: Option<&Path>) -> Result<Measured, CudaError> {
     static MEASURED: Mutex<Vec<(usize, Measured)>> = Mutex::new(Vec::new());
@@ -94,7 +98,7 @@ fn measured(ordinal: usize, kernel_cache: Option<&Path>) -> Result<Measured, Cud
         pool.fill(&gpu, format)?;
         for rows in ROWS {
             let (shape, epilogue) = ((N, K), Epilogue::Store);
-            let product = Product { format, shape, rows, epilogue, makes_bytes: true };
+            let product = Product { format, shape, rows, epilogue, makes_bytes: true, patience: SLOWEST };
             // Stages of this format have rows of it too, which are cuBLAS's; with few rows, only what is read of the weights
             // counts, and kernels for one format of rows will do.
             let seconds = match format {

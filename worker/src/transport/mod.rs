@@ -60,7 +60,7 @@ impl Hidden {
         match self {
             Hidden::Host(tensor) => Ok(tensor),
             #[cfg(feature = "cuda")]
-            Hidden::Device(rows) => rows.to_host().map_err(|e| LinkError::Device(e.to_string())),
+            Hidden::Device(rows) => Ok(rows.to_host()?),
         }
     }
 

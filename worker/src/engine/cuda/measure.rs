@@ -1,5 +1,7 @@
 //! A GPU's kernels, measured.
 
+use std::time::Duration;
+
 use strata_proto::{Format, LayerRange};
 
 use super::{
@@ -18,7 +20,7 @@ use crate::{
         cuda::{
             CudaError, Doing, Gpu,
             launch::Kernels,
-            measure::{self, Pool, Product, Room, seconds},
+            measure::{self, Pool, Product, Room, seconds_within},
             memory,
             product::Epilogue,
         },
@@ -93,7 +95,7 @@ impl GpuBench {
         role: Role,
         (n, k): (usize, usize),
         format: Format,
-        rows: usize,
+        (rows, patience): (usize, Duration),
     ) -> Result<Option<f64>, CudaError> {
         let (epilogue, makes_bytes) = match role {
             Role::Qkv => (Epilogue::Store, false),
@@ -107,7 +109,7 @@ impl GpuBench {
         }
         let room = Room::new(&self.gpu, rows * k, rows * n)?;
         let Some((_, pool)) = &self.pool else { return Ok(None) };
-        let product = Product { format, shape: (n, k), rows, epilogue, makes_bytes };
+        let product = Product { format, shape: (n, k), rows, epilogue, makes_bytes, patience };
         measure::product(&self.gpu, &self.kernels, (pool, &room), product).map(Some)
     }
 
@@ -137,7 +139,7 @@ impl GpuBench {
     /// A kernel other than a product, in a step of some tokens of each of some sequences after `context` others.
     fn step(
         &self,
-        kernel: Kernel,
+        (kernel, patience): (Kernel, Duration),
         sequences: u32,
         tokens: u32,
         context: u32,
@@ -185,7 +187,7 @@ impl GpuBench {
         let layer = middle(step.tower());
         let mut pass = Pass::new(&self.gpu, &state, step.tower(), step.tokens, &rows, inputs);
         pass.angles().map_err(failed)?;
-        let seconds = seconds(&self.gpu, |turn| {
+        let seconds = seconds_within(&self.gpu, patience, |turn| {
             let index = turn % layers;
             let block = &weights.layers[index];
             match kernel {
@@ -212,13 +214,13 @@ impl Bench for GpuBench {
         pool.copy(&self.gpu).map_err(|e| self.failed(e))
     }
 
-    fn seconds(&mut self, kernel: Kernel) -> Result<Option<f64>, WorkerError> {
+    fn seconds(&mut self, kernel: Kernel, patience: Duration) -> Result<Option<f64>, WorkerError> {
         let stepped = |sequences, tokens, context| {
-            self.step(kernel, sequences, tokens, context).map_err(|e| self.failed(e))
+            self.step((kernel, patience), sequences, tokens, context).map_err(|e| self.failed(e))
         };
         match kernel {
             Kernel::Product { role, shape, format, rows } => {
-                self.product(role, shape, format, rows as usize).map_err(|e| self.failed(e))
+                self.product(role, shape, format, (rows as usize, patience)).map_err(|e| self.failed(e))
             }
             Kernel::Decode { sequences, context } => stepped(sequences, 1, context - 1),
             Kernel::Prefill { tokens, context } => stepped(1, tokens, context),

@@ -65,19 +65,9 @@ impl CudaEngine {
     }
 }
 
-/// Ends the process if its GPU is lost to it: only a new process gets it back, and this one's memory would only be in the
-/// way. The coordinator sees the worker go.
-fn survive(error: &CudaError) {
-    if error.is_sticky() {
-        tracing::error!(%error, "the GPU failed in a way that this process cannot recover from; it ends");
-        std::process::exit(70);
-    }
-}
-
 impl From<CudaError> for ModelError {
     fn from(error: CudaError) -> Self {
-        survive(&error);
-        ModelError::Device(error.to_string())
+        ModelError::Device(error.survived().to_string())
     }
 }
 
@@ -89,8 +79,7 @@ impl From<CudaError> for PieceError {
 
 impl From<CudaError> for StepError {
     fn from(error: CudaError) -> Self {
-        survive(&error);
-        StepError::Device(error.to_string())
+        StepError::Device(error.survived().to_string())
     }
 }
 

@@ -1,5 +1,7 @@
 //! A CPU's kernels, measured.
 
+use std::time::Duration;
+
 use crate::{
     error::WorkerError,
     kernels::{
@@ -42,7 +44,7 @@ impl CpuBench {
         sequences: u32,
         tokens: u32,
         context: u32,
-        places: bool,
+        (places, patience): (bool, Duration),
     ) -> Result<Option<f64>, OutOfMemory> {
         let (cpu, tower) = (&self.cpu, &self.request.model.tower);
         let a = &middle(tower).attention;
@@ -70,7 +72,7 @@ impl CpuBench {
         };
         let angles = vec![0.5; all * 2 * pairs];
         let angles = (pairs > 0).then_some(Angles { table: &angles, stride: 2 * pairs, pairs });
-        Ok(Some(seconds(|turn| {
+        Ok(Some(seconds(patience, |turn| {
             let turn = turn % layers.len();
             let cache = &mut layers[turn];
             match places {
@@ -93,11 +95,11 @@ impl CpuBench {
         })))
     }
 
-    fn norm(&self, rows: usize) -> f64 {
+    fn norm(&self, rows: usize, patience: Duration) -> f64 {
         let tower = &self.request.model.tower;
         let width = tower.width;
         let (x, weight, mut out) = (vec![0.5; rows * width], vec![1.0; width], vec![0.0; rows * width]);
-        seconds(|_| {
+        seconds(patience, |_| {
             let x = Rows { data: &x, stride: width, count: rows };
             let norm = middle(tower).flow.norm();
             self.cpu.norm(NormRows {
@@ -111,12 +113,12 @@ impl CpuBench {
         })
     }
 
-    fn choose(&self, rows: usize, top_p: bool) -> Result<f64, WorkerError> {
+    fn choose(&self, rows: usize, top_p: bool, patience: Duration) -> Result<f64, WorkerError> {
         let vocab = self.request.model.tower.vocab;
         let (params, mut logits) = choice(top_p, rows * vocab)?;
         let draw = Draw { params: &params, history: None, seed: 0, position: 0, logprobs: None };
         let mut order = vec![0; vocab];
-        Ok(seconds(|_| {
+        Ok(seconds(patience, |_| {
             for logits in logits.chunks_mut(vocab) {
                 drop(std::hint::black_box(sampler::sample(&self.cpu, logits, &mut order, &draw)));
             }
@@ -130,20 +132,20 @@ impl Bench for CpuBench {
             .ok_or_else(|| WorkerError::Model(OutOfMemory { bytes: CACHES }.into()))
     }
 
-    fn seconds(&mut self, kernel: Kernel) -> Result<Option<f64>, WorkerError> {
+    fn seconds(&mut self, kernel: Kernel, patience: Duration) -> Result<Option<f64>, WorkerError> {
         let attention = |sequences, tokens, context, places| {
-            self.attention(sequences, tokens, context, places)
+            self.attention(sequences, tokens, context, (places, patience))
                 .map_err(|e| WorkerError::Model(ModelError::Memory(e)))
         };
         match kernel {
             Kernel::Product { shape, format, rows, .. } => {
-                Ok(measure::product(&self.cpu, shape, format, rows as usize, CACHES))
+                Ok(measure::product(&self.cpu, shape, format, rows as usize, (CACHES, patience)))
             }
             Kernel::Decode { sequences, context } => attention(sequences, 1, context - 1, false),
             Kernel::Prefill { tokens, context } => attention(1, tokens, context, false),
             Kernel::Place { rows } => attention(1, rows, 0, true),
-            Kernel::Norm { rows } => Ok(Some(self.norm(rows as usize))),
-            Kernel::Choose { rows, top_p } => self.choose(rows as usize, top_p).map(Some),
+            Kernel::Norm { rows } => Ok(Some(self.norm(rows as usize, patience))),
+            Kernel::Choose { rows, top_p } => self.choose(rows as usize, top_p, patience).map(Some),
         }
     }
 }

@@ -7,6 +7,7 @@
 mod cpu;
 
 use std::{
+    collections::BTreeMap,
     fmt,
     path::PathBuf,
     time::{Duration, Instant},
@@ -19,7 +20,7 @@ use crate::{
     device::{Compute, DeviceSpec},
     error::WorkerError,
     kernels::{
-        cpu::{attention::Span, norm::Act},
+        cpu::{attention::Span, norm::Act, packed::PackedMatrix},
         measure::Random,
     },
     model::{
@@ -39,9 +40,11 @@ const DECODES: [(u32, u32); 6] = [(1, 2048), (32, 2048), (1, 8192), (1, 512), (3
 const PREFILLS: [(u32, u32); 4] = [(2048, 0), (512, 0), (512, 1536), (512, 7680)];
 /// Rows of everything else.
 const OTHERS: [u32; 3] = [1, 32, 2048];
-/// Sides of the square products that the arithmetic rate is taken from: larger ones as long as they are quick.
+/// Sides of the square products that arithmetic rates are taken from: larger ones as long as they are quick, and all of them
+/// take no more than a share of the budget.
 const SIDES: [usize; 5] = [512, 1024, 2048, 4096, 8192];
 const QUICK: f64 = 0.02;
+const LIMITS_SHARE: u32 = 4;
 
 /// What is to be measured.
 #[derive(Debug, Clone)]
@@ -60,17 +63,28 @@ pub struct Request {
     pub formats: Vec<Format>,
     /// Rows of products, in the order in which they are measured.
     pub rows: Vec<u32>,
-    /// What remains after so long is not begun.
+    /// For measuring, from when the device is open and its kernels are compiled. Nothing is begun that would take longer,
+    /// but the most valuable kernel.
     pub budget: Duration,
 }
 
-/// How fast a device is at what bounds its kernels.
-#[derive(Debug, Clone, Copy, Serialize)]
+/// How fast a device is at what bounds its kernels, as far as was seen.
+#[derive(Debug, Clone, Serialize)]
 pub struct Limits {
     /// Of memory: by a large copy, which reads and writes, on a GPU; by reading weights on a CPU.
     pub bytes_per_second: f64,
-    /// Of arithmetic: by the best large square product in the format of rows.
-    pub flops_per_second: f64,
+    /// Of arithmetic, by format of weights: by the best large square product. A format that there was no time for has none.
+    pub flops_per_second: BTreeMap<String, f64>,
+}
+
+impl Limits {
+    /// Takes what was just seen into account if it is faster.
+    fn raise(&mut self, format: &str, rates: (f64, f64)) {
+        self.bytes_per_second = self.bytes_per_second.max(rates.0);
+        if let Some(flops_per_second) = self.flops_per_second.get_mut(format) {
+            *flops_per_second = flops_per_second.max(rates.1);
+        }
+    }
 }
 
 /// A kernel's figures.
@@ -92,10 +106,10 @@ pub struct Line {
     pub gigabytes_per_second: f64,
     /// Operations per picosecond.
     pub teraflops_per_second: f64,
-    /// What bounds it on this device: `memory` or `arithmetic`.
-    pub bound: &'static str,
-    /// The time it would take at that bound's full speed, as a share of the time it takes.
-    pub share: f64,
+    /// What bounds it on this device: `memory` or `arithmetic`; none if that is not known, as of what lies in caches.
+    pub bound: Option<&'static str>,
+    /// The time it would take at the best speed that was seen of that bound, as a share of the time it takes.
+    pub share: Option<f64>,
 }
 
 /// What a report consists of.
@@ -106,10 +120,12 @@ pub enum Report {
     Limits(Limits),
     /// Then one of these per kernel.
     Line(Line),
-    /// In the end, kernels that the time or the device's memory did not suffice for.
+    /// In the end, what there are no figures of.
     Left {
-        /// How many.
+        /// How many kernels the time or the device's memory did not suffice for.
         not_measured: usize,
+        /// What this model computes and is never measured.
+        never_measured: &'static [&'static str],
     },
 }
 
@@ -176,19 +192,18 @@ pub(crate) trait Bench {
     /// Bytes per second of [`Limits`].
     fn bytes_per_second(&mut self) -> Result<f64, WorkerError>;
 
-    /// Seconds of one run; `None` if the device has no memory for it.
-    fn seconds(&mut self, kernel: Kernel) -> Result<Option<f64>, WorkerError>;
+    /// Seconds of one run; `None` if the device has no memory for it. What takes longer than `patience` is run once.
+    fn seconds(&mut self, kernel: Kernel, patience: Duration) -> Result<Option<f64>, WorkerError>;
 }
 
 /// Measures the kernels of a device, most valuable first, and reports each as soon as it is known.
 ///
 /// # Errors
-/// If the device cannot be used.
+/// If the device cannot be used, or nothing was measured.
 pub fn measure(
     request: &Request,
     report: &mut dyn FnMut(Report) -> Result<(), WorkerError>,
 ) -> Result<(), WorkerError> {
-    let begun = Instant::now();
     let mut bench: Box<dyn Bench> = match request.device.kind {
         DeviceKind::Cpu => Box::new(cpu::CpuBench::new(request)),
         #[cfg(feature = "cuda")]
@@ -198,35 +213,74 @@ pub fn measure(
             return Err(WorkerError::BadMessage(crate::device::no_cuda(&request.device.id)));
         }
     };
-    let bytes_per_second = bench.bytes_per_second()?;
-    let mut flops_per_second = 0f64;
-    for side in SIDES {
-        let (role, shape, format) = (Role::Qkv, (side, side), Format::Float(request.dtype));
-        let Some(seconds) = bench.seconds(Kernel::Product { role, shape, format, rows: side as u32 })? else {
-            break;
-        };
-        flops_per_second = flops_per_second.max(2.0 * (side as f64).powi(3) / seconds);
-        if seconds > QUICK {
-            break;
-        }
-    }
-    let limits = Limits { bytes_per_second, flops_per_second };
-    report(Report::Limits(limits))?;
-    let mut left = 0;
-    for kernel in kernels(request) {
+    let begun = Instant::now();
+    let mut limits = limits(request, &mut *bench, begun)?;
+    report(Report::Limits(limits.clone()))?;
+    let kernels = kernels(request);
+    let (all, mut measured) = (kernels.len(), 0);
+    // How many times as long as at its bound a run took last, by what it was.
+    let mut slowness = BTreeMap::new();
+    for (index, kernel) in kernels.into_iter().enumerate() {
         let work = Work::of(kernel, request);
-        let rest = request.budget.saturating_sub(begun.elapsed()).as_secs_f64();
-        // It is run twice at least.
-        let seconds = match 2.0 * work.least_seconds(&limits) < rest {
-            true => bench.seconds(kernel)?,
-            false => None,
-        };
-        match seconds {
-            Some(seconds) => report(Report::Line(work.line(seconds, &limits)))?,
-            None => left += 1,
+        let key = (work.kernel.clone(), work.format.clone());
+        let least = work.least_seconds(&limits);
+        let rest = request.budget.saturating_sub(begun.elapsed());
+        let expected = least * slowness.get(&key).copied().unwrap_or(1.0);
+        let is_begun = measured == 0 || expected < rest.as_secs_f64();
+        let patience = rest / (all - index) as u32;
+        let seconds = if is_begun { bench.seconds(kernel, patience)? } else { None };
+        let Some(seconds) = seconds else { continue };
+        measured += 1;
+        slowness.insert(key, seconds / least);
+        report(Report::Line(work.line(seconds, &mut limits)))?;
+    }
+    let never_measured: &[_] =
+        if request.model.tower.is_encoder() { &["attention of an encoder"] } else { &[] };
+    report(Report::Left { not_measured: all - measured, never_measured })?;
+    match measured {
+        0 => Err(WorkerError::WrongState(format!(
+            "device {}: nothing was measured: it has no memory for any of {all} kernels of this model; free some, or name a \
+             smaller model",
+            request.device.id
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// What is taken for the device's full speed at first.
+fn limits(request: &Request, bench: &mut dyn Bench, begun: Instant) -> Result<Limits, WorkerError> {
+    let bytes_per_second = bench.bytes_per_second()?;
+    let mut flops_per_second = BTreeMap::new();
+    let rest = || (request.budget / LIMITS_SHARE).saturating_sub(begun.elapsed());
+    let formats =
+        unique([Format::Float(request.dtype)].into_iter().chain(all_products(request).map(|p| p.2)));
+    for format in formats {
+        let mut best = 0f64;
+        for side in SIDES {
+            if rest().is_zero() {
+                break;
+            }
+            let kernel = Kernel::Product { role: Role::Qkv, shape: (side, side), format, rows: side as u32 };
+            let Some(seconds) = bench.seconds(kernel, rest())? else { break };
+            best = best.max(2.0 * (side as f64).powi(3) / seconds);
+            if seconds > QUICK {
+                break;
+            }
+        }
+        if best > 0.0 {
+            flops_per_second.insert(format.to_string(), best);
         }
     }
-    report(Report::Left { not_measured: left })
+    Ok(Limits { bytes_per_second, flops_per_second })
+}
+
+/// The products of a model in all formats, each in the one that its weights are held in.
+fn all_products(request: &Request) -> impl Iterator<Item = (Role, (usize, usize), Format)> {
+    let all = request.formats.iter().flat_map(|format| {
+        let roles = products(&request.model.tower).into_iter();
+        roles.map(|(role, shape)| (role, shape, PackedMatrix::held(shape.1, *format)))
+    });
+    unique(all).into_iter()
 }
 
 /// Everything that is measured, most valuable first.
@@ -235,11 +289,8 @@ fn kernels(request: &Request) -> Vec<Kernel> {
     let context = tower.context as u32;
     let mut all = Vec::new();
     let products = |rows: u32, all: &mut Vec<Kernel>| {
-        for format in &request.formats {
-            let roles = products(tower).into_iter();
-            let roles = roles.filter(|(role, _)| *role != Role::Head || rows <= MOST_OUTPUTS);
-            all.extend(roles.map(|(role, shape)| Kernel::Product { role, shape, format: *format, rows }));
-        }
+        let products = all_products(request).filter(|(role, ..)| *role != Role::Head || rows <= MOST_OUTPUTS);
+        all.extend(products.map(|(role, shape, format)| Kernel::Product { role, shape, format, rows }));
     };
     // As much of them as the model's context allows, and nothing twice.
     let decodes = DECODES.map(|(sequences, before)| (sequences, before.min(context)));
@@ -319,6 +370,8 @@ struct Work {
     context: Option<u32>,
     bytes: f64,
     flops: f64,
+    /// Whether it reads more than caches hold, as the layers of a model do one after the other.
+    is_from_memory: bool,
 }
 
 impl Work {
@@ -343,6 +396,7 @@ impl Work {
             context: None,
             bytes,
             flops,
+            is_from_memory: false,
         };
         match kernel {
             Kernel::Product { role, shape: (n, k), format, rows } => {
@@ -357,17 +411,20 @@ impl Work {
                 let weights = n * k * bits(format) / 8.0;
                 let work = (weights + each * (k * size + out), 2.0 * each * n * k);
                 let name = format!("product {}", role.name());
-                Work { format: format.to_string(), ..named(&name, &format!("{n}x{k}"), rows, work) }
+                let work = named(&name, &format!("{n}x{k}"), rows, work);
+                Work { format: format.to_string(), is_from_memory: true, ..work }
             }
             Kernel::Decode { sequences, context } => {
                 let positions = f64::from(sequences) * seen(context);
                 let work = attend(f64::from(sequences), positions, positions);
-                Work { context: Some(context), ..named("attention decode", &heads, sequences, work) }
+                let work = named("attention decode", &heads, sequences, work);
+                Work { context: Some(context), is_from_memory: true, ..work }
             }
             Kernel::Prefill { tokens, context } => {
                 let pairs = (context + 1..=context + tokens).map(seen).sum();
                 let work = attend(f64::from(tokens), seen(context + tokens), pairs);
-                Work { context: Some(context), ..named("attention prefill", &heads, tokens, work) }
+                let work = named("attention prefill", &heads, tokens, work);
+                Work { context: Some(context), is_from_memory: true, ..work }
             }
             Kernel::Norm { rows } => {
                 let elements = f64::from(rows) * tower.width as f64;
@@ -385,24 +442,34 @@ impl Work {
         }
     }
 
-    /// What memory and arithmetic would take at the device's full speed.
-    fn bounds(&self, limits: &Limits) -> (f64, f64) {
-        (self.bytes / limits.bytes_per_second, self.flops / limits.flops_per_second)
+    /// What memory and arithmetic would take at the device's full speed, the latter if that is known.
+    fn bounds(&self, limits: &Limits) -> (f64, Option<f64>) {
+        let flops_per_second = limits.flops_per_second.get(&self.format);
+        (self.bytes / limits.bytes_per_second, flops_per_second.map(|rate| self.flops / rate))
     }
 
     fn least_seconds(&self, limits: &Limits) -> f64 {
         let (memory, arithmetic) = self.bounds(limits);
-        memory.max(arithmetic)
+        memory.max(arithmetic.unwrap_or(0.0))
     }
 
-    fn line(self, seconds: f64, limits: &Limits) -> Line {
+    fn line(self, seconds: f64, limits: &mut Limits) -> Line {
+        let (bytes_per_second, flops_per_second) = (self.bytes / seconds, self.flops / seconds);
+        if self.is_from_memory {
+            limits.raise(&self.format, (bytes_per_second, flops_per_second));
+        }
         let (memory, arithmetic) = self.bounds(limits);
+        let bound = arithmetic.filter(|_| self.is_from_memory);
+        let bound = bound.map(|arithmetic| match memory >= arithmetic {
+            true => ("memory", memory),
+            false => ("arithmetic", arithmetic),
+        });
         Line {
-            bound: if memory >= arithmetic { "memory" } else { "arithmetic" },
-            share: memory.max(arithmetic) / seconds,
+            bound: bound.map(|(name, _)| name),
+            share: bound.map(|(_, least)| least / seconds),
             microseconds: seconds * 1e6,
-            gigabytes_per_second: self.bytes / seconds / 1e9,
-            teraflops_per_second: self.flops / seconds / 1e12,
+            gigabytes_per_second: bytes_per_second / 1e9,
+            teraflops_per_second: flops_per_second / 1e12,
             kernel: self.kernel,
             format: self.format,
             shape: self.shape,

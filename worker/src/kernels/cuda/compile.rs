@@ -60,8 +60,7 @@ pub(super) fn kernels(
     let options: Vec<String> =
         [target.option()].into_iter().chain(launch::options(element, head_dim)).collect();
     let source = launch::SOURCES.concat();
-    let path =
-        directory.map(|directory| directory.join(format!("{}.kernels", name(cuda, &source, &options))));
+    let path = directory.map(|directory| disk::place(directory, &name(cuda, &source, &options)));
     let image = match path.as_deref().and_then(disk::read) {
         Some(image) => {
             READ.fetch_add(1, Ordering::Relaxed);

@@ -63,7 +63,8 @@ pub(crate) fn cuda() -> Result<&'static Cuda, CudaError> {
 impl Cuda {
     fn open() -> Result<Self, String> {
         if !has_driver() {
-            return Err(missing(&[DRIVER.to_owned()]));
+            let names = [DRIVER.to_owned()];
+            return Err(open_one(&names).err().unwrap_or_else(|| missing(&names)));
         }
         let (driver, path) = driver_of()?;
         let (nvrtc_library, blas_library) = (open("nvrtc", driver)?, open("cublas", driver)?);
@@ -158,17 +159,34 @@ fn driver_of() -> Result<(u32, String), String> {
 
 /// Opens a library: of the driver's generation, or an older one, or the one for development.
 fn open(stem: &str, driver: u32) -> Result<Opened, String> {
-    let names = names(stem, driver);
-    let mut why = Vec::new();
-    for name in &names {
+    open_one(&names(stem, driver))
+}
+
+/// Opens the first of these that can be opened.
+fn open_one(names: &[String]) -> Result<Opened, String> {
+    let mut unusable = None;
+    for name in names {
         // SAFETY: loading the library runs its initialisers, which are made for it.
         match unsafe { Opened::open(Some(name), RTLD_NOW | RTLD_LOCAL) } {
             Ok(library) => return Ok(library),
-            Err(error) => why.push(error.to_string()),
+            Err(error) => {
+                let why = std::error::Error::source(&error).unwrap_or(&error).to_string();
+                // What glibc says of a file that is nowhere; otherwise there is one, or one that it needs is nowhere.
+                let is_nowhere =
+                    why.starts_with(&format!("{name}: cannot open shared object file: No such file"));
+                unusable = unusable.or((!is_nowhere).then_some((name, why)));
+            }
         }
     }
-    tracing::debug!(?why, "lib{stem} cannot be opened");
-    Err(missing(&names))
+    Err(unusable.map_or_else(
+        || missing(names),
+        |(name, why)| {
+            format!(
+                "{name} cannot be used ({why}): install it anew, or put the folder of a working one first in \
+                 LD_LIBRARY_PATH, or use the device cpu"
+            )
+        },
+    ))
 }
 
 /// What a library may be called where the driver is of this version, best first.
@@ -180,7 +198,7 @@ fn names(stem: &str, driver: u32) -> Vec<String> {
 
 fn missing(names: &[String]) -> String {
     format!(
-        "{} was not found: install the NVIDIA driver and CUDA's libraries, or use --devices cpu",
+        "{} was not found: install the NVIDIA driver and CUDA's libraries, or use the device cpu",
         names.join(" or ")
     )
 }

@@ -46,7 +46,13 @@ impl Memory {
         let stream = context.new_stream().doing("making a stream")?;
         // SAFETY: the pointer is freed when this is dropped, and not before; nothing reads it before it is zeroed.
         unsafe {
-            let at = result::malloc_sync(bytes as usize).doing("allocating GPU memory")?;
+            let at = result::malloc_sync(bytes as usize).or_else(|error| match error.0 {
+                sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY => {
+                    let (free, total) = context.mem_get_info().doing("asking for free memory")?;
+                    Err(CudaError::Memory { bytes, free: free as u64, total: total as u64 })
+                }
+                _ => Err(error).doing("allocating GPU memory"),
+            })?;
             let memory = Memory { at: Ptr(at), bytes, context: context.clone() };
             zero(&stream, memory.at, bytes)?;
             stream.synchronize().doing("zeroing GPU memory")?;
@@ -66,8 +72,10 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         let _turn = gate::changing();
-        // SAFETY: made by `new`; the driver waits for work that uses it. A GPU that is gone frees nothing.
-        let _ = self.context.bind_to_thread().and_then(|()| unsafe { result::free_sync(self.at.0) });
+        // SAFETY: made by `new`; the driver waits for work that uses it.
+        let freed = self.context.bind_to_thread().and_then(|()| unsafe { result::free_sync(self.at.0) });
+        // It waited for that work, so it may be the first to hear that the work failed; else there is nothing to be done.
+        let _ = freed.doing("freeing GPU memory");
     }
 }
 
@@ -183,10 +191,7 @@ pub(super) fn reach(own: &CudaContext, other: &CudaContext) -> Result<(), CudaEr
         Ok(()) => Ok(()),
         Err(e) if e.0 == sys::cudaError_enum::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => Ok(()),
         Err(error) => {
-            let error = CudaError::Driver { doing: "reaching another GPU's memory", source: error };
-            if error.is_sticky() {
-                return Err(error);
-            }
+            let error = CudaError::of_driver("reaching another GPU's memory", error);
             let (from, to) = (other.ordinal(), own.ordinal());
             tracing::warn!(%error, from, to, "copies between these GPUs go by the host");
             Ok(())

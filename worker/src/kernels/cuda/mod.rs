@@ -74,12 +74,27 @@ pub enum CudaError {
         log: String,
     },
     /// A GPU that is not there.
-    #[error("there is no GPU {ordinal}: this machine has {count}")]
+    #[error(
+        "there is no GPU {ordinal}: this machine has {count}, counted from cuda:0; name one of those, or the device cpu"
+    )]
     NoGpu {
         /// What was asked for.
         ordinal: usize,
         /// What there is.
         count: usize,
+    },
+    /// Less memory is free than is needed.
+    #[error(
+        "out of GPU memory: {bytes} bytes were asked for, {free} of {total} are free; end what else uses this GPU, or let \
+         Strata have less of it, with a cap as in cuda:0=20GiB or a shorter --context"
+    )]
+    Memory {
+        /// Asked for at once.
+        bytes: u64,
+        /// Free then.
+        free: u64,
+        /// All of the GPU's.
+        total: u64,
     },
     /// More memory than was planned: a defect of ours.
     #[error("internal error: {bytes} bytes of GPU memory more are used than were counted")]
@@ -91,7 +106,7 @@ pub enum CudaError {
     #[error("cuBLAS: {0}")]
     Blas(String),
     /// A GPU that is too old.
-    #[error("GPU {name} has compute capability {major}.{minor}: expected 8.0 or more; use --devices cpu")]
+    #[error("GPU {name} has compute capability {major}.{minor}: expected 8.0 or more; use the device cpu")]
     TooOld {
         /// What it is called.
         name: String,
@@ -109,11 +124,26 @@ pub(crate) trait Doing<T> {
 
 impl<T> Doing<T> for Result<T, DriverError> {
     fn doing(self, what: &'static str) -> Result<T, CudaError> {
-        self.map_err(|source| CudaError::Driver { doing: what, source })
+        self.map_err(|source| CudaError::of_driver(what, source))
     }
 }
 
 impl CudaError {
+    /// What the driver refused. Every error of the driver becomes one here, whoever asked it for something.
+    pub(crate) fn of_driver(doing: &'static str, source: DriverError) -> Self {
+        CudaError::Driver { doing, source }.survived()
+    }
+
+    /// The error, unless the GPU is lost to this process, which then ends: only a new process gets it back, and this one's
+    /// memory would only be in the way. The coordinator sees the worker go.
+    pub(crate) fn survived(self) -> Self {
+        if self.is_sticky() {
+            tracing::error!(error = %self, "the GPU failed in a way that this process cannot recover from; it ends");
+            std::process::exit(70);
+        }
+        self
+    }
+
     /// Whether nothing on this GPU will work again in this process (a kernel that read or wrote where it must not, or
     /// hardware that failed), as opposed to one call that was refused.
     pub fn is_sticky(&self) -> bool {
@@ -180,14 +210,10 @@ pub fn count() -> Result<usize, CudaError> {
 /// If there is no such GPU, or it does not work.
 pub fn info(ordinal: usize) -> Result<GpuInfo, CudaError> {
     cuda()?;
-    let count = count()?;
-    if ordinal >= count {
-        return Err(CudaError::NoGpu { ordinal, count });
-    }
     let context = context(ordinal)?;
     let (free, total) = context.mem_get_info().doing("asking for free memory")?;
     let mut peers = Vec::new();
-    for other in 0..count {
+    for other in 0..count()? {
         let device = driver::result::device::get(other as i32).doing("finding a GPU")?;
         if other == ordinal || can_copy(context.cu_device(), device) {
             peers.push(uuid(device)?);
@@ -231,6 +257,10 @@ pub(crate) fn context(ordinal: usize) -> Result<Arc<CudaContext>, CudaError> {
     let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(context) = open.iter().find(|context| context.ordinal() == ordinal) {
         return Ok(context.clone());
+    }
+    let count = count()?;
+    if ordinal >= count {
+        return Err(CudaError::NoGpu { ordinal, count });
     }
     let _turn = gate::changing();
     let context = CudaContext::new(ordinal).doing("opening a GPU")?;
@@ -339,7 +369,7 @@ impl Gpu {
                     compiler: self.cuda.named("NVRTC"),
                     source,
                 },
-                _ => CudaError::Driver { doing: "loading kernels", source },
+                _ => CudaError::of_driver("loading kernels", source),
             })?;
         loaded.insert(key, module.clone());
         Ok(module)

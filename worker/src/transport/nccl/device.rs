@@ -66,7 +66,7 @@ fn reason(doing: &str, error: sys::ncclResult_t) -> String {
 
 impl From<CudaError> for LinkError {
     fn from(error: CudaError) -> Self {
-        LinkError::Device(error.to_string())
+        LinkError::Device(error.survived().to_string())
     }
 }
 
@@ -140,6 +140,11 @@ impl Rank {
         }
     }
 
+    /// Whether the stream has come to where it has to.
+    fn is_done(&self) -> Result<bool, CudaError> {
+        self.asked.try_is_complete().doing("waiting for NCCL's stream")
+    }
+
     /// That something is not done, as long as there is somebody to do it.
     fn not_yet(&self) -> Result<bool, String> {
         // Nothing is ever sent on it: what comes is its end.
@@ -153,7 +158,7 @@ impl Rank {
 impl Communicator for Rank {
     fn poll(&mut self) -> Result<bool, String> {
         let settled = self.is_settled()?;
-        if settled && self.asked.try_is_complete().map_err(|e| format!("NCCL's stream: {e}"))? {
+        if settled && self.is_done().map_err(|e| e.to_string())? {
             return Ok(true);
         }
         self.not_yet()
@@ -170,7 +175,7 @@ impl Communicator for Rank {
             tracing::warn!(error = ?error.0, "aborting an NCCL communicator");
         }
         // What was asked for after a message that never came is done now; only then may its buffers go.
-        if let Err(error) = self.stream.synchronize() {
+        if let Err(error) = self.stream.synchronize().doing("ending a communicator") {
             tracing::warn!(%error, "waiting for the stream of an aborted NCCL communicator");
         }
         tracing::info!(elapsed_ms = begun.elapsed().as_millis() as u64, "aborted an NCCL communicator");

@@ -12,13 +12,16 @@ use cudarc::{
 
 use super::{
     super::{
-        self as cuda, CudaError,
+        self as cuda, CudaError, Doing,
         gate::{self, Handle},
         rows::Slots,
     },
     *,
 };
-use crate::transport::Expected;
+use crate::{
+    device::{self, Compute, Directories, Held},
+    transport::{Expected, Hidden, LinkError},
+};
 
 fn begin(gpu: &Gpu, mode: sys::CUstreamCaptureMode) {
     gpu.stream.begin_capture(mode).unwrap();
@@ -151,6 +154,21 @@ fn what_comes_and_goes_in_other_threads_spoils_no_recording() {
 }
 
 #[test]
+fn what_a_gpu_has_no_room_for_is_said_beside_what_is_free() {
+    let bench = Bench::new();
+    let error = Memory::new(&bench.gpu.context, 1 << 50).map(|_| ()).unwrap_err().to_string();
+    let parts = ["1125899906842624 bytes were asked for", " of 4294967296 are free", "cuda:0=20GiB"];
+    assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+}
+
+#[test]
+fn a_gpu_that_is_not_there_is_said_beside_those_that_are() {
+    emulator();
+    let error = Gpu::open(9).map(|_| ()).unwrap_err().to_string();
+    assert!(error.starts_with("there is no GPU 9: this machine has 2"), "{error}");
+}
+
+#[test]
 fn gpus_that_are_open_reach_each_others_memory() {
     emulator();
     let [here, there] = [0, 1].map(|ordinal| cuda::context(ordinal).unwrap());
@@ -164,6 +182,67 @@ fn gpus_that_are_open_reach_each_others_memory() {
         assert_eq!(enabled.result().map_err(|e| e.0), already);
         memory::reach(own, other).unwrap();
     }
+}
+
+/// A call of the emulator's own, which takes nothing.
+fn lose_every_gpu() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tmp/emulator/libcuda.so");
+    // SAFETY: our own library, which is loaded already; the function has this type.
+    unsafe {
+        let library = libloading::Library::new(path).unwrap();
+        library.get::<unsafe extern "C" fn()>(b"emulatorLose").unwrap()();
+    }
+}
+
+/// By what a process may first hear that its GPU is lost.
+const FIRST_HEARD: [&str; 5] =
+    ["a step", "a hop to the host", "an offer", "an NCCL link", "memory that goes"];
+
+#[test]
+fn a_process_whose_gpu_is_lost_ends_by_whatever_it_hears_of_it() {
+    const HEARD: &str = "STRATA_TEST_LOST";
+    if let Ok(heard) = std::env::var(HEARD) {
+        return hear_of_a_lost_gpu(&heard);
+    }
+    emulator();
+    let name = "kernels::cuda::tests::refusals::a_process_whose_gpu_is_lost_ends_by_whatever_it_hears_of_it";
+    for heard in FIRST_HEARD {
+        let mut test = Command::new(std::env::current_exe().unwrap());
+        let ended = test.args(["--exact", name]).env(HEARD, heard).output().unwrap();
+        let said = String::from_utf8_lossy(&ended.stdout);
+        assert_eq!(ended.status.code(), Some(70), "{heard}: {said}");
+    }
+}
+
+/// Returns if nothing ends the process.
+fn hear_of_a_lost_gpu(heard: &str) {
+    let bench = Bench::new();
+    let slots = Slots::new(&bench.gpu.context, 64, 1).unwrap();
+    let rows = slots.rows(Expected { dtype: DType::F32, rows: 2, columns: 8 }).unwrap();
+    let kernels = bench.gpu.kernels(DType::F32, 32).unwrap();
+    lose_every_gpu();
+    let said = match heard {
+        "a step" => bench.gpu.wait().unwrap_err().to_string(),
+        "a hop to the host" => Hidden::Device(rows).into_host().unwrap_err().to_string(),
+        "an offer" => {
+            let (devices, compute) = (["cuda:0".parse().unwrap()], Compute::shared_by(1));
+            let held = |_: &str| Held::default();
+            device::offers(&devices, compute, &Directories::default(), held).unwrap_err().to_string()
+        }
+        "an NCCL link" => {
+            let done = Handle::new(|| bench.gpu.context.new_event(None)).unwrap();
+            LinkError::from(done.try_is_complete().doing("waiting").unwrap_err()).to_string()
+        }
+        // A kernel's own start gives an error that nobody makes another one of.
+        _ => {
+            let started =
+                launch!(bench.gpu, kernels.soft_cap, (1, 1, 1), 32, 0; Ptr::NULL, 1.0f32, 0i32, 0i32);
+            let error = started.unwrap_err();
+            drop(bench);
+            error.to_string()
+        }
+    };
+    panic!("the process goes on: {said}");
 }
 
 #[test]
