@@ -56,6 +56,7 @@ constexpr const char* block_barrier = "__syncthreads";
 struct Copy {
     void* to;
     const void* from;  // null: fill with zeros
+    unsigned bytes;
     unsigned group;
 };
 
@@ -469,13 +470,13 @@ EXPORT void emulator_sync_warp(const char* name, unsigned mask, Operation operat
 
 EXPORT void emulator_trap(const char* what) { engine->fail(what); }
 
-EXPORT void emulator_copy_async16(void* shared, const void* global, bool in_range) {
-    if (reinterpret_cast<uintptr_t>(shared) % 16 || (in_range && reinterpret_cast<uintptr_t>(global) % 16))
-        engine->fail("copy_async16 with an address that is no multiple of 16");
+EXPORT void emulator_copy_async(void* shared, const void* global, unsigned bytes, bool in_range) {
+    if (reinterpret_cast<uintptr_t>(shared) % bytes || (in_range && reinterpret_cast<uintptr_t>(global) % bytes))
+        engine->fail("copy_async with an address that is no multiple of its bytes");
     // Until it is waited for, the target shows that it is not there yet.
-    memset(shared, 0xff, 16);
+    memset(shared, 0xff, bytes);
     Lane& lane = engine->lane();
-    lane.copies.push_back({shared, in_range ? global : nullptr, lane.groups});
+    lane.copies.push_back({shared, in_range ? global : nullptr, bytes, lane.groups});
 }
 
 EXPORT void emulator_copy_async_commit() { engine->lane().groups++; }
@@ -488,9 +489,9 @@ EXPORT void emulator_copy_async_wait(unsigned groups_left) {
         if (copy.group + groups_left >= lane.groups)
             lane.copies[kept++] = copy;
         else if (copy.from)
-            memcpy(copy.to, copy.from, 16);
+            memcpy(copy.to, copy.from, copy.bytes);
         else
-            memset(copy.to, 0, 16);
+            memset(copy.to, 0, copy.bytes);
     }
     lane.copies.resize(kept);
 }

@@ -40,9 +40,8 @@ void emulator_sync_block();
 void emulator_sync_warp(const char* name, unsigned mask, emulator::Operation operation, void* slot);
 void emulator_mma_bf16(float* d, const unsigned* a, const unsigned* b);
 void emulator_mma_f16(float* d, const unsigned* a, const unsigned* b);
-void emulator_mma_s8(int* d, const unsigned* a, const unsigned* b);
 void emulator_ldmatrix4(unsigned* r, const void* row, bool transposed);
-void emulator_copy_async16(void* shared, const void* global, bool in_range);
+void emulator_copy_async(void* shared, const void* global, unsigned bytes, bool in_range);
 void emulator_copy_async_commit();
 void emulator_copy_async_wait(unsigned groups_left);
 [[noreturn]] void emulator_trap(const char* what);
@@ -281,6 +280,7 @@ template <typename T> inline T __ldg(const T* p) { return *p; }
 template <typename T> inline T __ldcg(const T* p) { return *p; }
 template <typename T> inline T __ldcs(const T* p) { return *p; }
 template <typename T> inline void __stcs(T* p, T value) { *p = value; }
+template <typename T> inline void __stcg(T* p, T value) { *p = value; }
 
 inline int atomicAdd(int* p, int v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
 inline unsigned atomicAdd(unsigned* p, unsigned v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
@@ -419,15 +419,13 @@ inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32
 
 inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { emulator_mma_bf16(d, a, b); }
 inline void mma_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { emulator_mma_f16(d, a, b); }
-inline void mma_s8(int (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    for (int& sum : d) sum = 0;
-    emulator_mma_s8(d, a, b);
-}
 inline void ldmatrix4(unsigned (&r)[4], const void* shared_row) { emulator_ldmatrix4(r, shared_row, false); }
 inline void ldmatrix4_transposed(unsigned (&r)[4], const void* shared_row) { emulator_ldmatrix4(r, shared_row, true); }
 inline void copy_async16(void* shared, const void* global, bool in_range) {
-    emulator_copy_async16(shared, global, in_range);
+    emulator_copy_async(shared, global, 16, in_range);
 }
+inline void copy_async4(void* shared, const void* global) { emulator_copy_async(shared, global, 4, true); }
+inline void copy_async8(void* shared, const void* global) { emulator_copy_async(shared, global, 8, true); }
 inline void copy_async_commit() { emulator_copy_async_commit(); }
 template <int N>
 inline void copy_async_wait() {
@@ -449,6 +447,18 @@ inline unsigned bf16_bits(float x) {
 inline unsigned two_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
 inline unsigned two_f16(float low, float high) {
     return (unsigned)float_to_half(low) | (unsigned)float_to_half(high) << 16;
+}
+inline unsigned and_or(unsigned a, unsigned b, unsigned c) { return (a & b) | c; }
+// In double, where products and most sums of such elements are exact, so that they are rounded once.
+inline unsigned fma_two_bf16(unsigned a, unsigned b, unsigned c) {
+    auto one = [](unsigned x) { return (double)__uint_as_float(x << 16); };
+    auto fma = [&](unsigned shift) { return (float)(one(a >> shift) * one(b >> shift) + one(c >> shift)); };
+    return two_bf16(fma(0), fma(16));
+}
+inline unsigned fma_two_f16(unsigned a, unsigned b, unsigned c) {
+    auto one = [](unsigned x) { return (double)half_to_float((unsigned short)x); };
+    auto fma = [&](unsigned shift) { return (float)(one(a >> shift) * one(b >> shift) + one(c >> shift)); };
+    return two_f16(fma(0), fma(16));
 }
 
 // ---- how the driver calls a kernel

@@ -1,5 +1,5 @@
-// What tensor cores do: matrix fragments over the lanes of a warp, laid out as the PTX manual says for mma.m16n8k16,
-// mma.m16n8k32 and ldmatrix.
+// What tensor cores do: matrix fragments over the lanes of a warp, laid out as the PTX manual says for mma.m16n8k16 and
+// ldmatrix.
 #include "emulator.h"
 
 #include <cstring>
@@ -64,35 +64,6 @@ void multiply_f16(void* const* slots, unsigned lanes) {
     multiply16(slots, true);
 }
 
-__attribute__((target_clones("default", "arch=x86-64-v3"))) void multiply8(void* const* slots) {
-    alignas(32) int a[16][32], b[32][8], c[16][8];
-    for (int lane = 0; lane < 32; lane++) {
-        auto& p = *static_cast<Product*>(slots[lane]);
-        auto* d = static_cast<int*>(p.d);
-        int group = lane >> 2, in_group = lane & 3;
-        for (int r = 0; r < 4; r++) {
-            for (int i = 0; i < 4; i++) {
-                int k = 4 * in_group + (r >> 1) * 16 + i;
-                a[group + (r & 1) * 8][k] = int8_t(p.a[r] >> 8 * i);
-                if (r < 2) b[4 * in_group + r * 16 + i][group] = int8_t(p.b[r] >> 8 * i);
-            }
-            c[group + (r >> 1) * 8][2 * in_group + (r & 1)] = d[r];
-        }
-    }
-    for (int row = 0; row < 16; row++)
-        for (int k = 0; k < 32; k++)
-            for (int n = 0; n < 8; n++) c[row][n] += a[row][k] * b[k][n];
-    for (int lane = 0; lane < 32; lane++) {
-        auto* d = static_cast<int*>(static_cast<Product*>(slots[lane])->d);
-        for (int r = 0; r < 4; r++) d[r] = c[(lane >> 2) + (r >> 1) * 8][2 * (lane & 3) + (r & 1)];
-    }
-}
-
-void multiply_s8(void* const* slots, unsigned lanes) {
-    need_whole_warp(lanes);
-    multiply8(slots);
-}
-
 struct Load {
     unsigned* r;
     const void* row;
@@ -131,11 +102,6 @@ EXPORT void emulator_mma_bf16(float* d, const unsigned* a, const unsigned* b) {
 EXPORT void emulator_mma_f16(float* d, const unsigned* a, const unsigned* b) {
     Product slot{d, a, b};
     emulator_sync_warp("mma_f16", all_lanes, multiply_f16, &slot);
-}
-
-EXPORT void emulator_mma_s8(int* d, const unsigned* a, const unsigned* b) {
-    Product slot{d, a, b};
-    emulator_sync_warp("mma_s8", all_lanes, multiply_s8, &slot);
 }
 
 EXPORT void emulator_ldmatrix4(unsigned* r, const void* row, bool transposed) {

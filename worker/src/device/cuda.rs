@@ -97,14 +97,16 @@ fn measured(ordinal: usize, kernel_cache: Option<&Path>) -> Result<Measured, Cud
     for format in Format::ALL {
         pool.fill(&gpu, format)?;
         for rows in ROWS {
-            // Stages of this format have rows of it too; with few rows, only what is read of the weights counts.
-            let element = match format {
-                Format::Float(element) if rows > 8 => element,
-                _ => DType::BF16,
-            };
             let (shape, epilogue) = ((N, K), Epilogue::Store);
             let product = Product { format, shape, rows, epilogue, makes_bytes: true, patience: SLOWEST };
-            let seconds = measure::product(&gpu, &kernels, element, (&pool, &room), product)?;
+            // Stages of this format have rows of it too, which are cuBLAS's; with few rows, only what is read of the weights
+            // counts, and kernels for one format of rows will do.
+            let seconds = match format {
+                Format::Float(element) if rows > 8 => {
+                    measure::gemm(&gpu, element, (&pool, &room), (shape, rows))?
+                }
+                _ => measure::product(&gpu, &kernels, (&pool, &room), product)?,
+            };
             let flops_per_second = (2 * rows * N * K) as f64 / seconds;
             rates.push(Rate { format, rows: rows as u32, flops_per_second });
             if seconds > SLOW {

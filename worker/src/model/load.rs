@@ -1,6 +1,6 @@
-//! Reads the tensors of a stage, one piece at a time.
+//! Reads the tensors of a stage, one piece while the one before is being put where it belongs.
 
-use std::ops::ControlFlow;
+use std::{ops::ControlFlow, sync::mpsc, thread};
 
 use strata_proto::DType;
 
@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     kernels::cpu::packed::Unrepresentable,
-    weights::{Checkpoint, TensorDType, TensorInfo},
+    weights::{Checkpoint, PIECE, TensorDType, TensorInfo, WeightsError},
 };
 
 /// Progress of a load, in bytes of tensors.
@@ -76,8 +76,11 @@ struct Job<'a> {
     key: (Slot, usize),
 }
 
+/// A piece of a tensor that was read: the tensor's number, the offset in it, and the bytes.
+type Read = Result<(usize, u64, Vec<u8>), WeightsError>;
+
 /// Hands the tensors of a range, and no others, to `put`, in the order of the files. `progress` is called after each
-/// piece and may stop the load.
+/// piece and may stop the load. There are two pieces in memory: one that was handed out, and the next one.
 pub(crate) fn read_tensors(
     checkpoint: &Checkpoint,
     model: &Model,
@@ -87,18 +90,35 @@ pub(crate) fn read_tensors(
 ) -> Result<(), ModelError> {
     let jobs = jobs(checkpoint, model, spec)?;
     let total = jobs.iter().map(|j| j.tensor.bytes).sum();
-    let (mut read, mut buffer) = (0, Vec::new());
-    for Job { name, tensor, bound, is_bias, site, key } in jobs {
-        let TensorDType::Float(from) = tensor.dtype else {
-            return Err(ModelError::Format(name.to_owned()));
-        };
-        let rows = match (bound.layout, &tensor.shape[..]) {
-            (Layout::Columns, [_, rows]) | (_, [rows, ..]) => *rows,
-            _ => 0,
-        };
-        checkpoint.read(tensor, &mut buffer, |offset, data| {
-            let [first, total_elements] = [offset, tensor.bytes].map(|bytes| (bytes / from.size()) as usize);
-            let piece = Piece { site, key, bound, is_bias, rows, from, first, total: total_elements, data };
+    let formats = jobs.iter().map(|job| match job.tensor.dtype {
+        TensorDType::Float(from) => Ok(from),
+        _ => Err(ModelError::Format(job.name.to_owned())),
+    });
+    let formats = formats.collect::<Result<Vec<_>, _>>()?;
+    let (filled, pieces) = mpsc::sync_channel::<Read>(1);
+    let (emptied, buffers) = mpsc::channel();
+    for _ in 0..2 {
+        // The receiver is here.
+        let _ = emptied.send(Vec::new());
+    }
+    thread::scope(|scope| {
+        let tensors: Vec<_> = jobs.iter().map(|job| job.tensor).collect();
+        // Ends when the receivers are gone, too.
+        let reader = move || read_pieces(checkpoint, &tensors, &buffers, &filled);
+        let started = thread::Builder::new().name("strata-read".into()).spawn_scoped(scope, reader);
+        started.map_err(|source| WeightsError::Io { file: "starting a thread".into(), source })?;
+        // Moved here, so that they are gone before the thread is waited for.
+        let (pieces, emptied) = (pieces, emptied);
+        let mut read = 0;
+        for piece in &pieces {
+            let (number, offset, data) = piece?;
+            let (&Job { name, tensor, bound, is_bias, site, key }, from) = (&jobs[number], formats[number]);
+            let rows = match (bound.layout, &tensor.shape[..]) {
+                (Layout::Columns, [_, rows]) | (_, [rows, ..]) => *rows,
+                _ => 0,
+            };
+            let [first, elements] = [offset, tensor.bytes].map(|bytes| (bytes / from.size()) as usize);
+            let piece = Piece { site, key, bound, is_bias, rows, from, first, total: elements, data: &data };
             put(&piece).map_err(|error| match error {
                 PieceError::Value(Unrepresentable(x)) if x.is_nan() => {
                     ModelError::NotANumber(name.to_owned())
@@ -109,13 +129,33 @@ pub(crate) fn read_tensors(
                 PieceError::Other(error) => error,
             })?;
             read += data.len() as u64;
-            match progress(LoadedBytes { read, total }) {
-                ControlFlow::Continue(()) => Ok(()),
-                ControlFlow::Break(()) => Err(ModelError::Cancelled),
+            // When all is read, nobody waits for it.
+            let _ = emptied.send(data);
+            if progress(LoadedBytes { read, total }).is_break() {
+                return Err(ModelError::Cancelled);
             }
-        })?;
+        }
+        Ok(())
+    })
+}
+
+/// Reads tensors into the buffers that come, and hands them on in order; ends at an error, or if nobody is there any more.
+fn read_pieces(
+    checkpoint: &Checkpoint,
+    tensors: &[&TensorInfo],
+    buffers: &mpsc::Receiver<Vec<u8>>,
+    filled: &mpsc::SyncSender<Read>,
+) {
+    for (number, tensor) in tensors.iter().enumerate() {
+        for offset in (0..tensor.bytes).step_by(PIECE) {
+            let Ok(mut buffer) = buffers.recv() else { return };
+            let read = checkpoint.read(tensor, offset, &mut buffer).map(|()| (number, offset, buffer));
+            let failed = read.is_err();
+            if filled.send(read).is_err() || failed {
+                return;
+            }
+        }
     }
-    Ok(())
 }
 
 /// The tensors of a stage, as they lie in the files.

@@ -261,8 +261,8 @@ pub struct StageWeights {
 
 impl StageWeights {
     /// Reads the tensors of a range, and no others, in the order of the files. `progress` is called after each piece
-    /// and may stop the load. Beside the weights, one piece is in memory at a time; of a transposed tensor that is
-    /// quantized, all of it. `cpu` quantizes.
+    /// and may stop the load. Beside the weights, one piece is in memory at a time, and the next one as it is read; of a
+    /// transposed tensor that is quantized, all of it. `cpu` quantizes, on all its threads.
     pub fn load(
         checkpoint: &Checkpoint,
         model: &Model,
@@ -287,7 +287,7 @@ impl StageWeights {
         let mut put = |piece: &Piece<'_>| {
             let part = weights.block(piece.site).and_then(|block| block.0.get_mut(&piece.key));
             let part = part.ok_or_else(|| piece.misplaced())?;
-            widen(piece.data, piece.from, &mut values)?;
+            widen(cpu, piece.data, piece.from, &mut values)?;
             let elements = Elements { first: piece.first, total: piece.total, values: &values, cpu };
             Ok(part.write(piece, &elements)?)
         };

@@ -18,7 +18,7 @@ use std::{
 
 pub use header::{TensorDType, TensorInfo};
 
-/// Largest piece of a tensor in memory at once.
+/// Largest piece of a tensor that is read at once.
 pub const PIECE: usize = 8 << 20;
 /// Largest header of one safetensors file, and largest index.
 const MAX_HEADER: u64 = 64 << 20;
@@ -177,22 +177,10 @@ impl Checkpoint {
         Ok(Some(value))
     }
 
-    /// Reads a tensor in pieces of at most [`PIECE`] bytes, in order; `put` gets each with its offset in bytes.
-    pub fn read<E: From<WeightsError>>(
-        &self,
-        tensor: &TensorInfo,
-        buffer: &mut Vec<u8>,
-        mut put: impl FnMut(u64, &[u8]) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let mut done = 0;
-        while done < tensor.bytes {
-            let len = (tensor.bytes - done).min(PIECE as u64);
-            buffer.resize(len as usize, 0);
-            self.read_at(tensor.shard, tensor.offset + done, buffer)?;
-            put(done, buffer)?;
-            done += len;
-        }
-        Ok(())
+    /// Reads the piece of a tensor that begins at byte `offset`: [`PIECE`] bytes, or what is left of it.
+    pub fn read(&self, tensor: &TensorInfo, offset: u64, buffer: &mut Vec<u8>) -> Result<(), WeightsError> {
+        buffer.resize(tensor.bytes.saturating_sub(offset).min(PIECE as u64) as usize, 0);
+        self.read_at(tensor.shard, tensor.offset + offset, buffer)
     }
 
     fn read_at(&self, shard: usize, offset: u64, buffer: &mut [u8]) -> Result<(), WeightsError> {

@@ -110,7 +110,7 @@ impl GpuBench {
         let room = Room::new(&self.gpu, rows * k, rows * n)?;
         let Some((_, pool)) = &self.pool else { return Ok(None) };
         let product = Product { format, shape: (n, k), rows, epilogue, makes_bytes, patience };
-        measure::product(&self.gpu, &self.kernels, self.request.dtype, (pool, &room), product).map(Some)
+        measure::product(&self.gpu, &self.kernels, (pool, &room), product).map(Some)
     }
 
     /// A stage of some layers without what the kernel has no use for; `None` if the GPU has no memory for it.

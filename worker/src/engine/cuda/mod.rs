@@ -4,6 +4,7 @@
 //! positions, block tables), runs kernels in order on one stream, and waits once, at its end. Steps in which every
 //! sequence has one token are recorded as CUDA graphs.
 
+mod attention;
 pub(super) mod measure;
 mod pass;
 mod recordings;

@@ -1,18 +1,16 @@
 //! One step on its way through a stage on a GPU.
 
 use super::{
+    attention::PARTIALS,
     state::{Inputs, State},
     weights::{Block, NormWeights, Projection},
 };
 use crate::{
     kernels::{
-        cpu::{attention::Span, norm::Norm, quant::GROUP},
+        cpu::{norm::Norm, quant::GROUP},
         cuda::{
             CudaError, Gpu,
-            launch::{
-                Attend, Bytes, Heads, Kernels, Places, RawCache, RawMatrix, RawNorm, Tables, attention_bytes,
-                follow, launch,
-            },
+            launch::{Bytes, Kernels, RawMatrix, RawNorm, Tables, follow, launch},
             memory::{self, Arena, Memory, Ptr},
             product::{Epilogue, Grouped, Linear, Matrix, RowBytes, Rows, TASK_BYTES},
         },
@@ -20,7 +18,7 @@ use crate::{
     kv_cache::BatchRow,
     model::{
         ModelError, StepError,
-        blocks::{Attention, Ffn, Flow, Head, Moe, Pool, Position, Slot, Tower},
+        blocks::{Attention, Ffn, Flow, Head, Moe, Pool, Slot, Tower},
         forward::{Inner, Operations},
         step::Limits,
         workspace::{self, Widths},
@@ -29,28 +27,24 @@ use crate::{
 
 /// Threads of a block that walks over one row.
 const ROW_THREADS: u32 = 256;
-/// Bytes for what attention puts together.
-const PARTIALS: u64 = 16 << 20;
-/// Most parts that one row's attention is split into.
-const MAX_SPLITS: usize = 64;
 
 /// Scratch of a stage, sized as [`workspace`] counts.
 pub(super) struct Scratch {
     /// `(tokens, width)`, like all rows but those said to be otherwise in the plan's format.
     pub residual: Ptr,
     normed: Ptr,
-    qkv: Ptr,
-    attention: Ptr,
+    pub qkv: Ptr,
+    pub attention: Ptr,
     up: Ptr,
     /// Cosines and sines in f32, per set of frequencies; and the sets themselves.
-    angles: Vec<Ptr>,
+    pub angles: Vec<Ptr>,
     frequencies: Vec<(Memory, Memory)>,
     /// Rows as bytes, where weights are quantized.
     bytes: RowBytes,
     experts: Option<Experts>,
     /// `(outputs, values)` in f32.
     pub values: Ptr,
-    partials: Ptr,
+    pub partials: Ptr,
     /// Rows that there is room for.
     tokens: usize,
     _elsewhere: [Memory; 2],
@@ -73,8 +67,9 @@ impl Scratch {
     pub fn new(gpu: &Gpu, tower: &Tower, limits: &Limits, memory: &mut Arena) -> Result<Self, ModelError> {
         let (element, outputs) = (limits.spec.dtype, limits.max_outputs as usize);
         let partials = Memory::new(&gpu.context, PARTIALS)?;
-        let unpacked = if limits.spec.quantization.is_some() { RowBytes::UNPACKED } else { 0 };
-        let unpacked = Memory::new(&gpu.context, unpacked)?;
+        let meets = limits.spec.quantization.is_some() || Widths::of(tower).experts.is_some();
+        let elsewhere = if meets { RowBytes::ELSEWHERE } else { 0 };
+        let elsewhere = Memory::new(&gpu.context, elsewhere)?;
         let Widths { residual, qkv, attention, up, angles, outputs: values, experts, input, .. } =
             Widths::of(tower);
         let tokens = workspace::padded(limits.max_tokens);
@@ -113,25 +108,25 @@ impl Scratch {
             frequencies,
             bytes: RowBytes::new(
                 Bytes { values: rows(groups * 32, 1)?, factors: rows(groups, 4)?, sums: rows(groups, 4)? },
-                unpacked.ptr(),
+                elsewhere.ptr(),
             ),
             experts: experts.transpose()?,
             values: memory.take((outputs * values) as u64 * 4)?,
             partials: partials.ptr(),
             tokens,
-            _elsewhere: [partials, unpacked],
+            _elsewhere: [partials, elsewhere],
         })
     }
 }
 
 /// One step. All its inputs have been checked, and are on the GPU.
 pub(super) struct Pass<'a> {
-    gpu: &'a Gpu,
-    state: &'a State,
-    tower: &'a Tower,
-    tokens: usize,
-    rows: &'a [BatchRow<'a>],
-    inputs: Inputs,
+    pub gpu: &'a Gpu,
+    pub state: &'a State,
+    pub tower: &'a Tower,
+    pub tokens: usize,
+    pub rows: &'a [BatchRow<'a>],
+    pub inputs: Inputs,
     /// The input of the block that is under way.
     normed: Normed,
 }
@@ -244,7 +239,7 @@ impl<'a> Pass<'a> {
         epilogue: Epilogue,
     ) -> Result<(), StepError> {
         match self.normed {
-            Normed::Pending(norm) if self.gpu.norms(&product.matrix, self.state.element, rows) => {
+            Normed::Pending(norm) if self.gpu.norms(self.kernels()?, &product.matrix, rows) => {
                 let x = Rows::new(self.state.scratch.residual, self.tower.width);
                 self.linear(&Linear { norm, ..self.call(product, rows, x, out, epilogue) })
             }
@@ -256,7 +251,7 @@ impl<'a> Pass<'a> {
     }
 
     fn linear(&self, call: &Linear<'_>) -> Result<(), StepError> {
-        Ok(self.gpu.linear(self.kernels()?, self.state.element, call)?)
+        Ok(self.gpu.linear(self.kernels()?, call)?)
     }
 
     /// A product of rows that all go through one matrix; `out` is given with its rows' distance in elements.
@@ -358,114 +353,6 @@ impl<'a> Pass<'a> {
             }
         }
     }
-
-    /// Turns queries and keys, and puts keys and values into the cache of the stage's layer `index`.
-    pub fn place(&self, attention: &Attention, index: usize, block: &Block) -> Result<(), StepError> {
-        let kernels = self.head_kernels(attention)?;
-        let Scratch { qkv, ref angles, .. } = self.state.scratch;
-        let Inputs { positions, row_of, first_block, tables, .. } = self.inputs;
-        let (table, pairs) = match attention.position {
-            Position::None => (Ptr::NULL, 0),
-            Position::Rope(set) => (angles[set], self.tower.ropes[set].pairs() as i32),
-        };
-        let head_norm = |slot| match attention.qk_norm {
-            Some(norm) => Ok(raw_norm(norm, block.norm(slot)?)),
-            None => Ok::<_, StepError>(RawNorm::default()),
-        };
-        let heads = Heads {
-            heads: attention.heads as i32,
-            kv_heads: attention.kv_heads as i32,
-            pairs,
-            query: head_norm(Slot::QueryNorm)?,
-            key: head_norm(Slot::KeyNorm)?,
-        };
-        let all = attention.heads + 2 * attention.kv_heads;
-        let grid = (self.tokens as u32, all.div_ceil(4) as u32, 1);
-        let places = Places { positions, row_of, first_block, tables };
-        follow!(self.gpu, kernels.rope_store, grid, 128, 0; qkv, heads, table, places, self.cache(index))?;
-        Ok(())
-    }
-
-    fn head_kernels(&self, attention: &Attention) -> Result<&Kernels, StepError> {
-        self.state.kernels.get(&attention.head_dim).ok_or(StepError::Weights)
-    }
-
-    fn cache(&self, index: usize) -> RawCache {
-        self.state.cache.get(index).copied().unwrap_or_default()
-    }
-
-    /// Attention of the stage's layer `index`, rows of one token with kernels for one and the others with those for several.
-    pub fn attend_rows(&self, attention: &Attention, index: usize) -> Result<(), StepError> {
-        let (kernels, cache) = (self.head_kernels(attention)?, self.cache(index));
-        let Scratch { qkv, attention: out, partials, .. } = self.state.scratch;
-        let Inputs {
-            positions, row_of, first_block, tables, by_length, row_first, row_start, row_count, ..
-        } = self.inputs;
-        let Attention { heads, kv_heads, head_dim, .. } = *attention;
-        let call = Attend {
-            qkv,
-            out,
-            cache,
-            places: Places { positions, row_of, first_block, tables },
-            row_first,
-            row_start,
-            row_count,
-            rows: Ptr::NULL,
-            count: self.tokens as i32,
-            heads: heads as i32,
-            kv_heads: kv_heads as i32,
-            scale: attention.scale,
-            softcap: attention.softcap.unwrap_or(0.0),
-            window: match attention.span {
-                Span::Full => -1,
-                Span::Causal => 0,
-                Span::Window(window) => window as i32,
-            },
-            splits: 1,
-            partial: partials,
-        };
-        // Parts, so that every multiprocessor has something to do; as many as the sums of all places have room for.
-        let splits = |blocks: usize, places: usize| {
-            let room = PARTIALS as usize / (places * heads * (head_dim + 2) * 4).max(1);
-            let wanted = (2 * self.gpu.multiprocessors as usize).div_ceil(blocks.max(1));
-            wanted.min(room).clamp(1, MAX_SPLITS) as i32
-        };
-        let combine = |call: Attend| {
-            if call.splits == 1 {
-                return Ok(());
-            }
-            follow!(self.gpu, kernels.attention_combine, ((call.count * call.heads) as u32, 1, 1), 128, 0; call)
-        };
-        let Some(tiles) = kernels.tensor.as_ref().and_then(|tensor| tensor.attention.as_ref()) else {
-            let call = Attend { splits: splits(self.tokens * heads, self.tokens), ..call };
-            let grid = (self.tokens as u32, heads as u32, call.splits as u32);
-            follow!(self.gpu, kernels.attention_plain, grid, 128, 0; call)?;
-            return Ok(combine(call)?);
-        };
-        let (group, capped) = (heads / kv_heads, usize::from(attention.softcap.is_some()));
-        let single = self.rows.iter().filter(|r| r.count == 1).count();
-        let several = self.rows.len() - single;
-        if single > 0 {
-            let parts = group.div_ceil(16);
-            let call = Attend {
-                rows: by_length,
-                count: single as i32,
-                splits: splits(parts * kv_heads * single, single),
-                ..call
-            };
-            let blocks = (parts * kv_heads * single) as u32 * call.splits as u32;
-            follow!(self.gpu, tiles.decode[capped], (blocks, 1, 1), 128, attention_bytes(16, head_dim); call)?;
-            combine(call)?;
-        }
-        if several > 0 {
-            let longest = self.rows.iter().map(|r| r.count as usize).max().unwrap_or(1);
-            let rows = by_length.offset(4 * single as u64);
-            let call = Attend { rows, count: several as i32, ..call };
-            let blocks = ((longest * group).div_ceil(64) * kv_heads * several) as u32;
-            follow!(self.gpu, tiles.prefill[capped], (blocks, 1, 1), 128, attention_bytes(64, head_dim); call)?;
-        }
-        Ok(())
-    }
 }
 
 /// What a norm reads and writes.
@@ -476,7 +363,7 @@ struct NormCall {
     add: bool,
 }
 
-fn raw_norm(norm: Norm, NormWeights { weight, bias }: NormWeights) -> RawNorm {
+pub(super) fn raw_norm(norm: Norm, NormWeights { weight, bias }: NormWeights) -> RawNorm {
     let (epsilon, centred) = match norm {
         Norm::Rms(epsilon) => (epsilon, 0),
         Norm::Layer(epsilon) => (epsilon, 1),

@@ -1,5 +1,5 @@
-//! The weights of a stage in a GPU's memory, by rows. They are read in pieces, turned into their format by the processor,
-//! and copied from pinned memory while the next piece is read. Quantized ones are the same integers and factors that the
+//! The weights of a stage in a GPU's memory, by rows. They are read in pieces, turned into their format by all threads of the
+//! processor, and copied from pinned memory while the next piece is. Quantized ones are the same integers and factors that the
 //! CPU's kernels have, and every part takes as many bytes as on the CPU.
 
 use std::{collections::BTreeMap, ops::ControlFlow};
@@ -14,7 +14,7 @@ use crate::{
         cpu::{
             Cpu,
             packed::{self, PackedMatrix},
-            quant::{self, GROUP},
+            quant::{self, GROUP, Group, SHARE},
         },
         cuda::{
             CudaError, Doing, Gpu,
@@ -222,7 +222,7 @@ impl<'a> Loader<'a> {
             return Ok(self.send(to, data.len(), |out| out.copy_from_slice(data))?);
         }
         let mut values = std::mem::take(&mut self.values);
-        packed::widen(data, from, &mut values)?;
+        packed::widen(self.cpu, data, from, &mut values)?;
         match part {
             Part::Norm(_, norm) if is_bias => self.floats(norm.bias, first, &values)?,
             Part::Norm(n, norm) => {
@@ -251,10 +251,8 @@ impl<'a> Loader<'a> {
                         if self.staged.len() == total {
                             let staged = std::mem::take(&mut self.staged);
                             let mut placed = vec![0.0; total];
-                            for (i, x) in staged.into_iter().enumerate() {
-                                let (row, column) = layout.place(i, rows, k);
-                                placed[row * k + column] = x;
-                            }
+                            place(self.cpu, layout, &staged, (rows, k), &mut placed);
+                            drop(staged);
                             self.elements(matrix, first_row * k, &placed)?;
                         }
                     }
@@ -275,7 +273,7 @@ impl<'a> Loader<'a> {
 
     /// Writes elements of a matrix from its element `first` on; both are whole groups where it is quantized.
     fn elements(&mut self, matrix: &Matrix, first: usize, values: &[f32]) -> Result<(), PieceError> {
-        packed::check_fits(values, matrix.format)?;
+        packed::check_fits(self.cpu, values, matrix.format)?;
         const CHUNK: usize = PIECE / 4;
         for (i, values) in values.chunks(CHUNK).enumerate() {
             self.chunk(matrix, first + i * CHUNK, values)?;
@@ -298,52 +296,36 @@ impl<'a> Loader<'a> {
             }
             Format::Quantized(quantization) => quantization,
         };
-        let groups: Vec<_> = values.as_chunks::<GROUP>().0.iter().collect();
-        let quantized = quant::quantize(self.cpu, quantization, &groups);
-        let group = first / GROUP;
-        match quantization {
-            Quantization::Int8 => {
-                self.send(at(first), values.len(), |out| {
-                    for (out, g) in out.as_chunks_mut::<GROUP>().0.iter_mut().zip(&quantized) {
-                        *out = g.values.map(|v| v as u8);
-                    }
-                })?;
-                self.send(factors(2 * group), 2 * quantized.len(), |out| {
-                    for (out, g) in out.as_chunks_mut().0.iter_mut().zip(&quantized) {
-                        *out = g.factor.to_le_bytes();
-                    }
-                })
-            }
-            Quantization::Int4 => {
-                self.send(at(first / 2), values.len() / 2, |out| {
-                    let groups = out.as_chunks_mut::<{ GROUP / 2 }>().0.iter_mut().zip(&quantized);
-                    for (out, g) in groups {
-                        // Of eight values, the first four in the low halves of the bytes, the others in the high ones.
-                        for (out, eight) in
-                            out.as_chunks_mut::<4>().0.iter_mut().zip(g.values.as_chunks::<8>().0)
-                        {
-                            *out = std::array::from_fn(|i| eight[i] as u8 | (eight[i + 4] as u8) << 4);
-                        }
-                    }
-                })?;
-                self.send(factors(4 * group), 4 * quantized.len(), |out| {
-                    for (out, g) in out.as_chunks_mut::<4>().0.iter_mut().zip(&quantized) {
-                        out[..2].copy_from_slice(&g.factor.to_le_bytes());
-                        out[2..].copy_from_slice(&g.least.to_le_bytes());
-                    }
-                })
-            }
-        }
+        let (group, groups, cpu) = (first / GROUP, values.len() / GROUP, self.cpu);
+        let (value_bytes, factor_bytes) = group_bytes(quantization);
+        let parts = [
+            (at(group * value_bytes), groups * value_bytes),
+            (factors(group * factor_bytes), groups * factor_bytes),
+        ];
+        self.send_parts(&parts, |out| {
+            let (integers, factors) = out.split_at_mut(groups * value_bytes);
+            quantize(cpu, quantization, values, integers, factors);
+        })
     }
 
     /// Fills pinned memory and copies it, while the other one may still be under way.
     fn send(&mut self, to: Ptr, bytes: usize, fill: impl FnOnce(&mut [u8])) -> Result<(), CudaError> {
+        self.send_parts(&[(to, bytes)], fill)
+    }
+
+    /// As [`send`](Self::send), of what lies side by side in pinned memory and goes to several places.
+    fn send_parts(&mut self, to: &[(Ptr, usize)], fill: impl FnOnce(&mut [u8])) -> Result<(), CudaError> {
         let stream = &self.gpu.stream;
         let (pinned, copied) = &mut self.staging[self.turn];
         copied.synchronize().doing("copying weights")?;
-        let staging = &mut pinned.as_mut::<u8>()[..bytes];
+        let bytes = to.iter().map(|(_, bytes)| bytes).sum();
+        let mut staging = &mut pinned.as_mut::<u8>()[..bytes];
         fill(staging);
-        memory::upload(stream, to, staging)?;
+        for (to, bytes) in to {
+            let (part, others) = staging.split_at_mut(*bytes);
+            memory::upload(stream, *to, part)?;
+            staging = others;
+        }
         copied.record(stream).doing("copying weights")?;
         self.turn ^= 1;
         Ok(())
@@ -352,4 +334,105 @@ impl<'a> Loader<'a> {
 
 fn put<const N: usize>(out: &mut [u8], values: &[f32], bytes: impl Fn(f32) -> [u8; N]) {
     out.as_chunks_mut().0.iter_mut().zip(values).for_each(|(o, x)| *o = bytes(*x));
+}
+
+/// Puts the elements of a whole tensor, of `n` rows in its slot, where they belong there.
+fn place(cpu: &Cpu, layout: Layout, elements: &[f32], (n, k): (usize, usize), placed: &mut [f32]) {
+    if layout != Layout::Columns {
+        for (row, elements) in elements.chunks_exact(k).enumerate() {
+            placed[layout.row(row) * k..][..k].copy_from_slice(elements);
+        }
+        return;
+    }
+    // As many rows to a task as a cache line of the columns holds.
+    let mut tasks: Vec<_> = placed.chunks_mut(16 * k).enumerate().collect();
+    cpu.each(&mut tasks, |(task, rows)| {
+        for (row, out) in rows.chunks_exact_mut(k).enumerate() {
+            let column = elements[*task * 16 + row..].iter().step_by(n);
+            out.iter_mut().zip(column).for_each(|(o, x)| *o = *x);
+        }
+    });
+}
+
+/// Bytes of a group's integers, and of what they are multiplied by and added to.
+fn group_bytes(quantization: Quantization) -> (usize, usize) {
+    match quantization {
+        Quantization::Int8 => (GROUP, 2),
+        Quantization::Int4 => (GROUP / 2, 4),
+    }
+}
+
+/// Quantizes values, whole groups, into bytes as they lie on the GPU.
+fn quantize(cpu: &Cpu, quantization: Quantization, values: &[f32], integers: &mut [u8], factors: &mut [u8]) {
+    let (value_bytes, factor_bytes) = group_bytes(quantization);
+    let groups = values.as_chunks::<GROUP>().0.chunks(SHARE);
+    let out = integers.chunks_mut(SHARE * value_bytes).zip(factors.chunks_mut(SHARE * factor_bytes));
+    let mut tasks: Vec<_> = groups.zip(out).collect();
+    cpu.each(&mut tasks, |(groups, (integers, factors))| {
+        let mut quantized = [Group::default(); SHARE];
+        let quantized = &mut quantized[..groups.len()];
+        quant::quantize(cpu, quantization, groups, quantized);
+        match quantization {
+            Quantization::Int8 => {
+                for (out, g) in integers.as_chunks_mut::<GROUP>().0.iter_mut().zip(&*quantized) {
+                    *out = g.values.map(|v| v as u8);
+                }
+                for (out, g) in factors.as_chunks_mut().0.iter_mut().zip(quantized) {
+                    *out = g.factor.to_le_bytes();
+                }
+            }
+            Quantization::Int4 => {
+                for (out, g) in integers.as_chunks_mut::<{ GROUP / 2 }>().0.iter_mut().zip(&*quantized) {
+                    // Of eight values, the first four in the low halves of the bytes, the others in the high ones.
+                    for (out, eight) in out.as_chunks_mut::<4>().0.iter_mut().zip(g.values.as_chunks::<8>().0)
+                    {
+                        *out = std::array::from_fn(|i| eight[i] as u8 | (eight[i + 4] as u8) << 4);
+                    }
+                }
+                for (out, g) in factors.as_chunks_mut::<4>().0.iter_mut().zip(quantized) {
+                    out[..2].copy_from_slice(&g.factor.to_le_bytes());
+                    out[2..].copy_from_slice(&g.least.to_le_bytes());
+                }
+            }
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::cpu::{isa::Isa, pool::Pool};
+
+    #[test]
+    fn many_threads_make_the_bytes_that_each_group_by_itself_makes() {
+        let values: Vec<f32> = (0..1003 * GROUP).map(|i| ((i * 7919) as f32 * 0.618).sin().powi(3)).collect();
+        let many = Cpu::new(Isa::detect(), Pool::new(5).into());
+        let one = Cpu::on(Isa::detect());
+        for quantization in Quantization::ALL {
+            let (value_bytes, factor_bytes) = group_bytes(quantization);
+            let groups = values.len() / GROUP;
+            let [mut a, mut b] =
+                [(); 2].map(|()| (vec![0; groups * value_bytes], vec![0; groups * factor_bytes]));
+            quantize(&many, quantization, &values, &mut a.0, &mut a.1);
+            for (i, group) in values.chunks(GROUP).enumerate() {
+                let integers = &mut b.0[i * value_bytes..][..value_bytes];
+                quantize(&one, quantization, group, integers, &mut b.1[i * factor_bytes..][..factor_bytes]);
+            }
+            assert_eq!(a, b);
+        }
+    }
+
+    #[test]
+    fn tensors_in_another_order_come_to_the_places_that_their_layout_says() {
+        let (n, k) = (36, 40);
+        let elements: Vec<f32> = (0..n * k).map(|i| i as f32).collect();
+        for layout in [Layout::Columns, Layout::Heads { heads: 3, head_dim: 4 }] {
+            let mut placed = vec![-1.0; n * k];
+            place(&Cpu::new(Isa::detect(), Pool::new(3).into()), layout, &elements, (n, k), &mut placed);
+            for (i, x) in elements.iter().enumerate() {
+                let (row, column) = layout.place(i, n, k);
+                assert_eq!(placed[row * k + column], *x);
+            }
+        }
+    }
 }

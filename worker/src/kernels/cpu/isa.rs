@@ -47,6 +47,8 @@ pub(crate) trait Simd: Copy {
     fn exp2_shifted(n: Self::F) -> Self::F;
     /// To the nearest integer, ties to even, then within `low..=high`.
     fn round_within(x: Self::F, low: f32, high: f32) -> Self::F;
+    /// To the nearest f16, ties to even, widened again.
+    fn round_f16(x: Self::F) -> Self::F;
     /// `a * b + c`.
     fn mul_add(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// `acc + w[1] * x[1] + w[0] * x[0]` of bf16 pairs, `x` the same for all lanes.
@@ -200,6 +202,10 @@ impl Simd for Portable {
     #[inline(always)]
     fn load_f16(x: &[f16; LANES]) -> Self::F {
         x.map(Element::to_f32)
+    }
+    #[inline(always)]
+    fn round_f16(x: Self::F) -> Self::F {
+        x.map(|x| Element::to_f32(f16::from_f32(x)))
     }
     #[inline(always)]
     fn dot_bytes(acc: Self::I, w: &[u32; LANES], x: u32) -> Self::I {

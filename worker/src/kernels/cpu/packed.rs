@@ -1,12 +1,14 @@
 //! Weight matrices packed into tiles of 32 outputs, so that one contiguous stream feeds 32 independent chains.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use half::{bf16, f16};
 use strata_proto::{DType, Format, Quantization};
 
 use super::{
     Cpu,
     isa::LANES,
-    quant::{self, GROUP, Group},
+    quant::{self, GROUP, Group, SHARE},
 };
 use crate::kernels::buffer::{Arena, Buffer, Element, OutOfMemory, Plain, Values, with_values};
 
@@ -150,7 +152,7 @@ impl PackedMatrix {
         elements: &Elements<'_>,
         place: impl Fn(usize) -> (usize, usize),
     ) -> Result<(), Unrepresentable> {
-        let (k, pairs, groups) = (self.k, self.k.div_ceil(2), self.k / GROUP);
+        let (k, pairs) = (self.k, self.k.div_ceil(2));
         match &mut self.tiles {
             Tiles::F32(v) => runs(elements, k, place, |row, column, values| {
                 for (w, x) in v[row / TILE * k + column..].iter_mut().zip(values) {
@@ -158,7 +160,7 @@ impl PackedMatrix {
                 }
             }),
             Tiles::F16(v) => {
-                check(elements.values, LARGEST_F16)?;
+                check(elements.cpu, elements.values, LARGEST_F16)?;
                 runs(elements, k, place, |row, column, values| {
                     for (w, x) in v[row / TILE * k + column..].iter_mut().zip(values) {
                         w[row % TILE] = f16::from_f32(*x);
@@ -166,7 +168,7 @@ impl PackedMatrix {
                 });
             }
             Tiles::BF16(v) => {
-                check(elements.values, LARGEST_BF16)?;
+                check(elements.cpu, elements.values, LARGEST_BF16)?;
                 runs(elements, k, place, |row, column, values| {
                     let tile = &mut v[row / TILE * pairs..];
                     for (i, x) in (column..).zip(values) {
@@ -177,25 +179,23 @@ impl PackedMatrix {
                 });
             }
             Tiles::Int8(v) => {
-                let put = |row: usize, column: usize, Group { factor, values, .. }| {
-                    let group = &mut v[row / LANES * groups + column / GROUP];
-                    group.factors[row % LANES] = factor;
+                let put = |group: &mut Int8Group, lane: usize, Group { factor, values, .. }: &Group| {
+                    group.factors[lane] = *factor;
                     for (quad, bytes) in group.quads.iter_mut().zip(values.as_chunks().0) {
-                        quad[row % LANES] = u32::from_le_bytes(bytes.map(|b: i8| (b as u8) ^ 0x80));
+                        quad[lane] = u32::from_le_bytes(bytes.map(|b: i8| (b as u8) ^ 0x80));
                     }
                 };
-                quantize(&mut self.staged, elements, Quantization::Int8, k, place, put)?;
+                quantize(&mut self.staged, elements, Quantization::Int8, (v, k), place, put)?;
             }
             Tiles::Int4(v) => {
-                let put = |row: usize, column: usize, Group { factor, least, values }| {
-                    let group = &mut v[row / LANES * groups + column / GROUP];
-                    (group.factors[row % LANES], group.least[row % LANES]) = (factor, least);
+                let put = |group: &mut Int4Group, lane: usize, Group { factor, least, values }: &Group| {
+                    (group.factors[lane], group.least[lane]) = (*factor, *least);
                     for (octet, halves) in group.octets.iter_mut().zip(values.as_chunks::<8>().0) {
                         let byte = |i: usize| halves[i] as u8 | (halves[i + 4] as u8) << 4;
-                        octet[row % LANES] = u32::from_le_bytes(std::array::from_fn(byte));
+                        octet[lane] = u32::from_le_bytes(std::array::from_fn(byte));
                     }
                 };
-                quantize(&mut self.staged, elements, Quantization::Int4, k, place, put)?;
+                quantize(&mut self.staged, elements, Quantization::Int4, (v, k), place, put)?;
             }
         }
         Ok(())
@@ -240,31 +240,50 @@ impl PackedMatrix {
 }
 
 /// Refuses values that `format` cannot hold.
-pub(crate) fn check_fits(values: &[f32], format: Format) -> Result<(), Unrepresentable> {
+pub(crate) fn check_fits(cpu: &Cpu, values: &[f32], format: Format) -> Result<(), Unrepresentable> {
     match format {
-        Format::Float(DType::F32) => check(values, f32::INFINITY),
-        Format::Float(DType::BF16) => check(values, LARGEST_BF16),
-        Format::Float(DType::F16) => check(values, LARGEST_F16),
+        Format::Float(DType::F32) => check(cpu, values, f32::INFINITY),
+        Format::Float(DType::BF16) => check(cpu, values, LARGEST_BF16),
+        Format::Float(DType::F16) => check(cpu, values, LARGEST_F16),
         // Factors and what is added to them are f16.
-        Format::Quantized(_) => {
-            check(values, LARGEST_F16)?;
+        Format::Quantized(_) if any(cpu, values, |x| (x.abs() > LARGEST_F16) | x.is_nan()) => {
+            check(cpu, values, LARGEST_F16)?;
             values.iter().find(|x| x.is_infinite()).map_or(Ok(()), |x| Err(Unrepresentable(*x)))
         }
+        Format::Quantized(_) => Ok(()),
     }
 }
 
 /// Refuses NaN, and finite values that are larger than `most`.
-fn check(values: &[f32], most: f32) -> Result<(), Unrepresentable> {
-    let bad = |x: &&f32| x.is_nan() || (x.abs() > most && x.is_finite());
-    values.iter().find(bad).map_or(Ok(()), |x| Err(Unrepresentable(*x)))
+fn check(cpu: &Cpu, values: &[f32], most: f32) -> Result<(), Unrepresentable> {
+    let bad = |x: f32| x.is_nan() | ((x.abs() > most) & x.is_finite());
+    match any(cpu, values, bad) {
+        true => values.iter().find(|x| bad(**x)).map_or(Ok(()), |x| Err(Unrepresentable(*x))),
+        false => Ok(()),
+    }
+}
+
+/// Values that are worth a task.
+const VALUES: usize = 1 << 14;
+
+/// Whether any value is `bad`. All are asked, so that many can be at a time.
+fn any(cpu: &Cpu, values: &[f32], bad: impl Fn(f32) -> bool + Sync) -> bool {
+    let found = AtomicBool::new(false);
+    cpu.pool.run(values.len().div_ceil(VALUES), &|task| {
+        let values = &values[task * VALUES..values.len().min((task + 1) * VALUES)];
+        if values.iter().fold(false, |any, x| any | bad(*x)) {
+            found.store(true, Ordering::Relaxed);
+        }
+    });
+    found.into_inner()
 }
 
 /// Calls `put(row, column, values)` for elements that lie side by side in one row.
-fn runs(
-    elements: &Elements<'_>,
+fn runs<'a>(
+    elements: &Elements<'a>,
     k: usize,
     place: impl Fn(usize) -> (usize, usize),
-    mut put: impl FnMut(usize, usize, &[f32]),
+    mut put: impl FnMut(usize, usize, &'a [f32]),
 ) {
     let &Elements { first, total, values, .. } = elements;
     let mut at = 0;
@@ -277,46 +296,82 @@ fn runs(
     }
 }
 
-/// Quantizes elements by groups, and calls `put(row, column of the first element, group)` for each.
+/// Groups of one row, side by side; their values may lie apart.
+struct Run<'a> {
+    row: usize,
+    /// Its first group and how many there are.
+    first: usize,
+    count: usize,
+    values: &'a [f32],
+}
+
+/// Quantizes elements by groups on all threads, and calls `put(group of tiles, lane, group)` for each.
 ///
 /// Where a tensor is stored transposed, its elements wait in `staged` until all are there.
-fn quantize(
+fn quantize<T: Send>(
     staged: &mut Vec<f32>,
     elements: &Elements<'_>,
     quantization: Quantization,
-    k: usize,
+    (tiles, k): (&mut [T], usize),
     place: impl Fn(usize) -> (usize, usize),
-    mut put: impl FnMut(usize, usize, Group),
+    put: impl Fn(&mut T, usize, &Group) + Sync,
 ) -> Result<(), Unrepresentable> {
     let &Elements { total, values, cpu, .. } = elements;
-    check_fits(values, Format::Quantized(quantization))?;
+    check_fits(cpu, values, Format::Quantized(quantization))?;
+    let per_row = k / GROUP;
+    let all;
+    let (mut by_row, mut step) = (Vec::new(), 1);
     let (row, column) = place(0);
     if place(1) == (row, column + 1) {
-        let (mut places, mut groups) = (Vec::new(), Vec::new());
         runs(elements, k, &place, |row, column, values| {
-            places.extend((0..values.len() / GROUP).map(|i| (row, column + i * GROUP)));
+            by_row.push(Run { row, first: column / GROUP, count: values.len() / GROUP, values });
         });
-        groups.extend(values.as_chunks().0);
-        let quantized = quant::quantize(cpu, quantization, &groups);
-        for ((row, column), group) in places.into_iter().zip(quantized) {
-            put(row, column, group);
+    } else {
+        staged.extend(values);
+        if staged.len() < total {
+            return Ok(());
         }
-        return Ok(());
-    }
-    staged.extend(values);
-    if staged.len() == total {
+        all = std::mem::take(staged);
         // A column after the other, of as many elements as there are rows.
-        let rows = total / k;
-        for row in 0..rows {
-            let values: Vec<f32> = staged[row..].iter().step_by(rows).copied().collect();
-            let groups: Vec<_> = values.as_chunks().0.iter().collect();
-            for (i, group) in quant::quantize(cpu, quantization, &groups).into_iter().enumerate() {
-                let (row, column) = place(i * GROUP * rows + row);
-                put(row, column, group);
+        step = total / k;
+        by_row.extend((0..step).map(|i| Run {
+            row: place(i).0,
+            first: 0,
+            count: per_row,
+            values: &all[i..],
+        }));
+    }
+    by_row.sort_by_key(|run| run.row);
+    // What 16 rows have at a column lies together, so no other task may write there.
+    let (mut tasks, mut rest, mut passed) = (Vec::new(), tiles, 0);
+    for runs in by_row.chunk_by(|a, b| a.row / LANES == b.row / LANES) {
+        let (_, from) = rest.split_at_mut((runs[0].row / LANES - passed) * per_row);
+        let (tile, after) = from.split_at_mut(per_row);
+        (rest, passed) = (after, runs[0].row / LANES + 1);
+        tasks.extend(tile.chunks_mut(SHARE).enumerate().map(|(i, tile)| (i * SHARE, tile, runs)));
+    }
+    cpu.each(&mut tasks, |(first, tile, runs)| {
+        let (mut quantized, mut gathered) = ([Group::default(); SHARE], [[0.0; GROUP]; SHARE]);
+        for run in *runs {
+            let begin = run.first.max(*first);
+            let end = (run.first + run.count).min(*first + tile.len());
+            if begin >= end {
+                continue;
+            }
+            let (skipped, count) = (begin - run.first, end - begin);
+            let groups = if step == 1 {
+                &run.values.as_chunks().0[skipped..skipped + count]
+            } else {
+                let values = run.values[skipped * GROUP * step..].iter().step_by(step);
+                gathered[..count].as_flattened_mut().iter_mut().zip(values).for_each(|(to, x)| *to = *x);
+                &gathered[..count]
+            };
+            quant::quantize(cpu, quantization, groups, &mut quantized);
+            for (group, quantized) in tile[begin - *first..].iter_mut().zip(&quantized[..count]) {
+                put(group, run.row % LANES, quantized);
             }
         }
-        *staged = Vec::new();
-    }
+    });
     Ok(())
 }
 
@@ -367,7 +422,7 @@ impl Table {
                     Values::BF16(_) => LARGEST_BF16,
                     Values::F16(_) => LARGEST_F16,
                 };
-                check(elements.values, most)?;
+                check(elements.cpu, elements.values, most)?;
                 with_values!(values, v => {
                     for (o, x) in v[elements.first..].iter_mut().zip(elements.values) {
                         *o = Element::from_f32(*x);
@@ -395,22 +450,26 @@ impl Table {
     }
 }
 
-/// Widens checkpoint elements (little endian, of format `from`) to f32 into `out`.
+/// Widens checkpoint elements (little endian, of format `from`) to f32 into `out`, on all threads.
 ///
 /// # Errors
 /// If one is NaN.
-pub fn widen(data: &[u8], from: DType, out: &mut Vec<f32>) -> Result<(), Unrepresentable> {
-    out.clear();
-    match from {
-        DType::F32 => out.extend(data.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
-        DType::BF16 => {
-            out.extend(data.as_chunks().0.iter().map(|b| Element::to_f32(bf16::from_le_bytes(*b))));
+pub fn widen(cpu: &Cpu, data: &[u8], from: DType, out: &mut Vec<f32>) -> Result<(), Unrepresentable> {
+    let size = from.size() as usize;
+    out.resize(data.len() / size, 0.0);
+    cpu.pool.pieces(out, VALUES, 1, |i, out| {
+        let data = &data[i * VALUES * size..][..out.len() * size];
+        match from {
+            DType::F32 => put(out, data, f32::from_le_bytes),
+            DType::BF16 => put(out, data, |b| Element::to_f32(bf16::from_le_bytes(b))),
+            DType::F16 => put(out, data, |b| Element::to_f32(f16::from_le_bytes(b))),
         }
-        DType::F16 => {
-            out.extend(data.as_chunks().0.iter().map(|b| Element::to_f32(f16::from_le_bytes(*b))));
-        }
-    }
-    check(out, f32::INFINITY)
+    });
+    check(cpu, out, f32::INFINITY)
+}
+
+fn put<const N: usize>(out: &mut [f32], data: &[u8], value: impl Fn([u8; N]) -> f32) {
+    out.iter_mut().zip(data.as_chunks().0).for_each(|(out, bytes)| *out = value(*bytes));
 }
 
 /// Refuses NaN among checkpoint elements that stay as they are.
@@ -435,7 +494,10 @@ pub(crate) fn check_numbers(data: &[u8], from: DType) -> Result<(), Unrepresenta
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::{buffer::round_to, cpu::isa::Isa};
+    use crate::kernels::{
+        buffer::round_to,
+        cpu::{isa::Isa, pool::Pool},
+    };
 
     #[cfg(feature = "cuda")]
     #[test]
@@ -498,6 +560,55 @@ mod tests {
         }
     }
 
+    /// Bits of a tile's group in the order of memory.
+    fn words(matrix: &PackedMatrix) -> Vec<u32> {
+        match &matrix.tiles {
+            Tiles::Int8(v) => v
+                .iter()
+                .flat_map(|g| {
+                    g.factors.map(|f| f.to_bits().into()).into_iter().chain(g.quads.into_iter().flatten())
+                })
+                .collect(),
+            Tiles::Int4(v) => v
+                .iter()
+                .flat_map(|g| {
+                    let halves = [g.factors, g.least].into_iter().flatten();
+                    halves.map(|f| f.to_bits().into()).chain(g.octets.into_iter().flatten())
+                })
+                .collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    #[test]
+    fn many_threads_pack_the_bits_that_one_packs_group_by_group() {
+        // Rows longer than a task, pieces that end within them, and rows in another order.
+        let (n, k) = (70, (SHARE + 3) * GROUP);
+        let source = source(n, k);
+        let turned: Vec<f32> = (0..n * k).map(|i| source[i % n * k + i / n]).collect();
+        let (one, many) = (Cpu::on(Isa::detect()), Cpu::new(Isa::detect(), Pool::new(5).into()));
+        let write = |cpu: &Cpu, q, values: &[f32], piece: usize, place: &dyn Fn(usize) -> (usize, usize)| {
+            let format = Format::Quantized(q);
+            let mut arena = Arena::new(PackedMatrix::bytes_for(n, k, format)).unwrap();
+            let mut packed = PackedMatrix::zeros(n, k, format, &mut arena).unwrap();
+            for (i, values) in values.chunks(piece).enumerate() {
+                let elements = Elements { first: i * piece, total: n * k, values, cpu };
+                packed.write(&elements, place).unwrap();
+            }
+            words(&packed)
+        };
+        for q in Quantization::ALL {
+            let rows = |i| (i / k, i % k);
+            let plain = write(&one, q, &source, GROUP, &rows);
+            assert!(plain.iter().any(|word| *word != 0));
+            assert_eq!(write(&many, q, &source, 13 * k + GROUP, &rows), plain);
+            assert_eq!(write(&many, q, &turned, 13 * k + GROUP, &|i| (i % n, i / n)), plain);
+            let backwards = |i| (n - 1 - i / k, i % k);
+            let plain = write(&one, q, &source, GROUP, &backwards);
+            assert_eq!(write(&many, q, &source, 13 * k + GROUP, &backwards), plain);
+        }
+    }
+
     #[test]
     fn a_value_too_large_for_f16_and_nan_are_refused() {
         let write = |x: f32, format| {
@@ -507,7 +618,12 @@ mod tests {
         };
         assert!(write(1e6, Format::Float(DType::F16)).unwrap_err().0 > 9e5);
         let nan = [bf16::ONE, bf16::NAN].map(bf16::to_le_bytes);
-        assert!(widen(nan.as_flattened(), DType::BF16, &mut Vec::new()).unwrap_err().0.is_nan());
+        assert!(
+            widen(&Cpu::on(Isa::detect()), nan.as_flattened(), DType::BF16, &mut Vec::new())
+                .unwrap_err()
+                .0
+                .is_nan()
+        );
         assert_eq!(write(3.4e38, Format::Float(DType::BF16)).unwrap_err().0, 3.4e38);
         write(f32::INFINITY, Format::Float(DType::F16)).unwrap();
         for quantization in Quantization::ALL {

@@ -8,10 +8,12 @@ use strata_proto::DType;
 use super::{CudaError, Doing, Gpu, memory::Ptr};
 
 /// One translation unit, in this order.
-pub(super) const SOURCES: [&str; 6] = [
+pub(super) const SOURCES: [&str; 8] = [
     include_str!("source/common.cu"),
     include_str!("source/rows.cu"),
     include_str!("source/product.cu"),
+    include_str!("source/one_row.cu"),
+    include_str!("source/tile.cu"),
     include_str!("source/attention.cu"),
     include_str!("source/moe.cu"),
     include_str!("source/sample.cu"),
@@ -39,11 +41,11 @@ macro_rules! kernels {
     ($($name:ident)*) => {
         /// The kernels of one module.
         pub(crate) struct Kernels {
+            /// Format of the rows that they read and write: what the module was compiled for.
+            pub element: DType,
             $(pub $name: CudaFunction,)*
             /// By format of the weights (as [`weight_number`] counts), then for 1, 2, 4 and 8 rows.
             pub matvec: [[CudaFunction; 4]; 5],
-            /// By quantized format, then for 16, 32 and 64 rows, where a GPU's shared memory has room.
-            pub tiles: [[Option<CudaFunction>; 3]; 2],
             /// On the tensor cores, which f32 does without.
             pub tensor: Option<TensorKernels>,
         }
@@ -53,31 +55,24 @@ macro_rules! kernels {
                 module: &Arc<CudaModule>,
                 element: DType,
                 head_dim: usize,
+                shared: u32,
             ) -> Result<Self, DriverError> {
                 let matvec = |format: &str| {
                     let load = |rows: usize| module.load_function(&format!("matvec_{format}_{rows}"));
                     let one = load(1)?;
-                    allow_shared(&one, ONE_ROW_BYTES)?;
+                    allow_shared(&one, shared - ONE_ROW_STATIC)?;
                     Ok::<_, DriverError>([one, load(2)?, load(4)?, load(8)?])
                 };
-                let tiles = |format: &str| {
-                    let load = |rows: usize| {
-                        let function = module.load_function(&format!("tile_{format}_{rows}"))?;
-                        // GPUs with little shared memory do without.
-                        Ok::<_, DriverError>(allow_shared(&function, tile_bytes(format == "int4", rows)).ok().map(|()| function))
-                    };
-                    Ok::<_, DriverError>([load(16)?, load(32)?, load(64)?])
-                };
                 Ok(Kernels {
+                    element,
                     $($name: module.load_function(stringify!($name))?,)*
                     matvec: [
                         matvec("f32")?, matvec("bf16")?, matvec("f16")?, matvec("int8")?, matvec("int4")?,
                     ],
-                    tiles: [tiles("int8")?, tiles("int4")?],
                     tensor: match element {
                         DType::F32 => None,
                         _ => Some(TensorKernels {
-                            tile_dense: module.load_function("tile_dense")?,
+                            tiles: Tiles::load(module, shared)?,
                             attention: TileAttention::load(module, head_dim),
                         }),
                     },
@@ -95,7 +90,7 @@ kernels! {
 
 /// Kernels for 16-bit formats.
 pub(crate) struct TensorKernels {
-    pub tile_dense: CudaFunction,
+    pub tiles: Tiles,
     /// Where heads are whole slabs of 16 elements and a GPU's shared memory has room.
     pub attention: Option<TileAttention>,
 }
@@ -120,27 +115,86 @@ impl TileAttention {
     }
 }
 
-/// Most bytes of shared memory for a row that its product holds there.
-pub(crate) const ONE_ROW_BYTES: u32 = 72 << 10;
+/// Products on the tensor cores: by format of the weights, then for [`Tiles::ROWS`] rows, where a GPU's shared memory has room.
+pub(crate) struct Tiles([[Option<CudaFunction>; 3]; 3]);
 
-/// Elements of a row that a warp of `tile_*` takes at a time; rows are whole steps.
-pub(crate) const TILE_STEP: usize = 128;
-
-/// Warps of a block of `tile_*` for up to so many rows.
-pub(crate) fn tile_warps(rows: usize) -> usize {
-    if rows == 64 { 4 } else { 8 }
+/// What `tile_*` make of weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TileFormat {
+    Elements,
+    Int8,
+    Int4,
 }
 
-/// Bytes of shared memory for a product of quantized weights with up to so many rows, `TileShared` of `product.cu`.
-pub(crate) fn tile_bytes(int4: bool, rows: usize) -> u32 {
-    let (outputs, groups, warps, float) = (32, TILE_STEP / 32, tile_warps(rows), 4);
-    let (weight, x) =
-        if int4 { (TILE_STEP / 2 + 16, TILE_STEP + 32) } else { (TILE_STEP + 16, TILE_STEP + 16) };
-    let sums = if int4 { rows } else { 1 };
-    let step = outputs * weight + rows * x + (rows + sums) * groups * float;
-    let depth = if rows == 16 { 3 } else { 2 };
-    let factors = (warps + if int4 { warps } else { 1 }) * outputs * groups * float;
-    (warps * depth * step + factors + warps * rows * outputs * float) as u32
+impl Tiles {
+    /// Rows of a tile.
+    const ROWS: [usize; 3] = [16, 32, 64];
+
+    fn load(module: &Arc<CudaModule>, shared: u32) -> Result<Self, DriverError> {
+        let load = |format, name: &str, rows| {
+            let bytes = tile_bytes(format, rows);
+            if bytes + STATIC > shared {
+                return Ok(None);
+            }
+            let function = module.load_function(&format!("tile_{name}_{rows}"))?;
+            allow_shared(&function, bytes)?;
+            Ok(Some(function))
+        };
+        let all = |format, name| {
+            let [a, b, c] = Self::ROWS;
+            Ok::<_, DriverError>([load(format, name, a)?, load(format, name, b)?, load(format, name, c)?])
+        };
+        Ok(Tiles([
+            all(TileFormat::Elements, "elements")?,
+            all(TileFormat::Int8, "int8")?,
+            all(TileFormat::Int4, "int4")?,
+        ]))
+    }
+
+    /// The smallest for so many rows, or else the largest that there is; and how many it takes.
+    pub fn of(&self, format: TileFormat, rows: usize) -> Option<(&CudaFunction, usize)> {
+        let there = || {
+            let all = self.0[format as usize].iter().zip(Self::ROWS);
+            all.filter_map(|(function, rows)| Some((function.as_ref()?, rows)))
+        };
+        there().find(|(_, most)| *most >= rows).or(there().last())
+    }
+}
+
+/// Static shared memory of `matvec_*_1` and of `tile_*`, at most: what is left is for what a launch asks for.
+pub(crate) const ONE_ROW_STATIC: u32 = 6 << 10;
+const STATIC: u32 = 256;
+
+/// Bytes of shared memory for the weights that a block of `matvec_*_1` has asked for: its rings in `one_row.cu`.
+pub(crate) fn one_row_rings(quantized: bool) -> u32 {
+    let (warps, depth, outputs, lanes) = (8, 4, 4, 32);
+    warps * depth * outputs * lanes * if quantized { 16 + 4 } else { 16 }
+}
+
+/// Outputs of a block of `tile_*`, and its threads.
+pub(crate) const TILE_OUTPUTS: usize = 128;
+pub(crate) const TILE_THREADS: u32 = 128;
+
+impl TileFormat {
+    /// Elements of a row that a block takes at a time.
+    pub fn step(self) -> usize {
+        if self == TileFormat::Elements { 64 } else { 128 }
+    }
+}
+
+/// Bytes of shared memory of a block of `tile_*`: the stages of `tile.cu`.
+pub(crate) fn tile_bytes(format: TileFormat, rows: usize) -> u32 {
+    const ROOM: usize = 98 << 10;
+    // Of an output's weights, of its factors, and of a row.
+    let (weights, factors, x) = match format {
+        TileFormat::Elements => (2 * format.step() + 16, 0, 2 * format.step() + 16),
+        TileFormat::Int8 => (format.step() + 32, 8, 2 * format.step() + 64),
+        TileFormat::Int4 => (format.step() / 2 + 16, 16, 2 * format.step() + 64),
+    };
+    let held = TILE_OUTPUTS * weights + rows * x + (TILE_OUTPUTS * factors).max(16);
+    // At the end the sums take the place of a stage.
+    let stage = held.max(rows * TILE_OUTPUTS * 4);
+    ((ROOM / stage).clamp(2, 6) * stage) as u32
 }
 
 /// Positions that a block of `attention_prefill` and `attention_decode` takes at a time.
@@ -278,6 +332,8 @@ passed! {
         order: Ptr, tasks: Ptr, divide: i32,
         expert_values: u64, expert_factors: u64, expert_bias: u64,
     }
+    /// `Meeting` of `tile.cu`.
+    Meeting { sums: Ptr, arrived: Ptr }
     /// `Sample` of `sample.cu`.
     RawSample {
         draws: Ptr, drawn: Ptr, bins: Ptr, partial: Ptr, entries: Ptr, logits: Ptr, vocab: i32,

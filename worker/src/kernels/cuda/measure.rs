@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use strata_proto::{DType, Format, Quantization};
 
 use super::{
-    CudaError, Doing, Gpu,
+    CudaError, Doing, Gemm, Gpu,
     gate::{self, Handle},
     launch::{Bytes, Kernels, RawNorm},
     memory::{self, Memory, Pinned, Ptr},
@@ -184,8 +184,8 @@ fn spread(
 /// Where rows are on their way through a product.
 pub(crate) struct Room {
     memory: Memory,
-    /// For weights as elements.
-    unpacked: Memory,
+    /// What is not rows.
+    elsewhere: Memory,
     bytes: u64,
     x_bytes: u64,
 }
@@ -193,7 +193,7 @@ pub(crate) struct Room {
 impl Room {
     /// What [`new`](Self::new) takes, about.
     pub fn bytes(input: usize, output: usize) -> u64 {
-        RowBytes::UNPACKED + 6 * input as u64 + 4 * output as u64
+        RowBytes::ELSEWHERE + 6 * input as u64 + 4 * output as u64
     }
 
     /// For rows of `input` elements in all, and `output` ones, of 4 bytes at most.
@@ -201,7 +201,7 @@ impl Room {
         let (x_bytes, bytes) =
             ((4 * input as u64).next_multiple_of(256), (input as u64).next_multiple_of(1024));
         let memory = Memory::new(&gpu.context, x_bytes + bytes + bytes / 2 + 4 * output as u64)?;
-        Ok(Room { memory, unpacked: Memory::new(&gpu.context, RowBytes::UNPACKED)?, bytes, x_bytes })
+        Ok(Room { memory, elsewhere: Memory::new(&gpu.context, RowBytes::ELSEWHERE)?, bytes, x_bytes })
     }
 
     pub fn x(&self) -> Ptr {
@@ -212,7 +212,7 @@ impl Room {
         let values = self.memory.ptr().offset(self.x_bytes);
         let factors = values.offset(self.bytes);
         let room = Bytes { values, factors, sums: factors.offset(self.bytes / 4) };
-        RowBytes::new(room, self.unpacked.ptr())
+        RowBytes::new(room, self.elsewhere.ptr())
     }
 
     fn out(&self) -> Ptr {
@@ -233,11 +233,10 @@ pub(crate) struct Product {
     pub patience: Duration,
 }
 
-/// Seconds of a product, in the way that a stage computes it; `element` is the format of rows.
+/// Seconds of a product, in the way that a stage computes it.
 pub(crate) fn product(
     gpu: &Gpu,
     kernels: &Kernels,
-    element: DType,
     (pool, room): (&Pool, &Room),
     product: Product,
 ) -> Result<f64, CudaError> {
@@ -247,7 +246,6 @@ pub(crate) fn product(
     seconds_within(gpu, patience, |turn| {
         gpu.linear(
             kernels,
-            element,
             &Linear {
                 weight: &pool.matrix(format, (n, k), turn),
                 bias: Ptr::NULL,
@@ -261,5 +259,29 @@ pub(crate) fn product(
                 bytes: &bytes,
             },
         )
+    })
+}
+
+/// Seconds of cuBLAS's product of rows with weights of the same format.
+pub(crate) fn gemm(
+    gpu: &Gpu,
+    element: DType,
+    (pool, room): (&Pool, &Room),
+    ((n, k), rows): ((usize, usize), usize),
+) -> Result<f64, CudaError> {
+    seconds(gpu, |turn| {
+        gpu.gemm(Gemm {
+            element,
+            out_element: element,
+            weight: pool.matrix(Format::Float(element), (n, k), turn).values,
+            x: room.x(),
+            out: room.out(),
+            n,
+            k,
+            rows,
+            x_stride: k,
+            out_stride: n,
+            add: false,
+        })
     })
 }

@@ -290,6 +290,8 @@ pub(crate) struct Gpu {
     pub stream: Handle<Arc<CudaStream>>,
     pub context: Arc<CudaContext>,
     pub multiprocessors: u32,
+    /// Most bytes of shared memory for a block.
+    shared: u32,
     pub capability: (i32, i32),
     cuda: &'static Cuda,
     /// Where compiled kernels are kept.
@@ -308,9 +310,11 @@ impl Gpu {
         }
         let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors = context.attribute(count).doing("asking for multiprocessors")? as u32;
+        let most = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let shared = context.attribute(most).doing("asking for shared memory")? as u32;
         let stream = Handle::new(|| context.new_stream()).doing("making a stream")?;
         let blas = Blas::new(cuda, &context, &stream)?;
-        Ok(Gpu { blas, stream, context, multiprocessors, capability, cuda, kernel_cache: None })
+        Ok(Gpu { blas, stream, context, multiprocessors, shared, capability, cuda, kernel_cache: None })
     }
 
     /// The same, which keeps compiled kernels in a directory, if there is one.
@@ -323,7 +327,7 @@ impl Gpu {
     pub fn kernels(&self, element: DType, head_dim: usize) -> Result<Kernels, CudaError> {
         let module = self.module(element, head_dim)?;
         let _turn = gate::changing();
-        Kernels::load(&module, element, head_dim).doing("finding a kernel")
+        Kernels::load(&module, element, head_dim, self.shared).doing("finding a kernel")
     }
 
     /// Makes the kernels for several widths of heads ready, those that have to be compiled at once.

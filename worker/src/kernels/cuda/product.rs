@@ -5,13 +5,14 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
+use cudarc::driver::CudaFunction;
 use strata_proto::{DType, Format, Quantization};
 
 use super::{
     CudaError, Gemm, Gpu,
     launch::{
-        Bytes, Kernels, ONE_ROW_BYTES, RawMatrix, RawNorm, RawProduct, TILE_STEP, element_number, follow,
-        launch, tile_bytes, tile_warps,
+        Bytes, Kernels, Meeting, ONE_ROW_STATIC, RawMatrix, RawNorm, RawProduct, TILE_OUTPUTS, TILE_THREADS,
+        TileFormat, element_number, follow, launch, one_row_rings, tile_bytes,
     },
     memory::Ptr,
 };
@@ -24,30 +25,34 @@ const MATVEC_THREADS: u32 = 256;
 /// Blocks of `matvec_*_1` on a multiprocessor at a time, and warps of each: they take turns at the outputs.
 const ONE_ROW_BLOCKS: u32 = 2;
 const ONE_ROW_WARPS: usize = 8;
-/// Rows and outputs of a block of `tile_dense`, and its threads.
-const DENSE_TILE: usize = 64;
-const DENSE_THREADS: u32 = 128;
-/// Most bytes of 16-bit weights whose product with one row is ours: with more, cuBLAS reads them quicker. Measured on an H200
-/// (tests/gpu/results): 4096 x 4096 13.5 and 13.7 us, 4096 x 14336 36.9 and 31.9 us.
-const ONE_ROW_WEIGHTS: u64 = 64 << 20;
-/// Outputs of a block of `tile_int8_*` and `tile_int4_*`, and the most rows.
-const TILE_OUTPUTS: usize = 32;
+/// Threads of a block of `dequantize_*`, and how often each turns eight weights.
+const DEQUANTIZE_THREADS: usize = 256;
+const DEQUANTIZE_TURNS: usize = 4;
+/// Most rows of a block of `tile_*`.
 const TILE_ROWS: usize = 64;
+/// Blocks of `tile_*` for a multiprocessor.
+const TILE_BLOCKS: u32 = 2;
 /// Bytes of one turn of quantized weights into elements: small enough to be read again before it has left the cache.
 const UNPACKED: u64 = 64 << 20;
 
 /// Most rows by which a product of weights in a format is one of `matvec_*`, rather than one on the tensor cores, where there
-/// are any for it. Measured on an H200 (tests/gpu/results): cuBLAS takes as long for 16 rows as for one; f32 has no tensor cores.
+/// are any for it. Measured on an H200 (tests/gpu/results): tensor cores take as long for eight rows as for two; f32 has none.
 fn few_rows(format: Format) -> usize {
     match format {
         Format::Float(DType::F32) => 8,
-        Format::Float(DType::BF16 | DType::F16) => 0,
-        Format::Quantized(_) => 2,
+        _ => 1,
     }
 }
 
-/// Rows from which on quantized weights are turned into elements for cuBLAS. Measured as above.
-const UNPACK_FROM: usize = 192;
+/// Rows from which on quantized weights are turned into elements for cuBLAS. Measured as above; in f32, where nothing else takes
+/// more rows at a time than `matvec_*`.
+fn unpack_from(element: DType, quantization: Quantization) -> usize {
+    match (element, quantization) {
+        (DType::F32, _) => MATVEC_ROWS + 1,
+        (_, Quantization::Int8) => 192,
+        (_, Quantization::Int4) => 320,
+    }
+}
 
 /// A matrix `(n, k)` by rows.
 #[derive(Debug, Clone, Copy)]
@@ -180,8 +185,9 @@ impl Rows {
 pub(crate) struct RowBytes {
     room: Bytes,
     held: Cell<Option<Held>>,
-    /// Room for [`RowBytes::UNPACKED`] bytes of weights as elements, for products of many rows.
-    unpacked: Ptr,
+    /// Room for weights as elements, for products of many rows; or for the sums of blocks that share outputs, and then for
+    /// how many of those have come.
+    elsewhere: Ptr,
 }
 
 /// What a room of bytes holds: the first `rows` rows of a writing, `k` elements of each.
@@ -193,11 +199,17 @@ struct Held {
 }
 
 impl RowBytes {
-    /// Bytes of room for weights as elements.
-    pub const UNPACKED: u64 = UNPACKED;
+    /// Bytes of room for what is not rows; the last [`RowBytes::ZEROS`] of them are zero.
+    pub const ELSEWHERE: u64 = UNPACKED + Self::ZEROS;
+    /// A word for each block of a launch of `tile_*` that can share outputs.
+    pub const ZEROS: u64 = 16 << 10;
 
-    pub fn new(room: Bytes, unpacked: Ptr) -> Self {
-        RowBytes { room, held: Cell::new(None), unpacked }
+    pub fn new(room: Bytes, elsewhere: Ptr) -> Self {
+        RowBytes { room, held: Cell::new(None), elsewhere }
+    }
+
+    fn meeting(&self) -> Meeting {
+        Meeting { sums: self.elsewhere, arrived: self.elsewhere.offset(UNPACKED) }
     }
 
     /// The room, for a kernel that fills it with the first `rows` rows of `x`, `k` elements of each.
@@ -231,64 +243,62 @@ pub(crate) struct Linear<'a> {
 
 impl Gpu {
     /// Whether a product of one row takes a norm of the row itself.
-    pub fn norms(&self, weight: &Matrix, element: DType, rows: usize) -> bool {
-        rows == 1 && Self::holds_row(weight, element)
+    pub fn norms(&self, kernels: &Kernels, weight: &Matrix, rows: usize) -> bool {
+        rows == 1 && self.holds_row(kernels, weight)
     }
 
-    /// Whether shared memory holds a row, weights are read in packs of 16 bytes, and cuBLAS is not quicker.
-    fn holds_row(weight: &Matrix, element: DType) -> bool {
-        let (packs, few) = match weight.format {
-            Format::Float(dtype) => {
-                let bytes = (weight.n * weight.k) as u64 * dtype.size();
-                // What cuBLAS cannot take is ours whatever its size.
-                let ours = dtype != element || dtype == DType::F32 || bytes <= ONE_ROW_WEIGHTS;
-                (weight.k.is_multiple_of(16 / dtype.size() as usize), ours)
-            }
-            Format::Quantized(_) => (true, true),
+    /// Whether shared memory holds a row, and weights are read in packs of 16 bytes.
+    fn holds_row(&self, kernels: &Kernels, weight: &Matrix) -> bool {
+        let packs = match weight.format {
+            Format::Float(dtype) => weight.k.is_multiple_of(16 / dtype.size() as usize),
+            Format::Quantized(_) => true,
         };
-        packs && few && Self::one_row_bytes(weight, element) <= ONE_ROW_BYTES
+        packs && Self::one_row_bytes(kernels, weight) <= self.shared - ONE_ROW_STATIC
     }
 
-    /// Bytes of shared memory for a row.
-    fn one_row_bytes(weight: &Matrix, element: DType) -> u32 {
+    /// Bytes of shared memory for a row, and for weights on their way to it.
+    fn one_row_bytes(kernels: &Kernels, weight: &Matrix) -> u32 {
         let bytes = match weight.format {
-            Format::Float(_) => weight.k as u64 * element.size(),
+            Format::Float(_) => weight.k as u64 * kernels.element.size(),
             Format::Quantized(_) => (weight.k + 8 * weight.k / GROUP) as u64,
         };
-        u32::try_from(bytes).unwrap_or(u32::MAX)
+        let rings = one_row_rings(matches!(weight.format, Format::Quantized(_)));
+        u32::try_from(bytes.next_multiple_of(16) + u64::from(rings)).unwrap_or(u32::MAX)
     }
 
-    /// Computes a product; `element` is the format of `x`, and of `out` unless it is values.
-    pub fn linear(&self, kernels: &Kernels, element: DType, call: &Linear<'_>) -> Result<(), CudaError> {
+    /// Computes a product; `x` is in the format of the kernels, and so is `out` unless it is values.
+    pub fn linear(&self, kernels: &Kernels, call: &Linear<'_>) -> Result<(), CudaError> {
         let Linear { weight, rows, grouped, .. } = call;
         let rows_each = grouped.map_or(*rows, |g| g.groups.rows_each);
-        if rows_each <= 1 && Self::holds_row(weight, element) {
-            return self.one_row(kernels, element, call);
+        if rows_each <= 1 && self.holds_row(kernels, weight) {
+            return self.one_row(kernels, call);
+        }
+        if let (Format::Quantized(quantization), None) = (weight.format, grouped)
+            && *rows >= unpack_from(kernels.element, quantization)
+        {
+            return self.unpacked(kernels, call);
+        }
+        let few = rows_each <= few_rows(weight.format);
+        match (weight.format, &kernels.tensor) {
+            (Format::Float(held), _) if !few && held == kernels.element && grouped.is_none() => {
+                return self.around(kernels, call, |add| {
+                    self.gemm(Self::gemm_of(kernels, call, weight.values, add))
+                });
+            }
+            (format, Some(tensor)) if !few => {
+                let tile = Self::tile_format(format, kernels.element, call);
+                if let Some((tile, rows)) =
+                    tile.and_then(|format| Some((format, tensor.tiles.of(format, rows_each)?)))
+                {
+                    return self.tile(tile, rows, call);
+                }
+            }
+            _ => (),
         }
         if matches!(weight.format, Format::Quantized(_)) {
-            if grouped.is_none() && *rows >= UNPACK_FROM {
-                return self.unpacked(kernels, element, call);
-            }
             self.to_bytes(kernels, call)?;
         }
-        if rows_each <= few_rows(weight.format) {
-            return self.matvec(kernels, call, rows_each);
-        }
-        let aligned = |stride: usize| stride.is_multiple_of(8);
-        match (weight.format, grouped, &kernels.tensor) {
-            (Format::Quantized(quantization), ..) if weight.k.is_multiple_of(TILE_STEP) => {
-                self.tile(kernels, quantization, call, rows_each)
-            }
-            (Format::Float(held), None, _) if held == element => self.around(kernels, element, call, |add| {
-                self.gemm(Self::gemm_of(element, call, weight.values, add))
-            }),
-            (Format::Float(held), Some(_), Some(tensor))
-                if held == element && aligned(weight.k) && aligned(call.x.stride) =>
-            {
-                self.tile_dense(kernels, element, &tensor.tile_dense, call)
-            }
-            _ => self.matvec(kernels, call, rows_each),
-        }
+        self.matvec(kernels, call, rows_each)
     }
 
     /// Sorts `rows` rows by the matrix that each goes through, of `matrices`; `chosen` has their numbers. `order` has room for
@@ -313,7 +323,6 @@ impl Gpu {
     fn around(
         &self,
         kernels: &Kernels,
-        element: DType,
         call: &Linear<'_>,
         gemm: impl FnOnce(bool) -> Result<(), CudaError>,
     ) -> Result<(), CudaError> {
@@ -323,11 +332,12 @@ impl Gpu {
             add = true;
         }
         gemm(add)?;
-        self.activation(kernels, element, call)
+        self.activation(kernels, call)
     }
 
     /// A product of cuBLAS with weights in the format of `x`.
-    fn gemm_of(element: DType, call: &Linear<'_>, weight: Ptr, add: bool) -> Gemm {
+    fn gemm_of(kernels: &Kernels, call: &Linear<'_>, weight: Ptr, add: bool) -> Gemm {
+        let element = kernels.element;
         Gemm {
             element,
             out_element: if call.epilogue == Epilogue::StoreValues { DType::F32 } else { element },
@@ -344,23 +354,24 @@ impl Gpu {
     }
 
     /// A product of many rows with quantized weights: some outputs' weights at a time become elements, for cuBLAS.
-    fn unpacked(&self, kernels: &Kernels, element: DType, call: &Linear<'_>) -> Result<(), CudaError> {
+    fn unpacked(&self, kernels: &Kernels, call: &Linear<'_>) -> Result<(), CudaError> {
         let Matrix { n, k, format, .. } = *call.weight;
-        let turns = ((n * k) as u64 * element.size()).div_ceil(UNPACKED) as usize;
+        let size = kernels.element.size();
+        let turns = ((n * k) as u64 * size).div_ceil(UNPACKED) as usize;
         // Turns of one length, of whole tiles.
         let each = n.div_ceil(turns).next_multiple_of(64).min(n);
-        let each = if (each * k) as u64 * element.size() > UNPACKED { n / turns } else { each };
-        let (function, per_thread) = match format {
-            Format::Quantized(Quantization::Int4) => (&kernels.dequantize_int4, 32),
-            _ => (&kernels.dequantize_int8, 16),
+        let each = if (each * k) as u64 * size > UNPACKED { n / turns } else { each };
+        let function = match format {
+            Format::Quantized(Quantization::Int4) => &kernels.dequantize_int4,
+            _ => &kernels.dequantize_int8,
         };
-        self.around(kernels, element, call, |add| {
+        self.around(kernels, call, |add| {
             for first in (0..n).step_by(each) {
                 let count = each.min(n - first);
-                let blocks = (count * k / per_thread).div_ceil(256) as u32;
-                follow!(self, function, (blocks, 1, 1), 256, 0;
-                    call.bytes.unpacked, call.weight.raw(), first as i32, count as i32)?;
-                let gemm = Self::gemm_of(element, call, call.bytes.unpacked, add);
+                let blocks = (count * k / 8).div_ceil(DEQUANTIZE_THREADS * DEQUANTIZE_TURNS) as u32;
+                follow!(self, function, (blocks, 1, 1), DEQUANTIZE_THREADS as u32, 0;
+                    call.bytes.elsewhere, call.weight.raw(), first as i32, count as i32)?;
+                let gemm = Self::gemm_of(kernels, call, call.bytes.elsewhere, add);
                 let out = call.out.offset(first as u64 * gemm.out_element.size());
                 self.gemm(Gemm { n: count, out, ..gemm })?;
             }
@@ -401,7 +412,7 @@ impl Gpu {
     }
 
     /// Products of one row each, which lies in shared memory.
-    fn one_row(&self, kernels: &Kernels, element: DType, call: &Linear<'_>) -> Result<(), CudaError> {
+    fn one_row(&self, kernels: &Kernels, call: &Linear<'_>) -> Result<(), CudaError> {
         let function = &kernels.matvec[call.weight.number() as usize][0];
         let (y, z) = Self::row_blocks(call, 1);
         // Warps share out k if there is work for them; the others have outputs of their own, two pairs each.
@@ -416,7 +427,7 @@ impl Gpu {
         let pairs = call.weight.n.div_ceil(2);
         let blocks = pairs.div_ceil(2 * ONE_ROW_WARPS / share) as u32;
         let blocks = blocks.min(ONE_ROW_BLOCKS * self.multiprocessors);
-        let shared = Self::one_row_bytes(call.weight, element);
+        let shared = Self::one_row_bytes(kernels, call.weight);
         follow!(self, function, (blocks, y, z), MATVEC_THREADS, shared; self.raw(call, call.epilogue))
     }
 
@@ -428,52 +439,30 @@ impl Gpu {
         follow!(self, function, (blocks, y, z), MATVEC_THREADS, 0; self.raw(call, call.epilogue))
     }
 
-    fn tile(
-        &self,
-        kernels: &Kernels,
-        quantization: Quantization,
-        call: &Linear<'_>,
-        rows_each: usize,
-    ) -> Result<(), CudaError> {
-        let rows = rows_each.clamp(16, TILE_ROWS).next_power_of_two();
-        let int4 = quantization == Quantization::Int4;
-        // The smallest for so many rows, of those that a GPU's shared memory has room for; else the largest.
-        let tiles = kernels.tiles[usize::from(int4)].iter().zip([16, 32, 64]);
-        let fitting: Vec<_> = tiles.filter_map(|(tile, most)| Some((tile.as_ref()?, most))).collect();
-        let enough = fitting.iter().find(|(_, most)| *most >= rows);
-        let Some((function, rows)) = enough.or(fitting.last()).copied() else {
-            return self.matvec(kernels, call, MATVEC_ROWS);
+    /// What `tile_*` make of weights, if they take these and such rows.
+    fn tile_format(held: Format, element: DType, call: &Linear<'_>) -> Option<TileFormat> {
+        let (format, whole) = match held {
+            Format::Float(held) if held == element => (TileFormat::Elements, 8),
+            Format::Float(_) => return None,
+            Format::Quantized(Quantization::Int8) => (TileFormat::Int8, TileFormat::Int8.step()),
+            Format::Quantized(Quantization::Int4) => (TileFormat::Int4, TileFormat::Int4.step()),
         };
-        let (y, z) = Self::row_blocks(call, rows);
-        // Of gates, half of a block's outputs are what they are for; blocks take turns.
-        let gated = matches!(call.epilogue, Epilogue::Gated(_));
-        let outputs = if gated { call.weight.n / 2 } else { call.weight.n };
-        let tiles = outputs.div_ceil(if gated { TILE_OUTPUTS / 2 } else { TILE_OUTPUTS }) as u32;
-        let blocks = tiles.min(self.multiprocessors.div_ceil(y * z).max(1));
-        let threads = 32 * tile_warps(rows) as u32;
-        let shared = tile_bytes(int4, rows);
-        follow!(self, function, (blocks, y, z), threads, shared; self.raw(call, call.epilogue))
+        (call.weight.k.is_multiple_of(whole) && call.x.stride.is_multiple_of(8)).then_some(format)
     }
 
-    fn tile_dense(
+    fn tile(
         &self,
-        kernels: &Kernels,
-        element: DType,
-        function: &cudarc::driver::CudaFunction,
+        format: TileFormat,
+        (function, rows): (&CudaFunction, usize),
         call: &Linear<'_>,
     ) -> Result<(), CudaError> {
-        // Gates and what they are for lie in different tiles: they meet afterwards.
-        let epilogue = match call.epilogue {
-            Epilogue::Gated(_) => Epilogue::Store,
-            epilogue => epilogue,
-        };
-        let (y, z) = Self::row_blocks(call, DENSE_TILE);
-        let grid = (call.weight.n.div_ceil(DENSE_TILE) as u32, y, z);
-        follow!(self, function, grid, DENSE_THREADS, 0; self.raw(call, epilogue))?;
-        match call.epilogue {
-            Epilogue::Gated(_) => self.activation(kernels, element, call),
-            _ => Ok(()),
-        }
+        let (y, z) = Self::row_blocks(call, rows);
+        // Tiles and the steps of each are shared out evenly. As many blocks as the room for their sums is for.
+        let units = (call.weight.n.div_ceil(TILE_OUTPUTS) * call.weight.k.div_ceil(format.step())) as u32;
+        let blocks = (TILE_BLOCKS * self.multiprocessors / (y * z)).clamp(1, units);
+        let shared = tile_bytes(format, rows);
+        follow!(self, function, (blocks, y, z), TILE_THREADS, shared;
+            self.raw(call, call.epilogue), call.bytes.meeting())
     }
 
     /// Turns the rows that a product reads into bytes, if they are not yet.
@@ -502,11 +491,11 @@ impl Gpu {
     }
 
     /// The activation that a product ends with, where it was not part of it.
-    fn activation(&self, kernels: &Kernels, element: DType, call: &Linear<'_>) -> Result<(), CudaError> {
+    fn activation(&self, kernels: &Kernels, call: &Linear<'_>) -> Result<(), CudaError> {
         let n = call.weight.n;
         match call.epilogue {
             Epilogue::Gated(act) => {
-                let blocks = (n / 2).div_ceil(16 / element.size() as usize).div_ceil(256);
+                let blocks = (n / 2).div_ceil(16 / kernels.element.size() as usize).div_ceil(256);
                 let grid = ((blocks * call.rows) as u32, 1, 1);
                 follow!(self, kernels.gate_mul, grid, 256, 0;
                     call.out, (n / 2) as i32, act_number(act), blocks as i32)

@@ -104,8 +104,8 @@ impl Bench {
         let (values, factors) = match format {
             Format::Float(dtype) => (self.floats(dtype, values), Ptr::NULL),
             Format::Quantized(q) => {
-                let groups: Vec<_> = values.as_chunks::<GROUP>().0.iter().collect();
-                let groups = quant::quantize(&cpu(), q, &groups);
+                let mut groups = vec![quant::Group::default(); values.len() / GROUP];
+                quant::quantize(&cpu(), q, values.as_chunks().0, &mut groups);
                 let (mut integers, mut factors) = (Vec::new(), Vec::new());
                 for group in &groups {
                     factors.extend(group.factor.to_le_bytes());
@@ -119,6 +119,8 @@ impl Bench {
                         }
                     }
                 }
+                // Whole words are read.
+                factors.resize(factors.len().next_multiple_of(4), 0);
                 (self.bytes(&integers), self.bytes(&factors))
             }
         };
@@ -129,8 +131,10 @@ impl Bench {
         let values = self.bytes(&vec![0xff; rows * k]);
         let [factors, sums] =
             [(); 2].map(|()| self.floats(DType::F32, &vec![f32::NAN; rows * k.div_ceil(GROUP)]));
-        let unpacked = self.bytes(&vec![0xff; RowBytes::UNPACKED as usize]);
-        RowBytes::new(Bytes { values, factors, sums }, unpacked)
+        let mut elsewhere = vec![0xff; (RowBytes::ELSEWHERE - RowBytes::ZEROS) as usize];
+        elsewhere.resize(RowBytes::ELSEWHERE as usize, 0);
+        let elsewhere = self.bytes(&elsewhere);
+        RowBytes::new(Bytes { values, factors, sums }, elsewhere)
     }
 }
 
@@ -145,6 +149,24 @@ fn noise(seed: usize, count: usize) -> Vec<f32> {
 
 fn rounded(dtype: DType, values: &[f32]) -> Vec<f32> {
     values.iter().map(|x| round_to(dtype, *x)).collect()
+}
+
+/// What quantized weights stand for, as elements of a format.
+fn stood_for(weight: &[f32], quantization: Quantization, element: DType) -> Vec<f32> {
+    let groups = weight.as_chunks::<GROUP>().0;
+    let mut quantized = vec![quant::Group::default(); groups.len()];
+    quant::quantize(&cpu(), quantization, groups, &mut quantized);
+    let of = |group: &quant::Group| -> Vec<f32> {
+        let (factor, least) = (group.factor.to_f32(), group.least.to_f32());
+        let value = |v: &i8| match quantization {
+            Quantization::Int8 => f32::from(*v) * factor,
+            Quantization::Int4 => {
+                round_to(element, f32::from(*v) * round_to(element, factor) + round_to(element, least))
+            }
+        };
+        group.values.iter().map(value).collect()
+    };
+    quantized.iter().flat_map(of).collect()
 }
 
 /// The product by the CPU's kernels, which have their own tests.
@@ -202,7 +224,7 @@ fn products_are_the_cpus_for_every_format_and_number_of_rows() {
     ] {
         let kernels = b.gpu.kernels(element, 64).unwrap();
         for format in formats.iter().copied() {
-            for (n, k) in [(70, 96), (131, 544), (134, 896), (33, 19)] {
+            for (n, k) in [(70, 96), (131, 544), (134, 896), (33, 19), (300, 640)] {
                 let format = PackedMatrix::held(k, format);
                 let weight = noise(1, n * k);
                 let matrix = b.matrix(n, k, format, &weight);
@@ -213,7 +235,17 @@ fn products_are_the_cpus_for_every_format_and_number_of_rows() {
                     let also = if let Format::Float(dtype) = format { dtype } else { element };
                     let x = rounded(also, &rounded(element, &noise(3, rows * k)));
                     let old = rounded(element, &noise(4, rows * n));
-                    let want = reference(&weight, n, k, format, &x, Some(&bias));
+                    let want = match format {
+                        // Rows that are not turned into bytes.
+                        Format::Quantized(quantization)
+                            if (element == DType::F32 && rows > 8)
+                                || (element != DType::F32 && rows > 1 && k % 128 == 0) =>
+                        {
+                            let weight = stood_for(&weight, quantization, element);
+                            reference(&weight, n, k, Format::Float(DType::F32), &x, Some(&bias))
+                        }
+                        format => reference(&weight, n, k, format, &x, Some(&bias)),
+                    };
                     let (x_at, bytes) = (b.floats(element, &x), b.scratch(rows, k));
                     let mut run = |epilogue, out_dtype| {
                         let out = b.floats(out_dtype, &old);
@@ -229,7 +261,7 @@ fn products_are_the_cpus_for_every_format_and_number_of_rows() {
                             grouped: None,
                             bytes: &bytes,
                         };
-                        b.gpu.linear(&kernels, element, &call).unwrap();
+                        b.gpu.linear(&kernels, &call).unwrap();
                         let got = b.read(out_dtype, out, rows * n);
                         b.held.pop();
                         got
@@ -266,7 +298,7 @@ fn many_rows_meet_quantized_weights_as_elements() {
     let kernels = b.gpu.kernels(DType::F32, 64).unwrap();
     // More weights than become elements at a time.
     let (n, k, rows) = (4160, 4096, 192);
-    assert!((n * k * 4) as u64 > RowBytes::UNPACKED);
+    assert!((n * k * 4) as u64 > RowBytes::ELSEWHERE);
     let x = noise(3, rows * k);
     let x_at = b.floats(DType::F32, &x);
     let bytes = b.scratch(rows, k);
@@ -309,7 +341,7 @@ fn many_rows_meet_quantized_weights_as_elements() {
             grouped: None,
             bytes: &bytes,
         };
-        b.gpu.linear(&kernels, DType::F32, &call).unwrap();
+        b.gpu.linear(&kernels, &call).unwrap();
         let all = b.read(DType::F32, out, rows * n);
         let places: Vec<_> = (0..300).map(|s| (s * 37 % rows, s * 1013 % n)).collect();
         let got: Vec<f32> = places.iter().map(|(row, o)| all[row * n + o]).collect();
@@ -375,7 +407,7 @@ fn rows_go_through_the_matrix_of_their_expert() {
                 grouped: Some(Grouped { groups, divide: active, strides }),
                 bytes: &bytes,
             };
-            b.gpu.linear(&kernels, element, &call).unwrap();
+            b.gpu.linear(&kernels, &call).unwrap();
             let sums = b.floats(element, &vec![f32::NAN; tokens * n]);
             launch!(b.gpu, kernels.combine_experts, (1, tokens as u32, 1), 256, 0;
                 sums, out, shares, active as i32, n as i32, 0i32)
@@ -705,8 +737,8 @@ fn attention_of_other_widths_is_that_of_two_loops() {
 #[test]
 fn quantized_weights_become_elements_of_every_format() {
     let mut b = Bench::new();
-    // Few outputs, and as few rows as that is done for.
-    let (n, k, rows) = (40, 96, 192);
+    // Few outputs, and as few rows as that is done for in both.
+    let (n, k, rows) = (40, 96, 320);
     for element in [DType::BF16, DType::F16] {
         let kernels = b.gpu.kernels(element, 64).unwrap();
         for quantization in Quantization::ALL {
@@ -727,7 +759,7 @@ fn quantized_weights_become_elements_of_every_format() {
                 grouped: None,
                 bytes: &bytes,
             };
-            b.gpu.linear(&kernels, element, &call).unwrap();
+            b.gpu.linear(&kernels, &call).unwrap();
             let want = reference(&weight, n, k, format, &x, None);
             // Beside the CPU's rows of bytes, weights that are rounded to elements.
             let what = format!("{element}, {quantization:?}");

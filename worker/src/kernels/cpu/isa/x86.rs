@@ -24,6 +24,16 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    fn round_f16(x: Self::F) -> Self::F {
+        // SAFETY: as above.
+        unsafe {
+            let [a, b]: [__m256; 2] = std::mem::transmute(x);
+            let a = _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(a));
+            let b = _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(b));
+            std::mem::transmute([a, b])
+        }
+    }
+    #[inline(always)]
     fn dot_bytes(acc: Self::I, w: &[u32; LANES], x: u32) -> Self::I {
         // SAFETY: as above.
         unsafe {
@@ -149,6 +159,11 @@ impl Simd for Avx512 {
             let rounded = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
             _mm512_min_ps(_mm512_max_ps(rounded, _mm512_set1_ps(low)), _mm512_set1_ps(high))
         }
+    }
+    #[inline(always)]
+    fn round_f16(x: Self::F) -> Self::F {
+        // SAFETY: above.
+        unsafe { _mm512_cvtph_ps(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x)) }
     }
     #[inline(always)]
     fn mul_add(a: Self::F, b: Self::F, c: Self::F) -> Self::F {

@@ -138,9 +138,10 @@ extern "C" __global__ void __launch_bounds__(128) attention_plain(Attend a) {
 // Puts the splits together, in order. One block per place and head.
 extern "C" __global__ void __launch_bounds__(128) attention_combine(Attend a) {
     __shared__ float shares[MAX_SPLITS];
-    follow();
+    let_next_come();
     int place = blockIdx.x / a.heads, head = blockIdx.x % a.heads;
     size_t token = a.rows ? a.row_first[a.rows[place]] : place;
+    wait_for_previous();
     const float* partial = a.partial + (size_t)blockIdx.x * a.splits * PARTIAL;
     if (threadIdx.x < WARP) {
         float maxima[MAX_SPLITS / WARP], most = NEG_INF;
@@ -182,22 +183,6 @@ extern "C" __global__ void __launch_bounds__(128) attention_combine(Attend a) {
 // Pieces of 16 bytes in a row of a tile, and those of 64 rows that each of 128 threads copies.
 #define PIECES (HEAD_DIM / 8)
 #define COPIES (KEYS * PIECES / 128)
-
-__device__ __forceinline__ void mma_t(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-#if ELEMENT == 1
-    mma_bf16(d, a, b);
-#else
-    mma_f16(d, a, b);
-#endif
-}
-
-__device__ __forceinline__ u32 pair_of(float low, float high) {
-#if ELEMENT == 1
-    return two_bf16(low, high);
-#else
-    return two_f16(low, high);
-#endif
-}
 
 // Where the keys of one row and key-value head are: of a cache, blocks of 16 positions; of an encoder, rows of `qkv`.
 struct Source {
@@ -264,7 +249,7 @@ __device__ __forceinline__ void attend_tile(const Attend& a) {
     T* queries = (T*)dynamic_shared;
     T* keys = queries + ROWS * ROW;
     T* values = keys + KEYS * ROW;
-    follow();
+    let_next_come();
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     int group = a.heads / a.kv_heads;
     // Row and key-value head are the quick parts of the number of a block; tiles of queries that see most come first.
@@ -273,16 +258,6 @@ __device__ __forceinline__ void attend_tile(const Attend& a) {
     int row = a.rows[place], tile = part_number / a.splits, split = part_number % a.splits;
     int count = a.row_count[row], start = a.row_start[row], end = start + count;
     int first_row = tile * ROWS, all_rows = count * group;
-    if (first_row >= all_rows) return;
-    int width = a.heads + 2 * a.kv_heads;
-    // Row r of the tile is head r % group of token r / group.
-    for (int i = threadIdx.x; i < ROWS * PIECES; i += 128) {
-        int r = first_row + i / PIECES, part = i % PIECES * 8;
-        bool there = r < all_rows;
-        size_t token = a.row_first[row] + (there ? r / group : 0);
-        const T* from = a.qkv + (token * width + kv_head * group + (there ? r % group : 0)) * HEAD_DIM + part;
-        copy_async16(queries + i / PIECES * ROW + part, from, there);
-    }
     int last_row = min(first_row + ROWS, all_rows) - 1;
     Seen least = seen_by(a, start + first_row / group, end), last = seen_by(a, start + last_row / group, end);
     int lo = least.from, hi = last.to;
@@ -300,11 +275,28 @@ __device__ __forceinline__ void attend_tile(const Attend& a) {
     const T* my_values = values + (my_first + lane % 16) * ROW + lane / 16 * 8;
     const float scale = CAPPED ? LOG2_E : a.scale * LOG2_E;
 
+    // What was in the cache before this step is asked for while the kernel before still runs.
     Source source = source_of(a, row, kv_head);
-    u32 blocks = from_tile < to_tile ? blocks_of(source, from_tile * KEYS, hi) : 0;
-    if (from_tile < to_tile) copy_tile(source, source.keys, blocks, keys, from_tile * KEYS, hi);
+    bool any = first_row < all_rows && from_tile < to_tile, early = any && source.table && (from_tile + 1) * KEYS <= start;
+    u32 blocks = any ? blocks_of(source, from_tile * KEYS, hi) : 0;
+    if (early) {
+        copy_tile(source, source.keys, blocks, keys, from_tile * KEYS, hi);
+        copy_tile(source, source.values, blocks, values, from_tile * KEYS, hi);
+    }
+    wait_for_previous();
+    if (first_row >= all_rows) return;
+    int width = a.heads + 2 * a.kv_heads;
+    // Row r of the tile is head r % group of token r / group.
+    for (int i = threadIdx.x; i < ROWS * PIECES; i += 128) {
+        int r = first_row + i / PIECES, part = i % PIECES * 8;
+        bool there = r < all_rows;
+        size_t token = a.row_first[row] + (there ? r / group : 0);
+        const T* from = a.qkv + (token * width + kv_head * group + (there ? r % group : 0)) * HEAD_DIM + part;
+        copy_async16(queries + i / PIECES * ROW + part, from, there);
+    }
+    if (any && !early) copy_tile(source, source.keys, blocks, keys, from_tile * KEYS, hi);
     copy_async_commit();
-    if (from_tile < to_tile) copy_tile(source, source.values, blocks, values, from_tile * KEYS, hi);
+    if (any && !early) copy_tile(source, source.values, blocks, values, from_tile * KEYS, hi);
     copy_async_commit();
 #pragma unroll 1
     for (int at = from_tile; at < to_tile; at++) {
@@ -323,8 +315,8 @@ __device__ __forceinline__ void attend_tile(const Attend& a) {
                 u32 k[4];
                 ldmatrix4(k, my_keys + b * 8 * ROW + d);
                 u32 low[2] = {k[0], k[1]}, high[2] = {k[2], k[3]};
-                mma_t(scores[b], q, low);
-                mma_t(scores[b + 1], q, high);
+                mma(scores[b], q, low);
+                mma(scores[b + 1], q, high);
             }
         }
         __syncthreads();
@@ -381,15 +373,15 @@ __device__ __forceinline__ void attend_tile(const Attend& a) {
         __syncthreads();
 #pragma unroll
         for (int b = 0; b < BLOCKS; b += 2) {
-            u32 p[4] = {pair_of(scores[b][0], scores[b][1]), pair_of(scores[b][2], scores[b][3]),
-                        pair_of(scores[b + 1][0], scores[b + 1][1]), pair_of(scores[b + 1][2], scores[b + 1][3])};
+            u32 p[4] = {two_elements(scores[b][0], scores[b][1]), two_elements(scores[b][2], scores[b][3]),
+                        two_elements(scores[b + 1][0], scores[b + 1][1]), two_elements(scores[b + 1][2], scores[b + 1][3])};
 #pragma unroll
             for (int d = 0; d < DIMS; d += 2) {
                 u32 v[4];
                 ldmatrix4_transposed(v, my_values + b * 8 * ROW + d * 8);
                 u32 low[2] = {v[0], v[1]}, high[2] = {v[2], v[3]};
-                mma_t(out[d], p, low);
-                mma_t(out[d + 1], p, high);
+                mma(out[d], p, low);
+                mma(out[d + 1], p, high);
             }
         }
         __syncthreads();
@@ -410,7 +402,7 @@ __device__ __forceinline__ void attend_tile(const Attend& a) {
             T* to = a.out + ((size_t)(a.row_first[row] + r / group) * a.heads + kv_head * group + r % group) * HEAD_DIM;
 #pragma unroll
             for (int d = 0; d < DIMS; d++)
-                *(u32*)(to + d * 8 + t * 2) = pair_of(out[d][2 * h] / total[h], out[d][2 * h + 1] / total[h]);
+                *(u32*)(to + d * 8 + t * 2) = two_elements(out[d][2 * h] / total[h], out[d][2 * h + 1] / total[h]);
         }
     } else {
         // The warps' quarters are put together in shared memory, of which keys and values are needed no longer.

@@ -42,13 +42,6 @@ __device__ __forceinline__ void mma_f16(float (&d)[4], const u32 (&a)[4], const 
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// d = a * b for signed bytes: a (16, 32), b (32, 8).
-__device__ __forceinline__ void mma_s8(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(0));
-}
-
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void ldmatrix4(u32 (&r)[4], const void* row) {
     u32 at = (u32)__cvta_generic_to_shared(row);
@@ -67,6 +60,17 @@ __device__ __forceinline__ void copy_async16(void* shared, const void* global, b
     u32 at = (u32)__cvta_generic_to_shared(shared);
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :: "r"(at), "l"(global), "r"(in_range ? 16 : 0) : "memory");
+}
+
+// 4 and 8 bytes likewise.
+__device__ __forceinline__ void copy_async4(void* shared, const void* global) {
+    u32 at = (u32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(at), "l"(global) : "memory");
+}
+
+__device__ __forceinline__ void copy_async8(void* shared, const void* global) {
+    u32 at = (u32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(at), "l"(global) : "memory");
 }
 
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -112,6 +116,26 @@ __device__ __forceinline__ u32 two_f16(float low, float high) {
     u32 both;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
+}
+
+// (a & b) | c as one instruction, which the compiler makes two of where b and c are constants.
+__device__ __forceinline__ u32 and_or(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+// a * b + c of two elements at a time, rounded once.
+__device__ __forceinline__ u32 fma_two_bf16(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+__device__ __forceinline__ u32 fma_two_f16(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
 }
 
 #endif
@@ -172,6 +196,20 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
+// The sums of four numbers over the lanes of a warp: lanes 8 i to 8 i + 7 get the i-th.
+__device__ __forceinline__ float warp_sums(const float (&x)[4]) {
+    int lane = threadIdx.x % WARP;
+    bool upper = lane & 16, odd = lane & 8;
+    float one = upper ? x[2] : x[0], other = upper ? x[3] : x[1];
+    one += __shfl_xor_sync(FULL, upper ? x[0] : x[2], 16);
+    other += __shfl_xor_sync(FULL, upper ? x[1] : x[3], 16);
+    float sum = odd ? other : one;
+    sum += __shfl_xor_sync(FULL, odd ? one : other, 8);
+#pragma unroll
+    for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(FULL, sum, offset);
+    return sum;
+}
+
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
     for (int offset = WARP / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(FULL, x, offset));
@@ -187,6 +225,19 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {
     __syncthreads();
     return warp_sum(lane < (blockDim.x + WARP - 1) / WARP ? scratch[lane] : 0.0f);
 }
+
+#if ELEMENT != 0
+
+// d += a * b of elements, as `mma_bf16`.
+__device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+#if ELEMENT == 1
+    mma_bf16(d, a, b);
+#else
+    mma_f16(d, a, b);
+#endif
+}
+
+#endif
 
 // Activation functions, numbered as the host numbers them.
 __device__ __forceinline__ float activate_inline(int act, float x) {
@@ -239,13 +290,24 @@ __device__ __forceinline__ void group_bytes(Bytes out, size_t first, const float
     float factor = most / 127.0f, inverse = 1.0f / factor;
     // A factor too small to divide by stands for nothing.
     inverse = isfinite(inverse) ? inverse : 0.0f;
+    // None is larger than 127 now. A number that is added to 1.5 * 2^23 is rounded to a whole one, ties to even, which the
+    // low bits then are.
     u32 words[(COUNT + 3) / 4] = {};
-    int sum = 0;
+    u32 bits[COUNT];
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-        int value = max(-127, min(127, __float2int_rn(values[i] * inverse)));
-        words[i / 4] |= ((u32)value & 255u) << i % 4 * 8;
-        sum += value;
+    for (int i = 0; i < COUNT; i++)
+        bits[i] = __float_as_uint(__fadd_rn(__fmul_rn(values[i], inverse), 12582912.0f));
+    int sum = 0;
+    if constexpr (COUNT == 1) {
+        words[0] = bits[0];
+        sum = (int)(signed char)bits[0];
+    } else {
+#pragma unroll
+        for (int i = 0; i < COUNT / 4; i++) {
+            words[i] = __byte_perm(__byte_perm(bits[i * 4], bits[i * 4 + 1], 0x0040),
+                                   __byte_perm(bits[i * 4 + 2], bits[i * 4 + 3], 0x0040), 0x5410);
+            sum = __dp4a((int)words[i], 0x01010101, sum);
+        }
     }
 #pragma unroll
     for (int offset = GROUP / COUNT / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(FULL, sum, offset);

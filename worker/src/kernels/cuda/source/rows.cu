@@ -52,11 +52,34 @@ struct Norm {
 #define PACK (16 / (int)sizeof(T))
 #define HELD 4
 
+// What a thread keeps of a norm's weight, whose length is that of rows of whole packs that threads can keep. No kernel before
+// writes it, so it can be asked for before that has ended.
+struct HeldNorm {
+    float4 at[HELD][PACK / 4];
+
+    __device__ __forceinline__ void load(const Norm& norm, int width) {
+        const int stride = blockDim.x * PACK, first = threadIdx.x * PACK;
+        if (width % PACK || width > HELD * stride) return;
+#pragma unroll
+        for (int h = 0; h < HELD; h++)
+#pragma unroll
+            for (int e = 0; e < PACK / 4; e++) {
+                at[h][e] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                if (h * stride + first < width) at[h][e] = ((const float4*)(norm.weight + h * stride + first))[e];
+            }
+    }
+    __device__ __forceinline__ float operator()(int h, int e) const {
+        const float4& four = at[h][e / 4];
+        return e % 4 == 0 ? four.x : e % 4 == 1 ? four.y : e % 4 == 2 ? four.z : four.w;
+    }
+};
+
 // The norm of one row by a block. `put(i, values, there)` gets the values of COUNT elements from i on; all lanes of a warp
 // call it together, those without elements too. `scratch` holds 32 floats. Rows of whole packs that threads can keep are
 // read once.
 template <class Put>
-__device__ __forceinline__ void norm_row(const T* from, const Norm& norm, int width, float* scratch, const Put& put) {
+__device__ __forceinline__ void norm_row(const T* from, const Norm& norm, const HeldNorm& weight, int width, float* scratch,
+                                         const Put& put) {
     const int stride = blockDim.x * PACK, first = threadIdx.x * PACK;
     if (width % PACK == 0 && width <= HELD * stride) {
         Pack<T> held[HELD];
@@ -93,7 +116,7 @@ __device__ __forceinline__ void norm_row(const T* from, const Norm& norm, int wi
             float values[PACK];
 #pragma unroll
             for (int e = 0; e < PACK; e++) {
-                values[e] = (widen(held[h].at[e]) - mean) * factor * (i < width ? norm.weight[i + e] : 0.0f);
+                values[e] = (widen(held[h].at[e]) - mean) * factor * weight(h, e);
                 if (norm.bias && i < width) values[e] += norm.bias[i + e];
             }
             put(i, values, i < width);
@@ -155,9 +178,12 @@ struct PutRow {
 // wanted, rows are whole groups, and a product with quantized weights can begin at once.
 extern "C" __global__ void norm_rows(T* out, const T* x, const u32* index, Norm norm, int width, int add, Bytes bytes) {
     __shared__ float scratch[WARP];
-    follow();
+    let_next_come();
+    HeldNorm weight;
+    weight.load(norm, width);
+    wait_for_previous();
     const T* from = x + (size_t)(index ? index[blockIdx.x] : blockIdx.x) * width;
-    norm_row(from, norm, width, scratch, PutRow{out, (size_t)blockIdx.x * width, add != 0, bytes});
+    norm_row(from, norm, weight, width, scratch, PutRow{out, (size_t)blockIdx.x * width, add != 0, bytes});
 }
 
 // out (rows, width) = x, or the rows of it that `index` names.
@@ -207,57 +233,75 @@ struct Heads {
 
 // One warp per head: norm and rotation of queries and keys in place, and keys and values into the cache, if there is one.
 extern "C" __global__ void rope_store(T* qkv, Heads h, const float* angles, Places places, Cache cache) {
-    follow();
+    let_next_come();
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int token = blockIdx.x;
     int head = blockIdx.y * (blockDim.x / WARP) + warp;
     int all = h.heads + 2 * h.kv_heads;
-    if (head >= all) return;
-    constexpr int EACH = (HEAD_DIM + WARP - 1) / WARP;
-    T* x = qkv + ((size_t)token * all + head) * HEAD_DIM;
+    constexpr int EACH = (HEAD_DIM + WARP - 1) / WARP, TURNS = (HEAD_DIM / 2 + WARP - 1) / WARP;
     bool is_value = head >= h.heads + h.kv_heads;
-    if (!is_value) {
-        Norm norm = head < h.heads ? h.query : h.key;
-        if (norm.weight) {
-            float sum = 0.0f, squares = 0.0f, held[EACH];
-#pragma unroll
-            for (int e = 0; e < EACH; e++) {
-                int i = e * WARP + lane;
-                held[e] = i < HEAD_DIM ? widen(x[i]) : 0.0f;
-                sum += held[e];
-            }
-            float mean = norm.centred ? warp_sum(sum) / HEAD_DIM : 0.0f;
-#pragma unroll
-            for (int e = 0; e < EACH; e++) {
-                float d = e * WARP + lane < HEAD_DIM ? held[e] - mean : 0.0f;
-                squares += d * d;
-            }
-            float factor = rsqrtf(warp_sum(squares) / HEAD_DIM + norm.epsilon);
-#pragma unroll
-            for (int e = 0; e < EACH; e++) {
-                int i = e * WARP + lane;
-                if (i < HEAD_DIM)
-                    x[i] = narrowed((held[e] - mean) * factor * norm.weight[i] + (norm.bias ? norm.bias[i] : 0.0f));
-            }
-            __syncwarp();
+    int pairs = is_value ? 0 : h.pairs;
+    // What the step was given does not wait for the kernel before: the place in the cache, and the angles.
+    T* to = nullptr;
+    float cosines[TURNS], sines[TURNS];
+    if (head < all) {
+        if (head >= h.heads && cache.keys) {
+            u32 position = places.positions[token];
+            u32 block = places.tables[places.first_block[places.row_of[token]] + position / BLOCK_TOKENS];
+            size_t at = ((size_t)block * h.kv_heads + (head - h.heads) % h.kv_heads) * BLOCK_TOKENS + position % BLOCK_TOKENS;
+            if (block != NO_BLOCK) to = (is_value ? cache.values : cache.keys) + at * HEAD_DIM;
         }
-        const float* cosines = angles + (size_t)token * 2 * h.pairs;
-        for (int i = lane; i < h.pairs; i += WARP) {
-            float a = widen(x[i]), b = widen(x[i + h.pairs]);
-            float cosine = cosines[i], sine = cosines[h.pairs + i];
-            x[i] = narrowed(a * cosine - b * sine);
-            x[i + h.pairs] = narrowed(b * cosine + a * sine);
+        const float* of_token = angles + (size_t)token * 2 * h.pairs;
+#pragma unroll
+        for (int e = 0; e < TURNS; e++) {
+            int i = e * WARP + lane;
+            cosines[e] = i < pairs ? of_token[i] : 0.0f;
+            sines[e] = i < pairs ? of_token[h.pairs + i] : 0.0f;
+        }
+    }
+    wait_for_previous();
+    if (head >= all) return;
+    T* x = qkv + ((size_t)token * all + head) * HEAD_DIM;
+    Norm norm = head < h.heads ? h.query : h.key;
+    if (!is_value && norm.weight) {
+        float sum = 0.0f, squares = 0.0f, held[EACH];
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            int i = e * WARP + lane;
+            held[e] = i < HEAD_DIM ? widen(x[i]) : 0.0f;
+            sum += held[e];
+        }
+        float mean = norm.centred ? warp_sum(sum) / HEAD_DIM : 0.0f;
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            float d = e * WARP + lane < HEAD_DIM ? held[e] - mean : 0.0f;
+            squares += d * d;
+        }
+        float factor = rsqrtf(warp_sum(squares) / HEAD_DIM + norm.epsilon);
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            int i = e * WARP + lane;
+            if (i < HEAD_DIM)
+                x[i] = narrowed((held[e] - mean) * factor * norm.weight[i] + (norm.bias ? norm.bias[i] : 0.0f));
         }
         __syncwarp();
     }
-    if (head < h.heads || !cache.keys) return;
-    int kv_head = (head - h.heads) % h.kv_heads;
-    u32 position = places.positions[token];
-    u32 block = places.tables[places.first_block[places.row_of[token]] + position / BLOCK_TOKENS];
-    if (block == NO_BLOCK) return;
-    T* to = (is_value ? cache.values : cache.keys) +
-            (((size_t)block * h.kv_heads + kv_head) * BLOCK_TOKENS + position % BLOCK_TOKENS) * HEAD_DIM;
-    for (int i = lane; i < HEAD_DIM; i += WARP) to[i] = x[i];
+#pragma unroll
+    for (int e = 0; e < TURNS; e++) {
+        int i = e * WARP + lane;
+        if (i >= pairs) break;
+        float a = widen(x[i]), b = widen(x[i + pairs]);
+        T one = narrowed(a * cosines[e] - b * sines[e]), other = narrowed(b * cosines[e] + a * sines[e]);
+        x[i] = one;
+        x[i + pairs] = other;
+        if (to) {
+            to[i] = one;
+            to[i + pairs] = other;
+        }
+    }
+    // What is not turned.
+    if (to)
+        for (int i = 2 * pairs + lane; i < HEAD_DIM; i += WARP) to[i] = x[i];
 }
 
 // gate_up (rows, 2 * inner): act(gate) * up into the first half.

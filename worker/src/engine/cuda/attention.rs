@@ -1,0 +1,136 @@
+//! Attention of a step: queries, keys and values to their places, then every row over the cache.
+
+use super::{
+    pass::{Pass, Scratch, raw_norm},
+    state::Inputs,
+    weights::Block,
+};
+use crate::{
+    kernels::{
+        cpu::attention::Span,
+        cuda::{
+            launch::{Attend, Heads, Kernels, Places, RawCache, RawNorm, attention_bytes, follow},
+            memory::Ptr,
+        },
+    },
+    model::{
+        StepError,
+        blocks::{Attention, Position, Slot},
+    },
+};
+
+/// Bytes for what attention puts together.
+pub(super) const PARTIALS: u64 = 16 << 20;
+/// Most parts that one row's attention is split into.
+const MAX_SPLITS: usize = 64;
+
+impl Pass<'_> {
+    /// Turns queries and keys, and puts keys and values into the cache of the stage's layer `index`.
+    pub fn place(&self, attention: &Attention, index: usize, block: &Block) -> Result<(), StepError> {
+        let kernels = self.head_kernels(attention)?;
+        let Scratch { qkv, ref angles, .. } = self.state.scratch;
+        let Inputs { positions, row_of, first_block, tables, .. } = self.inputs;
+        let (table, pairs) = match attention.position {
+            Position::None => (Ptr::NULL, 0),
+            Position::Rope(set) => (angles[set], self.tower.ropes[set].pairs() as i32),
+        };
+        let head_norm = |slot| match attention.qk_norm {
+            Some(norm) => Ok(raw_norm(norm, block.norm(slot)?)),
+            None => Ok::<_, StepError>(RawNorm::default()),
+        };
+        let heads = Heads {
+            heads: attention.heads as i32,
+            kv_heads: attention.kv_heads as i32,
+            pairs,
+            query: head_norm(Slot::QueryNorm)?,
+            key: head_norm(Slot::KeyNorm)?,
+        };
+        let all = attention.heads + 2 * attention.kv_heads;
+        let grid = (self.tokens as u32, all.div_ceil(4) as u32, 1);
+        let places = Places { positions, row_of, first_block, tables };
+        follow!(self.gpu, kernels.rope_store, grid, 128, 0; qkv, heads, table, places, self.cache(index))?;
+        Ok(())
+    }
+
+    fn head_kernels(&self, attention: &Attention) -> Result<&Kernels, StepError> {
+        self.state.kernels.get(&attention.head_dim).ok_or(StepError::Weights)
+    }
+
+    fn cache(&self, index: usize) -> RawCache {
+        self.state.cache.get(index).copied().unwrap_or_default()
+    }
+
+    /// Attention of the stage's layer `index`, rows of one token with kernels for one and the others with those for several.
+    pub fn attend_rows(&self, attention: &Attention, index: usize) -> Result<(), StepError> {
+        let (kernels, cache) = (self.head_kernels(attention)?, self.cache(index));
+        let Scratch { qkv, attention: out, partials, .. } = self.state.scratch;
+        let Inputs {
+            positions, row_of, first_block, tables, by_length, row_first, row_start, row_count, ..
+        } = self.inputs;
+        let Attention { heads, kv_heads, head_dim, .. } = *attention;
+        let call = Attend {
+            qkv,
+            out,
+            cache,
+            places: Places { positions, row_of, first_block, tables },
+            row_first,
+            row_start,
+            row_count,
+            rows: Ptr::NULL,
+            count: self.tokens as i32,
+            heads: heads as i32,
+            kv_heads: kv_heads as i32,
+            scale: attention.scale,
+            softcap: attention.softcap.unwrap_or(0.0),
+            window: match attention.span {
+                Span::Full => -1,
+                Span::Causal => 0,
+                Span::Window(window) => window as i32,
+            },
+            splits: 1,
+            partial: partials,
+        };
+        // Parts, so that every multiprocessor has something to do: about two blocks of each; as many as the sums of all places
+        // have room for.
+        let splits = |blocks: usize, places: usize| {
+            let room = PARTIALS as usize / (places * heads * (head_dim + 2) * 4).max(1);
+            let wanted = (2 * self.gpu.multiprocessors as usize + blocks / 2) / blocks.max(1);
+            wanted.min(room).clamp(1, MAX_SPLITS) as i32
+        };
+        let combine = |call: Attend| {
+            if call.splits == 1 {
+                return Ok(());
+            }
+            follow!(self.gpu, kernels.attention_combine, ((call.count * call.heads) as u32, 1, 1), 128, 0; call)
+        };
+        let Some(tiles) = kernels.tensor.as_ref().and_then(|tensor| tensor.attention.as_ref()) else {
+            let call = Attend { splits: splits(self.tokens * heads, self.tokens), ..call };
+            let grid = (self.tokens as u32, heads as u32, call.splits as u32);
+            follow!(self.gpu, kernels.attention_plain, grid, 128, 0; call)?;
+            return Ok(combine(call)?);
+        };
+        let (group, capped) = (heads / kv_heads, usize::from(attention.softcap.is_some()));
+        let single = self.rows.iter().filter(|r| r.count == 1).count();
+        let several = self.rows.len() - single;
+        if single > 0 {
+            let parts = group.div_ceil(16);
+            let call = Attend {
+                rows: by_length,
+                count: single as i32,
+                splits: splits(parts * kv_heads * single, single),
+                ..call
+            };
+            let blocks = (parts * kv_heads * single) as u32 * call.splits as u32;
+            follow!(self.gpu, tiles.decode[capped], (blocks, 1, 1), 128, attention_bytes(16, head_dim); call)?;
+            combine(call)?;
+        }
+        if several > 0 {
+            let longest = self.rows.iter().map(|r| r.count as usize).max().unwrap_or(1);
+            let rows = by_length.offset(4 * single as u64);
+            let call = Attend { rows, count: several as i32, ..call };
+            let blocks = ((longest * group).div_ceil(64) * kv_heads * several) as u32;
+            follow!(self.gpu, tiles.prefill[capped], (blocks, 1, 1), 128, attention_bytes(64, head_dim); call)?;
+        }
+        Ok(())
+    }
+}
