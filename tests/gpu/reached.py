@@ -18,10 +18,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "worker" / "src" / "kernels" / "cuda" / "source"
 README = pathlib.Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- reached.py -->\n", "<!-- /reached.py -->\n"
-# Arguments of cargo test, and what the tests' names begin with.
-SUITES = [(["-p", "strata-worker", "--features", "cuda", "--lib"], "kernels::cuda::"),
-          (["-p", "strata-worker", "--features", "cuda", "--lib"], "engine::cuda::"),
-          (["--features", "cuda", "--test", "it"], "gpu::")]
+# As everything else is built, so that nothing is built twice.
+CARGO = ["cargo", "test", "--workspace", "--features", "cuda", "--tests"]
+# What the tests' names begin with.
+PREFIXES = ("kernels::cuda::", "engine::cuda::", "gpu::")
 ELEMENTS = ("f32", "bf16", "f16")
 # Kernels whose work depends on the format of activations, and that models are served with in 16 bits.
 IN_16_BITS = re.compile("attention|dequantize|embed$|gate_mul$|matvec_int|norm_rows$|quantize_rows$|rope_store$|tile")
@@ -35,19 +35,19 @@ def kernels():
     return sorted({*plain, *(name for macro in macros for name in re.findall(rf"^{macro}\((\w+)", text, re.MULTILINE))})
 
 
-def tests(cargo, prefix):
-    listed = subprocess.run(["cargo", "test", *cargo, prefix, "--", "--list", "--format", "terse"], cwd=ROOT, check=True,
-                            stdout=subprocess.PIPE, text=True).stdout
+def tests(prefix):
+    listed = subprocess.run([*CARGO, prefix, "--", "--list", "--format", "terse"], cwd=ROOT, check=True, stdout=subprocess.PIPE,
+                            text=True).stdout
     return re.findall(rf"^({prefix}\S+): test$", listed, re.MULTILINE)
 
 
-def started(cargo, test):
+def started(test):
     """What a test starts: (kernel, format of activations, width of heads)."""
     with tempfile.TemporaryDirectory() as folder:
         trace = pathlib.Path(folder) / "trace"
         environment = os.environ | {"EMULATOR_TRACE": str(trace)}
-        subprocess.run(["cargo", "test", "--quiet", *cargo, test, "--", "--exact"], cwd=ROOT, check=True,
-                       env=environment, stdout=subprocess.DEVNULL)
+        subprocess.run([*CARGO, "--quiet", test, "--", "--exact"], cwd=ROOT, check=True, env=environment,
+                       stdout=subprocess.DEVNULL)
         lines = trace.read_text().splitlines() if trace.exists() else []
     found = (re.fullmatch(r"(\w+) .*-DELEMENT=(\d).*-DHEAD_DIM=(\d+).*", line) for line in lines)
     return {(m[1], ELEMENTS[int(m[2])], int(m[3])) for m in found}
@@ -70,9 +70,9 @@ def main():
     parser.add_argument("--write", action="store_true", help="put the table into README.md")
     args = parser.parse_args()
     by_test = {}
-    for cargo, prefix in SUITES:
-        for test in tests(cargo, prefix):
-            by_test[test] = started(cargo, test)
+    for prefix in PREFIXES:
+        for test in tests(prefix):
+            by_test[test] = started(test)
             print(f"{test}: {len(by_test[test])}", file=sys.stderr, flush=True)
     by_test = {test: found for test, found in by_test.items() if found}
     names = kernels()
