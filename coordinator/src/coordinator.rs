@@ -13,33 +13,19 @@ use tokio::sync::mpsc;
 
 use crate::{
     admission::{Checked, Gate},
+    config::{CoordinatorConfig, Deployment},
     encode::CheckedInput,
     engine::Engine,
     membership::{self, Member, MemberEvent},
-    messages::{Asked, EngineError, EngineHandle, Event, Limits, Notice, Observer, Reply, Submission},
+    messages::{Asked, EngineError, EngineHandle, Event, Notice, Observer, Reply, Submission},
     preflight::{self, Check, Finding},
     scheduler::Encode,
-    survey::{Deployment, PipelineError, Survey, survey},
+    survey::{PipelineError, Survey, survey},
     tokenizer::Tokenizer,
 };
 
 /// Alternatives that the output check compares.
 const PROBE_LOGPROBS: u32 = 20;
-
-/// Everything a coordinator needs to know.
-#[derive(Debug, Clone)]
-pub struct CoordinatorConfig {
-    /// What is served.
-    pub deployment: Deployment,
-    /// Bounds on requests.
-    pub limits: Limits,
-    /// Workers to wait for before the first plan.
-    pub expected_members: usize,
-    /// How long to wait for them.
-    pub join_patience: Duration,
-    /// Checks whose failure does not keep the deployment from serving.
-    pub skip_checks: Vec<Check>,
-}
 
 /// Why a coordinator did not start.
 #[derive(Debug, thiserror::Error)]

@@ -15,16 +15,15 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     answer::{self, Live, Yield},
+    config::{Deployment, Limits},
     lane::{self, Lane, State},
     membership::{self, Member, MemberEvent},
-    messages::{
-        Asked, EngineError, EngineHandle, Event, Limits, Notice, Observer, Reply, Snapshot, Submission,
-    },
+    messages::{Asked, EngineError, EngineHandle, Event, Notice, Observer, Reply, Snapshot, Submission},
     pace::Pace,
     pipeline::{Pipeline, PipelineEvent},
     planner::Split,
     scheduler::{self, SequenceId},
-    survey::{Deployment, PipelineError, survey},
+    survey::{PipelineError, survey},
     tokenizer::Tokenizer,
 };
 

@@ -6,6 +6,7 @@
 pub mod admission;
 mod answer;
 pub mod chat;
+pub mod config;
 mod coordinator;
 pub mod encode;
 mod engine;
@@ -23,5 +24,6 @@ pub mod scheduler;
 pub mod survey;
 pub mod tokenizer;
 
-pub use coordinator::{Coordinator, CoordinatorConfig, StartError, preview, survey_members};
+pub use config::{CoordinatorConfig, Deployment, Limits};
+pub use coordinator::{Coordinator, StartError, preview, survey_members};
 pub use remote::RemoteWorker;

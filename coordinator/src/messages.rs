@@ -154,19 +154,6 @@ pub enum Notice {
     Checked(Vec<Finding>),
 }
 
-/// Limits of the scheduler that are not part of the plan.
-#[derive(Debug, Clone)]
-pub struct Limits {
-    /// Most prompt tokens of one sequence in one step.
-    pub prefill_chunk: u32,
-    /// Longest that those who decode are to wait for a token because of others' prompts; zero is as long as it takes.
-    pub inter_token: Duration,
-    /// Prompts that begin alike are computed once, within a tenant.
-    pub prefix_cache: bool,
-    /// Most requests in progress or waiting.
-    pub max_requests: usize,
-}
-
 /// Way to a running engine.
 #[derive(Debug, Clone)]
 pub struct EngineHandle {

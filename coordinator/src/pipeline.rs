@@ -14,8 +14,9 @@ use tokio::sync::mpsc;
 use tonic::Status;
 
 use crate::{
+    config::Deployment,
     membership::Member,
-    survey::{CALL_PATIENCE, Deployment, PipelineError, Survey, call},
+    survey::{CALL_PATIENCE, PipelineError, Survey, call},
 };
 
 /// Longest wait for Prepare, which touches every page of the cache: minutes on a machine with much memory.

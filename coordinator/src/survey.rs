@@ -4,52 +4,21 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures::future::try_join_all;
 use strata_proto::{
-    DType, Device, Files, LinkChoice, LinkKind, ModelProfile, Plan, Quantization, StagePlan,
+    Device, Files, LinkChoice, LinkKind, ModelProfile, Plan, StagePlan,
     error::{Classify, Kind},
     v1,
 };
 use tonic::{Code, Status};
 
 use crate::{
+    config::Deployment,
     links::{self, End},
     membership::Member,
-    planner::{self, Offer, PlanError, Problem, Split},
+    planner::{self, Offer, PlanError, Problem},
 };
 
 /// Longest wait for a worker to answer a call that only looks something up or sets something small up.
 pub(crate) const CALL_PATIENCE: Duration = Duration::from_secs(30);
-
-/// What is to be served, and how.
-#[derive(Debug, Clone)]
-pub struct Deployment {
-    /// Model name.
-    pub model: String,
-    /// How layers are split.
-    pub split: Split,
-    /// Format; `None` is the checkpoint's.
-    pub dtype: Option<DType>,
-    /// What weights are turned into when they are loaded.
-    pub quantization: Option<Quantization>,
-    /// Size of the cache, in tokens; `None` is 16 contexts, or what fits.
-    pub kv_tokens: Option<u64>,
-    /// Size of the cache in full contexts, where `kv_tokens` is not set.
-    pub max_sequences: Option<u32>,
-    /// Longest sequence, if shorter than the model's context.
-    pub context: Option<u32>,
-    /// Forced link kind; `None` is the best that each two stages can have.
-    pub links: Option<LinkKind>,
-    /// Most tokens in one step.
-    pub max_step_tokens: u32,
-    /// Most rows with an output in one step.
-    pub max_step_rows: u32,
-}
-
-impl Deployment {
-    /// The longest sequence that is served.
-    pub fn context_of(&self, profile: &ModelProfile) -> u32 {
-        self.context.map_or(profile.context_length, |c| c.min(profile.context_length))
-    }
-}
 
 /// Why no pipeline could be brought up.
 #[derive(Debug, thiserror::Error)]

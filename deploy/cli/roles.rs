@@ -9,11 +9,10 @@ use std::{
 
 use anyhow::{Context, bail};
 use strata_coordinator::{
-    Coordinator, CoordinatorConfig, grpc,
+    Coordinator, CoordinatorConfig, Deployment, Limits, grpc,
     membership::{self, MemberEvent},
-    messages::{Limits, Notice, Observer},
+    messages::{Notice, Observer},
     planner::Split,
-    survey::Deployment,
 };
 use strata_proto::{DeviceKind, Worker};
 use strata_worker::{

@@ -9,11 +9,10 @@ use std::{
 use serde::Deserialize;
 use serde_json::Value;
 use strata_coordinator::{
-    Coordinator, CoordinatorConfig, StartError, grpc,
+    Coordinator, CoordinatorConfig, Deployment, Limits, StartError, grpc,
     membership::{Member, MemberEvent},
-    messages::{Limits, Snapshot},
+    messages::Snapshot,
     planner::Split,
-    survey::Deployment,
 };
 use strata_proto::{
     DType, LinkKind, Quantization, Worker,

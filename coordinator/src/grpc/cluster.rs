@@ -10,10 +10,11 @@ use strata_proto::{
 use tonic::{Request, Response, Status, async_trait};
 
 use crate::{
+    config::Deployment,
     coordinator::Coordinator,
     membership::Member,
     planner::{IMAGINED, Offer, Split},
-    survey::{Deployment, survey},
+    survey::survey,
 };
 
 pub(super) struct ClusterService {
