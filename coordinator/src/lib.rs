@@ -10,7 +10,7 @@ pub mod config;
 mod coordinator;
 pub mod encode;
 mod engine;
-pub mod grpc;
+pub mod front;
 mod lane;
 mod links;
 pub mod membership;

@@ -9,7 +9,8 @@ use std::{
 
 use anyhow::{Context, bail};
 use strata_coordinator::{
-    Coordinator, CoordinatorConfig, Deployment, Limits, grpc,
+    Coordinator, CoordinatorConfig, Deployment, Limits,
+    front::grpc,
     membership::{self, MemberEvent},
     messages::{Notice, Observer},
     planner::Split,

@@ -9,7 +9,8 @@ use std::{
 use serde::Deserialize;
 use serde_json::Value;
 use strata_coordinator::{
-    Coordinator, CoordinatorConfig, Deployment, Limits, StartError, grpc,
+    Coordinator, CoordinatorConfig, Deployment, Limits, StartError,
+    front::grpc,
     membership::{Member, MemberEvent},
     messages::Snapshot,
     planner::Split,
