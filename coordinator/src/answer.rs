@@ -9,10 +9,9 @@ use strata_proto::v1::{self, FinishReason, generate_event, step_result};
 use tokio::sync::mpsc;
 
 use crate::{
-    admission::{Checked, Permit},
     messages::{EngineError, Reply},
+    request::{Permit, TextStream, Tokenizer, generate::Checked},
     scheduler::{self, SequenceId},
-    tokenizer::{TextStream, Tokenizer},
 };
 
 /// A request in progress.

@@ -12,16 +12,14 @@ use strata_proto::{
 use tokio::sync::mpsc;
 
 use crate::{
-    admission::{Checked, Gate},
     config::{CoordinatorConfig, Deployment},
-    encode::CheckedInput,
     engine::Engine,
     membership::{self, Member, MemberEvent},
     messages::{Asked, EngineError, EngineHandle, Event, Notice, Observer, Reply, Submission},
     preflight::{self, Check, Finding},
+    request::{Gate, Tokenizer, encode::CheckedInput, generate::Checked},
     scheduler::Encode,
     survey::{PipelineError, Survey, survey},
-    tokenizer::Tokenizer,
 };
 
 /// Alternatives that the output check compares.

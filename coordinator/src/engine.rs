@@ -22,9 +22,9 @@ use crate::{
     pace::Pace,
     pipeline::{Pipeline, PipelineEvent},
     planner::Split,
+    request::Tokenizer,
     scheduler::{self, SequenceId},
     survey::{PipelineError, survey},
-    tokenizer::Tokenizer,
 };
 
 /// How often deadlines are checked.

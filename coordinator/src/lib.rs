@@ -3,12 +3,9 @@
 //! The coordinator knows no model and no tensors: a model is a [`strata_proto::ModelProfile`] that a worker
 //! describes, and a worker is anything with the calls of [`strata_proto::Worker`].
 
-pub mod admission;
 mod answer;
-pub mod chat;
 pub mod config;
 mod coordinator;
-pub mod encode;
 mod engine;
 pub mod front;
 mod lane;
@@ -20,9 +17,9 @@ pub mod pipeline;
 pub mod planner;
 pub mod preflight;
 mod remote;
+mod request;
 pub mod scheduler;
 pub mod survey;
-pub mod tokenizer;
 
 pub use config::{CoordinatorConfig, Deployment, Limits};
 pub use coordinator::{Coordinator, StartError, preview, survey_members};

@@ -13,11 +13,10 @@ use strata_proto::{
 use tokio::sync::{mpsc, watch};
 
 use crate::{
-    admission::{Checked, Permit},
-    encode::CheckedInput,
     membership::MemberEvent,
     pipeline::{LoadUpdate, Pipeline, PipelineEvent},
     preflight::Finding,
+    request::{Permit, encode::CheckedInput, generate::Checked},
     scheduler::SequenceId,
     survey::PipelineError,
 };
