@@ -12,14 +12,17 @@ use strata_proto::{
 use tokio::sync::mpsc;
 
 use crate::{
+    cluster::{
+        PipelineError,
+        discovery::{Discovery, discover},
+        membership::{self, Member, MemberEvent},
+    },
     config::{CoordinatorConfig, Deployment},
     engine::Engine,
-    membership::{self, Member, MemberEvent},
     messages::{Asked, EngineError, EngineHandle, Event, Notice, Observer, Reply, Submission},
     preflight::{self, Check, Finding},
     request::{Gate, Tokenizer, encode::CheckedInput, generate::Checked},
     scheduler::Encode,
-    survey::{PipelineError, Survey, survey},
 };
 
 /// Alternatives that the output check compares.
@@ -71,16 +74,16 @@ pub struct Coordinator {
 ///
 /// # Errors
 /// If workers stay away, or the model cannot be described.
-pub async fn survey_members(
+pub async fn discover_members(
     config: &CoordinatorConfig,
     members: &mut mpsc::UnboundedReceiver<MemberEvent>,
     observer: &Observer,
-) -> Result<Survey, StartError> {
+) -> Result<Discovery, StartError> {
     let members = gather(config, members, observer).await?;
-    Ok(survey(&members, &config.deployment.model).await?)
+    Ok(discover(&members, &config.deployment.model).await?)
 }
 
-/// Surveys `members` and plans, without loading anything.
+/// Waits for the expected workers, asks them, and plans, without loading anything.
 ///
 /// # Errors
 /// As for [`Coordinator::start`].
@@ -88,10 +91,10 @@ pub async fn preview(
     config: &CoordinatorConfig,
     members: &mut mpsc::UnboundedReceiver<MemberEvent>,
     observer: &Observer,
-) -> Result<(Survey, Plan), StartError> {
-    let survey = survey_members(config, members, observer).await?;
-    let plan = survey.plan(&config.deployment)?;
-    Ok((survey, plan))
+) -> Result<(Discovery, Plan), StartError> {
+    let found = discover_members(config, members, observer).await?;
+    let plan = found.plan(&config.deployment)?;
+    Ok((found, plan))
 }
 
 impl Coordinator {
@@ -105,7 +108,7 @@ impl Coordinator {
         observer: Observer,
     ) -> Result<Self, StartError> {
         let members = gather(&config, &mut events, &observer).await?;
-        let found = survey(&members, &config.deployment.model).await?;
+        let found = discover(&members, &config.deployment.model).await?;
         // Planned here only to fail early and to learn whom to ask for the tokenizer; the engine plans anew.
         let plan = found.plan(&config.deployment)?;
         let files = found.tokenizer_files(&plan).await?;

@@ -15,16 +15,19 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     answer::{self, Live, Yield},
+    cluster::{
+        PipelineError,
+        discovery::discover,
+        membership::{self, Member, MemberEvent},
+        pipeline::{Pipeline, PipelineEvent},
+    },
     config::{Deployment, Limits},
     lane::{self, Lane, State},
-    membership::{self, Member, MemberEvent},
     messages::{Asked, EngineError, EngineHandle, Event, Notice, Observer, Reply, Snapshot, Submission},
     pace::Pace,
-    pipeline::{Pipeline, PipelineEvent},
     planner::Split,
     request::Tokenizer,
     scheduler::{self, SequenceId},
-    survey::{PipelineError, survey},
 };
 
 /// How often deadlines are checked.
@@ -416,15 +419,15 @@ impl Engine {
                 old.abort().abort().await;
             }
             let outcome = async {
-                let mut survey = survey(&members, &deployment.model).await?;
-                survey.leave_out(&taken);
-                let plan = Arc::new(survey.plan(&deployment)?);
+                let mut found = discover(&members, &deployment.model).await?;
+                found.leave_out(&taken);
+                let plan = Arc::new(found.plan(&deployment)?);
                 let _ = events.send(Event::Planned(generation, plan.clone()));
                 let progress = {
                     let observer = observer.clone();
                     Arc::new(move |update| observer(Notice::Loading(update)))
                 };
-                Pipeline::bring_up(&survey, &plan, fence, progress, sink, &deployment).await
+                Pipeline::bring_up(&found, &plan, fence, progress, sink, &deployment).await
             };
             let outcome = outcome.await;
             let _ = events.send(Event::BroughtUp(generation, Box::new(outcome)));

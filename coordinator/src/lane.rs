@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Instant};
 use strata_proto::Plan;
 
 use crate::{
+    cluster::pipeline::Pipeline,
     pace::Pace,
-    pipeline::Pipeline,
     scheduler::{self, Scheduler},
 };
 

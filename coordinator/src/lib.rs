@@ -4,23 +4,19 @@
 //! describes, and a worker is anything with the calls of [`strata_proto::Worker`].
 
 mod answer;
+pub mod cluster;
 pub mod config;
 mod coordinator;
 mod engine;
 pub mod front;
 mod lane;
-mod links;
-pub mod membership;
 pub mod messages;
 mod pace;
-pub mod pipeline;
 pub mod planner;
 pub mod preflight;
-mod remote;
 mod request;
 pub mod scheduler;
-pub mod survey;
 
+pub use cluster::RemoteWorker;
 pub use config::{CoordinatorConfig, Deployment, Limits};
-pub use coordinator::{Coordinator, StartError, preview, survey_members};
-pub use remote::RemoteWorker;
+pub use coordinator::{Coordinator, StartError, discover_members, preview};

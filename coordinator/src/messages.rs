@@ -13,12 +13,14 @@ use strata_proto::{
 use tokio::sync::{mpsc, watch};
 
 use crate::{
-    membership::MemberEvent,
-    pipeline::{LoadUpdate, Pipeline, PipelineEvent},
+    cluster::{
+        PipelineError,
+        membership::MemberEvent,
+        pipeline::{LoadUpdate, Pipeline, PipelineEvent},
+    },
     preflight::Finding,
     request::{Permit, encode::CheckedInput, generate::Checked},
     scheduler::SequenceId,
-    survey::PipelineError,
 };
 
 /// Why an accepted or waiting request ended without an answer.

@@ -10,8 +10,8 @@ use std::{
 use anyhow::{Context, bail};
 use strata_coordinator::{
     Coordinator, CoordinatorConfig, Deployment, Limits,
+    cluster::membership::{self, MemberEvent},
     front::grpc,
-    membership::{self, MemberEvent},
     messages::{Notice, Observer},
     planner::Split,
 };

@@ -10,8 +10,8 @@ use serde::Deserialize;
 use serde_json::Value;
 use strata_coordinator::{
     Coordinator, CoordinatorConfig, Deployment, Limits, StartError,
+    cluster::membership::{Member, MemberEvent},
     front::grpc,
-    membership::{Member, MemberEvent},
     messages::Snapshot,
     planner::Split,
 };
