@@ -3,15 +3,11 @@
 //! The coordinator knows no model and no tensors: a model is a [`strata_proto::ModelProfile`] that a worker
 //! describes, and a worker is anything with the calls of [`strata_proto::Worker`].
 
-mod answer;
 pub mod cluster;
 pub mod config;
 mod coordinator;
-mod engine;
+pub mod engine;
 pub mod front;
-mod lane;
-pub mod messages;
-mod pace;
 pub mod planner;
 pub mod preflight;
 mod request;

@@ -4,7 +4,7 @@ use std::{io::Write, sync::Arc};
 
 use strata_coordinator::{
     discover_members,
-    messages::Observer,
+    engine::Observer,
     planner::{IMAGINED, Offer, Split},
     preview,
 };

@@ -11,8 +11,8 @@ use anyhow::{Context, bail};
 use strata_coordinator::{
     Coordinator, CoordinatorConfig, Deployment, Limits,
     cluster::membership::{self, MemberEvent},
+    engine::{Notice, Observer},
     front::grpc,
-    messages::{Notice, Observer},
     planner::Split,
 };
 use strata_proto::{DeviceKind, Worker};

@@ -11,8 +11,8 @@ use serde_json::Value;
 use strata_coordinator::{
     Coordinator, CoordinatorConfig, Deployment, Limits, StartError,
     cluster::membership::{Member, MemberEvent},
+    engine::Snapshot,
     front::grpc,
-    messages::Snapshot,
     planner::Split,
 };
 use strata_proto::{

@@ -16,7 +16,7 @@ use tonic::{Request, Response, Status, async_trait, metadata::MetadataMap};
 
 use crate::{
     coordinator::Coordinator,
-    messages::{Asked, EngineError, Event, Reply, Submission},
+    engine::{Asked, EngineError, Event, Reply, Submission},
     request::{
         AdmissionError,
         bounds::{self, MAX_IDS},

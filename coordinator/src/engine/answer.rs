@@ -8,8 +8,8 @@ use std::{
 use strata_proto::v1::{self, FinishReason, generate_event, step_result};
 use tokio::sync::mpsc;
 
+use super::{error::EngineError, messages::Reply};
 use crate::{
-    messages::{EngineError, Reply},
     request::{Permit, TextStream, Tokenizer, generate::Checked},
     scheduler::{self, SequenceId},
 };

@@ -7,11 +7,11 @@ use std::{
 
 use strata_proto::{
     Plan,
-    error::{Classify, Kind},
-    v1::{self, Fence, generate_event},
+    v1::{self, generate_event},
 };
 use tokio::sync::{mpsc, watch};
 
+use super::{error::EngineError, snapshot::Snapshot};
 use crate::{
     cluster::{
         PipelineError,
@@ -22,48 +22,6 @@ use crate::{
     request::{Permit, encode::CheckedInput, generate::Checked},
     scheduler::SequenceId,
 };
-
-/// Why an accepted or waiting request ended without an answer.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum EngineError {
-    /// The scheduler has no room.
-    #[error("{message}")]
-    Refused {
-        /// What was wrong.
-        message: String,
-        /// What it means to the caller.
-        kind: Kind,
-    },
-    /// The caller's deadline passed.
-    #[error("the deadline passed after {tokens} tokens")]
-    Deadline {
-        /// Tokens generated until then.
-        tokens: u32,
-    },
-    /// No pipeline came back in time.
-    #[error("no pipeline is serving: {0}; try again later")]
-    NoPipeline(String),
-    /// The batch of this request failed again and again, even alone.
-    #[error("this request failed in the model three times and was given up; the server's log has the reason")]
-    Poisoned,
-    /// A defect of ours.
-    #[error("internal error; the server's log has the reason")]
-    Internal,
-    /// The coordinator is going down.
-    #[error("the server is shutting down")]
-    ShuttingDown,
-}
-
-impl Classify for EngineError {
-    fn kind(&self) -> Kind {
-        match self {
-            EngineError::Refused { kind, .. } => *kind,
-            EngineError::Deadline { .. } => Kind::Deadline,
-            EngineError::NoPipeline(_) | EngineError::ShuttingDown => Kind::NoCapacity,
-            EngineError::Poisoned | EngineError::Internal => Kind::Internal,
-        }
-    }
-}
 
 /// One message of an answer. The channel's memory is bounded by the context length, so a client that does not
 /// read cannot hold up the engine.
@@ -118,25 +76,6 @@ pub enum Event {
     BroughtUp(u64, Box<Result<Pipeline, PipelineError>>),
     /// Membership changed.
     Member(MemberEvent),
-}
-
-/// What the engine shows of itself.
-#[derive(Debug, Clone, Default)]
-pub struct Snapshot {
-    /// A pipeline is up.
-    pub ready: bool,
-    /// Why not.
-    pub reason: String,
-    /// The live plan, or the last one.
-    pub plan: Option<Arc<Plan>>,
-    /// The live incarnation, or the last one.
-    pub fence: Fence,
-    /// Positions that the largest cache of a pipeline holds; 0 while there is none.
-    pub capacity: u64,
-    /// Counters and gauges, of all pipelines together.
-    pub load: v1::Load,
-    /// Names of the members.
-    pub members: Vec<String>,
 }
 
 /// Told about what happens while a deployment comes up.
