@@ -11,7 +11,7 @@ pub mod front;
 pub mod planner;
 pub mod preflight;
 mod request;
-pub mod scheduler;
+mod scheduler;
 
 pub use cluster::RemoteWorker;
 pub use config::{CoordinatorConfig, Deployment, Limits};

@@ -98,7 +98,7 @@ pub enum Notice {
 #[derive(Debug, Clone)]
 pub struct EngineHandle {
     /// Where events go. Unbounded: requests are bounded by the gate, stage messages by the steps in flight.
-    pub events: mpsc::UnboundedSender<Event>,
+    pub(crate) events: mpsc::UnboundedSender<Event>,
     /// What the engine shows of itself.
     pub snapshot: watch::Receiver<Snapshot>,
 }

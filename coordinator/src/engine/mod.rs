@@ -8,7 +8,8 @@ mod messages;
 mod replica;
 mod snapshot;
 
-pub use error::EngineError;
+pub(crate) use error::EngineError;
 pub(crate) use event_loop::Engine;
-pub use messages::{Asked, EngineHandle, Event, Notice, Observer, Reply, Submission};
+pub(crate) use messages::{Asked, Event, Reply, Submission};
+pub use messages::{EngineHandle, Notice, Observer};
 pub use snapshot::Snapshot;
