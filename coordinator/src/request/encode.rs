@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use strata_proto::{
     ModelProfile,
+    sampling::MAX_CANDIDATES,
     v1::{self, Scoring, Task, Truncation},
 };
 
@@ -16,8 +17,6 @@ use crate::scheduler::Encode;
 
 /// Most inputs of one call.
 pub const MAX_INPUTS: usize = 1024;
-/// Most candidates for a mask.
-const MAX_CANDIDATES: u32 = 100;
 /// Candidates for a mask unless asked for otherwise.
 pub const DEFAULT_CANDIDATES: u32 = 5;
 

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use strata_proto::{ModelProfile, v1};
+use strata_proto::{ModelProfile, sampling::MAX_LOGPROBS, v1};
 
 use super::{
     bounds::{MAX_TEXT, check_deadline, check_model, check_task, check_text},
@@ -15,7 +15,6 @@ use super::{
 const MAX_MESSAGES: usize = 1024;
 const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 1024;
-const MAX_LOGPROBS: u32 = 20;
 const MAX_TENANT_BYTES: usize = 256;
 
 /// A request whose every field is within its bounds.

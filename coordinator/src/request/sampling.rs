@@ -1,11 +1,12 @@
 //! How tokens are chosen: what a request may ask for, and what a model suggests.
 
 use serde::Deserialize;
-use strata_proto::v1;
+use strata_proto::{
+    sampling::{self, Bounds, MAX_BIASES},
+    v1,
+};
 
 use super::error::{AdmissionError, field};
-
-const MAX_BIASES: usize = 1024;
 
 /// Sampling defaults that a model ships in `generation_config.json`.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -44,20 +45,18 @@ pub(super) fn check(
         }
         s.repetition_penalty = s.repetition_penalty.or(d.repetition_penalty);
     }
-    let within = |name, value: Option<f32>, low: f32, open: bool, high: f32| match value {
-        // Written so that NaN fails.
-        Some(v) if !((if open { v > low } else { v >= low }) && v <= high) => {
-            let bracket = if open { "(" } else { "[" };
-            Err(field(name, format!("{v} is out of bounds: expected {bracket}{low}, {high}]")))
+    let within = |name, value: Option<f32>, bounds: Bounds| match value {
+        Some(v) if !bounds.contains(v) => {
+            Err(field(name, format!("{v} is out of bounds: expected {bounds}")))
         }
         _ => Ok(()),
     };
-    within("sampling.temperature", s.temperature, 0.0, false, 100.0)?;
-    within("sampling.top_p", s.top_p, 0.0, true, 1.0)?;
-    within("sampling.min_p", s.min_p, 0.0, false, 1.0)?;
-    within("sampling.repetition_penalty", s.repetition_penalty, 0.0, true, 10.0)?;
-    within("sampling.frequency_penalty", s.frequency_penalty, -2.0, false, 2.0)?;
-    within("sampling.presence_penalty", s.presence_penalty, -2.0, false, 2.0)?;
+    within("sampling.temperature", s.temperature, sampling::TEMPERATURE)?;
+    within("sampling.top_p", s.top_p, sampling::TOP_P)?;
+    within("sampling.min_p", s.min_p, sampling::MIN_P)?;
+    within("sampling.repetition_penalty", s.repetition_penalty, sampling::REPETITION_PENALTY)?;
+    within("sampling.frequency_penalty", s.frequency_penalty, sampling::FREQUENCY_PENALTY)?;
+    within("sampling.presence_penalty", s.presence_penalty, sampling::PRESENCE_PENALTY)?;
     if s.top_k.is_some_and(|k| k > vocab) {
         return Err(field("sampling.top_k", format!("expected at most the vocabulary, {vocab}")));
     }
@@ -71,7 +70,7 @@ pub(super) fn check(
                 format!("id {id} is unknown: expected less than {vocab}"),
             ));
         }
-        within("sampling.logit_bias", Some(*bias), -100.0, false, 100.0)?;
+        within("sampling.logit_bias", Some(*bias), sampling::BIAS)?;
     }
     Ok(s)
 }
