@@ -1,4 +1,4 @@
-"""Which kernel is reached by which test; an error if one is reached by none.
+"""Which kernel is reached by which test; an error if one is reached by none, or one of IN_16_BITS not in bf16.
 
 usage: python3 reached.py [--write]
 
@@ -23,6 +23,8 @@ SUITES = [(["-p", "strata-worker", "--features", "cuda", "--lib"], "kernels::cud
           (["-p", "strata-worker", "--features", "cuda", "--lib"], "engine::cuda::"),
           (["--features", "cuda", "--test", "it"], "gpu::")]
 ELEMENTS = ("f32", "bf16", "f16")
+# Kernels whose work depends on the format of activations, and that models are served with in 16 bits.
+IN_16_BITS = re.compile("attention|dequantize|embed$|gate_mul$|matvec_int|norm_rows$|quantize_rows$|rope_store$|tile")
 
 
 def kernels():
@@ -77,6 +79,9 @@ def main():
     counted = collections.Counter(name for found in by_test.values() for name in {s[0] for s in found})
     if missed := [name for name in names if name not in counted]:
         sys.exit(f"no test starts {', '.join(missed)}: add one")
+    in_bf16 = {kernel for found in by_test.values() for kernel, element, _ in found if element == "bf16"}
+    if missed := [name for name in names if IN_16_BITS.match(name) and name not in in_bf16]:
+        sys.exit(f"no test starts {', '.join(missed)} with activations in bf16: add one")
     before = README.read_text()
     head, rest = before.split(BEGIN)
     after = head + BEGIN + table(names, by_test) + END + rest.split(END)[1]

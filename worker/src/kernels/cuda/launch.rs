@@ -157,7 +157,7 @@ impl Tiles {
             let all = self.0[format as usize].iter().zip(Self::ROWS);
             all.filter_map(|(function, rows)| Some((function.as_ref()?, rows)))
         };
-        there().find(|(_, most)| *most >= rows).or(there().last())
+        there().find(|(_, most)| *most >= rows).or(there().next_back())
     }
 }
 
@@ -280,13 +280,14 @@ macro_rules! launch {
         $builder.arg(&argument);
         $crate::kernels::cuda::launch::launch!(@args $builder, $config; $($rest),*)
     }};
-    (@args $builder:ident, $config:ident; ) => {
+    (@args $builder:ident, $config:ident; ) => {{
+        use $crate::kernels::cuda::Doing as _;
         // SAFETY: the arguments are what the kernel's source declares, and point to buffers of this GPU that are large
         // enough for the grid.
         unsafe { $builder.launch($config) }
             .map(|_| ())
-            .map_err(|source| $crate::kernels::cuda::CudaError::Driver { doing: "starting a kernel", source })
-    };
+            .doing("starting a kernel")
+    }};
 }
 pub(crate) use launch;
 

@@ -715,3 +715,56 @@ fn check_attention(b: &mut Bench, kernels: &Kernels, case: Case<'_>) {
         close(&got, &want, 1.5 * tolerance(element), &format!("decode, {what}, {splits} splits"));
     }
 }
+
+#[test]
+fn attention_of_other_widths_is_that_of_two_loops() {
+    let mut b = Bench::new();
+    // Widths of heads that models have besides: kernels have them as constants, and tiles of them are laid out otherwise. Each
+    // in one format, for compiling takes the emulator longer than all the rest.
+    let formats = [(DType::BF16, [80, 256]), (DType::F16, [96, 112])];
+    formats.iter().for_each(|(element, widths)| b.gpu.compile(*element, widths).unwrap());
+    for (element, d) in formats.into_iter().flat_map(|(element, widths)| widths.map(|d| (element, d))) {
+        let kernels = b.gpu.kernels(element, d).unwrap();
+        for (softcap, window) in [(0.0, 0), (20.0, 7)] {
+            let rows: &[Row] = &[(0, 1), (70, 1), (0, 35), (45, 5)];
+            let case = Case { element, d, heads: 4, kv_heads: 2, softcap, window, rows };
+            check_attention(&mut b, &kernels, case);
+            b.held.clear();
+        }
+    }
+}
+
+#[test]
+fn quantized_weights_become_elements_of_every_format() {
+    let mut b = Bench::new();
+    // Few outputs, and as few rows as that is done for in both.
+    let (n, k, rows) = (40, 96, 320);
+    for element in [DType::BF16, DType::F16] {
+        let kernels = b.gpu.kernels(element, 64).unwrap();
+        for quantization in Quantization::ALL {
+            let format = Format::Quantized(quantization);
+            let (weight, x) = (noise(1, n * k), rounded(element, &noise(3, rows * k)));
+            let matrix = b.matrix(n, k, format, &weight);
+            let (x_at, bytes) = (b.floats(element, &x), b.scratch(rows, k));
+            let out = b.floats(element, &vec![f32::NAN; rows * n]);
+            let call = Linear {
+                weight: &matrix,
+                bias: Ptr::NULL,
+                x: Rows::new(x_at, k),
+                norm: RawNorm::default(),
+                rows,
+                out,
+                out_stride: n,
+                epilogue: Epilogue::Store,
+                grouped: None,
+                bytes: &bytes,
+            };
+            b.gpu.linear(&kernels, &call).unwrap();
+            let want = reference(&weight, n, k, format, &x, None);
+            // Beside the CPU's rows of bytes, weights that are rounded to elements.
+            let what = format!("{element}, {quantization:?}");
+            close(&b.read(element, out, rows * n), &want, 3.0 * tolerance(DType::BF16), &what);
+            b.held.clear();
+        }
+    }
+}

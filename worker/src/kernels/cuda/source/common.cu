@@ -91,8 +91,10 @@ __device__ __forceinline__ void prefetch(const void* at) {
 }
 
 // Kernels of one stream may overlap (programmatic dependent launch): blocks of the next one come as soon as all blocks of
-// this one have called `let_next_come`; they must not touch what another kernel wrote or reads before `wait_for_previous`.
-// INVARIANT: every kernel calls `wait_for_previous` in every block, or what comes two kernels later could overtake it.
+// this one have called `let_next_come`; before `wait_for_previous` they must touch nothing that another such kernel wrote or
+// reads. Plain kernels, which call neither, are over before what is started after them begins.
+// INVARIANT: a kernel that calls `let_next_come` calls `wait_for_previous` in every block, or what comes two kernels later could
+// overtake it.
 __device__ __forceinline__ void let_next_come() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
