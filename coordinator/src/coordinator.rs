@@ -12,34 +12,20 @@ use strata_proto::{
 use tokio::sync::mpsc;
 
 use crate::{
-    admission::{Checked, Gate},
-    encode::CheckedInput,
-    engine::Engine,
-    membership::{self, Member, MemberEvent},
-    messages::{Asked, EngineError, EngineHandle, Event, Limits, Notice, Observer, Reply, Submission},
+    cluster::{
+        PipelineError,
+        discovery::{Discovery, discover},
+        membership::{self, Member, MemberEvent},
+    },
+    config::{CoordinatorConfig, Deployment},
+    engine::{Asked, Engine, EngineError, EngineHandle, Event, Notice, Observer, Reply, Submission},
     preflight::{self, Check, Finding},
+    request::{Gate, Tokenizer, encode::CheckedInput, generate::Checked},
     scheduler::Encode,
-    survey::{Deployment, PipelineError, Survey, survey},
-    tokenizer::Tokenizer,
 };
 
 /// Alternatives that the output check compares.
 const PROBE_LOGPROBS: u32 = 20;
-
-/// Everything a coordinator needs to know.
-#[derive(Debug, Clone)]
-pub struct CoordinatorConfig {
-    /// What is served.
-    pub deployment: Deployment,
-    /// Bounds on requests.
-    pub limits: Limits,
-    /// Workers to wait for before the first plan.
-    pub expected_members: usize,
-    /// How long to wait for them.
-    pub join_patience: Duration,
-    /// Checks whose failure does not keep the deployment from serving.
-    pub skip_checks: Vec<Check>,
-}
 
 /// Why a coordinator did not start.
 #[derive(Debug, thiserror::Error)]
@@ -87,16 +73,16 @@ pub struct Coordinator {
 ///
 /// # Errors
 /// If workers stay away, or the model cannot be described.
-pub async fn survey_members(
+pub async fn discover_members(
     config: &CoordinatorConfig,
     members: &mut mpsc::UnboundedReceiver<MemberEvent>,
     observer: &Observer,
-) -> Result<Survey, StartError> {
+) -> Result<Discovery, StartError> {
     let members = gather(config, members, observer).await?;
-    Ok(survey(&members, &config.deployment.model).await?)
+    Ok(discover(&members, &config.deployment.model).await?)
 }
 
-/// Surveys `members` and plans, without loading anything.
+/// Waits for the expected workers, asks them, and plans, without loading anything.
 ///
 /// # Errors
 /// As for [`Coordinator::start`].
@@ -104,10 +90,10 @@ pub async fn preview(
     config: &CoordinatorConfig,
     members: &mut mpsc::UnboundedReceiver<MemberEvent>,
     observer: &Observer,
-) -> Result<(Survey, Plan), StartError> {
-    let survey = survey_members(config, members, observer).await?;
-    let plan = survey.plan(&config.deployment)?;
-    Ok((survey, plan))
+) -> Result<(Discovery, Plan), StartError> {
+    let found = discover_members(config, members, observer).await?;
+    let plan = found.plan(&config.deployment)?;
+    Ok((found, plan))
 }
 
 impl Coordinator {
@@ -121,7 +107,7 @@ impl Coordinator {
         observer: Observer,
     ) -> Result<Self, StartError> {
         let members = gather(&config, &mut events, &observer).await?;
-        let found = survey(&members, &config.deployment.model).await?;
+        let found = discover(&members, &config.deployment.model).await?;
         // Planned here only to fail early and to learn whom to ask for the tokenizer; the engine plans anew.
         let plan = found.plan(&config.deployment)?;
         let files = found.tokenizer_files(&plan).await?;

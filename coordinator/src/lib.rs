@@ -1,27 +1,21 @@
-//! The front end and the brain: admission, tokenizer, planner, scheduler, pipeline.
+//! The front end and the brain: what is let in, what runs it, and the workers it runs on.
+//!
+//! In the order in which they may use one another: `front`, `engine`, [`cluster`], `request`, and the two pure ones,
+//! `scheduler` and [`planner`]. ARCHITECTURE.md has a line for each file.
 //!
 //! The coordinator knows no model and no tensors: a model is a [`strata_proto::ModelProfile`] that a worker
 //! describes, and a worker is anything with the calls of [`strata_proto::Worker`].
 
-pub mod admission;
-mod answer;
-pub mod chat;
+pub mod cluster;
+pub mod config;
 mod coordinator;
-pub mod encode;
-mod engine;
-pub mod grpc;
-mod lane;
-mod links;
-pub mod membership;
-pub mod messages;
-mod pace;
-pub mod pipeline;
+pub mod engine;
+pub mod front;
 pub mod planner;
 pub mod preflight;
-mod remote;
-pub mod scheduler;
-pub mod survey;
-pub mod tokenizer;
+mod request;
+mod scheduler;
 
-pub use coordinator::{Coordinator, CoordinatorConfig, StartError, preview, survey_members};
-pub use remote::RemoteWorker;
+pub use cluster::RemoteWorker;
+pub use config::{CoordinatorConfig, Deployment, Limits};
+pub use coordinator::{Coordinator, StartError, discover_members, preview};

@@ -7,9 +7,9 @@ use std::{collections::BTreeSet, fmt, str::FromStr};
 use serde::Serialize;
 use strata_proto::{Files, ModelProfile, v1::Task};
 
-use crate::{
+use crate::request::{
+    Tokenizer, TokenizerError,
     chat::{ChatError, Message},
-    tokenizer::{Tokenizer, TokenizerError},
 };
 
 /// A text that every tokenizer of natural language can say.

@@ -7,7 +7,7 @@ use std::{
 
 use strata_coordinator::{
     Coordinator, StartError,
-    messages::{Notice, Observer},
+    engine::{Notice, Observer},
     preflight::Finding,
 };
 

@@ -3,9 +3,10 @@
 use std::{io::Write, sync::Arc};
 
 use strata_coordinator::{
-    messages::Observer,
+    discover_members,
+    engine::Observer,
     planner::{IMAGINED, Offer, Split},
-    preview, survey_members,
+    preview,
 };
 use strata_proto::{Device, DeviceKind};
 
@@ -33,7 +34,7 @@ pub async fn show_plan(
     } else {
         // The default for devices of one's own list is what GPUs get.
         config.deployment.split = deployment.split.clone().unwrap_or(Split::Auto);
-        let found = survey_members(&config, &mut members, &silent).await?;
+        let found = discover_members(&config, &mut members, &silent).await?;
         found.plan_over(&offers(imagined), &config.deployment)?
     };
     let text = if json {

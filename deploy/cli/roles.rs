@@ -9,11 +9,11 @@ use std::{
 
 use anyhow::{Context, bail};
 use strata_coordinator::{
-    Coordinator, CoordinatorConfig, grpc,
-    membership::{self, MemberEvent},
-    messages::{Limits, Notice, Observer},
+    Coordinator, CoordinatorConfig, Deployment, Limits,
+    cluster::membership::{self, MemberEvent},
+    engine::{Notice, Observer},
+    front::grpc,
     planner::Split,
-    survey::Deployment,
 };
 use strata_proto::{DeviceKind, Worker};
 use strata_worker::{

@@ -7,7 +7,7 @@ use std::{
 
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use strata_coordinator::messages::Notice;
+use strata_coordinator::engine::Notice;
 use strata_proto::{Forecast, FormatBytes, Offload, Plan};
 
 const BAR_WIDTH: u64 = 16;

@@ -9,6 +9,7 @@ pub mod error;
 mod fence;
 mod plan;
 mod profile;
+pub mod sampling;
 mod worker;
 
 pub use device::{Device, DeviceKind, Library, Rate, rate_at};

@@ -9,11 +9,11 @@ use std::{
 use serde::Deserialize;
 use serde_json::Value;
 use strata_coordinator::{
-    Coordinator, CoordinatorConfig, StartError, grpc,
-    membership::{Member, MemberEvent},
-    messages::{Limits, Snapshot},
+    Coordinator, CoordinatorConfig, Deployment, Limits, StartError,
+    cluster::membership::{Member, MemberEvent},
+    engine::Snapshot,
+    front::grpc,
     planner::Split,
-    survey::Deployment,
 };
 use strata_proto::{
     DType, LinkKind, Quantization, Worker,

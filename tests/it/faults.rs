@@ -6,7 +6,7 @@ use std::sync::{
 };
 
 use futures::future::join_all;
-use strata_coordinator::{membership::MemberEvent, survey::survey};
+use strata_coordinator::cluster::{discovery::discover, membership::MemberEvent};
 use strata_proto::v1::{self, Fence};
 use tonic::Code;
 
@@ -85,7 +85,7 @@ async fn workers_refuse_stale_fences_on_every_call() {
     let options = Options::default();
     let members = options.members();
     let worker = &members[0].worker;
-    let found = survey(&members, "shakespeare").await.unwrap();
+    let found = discover(&members, "shakespeare").await.unwrap();
     let spec = v1::StageSpec {
         model: "shakespeare".into(),
         fingerprint: found.profile.fingerprint.clone(),

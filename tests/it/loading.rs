@@ -9,7 +9,7 @@ use std::{
 
 use half::bf16;
 use safetensors::{Dtype, tensor::TensorView};
-use strata_coordinator::{RemoteWorker, pipeline::Pipeline, survey::survey};
+use strata_coordinator::cluster::{RemoteWorker, discovery::discover, pipeline::Pipeline};
 use strata_proto::{
     Format, LayerRange, ModelProfile, Worker,
     v1::{self, Fence},
@@ -123,7 +123,7 @@ async fn a_third_of_the_layers_costs_a_third_of_the_bytes_and_of_the_memory() {
     assert!(more < file / 10, "{more} bytes of anonymous memory beside mapped weights");
 }
 
-/// A survey that found too little memory: then the weights stay memory-mapped, and answers are the same.
+/// A discovery of too little memory: then the weights stay memory-mapped, and answers are the same.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_model_that_fits_no_memory_is_brought_up_memory_mapped() {
     let options = Options {
@@ -132,7 +132,7 @@ async fn a_model_that_fits_no_memory_is_brought_up_memory_mapped() {
         ..Options::default()
     };
     let deployment = options.deployment();
-    let mut found = survey(&options.members(), &deployment.model).await.unwrap();
+    let mut found = discover(&options.members(), &deployment.model).await.unwrap();
     let offer = &mut found.offers[0].device;
     assert_eq!(offer.spill_directory, std::env::temp_dir().display().to_string());
     (offer.budget_bytes, offer.spill_bytes) = (8 << 20, 1 << 30);

@@ -8,9 +8,11 @@ use std::{
 };
 
 use strata_coordinator::{
-    pipeline::{Pipeline, PipelineEvent},
+    cluster::{
+        discovery::discover,
+        pipeline::{Pipeline, PipelineEvent},
+    },
     planner::Split,
-    survey::survey,
 };
 use strata_proto::{
     BLOCK_TOKENS, LinkKind,
@@ -81,15 +83,15 @@ impl Driver {
     pub async fn start(options: &Options) -> Driver {
         let members = options.members();
         let deployment = options.deployment();
-        let survey = survey(&members, &deployment.model).await.unwrap();
-        let plan = survey.plan(&deployment).unwrap();
+        let found = discover(&members, &deployment.model).await.unwrap();
+        let plan = found.plan(&deployment).unwrap();
         let (sink, events) = mpsc::unbounded_channel();
         let fence = Fence { term: 1, pipeline: 0, generation: 1 };
         let sink = Arc::new(move |_, event| {
             let _ = sink.send(event);
         });
-        let switch = survey.profile.recompute_at.map_or(usize::MAX, |n| n as usize);
-        let up = Pipeline::bring_up(&survey, &plan, fence, Arc::new(|_| {}), sink, &deployment).await;
+        let switch = found.profile.recompute_at.map_or(usize::MAX, |n| n as usize);
+        let up = Pipeline::bring_up(&found, &plan, fence, Arc::new(|_| {}), sink, &deployment).await;
         Driver { pipeline: up.unwrap(), events, step: 0, switch, next_block: 0, next_sequence: 0 }
     }
 

@@ -6,7 +6,7 @@ use std::{
 };
 
 use futures::future::join_all;
-use strata_coordinator::{membership::MemberEvent, planner::Split};
+use strata_coordinator::{cluster::membership::MemberEvent, planner::Split};
 use strata_proto::v1;
 
 use crate::cluster::{Cluster, Options, ask, expectations, greedy, model};

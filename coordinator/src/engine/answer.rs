@@ -8,11 +8,10 @@ use std::{
 use strata_proto::v1::{self, FinishReason, generate_event, step_result};
 use tokio::sync::mpsc;
 
+use super::{error::EngineError, messages::Reply};
 use crate::{
-    admission::{Checked, Permit},
-    messages::{EngineError, Reply},
+    request::{Permit, TextStream, Tokenizer, generate::Checked},
     scheduler::{self, SequenceId},
-    tokenizer::{TextStream, Tokenizer},
 };
 
 /// A request in progress.

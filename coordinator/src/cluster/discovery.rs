@@ -1,124 +1,25 @@
 //! What the members said of themselves and of the model, and what can be planned over them.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc};
 
 use futures::future::try_join_all;
-use strata_proto::{
-    DType, Device, Files, LinkChoice, LinkKind, ModelProfile, Plan, Quantization, StagePlan,
-    error::{Classify, Kind},
-    v1,
-};
+use strata_proto::{Device, Files, LinkChoice, LinkKind, ModelProfile, Plan, StagePlan, v1};
 use tonic::{Code, Status};
 
-use crate::{
+use super::{
+    call::{CALL_PATIENCE, call},
+    error::PipelineError,
     links::{self, End},
     membership::Member,
-    planner::{self, Offer, PlanError, Problem, Split},
 };
-
-/// Longest wait for a worker to answer a call that only looks something up or sets something small up.
-pub(crate) const CALL_PATIENCE: Duration = Duration::from_secs(30);
-
-/// What is to be served, and how.
-#[derive(Debug, Clone)]
-pub struct Deployment {
-    /// Model name.
-    pub model: String,
-    /// How layers are split.
-    pub split: Split,
-    /// Format; `None` is the checkpoint's.
-    pub dtype: Option<DType>,
-    /// What weights are turned into when they are loaded.
-    pub quantization: Option<Quantization>,
-    /// Size of the cache, in tokens; `None` is 16 contexts, or what fits.
-    pub kv_tokens: Option<u64>,
-    /// Size of the cache in full contexts, where `kv_tokens` is not set.
-    pub max_sequences: Option<u32>,
-    /// Longest sequence, if shorter than the model's context.
-    pub context: Option<u32>,
-    /// Forced link kind; `None` is the best that each two stages can have.
-    pub links: Option<LinkKind>,
-    /// Most tokens in one step.
-    pub max_step_tokens: u32,
-    /// Most rows with an output in one step.
-    pub max_step_rows: u32,
-}
-
-impl Deployment {
-    /// The longest sequence that is served.
-    pub fn context_of(&self, profile: &ModelProfile) -> u32 {
-        self.context.map_or(profile.context_length, |c| c.min(profile.context_length))
-    }
-}
-
-/// Why no pipeline could be brought up.
-#[derive(Debug, thiserror::Error)]
-pub enum PipelineError {
-    /// No member has answered.
-    #[error("no worker is available")]
-    NoWorkers,
-    /// The model does not fit, or the split makes no sense.
-    #[error(transparent)]
-    Plan(#[from] PlanError),
-    /// Workers disagree about the model.
-    #[error("workers {a} and {b} hold different versions of model {model:?}; make their directories equal")]
-    Fingerprints {
-        /// One worker.
-        a: String,
-        /// Another one.
-        b: String,
-        /// The model.
-        model: String,
-    },
-    /// A forced link that two stages cannot have.
-    #[error(
-        "the stages on {from} and {to} cannot be linked by {asked}: {why}; use --links auto, which takes {best} between \
-         them, or --links tcp, which is always possible"
-    )]
-    NoLink {
-        /// Where the upstream stage is.
-        from: String,
-        /// Where the downstream stage is.
-        to: String,
-        /// The kind that was asked for.
-        asked: LinkKind,
-        /// What is in its way.
-        why: String,
-        /// What would be chosen.
-        best: LinkKind,
-    },
-    /// A worker said something that makes no sense.
-    #[error("worker {worker}: {why}")]
-    Nonsense {
-        /// The worker.
-        worker: String,
-        /// What it said.
-        why: String,
-    },
-    /// A call failed.
-    #[error("worker {worker}: {doing} failed: {}", status.message())]
-    Call {
-        /// The worker.
-        worker: String,
-        /// Which call.
-        doing: &'static str,
-        /// Its answer.
-        status: Status,
-    },
-}
-
-impl Classify for PipelineError {
-    fn kind(&self) -> Kind {
-        match self {
-            PipelineError::Plan(error) => error.kind(),
-            _ => Kind::NoCapacity,
-        }
-    }
-}
+use crate::{
+    config::Deployment,
+    planner::{self, Offer, PlanError, Problem},
+};
 
 /// What the members said of themselves and of the model.
 #[derive(Debug, Clone)]
-pub struct Survey {
+pub struct Discovery {
     /// The model.
     pub profile: ModelProfile,
     /// Every device, in order of members.
@@ -131,7 +32,7 @@ pub struct Survey {
 ///
 /// # Errors
 /// If no member answers, one has no such model, or two disagree about it.
-pub async fn survey(members: &[Member], model: &str) -> Result<Survey, PipelineError> {
+pub async fn discover(members: &[Member], model: &str) -> Result<Discovery, PipelineError> {
     let described = members.iter().map(|member| async move {
         let request = v1::DescribeRequest { model: model.to_owned() };
         // Reading headers and sampling bytes of a large checkpoint takes its time.
@@ -171,7 +72,7 @@ pub async fn survey(members: &[Member], model: &str) -> Result<Survey, PipelineE
         found.insert(member.name.clone(), (member.clone(), described.hub_id));
     }
     let (_, profile) = profile.ok_or(PipelineError::NoWorkers)?;
-    Ok(Survey { profile, offers, members: found })
+    Ok(Discovery { profile, offers, members: found })
 }
 
 /// Whether a call failed because there was nobody to take it.
@@ -179,7 +80,7 @@ fn absent(status: &Status) -> bool {
     matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled)
 }
 
-impl Survey {
+impl Discovery {
     /// Leaves out the devices that the first replicas of `plans` have.
     pub fn leave_out(&mut self, plans: &[Arc<Plan>]) {
         let taken = |offer: &Offer| {
@@ -261,18 +162,4 @@ impl Survey {
         let request = v1::ReadTokenizerRequest { model: self.profile.model.clone() };
         call(&member.name, "ReadTokenizer", CALL_PATIENCE, member.worker.read_tokenizer(request)).await
     }
-}
-
-/// Makes a call on a worker; an answer that does not come in time is an error too.
-pub(crate) async fn call<T>(
-    worker: &str,
-    doing: &'static str,
-    patience: Duration,
-    future: impl Future<Output = Result<T, Status>>,
-) -> Result<T, PipelineError> {
-    let answer = match tokio::time::timeout(patience, future).await {
-        Ok(answer) => answer,
-        Err(_) => Err(Status::deadline_exceeded(format!("no answer within {patience:?}"))),
-    };
-    answer.map_err(|status| PipelineError::Call { worker: worker.to_owned(), doing, status })
 }

@@ -13,19 +13,25 @@ use strata_proto::{
 };
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::{
+use super::{
     answer::{self, Live, Yield},
-    lane::{self, Lane, State},
-    membership::{self, Member, MemberEvent},
-    messages::{
-        Asked, EngineError, EngineHandle, Event, Limits, Notice, Observer, Reply, Snapshot, Submission,
+    budget::PrefillBudget,
+    error::EngineError,
+    messages::{Asked, EngineHandle, Event, Notice, Observer, Reply, Submission},
+    replica::{self, Replica, State},
+    snapshot::Snapshot,
+};
+use crate::{
+    cluster::{
+        PipelineError,
+        discovery::discover,
+        membership::{self, Member, MemberEvent},
+        pipeline::{Pipeline, PipelineEvent},
     },
-    pace::Pace,
-    pipeline::{Pipeline, PipelineEvent},
+    config::{Deployment, Limits},
     planner::Split,
+    request::Tokenizer,
     scheduler::{self, SequenceId},
-    survey::{Deployment, PipelineError, survey},
-    tokenizer::Tokenizer,
 };
 
 /// How often deadlines are checked.
@@ -50,8 +56,8 @@ pub(crate) struct Engine {
     snapshot: watch::Sender<Snapshot>,
     members: Vec<Member>,
     /// Never empty once the engine runs.
-    lanes: Vec<Lane>,
-    /// Of the last pipeline that was begun, of whichever lane.
+    replicas: Vec<Replica>,
+    /// Of the last pipeline that was begun, of whichever replica.
     generation: u64,
     last_id: SequenceId,
     live: HashMap<SequenceId, Live>,
@@ -85,7 +91,7 @@ impl Engine {
             events,
             snapshot,
             members,
-            lanes: Vec::new(),
+            replicas: Vec::new(),
             generation: 0,
             last_id: 0,
             live: HashMap::new(),
@@ -102,7 +108,7 @@ impl Engine {
     async fn run(mut self) {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
-        self.add_lane();
+        self.add_replica();
         while !self.snapshot.is_closed() {
             tokio::select! {
                 event = self.events.recv() => match event {
@@ -120,7 +126,7 @@ impl Engine {
         for (_, live) in self.live.drain() {
             let _ = live.reply.send(Reply::Failed(EngineError::ShuttingDown));
         }
-        let pipelines = self.lanes.into_iter().filter_map(|lane| match lane.state {
+        let pipelines = self.replicas.into_iter().filter_map(|replica| match replica.state {
             State::Up(pipeline) => Some(pipeline.abort()),
             _ => None,
         });
@@ -146,17 +152,17 @@ impl Engine {
         match event {
             MemberEvent::Joined(member) => {
                 tracing::info!(worker = member.name, "joined");
-                let down = |lane: &Lane| matches!(lane.state, State::Down { .. });
-                if let Some(at) = self.lanes.iter().position(down) {
+                let down = |replica: &Replica| matches!(replica.state, State::Down { .. });
+                if let Some(at) = self.replicas.iter().position(down) {
                     self.bring_up(at, None);
-                } else if self.deployment.split == Split::Auto && self.lanes.iter().all(Lane::is_up) {
-                    // Its devices may hold another copy; if not, the lane goes again.
-                    self.add_lane();
+                } else if self.deployment.split == Split::Auto && self.replicas.iter().all(Replica::is_up) {
+                    // Its devices may hold another copy; if not, the replica goes again.
+                    self.add_replica();
                 }
             }
             MemberEvent::Left(name) => {
                 tracing::warn!(worker = name, "left");
-                while let Some(at) = self.lanes.iter().position(|lane| lane.uses(name)) {
+                while let Some(at) = self.replicas.iter().position(|replica| replica.uses(name)) {
                     self.lost(at, name, "it left");
                 }
             }
@@ -165,14 +171,16 @@ impl Engine {
 
     fn tick(&mut self) {
         let now = self.begun.elapsed();
-        let expired: Vec<_> = self.lanes.iter_mut().flat_map(|lane| lane.scheduler.expire(now)).collect();
+        let expired: Vec<_> =
+            self.replicas.iter_mut().flat_map(|replica| replica.scheduler.expire(now)).collect();
         for id in expired {
             let answer = self.live.get(&id).and_then(|l| l.answer.as_ref());
             let tokens = answer.map_or(0, |a| a.generated);
             self.fail(id, EngineError::Deadline { tokens });
         }
-        let due = |lane: &Lane| matches!(lane.state, State::Down { retry } if Instant::now() >= retry);
-        while let Some(at) = self.lanes.iter().position(due) {
+        let due =
+            |replica: &Replica| matches!(replica.state, State::Down { retry } if Instant::now() >= retry);
+        while let Some(at) = self.replicas.iter().position(due) {
             self.bring_up(at, None);
         }
         if self.turned_away() {
@@ -226,17 +234,17 @@ impl Engine {
         }
     }
 
-    /// Gives a request to the least busy lane that is up and has room for it; to the first while none is up.
+    /// Gives a request to the least busy replica that is up and has room for it; to the first while none is up.
     fn place(&mut self, id: SequenceId, request: scheduler::Request) -> Result<(), scheduler::SubmitError> {
-        let mut order: Vec<usize> = (0..self.lanes.len()).filter(|i| self.lanes[*i].is_up()).collect();
+        let mut order: Vec<usize> = (0..self.replicas.len()).filter(|i| self.replicas[*i].is_up()).collect();
         if order.is_empty() {
             order.push(0);
         }
-        order.sort_by_key(|i| self.lanes[*i].load());
+        order.sort_by_key(|i| self.replicas[*i].load());
         let unplaced = scheduler::Unplaced::new(id, request);
         let mut refused = None;
-        for lane in order {
-            let scheduler = &mut self.lanes[lane].scheduler;
+        for replica in order {
+            let scheduler = &mut self.replicas[replica].scheduler;
             match scheduler.check(&unplaced) {
                 Ok(()) => {
                     scheduler.adopt(unplaced);
@@ -255,30 +263,30 @@ impl Engine {
     }
 
     fn pipeline_event(&mut self, generation: u64, event: PipelineEvent) {
-        let Some(at) = self.lanes.iter().position(|lane| lane.has(generation)) else { return };
-        if let State::BringingUp { lost, .. } = &mut self.lanes[at].state {
+        let Some(at) = self.replicas.iter().position(|replica| replica.has(generation)) else { return };
+        if let State::BringingUp { lost, .. } = &mut self.replicas[at].state {
             *lost |= matches!(event, PipelineEvent::Lost { .. });
             return;
         }
         match event {
             PipelineEvent::Done { stage, step, compute } => {
-                let Lane { pace, scheduler, .. } = &mut self.lanes[at];
-                pace.done(stage, step, compute);
-                scheduler.limit_mixed_steps(pace.tokens());
+                let Replica { budget, scheduler, .. } = &mut self.replicas[at];
+                budget.done(stage, step, compute);
+                scheduler.limit_mixed_steps(budget.tokens());
             }
             PipelineEvent::Lost { worker, reason } => self.lost(at, &worker, &reason),
             PipelineEvent::Result(result) => self.commit(at, result),
         }
     }
 
-    fn commit(&mut self, lane: usize, result: v1::StepResult) {
+    fn commit(&mut self, replica: usize, result: v1::StepResult) {
         self.counters.steps += 1;
-        let scheduler = &mut self.lanes[lane].scheduler;
+        let scheduler = &mut self.replicas[replica].scheduler;
         if let Some(failure) = result.failure {
             tracing::warn!(step = result.step, failure, "a step was poisoned; its batch is replayed");
             match scheduler.fail(result.step) {
                 Ok(given_up) => given_up.into_iter().for_each(|id| self.fail(id, EngineError::Poisoned)),
-                Err(error) => self.lost(lane, "the last stage", &error.to_string()),
+                Err(error) => self.lost(replica, "the last stage", &error.to_string()),
             }
             return;
         }
@@ -301,7 +309,7 @@ impl Engine {
                     }
                 }
             }
-            Err(error) => self.lost(lane, "the last stage", &error.to_string()),
+            Err(error) => self.lost(replica, "the last stage", &error.to_string()),
         }
     }
 
@@ -344,7 +352,7 @@ impl Engine {
 
     /// Takes a sequence from whichever scheduler has it.
     fn cancel(&mut self, id: SequenceId) {
-        self.lanes.iter_mut().for_each(|lane| lane.scheduler.cancel(id));
+        self.replicas.iter_mut().for_each(|replica| replica.scheduler.cancel(id));
     }
 
     fn fail(&mut self, id: SequenceId, error: EngineError) {
@@ -356,11 +364,12 @@ impl Engine {
 
     /// Hands steps to the pipelines for as long as their schedulers have any.
     fn issue(&mut self) {
-        for at in 0..self.lanes.len() {
-            while let Some(Lane { state: State::Up(pipeline), scheduler, pace, .. }) = self.lanes.get_mut(at)
+        for at in 0..self.replicas.len() {
+            while let Some(Replica { state: State::Up(pipeline), scheduler, budget, .. }) =
+                self.replicas.get_mut(at)
             {
                 let Some(meta) = scheduler.next_step() else { break };
-                pace.sent(meta.step, meta.token_ids.len() as u32);
+                budget.sent(meta.step, meta.token_ids.len() as u32);
                 if let Err(worker) = pipeline.issue(meta) {
                     self.lost(at, &worker, "it takes no steps");
                 }
@@ -368,33 +377,37 @@ impl Engine {
         }
     }
 
-    /// The live generation of a lane is over: its sequences go to other lanes, or wait for its next one.
+    /// The live generation of a replica is over: its sequences go to other replicas, or wait for its next one.
     fn lost(&mut self, at: usize, worker: &str, reason: &str) {
         tracing::warn!(worker, reason, "lost a stage; planning anew");
-        let lane = &mut self.lanes[at];
+        let replica = &mut self.replicas[at];
         let down = State::Down { retry: Instant::now() };
-        let State::Up(pipeline) = std::mem::replace(&mut lane.state, down) else { return };
-        lane.plan = None;
-        lane::move_away(&mut self.lanes, at);
-        if !self.lanes.iter().any(Lane::is_up) {
+        let State::Up(pipeline) = std::mem::replace(&mut replica.state, down) else { return };
+        replica.plan = None;
+        replica::move_away(&mut self.replicas, at);
+        if !self.replicas.iter().any(Replica::is_up) {
             self.down_since = Some(Instant::now());
         }
-        self.show_lanes(format!("worker {worker} was lost: {reason}"));
+        self.show_replicas(format!("worker {worker} was lost: {reason}"));
         self.bring_up(at, Some(pipeline));
     }
 
-    /// Adds a lane and tries to bring a pipeline up for it.
-    fn add_lane(&mut self) {
-        let number = (0..).find(|n| self.lanes.iter().all(|lane| lane.number != *n)).unwrap_or(0);
-        self.lanes.push(Lane::new(number, self.scheduler_config(0, 1), Pace::new(self.limits.inter_token)));
-        self.bring_up(self.lanes.len() - 1, None);
+    /// Adds a replica and tries to bring a pipeline up for it.
+    fn add_replica(&mut self) {
+        let number = (0..).find(|n| self.replicas.iter().all(|replica| replica.number != *n)).unwrap_or(0);
+        self.replicas.push(Replica::new(
+            number,
+            self.scheduler_config(0, 1),
+            PrefillBudget::new(self.limits.inter_token),
+        ));
+        self.bring_up(self.replicas.len() - 1, None);
     }
 
-    /// Starts a task that ends `old` and brings a new generation of a lane up over the devices that no other has.
+    /// Starts a task that ends `old` and brings a new generation of a replica up over the devices that no other has.
     fn bring_up(&mut self, at: usize, old: Option<Pipeline>) {
-        if self.lanes.iter().enumerate().any(|(i, lane)| i != at && lane.is_planning()) {
+        if self.replicas.iter().enumerate().any(|(i, replica)| i != at && replica.is_planning()) {
             // Two that look for devices at once might find the same.
-            self.lanes[at].state = State::Down { retry: Instant::now() + TICK };
+            self.replicas[at].state = State::Down { retry: Instant::now() + TICK };
             if let Some(old) = old {
                 tokio::spawn(async move { old.abort().abort().await });
             }
@@ -402,10 +415,10 @@ impl Engine {
         }
         self.generation += 1;
         let generation = self.generation;
-        let lane = &mut self.lanes[at];
-        lane.state = State::BringingUp { generation, lost: false };
-        let fence = Fence { term: FIXED_TERM, pipeline: lane.number, generation };
-        let taken: Vec<_> = self.lanes.iter().filter_map(|lane| lane.plan.clone()).collect();
+        let replica = &mut self.replicas[at];
+        replica.state = State::BringingUp { generation, lost: false };
+        let fence = Fence { term: FIXED_TERM, pipeline: replica.number, generation };
+        let taken: Vec<_> = self.replicas.iter().filter_map(|replica| replica.plan.clone()).collect();
         let (members, deployment) = (self.members.clone(), self.deployment.clone());
         let (events, observer) = (self.handle.clone(), self.observer.clone());
         let sink_events = events.clone();
@@ -417,57 +430,57 @@ impl Engine {
                 old.abort().abort().await;
             }
             let outcome = async {
-                let mut survey = survey(&members, &deployment.model).await?;
-                survey.leave_out(&taken);
-                let plan = Arc::new(survey.plan(&deployment)?);
+                let mut found = discover(&members, &deployment.model).await?;
+                found.leave_out(&taken);
+                let plan = Arc::new(found.plan(&deployment)?);
                 let _ = events.send(Event::Planned(generation, plan.clone()));
                 let progress = {
                     let observer = observer.clone();
                     Arc::new(move |update| observer(Notice::Loading(update)))
                 };
-                Pipeline::bring_up(&survey, &plan, fence, progress, sink, &deployment).await
+                Pipeline::bring_up(&found, &plan, fence, progress, sink, &deployment).await
             };
             let outcome = outcome.await;
             let _ = events.send(Event::BroughtUp(generation, Box::new(outcome)));
         });
     }
 
-    /// A lane has found devices; what it leaves over may hold another copy of the model.
+    /// A replica has found devices; what it leaves over may hold another copy of the model.
     fn planned(&mut self, generation: u64, plan: Arc<Plan>) {
         self.no_capacity_since = None;
-        let Some(at) = self.lanes.iter().position(|lane| lane.has(generation)) else { return };
+        let Some(at) = self.replicas.iter().position(|replica| replica.has(generation)) else { return };
         let more = plan.replicas.len() > 1;
-        if self.lanes.len() == 1 {
+        if self.replicas.len() == 1 {
             // Others begin with what this one leaves, as this plan says.
             (self.observer)(Notice::Planned(plan.clone()));
             plan.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         }
-        self.lanes[at].plan = Some(plan);
-        if more && self.lanes.iter().all(|lane| lane.plan.is_some()) {
-            self.add_lane();
+        self.replicas[at].plan = Some(plan);
+        if more && self.replicas.iter().all(|replica| replica.plan.is_some()) {
+            self.add_replica();
         }
     }
 
     fn brought_up(&mut self, generation: u64, outcome: Result<Pipeline, PipelineError>) {
-        let Some(at) = self.lanes.iter().position(|lane| lane.has(generation)) else { return };
-        let lost = matches!(self.lanes[at].state, State::BringingUp { lost: true, .. });
+        let Some(at) = self.replicas.iter().position(|replica| replica.has(generation)) else { return };
+        let lost = matches!(self.replicas[at].state, State::BringingUp { lost: true, .. });
         match outcome {
             Ok(pipeline) => {
-                let replica = pipeline.replica();
-                let blocks = replica.kv_capacity_tokens / u64::from(strata_proto::BLOCK_TOKENS);
-                let stages = replica.stages.len();
+                let planned = pipeline.replica();
+                let blocks = planned.kv_capacity_tokens / u64::from(strata_proto::BLOCK_TOKENS);
+                let stages = planned.stages.len();
                 let config = self.scheduler_config(u32::try_from(blocks).unwrap_or(u32::MAX), stages as u32);
-                let lane = &mut self.lanes[at];
-                for id in lane.scheduler.restart(config) {
+                let replica = &mut self.replicas[at];
+                for id in replica.scheduler.restart(config) {
                     let message = "the cache that is left is too small for this request".to_owned();
                     self.fail(id, EngineError::Refused { message, kind: Kind::NoCapacity });
                 }
                 tracing::info!(fence = %pipeline.fence(), stages, "a pipeline is up");
-                self.lanes[at].state = State::Up(pipeline);
-                self.lanes[at].pace = Pace::new(self.limits.inter_token);
+                self.replicas[at].state = State::Up(pipeline);
+                self.replicas[at].budget = PrefillBudget::new(self.limits.inter_token);
                 self.down_since = None;
                 self.no_capacity_since = None;
-                self.show_lanes(String::new());
+                self.show_replicas(String::new());
                 if let Some(first) = self.first.take() {
                     let _ = first.send(Ok(()));
                 }
@@ -476,17 +489,17 @@ impl Engine {
                 }
             }
             Err(error) => {
-                let lane = &mut self.lanes[at];
-                lane.plan = None;
-                lane.state = State::Down { retry: Instant::now() + RETRY_EVERY };
-                if lane.load() == 0 && self.lanes.iter().any(Lane::is_up) {
+                let replica = &mut self.replicas[at];
+                replica.plan = None;
+                replica.state = State::Down { retry: Instant::now() + RETRY_EVERY };
+                if replica.load() == 0 && self.replicas.iter().any(Replica::is_up) {
                     tracing::info!(%error, "no further replica");
-                    self.lanes.remove(at);
+                    self.replicas.remove(at);
                     return;
                 }
                 tracing::warn!(%error, "no pipeline came up");
-                if !self.lanes.iter().any(Lane::is_up) {
-                    self.show_lanes(error.to_string());
+                if !self.replicas.iter().any(Replica::is_up) {
+                    self.show_replicas(error.to_string());
                     self.no_capacity_since.get_or_insert_with(Instant::now);
                 }
                 if let Some(first) = self.first.take() {
@@ -497,9 +510,9 @@ impl Engine {
     }
 
     /// Shows which pipelines are up, and why none is.
-    fn show_lanes(&self, reason: String) {
-        let up = self.lanes.iter().filter_map(|lane| match &lane.state {
-            State::Up(pipeline) => Some((pipeline, lane.plan.as_ref()?)),
+    fn show_replicas(&self, reason: String) {
+        let up = self.replicas.iter().filter_map(|replica| match &replica.state {
+            State::Up(pipeline) => Some((pipeline, replica.plan.as_ref()?)),
             _ => None,
         });
         let up: Vec<_> = up.collect();
@@ -520,7 +533,7 @@ impl Engine {
     fn publish(&self) {
         let block = u64::from(strata_proto::BLOCK_TOKENS);
         let mut load = self.counters;
-        for stats in self.lanes.iter().map(|lane| lane.scheduler.stats()) {
+        for stats in self.replicas.iter().map(|replica| replica.scheduler.stats()) {
             load.running += stats.running;
             load.waiting += stats.waiting;
             load.kv_tokens_used += u64::from(stats.blocks_used) * block;

@@ -13,10 +13,13 @@ use strata_proto::{
 use tokio::sync::mpsc;
 use tonic::Status;
 
-use crate::{
+use super::{
+    call::{CALL_PATIENCE, call},
+    discovery::Discovery,
+    error::PipelineError,
     membership::Member,
-    survey::{CALL_PATIENCE, Deployment, PipelineError, Survey, call},
 };
+use crate::config::Deployment;
 
 /// Longest wait for Prepare, which touches every page of the cache: minutes on a machine with much memory.
 const PREPARE_PATIENCE: Duration = Duration::from_secs(600);
@@ -83,7 +86,7 @@ impl Pipeline {
     /// # Errors
     /// The first call that fails; the stages that were up are aborted.
     pub async fn bring_up(
-        survey: &Survey,
+        found: &Discovery,
         plan: &Plan,
         fence: Fence,
         progress: Arc<dyn Fn(LoadUpdate) + Send + Sync>,
@@ -91,7 +94,7 @@ impl Pipeline {
         deployment: &Deployment,
     ) -> Result<Pipeline, PipelineError> {
         let replica = plan.replicas.first().cloned().ok_or(PipelineError::NoWorkers)?;
-        let setups = setups(survey, plan, &replica, fence);
+        let setups = setups(found, plan, &replica, fence);
         let abort = AbortHandle {
             fence,
             stages: setups.iter().map(|s| (s.member.clone(), s.spec.device.clone())).collect(),
@@ -164,13 +167,13 @@ struct Setup {
     plan: StagePlan,
 }
 
-fn setups(survey: &Survey, plan: &Plan, replica: &Replica, fence: Fence) -> Vec<Setup> {
+fn setups(found: &Discovery, plan: &Plan, replica: &Replica, fence: Fence) -> Vec<Setup> {
     let last = replica.stages.len().saturating_sub(1);
     let setup = |(index, stage): (usize, &StagePlan)| {
-        let (member, _) = survey.members.get(&stage.worker)?;
+        let (member, _) = found.members.get(&stage.worker)?;
         let spec = v1::StageSpec {
             model: plan.model.clone(),
-            fingerprint: survey.profile.fingerprint.clone(),
+            fingerprint: found.profile.fingerprint.clone(),
             device: stage.device.clone(),
             layers: Some(stage.layers.into()),
             embedding: index == 0,

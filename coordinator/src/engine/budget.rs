@@ -9,9 +9,9 @@ const NEWEST: f64 = 0.3;
 /// Steps that may be under way.
 const REMEMBERED: usize = 64;
 
-/// The measured speed of one pipeline.
+/// What prompts may take of a step, by the measured speed of one pipeline.
 #[derive(Debug)]
-pub(crate) struct Pace {
+pub(crate) struct PrefillBudget {
     /// Longest wait from token to token; zero if nobody minds.
     target: Duration,
     /// Steps on their way, and their tokens.
@@ -20,10 +20,10 @@ pub(crate) struct Pace {
     stages: Vec<Option<f64>>,
 }
 
-impl Pace {
+impl PrefillBudget {
     /// Of a pipeline that has computed nothing yet.
     pub fn new(target: Duration) -> Self {
-        Pace { target, sent: VecDeque::new(), stages: Vec::new() }
+        PrefillBudget { target, sent: VecDeque::new(), stages: Vec::new() }
     }
 
     /// A step of so many tokens is on its way.
@@ -66,24 +66,24 @@ mod tests {
     #[test]
     fn the_slowest_stage_sets_the_pace_and_decode_steps_do_not() {
         let ms = Duration::from_millis;
-        let mut pace = Pace::new(ms(200));
-        assert_eq!(pace.tokens(), u32::MAX, "nothing is known yet");
-        pace.sent(0, 8);
-        pace.done(0, 0, ms(100));
-        assert_eq!(pace.tokens(), u32::MAX, "eight tokens cost as much as one");
-        pace.sent(1, 100);
-        pace.done(0, 1, ms(100));
-        assert_eq!(pace.tokens(), 200);
-        pace.done(1, 1, ms(200));
-        assert_eq!(pace.tokens(), 100);
-        pace.done(1, 7, ms(1));
-        assert_eq!(pace.tokens(), 100, "a step that was never sent says nothing");
+        let mut budget = PrefillBudget::new(ms(200));
+        assert_eq!(budget.tokens(), u32::MAX, "nothing is known yet");
+        budget.sent(0, 8);
+        budget.done(0, 0, ms(100));
+        assert_eq!(budget.tokens(), u32::MAX, "eight tokens cost as much as one");
+        budget.sent(1, 100);
+        budget.done(0, 1, ms(100));
+        assert_eq!(budget.tokens(), 200);
+        budget.done(1, 1, ms(200));
+        assert_eq!(budget.tokens(), 100);
+        budget.done(1, 7, ms(1));
+        assert_eq!(budget.tokens(), 100, "a step that was never sent says nothing");
         for step in 2..40 {
-            pace.sent(step, 100);
-            pace.done(1, step, ms(10_000));
+            budget.sent(step, 100);
+            budget.done(1, step, ms(10_000));
         }
-        assert_eq!(pace.tokens(), 16, "some progress is always made");
-        let mut patient = Pace::new(Duration::ZERO);
+        assert_eq!(budget.tokens(), 16, "some progress is always made");
+        let mut patient = PrefillBudget::new(Duration::ZERO);
         patient.sent(0, 100);
         patient.done(0, 0, ms(100));
         assert_eq!(patient.tokens(), u32::MAX);

@@ -15,10 +15,13 @@ use tokio::sync::mpsc;
 use tonic::{Request, Response, Status, async_trait, metadata::MetadataMap};
 
 use crate::{
-    admission::{self, AdmissionError, MAX_IDS},
     coordinator::Coordinator,
-    encode,
-    messages::{Asked, EngineError, Event, Reply, Submission},
+    engine::{Asked, EngineError, Event, Reply, Submission},
+    request::{
+        AdmissionError,
+        bounds::{self, MAX_IDS},
+        encode, generate,
+    },
     scheduler::SequenceId,
 };
 
@@ -154,7 +157,7 @@ impl Inference for InferenceService {
                 let capacity = c.engine.snapshot.borrow().capacity;
                 // While no pipeline is up its capacity is unknown; the scheduler checks again when there is one.
                 let capacity = if capacity == 0 { u64::MAX } else { capacity };
-                admission::check(request, &c.tokenizer, &c.profile, capacity)
+                generate::check(request, &c.tokenizer, &c.profile, capacity)
             })
             .await?;
         checked.deadline = sooner(checked.deadline, timeout);
@@ -261,8 +264,8 @@ impl Inference for InferenceService {
         let _permit = self.coordinator.gate.enter().map_err(|e| status(&e))?;
         let request = request.into_inner();
         let token_ids = self.tokenizing(move |c| {
-            admission::check_model(&request.model, &c.profile.model)?;
-            admission::check_text("text", &request.text)?;
+            bounds::check_model(&request.model, &c.profile.model)?;
+            bounds::check_text("text", &request.text)?;
             Ok(c.tokenizer.encode(&request.text, !request.plain)?)
         });
         Ok(Response::new(v1::TokenizeResponse { token_ids: token_ids.await? }))
@@ -275,7 +278,7 @@ impl Inference for InferenceService {
         let _permit = self.coordinator.gate.enter().map_err(|e| status(&e))?;
         let request = request.into_inner();
         let text = self.tokenizing(move |c| {
-            admission::check_model(&request.model, &c.profile.model)?;
+            bounds::check_model(&request.model, &c.profile.model)?;
             let field = |why| AdmissionError::Field { field: "token_ids", why };
             if request.token_ids.len() > MAX_IDS {
                 return Err(field(format!(

@@ -96,7 +96,7 @@ impl Worker for Obedient {
 }
 
 /// One process with a CPU and two GPUs that do not reach each other.
-fn surveyed(worker: Arc<Obedient>, nccl: bool) -> Survey {
+fn discovered(worker: Arc<Obedient>, nccl: bool) -> Discovery {
     let mut offers = vec![
         device(DeviceKind::Cuda, "cuda:0", 1 << 20, false),
         device(DeviceKind::Cuda, "cuda:1", 1 << 20, false),
@@ -105,7 +105,7 @@ fn surveyed(worker: Arc<Obedient>, nccl: bool) -> Survey {
     offers.iter_mut().for_each(|offer| offer.device.nccl = nccl && offer.device.kind == DeviceKind::Cuda);
     let member = Member { name: "w".into(), worker, rank: 0, host: "h".into() };
     let members = HashMap::from([("w".to_owned(), (member, "hub".to_owned()))]);
-    Survey { profile: profile(&[(100, 1); 6], 0, false), offers, members }
+    Discovery { profile: profile(&[(100, 1); 6], 0, false), offers, members }
 }
 
 fn deployment(links: Option<LinkKind>) -> Deployment {
@@ -127,12 +127,12 @@ fn fence() -> Fence {
     Fence { term: 1, pipeline: 0, generation: 1 }
 }
 
-async fn bring_up(survey: &Survey, worker: &Obedient) -> Result<Pipeline, PipelineError> {
-    let plan = survey.plan(&deployment(None))?;
+async fn bring_up(found: &Discovery, worker: &Obedient) -> Result<Pipeline, PipelineError> {
+    let plan = found.plan(&deployment(None))?;
     let stages = plan.replicas[0].stages.iter();
     *lock(&worker.plan) = stages.map(|stage| (stage.device.clone(), stage.clone())).collect();
     let deployment = deployment(None);
-    Pipeline::bring_up(survey, &plan, fence(), Arc::new(|_| {}), Arc::new(|_, _| {}), &deployment).await
+    Pipeline::bring_up(found, &plan, fence(), Arc::new(|_| {}), Arc::new(|_, _| {}), &deployment).await
 }
 
 #[tokio::test]
@@ -140,7 +140,7 @@ async fn both_ends_of_an_nccl_link_get_the_id_that_the_sending_end_minted() {
     // Were stages connected one after the other, the first one would wait for ever.
     let both = Some(Arc::new(tokio::sync::Barrier::new(3)));
     let worker = Arc::new(Obedient { id_bytes: NCCL_ID, both, ..Obedient::default() });
-    bring_up(&surveyed(worker.clone(), true), &worker).await.unwrap();
+    bring_up(&discovered(worker.clone(), true), &worker).await.unwrap();
     assert_eq!(*lock(&worker.asked_to_mint), ["cuda:0"], "only the first link is by NCCL");
     let connected = lock(&worker.connected);
     let down = connected["cuda:0"].downstream.clone().unwrap();
@@ -157,7 +157,7 @@ async fn both_ends_of_an_nccl_link_get_the_id_that_the_sending_end_minted() {
 async fn a_missing_or_short_id_is_an_error() {
     for id_bytes in [0, 127] {
         let worker = Arc::new(Obedient { id_bytes, ..Obedient::default() });
-        let error = bring_up(&surveyed(worker.clone(), true), &worker).await.unwrap_err().to_string();
+        let error = bring_up(&discovered(worker.clone(), true), &worker).await.unwrap_err().to_string();
         let says = format!("worker w: its NCCL id has {id_bytes} bytes where 128 were expected");
         assert_eq!(error, says);
     }
@@ -165,8 +165,8 @@ async fn a_missing_or_short_id_is_an_error() {
 
 #[test]
 fn plans_say_which_links_and_why() {
-    let survey = surveyed(Arc::default(), false);
-    let plan = survey.plan(&deployment(None)).unwrap();
+    let found = discovered(Arc::default(), false);
+    let plan = found.plan(&deployment(None)).unwrap();
     let json = serde_json::to_value(&plan).unwrap();
     let link = |at: usize| {
         let stage = &json["replicas"][0]["stages"][at];
@@ -178,12 +178,12 @@ fn plans_say_which_links_and_why() {
     assert_eq!(link(2), (serde_json::Value::Null, serde_json::Value::Null));
     assert_eq!(json["replicas"][0]["stages"][0]["layers"], serde_json::json!([0, 2]));
     assert_eq!(Plan::try_from(v1::Plan::from(&plan)).unwrap(), plan);
-    let tcp = survey.plan(&deployment(Some(LinkKind::Tcp))).unwrap();
+    let tcp = found.plan(&deployment(Some(LinkKind::Tcp))).unwrap();
     let kinds = |plan: &Plan| -> Vec<_> {
         plan.replicas[0].stages.iter().map(|s| s.link.as_ref().map(|l| l.kind)).collect()
     };
     assert_eq!(kinds(&tcp), [Some(LinkKind::Tcp), Some(LinkKind::Tcp), None]);
-    let error = survey.plan(&deployment(Some(LinkKind::Nccl))).unwrap_err().to_string();
+    let error = found.plan(&deployment(Some(LinkKind::Nccl))).unwrap_err().to_string();
     assert_eq!(
         error,
         "the stages on w/cuda:0 and w/cuda:1 cannot be linked by nccl: no NCCL on h/w; use --links auto, which takes \

@@ -4,7 +4,7 @@ use strata_proto::{Device, DeviceKind, LinkChoice, LinkKind};
 
 /// One end of a link.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct End<'a> {
+pub(super) struct End<'a> {
     /// Worker of the stage.
     pub worker: &'a str,
     /// Machine of the worker.
@@ -20,7 +20,7 @@ pub(crate) struct End<'a> {
 ///
 /// # Errors
 /// Why they cannot have the one that was asked for.
-pub(crate) fn choose(from: End<'_>, to: End<'_>, forced: Option<LinkKind>) -> Result<LinkChoice, String> {
+pub(super) fn choose(from: End<'_>, to: End<'_>, forced: Option<LinkKind>) -> Result<LinkChoice, String> {
     let choice = |kind, why: &str| Ok(LinkChoice { kind, why: why.to_owned() });
     if let Some(kind) = forced {
         return match obstacle(from, to, kind) {

@@ -4,19 +4,19 @@ use std::time::Duration;
 
 use strata_proto::{
     ModelProfile,
+    sampling::MAX_CANDIDATES,
     v1::{self, Scoring, Task, Truncation},
 };
 
-use crate::{
-    admission::{AdmissionError, MAX_TEXT, check_deadline, check_model, field},
-    scheduler::Encode,
+use super::{
+    bounds::{MAX_TEXT, check_deadline, check_model, check_task},
+    error::{AdmissionError, field},
     tokenizer::{Encoded, Tokenizer},
 };
+use crate::scheduler::Encode;
 
 /// Most inputs of one call.
 pub const MAX_INPUTS: usize = 1024;
-/// Most candidates for a mask.
-const MAX_CANDIDATES: u32 = 100;
 /// Candidates for a mask unless asked for otherwise.
 pub const DEFAULT_CANDIDATES: u32 = 5;
 
@@ -91,29 +91,6 @@ pub fn check(
     };
     let inputs = request.inputs.into_iter().enumerate().map(one).collect::<Result<_, AdmissionError>>()?;
     Ok((inputs, deadline))
-}
-
-/// Refuses a call that the served model cannot answer.
-///
-/// # Errors
-/// [`AdmissionError::WrongTask`], with the call that it does answer.
-pub fn check_task(asked: Task, profile: &ModelProfile) -> Result<(), AdmissionError> {
-    if asked == profile.task {
-        return Ok(());
-    }
-    let (asked, served) = (call_name(asked), call_name(profile.task));
-    Err(AdmissionError::WrongTask { asked, served, model: profile.model.clone() })
-}
-
-/// The call by which a task is asked for.
-fn call_name(task: Task) -> &'static str {
-    match task {
-        Task::Generate => "Generate",
-        Task::Classify => "Classify",
-        Task::Embed => "Embed",
-        Task::FillMask => "FillMask",
-        Task::Unspecified => "nothing",
-    }
 }
 
 fn encode(

@@ -10,10 +10,10 @@ use strata_proto::{
 use tonic::{Request, Response, Status, async_trait};
 
 use crate::{
+    cluster::{discovery::discover, membership::Member},
+    config::Deployment,
     coordinator::Coordinator,
-    membership::Member,
     planner::{IMAGINED, Offer, Split},
-    survey::{Deployment, survey},
 };
 
 pub(super) struct ClusterService {
@@ -72,7 +72,7 @@ impl Cluster for ClusterService {
         let mut request = request.into_inner();
         let devices = std::mem::take(&mut request.devices);
         let deployment = changed(&self.coordinator.deployment, request).map_err(|e| status(&e))?;
-        let found = survey(&self.members(), &deployment.model).await.map_err(|e| status(&e))?;
+        let found = discover(&self.members(), &deployment.model).await.map_err(|e| status(&e))?;
         let plan = if devices.is_empty() {
             found.plan(&deployment).map_err(|e| status(&e))?
         } else {

@@ -1,12 +1,12 @@
-//! One of the pipelines of a deployment, with the sequences that it computes.
+//! A replica of the model as it runs: its pipeline, and the sequences that it computes.
 
 use std::{sync::Arc, time::Instant};
 
 use strata_proto::Plan;
 
+use super::budget::PrefillBudget;
 use crate::{
-    pace::Pace,
-    pipeline::Pipeline,
+    cluster::pipeline::Pipeline,
     scheduler::{self, Scheduler},
 };
 
@@ -28,22 +28,22 @@ pub(crate) enum State {
     },
 }
 
-/// One replica of the model.
-pub(crate) struct Lane {
+/// One replica of the model. The plan's word for it, `strata_proto::Replica`, is what its pipeline was brought up by.
+pub(crate) struct Replica {
     /// Which pipeline it is in fences; never reused while another has it.
     pub number: u32,
     pub state: State,
     pub scheduler: Scheduler,
     /// How fast its pipeline is.
-    pub pace: Pace,
+    pub budget: PrefillBudget,
     /// What it runs by, or is being brought up by: the devices of its first replica are nobody else's.
     pub plan: Option<Arc<Plan>>,
 }
 
-impl Lane {
-    pub fn new(number: u32, config: scheduler::Config, pace: Pace) -> Self {
+impl Replica {
+    pub fn new(number: u32, config: scheduler::Config, budget: PrefillBudget) -> Self {
         let state = State::Down { retry: Instant::now() };
-        Lane { number, state, scheduler: Scheduler::new(config), pace, plan: None }
+        Replica { number, state, scheduler: Scheduler::new(config), budget, plan: None }
     }
 
     pub fn is_up(&self) -> bool {
@@ -79,16 +79,16 @@ impl Lane {
     }
 }
 
-/// Gives what `from` can no longer compute to the least busy of the lanes that are up and could; what fits nowhere else
-/// stays.
-pub(crate) fn move_away(lanes: &mut [Lane], from: usize) {
-    let mut others: Vec<usize> = (0..lanes.len()).filter(|i| *i != from && lanes[*i].is_up()).collect();
+/// Gives what `from` can no longer compute to the least busy of the replicas that are up and could; what fits nowhere
+/// else stays.
+pub(crate) fn move_away(replicas: &mut [Replica], from: usize) {
+    let mut others: Vec<usize> = (0..replicas.len()).filter(|i| *i != from && replicas[*i].is_up()).collect();
     if others.is_empty() {
         return;
     }
-    for sequence in lanes[from].scheduler.surrender() {
-        others.sort_by_key(|i| lanes[*i].load());
-        let home = others.iter().copied().find(|i| lanes[*i].scheduler.check(&sequence).is_ok());
-        lanes[home.unwrap_or(from)].scheduler.adopt(sequence);
+    for sequence in replicas[from].scheduler.surrender() {
+        others.sort_by_key(|i| replicas[*i].load());
+        let home = others.iter().copied().find(|i| replicas[*i].scheduler.check(&sequence).is_ok());
+        replicas[home.unwrap_or(from)].scheduler.adopt(sequence);
     }
 }

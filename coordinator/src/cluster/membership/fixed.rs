@@ -1,11 +1,12 @@
-//! Who is there: workers as a stream of events. A fixed list today; etcd will produce the same events.
+//! Members from a list of URLs.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
-use strata_proto::{PROTOCOL, Worker, v1};
+use strata_proto::{PROTOCOL, v1};
 use tokio::sync::mpsc;
 
-use crate::remote::RemoteWorker;
+use super::{Member, MemberEvent};
+use crate::cluster::remote::RemoteWorker;
 
 /// How often a listed worker is asked whether it is there.
 const PROBE_EVERY: Duration = Duration::from_millis(500);
@@ -13,59 +14,6 @@ const PROBE_EVERY: Duration = Duration::from_millis(500);
 const PROBE_PATIENCE: Duration = Duration::from_secs(2);
 /// Unanswered probes in a row after which a worker counts as gone.
 const MISSES: u32 = 3;
-
-/// A worker that can be planned over.
-#[derive(Clone)]
-pub struct Member {
-    /// Name in plans; unique.
-    pub name: String,
-    /// Its calls.
-    pub worker: Arc<dyn Worker>,
-    /// Place in the list; plans keep this order.
-    pub rank: usize,
-    /// Host that activations for this worker are sent to when it listens on every address.
-    pub host: String,
-}
-
-impl fmt::Debug for Member {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Member").field("name", &self.name).finish_non_exhaustive()
-    }
-}
-
-/// A change of the membership.
-#[derive(Debug)]
-pub enum MemberEvent {
-    /// A worker is there, or is there again under a new boot id.
-    Joined(Member),
-    /// The named worker is gone.
-    Left(String),
-}
-
-/// Keeps the list of members, in order of rank.
-pub(crate) fn note(members: &mut Vec<Member>, event: &MemberEvent) {
-    match event {
-        MemberEvent::Joined(member) => {
-            members.retain(|m| m.name != member.name);
-            members.push(member.clone());
-        }
-        MemberEvent::Left(name) => members.retain(|m| m.name != *name),
-    }
-    members.sort_by_key(|m| m.rank);
-}
-
-/// Workers of this process: they join at once and stay.
-pub fn local(workers: Vec<(String, Arc<dyn Worker>)>) -> mpsc::UnboundedReceiver<MemberEvent> {
-    let (events, receiver) = mpsc::unbounded_channel();
-    for (rank, (name, worker)) in workers.into_iter().enumerate() {
-        // The receiver is in hand, so this cannot fail.
-        let _ = events.send(MemberEvent::Joined(Member { name, worker, rank, host: "127.0.0.1".into() }));
-    }
-    // Keeps the stream open for as long as anyone listens.
-    let keep = events.clone();
-    tokio::spawn(async move { keep.closed().await });
-    receiver
-}
 
 /// Workers at fixed URLs, each probed until the receiver is dropped.
 ///

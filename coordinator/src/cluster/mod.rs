@@ -1,0 +1,12 @@
+//! The workers: who is there, what they have, and the pipelines over them.
+
+mod call;
+pub mod discovery;
+mod error;
+mod links;
+pub mod membership;
+pub mod pipeline;
+mod remote;
+
+pub use error::PipelineError;
+pub use remote::RemoteWorker;

@@ -1,0 +1,67 @@
+//! What is to be served, over whom, and within which limits: validated values, read by everybody.
+
+use std::time::Duration;
+
+use strata_proto::{DType, LinkKind, ModelProfile, Quantization};
+
+use crate::{planner::Split, preflight::Check};
+
+/// Everything a coordinator needs to know.
+#[derive(Debug, Clone)]
+pub struct CoordinatorConfig {
+    /// What is served.
+    pub deployment: Deployment,
+    /// Bounds on requests.
+    pub limits: Limits,
+    /// Workers to wait for before the first plan.
+    pub expected_members: usize,
+    /// How long to wait for them.
+    pub join_patience: Duration,
+    /// Checks whose failure does not keep the deployment from serving.
+    pub skip_checks: Vec<Check>,
+}
+
+/// What is to be served, and how.
+#[derive(Debug, Clone)]
+pub struct Deployment {
+    /// Model name.
+    pub model: String,
+    /// How layers are split.
+    pub split: Split,
+    /// Format; `None` is the checkpoint's.
+    pub dtype: Option<DType>,
+    /// What weights are turned into when they are loaded.
+    pub quantization: Option<Quantization>,
+    /// Size of the cache, in tokens; `None` is 16 contexts, or what fits.
+    pub kv_tokens: Option<u64>,
+    /// Size of the cache in full contexts, where `kv_tokens` is not set.
+    pub max_sequences: Option<u32>,
+    /// Longest sequence, if shorter than the model's context.
+    pub context: Option<u32>,
+    /// Forced link kind; `None` is the best that each two stages can have.
+    pub links: Option<LinkKind>,
+    /// Most tokens in one step.
+    pub max_step_tokens: u32,
+    /// Most rows with an output in one step.
+    pub max_step_rows: u32,
+}
+
+impl Deployment {
+    /// The longest sequence that is served.
+    pub fn context_of(&self, profile: &ModelProfile) -> u32 {
+        self.context.map_or(profile.context_length, |c| c.min(profile.context_length))
+    }
+}
+
+/// Limits of the scheduler that are not part of the plan.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Most prompt tokens of one sequence in one step.
+    pub prefill_chunk: u32,
+    /// Longest that those who decode are to wait for a token because of others' prompts; zero is as long as it takes.
+    pub inter_token: Duration,
+    /// Prompts that begin alike are computed once, within a tenant.
+    pub prefix_cache: bool,
+    /// Most requests in progress or waiting.
+    pub max_requests: usize,
+}

@@ -1,0 +1,45 @@
+//! Why a request that was let in has no answer.
+
+use strata_proto::error::{Classify, Kind};
+
+/// Why an accepted or waiting request ended without an answer.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum EngineError {
+    /// The scheduler has no room.
+    #[error("{message}")]
+    Refused {
+        /// What was wrong.
+        message: String,
+        /// What it means to the caller.
+        kind: Kind,
+    },
+    /// The caller's deadline passed.
+    #[error("the deadline passed after {tokens} tokens")]
+    Deadline {
+        /// Tokens generated until then.
+        tokens: u32,
+    },
+    /// No pipeline came back in time.
+    #[error("no pipeline is serving: {0}; try again later")]
+    NoPipeline(String),
+    /// The batch of this request failed again and again, even alone.
+    #[error("this request failed in the model three times and was given up; the server's log has the reason")]
+    Poisoned,
+    /// A defect of ours.
+    #[error("internal error; the server's log has the reason")]
+    Internal,
+    /// The coordinator is going down.
+    #[error("the server is shutting down")]
+    ShuttingDown,
+}
+
+impl Classify for EngineError {
+    fn kind(&self) -> Kind {
+        match self {
+            EngineError::Refused { kind, .. } => *kind,
+            EngineError::Deadline { .. } => Kind::Deadline,
+            EngineError::NoPipeline(_) | EngineError::ShuttingDown => Kind::NoCapacity,
+            EngineError::Poisoned | EngineError::Internal => Kind::Internal,
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! What goes in and out of the engine.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use strata_proto::{
+    Plan,
+    v1::{self, generate_event},
+};
+use tokio::sync::{mpsc, watch};
+
+use super::{error::EngineError, snapshot::Snapshot};
+use crate::{
+    cluster::{
+        PipelineError,
+        membership::MemberEvent,
+        pipeline::{LoadUpdate, Pipeline, PipelineEvent},
+    },
+    preflight::Finding,
+    request::{Permit, encode::CheckedInput, generate::Checked},
+    scheduler::SequenceId,
+};
+
+/// One message of an answer. The channel's memory is bounded by the context length, so a client that does not
+/// read cannot hold up the engine.
+#[derive(Debug)]
+pub enum Reply {
+    /// The request is in; cancel it by this id.
+    Accepted(SequenceId),
+    /// Something to send on.
+    Event(generate_event::Event),
+    /// What the model's head yields of an input: a vector, or the logits of classes. The last message.
+    Vector(Vec<f32>),
+    /// Candidates for each mask of an input. The last message.
+    Guesses(Vec<Vec<v1::Alternative>>),
+    /// The answer is over without a finish.
+    Failed(EngineError),
+}
+
+/// What is asked of the engine.
+#[derive(Debug)]
+pub enum Asked {
+    /// To continue a prompt.
+    Generate(Box<Checked>),
+    /// To encode an input, until a deadline from arrival.
+    Encode(CheckedInput, Option<Duration>),
+}
+
+/// A checked request on its way to the engine.
+#[derive(Debug)]
+pub struct Submission {
+    /// The request.
+    pub request: Asked,
+    /// When it arrived.
+    pub arrived: Instant,
+    /// Where its answer goes.
+    pub reply: mpsc::UnboundedSender<Reply>,
+    /// Its place at the gate.
+    pub permit: Permit,
+}
+
+/// Everything the engine reacts to.
+#[derive(Debug)]
+pub enum Event {
+    /// A new request.
+    Submit(Box<Submission>),
+    /// A client went away.
+    Cancel(SequenceId),
+    /// A pipeline of this generation has news.
+    Pipeline(u64, PipelineEvent),
+    /// The pipeline of this generation is about to be loaded.
+    Planned(u64, Arc<Plan>),
+    /// The attempt to bring the pipeline of this generation up ended.
+    BroughtUp(u64, Box<Result<Pipeline, PipelineError>>),
+    /// Membership changed.
+    Member(MemberEvent),
+}
+
+/// Told about what happens while a deployment comes up.
+pub type Observer = Arc<dyn Fn(Notice) + Send + Sync>;
+
+/// Something a person waiting for the server wants to see.
+#[derive(Debug)]
+pub enum Notice {
+    /// Still waiting for workers: how many of how many have joined.
+    Waiting(usize, usize),
+    /// This plan is about to be loaded.
+    Planned(Arc<Plan>),
+    /// A stage reads its weights.
+    Loading(LoadUpdate),
+    /// What the checks before serving found.
+    Checked(Vec<Finding>),
+}
+
+/// Way to a running engine.
+#[derive(Debug, Clone)]
+pub struct EngineHandle {
+    /// Where events go. Unbounded: requests are bounded by the gate, stage messages by the steps in flight.
+    pub(crate) events: mpsc::UnboundedSender<Event>,
+    /// What the engine shows of itself.
+    pub snapshot: watch::Receiver<Snapshot>,
+}

@@ -1,0 +1,15 @@
+//! What runs requests: one loop that owns the replicas of the model and every request in progress.
+
+mod answer;
+mod budget;
+mod error;
+mod event_loop;
+mod messages;
+mod replica;
+mod snapshot;
+
+pub(crate) use error::EngineError;
+pub(crate) use event_loop::Engine;
+pub(crate) use messages::{Asked, Event, Reply, Submission};
+pub use messages::{EngineHandle, Notice, Observer};
+pub use snapshot::Snapshot;

@@ -1,0 +1,70 @@
+//! Bounds that calls share: the model's name and task, texts, deadlines.
+
+use std::time::Duration;
+
+use strata_proto::{ModelProfile, v1::Task};
+
+use super::error::{AdmissionError, field};
+
+/// Largest text that is tokenized, in bytes.
+pub const MAX_TEXT: usize = 1 << 20;
+/// Most token ids in a Detokenize.
+pub const MAX_IDS: usize = 1 << 20;
+const MAX_DEADLINE: Duration = Duration::from_secs(24 * 3600);
+
+/// Refuses a name other than the served one.
+///
+/// # Errors
+/// [`AdmissionError::WrongModel`].
+pub fn check_model(asked: &str, served: &str) -> Result<(), AdmissionError> {
+    if asked.is_empty() || asked == served {
+        return Ok(());
+    }
+    Err(AdmissionError::WrongModel { asked: asked.to_owned(), served: served.to_owned() })
+}
+
+/// Refuses a text that is too long to tokenize.
+///
+/// # Errors
+/// If it is longer than [`MAX_TEXT`].
+pub fn check_text(name: &'static str, text: &str) -> Result<(), AdmissionError> {
+    if text.len() > MAX_TEXT {
+        return Err(field(name, format!("{} bytes are too long: at most {MAX_TEXT} are taken", text.len())));
+    }
+    Ok(())
+}
+
+/// The time that a caller allows.
+///
+/// # Errors
+/// If it is nothing, or more than a day.
+pub(super) fn check_deadline(millis: Option<u64>) -> Result<Option<Duration>, AdmissionError> {
+    let deadline = millis.map(Duration::from_millis);
+    if deadline.is_some_and(|d| d.is_zero() || d > MAX_DEADLINE) {
+        return Err(field("deadline_ms", format!("expected 1 to {}", MAX_DEADLINE.as_millis())));
+    }
+    Ok(deadline)
+}
+
+/// Refuses a call that the served model cannot answer.
+///
+/// # Errors
+/// [`AdmissionError::WrongTask`], with the call that it does answer.
+pub fn check_task(asked: Task, profile: &ModelProfile) -> Result<(), AdmissionError> {
+    if asked == profile.task {
+        return Ok(());
+    }
+    let (asked, served) = (call_name(asked), call_name(profile.task));
+    Err(AdmissionError::WrongTask { asked, served, model: profile.model.clone() })
+}
+
+/// The call by which a task is asked for.
+fn call_name(task: Task) -> &'static str {
+    match task {
+        Task::Generate => "Generate",
+        Task::Classify => "Classify",
+        Task::Embed => "Embed",
+        Task::FillMask => "FillMask",
+        Task::Unspecified => "nothing",
+    }
+}

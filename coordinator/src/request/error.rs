@@ -1,0 +1,89 @@
+//! Why a request is not let in, and why a tokenizer cannot be used.
+
+use std::time::Duration;
+
+use strata_proto::error::{Classify, Kind};
+
+use super::chat::ChatError;
+
+/// When to try again after an overload: about the time a short answer takes.
+const RETRY_AFTER: Duration = Duration::from_millis(500);
+
+/// Why a request was not let in.
+#[derive(Debug, thiserror::Error)]
+pub enum AdmissionError {
+    /// A field is out of its bounds.
+    #[error("{field}: {why}")]
+    Field {
+        /// The field, as the `.proto` names it.
+        field: &'static str,
+        /// What it was and what was expected.
+        why: String,
+    },
+    /// Another model was asked for.
+    #[error("model {asked:?} is not served here; this server answers for {served:?}")]
+    WrongModel {
+        /// The name asked for.
+        asked: String,
+        /// The name served.
+        served: String,
+    },
+    /// The model does something else.
+    #[error("model {model:?} answers {served}, not {asked}")]
+    WrongTask {
+        /// The call made.
+        asked: &'static str,
+        /// The call that it answers.
+        served: &'static str,
+        /// The model.
+        model: String,
+    },
+    /// Too many requests at once.
+    #[error("{limit} requests are in progress or waiting, the most this server takes; try again later")]
+    Overload {
+        /// The bound.
+        limit: usize,
+    },
+    /// The tokenizer failed.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+}
+
+impl Classify for AdmissionError {
+    fn kind(&self) -> Kind {
+        match self {
+            AdmissionError::Field { .. }
+            | AdmissionError::WrongTask { .. }
+            | AdmissionError::Tokenizer(_) => Kind::BadInput,
+            AdmissionError::WrongModel { .. } => Kind::WrongModel,
+            AdmissionError::Overload { .. } => Kind::Overload { retry_after: RETRY_AFTER },
+        }
+    }
+}
+
+/// What is wrong with a field.
+pub(super) fn field(field: &'static str, why: impl Into<String>) -> AdmissionError {
+    AdmissionError::Field { field, why: why.into() }
+}
+
+/// Why a model's tokenizer cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TokenizerError {
+    /// The file is not beside the weights.
+    #[error("the model has no tokenizer.json: put the tokenizer's files beside the weights")]
+    Missing,
+    /// A file does not parse.
+    #[error("{file}: {why}")]
+    Broken {
+        /// The file.
+        file: &'static str,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The chat template is broken, missing, or refuses the messages.
+    #[error(transparent)]
+    Chat(#[from] ChatError),
+    /// Encoding or decoding failed.
+    #[error("tokenizer: {0}")]
+    Failed(String),
+}

@@ -1,0 +1,178 @@
+//! Generations that are let in: every bound on one is checked here, before anything is allocated for it.
+
+use std::{sync::Arc, time::Duration};
+
+use strata_proto::{ModelProfile, sampling::MAX_LOGPROBS, v1};
+
+use super::{
+    bounds::{MAX_TEXT, check_deadline, check_model, check_task, check_text},
+    chat::Message,
+    error::{AdmissionError, field},
+    sampling,
+    tokenizer::Tokenizer,
+};
+
+const MAX_MESSAGES: usize = 1024;
+const MAX_STOPS: usize = 16;
+const MAX_STOP_BYTES: usize = 1024;
+const MAX_TENANT_BYTES: usize = 256;
+
+/// A request whose every field is within its bounds.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Checked {
+    /// The prompt as the model reads it, never empty.
+    pub prompt: Vec<u32>,
+    /// Most new tokens.
+    pub max_tokens: u32,
+    /// Sampling parameters with defaults filled in.
+    pub sampling: v1::Sampling,
+    /// Seed, drawn if the caller gave none.
+    pub seed: u64,
+    /// Stop strings.
+    pub stop: Vec<String>,
+    /// Ids that end the answer; empty if they are to be ignored.
+    pub eos: Vec<u32>,
+    /// Alternatives to report.
+    pub logprobs: Option<u32>,
+    /// Time allowed from arrival.
+    pub deadline: Option<Duration>,
+    /// Whose it is.
+    pub tenant: Arc<str>,
+}
+
+/// Checks everything about a request, and tokenizes its prompt. Heavy: not for an async thread.
+///
+/// # Errors
+/// The first field that is out of its bounds, with the bound.
+pub fn check(
+    request: v1::GenerateRequest,
+    tokenizer: &Tokenizer,
+    profile: &ModelProfile,
+    kv_capacity: u64,
+) -> Result<Checked, AdmissionError> {
+    check_model(&request.model, &profile.model)?;
+    check_task(v1::Task::Generate, profile)?;
+    let defaults = request.model_defaults.then(|| tokenizer.defaults());
+    let sampling = sampling::check(request.sampling.unwrap_or_default(), defaults, profile.vocab_size)?;
+    if request.stop.len() > MAX_STOPS {
+        return Err(field(
+            "stop",
+            format!("{} strings are too many: at most {MAX_STOPS}", request.stop.len()),
+        ));
+    }
+    if let Some(stop) = request.stop.iter().find(|s| s.is_empty() || s.len() > MAX_STOP_BYTES) {
+        return Err(field(
+            "stop",
+            format!("a string of {} bytes: expected 1 to {MAX_STOP_BYTES}", stop.len()),
+        ));
+    }
+    if let Some(n) = request.logprobs.filter(|n| *n > MAX_LOGPROBS) {
+        return Err(field("logprobs", format!("{n} is too large: at most {MAX_LOGPROBS}")));
+    }
+    if request.tenant.len() > MAX_TENANT_BYTES {
+        let why = format!("{} bytes are too long: at most {MAX_TENANT_BYTES}", request.tenant.len());
+        return Err(field("tenant", why));
+    }
+    let deadline = check_deadline(request.deadline_ms)?;
+    if request.max_tokens == Some(0) {
+        return Err(field("max_tokens", "0 asks for nothing: expected at least 1"));
+    }
+    let prompt = match request.messages.is_empty() {
+        true => prompt_ids(request.prompt, request.token_ids, tokenizer, profile)?,
+        false if request.prompt.is_some() || !request.token_ids.is_empty() => {
+            return Err(field("messages", "given together with prompt or token_ids: expected one of them"));
+        }
+        false => chat_ids(request.messages, tokenizer)?,
+    };
+    let max_tokens = check_length(prompt.len(), request.max_tokens, profile, kv_capacity)?;
+    Ok(Checked {
+        prompt,
+        max_tokens,
+        seed: sampling.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0),
+        sampling,
+        stop: request.stop,
+        eos: if request.ignore_eos { Vec::new() } else { profile.eos_token_ids.clone() },
+        logprobs: request.logprobs,
+        deadline,
+        tenant: request.tenant.into(),
+    })
+}
+
+fn prompt_ids(
+    text: Option<String>,
+    ids: Vec<u32>,
+    tokenizer: &Tokenizer,
+    profile: &ModelProfile,
+) -> Result<Vec<u32>, AdmissionError> {
+    match text {
+        Some(_) if !ids.is_empty() => {
+            Err(field("prompt", "given together with token_ids: expected one of them"))
+        }
+        Some(text) => {
+            check_text("prompt", &text)?;
+            if text.is_empty() {
+                return Err(field("prompt", "is empty: expected at least one character"));
+            }
+            Ok(tokenizer.encode(&text, true)?)
+        }
+        None if ids.is_empty() => Err(field("prompt", "is missing: expected prompt, token_ids or messages")),
+        None => match ids.iter().position(|id| *id >= profile.vocab_size) {
+            Some(at) => {
+                let why = format!(
+                    "id {} at index {at} is unknown: expected less than {}",
+                    ids[at], profile.vocab_size
+                );
+                Err(field("token_ids", why))
+            }
+            None => Ok(ids),
+        },
+    }
+}
+
+fn chat_ids(messages: Vec<v1::ChatMessage>, tokenizer: &Tokenizer) -> Result<Vec<u32>, AdmissionError> {
+    if messages.len() > MAX_MESSAGES {
+        let why = format!("{} messages are too many: at most {MAX_MESSAGES}", messages.len());
+        return Err(field("messages", why));
+    }
+    let bytes: usize = messages.iter().map(|m| m.role.len() + m.content.len()).sum();
+    if bytes > MAX_TEXT {
+        return Err(field("messages", format!("{bytes} bytes are too long: at most {MAX_TEXT} are taken")));
+    }
+    let messages = messages.into_iter().map(|m| Message { role: m.role, content: m.content });
+    let ids = tokenizer.encode_chat(&messages.collect::<Vec<_>>())?;
+    if ids.is_empty() {
+        return Err(field("messages", "the model's chat template makes nothing of them"));
+    }
+    Ok(ids)
+}
+
+/// The number of new tokens that a prompt of this length may have.
+fn check_length(
+    prompt: usize,
+    max_tokens: Option<u32>,
+    profile: &ModelProfile,
+    kv_capacity: u64,
+) -> Result<u32, AdmissionError> {
+    let context = u64::from(profile.context_length);
+    let prompt = prompt as u64;
+    let room = context.min(kv_capacity);
+    let bound =
+        if room < context { "what the cache of this deployment holds" } else { "the model's context" };
+    if prompt >= room {
+        return Err(field(
+            "prompt",
+            format!("{prompt} tokens leave no room for an answer: {bound} is {room} tokens"),
+        ));
+    }
+    let rest = u32::try_from(room - prompt).unwrap_or(u32::MAX);
+    match max_tokens {
+        None => Ok(rest),
+        Some(wanted) if wanted <= rest => Ok(wanted),
+        Some(wanted) => Err(field(
+            "max_tokens",
+            format!(
+                "{wanted} on top of {prompt} prompt tokens is too large: {bound} is {room} tokens, so at most {rest}"
+            ),
+        )),
+    }
+}
