@@ -466,7 +466,7 @@ impl Work {
         });
         Line {
             bound: bound.map(|(name, _)| name),
-            share: bound.map(|(_, least)| least / seconds),
+            share: bound.map(|(_, least)| (least / seconds).min(1.0)),
             microseconds: seconds * 1e6,
             gigabytes_per_second: bytes_per_second / 1e9,
             teraflops_per_second: flops_per_second / 1e12,
