@@ -242,6 +242,11 @@ impl Coordinator {
         self.profile.context_length.min(self.deployment.max_step_tokens)
     }
 
+    /// Whether the model has a template for chats.
+    pub fn has_chat_template(&self) -> bool {
+        self.tokenizer.has_chat_template()
+    }
+
     /// The engine, for whoever wants to watch it.
     pub fn engine(&self) -> &EngineHandle {
         &self.engine

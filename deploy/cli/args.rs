@@ -21,9 +21,9 @@ use strata_worker::{
 #[derive(Debug, Parser)]
 #[command(name = "strata", version)]
 pub struct Cli {
-    /// What to log on standard error: error, warn, info, debug, or target=level pairs
-    #[arg(long, global = true, env = "STRATA_LOG", default_value = "warn")]
-    pub log: String,
+    /// What to log on standard error: error, warn, info, debug, or target=level pairs [default: warn; for run, error]
+    #[arg(long, global = true, env = "STRATA_LOG")]
+    pub log: Option<String>,
     /// How to log
     #[arg(long, global = true, env = "STRATA_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
@@ -43,6 +43,8 @@ pub enum LogFormat {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Ask a model in this process: one answer, or a chat in the terminal
+    Run(RunArgs),
     /// Serve a model: a coordinator and its workers in one process
     Serve(ServeArgs),
     /// Run a coordinator over workers that are processes of their own
@@ -503,19 +505,9 @@ pub struct KernelsArgs {
     pub kernel_cache: KernelCacheArgs,
 }
 
-#[derive(Debug, Args)]
-pub struct GenerateArgs {
-    #[command(flatten)]
-    pub address: AddressArgs,
-    /// Text to continue
-    #[arg(long, env = "STRATA_PROMPT", required_unless_present_any = ["token_ids", "message"])]
-    pub prompt: Option<String>,
-    /// Token ids to continue, taken as they are
-    #[arg(long, env = "STRATA_TOKEN_IDS", value_delimiter = ',', conflicts_with = "prompt")]
-    pub token_ids: Vec<u32>,
-    /// A message of a chat, as ROLE=TEXT; may be repeated
-    #[arg(long, env = "STRATA_MESSAGE", value_parser = parse_message, conflicts_with_all = ["prompt", "token_ids"])]
-    pub message: Vec<ChatMessage>,
+/// How an answer is drawn, and where it ends.
+#[derive(Debug, Clone, Args)]
+pub struct AnswerArgs {
     /// Most new tokens [default: the rest of the context]
     #[arg(long, env = "STRATA_MAX_TOKENS")]
     pub max_tokens: Option<u32>,
@@ -549,15 +541,55 @@ pub struct GenerateArgs {
     /// Go on after an end-of-sequence token
     #[arg(long, env = "STRATA_IGNORE_EOS")]
     pub ignore_eos: bool,
+    /// Use the sampling settings the model's makers suggest
+    #[arg(long, env = "STRATA_MODEL_DEFAULTS")]
+    pub model_defaults: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub here: HereArgs,
+    /// What to ask: a message of a chat if the model has a chat template, a text to continue if not; - is standard input,
+    /// @FILE a file, and @@ an @. Without one, every line of standard input is asked
+    #[arg(env = "STRATA_PROMPT", value_name = "PROMPT")]
+    pub text: Option<String>,
+    /// The same
+    #[arg(long, env = "STRATA_PROMPT", allow_hyphen_values = true)]
+    pub prompt: Option<String>,
+    /// Continue the prompt as it is, although the model has a chat template
+    #[arg(long, env = "STRATA_COMPLETE")]
+    pub complete: bool,
+    /// A message that the chat begins with, as ROLE=TEXT; may be repeated
+    #[arg(long, env = "STRATA_MESSAGE", value_parser = parse_message, conflicts_with = "complete")]
+    pub message: Vec<ChatMessage>,
+    #[command(flatten)]
+    pub answer: AnswerArgs,
+    #[command(flatten)]
+    pub deployment: DeploymentArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    pub address: AddressArgs,
+    /// Text to continue
+    #[arg(long, env = "STRATA_PROMPT", required_unless_present_any = ["token_ids", "message"])]
+    pub prompt: Option<String>,
+    /// Token ids to continue, taken as they are
+    #[arg(long, env = "STRATA_TOKEN_IDS", value_delimiter = ',', conflicts_with = "prompt")]
+    pub token_ids: Vec<u32>,
+    /// A message of a chat, as ROLE=TEXT; may be repeated
+    #[arg(long, env = "STRATA_MESSAGE", value_parser = parse_message, conflicts_with_all = ["prompt", "token_ids"])]
+    pub message: Vec<ChatMessage>,
+    #[command(flatten)]
+    pub answer: AnswerArgs,
     /// Report log-probabilities, and this many alternatives
     #[arg(long, env = "STRATA_LOGPROBS")]
     pub logprobs: Option<u32>,
     /// Give up after this many milliseconds
     #[arg(long, env = "STRATA_DEADLINE_MS")]
     pub deadline_ms: Option<u64>,
-    /// Use the sampling settings the model's makers suggest
-    #[arg(long, env = "STRATA_MODEL_DEFAULTS")]
-    pub model_defaults: bool,
     /// Whose request it is: prompts that begin alike are computed once within a tenant
     #[arg(long, env = "STRATA_TENANT", default_value = "")]
     pub tenant: String,

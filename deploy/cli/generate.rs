@@ -10,7 +10,7 @@ use strata_proto::v1::{
 };
 
 use crate::{
-    args::GenerateArgs,
+    args::{AnswerArgs, GenerateArgs},
     client::{connect, refusal},
 };
 
@@ -80,24 +80,29 @@ fn request(args: GenerateArgs) -> GenerateRequest {
         prompt: args.prompt,
         token_ids: args.token_ids,
         messages: args.message,
-        max_tokens: args.max_tokens,
-        sampling: Some(Sampling {
-            temperature: args.temperature,
-            top_k: args.top_k,
-            top_p: args.top_p,
-            min_p: args.min_p,
-            repetition_penalty: args.repetition_penalty,
-            frequency_penalty: args.frequency_penalty,
-            presence_penalty: args.presence_penalty,
-            seed: args.seed,
-            logit_bias: Default::default(),
-        }),
-        stop: args.stop,
-        ignore_eos: args.ignore_eos,
+        max_tokens: args.answer.max_tokens,
+        sampling: Some(sampling(&args.answer)),
+        stop: args.answer.stop,
+        ignore_eos: args.answer.ignore_eos,
         logprobs: args.logprobs,
         deadline_ms: args.deadline_ms,
-        model_defaults: args.model_defaults,
+        model_defaults: args.answer.model_defaults,
         tenant: args.tenant,
+    }
+}
+
+/// The sampling that flags ask for.
+pub fn sampling(args: &AnswerArgs) -> Sampling {
+    Sampling {
+        temperature: args.temperature,
+        top_k: args.top_k,
+        top_p: args.top_p,
+        min_p: args.min_p,
+        repetition_penalty: args.repetition_penalty,
+        frequency_penalty: args.frequency_penalty,
+        presence_penalty: args.presence_penalty,
+        seed: args.seed,
+        logit_bias: Default::default(),
     }
 }
 

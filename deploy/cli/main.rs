@@ -9,8 +9,10 @@ mod encode;
 mod generate;
 mod kernels;
 mod plan;
+mod prompt;
 mod random_model;
 mod roles;
+mod run;
 mod show;
 mod signals;
 mod status;
@@ -23,7 +25,7 @@ use tracing_subscriber::EnvFilter;
 use args::{Cli, Command, LogFormat};
 
 fn main() -> ! {
-    let code = match run() {
+    let code = match command() {
         Ok(()) => 0,
         Err(error) if is_broken_pipe(&error) => 0,
         Err(error) => {
@@ -45,7 +47,7 @@ fn end(code: i32) -> ! {
     _exit(code)
 }
 
-fn run() -> anyhow::Result<()> {
+fn command() -> anyhow::Result<()> {
     let command = config_file::with_defaults(std::env::args_os())?;
     let cli = Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|e| e.exit());
     start_logging(&cli)?;
@@ -53,6 +55,7 @@ fn run() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let outcome = runtime.block_on(async {
         match cli.command {
+            Command::Run(args) => run::run(args).await,
             Command::Serve(args) => roles::serve(args).await,
             Command::Coordinator(args) => roles::coordinator(args).await,
             Command::Worker(args) => roles::worker(args).await,
@@ -74,9 +77,11 @@ fn run() -> anyhow::Result<()> {
 }
 
 fn start_logging(cli: &Cli) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&cli.log).map_err(|e| {
-        anyhow::anyhow!("--log {:?}: {e}; expected a level such as info, or target=level", cli.log)
-    })?;
+    // An answer on a terminal should have nothing in between.
+    let quiet = if matches!(cli.command, Command::Run(_)) { "error" } else { "warn" };
+    let log = cli.log.as_deref().unwrap_or(quiet);
+    let filter = EnvFilter::try_new(log)
+        .map_err(|e| anyhow::anyhow!("--log {log:?}: {e}; expected a level such as info, or target=level"))?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match cli.log_format {
         LogFormat::Text => builder.init(),

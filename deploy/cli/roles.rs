@@ -3,6 +3,7 @@
 use std::{
     io::Write,
     net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
@@ -101,12 +102,7 @@ pub fn here(
     args: &HereArgs,
     deployment: &DeploymentArgs,
 ) -> anyhow::Result<(CoordinatorConfig, mpsc::UnboundedReceiver<MemberEvent>)> {
-    let directory = args.model.canonicalize().with_context(|| format!("model {}", args.model.display()))?;
-    if !directory.is_dir() {
-        bail!("model {}: not a directory; expected one in Hugging Face layout", args.model.display());
-    }
-    let name =
-        directory.file_name().context("the model directory has no name")?.to_string_lossy().into_owned();
+    let (name, directory) = model(&args.model)?;
     let (device_lists, split) = match (args.workers, args.devices.is_empty()) {
         (Some(_), false) => bail!("give --workers or --devices, not both"),
         (None, false) => (vec![args.devices.clone()], Split::Auto),
@@ -137,6 +133,16 @@ pub fn here(
     }
     let config = coordinator_config(deployment, name, split, workers.len(), LOCAL_PATIENCE);
     Ok((config, membership::local(workers)))
+}
+
+/// The name and the directory of a model.
+pub fn model(given: &Path) -> anyhow::Result<(String, PathBuf)> {
+    let directory = given.canonicalize().with_context(|| format!("model {}", given.display()))?;
+    if !directory.is_dir() {
+        bail!("model {}: not a directory; expected one in Hugging Face layout", given.display());
+    }
+    let name = directory.file_name().context("the model directory has no name")?;
+    Ok((name.to_string_lossy().into_owned(), directory))
 }
 
 /// CPU devices among these, which share the cores.
