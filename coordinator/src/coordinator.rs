@@ -39,6 +39,8 @@ pub struct CoordinatorConfig {
     pub join_patience: Duration,
     /// Checks whose failure does not keep the deployment from serving.
     pub skip_checks: Vec<Check>,
+    /// The program's version, as Status is to say it.
+    pub version: String,
 }
 
 /// Why a coordinator did not start.
@@ -79,6 +81,7 @@ pub struct Coordinator {
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) engine: EngineHandle,
     pub(crate) gate: Gate,
+    pub(crate) version: String,
     /// Members as the engine was last told.
     pub(crate) members: Arc<std::sync::Mutex<Vec<Member>>>,
 }
@@ -162,6 +165,7 @@ impl Coordinator {
         up.await.map_err(|_| StartError::Engine)??;
         let coordinator = Coordinator {
             gate: Gate::new(config.limits.max_requests),
+            version: config.version,
             deployment: config.deployment,
             profile,
             tokenizer,

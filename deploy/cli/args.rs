@@ -19,7 +19,7 @@ use strata_worker::{
 
 /// Serves one transformer model across many devices.
 #[derive(Debug, Parser)]
-#[command(name = "strata", version)]
+#[command(name = "strata", version = crate::VERSION)]
 pub struct Cli {
     /// What to log on standard error: error, warn, info, debug, or target=level pairs [default: warn; for run, error]
     #[arg(long, global = true, env = "STRATA_LOG")]

@@ -24,6 +24,9 @@ use tracing_subscriber::EnvFilter;
 
 use args::{Cli, Command, LogFormat};
 
+/// With the commit it was built from, where that is known.
+const VERSION: &str = env!("STRATA_VERSION");
+
 fn main() -> ! {
     let code = match command() {
         Ok(()) => 0,

@@ -26,6 +26,7 @@ use tokio::{net::TcpListener, sync::mpsc};
 use tonic::transport::Server;
 
 use crate::{
+    VERSION,
     args::{CoordinatorArgs, DeploymentArgs, HereArgs, ListenArgs, ServeArgs, WorkerArgs},
     plan,
     show::Loading,
@@ -195,6 +196,7 @@ fn coordinator_config(
         expected_members,
         join_patience,
         skip_checks: args.skip_check.clone(),
+        version: VERSION.into(),
     }
 }
 

@@ -245,7 +245,16 @@ fn serve_and_its_clients_speak_as_documented() {
         serde_json::from_str(&run(&["status", "--address", &address, "--json"]).unwrap()).unwrap();
     assert_eq!((&status["ready"], &status["model"]), (&Value::Bool(true), &"shakespeare".into()));
     assert_eq!(status["plan"]["replicas"][0]["stages"].as_array().unwrap().len(), 3);
-    assert!(run(&["status", "--address", &address]).unwrap().contains("shakespeare ready"));
+    let text = run(&["status", "--address", &address]).unwrap();
+    assert!(text.contains("shakespeare ready"), "{text}");
+    let version = run(&["--version"]).unwrap();
+    let version = version.trim().strip_prefix("strata ").unwrap();
+    assert_eq!(status["version"], version);
+    assert!(text.contains(&format!("version   {version}\n")), "{text}");
+    let (number, commit) = version.split_once(' ').unwrap_or((version, "(0000000)"));
+    let commit = commit.strip_prefix('(').unwrap().strip_suffix(')').unwrap();
+    assert_eq!(number, env!("CARGO_PKG_VERSION"));
+    assert!(commit.len() >= 7 && commit.chars().all(|c| c.is_ascii_hexdigit()), "{version}");
 
     server.signal("-TERM");
     assert!(server.exited().success());
