@@ -79,12 +79,12 @@ pub struct DeploymentArgs {
     /// How to split layers: auto, balanced, balanced_low_0, sequential, layer counts such as 2,2,2, or a device map as JSON
     #[arg(long, env = "STRATA_SPLIT")]
     pub split: Option<Split>,
-    /// Format of weights, activations and cache: auto (the checkpoint's), f32, bf16 or f16
+    /// Format of weights, activations and cache: auto (the checkpoint's), f32, bf16 or f16, or as PyTorch names them
     #[arg(long, env = "STRATA_DTYPE", default_value = "auto", value_parser = parse_dtype)]
     pub dtype: AutoDType,
-    /// Turn weights into int8 or int4 when they are loaded
-    #[arg(long, env = "STRATA_QUANTIZE")]
-    pub quantize: Option<Quantization>,
+    /// Turn weights into int8 or int4 when they are loaded, or none
+    #[arg(long, env = "STRATA_QUANTIZE", default_value = "none", hide_default_value = true, value_parser = parse_quantization)]
+    pub quantize: MaybeQuantized,
     /// Token positions the cache holds [default: 16 x the context, or what fits]
     #[arg(long, env = "STRATA_KV_TOKENS", value_parser = clap::value_parser!(u64).range(1..))]
     pub kv_tokens: Option<u64>,
@@ -124,6 +124,10 @@ pub struct DeploymentArgs {
 #[derive(Debug, Clone, Copy)]
 pub struct AutoDType(pub Option<DType>);
 
+/// Weights as they are, or in fewer bits.
+#[derive(Debug, Clone, Copy)]
+pub struct MaybeQuantized(pub Option<Quantization>);
+
 /// The best links, or one kind of them.
 #[derive(Debug, Clone, Copy)]
 pub struct AutoLinks(pub Option<LinkKind>);
@@ -136,10 +140,22 @@ fn parse_links(s: &str) -> Result<AutoLinks, String> {
 }
 
 fn parse_dtype(s: &str) -> Result<AutoDType, String> {
-    if s == "auto" {
-        return Ok(AutoDType(None));
+    let name = match s {
+        "auto" => return Ok(AutoDType(None)),
+        // PyTorch's names.
+        "float32" | "float" => "f32",
+        "bfloat16" => "bf16",
+        "float16" | "half" => "f16",
+        name => name,
+    };
+    name.parse().map(|d| AutoDType(Some(d))).map_err(|e: String| format!("{e}, or auto"))
+}
+
+fn parse_quantization(s: &str) -> Result<MaybeQuantized, String> {
+    if s == "none" {
+        return Ok(MaybeQuantized(None));
     }
-    s.parse().map(|d| AutoDType(Some(d))).map_err(|e: String| format!("{e}, or auto"))
+    s.parse().map(|q| MaybeQuantized(Some(q))).map_err(|e: String| format!("{e}, or none"))
 }
 
 /// So many equal devices.
@@ -573,14 +589,17 @@ pub struct RunArgs {
 pub struct GenerateArgs {
     #[command(flatten)]
     pub address: AddressArgs,
-    /// Text to continue
-    #[arg(long, env = "STRATA_PROMPT", required_unless_present_any = ["token_ids", "message"])]
+    /// Text to continue; - is standard input, @FILE a file, and @@ an @
+    #[arg(env = "STRATA_PROMPT", value_name = "PROMPT", required_unless_present_any = ["prompt", "token_ids", "message"])]
+    pub text: Option<String>,
+    /// The same
+    #[arg(long, env = "STRATA_PROMPT", allow_hyphen_values = true)]
     pub prompt: Option<String>,
     /// Token ids to continue, taken as they are
-    #[arg(long, env = "STRATA_TOKEN_IDS", value_delimiter = ',', conflicts_with = "prompt")]
+    #[arg(long, env = "STRATA_TOKEN_IDS", value_delimiter = ',', conflicts_with_all = ["text", "prompt"])]
     pub token_ids: Vec<u32>,
     /// A message of a chat, as ROLE=TEXT; may be repeated
-    #[arg(long, env = "STRATA_MESSAGE", value_parser = parse_message, conflicts_with_all = ["prompt", "token_ids"])]
+    #[arg(long, env = "STRATA_MESSAGE", value_parser = parse_message, conflicts_with_all = ["text", "prompt", "token_ids"])]
     pub message: Vec<ChatMessage>,
     #[command(flatten)]
     pub answer: AnswerArgs,
@@ -664,7 +683,28 @@ pub struct FillMaskArgs {
 mod tests {
     use clap::CommandFactory;
 
-    use super::{Cli, ImaginedDevices};
+    use strata_proto::{DType, Quantization};
+
+    use super::{Cli, ImaginedDevices, parse_dtype, parse_quantization};
+
+    #[test]
+    fn formats_have_the_names_that_others_give_them() {
+        let read = |s: &str| parse_dtype(s).unwrap().0;
+        for (name, dtype) in [
+            ("auto", None),
+            ("bf16", Some(DType::BF16)),
+            ("bfloat16", Some(DType::BF16)),
+            ("float16", Some(DType::F16)),
+            ("half", Some(DType::F16)),
+            ("float32", Some(DType::F32)),
+        ] {
+            assert_eq!(read(name), dtype, "{name}");
+        }
+        assert!(parse_dtype("fp8").unwrap_err().contains("expected f32, bf16 or f16, or auto"));
+        assert_eq!(parse_quantization("none").unwrap().0, None);
+        assert_eq!(parse_quantization("int4").unwrap().0, Some(Quantization::Int4));
+        assert!(parse_quantization("nf4").unwrap_err().contains("expected int8 or int4, or none"));
+    }
 
     #[test]
     fn reads_imagined_devices() {

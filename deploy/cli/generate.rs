@@ -12,13 +12,15 @@ use strata_proto::v1::{
 use crate::{
     args::{AnswerArgs, GenerateArgs},
     client::{connect, refusal},
+    prompt,
 };
 
 /// `strata generate`
 pub async fn generate(args: GenerateArgs) -> anyhow::Result<()> {
     let json = args.json;
+    let prompt = prompt::only(args.text.clone(), args.prompt.clone())?;
     let mut client = InferenceClient::new(connect(&args.address.address).await?);
-    let mut stream = client.generate(request(args)).await.map_err(|s| refusal(&s))?.into_inner();
+    let mut stream = client.generate(request(args, prompt)).await.map_err(|s| refusal(&s))?.into_inner();
     let mut out = std::io::stdout().lock();
     let mut started = Started::default();
     let (mut text, mut token_ids, mut logprobs) = (String::new(), Vec::new(), Vec::new());
@@ -74,10 +76,10 @@ pub async fn generate(args: GenerateArgs) -> anyhow::Result<()> {
         .context("the server closed the stream before it was finished")
 }
 
-fn request(args: GenerateArgs) -> GenerateRequest {
+fn request(args: GenerateArgs, prompt: Option<String>) -> GenerateRequest {
     GenerateRequest {
         model: String::new(),
-        prompt: args.prompt,
+        prompt,
         token_ids: args.token_ids,
         messages: args.message,
         max_tokens: args.answer.max_tokens,

@@ -8,6 +8,8 @@ mod config_file;
 mod encode;
 mod generate;
 mod kernels;
+mod model_dir;
+mod origin;
 mod plan;
 mod prompt;
 mod random_model;
@@ -51,8 +53,10 @@ fn end(code: i32) -> ! {
 }
 
 fn command() -> anyhow::Result<()> {
-    let command = config_file::with_defaults(std::env::args_os())?;
-    let cli = Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|e| e.exit());
+    let mut command = origin::without_foreign_variables(config_file::with_defaults(std::env::args_os())?);
+    let matches =
+        command.try_get_matches_from_mut(std::env::args_os()).unwrap_or_else(|e| origin::exit(&e, &command));
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     start_logging(&cli)?;
     // Compute has threads of its own; the network needs few.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;

@@ -3,7 +3,6 @@
 use std::{
     io::Write,
     net::{IpAddr, SocketAddr},
-    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
@@ -28,7 +27,7 @@ use tonic::transport::Server;
 use crate::{
     VERSION,
     args::{CoordinatorArgs, DeploymentArgs, HereArgs, ListenArgs, ServeArgs, WorkerArgs},
-    plan,
+    model_dir, plan,
     show::Loading,
     signals::{stopping, until_terminated},
 };
@@ -103,7 +102,7 @@ pub fn here(
     args: &HereArgs,
     deployment: &DeploymentArgs,
 ) -> anyhow::Result<(CoordinatorConfig, mpsc::UnboundedReceiver<MemberEvent>)> {
-    let (name, directory) = model(&args.model)?;
+    let (name, directory) = model_dir::open(&args.model)?;
     let (device_lists, split) = match (args.workers, args.devices.is_empty()) {
         (Some(_), false) => bail!("give --workers or --devices, not both"),
         (None, false) => (vec![args.devices.clone()], Split::Auto),
@@ -134,16 +133,6 @@ pub fn here(
     }
     let config = coordinator_config(deployment, name, split, workers.len(), LOCAL_PATIENCE);
     Ok((config, membership::local(workers)))
-}
-
-/// The name and the directory of a model.
-pub fn model(given: &Path) -> anyhow::Result<(String, PathBuf)> {
-    let directory = given.canonicalize().with_context(|| format!("model {}", given.display()))?;
-    if !directory.is_dir() {
-        bail!("model {}: not a directory; expected one in Hugging Face layout", given.display());
-    }
-    let name = directory.file_name().context("the model directory has no name")?;
-    Ok((name.to_string_lossy().into_owned(), directory))
 }
 
 /// CPU devices among these, which share the cores.
@@ -178,7 +167,7 @@ fn coordinator_config(
             model,
             split: args.split.clone().unwrap_or(split),
             dtype: args.dtype.0,
-            quantization: args.quantize,
+            quantization: args.quantize.0,
             kv_tokens: args.kv_tokens,
             max_sequences: args.max_sequences,
             context: args.context,

@@ -24,7 +24,7 @@ use tonic::transport::Channel;
 use crate::{
     args::{AnswerArgs, RunArgs},
     client::{connect, refusal},
-    generate, prompt, roles,
+    generate, model_dir, prompt, roles,
     show::Loading,
 };
 
@@ -43,7 +43,7 @@ pub async fn run(args: RunArgs) -> anyhow::Result<()> {
 
 /// What cannot answer should not be loaded first.
 fn must_generate(given: &Path) -> anyhow::Result<()> {
-    let (name, directory) = roles::model(given)?;
+    let (name, directory) = model_dir::open(given)?;
     let task = strata_worker::model::describe(&directory, &name)?.task;
     let command = match task {
         Task::Generate | Task::Unspecified => return Ok(()),

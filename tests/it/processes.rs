@@ -245,16 +245,20 @@ fn serve_and_its_clients_speak_as_documented() {
         serde_json::from_str(&run(&["status", "--address", &address, "--json"]).unwrap()).unwrap();
     assert_eq!((&status["ready"], &status["model"]), (&Value::Bool(true), &"shakespeare".into()));
     assert_eq!(status["plan"]["replicas"][0]["stages"].as_array().unwrap().len(), 3);
-    let text = run(&["status", "--address", &address]).unwrap();
-    assert!(text.contains("shakespeare ready"), "{text}");
+    let shown = run(&["status", "--address", &address]).unwrap();
+    assert!(shown.contains("shakespeare ready"), "{shown}");
     let version = run(&["--version"]).unwrap();
     let version = version.trim().strip_prefix("strata ").unwrap();
     assert_eq!(status["version"], version);
-    assert!(text.contains(&format!("version   {version}\n")), "{text}");
+    assert!(shown.contains(&format!("version   {version}\n")), "{shown}");
     let (number, commit) = version.split_once(' ').unwrap_or((version, "(0000000)"));
     let commit = commit.strip_prefix('(').unwrap().strip_suffix(')').unwrap();
     assert_eq!(number, env!("CARGO_PKG_VERSION"));
     assert!(commit.len() >= 7 && commit.chars().all(|c| c.is_ascii_hexdigit()), "{version}");
+
+    assert_eq!(generate(&["ROMEO:\n", "--max-tokens", "48"]).unwrap(), text, "a prompt has its place, too");
+    let secret = run(&["status", "--address", "https://localhost:7717"]).unwrap_err();
+    assert!(secret.contains("--address https://localhost:7717: Strata has no TLS yet"), "{secret}");
 
     server.signal("-TERM");
     assert!(server.exited().success());
@@ -348,7 +352,8 @@ fn plans_are_shown_before_anything_loads() {
     assert_eq!((&int8["dtype"], &int8["quantization"]), (&"bf16".into(), &"int8".into()));
     let stage = &int8["replicas"][0]["stages"][0];
     assert_eq!(stage["weight_bytes"], stage["footprint"]["int8"]);
-    assert!(plan(&["--quantize", "nf4"]).unwrap_err().contains("expected int8 or int4"));
+    assert!(plan(&["--quantize", "nf4"]).unwrap_err().contains("expected int8 or int4, or none"));
+    assert_eq!(json(&["--json", "--dtype", "half", "--quantize", "none"])["dtype"], "f16");
 
     let small = plan(&["--devices", "cpu:0=1MiB,cpu:1=1MiB"]).unwrap_err();
     assert!(small.starts_with("error: ") && small.contains("MiB"), "{small}");

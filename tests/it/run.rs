@@ -110,3 +110,36 @@ fn what_cannot_be_run_is_refused_in_one_line() {
     let output = run_with(&[], "", &[demo, "x", "--max-tokens", "2", "--log", "info"]);
     assert!(output.status.success() && !output.stderr.is_empty(), "{output:?}");
 }
+
+#[test]
+fn errors_say_where_a_value_comes_from_and_kubernetes_is_ignored_with_a_word() {
+    let demo = model("shakespeare");
+    let demo = demo.to_str().unwrap();
+    let strata = |environment: &[(&str, &str)], args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_strata"));
+        let output = command.args(args).envs(environment.iter().copied()).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, said) = strata(&[("STRATA_WORKERS", "many")], &["plan", demo]);
+    assert_eq!(code, Some(2));
+    assert!(said.contains("note: the value comes from the environment variable STRATA_WORKERS"), "{said}");
+    let (_, said) = strata(&[("STRATA_WORKERS", "many")], &["plan", demo, "--workers", "few"]);
+    assert!(said.contains("few") && !said.contains("note:"), "{said}");
+    let directory = free_dir();
+    let file = directory.path().join("strata.toml");
+    std::fs::write(&file, "[plan]\nworkers = 'some'\n").unwrap();
+    let (_, said) = strata(&[], &["--config", file.to_str().unwrap(), "plan", demo]);
+    assert!(said.contains("note: the value comes from the file of --config"), "{said}");
+
+    let service = ("STRATA_PORT", "tcp://10.0.0.1:7717");
+    let (code, said) = strata(&[service], &["serve", demo, "--dry-run"]);
+    assert_eq!(code, Some(0), "{said}");
+    let word = "STRATA_PORT=tcp://10.0.0.1:7717 is ignored: Kubernetes sets it";
+    assert_eq!(said.matches(word).count(), 1, "{said}");
+    assert!(strata(&[service], &["plan", demo]).1.is_empty(), "said where no port is wanted");
+
+    // What is no model is told once, by whoever reads it first.
+    let (code, said) = strata(&[], &["check", "someone/some-model"]);
+    assert_eq!(code, Some(1));
+    assert!(said.lines().count() == 1 && said.contains("hf download someone/some-model"), "{said}");
+}
