@@ -63,6 +63,10 @@ pub enum Command {
     Embed(EmbedArgs),
     /// Guess the tokens behind the masks of texts
     FillMask(FillMaskArgs),
+    /// Turn a text into token ids, as the served model reads it
+    Tokenize(TokenizeArgs),
+    /// Turn token ids into text
+    Detokenize(DetokenizeArgs),
     /// Show what a server is doing
     Status(StatusArgs),
     /// Measure throughput and latency of a running server
@@ -71,6 +75,8 @@ pub enum Command {
     RandomModel(RandomModelArgs),
     /// Measure every kernel of a device by itself, at the shapes of a model
     Kernels(KernelsArgs),
+    /// Print what makes a shell complete commands and flags
+    Completions(CompletionsArgs),
 }
 
 /// How a model is deployed, whatever the processes.
@@ -615,6 +621,43 @@ pub struct GenerateArgs {
     /// Print one JSON object per event, and a last one with the whole answer
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct TokenizeArgs {
+    #[command(flatten)]
+    pub address: AddressArgs,
+    /// The text; - is standard input, @FILE a file, and @@ an @
+    #[arg(env = "STRATA_TEXT")]
+    pub text: String,
+    /// Leave out what the tokenizer puts around a text
+    #[arg(long, env = "STRATA_PLAIN")]
+    pub plain: bool,
+    /// Print JSON
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct DetokenizeArgs {
+    #[command(flatten)]
+    pub address: AddressArgs,
+    /// The ids, separated by commas
+    #[arg(env = "STRATA_TOKEN_IDS", value_delimiter = ',', required = true)]
+    pub token_ids: Vec<u32>,
+    /// Write special tokens out
+    #[arg(long, env = "STRATA_KEEP_SPECIAL")]
+    pub keep_special: bool,
+    /// Print JSON
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct CompletionsArgs {
+    /// Whose
+    #[arg(env = "STRATA_SHELL", value_enum)]
+    pub shell: clap_complete::Shell,
 }
 
 /// Which part of a long input is kept.

@@ -18,10 +18,11 @@ mod run;
 mod show;
 mod signals;
 mod status;
+mod tokenize;
 
 use std::io::Write;
 
-use clap::FromArgMatches;
+use clap::{CommandFactory, FromArgMatches};
 use tracing_subscriber::EnvFilter;
 
 use args::{Cli, Command, LogFormat};
@@ -72,15 +73,25 @@ fn command() -> anyhow::Result<()> {
             Command::Classify(args) => encode::classify(args).await,
             Command::Embed(args) => encode::embed(args).await,
             Command::FillMask(args) => encode::fill_mask(args).await,
+            Command::Tokenize(args) => tokenize::tokenize(args).await,
+            Command::Detokenize(args) => tokenize::detokenize(args).await,
             Command::Status(args) => status::status(args).await,
             Command::Bench(args) => bench::bench(args).await,
             Command::RandomModel(args) => random_model::write(&args),
             Command::Kernels(args) => kernels::kernels(&args),
+            Command::Completions(args) => completions(&args),
         }
     });
     // Stage threads and blocked connections end with the process.
     runtime.shutdown_background();
     outcome
+}
+
+/// `strata completions`
+fn completions(args: &args::CompletionsArgs) -> anyhow::Result<()> {
+    let mut text = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "strata", &mut text);
+    Ok(std::io::stdout().write_all(&text)?)
 }
 
 fn start_logging(cli: &Cli) -> anyhow::Result<()> {

@@ -257,6 +257,10 @@ fn serve_and_its_clients_speak_as_documented() {
     assert!(commit.len() >= 7 && commit.chars().all(|c| c.is_ascii_hexdigit()), "{version}");
 
     assert_eq!(generate(&["ROMEO:\n", "--max-tokens", "48"]).unwrap(), text, "a prompt has its place, too");
+    let ids = run(&["tokenize", "--address", &address, "ROMEO:\n"]).unwrap();
+    assert_eq!(ids, "0,842,28,201\n");
+    assert_eq!(run(&["tokenize", "--address", &address, "--plain", "ROMEO:\n"]).unwrap(), "842,28,201\n");
+    assert_eq!(run(&["detokenize", "--address", &address, ids.trim()]).unwrap(), "ROMEO:\n\n");
     let secret = run(&["status", "--address", "https://localhost:7717"]).unwrap_err();
     assert!(secret.contains("--address https://localhost:7717: Strata has no TLS yet"), "{secret}");
 
@@ -295,6 +299,17 @@ fn a_random_model_is_written_served_and_measured() {
     assert!(bench(&["--requests", "1"]).unwrap().contains("tokens/s"));
     assert!(bench(&["--prompt-tokens", "5000"]).unwrap_err().contains("5000"), "says what was too long");
     assert!(bench(&["--concurrency", "0"]).unwrap_err().contains("0 is not in"));
+}
+
+#[test]
+fn shells_learn_the_commands() {
+    for (shell, says) in
+        [("bash", "complete -F _strata"), ("zsh", "#compdef strata"), ("fish", "complete -c strata")]
+    {
+        let text = run(&["completions", shell]).unwrap();
+        assert!(text.contains(says) && text.contains("fill-mask"), "{shell}: {text}");
+    }
+    assert!(run(&["completions", "cmd"]).unwrap_err().contains("possible values: bash"));
 }
 
 #[test]
