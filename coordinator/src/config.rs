@@ -19,6 +19,8 @@ pub struct CoordinatorConfig {
     pub join_patience: Duration,
     /// Checks whose failure does not keep the deployment from serving.
     pub skip_checks: Vec<Check>,
+    /// The program's version, as Status is to say it.
+    pub version: String,
 }
 
 /// What is to be served, and how.

@@ -65,6 +65,7 @@ pub struct Coordinator {
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) engine: EngineHandle,
     pub(crate) gate: Gate,
+    pub(crate) version: String,
     /// Members as the engine was last told.
     pub(crate) members: Arc<std::sync::Mutex<Vec<Member>>>,
 }
@@ -148,6 +149,7 @@ impl Coordinator {
         up.await.map_err(|_| StartError::Engine)??;
         let coordinator = Coordinator {
             gate: Gate::new(config.limits.max_requests),
+            version: config.version,
             deployment: config.deployment,
             profile,
             tokenizer,
@@ -226,6 +228,11 @@ impl Coordinator {
     /// Most tokens of an input that is computed in one step.
     pub(crate) fn longest_input(&self) -> u32 {
         self.profile.context_length.min(self.deployment.max_step_tokens)
+    }
+
+    /// Whether the model has a template for chats.
+    pub fn has_chat_template(&self) -> bool {
+        self.tokenizer.has_chat_template()
     }
 
     /// The engine, for whoever wants to watch it.

@@ -19,11 +19,11 @@ use strata_worker::{
 
 /// Serves one transformer model across many devices.
 #[derive(Debug, Parser)]
-#[command(name = "strata", version)]
+#[command(name = "strata", version = crate::VERSION)]
 pub struct Cli {
-    /// What to log on standard error: error, warn, info, debug, or target=level pairs
-    #[arg(long, global = true, env = "STRATA_LOG", default_value = "warn")]
-    pub log: String,
+    /// What to log on standard error: error, warn, info, debug, or target=level pairs [default: warn; for run, error]
+    #[arg(long, global = true, env = "STRATA_LOG")]
+    pub log: Option<String>,
     /// How to log
     #[arg(long, global = true, env = "STRATA_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
@@ -43,6 +43,8 @@ pub enum LogFormat {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Ask a model in this process: one answer, or a chat in the terminal
+    Run(RunArgs),
     /// Serve a model: a coordinator and its workers in one process
     Serve(ServeArgs),
     /// Run a coordinator over workers that are processes of their own
@@ -61,6 +63,10 @@ pub enum Command {
     Embed(EmbedArgs),
     /// Guess the tokens behind the masks of texts
     FillMask(FillMaskArgs),
+    /// Turn a text into token ids, as the served model reads it
+    Tokenize(TokenizeArgs),
+    /// Turn token ids into text
+    Detokenize(DetokenizeArgs),
     /// Show what a server is doing
     Status(StatusArgs),
     /// Measure throughput and latency of a running server
@@ -69,6 +75,8 @@ pub enum Command {
     RandomModel(RandomModelArgs),
     /// Measure every kernel of a device by itself, at the shapes of a model
     Kernels(KernelsArgs),
+    /// Print what makes a shell complete commands and flags
+    Completions(CompletionsArgs),
 }
 
 /// How a model is deployed, whatever the processes.
@@ -77,12 +85,12 @@ pub struct DeploymentArgs {
     /// How to split layers: auto, balanced, balanced_low_0, sequential, layer counts such as 2,2,2, or a device map as JSON
     #[arg(long, env = "STRATA_SPLIT")]
     pub split: Option<Split>,
-    /// Format of weights, activations and cache: auto (the checkpoint's), f32, bf16 or f16
+    /// Format of weights, activations and cache: auto (the checkpoint's), f32, bf16 or f16, or as PyTorch names them
     #[arg(long, env = "STRATA_DTYPE", default_value = "auto", value_parser = parse_dtype)]
     pub dtype: AutoDType,
-    /// Turn weights into int8 or int4 when they are loaded
-    #[arg(long, env = "STRATA_QUANTIZE")]
-    pub quantize: Option<Quantization>,
+    /// Turn weights into int8 or int4 when they are loaded, or none
+    #[arg(long, env = "STRATA_QUANTIZE", default_value = "none", hide_default_value = true, value_parser = parse_quantization)]
+    pub quantize: MaybeQuantized,
     /// Token positions the cache holds [default: 16 x the context, or what fits]
     #[arg(long, env = "STRATA_KV_TOKENS", value_parser = clap::value_parser!(u64).range(1..))]
     pub kv_tokens: Option<u64>,
@@ -122,6 +130,10 @@ pub struct DeploymentArgs {
 #[derive(Debug, Clone, Copy)]
 pub struct AutoDType(pub Option<DType>);
 
+/// Weights as they are, or in fewer bits.
+#[derive(Debug, Clone, Copy)]
+pub struct MaybeQuantized(pub Option<Quantization>);
+
 /// The best links, or one kind of them.
 #[derive(Debug, Clone, Copy)]
 pub struct AutoLinks(pub Option<LinkKind>);
@@ -134,10 +146,22 @@ fn parse_links(s: &str) -> Result<AutoLinks, String> {
 }
 
 fn parse_dtype(s: &str) -> Result<AutoDType, String> {
-    if s == "auto" {
-        return Ok(AutoDType(None));
+    let name = match s {
+        "auto" => return Ok(AutoDType(None)),
+        // PyTorch's names.
+        "float32" | "float" => "f32",
+        "bfloat16" => "bf16",
+        "float16" | "half" => "f16",
+        name => name,
+    };
+    name.parse().map(|d| AutoDType(Some(d))).map_err(|e: String| format!("{e}, or auto"))
+}
+
+fn parse_quantization(s: &str) -> Result<MaybeQuantized, String> {
+    if s == "none" {
+        return Ok(MaybeQuantized(None));
     }
-    s.parse().map(|d| AutoDType(Some(d))).map_err(|e: String| format!("{e}, or auto"))
+    s.parse().map(|q| MaybeQuantized(Some(q))).map_err(|e: String| format!("{e}, or none"))
 }
 
 /// So many equal devices.
@@ -503,19 +527,9 @@ pub struct KernelsArgs {
     pub kernel_cache: KernelCacheArgs,
 }
 
-#[derive(Debug, Args)]
-pub struct GenerateArgs {
-    #[command(flatten)]
-    pub address: AddressArgs,
-    /// Text to continue
-    #[arg(long, env = "STRATA_PROMPT", required_unless_present_any = ["token_ids", "message"])]
-    pub prompt: Option<String>,
-    /// Token ids to continue, taken as they are
-    #[arg(long, env = "STRATA_TOKEN_IDS", value_delimiter = ',', conflicts_with = "prompt")]
-    pub token_ids: Vec<u32>,
-    /// A message of a chat, as ROLE=TEXT; may be repeated
-    #[arg(long, env = "STRATA_MESSAGE", value_parser = parse_message, conflicts_with_all = ["prompt", "token_ids"])]
-    pub message: Vec<ChatMessage>,
+/// How an answer is drawn, and where it ends.
+#[derive(Debug, Clone, Args)]
+pub struct AnswerArgs {
     /// Most new tokens [default: the rest of the context]
     #[arg(long, env = "STRATA_MAX_TOKENS")]
     pub max_tokens: Option<u32>,
@@ -549,21 +563,101 @@ pub struct GenerateArgs {
     /// Go on after an end-of-sequence token
     #[arg(long, env = "STRATA_IGNORE_EOS")]
     pub ignore_eos: bool,
+    /// Use the sampling settings the model's makers suggest
+    #[arg(long, env = "STRATA_MODEL_DEFAULTS")]
+    pub model_defaults: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub here: HereArgs,
+    /// What to ask: a message of a chat if the model has a chat template, a text to continue if not; - is standard input,
+    /// @FILE a file, and @@ an @. Without one, every line of standard input is asked
+    #[arg(env = "STRATA_PROMPT", value_name = "PROMPT")]
+    pub text: Option<String>,
+    /// The same
+    #[arg(long, env = "STRATA_PROMPT", allow_hyphen_values = true)]
+    pub prompt: Option<String>,
+    /// Continue the prompt as it is, although the model has a chat template
+    #[arg(long, env = "STRATA_COMPLETE")]
+    pub complete: bool,
+    /// A message that the chat begins with, as ROLE=TEXT; may be repeated
+    #[arg(long, env = "STRATA_MESSAGE", value_parser = parse_message, conflicts_with = "complete")]
+    pub message: Vec<ChatMessage>,
+    #[command(flatten)]
+    pub answer: AnswerArgs,
+    #[command(flatten)]
+    pub deployment: DeploymentArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    pub address: AddressArgs,
+    /// Text to continue; - is standard input, @FILE a file, and @@ an @
+    #[arg(env = "STRATA_PROMPT", value_name = "PROMPT", required_unless_present_any = ["prompt", "token_ids", "message"])]
+    pub text: Option<String>,
+    /// The same
+    #[arg(long, env = "STRATA_PROMPT", allow_hyphen_values = true)]
+    pub prompt: Option<String>,
+    /// Token ids to continue, taken as they are
+    #[arg(long, env = "STRATA_TOKEN_IDS", value_delimiter = ',', conflicts_with_all = ["text", "prompt"])]
+    pub token_ids: Vec<u32>,
+    /// A message of a chat, as ROLE=TEXT; may be repeated
+    #[arg(long, env = "STRATA_MESSAGE", value_parser = parse_message, conflicts_with_all = ["text", "prompt", "token_ids"])]
+    pub message: Vec<ChatMessage>,
+    #[command(flatten)]
+    pub answer: AnswerArgs,
     /// Report log-probabilities, and this many alternatives
     #[arg(long, env = "STRATA_LOGPROBS")]
     pub logprobs: Option<u32>,
     /// Give up after this many milliseconds
     #[arg(long, env = "STRATA_DEADLINE_MS")]
     pub deadline_ms: Option<u64>,
-    /// Use the sampling settings the model's makers suggest
-    #[arg(long, env = "STRATA_MODEL_DEFAULTS")]
-    pub model_defaults: bool,
     /// Whose request it is: prompts that begin alike are computed once within a tenant
     #[arg(long, env = "STRATA_TENANT", default_value = "")]
     pub tenant: String,
     /// Print one JSON object per event, and a last one with the whole answer
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct TokenizeArgs {
+    #[command(flatten)]
+    pub address: AddressArgs,
+    /// The text; - is standard input, @FILE a file, and @@ an @
+    #[arg(env = "STRATA_TEXT")]
+    pub text: String,
+    /// Leave out what the tokenizer puts around a text
+    #[arg(long, env = "STRATA_PLAIN")]
+    pub plain: bool,
+    /// Print JSON
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct DetokenizeArgs {
+    #[command(flatten)]
+    pub address: AddressArgs,
+    /// The ids, separated by commas
+    #[arg(env = "STRATA_TOKEN_IDS", value_delimiter = ',', required = true)]
+    pub token_ids: Vec<u32>,
+    /// Write special tokens out
+    #[arg(long, env = "STRATA_KEEP_SPECIAL")]
+    pub keep_special: bool,
+    /// Print JSON
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct CompletionsArgs {
+    /// Whose
+    #[arg(env = "STRATA_SHELL", value_enum)]
+    pub shell: clap_complete::Shell,
 }
 
 /// Which part of a long input is kept.
@@ -632,7 +726,28 @@ pub struct FillMaskArgs {
 mod tests {
     use clap::CommandFactory;
 
-    use super::{Cli, ImaginedDevices};
+    use strata_proto::{DType, Quantization};
+
+    use super::{Cli, ImaginedDevices, parse_dtype, parse_quantization};
+
+    #[test]
+    fn formats_have_the_names_that_others_give_them() {
+        let read = |s: &str| parse_dtype(s).unwrap().0;
+        for (name, dtype) in [
+            ("auto", None),
+            ("bf16", Some(DType::BF16)),
+            ("bfloat16", Some(DType::BF16)),
+            ("float16", Some(DType::F16)),
+            ("half", Some(DType::F16)),
+            ("float32", Some(DType::F32)),
+        ] {
+            assert_eq!(read(name), dtype, "{name}");
+        }
+        assert!(parse_dtype("fp8").unwrap_err().contains("expected f32, bf16 or f16, or auto"));
+        assert_eq!(parse_quantization("none").unwrap().0, None);
+        assert_eq!(parse_quantization("int4").unwrap().0, Some(Quantization::Int4));
+        assert!(parse_quantization("nf4").unwrap_err().contains("expected int8 or int4, or none"));
+    }
 
     #[test]
     fn reads_imagined_devices() {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use tonic::{
     Status,
     transport::{Channel, Endpoint},
@@ -10,6 +10,11 @@ use tonic::{
 
 /// Connects to a server's URL.
 pub async fn connect(address: &str) -> anyhow::Result<Channel> {
+    if address.starts_with("https://") {
+        bail!(
+            "--address {address}: Strata has no TLS yet: reach the server by http://, over a network that nobody else reads"
+        );
+    }
     let url = if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
     let endpoint = Endpoint::from_shared(url).with_context(|| format!("--address {address:?}"))?;
     let connected = endpoint.connect_timeout(Duration::from_secs(5)).tcp_nodelay(true).connect().await;

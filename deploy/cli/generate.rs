@@ -10,15 +10,17 @@ use strata_proto::v1::{
 };
 
 use crate::{
-    args::GenerateArgs,
+    args::{AnswerArgs, GenerateArgs},
     client::{connect, refusal},
+    prompt,
 };
 
 /// `strata generate`
 pub async fn generate(args: GenerateArgs) -> anyhow::Result<()> {
     let json = args.json;
+    let prompt = prompt::only(args.text.clone(), args.prompt.clone())?;
     let mut client = InferenceClient::new(connect(&args.address.address).await?);
-    let mut stream = client.generate(request(args)).await.map_err(|s| refusal(&s))?.into_inner();
+    let mut stream = client.generate(request(args, prompt)).await.map_err(|s| refusal(&s))?.into_inner();
     let mut out = std::io::stdout().lock();
     let mut started = Started::default();
     let (mut text, mut token_ids, mut logprobs) = (String::new(), Vec::new(), Vec::new());
@@ -74,30 +76,35 @@ pub async fn generate(args: GenerateArgs) -> anyhow::Result<()> {
         .context("the server closed the stream before it was finished")
 }
 
-fn request(args: GenerateArgs) -> GenerateRequest {
+fn request(args: GenerateArgs, prompt: Option<String>) -> GenerateRequest {
     GenerateRequest {
         model: String::new(),
-        prompt: args.prompt,
+        prompt,
         token_ids: args.token_ids,
         messages: args.message,
-        max_tokens: args.max_tokens,
-        sampling: Some(Sampling {
-            temperature: args.temperature,
-            top_k: args.top_k,
-            top_p: args.top_p,
-            min_p: args.min_p,
-            repetition_penalty: args.repetition_penalty,
-            frequency_penalty: args.frequency_penalty,
-            presence_penalty: args.presence_penalty,
-            seed: args.seed,
-            logit_bias: Default::default(),
-        }),
-        stop: args.stop,
-        ignore_eos: args.ignore_eos,
+        max_tokens: args.answer.max_tokens,
+        sampling: Some(sampling(&args.answer)),
+        stop: args.answer.stop,
+        ignore_eos: args.answer.ignore_eos,
         logprobs: args.logprobs,
         deadline_ms: args.deadline_ms,
-        model_defaults: args.model_defaults,
+        model_defaults: args.answer.model_defaults,
         tenant: args.tenant,
+    }
+}
+
+/// The sampling that flags ask for.
+pub fn sampling(args: &AnswerArgs) -> Sampling {
+    Sampling {
+        temperature: args.temperature,
+        top_k: args.top_k,
+        top_p: args.top_p,
+        min_p: args.min_p,
+        repetition_penalty: args.repetition_penalty,
+        frequency_penalty: args.frequency_penalty,
+        presence_penalty: args.presence_penalty,
+        seed: args.seed,
+        logit_bias: Default::default(),
     }
 }
 

@@ -8,22 +8,30 @@ mod config_file;
 mod encode;
 mod generate;
 mod kernels;
+mod model_dir;
+mod origin;
 mod plan;
+mod prompt;
 mod random_model;
 mod roles;
+mod run;
 mod show;
 mod signals;
 mod status;
+mod tokenize;
 
 use std::io::Write;
 
-use clap::FromArgMatches;
+use clap::{CommandFactory, FromArgMatches};
 use tracing_subscriber::EnvFilter;
 
 use args::{Cli, Command, LogFormat};
 
+/// With the commit it was built from, where that is known.
+const VERSION: &str = env!("STRATA_VERSION");
+
 fn main() -> ! {
-    let code = match run() {
+    let code = match command() {
         Ok(()) => 0,
         Err(error) if is_broken_pipe(&error) => 0,
         Err(error) => {
@@ -45,14 +53,17 @@ fn end(code: i32) -> ! {
     _exit(code)
 }
 
-fn run() -> anyhow::Result<()> {
-    let command = config_file::with_defaults(std::env::args_os())?;
-    let cli = Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|e| e.exit());
+fn command() -> anyhow::Result<()> {
+    let mut command = origin::without_foreign_variables(config_file::with_defaults(std::env::args_os())?);
+    let matches =
+        command.try_get_matches_from_mut(std::env::args_os()).unwrap_or_else(|e| origin::exit(&e, &command));
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     start_logging(&cli)?;
     // Compute has threads of its own; the network needs few.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let outcome = runtime.block_on(async {
         match cli.command {
+            Command::Run(args) => run::run(args).await,
             Command::Serve(args) => roles::serve(args).await,
             Command::Coordinator(args) => roles::coordinator(args).await,
             Command::Worker(args) => roles::worker(args).await,
@@ -62,10 +73,13 @@ fn run() -> anyhow::Result<()> {
             Command::Classify(args) => encode::classify(args).await,
             Command::Embed(args) => encode::embed(args).await,
             Command::FillMask(args) => encode::fill_mask(args).await,
+            Command::Tokenize(args) => tokenize::tokenize(args).await,
+            Command::Detokenize(args) => tokenize::detokenize(args).await,
             Command::Status(args) => status::status(args).await,
             Command::Bench(args) => bench::bench(args).await,
             Command::RandomModel(args) => random_model::write(&args),
             Command::Kernels(args) => kernels::kernels(&args),
+            Command::Completions(args) => completions(&args),
         }
     });
     // Stage threads and blocked connections end with the process.
@@ -73,10 +87,19 @@ fn run() -> anyhow::Result<()> {
     outcome
 }
 
+/// `strata completions`
+fn completions(args: &args::CompletionsArgs) -> anyhow::Result<()> {
+    let mut text = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "strata", &mut text);
+    Ok(std::io::stdout().write_all(&text)?)
+}
+
 fn start_logging(cli: &Cli) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&cli.log).map_err(|e| {
-        anyhow::anyhow!("--log {:?}: {e}; expected a level such as info, or target=level", cli.log)
-    })?;
+    // An answer on a terminal should have nothing in between.
+    let quiet = if matches!(cli.command, Command::Run(_)) { "error" } else { "warn" };
+    let log = cli.log.as_deref().unwrap_or(quiet);
+    let filter = EnvFilter::try_new(log)
+        .map_err(|e| anyhow::anyhow!("--log {log:?}: {e}; expected a level such as info, or target=level"))?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match cli.log_format {
         LogFormat::Text => builder.init(),

@@ -25,8 +25,9 @@ use tokio::{net::TcpListener, sync::mpsc};
 use tonic::transport::Server;
 
 use crate::{
+    VERSION,
     args::{CoordinatorArgs, DeploymentArgs, HereArgs, ListenArgs, ServeArgs, WorkerArgs},
-    plan,
+    model_dir, plan,
     show::Loading,
     signals::{stopping, until_terminated},
 };
@@ -101,12 +102,7 @@ pub fn here(
     args: &HereArgs,
     deployment: &DeploymentArgs,
 ) -> anyhow::Result<(CoordinatorConfig, mpsc::UnboundedReceiver<MemberEvent>)> {
-    let directory = args.model.canonicalize().with_context(|| format!("model {}", args.model.display()))?;
-    if !directory.is_dir() {
-        bail!("model {}: not a directory; expected one in Hugging Face layout", args.model.display());
-    }
-    let name =
-        directory.file_name().context("the model directory has no name")?.to_string_lossy().into_owned();
+    let (name, directory) = model_dir::open(&args.model)?;
     let (device_lists, split) = match (args.workers, args.devices.is_empty()) {
         (Some(_), false) => bail!("give --workers or --devices, not both"),
         (None, false) => (vec![args.devices.clone()], Split::Auto),
@@ -171,7 +167,7 @@ fn coordinator_config(
             model,
             split: args.split.clone().unwrap_or(split),
             dtype: args.dtype.0,
-            quantization: args.quantize,
+            quantization: args.quantize.0,
             kv_tokens: args.kv_tokens,
             max_sequences: args.max_sequences,
             context: args.context,
@@ -189,6 +185,7 @@ fn coordinator_config(
         expected_members,
         join_patience,
         skip_checks: args.skip_check.clone(),
+        version: VERSION.into(),
     }
 }
 

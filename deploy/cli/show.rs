@@ -76,10 +76,14 @@ pub fn plan_table(plan: &Plan) -> String {
         };
         out += &format!("\nreplica {index}: {stages} stages, {what}\n{table}");
     }
-    let offloaded = plan.offload.as_ref().map(offloaded);
-    let warnings = plan.warnings.iter().map(|warning| format!("warning: {warning}"));
-    offloaded.into_iter().chain(warnings).for_each(|sentence| out += &format!("\n{sentence}"));
+    remarks(plan).for_each(|remark| out += &format!("\n{remark}"));
     out
+}
+
+/// What is slower than it might be, in sentences.
+fn remarks(plan: &Plan) -> impl Iterator<Item = String> {
+    let offloaded = plan.offload.as_ref().map(offloaded);
+    offloaded.into_iter().chain(plan.warnings.iter().map(|warning| format!("warning: {warning}")))
 }
 
 /// What it costs that layers are on a CPU, in a sentence or two.
@@ -119,6 +123,8 @@ pub fn footprint_table(plan: &Plan) -> String {
 /// Shows a deployment coming up on standard error: bars on a terminal, plain lines in a pipe.
 #[derive(Default)]
 pub struct Loading {
+    /// No plan, and nothing in a pipe but warnings.
+    quiet: bool,
     bars: Mutex<Option<Bars>>,
 }
 
@@ -129,13 +135,22 @@ struct Bars {
 }
 
 impl Loading {
+    /// Shows bars and warnings alone.
+    pub fn quiet() -> Self {
+        Loading { quiet: true, ..Loading::default() }
+    }
+
     /// Takes a notice from the coordinator.
     pub fn show(&self, notice: Notice) {
         let mut bars = self.bars.lock().unwrap_or_else(PoisonError::into_inner);
         match notice {
+            Notice::Waiting(..) if self.quiet => {}
             Notice::Waiting(joined, expected) => eprintln!("{joined} of {expected} workers are there"),
             Notice::Planned(plan) => {
-                eprintln!("{}", plan_table(&plan));
+                match self.quiet {
+                    true => remarks(&plan).for_each(|remark| eprintln!("{remark}")),
+                    false => eprintln!("{}", plan_table(&plan)),
+                }
                 *bars = Some(Bars::new(plan));
             }
             Notice::Checked(findings) => {
@@ -148,7 +163,7 @@ impl Loading {
                 bar.set_position(update.bytes_read);
                 if update.bytes_read >= update.bytes_total && !bar.is_finished() {
                     bar.finish();
-                    if bar.is_hidden() {
+                    if bar.is_hidden() && !self.quiet {
                         let replica = bars.plan.replicas.get(update.pipeline as usize);
                         let stage = replica.and_then(|r| r.stages.get(update.stage));
                         let place = stage.map_or(String::new(), |s| format!(" on {}/{}", s.worker, s.device));

@@ -30,11 +30,13 @@ fn as_text(status: &StatusResponse, plan: Option<&Plan>) -> String {
     let fence = status.fence.unwrap_or_default();
     let mut out = format!(
         "{} {state}, generation {fence}\n\
+         version   {}\n\
          requests  {} running, {} waiting; {} steps in flight\n\
          cache     {} of {} tokens\n\
          prefixes  {} of {} tokens were in the cache\n\
          so far    {} prompt tokens, {} generated, {} steps, {} preemptions\n",
         status.model,
+        status.version,
         load.running,
         load.waiting,
         load.steps_in_flight,
@@ -69,6 +71,7 @@ fn as_json(status: &StatusResponse, plan: Option<&Plan>) -> anyhow::Result<Strin
         Ok(json!({"worker": m.worker, "live": m.live, "devices": devices.map_err(anyhow::Error::msg)?}))
     });
     let value = json!({
+        "version": status.version,
         "model": status.model,
         "ready": status.ready,
         "reason": status.reason,

@@ -15,7 +15,7 @@ pub fn python() -> String {
 pub fn skip(why: &str) {
     assert!(std::env::var_os("CI").is_none(), "in CI nothing is skipped: {why}");
     // Written past the capture of the test harness, so that a skip is seen.
-    let _ = writeln!(std::io::stderr(), "SKIPPED: {why}, and set STRATA_TEST_PYTHON");
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {why}, and set STRATA_TEST_PYTHON; tests/run does both");
 }
 
 /// A Python that has grpcio.

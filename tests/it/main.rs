@@ -11,6 +11,7 @@ mod loading;
 mod parity;
 mod processes;
 mod replicas;
+mod run;
 mod serving;
 #[cfg(feature = "cuda")]
 mod start;

@@ -245,7 +245,24 @@ fn serve_and_its_clients_speak_as_documented() {
         serde_json::from_str(&run(&["status", "--address", &address, "--json"]).unwrap()).unwrap();
     assert_eq!((&status["ready"], &status["model"]), (&Value::Bool(true), &"shakespeare".into()));
     assert_eq!(status["plan"]["replicas"][0]["stages"].as_array().unwrap().len(), 3);
-    assert!(run(&["status", "--address", &address]).unwrap().contains("shakespeare ready"));
+    let shown = run(&["status", "--address", &address]).unwrap();
+    assert!(shown.contains("shakespeare ready"), "{shown}");
+    let version = run(&["--version"]).unwrap();
+    let version = version.trim().strip_prefix("strata ").unwrap();
+    assert_eq!(status["version"], version);
+    assert!(shown.contains(&format!("version   {version}\n")), "{shown}");
+    let (number, commit) = version.split_once(' ').unwrap_or((version, "(0000000)"));
+    let commit = commit.strip_prefix('(').unwrap().strip_suffix(')').unwrap();
+    assert_eq!(number, env!("CARGO_PKG_VERSION"));
+    assert!(commit.len() >= 7 && commit.chars().all(|c| c.is_ascii_hexdigit()), "{version}");
+
+    assert_eq!(generate(&["ROMEO:\n", "--max-tokens", "48"]).unwrap(), text, "a prompt has its place, too");
+    let ids = run(&["tokenize", "--address", &address, "ROMEO:\n"]).unwrap();
+    assert_eq!(ids, "0,842,28,201\n");
+    assert_eq!(run(&["tokenize", "--address", &address, "--plain", "ROMEO:\n"]).unwrap(), "842,28,201\n");
+    assert_eq!(run(&["detokenize", "--address", &address, ids.trim()]).unwrap(), "ROMEO:\n\n");
+    let secret = run(&["status", "--address", "https://localhost:7717"]).unwrap_err();
+    assert!(secret.contains("--address https://localhost:7717: Strata has no TLS yet"), "{secret}");
 
     server.signal("-TERM");
     assert!(server.exited().success());
@@ -282,6 +299,17 @@ fn a_random_model_is_written_served_and_measured() {
     assert!(bench(&["--requests", "1"]).unwrap().contains("tokens/s"));
     assert!(bench(&["--prompt-tokens", "5000"]).unwrap_err().contains("5000"), "says what was too long");
     assert!(bench(&["--concurrency", "0"]).unwrap_err().contains("0 is not in"));
+}
+
+#[test]
+fn shells_learn_the_commands() {
+    for (shell, says) in
+        [("bash", "complete -F _strata"), ("zsh", "#compdef strata"), ("fish", "complete -c strata")]
+    {
+        let text = run(&["completions", shell]).unwrap();
+        assert!(text.contains(says) && text.contains("fill-mask"), "{shell}: {text}");
+    }
+    assert!(run(&["completions", "cmd"]).unwrap_err().contains("possible values: bash"));
 }
 
 #[test]
@@ -339,7 +367,8 @@ fn plans_are_shown_before_anything_loads() {
     assert_eq!((&int8["dtype"], &int8["quantization"]), (&"bf16".into(), &"int8".into()));
     let stage = &int8["replicas"][0]["stages"][0];
     assert_eq!(stage["weight_bytes"], stage["footprint"]["int8"]);
-    assert!(plan(&["--quantize", "nf4"]).unwrap_err().contains("expected int8 or int4"));
+    assert!(plan(&["--quantize", "nf4"]).unwrap_err().contains("expected int8 or int4, or none"));
+    assert_eq!(json(&["--json", "--dtype", "half", "--quantize", "none"])["dtype"], "f16");
 
     let small = plan(&["--devices", "cpu:0=1MiB,cpu:1=1MiB"]).unwrap_err();
     assert!(small.starts_with("error: ") && small.contains("MiB"), "{small}");

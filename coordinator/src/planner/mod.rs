@@ -1,5 +1,8 @@
 //! Where layers go: `solve(problem) -> plan`, pure and exact.
 
+// Pure: see clippy.toml.
+#![deny(clippy::disallowed_methods, clippy::print_stdout, clippy::print_stderr)]
+
 mod cost;
 mod device_map;
 mod error;

@@ -207,6 +207,11 @@ impl Tokenizer {
         self.inner.decode(ids, !keep_special).map_err(|e| TokenizerError::Failed(e.to_string()))
     }
 
+    /// Whether it can read chats.
+    pub fn has_chat_template(&self) -> bool {
+        self.chat.is_some()
+    }
+
     /// What kind it is, as `model.type` of tokenizer.json names it.
     pub fn kind(&self) -> &'static str {
         match self.inner.get_model() {

@@ -4,6 +4,9 @@
 //! then chunks of prompts. The scheduler alone owns block ids; since all changes to KV memory ride inside steps, which
 //! every stage runs in one order, a freed block may be given out again at once.
 
+// Pure: see clippy.toml.
+#![deny(clippy::disallowed_methods, clippy::print_stdout, clippy::print_stderr)]
+
 mod blocks;
 mod compose;
 mod sequence;

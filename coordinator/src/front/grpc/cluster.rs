@@ -62,6 +62,7 @@ impl Cluster for ClusterService {
             fence: Some(snapshot.fence),
             load: Some(snapshot.load),
             members: futures::future::join_all(described).await,
+            version: self.coordinator.version.clone(),
         }))
     }
 

@@ -363,7 +363,7 @@ fn rows_go_through_the_matrix_of_their_expert() {
             Format::Quantized(Quantization::Int8),
             Format::Quantized(Quantization::Int4),
         ];
-        for (format, tokens) in formats.into_iter().flat_map(|f| [1, 3, 90].map(|t| (f, t))) {
+        for (format, tokens) in formats.into_iter().flat_map(|f| [1, 3, 60, 90].map(|t| (f, t))) {
             let weights: Vec<_> = (0..experts).map(|e| noise(10 + e, n * k)).collect();
             let all = b.matrix(experts * n, k, format, &weights.concat());
             let x = rounded(element, &noise(5, tokens * k));

@@ -1,0 +1,226 @@
+//! `strata run`: a model in this process, asked once or line by line.
+
+use std::{
+    io::{BufRead, IsTerminal, Write},
+    path::Path,
+    sync::Arc,
+};
+
+use anyhow::{Context, bail};
+use strata_coordinator::{
+    Coordinator,
+    engine::{Notice, Observer},
+    front::grpc,
+};
+use strata_proto::v1::{
+    ChatMessage, FinishReason, GenerateRequest, Task, generate_event, inference_client::InferenceClient,
+};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{Signal, SignalKind, signal},
+    sync::mpsc,
+};
+use tonic::transport::Channel;
+
+use crate::{
+    args::{AnswerArgs, RunArgs},
+    client::{connect, refusal},
+    generate, model_dir, prompt, roles,
+    show::Loading,
+};
+
+const HELP: &str = "/exit or Ctrl-D ends, /clear forgets what was said, Ctrl-C stops an answer";
+
+/// `strata run`
+pub async fn run(args: RunArgs) -> anyhow::Result<()> {
+    must_generate(&args.here.model)?;
+    let prompt = prompt::only(args.text.clone(), args.prompt.clone())?;
+    let mut model = start(&args).await?;
+    match prompt {
+        Some(prompt) => model.ask(prompt, None).await.map(drop),
+        None => model.talk().await,
+    }
+}
+
+/// What cannot answer should not be loaded first.
+fn must_generate(given: &Path) -> anyhow::Result<()> {
+    let (name, directory) = model_dir::open(given)?;
+    let task = strata_worker::model::describe(&directory, &name)?.task;
+    let command = match task {
+        Task::Generate | Task::Unspecified => return Ok(()),
+        Task::Classify => "classify",
+        Task::Embed => "embed",
+        Task::FillMask => "fill-mask",
+    };
+    bail!("{name} does not generate text: serve it with `strata serve`, and ask it with `strata {command}`")
+}
+
+/// Loads the model and answers on a port that only this machine reaches.
+async fn start(args: &RunArgs) -> anyhow::Result<Model> {
+    let (config, members) = roles::here(&args.here, &args.deployment)?;
+    let loading = Arc::new(Loading::quiet());
+    let observer: Observer = {
+        let loading = loading.clone();
+        Arc::new(move |notice: Notice| loading.show(notice))
+    };
+    let started = Coordinator::start(config, members, observer).await;
+    loading.finish();
+    let coordinator = started?;
+    let chat = coordinator.has_chat_template() && !args.complete;
+    if !chat && !args.message.is_empty() {
+        bail!("--message: the model has no chat template; give it a --prompt to continue");
+    }
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.context("listening on 127.0.0.1")?;
+    let address = format!("http://{}", listener.local_addr()?);
+    // It ends with the process.
+    tokio::spawn(grpc::serve(coordinator, listener, std::future::pending()));
+    let beginning = args.message.clone();
+    Ok(Model {
+        client: InferenceClient::new(connect(&address).await?),
+        chat,
+        said: beginning.clone(),
+        beginning,
+        answer: args.answer.clone(),
+    })
+}
+
+/// A model that is ready, and what was said so far.
+struct Model {
+    client: InferenceClient<Channel>,
+    /// It has a chat template; what is asked is a message, and the answer is remembered.
+    chat: bool,
+    /// Messages that every chat begins with.
+    beginning: Vec<ChatMessage>,
+    said: Vec<ChatMessage>,
+    answer: AnswerArgs,
+}
+
+enum Outcome {
+    Answered,
+    /// By Ctrl-C.
+    Stopped,
+}
+
+impl Model {
+    /// Asks every line of standard input.
+    async fn talk(&mut self) -> anyhow::Result<()> {
+        let terminal = std::io::stdin().is_terminal();
+        // From here on Ctrl-C does not end the process by itself.
+        let mut interrupts = signal(SignalKind::interrupt()).context("watching for Ctrl-C")?;
+        if terminal {
+            eprintln!("{HELP}");
+        }
+        let mut lines = lines();
+        loop {
+            if terminal {
+                eprint!("> ");
+            }
+            let line = tokio::select! {
+                line = lines.recv() => line,
+                _ = interrupts.recv() => None,
+            };
+            let Some(line) = line.transpose()? else {
+                if terminal {
+                    eprintln!();
+                }
+                return Ok(());
+            };
+            match line.trim() {
+                "" => continue,
+                "/exit" => return Ok(()),
+                "/clear" => {
+                    self.said = self.beginning.clone();
+                    continue;
+                }
+                "/help" => {
+                    eprintln!("{HELP}");
+                    continue;
+                }
+                _ => {}
+            }
+            match self.ask(line, Some(&mut interrupts)).await {
+                Ok(Outcome::Stopped) if !terminal => return Ok(()),
+                Ok(_) => {}
+                // Whoever sits there can ask something else.
+                Err(error) if terminal && !crate::is_broken_pipe(&error) => {
+                    eprintln!("error: {}", crate::in_one_line(&error));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Asks, and writes the answer to standard output as it comes.
+    async fn ask(&mut self, prompt: String, mut interrupts: Option<&mut Signal>) -> anyhow::Result<Outcome> {
+        let question = ChatMessage { role: "user".into(), content: prompt };
+        let request = self.request(&question);
+        let mut stream = self.client.generate(request).await.map_err(|s| refusal(&s))?.into_inner();
+        let mut out = std::io::stdout();
+        let mut text = String::new();
+        loop {
+            let interrupted = async {
+                match &mut interrupts {
+                    Some(interrupts) => interrupts.recv().await,
+                    None => std::future::pending().await,
+                }
+            };
+            let event = tokio::select! {
+                event = stream.message() => event.map_err(|s| refusal(&s))?,
+                _ = interrupted => {
+                    writeln!(out)?;
+                    return Ok(Outcome::Stopped);
+                }
+            };
+            let event = event.and_then(|event| event.event).context("the answer broke off")?;
+            let piece = match &event {
+                generate_event::Event::Started(_) => continue,
+                generate_event::Event::Tokens(tokens) => &tokens.text,
+                generate_event::Event::Finished(finished) => &finished.text,
+            };
+            write!(out, "{piece}")?;
+            out.flush()?;
+            text += piece;
+            if let generate_event::Event::Finished(finished) = &event {
+                writeln!(out)?;
+                if self.chat {
+                    self.said.extend([question, ChatMessage { role: "assistant".into(), content: text }]);
+                }
+                let full = finished.reason() == FinishReason::Length && self.answer.max_tokens.is_none();
+                if full && interrupts.is_some() && std::io::stdin().is_terminal() {
+                    eprintln!("(the context is full; /clear makes room)");
+                }
+                return Ok(Outcome::Answered);
+            }
+        }
+    }
+
+    fn request(&self, question: &ChatMessage) -> GenerateRequest {
+        let (prompt, messages) = match self.chat {
+            true => (None, self.said.iter().chain([question]).cloned().collect()),
+            false => (Some(question.content.clone()), Vec::new()),
+        };
+        GenerateRequest {
+            prompt,
+            messages,
+            max_tokens: self.answer.max_tokens,
+            sampling: Some(generate::sampling(&self.answer)),
+            stop: self.answer.stop.clone(),
+            ignore_eos: self.answer.ignore_eos,
+            model_defaults: self.answer.model_defaults,
+            ..GenerateRequest::default()
+        }
+    }
+}
+
+/// Lines of standard input, without their ends. Reading blocks, so a thread of its own does it.
+fn lines() -> mpsc::Receiver<std::io::Result<String>> {
+    let (sender, lines) = mpsc::channel(1);
+    std::thread::spawn(move || {
+        for line in std::io::stdin().lock().lines() {
+            if sender.blocking_send(line).is_err() {
+                break;
+            }
+        }
+    });
+    lines
+}
