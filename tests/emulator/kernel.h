@@ -436,7 +436,6 @@ inline float power_of_two(float x) {
     float y = exp2f(x);
     return y < 1.17549435e-38f ? 0.0f : y;
 }
-inline void prefetch(const void*) {}
 // Kernels of a stream follow each other.
 inline void let_next_come() {}
 inline void wait_for_previous() {}

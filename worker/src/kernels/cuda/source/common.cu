@@ -85,11 +85,6 @@ __device__ __forceinline__ float power_of_two(float x) {
     return y;
 }
 
-// Asks for the 128 bytes around an address, which later reads then find nearer by.
-__device__ __forceinline__ void prefetch(const void* at) {
-    asm volatile("prefetch.global.L2 [%0];" :: "l"(at));
-}
-
 // Kernels of one stream may overlap (programmatic dependent launch): blocks of the next one come as soon as all blocks of
 // this one have called `let_next_come`; before `wait_for_previous` they must touch nothing that another such kernel wrote or
 // reads. Plain kernels, which call neither, are over before what is started after them begins.
