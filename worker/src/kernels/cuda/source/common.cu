@@ -237,15 +237,38 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], const u32 
 #endif
 
 // Activation functions, numbered as the host numbers them.
-__device__ __forceinline__ float activate_inline(int act, float x) {
+enum { SILU, GELU, GELU_TANH, GELU_QUICK, RELU, TANH };
+template <int ACT>
+__device__ __forceinline__ float activate_by(float x) {
+    if constexpr (ACT == SILU) return x / (1.0f + expf(-x));
+    if constexpr (ACT == GELU) return 0.5f * x * (1.0f + erff(x * 0.70710678f));
+    if constexpr (ACT == GELU_TANH) return 0.5f * x * (1.0f + tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));
+    if constexpr (ACT == GELU_QUICK) return x / (1.0f + expf(-1.702f * x));
+    if constexpr (ACT == RELU) return x < 0.0f ? 0.0f : x;
+    return tanhf(x);
+}
+
+template <int ACT, int COUNT>
+__device__ __forceinline__ void activate_each(float (&x)[COUNT]) {
+#pragma unroll
+    for (int e = 0; e < COUNT; e++) x[e] = activate_by<ACT>(x[e]);
+}
+template <int COUNT>
+__device__ __forceinline__ void activate_all(int act, float (&x)[COUNT]) {
     switch (act) {
-        case 0: return x / (1.0f + expf(-x));                                                      // SiLU
-        case 1: return 0.5f * x * (1.0f + erff(x * 0.70710678f));                                  // GELU
-        case 2: return 0.5f * x * (1.0f + tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));     // GELU, by tanh
-        case 3: return x / (1.0f + expf(-1.702f * x));                                             // GELU, quick
-        case 4: return x < 0.0f ? 0.0f : x;                                                        // ReLU
-        default: return tanhf(x);
+        case SILU: return activate_each<SILU>(x);
+        case GELU: return activate_each<GELU>(x);
+        case GELU_TANH: return activate_each<GELU_TANH>(x);
+        case GELU_QUICK: return activate_each<GELU_QUICK>(x);
+        case RELU: return activate_each<RELU>(x);
+        default: return activate_each<TANH>(x);
     }
+}
+
+__device__ __forceinline__ float activate_inline(int act, float x) {
+    float one[1] = {x};
+    activate_all(act, one);
+    return one[0];
 }
 
 // The same as one function, for where it is no hot loop: the compiler has less to do.

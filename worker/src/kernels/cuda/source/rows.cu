@@ -311,8 +311,13 @@ __device__ __forceinline__ void gate_mul_by(T* row, int i, int inner, int act) {
         row[i] = narrowed(activate(act, widen(row[i])) * widen(row[inner + i]));
     } else {
         Pack<T> gates = load16(row + i), ups = load16(row + inner + i);
+        // One function for all of a pack, chosen once: calls in a row wait for each other.
+        float values[COUNT];
 #pragma unroll
-        for (int e = 0; e < COUNT; e++) gates.at[e] = narrowed(activate(act, widen(gates.at[e])) * widen(ups.at[e]));
+        for (int e = 0; e < COUNT; e++) values[e] = widen(gates.at[e]);
+        activate_all<COUNT>(act, values);
+#pragma unroll
+        for (int e = 0; e < COUNT; e++) gates.at[e] = narrowed(values[e] * widen(ups.at[e]));
         store16(row + i, gates);
     }
 }
