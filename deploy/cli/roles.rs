@@ -32,7 +32,7 @@ use crate::{
     signals::{stopping, until_terminated},
 };
 
-/// A coordinator that goes away without a word is noticed by pings, and its generation's memory freed.
+/// A coordinator that goes away without a word is noticed by pings, and its incarnation's memory freed.
 const PING_EVERY: Duration = Duration::from_secs(2);
 const PING_PATIENCE: Duration = Duration::from_secs(3);
 /// How long local workers have to join: they are there already.

@@ -29,7 +29,7 @@ fn as_text(status: &StatusResponse, plan: Option<&Plan>) -> String {
     let state = if status.ready { "ready".to_owned() } else { format!("not ready: {}", status.reason) };
     let fence = status.fence.unwrap_or_default();
     let mut out = format!(
-        "{} {state}, generation {fence}\n\
+        "{} {state}, incarnation {fence}\n\
          version   {}\n\
          requests  {} running, {} waiting; {} steps in flight\n\
          cache     {} of {} tokens\n\
@@ -75,7 +75,7 @@ fn as_json(status: &StatusResponse, plan: Option<&Plan>) -> anyhow::Result<Strin
         "model": status.model,
         "ready": status.ready,
         "reason": status.reason,
-        "fence": {"term": fence.term, "pipeline": fence.pipeline, "generation": fence.generation},
+        "fence": {"term": fence.term, "pipeline": fence.pipeline, "incarnation": fence.incarnation},
         "load": {
             "running": load.running,
             "waiting": load.waiting,

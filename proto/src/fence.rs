@@ -7,19 +7,19 @@ use crate::v1::Fence;
 impl Fence {
     /// Whether a call with this fence must be refused by someone who has seen `newest`.
     ///
-    /// Terms order leaders; within a term, generations order the incarnations of one pipeline.
+    /// Terms order leaders; within a term, incarnations of one pipeline are counted.
     /// Pipelines of one term do not order each other.
     pub fn is_stale(&self, newest: &Fence) -> bool {
         self.term < newest.term
             || (self.term == newest.term
                 && self.pipeline == newest.pipeline
-                && self.generation < newest.generation)
+                && self.incarnation < newest.incarnation)
     }
 }
 
 impl fmt::Display for Fence {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}.{}", self.term, self.pipeline, self.generation)
+        write!(f, "{}.{}.{}", self.term, self.pipeline, self.incarnation)
     }
 }
 
@@ -27,12 +27,12 @@ impl fmt::Display for Fence {
 mod tests {
     use super::*;
 
-    fn fence(term: u64, pipeline: u32, generation: u64) -> Fence {
-        Fence { term, pipeline, generation }
+    fn fence(term: u64, pipeline: u32, incarnation: u64) -> Fence {
+        Fence { term, pipeline, incarnation }
     }
 
     #[test]
-    fn orders_terms_then_generations_of_one_pipeline() {
+    fn orders_terms_then_incarnations_of_one_pipeline() {
         let newest = fence(2, 0, 5);
         assert!(fence(1, 0, 9).is_stale(&newest));
         assert!(fence(2, 0, 4).is_stale(&newest));

@@ -13,7 +13,7 @@ pub type Files = BTreeMap<String, Vec<u8>>;
 /// Progress of a load; the last message has `resident_bytes`. Ends after it, or after an error.
 pub type Progress = mpsc::Receiver<Result<v1::LoadProgress, Status>>;
 
-/// A running stage: a pair of message channels. Dropping `to` ends the generation.
+/// A running stage: a pair of message channels. Dropping `to` ends the incarnation.
 #[derive(Debug)]
 pub struct StageChannel {
     /// Steps, in order.
@@ -39,8 +39,8 @@ pub trait Worker: Send + Sync {
     async fn connect(&self, request: v1::ConnectRequest) -> Result<(), Status>;
     /// Starts running steps.
     async fn run(&self, open: v1::Open) -> Result<StageChannel, Status>;
-    /// Ends a generation.
+    /// Ends an incarnation.
     async fn abort(&self, request: v1::AbortRequest) -> Result<(), Status>;
-    /// Refuses new generations.
+    /// Refuses new incarnations.
     async fn drain(&self, request: v1::DrainRequest) -> Result<(), Status>;
 }

@@ -195,7 +195,7 @@ def kill_one(run, memory, tokens, models, victim, alone, which):
             one.close()
     came = [killed, *answer.times[seen:]]
     gap = max((b - a for a, b in zip(came, came[1:])), default=0)
-    run.row(f"{which}: the other one goes on with the next generation", f"after {LEAVES_WITHIN:.0f} s at most",
+    run.row(f"{which}: the other one goes on with the next incarnation", f"after {LEAVES_WITHIN:.0f} s at most",
             f"{gap:.2f} s; now {', '.join(stages) or 'no plan'}" if goes_on else "never",
             goes_on and gap < LEAVES_WITHIN and len(stages) == 1)
     whole = answer.finished and answer.indices == list(range(tokens))

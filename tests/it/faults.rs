@@ -71,7 +71,7 @@ async fn a_worker_that_leaves_costs_a_pause_and_no_error() {
     let leave = async {
         cluster.wait_for("tokens", |s| s.load.generated_tokens > 40).await;
         cluster.members.send(MemberEvent::Left("worker-1".into())).unwrap();
-        cluster.wait_for("the next generation", |s| s.ready && s.fence.generation == 2).await
+        cluster.wait_for("the next incarnation", |s| s.ready && s.fence.incarnation == 2).await
     };
     let (answers, snapshot) = tokio::join!(answers, leave);
     for (i, answer) in answers.into_iter().enumerate() {
@@ -97,7 +97,7 @@ async fn workers_refuse_stale_fences_on_every_call() {
         quantization: String::new(),
         mapped: false,
     };
-    let fence = |term, generation| Some(Fence { term, pipeline: 0, generation });
+    let fence = |term, incarnation| Some(Fence { term, pipeline: 0, incarnation });
     let load = |fence| v1::LoadRequest { fence, spec: Some(spec.clone()) };
     let mut progress = worker.load(load(fence(2, 5))).await.unwrap();
     while let Some(update) = progress.recv().await {

@@ -95,7 +95,7 @@ async fn a_third_of_the_layers_costs_a_third_of_the_bytes_and_of_the_memory() {
         mapped: false,
     };
     let load = async |spec: v1::StageSpec| {
-        let fence = Some(Fence { term: 1, pipeline: 0, generation: 1 });
+        let fence = Some(Fence { term: 1, pipeline: 0, incarnation: 1 });
         let mut progress = worker.load(v1::LoadRequest { fence, spec: Some(spec) }).await.unwrap();
         let mut last = v1::LoadProgress::default();
         while let Some(update) = progress.recv().await {
@@ -140,7 +140,7 @@ async fn a_model_that_fits_no_memory_is_brought_up_memory_mapped() {
     let stage = &plan.replicas[0].stages[0];
     assert!(stage.mapped && stage.weight_bytes > 8 << 20, "{stage:?}");
     assert!(plan.warnings[0].contains("memory-mapped"), "{:?}", plan.warnings);
-    let fence = Fence { term: 1, pipeline: 0, generation: 1 };
+    let fence = Fence { term: 1, pipeline: 0, incarnation: 1 };
     let up =
         Pipeline::bring_up(&found, &plan, fence, Arc::new(|_| {}), Arc::new(|_, _| {}), &deployment).await;
     assert_eq!(up.unwrap().replica(), &plan.replicas[0]);

@@ -86,7 +86,7 @@ impl Driver {
         let found = discover(&members, &deployment.model).await.unwrap();
         let plan = found.plan(&deployment).unwrap();
         let (sink, events) = mpsc::unbounded_channel();
-        let fence = Fence { term: 1, pipeline: 0, generation: 1 };
+        let fence = Fence { term: 1, pipeline: 0, incarnation: 1 };
         let sink = Arc::new(move |_, event| {
             let _ = sink.send(event);
         });

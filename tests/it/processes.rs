@@ -163,7 +163,7 @@ async fn a_worker_killed_mid_answer_costs_a_pause_and_no_error() {
             assert_eq!(got, undisturbed[i % 5], "an answer changed when worker {victim} was killed");
         }
         let status = status(&coordinator.address).await;
-        assert!(status.ready && status.fence.unwrap().generation >= 2);
+        assert!(status.ready && status.fence.unwrap().incarnation >= 2);
         assert_eq!(status.plan.unwrap().replicas[0].stages.len(), 2);
     }
 }

@@ -32,7 +32,7 @@ pub enum WorkerError {
     /// A message without a field it must have, or with a value out of bounds.
     #[error("{0}")]
     BadMessage(String),
-    /// A call from an older generation.
+    /// A call from an older incarnation.
     #[error("fence {got} is stale: this worker has seen {newest}")]
     Stale {
         /// Fence of the call.
@@ -61,8 +61,8 @@ pub enum WorkerError {
     /// The worker is shutting down.
     #[error("this worker is draining and takes no new work")]
     Draining,
-    /// The generation was aborted while the call was under way.
-    #[error("the generation was ended")]
+    /// The incarnation was aborted while the call was under way.
+    #[error("the incarnation was ended")]
     Aborted,
     /// Reading the model directory failed.
     #[error("{path}: {source}")]

@@ -10,7 +10,7 @@ use std::{
 use futures::future::{Either, select};
 use tokio::sync::watch;
 
-/// Ends every wait of one generation of a stage, once and for good.
+/// Ends every wait of one incarnation of a stage, once and for good.
 #[derive(Debug, Clone)]
 pub struct Interrupt {
     tripped: Arc<watch::Sender<bool>>,

@@ -6,8 +6,8 @@
 pub mod device;
 mod engine;
 mod error;
-mod generation;
 pub mod grpc;
+mod incarnation;
 mod interrupt;
 pub mod kernels;
 mod kv_cache;

@@ -27,7 +27,7 @@ use crate::{
     device::{Compute, DeviceSpec, Directories, Held},
     engine::{self, Allocated, Engine, Size},
     error::WorkerError,
-    generation::{Generation, RunEnd},
+    incarnation::{Incarnation, RunEnd},
     interrupt::Interrupt,
     model::{LoadedBytes, Model, ModelError, RangeSpec, StageState},
     transport::{Downstream, Upstream, tcp::Pending},
@@ -92,7 +92,7 @@ struct Shared {
     /// Milliseconds from the start of the thread to the start of the phase.
     since: AtomicU64,
     resident: Mutex<Option<v1::ResidentWeights>>,
-    /// Cache and workspace bytes of the live generation.
+    /// Cache and workspace bytes of the live incarnation.
     allocated: AtomicU64,
     current: Mutex<Option<(Fence, Interrupt)>>,
 }
@@ -138,7 +138,7 @@ impl StageThread {
                 spill: directories.spill,
                 spec: None,
                 bytes_read: 0,
-                generation: None,
+                incarnation: None,
             };
             while let Ok(command) = orders.recv() {
                 stage.obey(command);
@@ -166,7 +166,7 @@ impl StageThread {
         }
     }
 
-    /// Ends the running generation if `newer` supersedes it.
+    /// Ends the running incarnation if `newer` supersedes it.
     pub fn supersede(&self, newer: &Fence) {
         let current = lock(&self.shared.current);
         if let Some((fence, interrupt)) = &*current
@@ -209,7 +209,7 @@ impl StageThread {
             Some((current, interrupt)) if *current == fence => interrupt.clone(),
             _ => {
                 return Err(WorkerError::WrongState(format!(
-                    "generation {fence} is not prepared on this device"
+                    "incarnation {fence} is not prepared on this device"
                 )));
             }
         };
@@ -220,7 +220,7 @@ impl StageThread {
         Ok(strata_proto::StageChannel { to, from })
     }
 
-    /// Ends the generation `fence` if it is the current one, and waits until its memory is free.
+    /// Ends the incarnation `fence` if it is the current one, and waits until its memory is free.
     pub async fn abort(&self, fence: &Fence) {
         let interrupt = match &*lock(&self.shared.current) {
             Some((current, interrupt)) if current == fence => interrupt.clone(),
@@ -288,7 +288,7 @@ struct Stage {
     spec: Option<v1::StageSpec>,
     /// What the last load read from files.
     bytes_read: u64,
-    generation: Option<Generation>,
+    incarnation: Option<Incarnation>,
 }
 
 impl Stage {
@@ -303,7 +303,7 @@ impl Stage {
             }
             Command::Unload { spec, reply } => {
                 if self.spec.as_ref() == Some(&spec) {
-                    self.drop_generation();
+                    self.drop_incarnation();
                     self.drop_weights();
                 }
                 let _ = reply.send(());
@@ -316,11 +316,11 @@ impl Stage {
             }
             Command::Run { fence, steps, answers } => {
                 self.run(fence, steps, &answers);
-                self.drop_generation();
+                self.drop_incarnation();
             }
             Command::Release { reply } => {
-                if self.generation.as_ref().is_some_and(|g| g.interrupt.is_tripped()) {
-                    self.drop_generation();
+                if self.incarnation.as_ref().is_some_and(|g| g.interrupt.is_tripped()) {
+                    self.drop_incarnation();
                 }
                 let _ = reply.send(());
             }
@@ -338,10 +338,10 @@ impl Stage {
         *lock(&self.shared.resident) = None;
     }
 
-    fn drop_generation(&mut self) {
-        if let Some(generation) = self.generation.take() {
+    fn drop_incarnation(&mut self) {
+        if let Some(incarnation) = self.incarnation.take() {
             // Also ends the health reports and a neighbour's wait on our sockets.
-            generation.interrupt.trip();
+            incarnation.interrupt.trip();
         }
         self.engine.release();
         self.shared.allocated.store(0, Ordering::Relaxed);
@@ -353,8 +353,8 @@ impl Stage {
         directory: PathBuf,
         progress: &mpsc::Sender<Result<v1::LoadProgress, Status>>,
     ) -> Result<(), WorkerError> {
-        // A new range means a new generation: the old one's cache would only be in the way.
-        self.drop_generation();
+        // A new range means a new incarnation: the old one's cache would only be in the way.
+        self.drop_incarnation();
         if self.spec.as_ref() != Some(&spec) {
             self.drop_weights();
             let (checkpoint, model) = Model::open_dir(&directory)?;
@@ -398,7 +398,7 @@ impl Stage {
     }
 
     fn prepare(&mut self, request: Prepare) -> Result<v1::Prepared, WorkerError> {
-        self.drop_generation();
+        self.drop_incarnation();
         let interrupt = match &*lock(&self.shared.current) {
             Some((fence, interrupt)) if *fence == request.fence => interrupt.clone(),
             _ => return Err(WorkerError::Aborted),
@@ -428,7 +428,7 @@ impl Stage {
             nccl_id: Vec::new().into(),
         };
         self.shared.allocated.store(prepared.kv_bytes + prepared.workspace_bytes, Ordering::Relaxed);
-        self.generation = Some(Generation {
+        self.incarnation = Some(Incarnation {
             fence: request.fence,
             interrupt,
             dtype,
@@ -443,16 +443,16 @@ impl Stage {
 
     fn connect(&mut self, request: Connect) -> Result<(), WorkerError> {
         let width = self.engine.loaded().map_or(0, |loaded| loaded.model.tower.width);
-        let generation = current(&mut self.generation, &request.fence)?;
-        let longest = (generation.max_step_tokens * width) as u64 * generation.dtype.size();
-        let ends = |pending| Ends { pending, interrupt: generation.interrupt.clone(), longest };
+        let incarnation = current(&mut self.incarnation, &request.fence)?;
+        let longest = (incarnation.max_step_tokens * width) as u64 * incarnation.dtype.size();
+        let ends = |pending| Ends { pending, interrupt: incarnation.interrupt.clone(), longest };
         // Down first: the next stage answers the hello without waiting for its own neighbours.
         if let Some(make) = request.downstream {
-            generation.downstream = Some(make(ends(None))?);
+            incarnation.downstream = Some(make(ends(None))?);
         }
         if let Some(make) = request.upstream {
-            let pending = generation.pending.take();
-            generation.upstream = Some(make(ends(pending))?);
+            let pending = incarnation.pending.take();
+            incarnation.upstream = Some(make(ends(pending))?);
         }
         Ok(())
     }
@@ -480,8 +480,8 @@ impl Stage {
     ) -> Result<(), RunEnd> {
         let shared = self.shared.clone();
         let engine = &mut *self.engine;
-        let generation = current(&mut self.generation, fence)?;
-        let interrupt = generation.interrupt.clone();
+        let incarnation = current(&mut self.incarnation, fence)?;
+        let interrupt = incarnation.interrupt.clone();
         let answer = |m| match interrupt.block_on(answers.send(message(m))) {
             Some(Ok(())) => Ok(()),
             _ => Err(RunEnd::Quiet),
@@ -496,8 +496,8 @@ impl Stage {
             shared.phase.store(StagePhase::Step as i32, Ordering::Relaxed);
             shared.since.store(self.begun.elapsed().as_millis() as u64, Ordering::Relaxed);
             let loaded = engine.loaded().ok_or_else(|| WorkerError::from(ModelError::NotLoaded))?;
-            generation.accept(&meta, due, &loaded)?;
-            let (result, compute) = generation.execute(&meta, engine, self.hook.as_ref())?;
+            incarnation.accept(&meta, due, &loaded)?;
+            let (result, compute) = incarnation.execute(&meta, engine, self.hook.as_ref())?;
             if let Some(result) = result {
                 answer(from_stage::Message::Result(result))?;
             }
@@ -511,12 +511,12 @@ impl Stage {
 }
 
 fn current<'a>(
-    generation: &'a mut Option<Generation>,
+    incarnation: &'a mut Option<Incarnation>,
     fence: &Fence,
-) -> Result<&'a mut Generation, WorkerError> {
-    match generation {
+) -> Result<&'a mut Incarnation, WorkerError> {
+    match incarnation {
         Some(g) if g.fence == *fence && !g.interrupt.is_tripped() => Ok(g),
-        _ => Err(WorkerError::WrongState(format!("generation {fence} is not prepared on this device"))),
+        _ => Err(WorkerError::WrongState(format!("incarnation {fence} is not prepared on this device"))),
     }
 }
 

@@ -59,7 +59,7 @@ pub enum PipelineEvent {
         /// Time it computed.
         compute: Duration,
     },
-    /// A stage is gone; the generation is over.
+    /// A stage is gone; the incarnation is over.
     Lost {
         /// Name of its worker.
         worker: String,
@@ -68,7 +68,7 @@ pub enum PipelineEvent {
     },
 }
 
-/// A running pipeline. Dropping it closes the streams, which ends the generation on every stage.
+/// A running pipeline. Dropping it closes the streams, which ends the incarnation on every stage.
 #[derive(Debug)]
 pub struct Pipeline {
     fence: Fence,
@@ -77,7 +77,7 @@ pub struct Pipeline {
     abort: AbortHandle,
 }
 
-/// Where the events of generation `.0` go.
+/// Where the events of incarnation `.0` go.
 pub type EventSink = Arc<dyn Fn(u64, PipelineEvent) + Send + Sync>;
 
 impl Pipeline {
@@ -121,7 +121,7 @@ impl Pipeline {
     /// Sends a step to every stage.
     ///
     /// # Errors
-    /// The worker of a stage that cannot take it: then the generation is over.
+    /// The worker of a stage that cannot take it: then the incarnation is over.
     pub fn issue(&self, mut meta: v1::StepMeta) -> Result<(), String> {
         meta.fence = Some(self.fence);
         for (sender, stage) in self.stages.iter().zip(&self.replica.stages) {
@@ -132,13 +132,13 @@ impl Pipeline {
         Ok(())
     }
 
-    /// Ends the generation on every stage, without waiting.
+    /// Ends the incarnation on every stage, without waiting.
     pub fn abort(self) -> AbortHandle {
         self.abort
     }
 }
 
-/// Ends a generation from outside.
+/// Ends an incarnation from outside.
 #[derive(Debug, Clone)]
 pub struct AbortHandle {
     fence: Fence,
@@ -196,7 +196,7 @@ async fn open(
 ) -> Result<Vec<mpsc::Sender<v1::ToStage>>, PipelineError> {
     try_join_all(setups.iter().enumerate().map(|(index, setup)| setup.load(index, &*progress))).await?;
 
-    // Secrets of the links, minted anew for each generation.
+    // Secrets of the links, minted anew for each incarnation.
     let tokens: Vec<[u8; 32]> = (1..setups.len()).map(|_| mint_token()).collect();
     let blocks = u32::try_from(replica.kv_capacity_tokens / u64::from(BLOCK_TOKENS)).unwrap_or(u32::MAX);
     let prepared = setups.iter().enumerate().map(|(index, setup)| {
@@ -334,11 +334,11 @@ impl Setup {
             }
             _ => return Err(self.nonsense("the run did not open".into())),
         }
-        let generation = self.fence.generation;
+        let incarnation = self.fence.incarnation;
         let worker = self.member.name.clone();
         tokio::spawn(async move {
-            let reason = forward(stage, generation, &mut from, &sink).await;
-            sink(generation, PipelineEvent::Lost { worker, reason });
+            let reason = forward(stage, incarnation, &mut from, &sink).await;
+            sink(incarnation, PipelineEvent::Lost { worker, reason });
         });
         Ok(channel.to)
     }
@@ -351,7 +351,7 @@ impl Setup {
 /// Forwards a stage's messages until it is lost; says why.
 async fn forward(
     stage: usize,
-    generation: u64,
+    incarnation: u64,
     from: &mut mpsc::Receiver<v1::FromStage>,
     sink: &EventSink,
 ) -> String {
@@ -362,10 +362,10 @@ async fn forward(
             Err(_) => return format!("it was silent for {SILENCE:?}"),
         };
         match message {
-            Some(from_stage::Message::Result(result)) => sink(generation, PipelineEvent::Result(result)),
+            Some(from_stage::Message::Result(result)) => sink(incarnation, PipelineEvent::Result(result)),
             Some(from_stage::Message::Done(done)) => {
                 let compute = Duration::from_micros(done.compute_us);
-                sink(generation, PipelineEvent::Done { stage, step: done.step, compute });
+                sink(incarnation, PipelineEvent::Done { stage, step: done.step, compute });
             }
             Some(from_stage::Message::Health(health)) => {
                 let busy = Duration::from_millis(health.busy_ms);

@@ -58,7 +58,7 @@ pub(crate) struct Engine {
     /// Never empty once the engine runs.
     replicas: Vec<Replica>,
     /// Of the last pipeline that was begun, of whichever replica.
-    generation: u64,
+    incarnation: u64,
     last_id: SequenceId,
     live: HashMap<SequenceId, Live>,
     begun: Instant,
@@ -92,7 +92,7 @@ impl Engine {
             snapshot,
             members,
             replicas: Vec::new(),
-            generation: 0,
+            incarnation: 0,
             last_id: 0,
             live: HashMap::new(),
             begun: Instant::now(),
@@ -140,9 +140,9 @@ impl Engine {
                 self.live.remove(&id);
                 self.cancel(id);
             }
-            Event::Pipeline(generation, event) => self.pipeline_event(generation, event),
-            Event::Planned(generation, plan) => self.planned(generation, plan),
-            Event::BroughtUp(generation, outcome) => self.brought_up(generation, *outcome),
+            Event::Pipeline(incarnation, event) => self.pipeline_event(incarnation, event),
+            Event::Planned(incarnation, plan) => self.planned(incarnation, plan),
+            Event::BroughtUp(incarnation, outcome) => self.brought_up(incarnation, *outcome),
             Event::Member(event) => self.member_event(&event),
         }
     }
@@ -262,8 +262,8 @@ impl Engine {
         Err(refused.unwrap_or(scheduler::SubmitError::TooLarge { needed: 0, capacity: 0 }))
     }
 
-    fn pipeline_event(&mut self, generation: u64, event: PipelineEvent) {
-        let Some(at) = self.replicas.iter().position(|replica| replica.has(generation)) else { return };
+    fn pipeline_event(&mut self, incarnation: u64, event: PipelineEvent) {
+        let Some(at) = self.replicas.iter().position(|replica| replica.has(incarnation)) else { return };
         if let State::BringingUp { lost, .. } = &mut self.replicas[at].state {
             *lost |= matches!(event, PipelineEvent::Lost { .. });
             return;
@@ -377,7 +377,7 @@ impl Engine {
         }
     }
 
-    /// The live generation of a replica is over: its sequences go to other replicas, or wait for its next one.
+    /// The live incarnation of a replica is over: its sequences go to other replicas, or wait for its next one.
     fn lost(&mut self, at: usize, worker: &str, reason: &str) {
         tracing::warn!(worker, reason, "lost a stage; planning anew");
         let replica = &mut self.replicas[at];
@@ -403,7 +403,7 @@ impl Engine {
         self.bring_up(self.replicas.len() - 1, None);
     }
 
-    /// Starts a task that ends `old` and brings a new generation of a replica up over the devices that no other has.
+    /// Starts a task that ends `old` and brings a new incarnation of a replica up over the devices that no other has.
     fn bring_up(&mut self, at: usize, old: Option<Pipeline>) {
         if self.replicas.iter().enumerate().any(|(i, replica)| i != at && replica.is_planning()) {
             // Two that look for devices at once might find the same.
@@ -413,17 +413,17 @@ impl Engine {
             }
             return;
         }
-        self.generation += 1;
-        let generation = self.generation;
+        self.incarnation += 1;
+        let incarnation = self.incarnation;
         let replica = &mut self.replicas[at];
-        replica.state = State::BringingUp { generation, lost: false };
-        let fence = Fence { term: FIXED_TERM, pipeline: replica.number, generation };
+        replica.state = State::BringingUp { incarnation, lost: false };
+        let fence = Fence { term: FIXED_TERM, pipeline: replica.number, incarnation };
         let taken: Vec<_> = self.replicas.iter().filter_map(|replica| replica.plan.clone()).collect();
         let (members, deployment) = (self.members.clone(), self.deployment.clone());
         let (events, observer) = (self.handle.clone(), self.observer.clone());
         let sink_events = events.clone();
-        let sink = Arc::new(move |generation, event| {
-            let _ = sink_events.send(Event::Pipeline(generation, event));
+        let sink = Arc::new(move |incarnation, event| {
+            let _ = sink_events.send(Event::Pipeline(incarnation, event));
         });
         tokio::spawn(async move {
             if let Some(old) = old {
@@ -433,7 +433,7 @@ impl Engine {
                 let mut found = discover(&members, &deployment.model).await?;
                 found.leave_out(&taken);
                 let plan = Arc::new(found.plan(&deployment)?);
-                let _ = events.send(Event::Planned(generation, plan.clone()));
+                let _ = events.send(Event::Planned(incarnation, plan.clone()));
                 let progress = {
                     let observer = observer.clone();
                     Arc::new(move |update| observer(Notice::Loading(update)))
@@ -441,14 +441,14 @@ impl Engine {
                 Pipeline::bring_up(&found, &plan, fence, progress, sink, &deployment).await
             };
             let outcome = outcome.await;
-            let _ = events.send(Event::BroughtUp(generation, Box::new(outcome)));
+            let _ = events.send(Event::BroughtUp(incarnation, Box::new(outcome)));
         });
     }
 
     /// A replica has found devices; what it leaves over may hold another copy of the model.
-    fn planned(&mut self, generation: u64, plan: Arc<Plan>) {
+    fn planned(&mut self, incarnation: u64, plan: Arc<Plan>) {
         self.no_capacity_since = None;
-        let Some(at) = self.replicas.iter().position(|replica| replica.has(generation)) else { return };
+        let Some(at) = self.replicas.iter().position(|replica| replica.has(incarnation)) else { return };
         let more = plan.replicas.len() > 1;
         if self.replicas.len() == 1 {
             // Others begin with what this one leaves, as this plan says.
@@ -461,8 +461,8 @@ impl Engine {
         }
     }
 
-    fn brought_up(&mut self, generation: u64, outcome: Result<Pipeline, PipelineError>) {
-        let Some(at) = self.replicas.iter().position(|replica| replica.has(generation)) else { return };
+    fn brought_up(&mut self, incarnation: u64, outcome: Result<Pipeline, PipelineError>) {
+        let Some(at) = self.replicas.iter().position(|replica| replica.has(incarnation)) else { return };
         let lost = matches!(self.replicas[at].state, State::BringingUp { lost: true, .. });
         match outcome {
             Ok(pipeline) => {

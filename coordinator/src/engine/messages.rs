@@ -68,11 +68,11 @@ pub enum Event {
     Submit(Box<Submission>),
     /// A client went away.
     Cancel(SequenceId),
-    /// A pipeline of this generation has news.
+    /// A pipeline of this incarnation has news.
     Pipeline(u64, PipelineEvent),
-    /// The pipeline of this generation is about to be loaded.
+    /// The pipeline of this incarnation is about to be loaded.
     Planned(u64, Arc<Plan>),
-    /// The attempt to bring the pipeline of this generation up ended.
+    /// The attempt to bring the pipeline of this incarnation up ended.
     BroughtUp(u64, Box<Result<Pipeline, PipelineError>>),
     /// Membership changed.
     Member(MemberEvent),

@@ -17,7 +17,7 @@ pub(crate) enum State {
     /// A task is at work; `lost` if its pipeline broke before the engine took it over.
     BringingUp {
         /// Of the pipeline to come.
-        generation: u64,
+        incarnation: u64,
         /// It broke already.
         lost: bool,
     },
@@ -50,11 +50,11 @@ impl Replica {
         matches!(self.state, State::Up(_))
     }
 
-    /// Whether its pipeline is, or is going to be, of this generation.
-    pub fn has(&self, generation: u64) -> bool {
+    /// Whether its pipeline is, or is going to be, of this incarnation.
+    pub fn has(&self, incarnation: u64) -> bool {
         match &self.state {
-            State::Up(pipeline) => pipeline.fence().generation == generation,
-            State::BringingUp { generation: coming, .. } => *coming == generation,
+            State::Up(pipeline) => pipeline.fence().incarnation == incarnation,
+            State::BringingUp { incarnation: coming, .. } => *coming == incarnation,
             State::Down { .. } => false,
         }
     }

@@ -95,7 +95,7 @@ impl Classify for SubmitError {
     }
 }
 
-/// Something the pipeline said that cannot be; ends its generation.
+/// Something the pipeline said that cannot be; ends its incarnation.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CommitError {
     /// Results come in the order of steps.
@@ -400,7 +400,7 @@ impl Scheduler {
         expired
     }
 
-    /// Begins a new generation of the pipeline: steps count from 0, every live sequence is computed anew in order of
+    /// Begins a new incarnation of the pipeline: steps count from 0, every live sequence is computed anew in order of
     /// arrival. Returns those that cannot fit any more; they are gone.
     pub fn restart(&mut self, config: Config) -> Vec<SequenceId> {
         self.config = config;

@@ -147,7 +147,7 @@ enum Action {
     Fail,
     /// The last stage forgets a token.
     Garble(usize),
-    /// A new generation with so many blocks.
+    /// A new incarnation with so many blocks.
     Restart(u32),
     /// Another scheduler takes over, with so many blocks.
     Move(u32),
@@ -657,7 +657,7 @@ fn answered(w: &mut World, tenant: &str, prompt: Vec<u32>) -> (u32, u32) {
 }
 
 #[test]
-fn a_prefix_is_computed_once_per_tenant_and_generation() {
+fn a_prefix_is_computed_once_per_tenant_and_incarnation() {
     let mut w = world(64, 1);
     let prompt: Vec<u32> = (0..20).collect();
     assert_eq!(answered(&mut w, "a", prompt.clone()), (0, 0));
@@ -669,7 +669,7 @@ fn a_prefix_is_computed_once_per_tenant_and_generation() {
     let stats = w.scheduler.stats();
     assert_eq!((stats.prefix_queries, stats.prefix_hits, stats.blocks_used), (74, 24, 0));
     w.scheduler.restart(w.stage.config.clone());
-    assert_eq!(answered(&mut w, "a", prompt.clone()), (0, 0), "the cache dies with its generation");
+    assert_eq!(answered(&mut w, "a", prompt.clone()), (0, 0), "the cache dies with its incarnation");
     w.scheduler.restart(Config { prefix_cache: false, ..w.stage.config.clone() });
     assert_eq!(answered(&mut w, "a", prompt.clone()), (0, 0));
     assert_eq!(answered(&mut w, "a", prompt), (0, 0), "it can be switched off");

@@ -1,7 +1,7 @@
 //! Links that carry activations from a stage to the next one.
 //!
 //! One activation per link and step, in step order. A link is owned by its stage thread; waits end when the
-//! generation's [`Interrupt`](crate::interrupt::Interrupt) is tripped.
+//! incarnation's [`Interrupt`](crate::interrupt::Interrupt) is tripped.
 
 pub mod loopback;
 pub(crate) mod nccl;
@@ -10,7 +10,7 @@ pub mod tcp;
 use candle_core::Tensor;
 use strata_proto::{DType, v1::Fence};
 
-/// Secret that names one link of one generation.
+/// Secret that names one link of one incarnation.
 pub type LinkToken = [u8; 32];
 
 /// Reads a token from the wire.
@@ -109,11 +109,11 @@ pub trait Downstream {
     fn send(&mut self, activation: Activation, shape: Expected) -> Result<(), LinkError>;
 }
 
-/// Why a link failed. Each of these ends the generation.
+/// Why a link failed. Each of these ends the incarnation.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
-    /// The generation was aborted.
-    #[error("the generation was ended")]
+    /// The incarnation was aborted.
+    #[error("the incarnation was ended")]
     Interrupted,
     /// The other end is gone.
     #[error("the neighbouring stage is gone: {0}")]
@@ -144,7 +144,7 @@ fn same_fence(got: &Fence, want: &Fence) -> Result<(), LinkError> {
     if got == want {
         Ok(())
     } else {
-        Err(LinkError::Protocol(format!("fence {got} is not this generation's {want}")))
+        Err(LinkError::Protocol(format!("fence {got} is not this incarnation's {want}")))
     }
 }
 

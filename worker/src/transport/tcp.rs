@@ -121,7 +121,9 @@ fn greet(
     let token = super::link_token(&hello[8..])?;
     let stage = expected.lock().unwrap_or_else(PoisonError::into_inner).remove(&token);
     let Some(stage) = stage else {
-        return Err(LinkError::Protocol("the token belongs to no generation that is being connected".into()));
+        return Err(LinkError::Protocol(
+            "the token belongs to no incarnation that is being connected".into(),
+        ));
     };
     // The answer proves to the dialer that data flows both ways.
     stream.write_all(&crc32c::crc32c(&hello).to_le_bytes())?;
@@ -271,7 +273,7 @@ fn write_frame(out: &mut impl Write, fence: &Fence, activation: Activation) -> R
     head.extend(FRAME);
     head.extend(fence.term.to_le_bytes());
     head.extend(fence.pipeline.to_le_bytes());
-    head.extend(fence.generation.to_le_bytes());
+    head.extend(fence.incarnation.to_le_bytes());
     head.extend(activation.step.to_le_bytes());
     let mut body = Vec::new();
     match activation.payload {
@@ -341,7 +343,7 @@ fn read_frame(
     }
     let u64_at = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| head[at + i]));
     let u32_at = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| head[at + i]));
-    let sent = Fence { term: u64_at(4), pipeline: u32_at(12), generation: u64_at(16) };
+    let sent = Fence { term: u64_at(4), pipeline: u32_at(12), incarnation: u64_at(16) };
     same_fence(&sent, fence)?;
     check_step(u64_at(24), step)?;
     let mut check = crc32c::crc32c(&head);
@@ -419,8 +421,8 @@ fn format_code(dtype: DType) -> u8 {
 mod tests {
     use super::*;
 
-    fn fence(generation: u64) -> Fence {
-        Fence { term: 1, pipeline: 0, generation }
+    fn fence(incarnation: u64) -> Fence {
+        Fence { term: 1, pipeline: 0, incarnation }
     }
 
     fn pair(interrupt: &Interrupt) -> (TcpDownstream, TcpUpstream) {
@@ -470,13 +472,13 @@ mod tests {
         let good =
             frame(Activation { step: 5, payload: Payload::Tensors(vec![Hidden::Host(tensor(DType::F32))]) });
         let want = Expected { dtype: DType::F32, rows: 2, columns: 3 };
-        let read = |bytes: &[u8], generation, step, want: Expected| {
-            read_frame(&mut &bytes[..], &fence(generation), step, &[want])
+        let read = |bytes: &[u8], incarnation, step, want: Expected| {
+            read_frame(&mut &bytes[..], &fence(incarnation), step, &[want])
                 .map(|_| ())
                 .map_err(|e| e.to_string())
         };
         read(&good, 1, 5, want).unwrap();
-        assert!(read(&good, 2, 5, want).unwrap_err().contains("fence 1.0.1 is not this generation's 1.0.2"));
+        assert!(read(&good, 2, 5, want).unwrap_err().contains("fence 1.0.1 is not this incarnation's 1.0.2"));
         assert!(read(&good, 1, 6, want).unwrap_err().contains("step 5 while step 6"));
         assert!(read(&good, 1, 5, Expected { rows: 3, ..want }).unwrap_err().contains("another shape"));
         assert!(

@@ -124,7 +124,7 @@ fn deployment(links: Option<LinkKind>) -> Deployment {
 }
 
 fn fence() -> Fence {
-    Fence { term: 1, pipeline: 0, generation: 1 }
+    Fence { term: 1, pipeline: 0, incarnation: 1 }
 }
 
 async fn bring_up(found: &Discovery, worker: &Obedient) -> Result<Pipeline, PipelineError> {

@@ -1,6 +1,6 @@
 //! The engine of a GPU.
 //!
-//! All memory is allocated when weights are loaded and when a generation is prepared. A step uploads one small buffer (ids,
+//! All memory is allocated when weights are loaded and when an incarnation is prepared. A step uploads one small buffer (ids,
 //! positions, block tables), runs kernels in order on one stream, and waits once, at its end. Steps in which every
 //! sequence has one token are recorded as CUDA graphs.
 

@@ -49,7 +49,7 @@ impl<C: Communicator> Watched<C> {
     /// Waits until all that was asked for is done.
     ///
     /// # Errors
-    /// If it fails, takes longer than `patience`, or the generation is ended; then the communicator is aborted.
+    /// If it fails, takes longer than `patience`, or the incarnation is ended; then the communicator is aborted.
     pub fn wait(&mut self, patience: Duration) -> Result<(), LinkError> {
         self.wait_until(C::poll, patience)
     }
@@ -70,7 +70,7 @@ impl<C: Communicator> Watched<C> {
             }
             match holds(&mut self.communicator) {
                 Ok(true) => return Ok(()),
-                // An ended generation closes what the two ends have in common.
+                // An ended incarnation closes what the two ends have in common.
                 _ if self.interrupt.is_tripped() => break LinkError::Interrupted,
                 Err(why) => break LinkError::Closed(why),
                 Ok(false) => {}
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn an_ended_generation_ends_the_wait() {
+    fn an_ended_incarnation_ends_the_wait() {
         let interrupt = Interrupt::default();
         let other = interrupt.clone();
         let waiter = std::thread::spawn(move || {

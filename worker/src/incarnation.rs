@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// Everything that lives and dies with one incarnation of a pipeline.
-pub(crate) struct Generation {
+pub(crate) struct Incarnation {
     pub fence: Fence,
     pub interrupt: Interrupt,
     pub dtype: DType,
@@ -96,7 +96,7 @@ impl Sampler {
 
 /// Why a run loop ended.
 pub(crate) enum RunEnd {
-    /// The coordinator closed the stream, or the generation was aborted.
+    /// The coordinator closed the stream, or the incarnation was aborted.
     Quiet,
     /// Something broke; the coordinator is told.
     Broken(WorkerError),
@@ -111,13 +111,13 @@ impl<E: Into<WorkerError>> From<E> for RunEnd {
     }
 }
 
-impl Generation {
-    /// Checks a step against the protocol and takes over its changes to sequences. An error ends the generation.
+impl Incarnation {
+    /// Checks a step against the protocol and takes over its changes to sequences. An error ends the incarnation.
     pub fn accept(&mut self, meta: &v1::StepMeta, due: u64, weights: &Loaded<'_>) -> Result<(), WorkerError> {
         let tower = &weights.model.tower;
         let broken = |what: String| Err(WorkerError::BadMessage(format!("step {}: {what}", meta.step)));
         if meta.fence.as_ref() != Some(&self.fence) {
-            return broken(format!("its fence is not this generation's {}", self.fence));
+            return broken(format!("its fence is not this incarnation's {}", self.fence));
         }
         if meta.step != due {
             return broken(format!("step {due} was due"));
