@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -15,14 +16,14 @@ use crate::{
     engine::{Engine, Input, Loaded, Output, Step, Values},
     error::WorkerError,
     interrupt::Interrupt,
-    model::{
-        BatchRow,
-        blocks::{Head, Tower},
-    },
+    kernels::ops::{BatchRow, TensorSpec},
+    model::architecture::{Head, Tower},
     sampler::{Draw, SampleError, Sampled, SamplingParams, TokenHistory, likeliest, sample},
-    stage::StepHook,
-    transport::{Activation, Downstream, Expected, Hidden, LinkError, Payload, Upstream, tcp::Pending},
+    transport::{Activation, Downstream, Hidden, LinkError, Payload, Upstream, tcp::Pending},
 };
+
+/// Called with each step before it is computed; an error poisons the step. For fault injection in tests.
+pub type StepHook = Arc<dyn Fn(&v1::StepMeta) -> Result<(), String> + Send + Sync>;
 
 /// Everything that lives and dies with one incarnation of a pipeline.
 pub(crate) struct Incarnation {
@@ -189,7 +190,7 @@ impl Incarnation {
         hook: Option<&StepHook>,
     ) -> Result<(Option<v1::StepResult>, Duration), RunEnd> {
         let width = engine.loaded().map_or(0, |loaded| loaded.model.tower.width);
-        let shape = Expected { dtype: self.dtype, rows: meta.token_ids.len(), columns: width };
+        let shape = TensorSpec { dtype: self.dtype, rows: meta.token_ids.len(), columns: width };
         let hidden = match &mut self.upstream {
             None => Ok(None),
             Some(upstream) => match upstream.receive(meta.step, &[shape])?.payload {

@@ -10,7 +10,6 @@ pub mod grpc;
 mod incarnation;
 mod interrupt;
 pub mod kernels;
-mod kv_cache;
 pub mod model;
 pub mod sampler;
 mod service;
@@ -20,6 +19,6 @@ pub mod weights;
 
 pub use engine::measure;
 pub use error::WorkerError;
+pub use incarnation::StepHook;
 pub use interrupt::Interrupt;
 pub use service::{LocalWorker, Models, WorkerConfig};
-pub use stage::StepHook;

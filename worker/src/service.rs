@@ -19,8 +19,9 @@ use uuid::Uuid;
 use crate::{
     device::{self, Compute, DeviceSpec, Directories, Held},
     error::WorkerError,
+    incarnation::StepHook,
     model,
-    stage::{Connect, Ends, MakeDownstream, MakeUpstream, Prepare, StageThread, StepHook},
+    stage::{Connect, Ends, MakeDownstream, MakeUpstream, Prepare, StageThread},
     transport::{
         LinkError, LinkToken, link_token,
         loopback::Hub,

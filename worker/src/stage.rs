@@ -27,7 +27,7 @@ use crate::{
     device::{Compute, DeviceSpec, Directories, Held},
     engine::{self, Allocated, Engine, Size},
     error::WorkerError,
-    incarnation::{Incarnation, RunEnd},
+    incarnation::{Incarnation, RunEnd, StepHook},
     interrupt::Interrupt,
     model::{LoadedBytes, Model, ModelError, RangeSpec, StageState},
     transport::{Downstream, Upstream, tcp::Pending},
@@ -39,9 +39,6 @@ const STEP_QUEUE: usize = 64;
 const ANSWER_QUEUE: usize = 1024;
 /// How often a running stage reports its health.
 const HEALTH_EVERY: Duration = Duration::from_millis(500);
-
-/// Called with each step before it is computed; an error poisons the step. For fault injection in tests.
-pub type StepHook = Arc<dyn Fn(&v1::StepMeta) -> Result<(), String> + Send + Sync>;
 
 /// Orders to the stage thread. Replies that nobody waits for are dropped.
 enum Command {

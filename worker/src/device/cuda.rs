@@ -39,6 +39,7 @@ pub(super) fn offer(
     let failed = |e: CudaError| WorkerError::WrongState(format!("device {}: {e}", spec.id));
     let GpuInfo { uuid, capability, free_bytes, total_bytes, peers, .. } =
         cuda::info(spec.ordinal()).map_err(failed)?;
+    let libraries = cuda::libraries().map_err(failed)?;
     let Measured { bytes_per_second, rates } = measured(spec.ordinal(), kernel_cache).map_err(failed)?;
     let shares = specs.iter().filter(|s| s.kind == DeviceKind::Cuda && s.ordinal() == spec.ordinal());
     let uncapped = shares.filter(|s| s.cap.is_none()).count().max(1) as u64;
@@ -59,7 +60,7 @@ pub(super) fn offer(
         nccl: nccl::is_there(),
         spill_bytes: 0,
         spill_directory: String::new(),
-        libraries: cuda::libraries().map_err(failed)?,
+        libraries: libraries.iter().cloned().chain(nccl::description()).collect(),
     })
 }
 

@@ -15,8 +15,8 @@ use strata_proto::DeviceKind;
 use crate::{
     device::DeviceSpec,
     error::WorkerError,
-    kernels::cpu::Cpu,
-    model::{BatchRow, LoadedBytes, Model, ModelError, RangeSpec, StepError},
+    kernels::{cpu::Cpu, ops::BatchRow},
+    model::{LoadedBytes, Model, ModelError, RangeSpec, StepError},
     sampler::{Draw, SampleError, Sampled},
     transport::Hidden,
     weights::Checkpoint,

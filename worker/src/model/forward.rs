@@ -4,24 +4,23 @@ use strata_proto::DType;
 
 use super::{
     StepError,
-    blocks::{Attention, Ffn, Flow, Head, Input, Layer, Moe, Norm, Pool, Position, Slot, Tower},
+    architecture::{Attention, Ffn, Flow, Head, Input, Layer, Moe, Norm, Pool, Position, Slot, Tower},
     stage::{Block, NormWeights, Projection},
     workspace::Workspace,
 };
-use crate::{
-    kernels::{
-        buffer::round_to,
-        cpu::{
-            Cpu,
-            attention::Attention as AttentionCall,
-            linear::{Linear, Output, Rows},
-            moe::Route,
-            norm::{Activate, GateMul, HeadNorm, NormRows, SoftCap},
-            packed::Table,
-            rope::{self, Angles, RopeAndStore},
-        },
+use crate::kernels::{
+    buffer::round_to,
+    cpu::{
+        Cpu,
+        attention::Attention as AttentionCall,
+        kv_cache::KvLayer,
+        linear::{Linear, Output, Rows},
+        moe::Route,
+        norm::{Activate, GateMul, HeadNorm, NormRows, SoftCap},
+        packed::Table,
+        rope::{self, Angles, RopeAndStore},
     },
-    kv_cache::{BatchRow, KvLayer},
+    ops::BatchRow,
 };
 
 /// Least length by which a vector is divided (torch's `normalize`).

@@ -6,7 +6,7 @@ use strata_proto::DType;
 
 use super::{
     Model, ModelError, RangeSpec,
-    blocks::{Site, Slot},
+    architecture::{Site, Slot},
     names::{Bound, Layout},
 };
 use crate::{

@@ -1,6 +1,6 @@
 //! A model: shared blocks, the tensors that fill them, and how a stage of it loads and runs.
 
-pub mod blocks;
+pub mod architecture;
 pub mod config;
 mod families;
 pub(crate) mod forward;
@@ -21,7 +21,7 @@ use std::path::Path;
 use strata_proto::{DType, Format};
 
 use self::{
-    blocks::{Head, Names, Site, Slot, Tower},
+    architecture::{Head, Names, Site, Slot, Tower},
     config::{Config, ConfigError},
     names::{Bindings, Bound},
 };
@@ -32,7 +32,7 @@ pub use self::{
     state::{StageOutput, StageState},
     step::{StageInput, StepError},
 };
-pub use crate::kv_cache::{BLOCK_TOKENS, BatchRow};
+pub use crate::kernels::ops::{BLOCK_TOKENS, BatchRow};
 use crate::{
     kernels::buffer::{OutOfMemory, SpillError},
     weights::{Checkpoint, TensorDType, WeightsError},

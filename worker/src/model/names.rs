@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     ModelError,
-    blocks::{Ffn, Head, Names, Norm, Shape, Site, Slot, Source, Tower},
+    architecture::{Ffn, Head, Names, Norm, Shape, Site, Slot, Source, Tower},
 };
 use crate::weights::{Checkpoint, TensorDType};
 

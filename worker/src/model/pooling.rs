@@ -2,7 +2,7 @@
 
 use super::{
     ModelError,
-    blocks::Pool,
+    architecture::Pool,
     config::{Config, ConfigError},
 };
 use crate::weights::Checkpoint;

@@ -7,12 +7,15 @@ use strata_proto::{Experts, FormatBytes, ModelProfile, Module, v1};
 
 use super::{
     Model, ModelError,
-    blocks::{Attention, Ffn, Head, Layer, Site, Slot, Source},
+    architecture::{Attention, Ffn, Head, Layer, Site, Slot, Source},
     families,
     stage::{self, Block},
     workspace,
 };
-use crate::{kernels::cpu::packed::Table, kv_cache::KvLayer, weights::Checkpoint};
+use crate::{
+    kernels::{cpu::packed::Table, ops::kv_elements},
+    weights::Checkpoint,
+};
 
 /// Describes the model in `dir`, called `name` on the wire. Of the weights, only headers and a few sampled bytes are
 /// read.
@@ -37,7 +40,7 @@ impl Model {
         };
         let layers = tower.layers.iter().enumerate().map(|(i, layer)| {
             let Attention { kv_heads, head_dim, .. } = layer.attention;
-            let kv = if tower.is_encoder() { 0 } else { KvLayer::elements_per_token(kv_heads, head_dim) };
+            let kv = if tower.is_encoder() { 0 } else { kv_elements(kv_heads, head_dim) };
             module(Site::Layer(i), kv as u64, macs(tower.width, layer))
         });
         let dense = if matches!(tower.head, Head::Lm { .. } | Head::Embed { .. }) { 0 } else { tower.width };

@@ -1,7 +1,7 @@
 //! Rotary frequencies from `config.json`, scaling resolved (transformers' `modeling_rope_utils.py`, in f32 as there).
 
 use super::{
-    blocks::{Frequencies, Rope},
+    architecture::{Frequencies, Rope},
     config::{Config, ConfigError},
 };
 

@@ -11,7 +11,7 @@ use strata_proto::{DType, Format, LayerRange, Quantization};
 
 use super::{
     Model, ModelError, StepError,
-    blocks::{Shape, Site, Slot},
+    architecture::{Shape, Site, Slot},
     load::{LoadedBytes, Piece, read_tensors},
     names::{Bound, Layout},
 };

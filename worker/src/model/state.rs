@@ -2,15 +2,15 @@
 
 use super::{
     Model, ModelError,
-    blocks::Layer,
+    architecture::Layer,
     forward::{self, Pass},
     stage::{RangeSpec, StageWeights},
     step::{Limits, StageInput, StepError},
     workspace::{self, Workspace},
 };
-use crate::{
-    kernels::cpu::Cpu,
-    kv_cache::{BLOCK_TOKENS, BatchRow, KvLayer},
+use crate::kernels::{
+    cpu::{Cpu, kv_cache::KvLayer},
+    ops::{BLOCK_TOKENS, BatchRow, kv_elements},
 };
 
 /// What a step yields.
@@ -19,7 +19,7 @@ pub enum StageOutput<'a> {
     Hidden(&'a [f32]),
     /// On the last stage.
     Values {
-        /// `(outputs, values)`, [`Tower::outputs`](super::blocks::Tower::outputs) values each; the sampler may overwrite it.
+        /// `(outputs, values)`, [`Tower::outputs`](super::architecture::Tower::outputs) values each; the sampler may overwrite it.
         values: &'a mut [f32],
         /// Scratch for the sampler: as many indexes.
         order: &'a mut [u32],
@@ -70,8 +70,7 @@ impl StageState {
         max_tokens: u32,
         max_outputs: u32,
     ) -> u64 {
-        let elements =
-            |l: &Layer| KvLayer::elements_per_token(l.attention.kv_heads, l.attention.head_dim) as u64;
+        let elements = |l: &Layer| kv_elements(l.attention.kv_heads, l.attention.head_dim) as u64;
         let per_token: u64 = cached(model, spec).iter().map(elements).sum::<u64>() * spec.dtype.size();
         let outputs = if spec.head { u64::from(max_outputs) } else { 0 };
         u64::from(kv_blocks) * BLOCK_TOKENS as u64 * per_token

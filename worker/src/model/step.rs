@@ -1,8 +1,8 @@
 //! What a stage is asked to compute in one step, and the checks of it before anything is computed.
 
-use super::{RangeSpec, blocks::Tower};
+use super::{RangeSpec, architecture::Tower};
 use crate::{
-    kv_cache::{BLOCK_TOKENS, BatchRow},
+    kernels::ops::{BLOCK_TOKENS, BatchRow},
     transport::LinkError,
 };
 

@@ -1,12 +1,10 @@
 //! Scratch memory of a stage: so many bytes per token of a step, so many per output row, nothing else.
 
-use super::blocks::{Ffn, Layer, Tower};
-use crate::{
-    kernels::{
-        buffer::{Buffer, OutOfMemory},
-        cpu::linear,
-    },
-    kv_cache::{BLOCK_TOKENS, KvLayer},
+use super::architecture::{Ffn, Layer, Tower};
+use crate::kernels::{
+    buffer::{Buffer, OutOfMemory},
+    cpu::{kv_cache::KvLayer, linear},
+    ops::{BLOCK_TOKENS, kv_elements},
 };
 
 /// Elements of a cache line: buffers of whole lines per row keep the sum linear in the rows.
@@ -66,7 +64,7 @@ impl Widths {
 
     fn per_token(&self) -> usize {
         let experts = self.experts.map_or(0, |(all, active)| 2 * self.residual + all + 2 * active);
-        let keys = self.keys.map_or(0, |(heads, d)| KvLayer::elements_per_token(heads, d));
+        let keys = self.keys.map_or(0, |(heads, d)| kv_elements(heads, d));
         let angles: usize = self.angles.iter().sum();
         2 * self.residual + self.qkv + self.attention + self.up + self.packed() + angles + experts + keys
     }

@@ -8,8 +8,8 @@ use std::{
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use super::{Activation, Downstream, Expected, Hidden, LinkError, LinkToken, Payload, Upstream, check_step};
-use crate::interrupt::Interrupt;
+use super::{Activation, Downstream, Hidden, LinkError, LinkToken, Payload, Upstream, check_step};
+use crate::{interrupt::Interrupt, kernels::ops::TensorSpec};
 
 /// Activations a stage may be ahead of its successor.
 const IN_FLIGHT: usize = 2;
@@ -101,7 +101,7 @@ pub struct LoopbackDownstream {
 }
 
 impl Downstream for LoopbackDownstream {
-    fn send(&mut self, mut activation: Activation, _shape: Expected) -> Result<(), LinkError> {
+    fn send(&mut self, mut activation: Activation, _shape: TensorSpec) -> Result<(), LinkError> {
         if let (true, Payload::Tensors(tensors)) = (self.by_host, &mut activation.payload) {
             let moved = std::mem::take(tensors).into_iter().map(|t| t.into_host().map(Hidden::Host));
             *tensors = moved.collect::<Result<_, _>>()?;
@@ -122,7 +122,7 @@ pub struct LoopbackUpstream {
 }
 
 impl Upstream for LoopbackUpstream {
-    fn receive(&mut self, step: u64, expected: &[Expected]) -> Result<Activation, LinkError> {
+    fn receive(&mut self, step: u64, expected: &[TensorSpec]) -> Result<Activation, LinkError> {
         let activation = match self.interrupt.block_on(self.receiver.recv()) {
             None => return Err(LinkError::Interrupted),
             Some(None) => return Err(LinkError::Closed("the previous stage ended".into())),
@@ -144,7 +144,7 @@ mod tests {
 
     use super::*;
 
-    const SHAPE: Expected = Expected { dtype: DType::F32, rows: 1, columns: 1 };
+    const SHAPE: TensorSpec = TensorSpec { dtype: DType::F32, rows: 1, columns: 1 };
 
     #[test]
     fn ends_meet_in_either_order_and_leave_nothing_behind() {

@@ -10,6 +10,8 @@ pub mod tcp;
 use candle_core::Tensor;
 use strata_proto::{DType, v1::Fence};
 
+use crate::kernels::ops::TensorSpec;
+
 /// Secret that names one link of one incarnation.
 pub type LinkToken = [u8; 32];
 
@@ -74,7 +76,7 @@ impl Hidden {
     }
 
     /// Whether these are rows as `expected`.
-    pub fn fits(&self, expected: &Expected) -> bool {
+    pub fn fits(&self, expected: &TensorSpec) -> bool {
         match self {
             Hidden::Host(tensor) => {
                 tensor.dtype() == candle_dtype(expected.dtype)
@@ -86,27 +88,17 @@ impl Hidden {
     }
 }
 
-/// Shape and format of a tensor that a stage expects, known from `StepMeta` before anything is read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Expected {
-    /// Wire format.
-    pub dtype: DType,
-    /// Rows: tokens of the step.
-    pub rows: usize,
-    /// Columns: width of the residual stream.
-    pub columns: usize,
-}
-
 /// The receiving end of a link.
 pub trait Upstream {
-    /// Waits for the activation of `step`; refuses one whose tensors differ from `expected`.
-    fn receive(&mut self, step: u64, expected: &[Expected]) -> Result<Activation, LinkError>;
+    /// Waits for the activation of `step`; refuses one whose tensors differ from `expected`, which is known from
+    /// `StepMeta` before anything is read.
+    fn receive(&mut self, step: u64, expected: &[TensorSpec]) -> Result<Activation, LinkError>;
 }
 
 /// The sending end of a link. Sending overlaps the next step's compute.
 pub trait Downstream {
     /// Queues an activation. `shape` is what the receiver expects, also of a step that is poisoned.
-    fn send(&mut self, activation: Activation, shape: Expected) -> Result<(), LinkError>;
+    fn send(&mut self, activation: Activation, shape: TensorSpec) -> Result<(), LinkError>;
 }
 
 /// Why a link failed. Each of these ends the incarnation.

@@ -22,10 +22,10 @@ use half::{bf16, f16};
 use strata_proto::{DType, v1::Fence};
 
 use super::{
-    Activation, Downstream, Expected, Hidden, LinkError, LinkToken, Payload, Upstream, candle_dtype,
-    check_step, same_fence,
+    Activation, Downstream, Hidden, LinkError, LinkToken, Payload, Upstream, candle_dtype, check_step,
+    same_fence,
 };
-use crate::interrupt::Interrupt;
+use crate::{interrupt::Interrupt, kernels::ops::TensorSpec};
 
 const HELLO: [u8; 8] = *b"strata\x00\x01";
 const FRAME: [u8; 4] = *b"STRF";
@@ -233,7 +233,7 @@ pub struct TcpDownstream {
 }
 
 impl Downstream for TcpDownstream {
-    fn send(&mut self, activation: Activation, _shape: Expected) -> Result<(), LinkError> {
+    fn send(&mut self, activation: Activation, _shape: TensorSpec) -> Result<(), LinkError> {
         self.sender.send(activation).map_err(|_| {
             if self.interrupt.is_tripped() {
                 return LinkError::Interrupted;
@@ -253,7 +253,7 @@ pub struct TcpUpstream {
 }
 
 impl Upstream for TcpUpstream {
-    fn receive(&mut self, step: u64, expected: &[Expected]) -> Result<Activation, LinkError> {
+    fn receive(&mut self, step: u64, expected: &[TensorSpec]) -> Result<Activation, LinkError> {
         read_frame(&mut self.stream, &self.fence, step, expected)
             .map_err(|error| if self.interrupt.is_tripped() { LinkError::Interrupted } else { error })
     }
@@ -333,7 +333,7 @@ fn read_frame(
     stream: &mut impl Read,
     fence: &Fence,
     step: u64,
-    expected: &[Expected],
+    expected: &[TensorSpec],
 ) -> Result<Activation, LinkError> {
     let closed = |e: std::io::Error| LinkError::Closed(e.to_string());
     let mut head = [0; HEAD_BYTES];
@@ -392,7 +392,7 @@ fn read_frame(
     Ok(Activation { step, payload })
 }
 
-fn tensor_of(bytes: &[u8], shape: &Expected) -> Result<Tensor, LinkError> {
+fn tensor_of(bytes: &[u8], shape: &TensorSpec) -> Result<Tensor, LinkError> {
     let dims = (shape.rows, shape.columns);
     let device = &candle_core::Device::Cpu;
     let halves = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
@@ -446,7 +446,7 @@ mod tests {
         for (step, dtype) in DType::ALL.into_iter().enumerate() {
             let sent = tensor(dtype);
             let step = step as u64;
-            let shape = Expected { dtype, rows: 2, columns: 3 };
+            let shape = TensorSpec { dtype, rows: 2, columns: 3 };
             let payload = Payload::Tensors(vec![Hidden::Host(sent.clone())]);
             down.send(Activation { step, payload }, shape).unwrap();
             let got = up.receive(step, &[shape]).unwrap();
@@ -456,7 +456,7 @@ mod tests {
             };
             assert_eq!(flat(got.remove(0).into_host().unwrap()), flat(sent));
         }
-        let shape = Expected { dtype: DType::F32, rows: 9, columns: 9 };
+        let shape = TensorSpec { dtype: DType::F32, rows: 9, columns: 9 };
         down.send(Activation { step: 3, payload: Payload::Poisoned("é".repeat(2000)) }, shape).unwrap();
         let got = up.receive(3, &[shape]).unwrap();
         assert!(matches!(got.payload, Payload::Poisoned(why) if why == "é".repeat(512)));
@@ -471,8 +471,8 @@ mod tests {
         };
         let good =
             frame(Activation { step: 5, payload: Payload::Tensors(vec![Hidden::Host(tensor(DType::F32))]) });
-        let want = Expected { dtype: DType::F32, rows: 2, columns: 3 };
-        let read = |bytes: &[u8], incarnation, step, want: Expected| {
+        let want = TensorSpec { dtype: DType::F32, rows: 2, columns: 3 };
+        let read = |bytes: &[u8], incarnation, step, want: TensorSpec| {
             read_frame(&mut &bytes[..], &fence(incarnation), step, &[want])
                 .map(|_| ())
                 .map_err(|e| e.to_string())
@@ -480,9 +480,11 @@ mod tests {
         read(&good, 1, 5, want).unwrap();
         assert!(read(&good, 2, 5, want).unwrap_err().contains("fence 1.0.1 is not this incarnation's 1.0.2"));
         assert!(read(&good, 1, 6, want).unwrap_err().contains("step 5 while step 6"));
-        assert!(read(&good, 1, 5, Expected { rows: 3, ..want }).unwrap_err().contains("another shape"));
+        assert!(read(&good, 1, 5, TensorSpec { rows: 3, ..want }).unwrap_err().contains("another shape"));
         assert!(
-            read(&good, 1, 5, Expected { dtype: DType::BF16, ..want }).unwrap_err().contains("another shape")
+            read(&good, 1, 5, TensorSpec { dtype: DType::BF16, ..want })
+                .unwrap_err()
+                .contains("another shape")
         );
         assert!(read(&good[..good.len() - 1], 1, 5, want).unwrap_err().contains("gone"));
         for at in 0..good.len() {

@@ -7,15 +7,15 @@ use super::{
 };
 use crate::{
     kernels::{
-        cpu::attention::Span,
         cuda::{
             launch::{Attend, Heads, Kernels, Places, RawCache, RawNorm, attention_bytes, follow},
             memory::Ptr,
         },
+        ops::Span,
     },
     model::{
         StepError,
-        blocks::{Attention, Position, Slot},
+        architecture::{Attention, Position, Slot},
     },
 };
 

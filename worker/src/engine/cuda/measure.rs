@@ -16,7 +16,7 @@ use crate::{
     },
     error::WorkerError,
     kernels::{
-        cpu::{Cpu, norm::Act},
+        cpu::Cpu,
         cuda::{
             CudaError, Doing, Gpu,
             launch::Kernels,
@@ -24,11 +24,11 @@ use crate::{
             memory,
             product::Epilogue,
         },
+        ops::{Act, BLOCK_TOKENS, BatchRow, kv_elements},
     },
-    kv_cache::{BLOCK_TOKENS, BatchRow, KvLayer},
     model::{
         Model, ModelError, RangeSpec, StageState, StepError,
-        blocks::{Ffn, Layer, Mlp, Slot},
+        architecture::{Ffn, Layer, Mlp, Slot},
         forward::Operations,
         step::Given,
     },
@@ -147,7 +147,7 @@ impl GpuBench {
         let (model, size) = (&self.request.model, self.request.dtype.size());
         let each = (context + tokens).div_ceil(BLOCK_TOKENS as u32);
         let a = &middle(&model.tower).attention;
-        let per_block = (KvLayer::elements_per_token(a.kv_heads, a.head_dim) * BLOCK_TOKENS) as u64 * size;
+        let per_block = (kv_elements(a.kv_heads, a.head_dim) * BLOCK_TOKENS) as u64 * size;
         let (kv_blocks, all) = (each * sequences, tokens * sequences);
         let (layers, vocab, outputs) = match kernel {
             Kernel::Choose { rows, .. } => (1, model.tower.vocab, rows),

@@ -7,18 +7,17 @@ use super::{
 };
 use crate::{
     kernels::{
-        cpu::{norm::Norm, quant::GROUP},
         cuda::{
             CudaError, Gpu,
             launch::{Bytes, Kernels, RawMatrix, RawNorm, Tables, follow, launch},
             memory::{self, Arena, Memory, Ptr},
             product::{Epilogue, Grouped, Linear, Matrix, RowBytes, Rows, TASK_BYTES},
         },
+        ops::{BatchRow, GROUP, Norm},
     },
-    kv_cache::BatchRow,
     model::{
         ModelError, StepError,
-        blocks::{Attention, Ffn, Flow, Head, Moe, Pool, Slot, Tower},
+        architecture::{Attention, Ffn, Flow, Head, Moe, Pool, Slot, Tower},
         forward::{Inner, Operations},
         step::Limits,
         workspace::{self, Widths},

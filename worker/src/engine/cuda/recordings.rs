@@ -8,11 +8,13 @@ use std::collections::BTreeMap;
 use cudarc::driver::{CudaGraph, sys};
 
 use crate::{
-    kernels::cuda::{
-        CudaError, Doing, Gpu,
-        gate::{self, Handle},
+    kernels::{
+        cuda::{
+            CudaError, Doing, Gpu,
+            gate::{self, Handle},
+        },
+        ops::BatchRow,
     },
-    kv_cache::BatchRow,
     model::StepError,
 };
 

@@ -6,15 +6,13 @@ use candle_core::{Device, Tensor};
 use strata_proto::{DType, LayerRange};
 
 use super::{recordings::Recordings, *};
-use crate::{
-    kernels::{
-        cpu::isa::Isa,
-        cuda::{
-            memory,
-            tests::{changes, emulator},
-        },
+use crate::kernels::{
+    cpu::isa::Isa,
+    cuda::{
+        memory,
+        tests::{changes, emulator},
     },
-    kv_cache::{BLOCK_TOKENS, BatchRow},
+    ops::{BLOCK_TOKENS, BatchRow},
 };
 
 /// Sequences that there is a block for.

@@ -2,8 +2,8 @@
 
 use crate::{
     engine::Size,
-    kv_cache::BLOCK_TOKENS,
-    model::{ModelError, blocks::Tower, workspace::Widths},
+    kernels::ops::BLOCK_TOKENS,
+    model::{ModelError, architecture::Tower, workspace::Widths},
 };
 
 /// Blocks of a grid along its second and third dimension, where some kernels have rows.

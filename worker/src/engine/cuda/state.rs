@@ -22,18 +22,18 @@ use crate::{
             memory::{self, Arena, Memory, Pinned, Ptr},
             rows::{self, Slots},
         },
+        ops::{BLOCK_TOKENS, BatchRow, TensorSpec, kv_elements},
     },
-    kv_cache::{BLOCK_TOKENS, BatchRow, KvLayer},
     model::{
         ModelError, StageState, StepError,
-        blocks::{Ffn, Tower},
+        architecture::{Ffn, Tower},
         forward,
         state::cached,
         step::{Given, Limits},
         workspace::padded,
     },
     sampler::Draw,
-    transport::{Expected, Hidden},
+    transport::Hidden,
 };
 
 /// Activations that can be under way to the next stage without another allocation.
@@ -143,7 +143,7 @@ impl State {
         let cache = layers
             .map(|layer| {
                 let a = &layer.attention;
-                let elements = KvLayer::elements_per_token(a.kv_heads, a.head_dim) * BLOCK_TOKENS;
+                let elements = kv_elements(a.kv_heads, a.head_dim) * BLOCK_TOKENS;
                 let half = u64::from(size.kv_blocks) * (elements / 2) as u64 * element.size();
                 kv_bytes += 2 * half;
                 Ok(RawCache { keys: memory.take(half)?, values: memory.take(half)? })
@@ -234,7 +234,7 @@ impl State {
             }
             Some(slots) => {
                 let (rows, columns) = (step.tokens - step.padding, step.tower().width);
-                let rows = slots.rows(Expected { dtype: self.element, rows, columns })?;
+                let rows = slots.rows(TensorSpec { dtype: self.element, rows, columns })?;
                 memory::copy(&gpu.stream, rows.ptr(), self.scratch.residual, rows.bytes())?;
                 yielded = Some(rows);
             }

@@ -10,8 +10,8 @@ use crate::{
     kernels::{
         cpu::isa::Isa,
         cuda::{memory::DOWNLOADED, tests::emulator},
+        ops::BatchRow,
     },
-    model::BatchRow,
     sampler::{Draw, Sampled, SamplingParams, TokenHistory, sample},
 };
 

@@ -12,9 +12,8 @@ use crate::{
     kernels::{
         buffer::Element,
         cpu::{
-            Cpu,
-            packed::{self, PackedMatrix},
-            quant::{self, GROUP, Group, SHARE},
+            Cpu, packed,
+            quant::{self, Group, SHARE},
         },
         cuda::{
             CudaError, Doing, Gpu,
@@ -22,10 +21,11 @@ use crate::{
             memory::{self, Arena, Pinned, Ptr},
             product::Matrix,
         },
+        ops::{GROUP, held_format},
     },
     model::{
         LoadedBytes, Model, ModelError, RangeSpec, StepError,
-        blocks::{Shape, Site, Slot},
+        architecture::{Shape, Site, Slot},
         load::{Piece, PieceError, read_tensors},
         names::Layout,
         stage::{held, part_bytes},
@@ -165,7 +165,7 @@ impl Weights {
 
 /// An `(n, k)` matrix at `values`, in the format that it is held in; factors follow the values.
 fn matrix(n: usize, k: usize, format: Format, values: Ptr) -> Matrix {
-    let format = PackedMatrix::held(k, format);
+    let format = held_format(k, format);
     let bytes = match format {
         Format::Float(dtype) => (n * k) as u64 * dtype.size(),
         Format::Quantized(Quantization::Int8) => (n * k) as u64,

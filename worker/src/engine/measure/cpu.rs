@@ -9,15 +9,15 @@ use crate::{
         cpu::{
             Cpu,
             attention::Attention,
-            linear::Output,
-            linear::Rows,
+            kv_cache::KvLayer,
+            linear::{Output, Rows},
             measure::{self, seconds},
             norm::NormRows,
             rope::{Angles, RopeAndStore},
         },
+        ops::{BLOCK_TOKENS, BatchRow, kv_elements},
     },
-    kv_cache::{BLOCK_TOKENS, BatchRow, KvLayer},
-    model::{ModelError, blocks::Position},
+    model::{ModelError, architecture::Position},
     sampler::{self, Draw},
 };
 
@@ -51,7 +51,7 @@ impl CpuBench {
         let each = (context + tokens).div_ceil(BLOCK_TOKENS as u32);
         let layer = || KvLayer::new(a.kv_heads, a.head_dim, each * sequences, self.request.dtype);
         let bytes = u64::from(each * sequences)
-            * (BLOCK_TOKENS * KvLayer::elements_per_token(a.kv_heads, a.head_dim)) as u64
+            * (BLOCK_TOKENS * kv_elements(a.kv_heads, a.head_dim)) as u64
             * self.request.dtype.size();
         if bytes > MOST_BYTES {
             return Ok(None);

@@ -20,12 +20,12 @@ use crate::{
     device::{Compute, DeviceSpec},
     error::WorkerError,
     kernels::{
-        cpu::{attention::Span, norm::Act, packed::PackedMatrix},
         measure::Random,
+        ops::{Act, Span, held_format},
     },
     model::{
         Model,
-        blocks::{Ffn, Head, Layer, Tower},
+        architecture::{Ffn, Head, Layer, Tower},
     },
     sampler::SamplingParams,
 };
@@ -278,7 +278,7 @@ fn limits(request: &Request, bench: &mut dyn Bench, begun: Instant) -> Result<Li
 fn all_products(request: &Request) -> impl Iterator<Item = (Role, (usize, usize), Format)> {
     let all = request.formats.iter().flat_map(|format| {
         let roles = products(&request.model.tower).into_iter();
-        roles.map(|(role, shape)| (role, shape, PackedMatrix::held(shape.1, *format)))
+        roles.map(|(role, shape)| (role, shape, held_format(shape.1, *format)))
     });
     unique(all).into_iter()
 }

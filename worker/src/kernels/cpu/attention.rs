@@ -11,37 +11,15 @@ use half::{bf16, f16};
 use super::{
     Cpu,
     isa::{Kernel, LANES, Lanes, Simd},
+    kv_cache::KvLayer,
     math::{exp, tanh},
 };
-use crate::{
-    kernels::buffer::Values,
-    kv_cache::{BLOCK_TOKENS, BatchRow, KvLayer},
+use crate::kernels::{
+    buffer::Values,
+    ops::{BLOCK_TOKENS, BatchRow, Span},
 };
 
 const _: () = assert!(BLOCK_TOKENS == LANES, "a block of keys is one tile of the product kernel");
-
-/// The positions that a query sees.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Span {
-    /// All of its sequence: an encoder, whose sequences are computed in one step and cached nowhere.
-    Full,
-    /// Its own and all before.
-    Causal,
-    /// Its own and those before, so many in all.
-    Window(usize),
-}
-
-impl Span {
-    /// What the query at `position` sees of a sequence that ends at `end`.
-    #[inline(always)]
-    fn seen(self, position: usize, end: usize) -> Range<usize> {
-        match self {
-            Span::Full => 0..end,
-            Span::Causal => 0..position + 1,
-            Span::Window(window) => (position + 1).saturating_sub(window)..position + 1,
-        }
-    }
-}
 
 /// Attention of the tokens of a step over their sequences' cached positions.
 pub struct Attention<'a> {

@@ -14,9 +14,11 @@ use super::{
     isa::{Kernel, LANES, Lanes, Simd},
     packed::{Int4Group, Int8Group, PackedMatrix, TILE, Tiles},
     pool::Parts,
-    quant::GROUP,
 };
-use crate::kernels::buffer::{Element, Plain, round_to};
+use crate::kernels::{
+    buffer::{Element, Plain, round_to},
+    ops::GROUP,
+};
 
 /// Activations `(count, width)` whose rows lie `stride` apart.
 #[derive(Clone, Copy)]

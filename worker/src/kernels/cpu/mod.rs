@@ -5,6 +5,7 @@
 
 pub mod attention;
 pub mod isa;
+pub mod kv_cache;
 pub mod linear;
 pub mod math;
 pub(crate) mod measure;
@@ -20,12 +21,12 @@ use std::sync::Arc;
 use self::{
     attention::Attention,
     isa::Isa,
+    kv_cache::KvLayer,
     linear::Linear,
     norm::{Activate, Exp, GateMul, HeadNorm, NormRows, SoftCap},
     pool::Pool,
     rope::RopeAndStore,
 };
-use crate::kv_cache::KvLayer;
 
 /// The operations, for one instruction set, on the threads of a pool.
 #[derive(Clone)]

@@ -7,35 +7,10 @@ use super::{
     math::{exp, normal, tanh},
     pool::Pool,
 };
+use crate::kernels::ops::{Act, Norm};
 
 /// Values per task of an elementwise operation.
 const PIECE: usize = 4096;
-
-/// A norm, with its epsilon.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Norm {
-    /// `x / sqrt(mean(x^2) + eps) * weight` (transformers' `LlamaRMSNorm`, all in f32).
-    Rms(f32),
-    /// `(x - mean) / sqrt(variance + eps) * weight + bias`.
-    Layer(f32),
-}
-
-/// An activation function.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Act {
-    /// `x / (1 + e^-x)`.
-    Silu,
-    /// `x` times the normal distribution function.
-    Gelu,
-    /// `x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2`.
-    GeluTanh,
-    /// `x / (1 + e^(-1.702 x))`.
-    GeluQuick,
-    /// `max(x, 0)`.
-    Relu,
-    /// The hyperbolic tangent.
-    Tanh,
-}
 
 impl Act {
     #[inline(always)]

@@ -8,9 +8,12 @@ use strata_proto::{DType, Format, Quantization};
 use super::{
     Cpu,
     isa::LANES,
-    quant::{self, GROUP, Group, SHARE},
+    quant::{self, Group, SHARE},
 };
-use crate::kernels::buffer::{Arena, Buffer, Element, OutOfMemory, Plain, Values, with_values};
+use crate::kernels::{
+    buffer::{Arena, Buffer, Element, OutOfMemory, Plain, Values, with_values},
+    ops::{GROUP, held_format},
+};
 
 /// Outputs per tile: two registers.
 pub const TILE: usize = 2 * LANES;
@@ -86,19 +89,10 @@ pub struct Elements<'a> {
 }
 
 impl PackedMatrix {
-    /// The format that an `(n, k)` matrix is held in where `format` is asked for: what does not consist of whole
-    /// groups stays bf16.
-    pub(crate) fn held(k: usize, format: Format) -> Format {
-        match format {
-            Format::Quantized(_) if !k.is_multiple_of(GROUP) => Format::Float(DType::BF16),
-            format => format,
-        }
-    }
-
     /// Bytes that an `(n, k)` matrix occupies.
     pub fn bytes_for(n: usize, k: usize, format: Format) -> u64 {
         let tiles = n.div_ceil(TILE);
-        match Self::held(k, format) {
+        match held_format(k, format) {
             Format::Float(DType::F32) => Buffer::<[f32; TILE]>::bytes_for(tiles * k),
             Format::Float(DType::BF16) => Buffer::<[u32; TILE]>::bytes_for(tiles * k.div_ceil(2)),
             Format::Float(DType::F16) => Buffer::<[f16; TILE]>::bytes_for(tiles * k),
@@ -110,7 +104,7 @@ impl PackedMatrix {
     /// An `(n, k)` matrix of zeros.
     pub fn zeros(n: usize, k: usize, format: Format, arena: &mut Arena) -> Result<Self, OutOfMemory> {
         let tiles = n.div_ceil(TILE);
-        let tiles = match Self::held(k, format) {
+        let tiles = match held_format(k, format) {
             Format::Float(DType::F32) => Tiles::F32(arena.take(tiles * k)?),
             Format::Float(DType::BF16) => Tiles::BF16(arena.take(tiles * k.div_ceil(2))?),
             Format::Float(DType::F16) => Tiles::F16(arena.take(tiles * k)?),
@@ -391,7 +385,7 @@ pub enum Table {
 impl Table {
     /// Bytes that a `(rows, width)` table occupies.
     pub fn bytes_for(rows: usize, width: usize, format: Format) -> u64 {
-        match PackedMatrix::held(width, format) {
+        match held_format(width, format) {
             Format::Float(dtype) => Values::bytes_for(rows * width, dtype),
             format => PackedMatrix::bytes_for(rows, width, format),
         }
@@ -399,7 +393,7 @@ impl Table {
 
     /// A `(rows, width)` table of zeros.
     pub fn zeros(rows: usize, width: usize, format: Format, arena: &mut Arena) -> Result<Self, OutOfMemory> {
-        Ok(match PackedMatrix::held(width, format) {
+        Ok(match held_format(width, format) {
             Format::Float(dtype) => Table::Rows { width, values: Values::take(rows * width, dtype, arena)? },
             format => Table::Packed(PackedMatrix::zeros(rows, width, format, arena)?),
         })
@@ -550,7 +544,7 @@ mod tests {
                 transposed.gather(row, &mut c);
                 assert!(a == b && a == c);
                 for (x, y) in a.iter().zip(&source[row * k..]) {
-                    match PackedMatrix::held(k, format) {
+                    match held_format(k, format) {
                         Format::Float(dtype) => assert_eq!(*x, round_to(dtype, *y)),
                         Format::Quantized(Quantization::Int8) => assert!((x - y).abs() < 0.005),
                         Format::Quantized(Quantization::Int4) => assert!((x - y).abs() < 0.12),

@@ -7,10 +7,7 @@ use super::{
     Cpu,
     isa::{Kernel, LANES, Simd},
 };
-use crate::kernels::buffer::Element;
-
-/// Weights per group, along the input.
-pub const GROUP: usize = 32;
+use crate::kernels::{buffer::Element, ops::GROUP};
 
 /// A quantized group: its weights are `factor * value + least`.
 #[derive(Debug, Clone, Copy, Default)]

@@ -3,12 +3,13 @@
 use super::{
     Cpu,
     isa::{Kernel, Simd},
+    kv_cache::KvLayer,
     math::sin_cos,
     pool::Pool,
 };
-use crate::{
-    kernels::buffer::{Element, with_values},
-    kv_cache::{BLOCK_TOKENS, BatchRow, KvLayer},
+use crate::kernels::{
+    buffer::{Element, with_values},
+    ops::{BLOCK_TOKENS, BatchRow},
 };
 
 /// Fills `angles` `(tokens, stride)`: per token `pairs` cosines, then `pairs` sines, of `position * inv_freq`.

@@ -107,9 +107,9 @@ impl Cuda {
         found.map_or(name.to_owned(), |l| format!("{name} {} ({})", l.version, l.path))
     }
 
-    /// What was opened, and NCCL if it is there.
-    pub fn libraries(&self) -> Vec<Library> {
-        self.libraries.iter().cloned().chain(crate::transport::nccl::description()).collect()
+    /// What was opened.
+    pub fn libraries(&self) -> &[Library] {
+        &self.libraries
     }
 }
 

@@ -13,7 +13,7 @@ use super::{
     memory::{self, Memory, Pinned, Ptr},
     product::{Epilogue, Linear, Matrix, RowBytes, Rows},
 };
-use crate::kernels::{cpu::packed::PackedMatrix, measure::Random};
+use crate::kernels::{measure::Random, ops::held_format};
 
 /// What a round takes at least, so that its beginning and end do not count; but for runs that are too many for one graph.
 const ROUND: Duration = Duration::from_millis(2);
@@ -133,7 +133,7 @@ impl Pool {
 
     /// The `turn`th matrix of a shape that it [holds](Self::holds); after the last one comes the first again.
     pub fn matrix(&self, format: Format, (n, k): (usize, usize), turn: usize) -> Matrix {
-        let format = PackedMatrix::held(k, format);
+        let format = held_format(k, format);
         let (bytes, factors) = match format {
             Format::Float(dtype) => ((n * k) as u64 * dtype.size(), 0),
             Format::Quantized(Quantization::Int8) => ((n * k) as u64, (n * k / 16) as u64),

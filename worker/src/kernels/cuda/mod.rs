@@ -229,11 +229,11 @@ pub fn info(ordinal: usize) -> Result<GpuInfo, CudaError> {
     })
 }
 
-/// The libraries that GPUs are used by, NCCL included if it is there.
+/// The libraries of CUDA that GPUs are used by.
 ///
 /// # Errors
 /// If one is missing that every stage needs.
-pub fn libraries() -> Result<Vec<Library>, CudaError> {
+pub fn libraries() -> Result<&'static [Library], CudaError> {
     Ok(cuda()?.libraries())
 }
 

@@ -16,7 +16,7 @@ use super::{
     },
     memory::Ptr,
 };
-use crate::kernels::cpu::{norm::Act, quant::GROUP};
+use crate::kernels::ops::{Act, GROUP};
 
 /// Most rows of one launch of `matvec_*`, which reads each weight once for them.
 const MATVEC_ROWS: usize = 8;

@@ -15,7 +15,7 @@ use super::{
     gate::Handle,
     memory::{self, Memory, Pinned, Ptr},
 };
-use crate::transport::Expected;
+use crate::kernels::ops::TensorSpec;
 
 /// Bytes before the rows of a slot: what a link has to say beside them.
 pub(crate) const HEAD: u64 = 256;
@@ -52,7 +52,7 @@ impl Slots {
     ///
     /// # Errors
     /// If there is none: links bound how many rows are under way, so that is a defect of ours.
-    pub fn rows(&self, shape: Expected) -> Result<DeviceRows, CudaError> {
+    pub fn rows(&self, shape: TensorSpec) -> Result<DeviceRows, CudaError> {
         let free = self.0.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let slot = free.ok_or(CudaError::Uncounted { bytes: HEAD + self.0.bytes })?;
         Ok(DeviceRows { slot: Some(slot), shape, home: self.clone() })
@@ -71,7 +71,7 @@ impl Pool {
 /// Rows `(tokens, width)` in the memory of a GPU. All work that wrote them is done.
 pub struct DeviceRows {
     slot: Option<Slot>,
-    shape: Expected,
+    shape: TensorSpec,
     home: Slots,
 }
 
@@ -90,13 +90,13 @@ impl Drop for DeviceRows {
 
 impl DeviceRows {
     /// What they are.
-    pub fn shape(&self) -> Expected {
+    pub fn shape(&self) -> TensorSpec {
         self.shape
     }
 
     /// Bytes of the rows.
     pub(crate) fn bytes(&self) -> u64 {
-        let Expected { dtype, rows, columns } = self.shape;
+        let TensorSpec { dtype, rows, columns } = self.shape;
         (rows * columns) as u64 * dtype.size()
     }
 
@@ -126,7 +126,7 @@ impl DeviceRows {
     /// # Errors
     /// If the GPU fails.
     pub fn to_host(mut self) -> Result<Tensor, CudaError> {
-        let (from, bytes, Expected { dtype, rows, columns }) = (self.ptr(), self.bytes(), self.shape);
+        let (from, bytes, TensorSpec { dtype, rows, columns }) = (self.ptr(), self.bytes(), self.shape);
         let (staging, stream) = self.staging();
         let staging = &mut staging[..bytes as usize];
         memory::download(&stream, staging, from)?;

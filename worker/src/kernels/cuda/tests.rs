@@ -18,10 +18,10 @@ use crate::kernels::{
         Cpu,
         isa::Isa,
         linear::{self, Output},
-        norm::Act,
         packed::{Elements, PackedMatrix},
-        quant::{self, GROUP},
+        quant,
     },
+    ops::{Act, GROUP, held_format},
 };
 
 /// Builds the emulator and loads its libraries into this process, in place of NVIDIA's.
@@ -225,7 +225,7 @@ fn products_are_the_cpus_for_every_format_and_number_of_rows() {
         let kernels = b.gpu.kernels(element, 64).unwrap();
         for format in formats.iter().copied() {
             for (n, k) in [(70, 96), (131, 544), (134, 896), (33, 19), (300, 640)] {
-                let format = PackedMatrix::held(k, format);
+                let format = held_format(k, format);
                 let weight = noise(1, n * k);
                 let matrix = b.matrix(n, k, format, &weight);
                 let bias = noise(2, n);

@@ -6,7 +6,7 @@ use strata_proto::v1::Scoring;
 use super::Description;
 use crate::model::{
     ModelError,
-    blocks::{
+    architecture::{
         Act, Attention, Ffn, Flow, Head, Input, Layer, Learned, Mlp, Names, Norm, Pool, Position, Slot,
         Source, Span, Tower,
     },

@@ -5,7 +5,7 @@
 use super::{Description, llama, qwen};
 use crate::model::{
     ModelError,
-    blocks::{Act, Ffn, Flow, Head, Mlp, Position, Slot, Source, Span},
+    architecture::{Act, Ffn, Flow, Head, Mlp, Position, Slot, Source, Span},
     config::Config,
     rope,
 };

@@ -5,7 +5,7 @@
 use super::Description;
 use crate::model::{
     ModelError,
-    blocks::{
+    architecture::{
         Act, Attention, Ffn, Flow, Head, Input, Layer, Learned, Mlp, Names, Norm, Position, Slot, Source,
         Span, Tower,
     },

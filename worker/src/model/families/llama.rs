@@ -3,7 +3,7 @@
 use super::Description;
 use crate::model::{
     ModelError,
-    blocks::{
+    architecture::{
         Act, Attention, Ffn, Flow, Head, Input, Layer, Mlp, Names, Norm, Position, Slot, Source, Span, Tower,
     },
     config::Config,

@@ -4,7 +4,7 @@
 use super::{Description, llama};
 use crate::model::{
     ModelError,
-    blocks::{Ffn, Moe, Slot, Source, Span},
+    architecture::{Ffn, Moe, Slot, Source, Span},
     config::Config,
     rope,
 };

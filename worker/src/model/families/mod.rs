@@ -10,7 +10,7 @@ mod qwen;
 
 use super::{
     ModelError,
-    blocks::{Act, Names, Tower},
+    architecture::{Act, Names, Tower},
     config::{Config, ConfigError},
 };
 

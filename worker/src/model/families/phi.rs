@@ -4,7 +4,7 @@
 use super::{Description, llama, mistral};
 use crate::model::{
     ModelError,
-    blocks::{Act, Ffn, Flow, Mlp, Norm, Slot, Source},
+    architecture::{Act, Ffn, Flow, Mlp, Norm, Slot, Source},
     config::Config,
     rope,
 };

@@ -4,7 +4,7 @@
 use super::{Description, llama, mistral};
 use crate::model::{
     ModelError,
-    blocks::{Ffn, Mlp, Moe, Slot, Source, Span},
+    architecture::{Ffn, Mlp, Moe, Slot, Source, Span},
     config::Config,
 };
 

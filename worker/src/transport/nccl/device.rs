@@ -31,7 +31,8 @@ use crate::{
         memory::{self, Ptr},
         rows::{HEAD, Slots},
     },
-    transport::{Activation, Downstream, Expected, Hidden, LinkError, Payload, Upstream, check_step},
+    kernels::ops::TensorSpec,
+    transport::{Activation, Downstream, Hidden, LinkError, Payload, Upstream, check_step},
 };
 
 /// How long the ranks of a link wait for each other, and for their first message.
@@ -221,7 +222,7 @@ impl End {
         let context = watched.get().stream.context().clone();
         let slots = Slots::new(&context, joining.longest, IN_FLIGHT + 1)?;
         let mut end = End { rank: watched, slots, longest: joining.longest };
-        let whole = Expected { dtype: DType::BF16, rows: 1, columns: (end.longest / 2) as usize };
+        let whole = TensorSpec { dtype: DType::BF16, rows: 1, columns: (end.longest / 2) as usize };
         let mut hello = end.slots.rows(whole)?;
         if rank == SENDER {
             hello.staging().0[..32].copy_from_slice(&joining.token);
@@ -271,7 +272,7 @@ impl NcclDownstream {
 }
 
 impl Downstream for NcclDownstream {
-    fn send(&mut self, activation: Activation, shape: Expected) -> Result<(), LinkError> {
+    fn send(&mut self, activation: Activation, shape: TensorSpec) -> Result<(), LinkError> {
         if self.sending.len() >= IN_FLIGHT {
             // All of them: NCCL says of the last one only.
             self.end.rank.wait(STEP_PATIENCE)?;
@@ -314,7 +315,7 @@ impl NcclUpstream {
 }
 
 impl Upstream for NcclUpstream {
-    fn receive(&mut self, step: u64, expected: &[Expected]) -> Result<Activation, LinkError> {
+    fn receive(&mut self, step: u64, expected: &[TensorSpec]) -> Result<Activation, LinkError> {
         let [shape] = expected else {
             return Err(LinkError::Protocol("an activation is one tensor".into()));
         };
@@ -365,7 +366,7 @@ mod tests {
     use super::*;
     use crate::{interrupt::Interrupt, kernels::cuda::tests::emulator};
 
-    const SHAPE: Expected = Expected { dtype: DType::F32, rows: 2, columns: 3 };
+    const SHAPE: TensorSpec = TensorSpec { dtype: DType::F32, rows: 2, columns: 3 };
 
     /// Both ends of a link between two emulated GPUs.
     fn pair(tokens: [u8; 2]) -> (Result<NcclDownstream, LinkError>, Result<NcclUpstream, LinkError>) {

@@ -20,7 +20,8 @@ use super::{
 };
 use crate::{
     device::{self, Compute, Directories, Held},
-    transport::{Expected, Hidden, LinkError},
+    kernels::ops::TensorSpec,
+    transport::{Hidden, LinkError},
 };
 
 fn begin(gpu: &Gpu, mode: sys::CUstreamCaptureMode) {
@@ -133,7 +134,7 @@ fn what_comes_and_goes_in_other_threads_spoils_no_recording() {
                 let slots = Slots::new(&here.context, 64, 2).unwrap();
                 let event = Handle::new(|| here.context.new_event(None)).unwrap();
                 event.record(&here.stream).unwrap();
-                let rows = slots.rows(Expected { dtype: DType::F32, rows: 2, columns: 8 }).unwrap();
+                let rows = slots.rows(TensorSpec { dtype: DType::F32, rows: 2, columns: 8 }).unwrap();
                 let memory = Memory::new(&there.context, 64).unwrap();
                 rows.copy_to(&there.stream, memory.ptr()).unwrap();
                 there.wait().unwrap();
@@ -220,7 +221,7 @@ fn a_process_whose_gpu_is_lost_ends_by_whatever_it_hears_of_it() {
 fn hear_of_a_lost_gpu(heard: &str) {
     let bench = Bench::new();
     let slots = Slots::new(&bench.gpu.context, 64, 1).unwrap();
-    let rows = slots.rows(Expected { dtype: DType::F32, rows: 2, columns: 8 }).unwrap();
+    let rows = slots.rows(TensorSpec { dtype: DType::F32, rows: 2, columns: 8 }).unwrap();
     let kernels = bench.gpu.kernels(DType::F32, 32).unwrap();
     lose_every_gpu();
     let said = match heard {

@@ -4,10 +4,7 @@ use std::sync::Arc;
 
 use strata_proto::v1;
 
-pub use crate::kernels::cpu::{
-    attention::Span,
-    norm::{Act, Norm},
-};
+pub use crate::kernels::ops::{Act, Norm, Span};
 
 /// A stack of layers between an embedding and a head.
 #[derive(Debug, Clone, PartialEq)]

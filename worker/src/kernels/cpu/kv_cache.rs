@@ -1,24 +1,11 @@
-//! The paged key-value cache of a stage. Blocks are chosen by the scheduler; here is only their memory.
+//! The paged key-value cache of a stage on the CPU. Blocks are chosen by the scheduler; here is only their memory.
 
 use strata_proto::DType;
 
-use crate::kernels::buffer::{OutOfMemory, Values};
-
-/// Positions per block.
-pub const BLOCK_TOKENS: usize = strata_proto::BLOCK_TOKENS as usize;
-
-/// The tokens of one sequence within a step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BatchRow<'a> {
-    /// Position of the first token.
-    pub start: u32,
-    /// Tokens, at least 1.
-    pub count: u32,
-    /// The sequence's whole block table: position `p` lies in block `blocks[p / 16]`.
-    pub blocks: &'a [u32],
-    /// Which set of rotary frequencies the sequence uses.
-    pub rope_set: u32,
-}
+use crate::kernels::{
+    buffer::{OutOfMemory, Values},
+    ops::BLOCK_TOKENS,
+};
 
 /// Keys and values of one layer.
 ///
@@ -32,11 +19,6 @@ pub struct KvLayer {
 }
 
 impl KvLayer {
-    /// Elements, keys and values together, that one position takes.
-    pub fn elements_per_token(kv_heads: usize, head_dim: usize) -> usize {
-        2 * kv_heads * head_dim
-    }
-
     /// Zeroed memory for `blocks` blocks.
     pub fn new(kv_heads: usize, head_dim: usize, blocks: u32, dtype: DType) -> Result<Self, OutOfMemory> {
         let len = (blocks as usize)

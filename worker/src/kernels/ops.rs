@@ -1,0 +1,106 @@
+//! The words that operations of every processor have in common: what a norm, an activation and a mask are, where rows lie,
+//! and how groups of quantized weights and blocks of a cache are cut.
+
+use std::ops::Range;
+
+use strata_proto::{DType, Format};
+
+/// Positions per block of a cache.
+pub const BLOCK_TOKENS: usize = strata_proto::BLOCK_TOKENS as usize;
+
+/// Quantized weights per group, along the input.
+pub const GROUP: usize = 32;
+
+/// A norm, with its epsilon.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Norm {
+    /// `x / sqrt(mean(x^2) + eps) * weight` (transformers' `LlamaRMSNorm`, all in f32).
+    Rms(f32),
+    /// `(x - mean) / sqrt(variance + eps) * weight + bias`.
+    Layer(f32),
+}
+
+/// An activation function.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Act {
+    /// `x / (1 + e^-x)`.
+    Silu,
+    /// `x` times the normal distribution function.
+    Gelu,
+    /// `x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2`.
+    GeluTanh,
+    /// `x / (1 + e^(-1.702 x))`.
+    GeluQuick,
+    /// `max(x, 0)`.
+    Relu,
+    /// The hyperbolic tangent.
+    Tanh,
+}
+
+/// The positions that a query sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Span {
+    /// All of its sequence, which must be computed whole, in one step.
+    Full,
+    /// Its own and all before.
+    Causal,
+    /// Its own and those before, so many in all.
+    Window(usize),
+}
+
+impl Span {
+    /// What the query at `position` sees of a sequence that ends at `end`.
+    #[inline(always)]
+    pub(crate) fn seen(self, position: usize, end: usize) -> Range<usize> {
+        match self {
+            Span::Full => 0..end,
+            Span::Causal => 0..position + 1,
+            Span::Window(window) => (position + 1).saturating_sub(window)..position + 1,
+        }
+    }
+}
+
+/// The tokens of one sequence within a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BatchRow<'a> {
+    /// Position of the first token.
+    pub start: u32,
+    /// Tokens, at least 1.
+    pub count: u32,
+    /// The sequence's whole block table: position `p` lies in block `blocks[p / 16]`.
+    pub blocks: &'a [u32],
+    /// Which set of rotary frequencies the sequence uses.
+    pub rope_set: u32,
+}
+
+/// Format and dimensions of one tensor of an activation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// Format of the elements.
+    pub dtype: DType,
+    /// Rows, as a rule tokens of a step.
+    pub rows: usize,
+    /// Elements of a row.
+    pub columns: usize,
+}
+
+impl TensorSpec {
+    /// Bytes of all elements.
+    pub fn bytes(&self) -> usize {
+        self.rows * self.columns * self.dtype.size() as usize
+    }
+}
+
+/// Elements, keys and values together, that one position takes in the cache of a layer.
+pub fn kv_elements(kv_heads: usize, head_dim: usize) -> usize {
+    2 * kv_heads * head_dim
+}
+
+/// The format that an `(n, k)` matrix is held in where `format` is asked for: what does not consist of whole groups stays
+/// bf16.
+pub fn held_format(k: usize, format: Format) -> Format {
+    match format {
+        Format::Quantized(_) if !k.is_multiple_of(GROUP) => Format::Float(DType::BF16),
+        format => format,
+    }
+}
