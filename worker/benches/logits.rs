@@ -9,7 +9,11 @@ use std::{fs, io::Write, ops::ControlFlow, path::Path};
 use strata_proto::{DType, LayerRange, Quantization};
 use strata_worker::{
     device::Compute,
-    model::{BLOCK_TOKENS, BatchRow, Model, RangeSpec, StageInput, StageOutput, StageState, StageWeights},
+    engine::{
+        Input, Output, Values,
+        cpu::{State, Weights},
+    },
+    model::{BLOCK_TOKENS, BatchRow, Model, RangeSpec},
 };
 
 fn main() {
@@ -38,20 +42,20 @@ fn logits(dir: &Path, texts: &[Vec<u32>], dtype: DType, quantization: Option<Qua
     let layers = LayerRange::new(0, model.profile(&checkpoint, "model").layer_count());
     let spec = RangeSpec { layers, embedding: true, head: true, dtype, quantization };
     let cpu = Compute::shared_by(1).cpu();
-    let weights = StageWeights::load(&checkpoint, &model, &spec, &cpu, &mut |_| ControlFlow::Continue(()));
+    let weights = Weights::load(&checkpoint, &model, &spec, &cpu, &mut |_| ControlFlow::Continue(()));
     let weights = weights.expect("loading");
     let longest = texts.iter().map(Vec::len).max().expect("a text");
     let blocks: Vec<u32> = (0..longest.div_ceil(BLOCK_TOKENS) as u32).collect();
     let (count, most) = (blocks.len() as u32, longest as u32);
-    let mut state = StageState::new(&model, &spec, count, most, most, cpu).expect("memory");
+    let mut state = State::new(&model, &spec, count, most, most, cpu).expect("memory");
     let mut all = Vec::new();
     for ids in texts {
         let row = BatchRow { start: 0, count: ids.len() as u32, blocks: &blocks, rope_set: 0 };
         let outputs: Vec<u32> = (0..ids.len() as u32).collect();
-        let input = StageInput::Tokens { ids, segments: &[] };
+        let input = Input::Tokens { ids, segments: &[] };
         match state.forward(&weights, &[row], input, &outputs).expect("a step") {
-            StageOutput::Values { values, .. } => all.extend_from_slice(values),
-            StageOutput::Hidden(_) => unreachable!("the stage has the head"),
+            Output::Values(Values { values, .. }) => all.extend_from_slice(values),
+            Output::Hidden(_) => unreachable!("the stage has the head"),
         }
     }
     all

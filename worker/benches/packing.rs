@@ -9,7 +9,11 @@ use serde_json::json;
 use strata_proto::{DType, LayerRange};
 use strata_worker::{
     device::Compute,
-    model::{BatchRow, Model, RangeSpec, StageInput, StageOutput, StageState, StageWeights},
+    engine::{
+        Input, Output,
+        cpu::{State, Weights},
+    },
+    model::{BatchRow, Model, RangeSpec},
 };
 
 const LAYERS: usize = 6;
@@ -27,17 +31,11 @@ fn main() {
     let layers = LayerRange::new(0, LAYERS as u32);
     let spec = RangeSpec { layers, embedding: true, head: true, dtype: DType::F32, quantization: None };
     let cpu = Compute::shared_by(1).cpu();
-    let weights = StageWeights::load(&checkpoint, &model, &spec, &cpu, &mut |_| ControlFlow::Continue(()))
-        .expect("loading");
-    let mut state = StageState::new(
-        &model,
-        &spec,
-        0,
-        (INPUTS * LONGEST) as u32,
-        INPUTS as u32,
-        Compute::shared_by(1).cpu(),
-    )
-    .expect("memory");
+    let weights =
+        Weights::load(&checkpoint, &model, &spec, &cpu, &mut |_| ControlFlow::Continue(())).expect("loading");
+    let mut state =
+        State::new(&model, &spec, 0, (INPUTS * LONGEST) as u32, INPUTS as u32, Compute::shared_by(1).cpu())
+            .expect("memory");
     // Lengths as sentences have them: many short, few long.
     let lengths: Vec<usize> = (0..INPUTS)
         .map(|i| (8.0 * (LONGEST as f64 / 8.0).powf((i * 7 % INPUTS) as f64 / (INPUTS - 1) as f64)) as usize)
@@ -59,8 +57,8 @@ fn main() {
             })
             .collect();
         let begun = Instant::now();
-        let out = state.forward(&weights, &rows, StageInput::Tokens { ids: &ids, segments: &[] }, &outputs);
-        assert!(matches!(out, Ok(StageOutput::Values { .. })));
+        let out = state.forward(&weights, &rows, Input::Tokens { ids: &ids, segments: &[] }, &outputs);
+        assert!(matches!(out, Ok(Output::Values(_))));
         begun.elapsed().as_secs_f64()
     };
     let (mut packed_times, mut padded_times) = (Vec::new(), Vec::new());

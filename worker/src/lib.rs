@@ -4,7 +4,7 @@
 //! ([`LocalWorker`]) or over gRPC ([`grpc`]).
 
 pub mod device;
-mod engine;
+pub mod engine;
 mod error;
 pub mod grpc;
 mod incarnation;

@@ -29,7 +29,7 @@ use crate::{
     error::WorkerError,
     incarnation::{Incarnation, RunEnd, StepHook},
     interrupt::Interrupt,
-    model::{LoadedBytes, Model, ModelError, RangeSpec, StageState},
+    model::{LoadedBytes, Model, ModelError, RangeSpec, bytes},
     transport::{Downstream, Upstream, tcp::Pending},
 };
 
@@ -406,7 +406,7 @@ impl Stage {
         };
         let (tokens, outputs) = (request.max_step_tokens, request.max_step_outputs);
         let size = Size { kv_blocks: request.kv_blocks, tokens, outputs };
-        let state = StageState::bytes_for(loaded.model, loaded.spec, request.kv_blocks, tokens, outputs);
+        let state = bytes::of_state(loaded.model, loaded.spec, request.kv_blocks, tokens, outputs);
         // Weights that stay memory-mapped have their room on a disk.
         let resident = if request.spec.mapped { 0 } else { loaded.bytes };
         let (needed, dtype) = (resident + state, loaded.spec.dtype);

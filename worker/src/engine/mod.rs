@@ -1,9 +1,10 @@
 //! What computes a stage on its device, behind one interface: weights, cache and scratch, and the forward pass.
 
-mod cpu;
+pub mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 pub mod measure;
+mod step;
 
 use std::{
     ops::ControlFlow,
@@ -12,11 +13,13 @@ use std::{
 
 use strata_proto::DeviceKind;
 
+pub(crate) use self::step::Limits;
+pub use self::step::StepError;
 use crate::{
     device::DeviceSpec,
     error::WorkerError,
     kernels::{cpu::Cpu, ops::BatchRow},
-    model::{LoadedBytes, Model, ModelError, RangeSpec, StepError},
+    model::{LoadedBytes, Model, ModelError, RangeSpec},
     sampler::{Draw, SampleError, Sampled},
     transport::Hidden,
     weights::Checkpoint,
@@ -96,7 +99,7 @@ pub(crate) struct Step<'a> {
 }
 
 /// What a step begins with.
-pub(crate) enum Input<'a> {
+pub enum Input<'a> {
     /// On the first stage.
     Tokens {
         /// Ids of all tokens.
@@ -109,7 +112,7 @@ pub(crate) enum Input<'a> {
 }
 
 /// What a step yields.
-pub(crate) enum Output<'a> {
+pub enum Output<'a> {
     /// The residual stream `(tokens, width)`, every value rounded to the plan's format.
     Hidden(Hidden),
     /// On the stage with the head.
@@ -117,7 +120,7 @@ pub(crate) enum Output<'a> {
 }
 
 /// What the head yields.
-pub(crate) struct Values<'a> {
+pub struct Values<'a> {
     /// `(outputs, values)`; the sampler may overwrite it. Of an output whose token the engine drew, anything.
     pub values: &'a mut [f32],
     /// Scratch for the sampler: as many indexes.

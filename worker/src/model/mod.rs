@@ -1,20 +1,19 @@
-//! A model: shared blocks, the tensors that fill them, and how a stage of it loads and runs.
+//! A model: what it computes, the tensors that it needs, and what each part of it takes.
 
 pub mod architecture;
+pub(crate) mod bytes;
 pub mod config;
 mod families;
-pub(crate) mod forward;
+pub(crate) mod layer;
 pub(crate) mod load;
 pub(crate) mod names;
 mod pooling;
 mod profile;
+mod range;
 mod rope;
-pub(crate) mod stage;
-pub(crate) mod state;
-pub(crate) mod step;
 #[cfg(test)]
 mod tests;
-pub(crate) mod workspace;
+pub(crate) mod widths;
 
 use std::path::Path;
 
@@ -25,13 +24,7 @@ use self::{
     config::{Config, ConfigError},
     names::{Bindings, Bound},
 };
-pub use self::{
-    load::LoadedBytes,
-    profile::describe,
-    stage::{RangeSpec, StageWeights},
-    state::{StageOutput, StageState},
-    step::{StageInput, StepError},
-};
+pub use self::{load::LoadedBytes, profile::describe, range::RangeSpec};
 pub use crate::kernels::ops::{BLOCK_TOKENS, BatchRow};
 use crate::{
     kernels::buffer::{OutOfMemory, SpillError},

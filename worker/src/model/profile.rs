@@ -1,5 +1,4 @@
-//! What the planner is told about a model: bytes exactly as [`StageWeights`](super::StageWeights) and
-//! [`StageState`](super::StageState) allocate them.
+//! What the planner is told about a model: bytes exactly as the engines allocate them.
 
 use std::path::Path;
 
@@ -8,9 +7,7 @@ use strata_proto::{Experts, FormatBytes, ModelProfile, Module, v1};
 use super::{
     Model, ModelError,
     architecture::{Attention, Ffn, Head, Layer, Site, Slot, Source},
-    families,
-    stage::{self, Block},
-    workspace,
+    bytes, families, widths,
 };
 use crate::{
     kernels::{cpu::packed::Table, ops::kv_elements},
@@ -30,7 +27,7 @@ impl Model {
         let tower = &self.tower;
         let module = |site, kv_elements_per_token, macs_per_token| Module {
             names: self.modules(site),
-            bytes: FormatBytes::of(|d| Block::bytes_for(self, site, d)),
+            bytes: FormatBytes::of(|d| bytes::of_site(self, site, d)),
             kv_elements_per_token,
             macs_per_token,
             experts: match site {
@@ -50,7 +47,7 @@ impl Model {
             _ => (v1::Scoring::Unspecified, Vec::new()),
         };
         let table = FormatBytes::of(|format| {
-            Table::bytes_for(tower.vocab, tower.width, stage::held(Site::Input, Slot::Embedding, format))
+            Table::bytes_for(tower.vocab, tower.width, bytes::held(Site::Input, Slot::Embedding, format))
         });
         ModelProfile {
             model: name.to_owned(),
@@ -76,8 +73,8 @@ impl Model {
             pad_token_ids: self.special.pad.clone(),
             fingerprint: checkpoint.fingerprint().to_owned(),
             recompute_at: tower.ropes.iter().filter_map(|r| r.switch).min().map(|n| n as u32),
-            workspace_bytes_per_token: workspace::bytes_per_token(tower),
-            workspace_bytes_per_output: workspace::bytes_per_output(tower),
+            workspace_bytes_per_token: widths::bytes_per_token(tower),
+            workspace_bytes_per_output: widths::bytes_per_output(tower),
             labels,
             scoring,
             segments: tower.input.segments as u32,
@@ -109,7 +106,7 @@ fn experts(model: &Model, layer: usize) -> Option<Experts> {
     matches!(ffn, Ffn::Moe(_)).then(|| Experts {
         count: ffn.experts() as u32,
         active: ffn.active() as u32,
-        bytes: FormatBytes::of(|d| Block::expert_bytes_for(model, Site::Layer(layer), d)),
+        bytes: FormatBytes::of(|d| bytes::of_expert(model, Site::Layer(layer), d)),
     })
 }
 

@@ -15,7 +15,14 @@ use serde_json::Value;
 use strata_proto::{DType, LayerRange, Quantization};
 
 use super::*;
-use crate::kernels::cpu::{Cpu, isa::Isa, pool::Pool};
+use crate::{
+    engine::{
+        Input, Output, StepError, Values,
+        cpu::{State, Weights},
+    },
+    kernels::cpu::{Cpu, isa::Isa, pool::Pool},
+    transport::Hidden,
+};
 
 fn models() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models")
@@ -54,14 +61,14 @@ fn spec(model: &Model, first: u32, end: u32, Way { dtype, quantization, .. }: Wa
     RangeSpec { layers: LayerRange::new(first, end), embedding: first == 0, head, dtype, quantization }
 }
 
-fn load(checkpoint: &Checkpoint, model: &Model, spec: &RangeSpec) -> StageWeights {
-    StageWeights::load(checkpoint, model, spec, &Cpu::on(Isa::detect()), &mut |_| ControlFlow::Continue(()))
+fn load(checkpoint: &Checkpoint, model: &Model, spec: &RangeSpec) -> Weights {
+    Weights::load(checkpoint, model, spec, &Cpu::on(Isa::detect()), &mut |_| ControlFlow::Continue(()))
         .unwrap()
 }
 
 /// Stages that hold a model together, and the blocks of one sequence (in the given order).
 struct Pipeline {
-    stages: Vec<(StageWeights, StageState)>,
+    stages: Vec<(Weights, State)>,
     blocks: Vec<u32>,
     /// Sequences longer than this turn otherwise.
     switch: usize,
@@ -75,7 +82,7 @@ impl Pipeline {
         let blocks = model.tower.context.div_ceil(BLOCK_TOKENS) as u32;
         let stages = firsts.zip(&ends).map(|(&first, &end)| {
             let spec = spec(&model, first, end, way);
-            let mut state = StageState::new(&model, &spec, blocks, 512, 512, way.cpu()).unwrap();
+            let mut state = State::new(&model, &spec, blocks, 512, 512, way.cpu()).unwrap();
             // Whatever was never written must not matter.
             state.poison();
             (load(&checkpoint, &model, &spec), state)
@@ -86,12 +93,12 @@ impl Pipeline {
 
     /// What the last stage yields of `rows` for `outputs`.
     fn run(&mut self, rows: &[BatchRow<'_>], ids: &[u32], segments: &[u32], outputs: &[u32]) -> Vec<f32> {
-        let mut hidden: Option<Vec<f32>> = None;
+        let mut hidden: Option<Hidden> = None;
         for (weights, state) in &mut self.stages {
-            let input = hidden.as_deref().map_or(StageInput::Tokens { ids, segments }, StageInput::Hidden);
+            let input = hidden.take().map_or(Input::Tokens { ids, segments }, Input::Hidden);
             match state.forward(weights, rows, input, outputs).unwrap() {
-                StageOutput::Hidden(out) => hidden = Some(out.to_vec()),
-                StageOutput::Values { values, .. } => return values.to_vec(),
+                Output::Hidden(out) => hidden = Some(out),
+                Output::Values(Values { values, .. }) => return values.to_vec(),
             }
         }
         panic!("no stage has the head");
@@ -180,7 +187,7 @@ fn the_profile_says_exactly_what_is_allocated() {
                     let weights = load(&checkpoint, &model, &spec);
                     let expected = profile.weight_bytes(spec.layers, spec.format());
                     assert_eq!(weights.resident_bytes(), expected, "{spec:?}");
-                    let state = StageState::new(&model, &spec, 3, 13, 5, way.cpu()).unwrap();
+                    let state = State::new(&model, &spec, 3, 13, 5, way.cpu()).unwrap();
                     let kv = profile.kv_bytes_per_token(spec.layers, way.dtype);
                     assert_eq!(state.kv_bytes(), 3 * BLOCK_TOKENS as u64 * kv);
                     assert_eq!(state.workspace_bytes(), profile.workspace_bytes(spec.layers, 13, 5));
@@ -204,14 +211,14 @@ fn a_range_reads_its_own_tensors_only_and_can_be_stopped() {
     let before = count();
     let mut last = LoadedBytes { read: 0, total: 0 };
     let cpu = Cpu::on(Isa::detect());
-    StageWeights::load(&checkpoint, &model, &spec, &cpu, &mut |p| {
+    Weights::load(&checkpoint, &model, &spec, &cpu, &mut |p| {
         assert!(p.read > last.read);
         last = p;
         ControlFlow::Continue(())
     })
     .unwrap();
     assert_eq!((last, count() - before), (LoadedBytes { read: own, total: own }, own));
-    let stopped = StageWeights::load(&checkpoint, &model, &spec, &cpu, &mut |_| ControlFlow::Break(()));
+    let stopped = Weights::load(&checkpoint, &model, &spec, &cpu, &mut |_| ControlFlow::Break(()));
     assert!(matches!(stopped, Err(ModelError::Cancelled)));
 }
 

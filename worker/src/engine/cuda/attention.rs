@@ -6,6 +6,7 @@ use super::{
     weights::Block,
 };
 use crate::{
+    engine::StepError,
     kernels::{
         cuda::{
             launch::{Attend, Heads, Kernels, Places, RawCache, RawNorm, attention_bytes, follow},
@@ -13,10 +14,7 @@ use crate::{
         },
         ops::Span,
     },
-    model::{
-        StepError,
-        architecture::{Attention, Position, Slot},
-    },
+    model::architecture::{Attention, Position, Slot},
 };
 
 /// Bytes for what attention puts together.

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     engine::{
-        Size,
+        Size, StepError,
         measure::{Bench, Kernel, Request, Role, choice, middle, products},
     },
     error::WorkerError,
@@ -27,10 +27,10 @@ use crate::{
         ops::{Act, BLOCK_TOKENS, BatchRow, kv_elements},
     },
     model::{
-        Model, ModelError, RangeSpec, StageState, StepError,
+        Model, ModelError, RangeSpec,
         architecture::{Ffn, Layer, Mlp, Slot},
-        forward::Operations,
-        step::Given,
+        bytes,
+        layer::Operations,
     },
     sampler::Draw,
 };
@@ -126,8 +126,8 @@ impl GpuBench {
             dtype: self.request.dtype,
             quantization: None,
         };
-        let state = StageState::bytes_for(&model, &spec, size.kv_blocks, size.tokens, size.outputs);
-        let weights: u64 = spec.sites(&model).map(|site| spec.bytes_of(&model, site)).sum();
+        let state = bytes::of_state(&model, &spec, size.kv_blocks, size.tokens, size.outputs);
+        let weights: u64 = bytes::of_weights(&model, &spec);
         if state + weights > self.free()? / 2 {
             return Ok(None);
         }
@@ -175,7 +175,8 @@ impl GpuBench {
             tokens: all as usize,
             padding: 0,
             is_recorded: false,
-            input: Given::Tokens { ids: &ids, segments: &[] },
+            ids: &ids,
+            segments: &[],
             outputs: &chosen,
             draws: &draws,
         };

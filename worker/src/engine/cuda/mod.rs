@@ -25,7 +25,7 @@ use self::{
     state::{Checked, State},
     weights::Weights,
 };
-use super::{Allocated, Engine, Input, Loaded, Output, Size, Step};
+use super::{Allocated, Engine, Input, Loaded, Output, Size, Step, StepError};
 use crate::{
     device::DeviceSpec,
     error::WorkerError,
@@ -33,7 +33,7 @@ use crate::{
         cpu::Cpu,
         cuda::{self, CudaError, Gpu, GpuInfo},
     },
-    model::{LoadedBytes, Model, ModelError, RangeSpec, StepError, load::PieceError, step::Given},
+    model::{LoadedBytes, Model, ModelError, RangeSpec, load::PieceError},
     transport::Hidden,
     weights::Checkpoint,
 };
@@ -124,17 +124,17 @@ impl Engine for CudaEngine {
         };
         let tower = &weights.model.tower;
         let Step { rows, input, outputs, draws } = step;
-        let (input, hidden) = match input {
-            Input::Tokens { ids, segments } => (Given::Tokens { ids, segments }, None),
-            Input::Hidden(hidden) => (Given::Rows { elements: hidden.elements() }, Some(hidden)),
+        let tokens = state.limits.check(tower, rows, &input, outputs)?;
+        let (ids, segments, hidden): (&[u32], &[u32], _) = match input {
+            Input::Tokens { ids, segments } => (ids, segments, None),
+            Input::Hidden(hidden) => (&[], &[], Some(hidden)),
         };
-        let tokens = state.limits.check(tower, rows, input, outputs)?;
         let padded = state.padded(tower, rows, outputs);
         let padding = padded.map_or(0, |padded| padded - rows.len());
         let rows = &*[rows, &vec![PADDING; padding]].concat();
         let is_recorded = padded.is_some();
         let tokens = tokens + padding;
-        let step = Checked { weights, rows, tokens, padding, is_recorded, input, outputs, draws };
+        let step = Checked { weights, rows, tokens, padding, is_recorded, ids, segments, outputs, draws };
         let ran = state.run(&self.gpu, &step, hidden);
         if ran.is_err() {
             // What was asked for before the error still uses the buffers of this step.

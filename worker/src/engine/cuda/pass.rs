@@ -6,6 +6,7 @@ use super::{
     weights::{Block, NormWeights, Projection},
 };
 use crate::{
+    engine::{Limits, StepError},
     kernels::{
         cuda::{
             CudaError, Gpu,
@@ -16,18 +17,17 @@ use crate::{
         ops::{BatchRow, GROUP, Norm},
     },
     model::{
-        ModelError, StepError,
+        ModelError,
         architecture::{Attention, Ffn, Flow, Head, Moe, Pool, Slot, Tower},
-        forward::{Inner, Operations},
-        step::Limits,
-        workspace::{self, Widths},
+        layer::{Inner, Operations},
+        widths::{self, Widths},
     },
 };
 
 /// Threads of a block that walks over one row.
 const ROW_THREADS: u32 = 256;
 
-/// Scratch of a stage, sized as [`workspace`] counts.
+/// Scratch of a stage, sized as [`widths`] counts.
 pub(super) struct Scratch {
     /// `(tokens, width)`, like all rows but those said to be otherwise in the plan's format.
     pub residual: Ptr,
@@ -71,7 +71,7 @@ impl Scratch {
         let elsewhere = Memory::new(&gpu.context, elsewhere)?;
         let Widths { residual, qkv, attention, up, angles, outputs: values, experts, input, .. } =
             Widths::of(tower);
-        let tokens = workspace::padded(limits.max_tokens);
+        let tokens = widths::padded(limits.max_tokens);
         let mut rows = |width: usize, size: u64| memory.take((tokens * width) as u64 * size);
         let size = element.size();
         let experts = experts.map(|(all, active)| {
@@ -372,6 +372,7 @@ pub(super) fn raw_norm(norm: Norm, NormWeights { weight, bias }: NormWeights) ->
 
 impl Operations for Pass<'_> {
     type Block = Block;
+    type Error = StepError;
 
     fn enter(&mut self, flow: Flow, block: &Block, slot: Slot) -> Result<(), StepError> {
         let Scratch { residual, normed, .. } = self.state.scratch;

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use cudarc::driver::{CudaGraph, sys};
 
 use crate::{
+    engine::StepError,
     kernels::{
         cuda::{
             CudaError, Doing, Gpu,
@@ -15,7 +16,6 @@ use crate::{
         },
         ops::BatchRow,
     },
-    model::StepError,
 };
 
 /// The numbers of rows that are recorded.

@@ -3,7 +3,7 @@
 use crate::{
     engine::Size,
     kernels::ops::BLOCK_TOKENS,
-    model::{ModelError, architecture::Tower, workspace::Widths},
+    model::{ModelError, architecture::Tower, widths::Widths},
 };
 
 /// Blocks of a grid along its second and third dimension, where some kernels have rows.

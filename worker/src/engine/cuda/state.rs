@@ -13,7 +13,7 @@ use super::{
     weights::Weights,
 };
 use crate::{
-    engine::{Allocated, Size, Values},
+    engine::{Allocated, Limits, Size, StepError, Values},
     kernels::{
         cpu::Cpu,
         cuda::{
@@ -25,12 +25,11 @@ use crate::{
         ops::{BLOCK_TOKENS, BatchRow, TensorSpec, kv_elements},
     },
     model::{
-        ModelError, StageState, StepError,
+        ModelError,
         architecture::{Ffn, Tower},
-        forward,
-        state::cached,
-        step::{Given, Limits},
-        workspace::padded,
+        bytes::{self, cached},
+        layer::layer,
+        widths::padded,
     },
     sampler::Draw,
     transport::Hidden,
@@ -73,7 +72,10 @@ pub(super) struct Checked<'a> {
     pub padding: usize,
     /// Whether steps of as many rows are alike, and recorded.
     pub is_recorded: bool,
-    pub input: Given<'a>,
+    /// Of all tokens, but those that padding stands for; none where the residual stream comes from another stage.
+    pub ids: &'a [u32],
+    /// Their segments; none if all are 0.
+    pub segments: &'a [u32],
     pub outputs: &'a [u32],
     /// For each output the token to be drawn; `None` if all values are wanted.
     pub draws: &'a [Option<Draw<'a>>],
@@ -136,7 +138,7 @@ impl State {
         size::check(tower, size, outputs)?;
         let limits =
             Limits { spec: *spec, kv_blocks: size.kv_blocks, max_tokens: size.tokens, max_outputs: outputs };
-        let bytes = StageState::bytes_for(model, spec, size.kv_blocks, size.tokens, outputs);
+        let bytes = bytes::of_state(model, spec, size.kv_blocks, size.tokens, outputs);
         let mut memory = Arena::new(&gpu.context, bytes)?;
         let mut kv_bytes = 0;
         let layers = cached(model, spec).iter();
@@ -262,8 +264,7 @@ impl State {
         }
         pass.angles()?;
         for (i, block) in weights.layers.iter().enumerate() {
-            let layer = &step.tower().layers[weights.spec.layers.first as usize + i];
-            forward::layer(&mut pass, i, layer, block)?;
+            layer(&mut pass, i, &step.tower().layers[weights.spec.layers.first as usize + i], block)?;
         }
         match &weights.output {
             Some(head) if step.outputs() > 0 => pass.finish(head, step.outputs()),
@@ -273,7 +274,7 @@ impl State {
 
     /// Sends a step's inputs.
     pub fn upload(&mut self, gpu: &Gpu, step: &Checked<'_>) -> Result<Inputs, StepError> {
-        let &Checked { rows, tokens, outputs, .. } = step;
+        let &Checked { rows, tokens, ids, segments, outputs, .. } = step;
         let blocks: usize = rows.iter().map(|row| step.blocks(row)).sum();
         let (count, computed) = (rows.len(), step.outputs());
         let total = 5 * tokens + 5 * count + computed + blocks;
@@ -290,10 +291,6 @@ impl State {
             let here = at;
             (rest, at) = (more, at.offset(4 * count as u64));
             here
-        };
-        let (ids, segments): (&[u32], &[u32]) = match step.input {
-            Given::Tokens { ids, segments } => (ids, segments),
-            Given::Rows { .. } => (&[], &[]),
         };
         let zeros = || std::iter::repeat(0);
         let per_token = |f: &dyn Fn(usize, &BatchRow<'_>, u32) -> u32| -> Vec<u32> {

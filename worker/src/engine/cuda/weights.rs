@@ -9,6 +9,7 @@ use half::{bf16, f16};
 use strata_proto::{DType, Format, Quantization};
 
 use crate::{
+    engine::StepError,
     kernels::{
         buffer::Element,
         cpu::{
@@ -24,11 +25,11 @@ use crate::{
         ops::{GROUP, held_format},
     },
     model::{
-        LoadedBytes, Model, ModelError, RangeSpec, StepError,
+        LoadedBytes, Model, ModelError, RangeSpec,
         architecture::{Shape, Site, Slot},
+        bytes::{self, held, part_bytes},
         load::{Piece, PieceError, read_tensors},
         names::Layout,
-        stage::{held, part_bytes},
     },
     weights::{Checkpoint, PIECE},
 };
@@ -120,7 +121,7 @@ impl Weights {
 
     /// Zeros in place of the tensors of a range.
     pub fn empty(gpu: &Gpu, model: &Model, spec: &RangeSpec) -> Result<Self, CudaError> {
-        let bytes = spec.sites(model).map(|site| spec.bytes_of(model, site)).sum();
+        let bytes = bytes::of_weights(model, spec);
         let mut memory = Arena::new(&gpu.context, bytes)?;
         let mut block = |site: Site| {
             let part = |(key, shape): ((Slot, usize), Shape)| {

@@ -3,21 +3,21 @@
 use super::*;
 
 /// An input, and what transformers makes of it.
-struct Input {
+struct Sample {
     ids: Vec<u32>,
     segments: Vec<u32>,
     masked: Vec<u32>,
     values: Vec<Vec<f64>>,
 }
 
-impl Input {
+impl Sample {
     fn outputs(&self, first: u32) -> Vec<u32> {
         if self.masked.is_empty() { vec![first] } else { self.masked.iter().map(|p| first + p).collect() }
     }
 }
 
 /// Every encoder's directory, and its inputs.
-fn encoders() -> Vec<(PathBuf, Vec<Input>)> {
+fn encoders() -> Vec<(PathBuf, Vec<Sample>)> {
     let mut all = Vec::new();
     for dir in fs::read_dir(models()).unwrap() {
         let dir = dir.unwrap().path();
@@ -25,7 +25,7 @@ fn encoders() -> Vec<(PathBuf, Vec<Input>)> {
         let expected: Value = serde_json::from_str(&expected).unwrap();
         let Some(inputs) = expected["inputs"].as_array() else { continue };
         let list = |v: &Value| if v.is_array() { ids(v) } else { Vec::new() };
-        let inputs = inputs.iter().map(|i| Input {
+        let inputs = inputs.iter().map(|i| Sample {
             ids: ids(&i["ids"]),
             segments: list(&i["segments"]),
             masked: list(&i["masked"]),
@@ -38,7 +38,7 @@ fn encoders() -> Vec<(PathBuf, Vec<Input>)> {
 }
 
 /// What a pipeline makes of inputs that share one step.
-fn encode(pipeline: &mut Pipeline, inputs: &[&Input]) -> Vec<f32> {
+fn encode(pipeline: &mut Pipeline, inputs: &[&Sample]) -> Vec<f32> {
     let (mut rows, mut ids, mut segments, mut outputs) = (vec![], vec![], vec![], vec![]);
     for input in inputs {
         outputs.extend(input.outputs(ids.len() as u32));
@@ -88,10 +88,10 @@ fn an_encoder_takes_whole_sequences_and_known_segments_only() {
     let (checkpoint, model) = Model::open_dir(&models().join("bert-classify-f32")).unwrap();
     let whole = spec(&model, 0, 4, Way::new(DType::F32));
     let weights = load(&checkpoint, &model, &whole);
-    let mut state = StageState::new(&model, &whole, 0, 20, 2, Way::new(DType::F32).cpu()).unwrap();
+    let mut state = State::new(&model, &whole, 0, 20, 2, Way::new(DType::F32).cpu()).unwrap();
     let mut refuse = |start, segments: &[u32], outputs: &[u32]| {
         let row = BatchRow { start, count: 3, blocks: &[], rope_set: 0 };
-        let input = StageInput::Tokens { ids: &[2, 7, 3], segments };
+        let input = Input::Tokens { ids: &[2, 7, 3], segments };
         state.forward(&weights, &[row], input, outputs).map(|_| ()).unwrap_err()
     };
     assert!(matches!(refuse(1, &[], &[0]), StepError::Position { start: 1, .. }));

@@ -44,7 +44,7 @@ fn weights_that_stay_memory_mapped_give_the_same_bits() {
             let (spec, cpu) = (*weights.spec(), way.cpu());
             let mut go_on = |_| ControlFlow::Continue(());
             let spill = Some(spill.path());
-            let mapped = StageWeights::load_in(spill, &checkpoint, &model, &spec, &cpu, &mut go_on).unwrap();
+            let mapped = Weights::load_in(spill, &checkpoint, &model, &spec, &cpu, &mut go_on).unwrap();
             assert_eq!(mapped.resident_bytes(), weights.resident_bytes());
             *weights = mapped;
         }
@@ -87,9 +87,8 @@ fn neighbours_and_block_placement_change_no_bit() {
                     finished.push(s);
                 }
             }
-            let StageOutput::Values { values: logits, .. } = state
-                .forward(weights, &rows, StageInput::Tokens { ids: &ids, segments: &[] }, &outputs)
-                .unwrap()
+            let Output::Values(Values { values: logits, .. }) =
+                state.forward(weights, &rows, Input::Tokens { ids: &ids, segments: &[] }, &outputs).unwrap()
             else {
                 panic!("the stage has the head");
             };
@@ -106,14 +105,14 @@ fn a_step_that_does_not_fit_is_refused() {
     let (checkpoint, model) = Model::open_dir(&models().join("shakespeare")).unwrap();
     let whole = spec(&model, 0, 6, Way::new(DType::F32));
     let weights = load(&checkpoint, &model, &whole);
-    let mut state = StageState::new(&model, &whole, 4, 20, 2, Way::new(DType::F32).cpu()).unwrap();
+    let mut state = State::new(&model, &whole, 4, 20, 2, Way::new(DType::F32).cpu()).unwrap();
     let ids = [1; 21];
     let blocks: &[u32] = &[0, 1, 2, 3];
     let row = |start, count, blocks| BatchRow { start, count, blocks, rope_set: 0 };
     let mut refuse = |rows: &[BatchRow<'_>], input, outputs: &[u32]| {
         state.forward(&weights, rows, input, outputs).map(|_| ()).unwrap_err()
     };
-    let tokens = |n: usize| StageInput::Tokens { ids: &ids[..n], segments: &[] };
+    let tokens = |n: usize| Input::Tokens { ids: &ids[..n], segments: &[] };
     assert!(matches!(refuse(&[], tokens(0), &[]), StepError::Tokens { tokens: 0, .. }));
     assert!(matches!(refuse(&[row(0, 21, blocks)], tokens(21), &[]), StepError::Tokens { .. }));
     let wrap = [row(0, u32::MAX, blocks), row(0, u32::MAX, blocks)];
@@ -128,9 +127,10 @@ fn a_step_that_does_not_fit_is_refused() {
         refuse(&[row(0, 1, &[4])], tokens(1), &[]),
         StepError::Block { block: 4, limit: 4, .. }
     ));
-    let bad = StageInput::Tokens { ids: &[2048], segments: &[] };
+    let bad = Input::Tokens { ids: &[2048], segments: &[] };
     assert!(matches!(refuse(&[row(0, 1, blocks)], bad, &[]), StepError::TokenId { id: 2048, .. }));
-    let hidden = StageInput::Hidden(&[0.0; 192]);
+    let rows = candle_core::Tensor::zeros((1, 192), candle_core::DType::F32, &candle_core::Device::Cpu);
+    let hidden = Input::Hidden(Hidden::Host(rows.unwrap()));
     assert!(matches!(refuse(&[row(0, 1, blocks)], hidden, &[]), StepError::InputKind { .. }));
     for outputs in [&[3][..], &[1, 0], &[1, 1], &[0, 1, 2]] {
         assert!(matches!(refuse(&[row(0, 3, blocks)], tokens(3), outputs), StepError::Outputs { limit: 2 }));
@@ -154,12 +154,12 @@ fn a_step_that_does_not_fit_is_refused() {
             quantization: None,
         };
         assert!(matches!(
-            StageState::new(&model, &spec, 1, 1, 1, Way::new(DType::F32).cpu()),
+            State::new(&model, &spec, 1, 1, 1, Way::new(DType::F32).cpu()),
             Err(ModelError::Range { .. })
         ));
     }
     assert!(matches!(
-        StageState::new(&model, &whole, u32::MAX, 1, 1, Way::new(DType::F32).cpu()),
+        State::new(&model, &whole, u32::MAX, 1, 1, Way::new(DType::F32).cpu()),
         Err(ModelError::Memory(_))
     ));
 }

@@ -90,12 +90,12 @@ fn try_out(dir: &Path) -> Result<(), Box<dyn std::error::Error>> {
     }
     let spec = spec(&model, 0, profile.layer_count(), Way::new(DType::BF16));
     let cpu = Way::new(DType::BF16).cpu();
-    let weights = StageWeights::load(&checkpoint, &model, &spec, &cpu, &mut |_| ControlFlow::Continue(()))?;
-    let mut state = StageState::new(&model, &spec, 4, 16, 2, cpu)?;
+    let weights = Weights::load(&checkpoint, &model, &spec, &cpu, &mut |_| ControlFlow::Continue(()))?;
+    let mut state = State::new(&model, &spec, 4, 16, 2, cpu)?;
     let count = 3.min(model.tower.context) as u32;
     let row = BatchRow { start: 0, count, blocks: &[2], rope_set: 0 };
     let ids = &[0; 3][..count as usize];
-    state.forward(&weights, &[row], StageInput::Tokens { ids, segments: &[] }, &[0])?;
+    state.forward(&weights, &[row], Input::Tokens { ids, segments: &[] }, &[0])?;
     Ok(())
 }
 

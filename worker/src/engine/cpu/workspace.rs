@@ -1,84 +1,16 @@
-//! Scratch memory of a stage: so many bytes per token of a step, so many per output row, nothing else.
+//! Scratch memory of a stage on the CPU, as `model/widths.rs` counts it.
 
-use super::architecture::{Ffn, Layer, Tower};
-use crate::kernels::{
-    buffer::{Buffer, OutOfMemory},
-    cpu::{kv_cache::KvLayer, linear},
-    ops::{BLOCK_TOKENS, kv_elements},
+use crate::{
+    kernels::{
+        buffer::{Buffer, OutOfMemory},
+        cpu::kv_cache::KvLayer,
+        ops::BLOCK_TOKENS,
+    },
+    model::{
+        architecture::Tower,
+        widths::{Widths, padded},
+    },
 };
-
-/// Elements of a cache line: buffers of whole lines per row keep the sum linear in the rows.
-const LINE: usize = crate::kernels::buffer::LINE / 4;
-
-/// The widest layer's rows, in elements, padded to whole lines.
-pub(crate) struct Widths {
-    /// The residual stream.
-    pub residual: usize,
-    /// Queries, keys and values.
-    pub qkv: usize,
-    /// What attention yields.
-    pub attention: usize,
-    /// The first product of the feed-forward block.
-    pub up: usize,
-    /// Cosines and sines of each set of frequencies.
-    pub angles: Vec<usize>,
-    /// Values of the head.
-    pub outputs: usize,
-    /// Heads and their width of the keys and values of an encoder's layer.
-    keys: Option<(usize, usize)>,
-    /// Experts, and experts per token, of a layer that has some.
-    pub experts: Option<(usize, usize)>,
-    /// The widest input of a product.
-    pub input: usize,
-}
-
-impl Widths {
-    /// Those of a model.
-    pub fn of(tower: &Tower) -> Self {
-        let widest = |f: &dyn Fn(&Layer) -> usize| {
-            tower.layers.iter().map(f).max().unwrap_or(0).next_multiple_of(LINE)
-        };
-        let experts = tower.layers.iter().filter_map(|l| match l.ffn {
-            Ffn::Moe(moe) => Some((moe.experts.next_multiple_of(LINE), moe.active.next_multiple_of(LINE))),
-            _ => None,
-        });
-        let keys = |l: &Layer| (l.attention.kv_heads, l.attention.head_dim);
-        let input = |l: &Layer| tower.width.max(l.attention.q_width()).max(l.ffn.mlp().inner);
-        Widths {
-            residual: tower.width.next_multiple_of(LINE),
-            qkv: widest(&|l| l.attention.qkv_width()),
-            attention: widest(&|l| l.attention.q_width()),
-            up: widest(&|l| l.ffn.up_width()),
-            angles: tower.ropes.iter().map(|r| (2 * r.pairs()).next_multiple_of(LINE)).collect(),
-            outputs: tower.outputs().next_multiple_of(LINE),
-            keys: tower.is_encoder().then(|| tower.layers.first().map(keys)).flatten(),
-            experts: experts.reduce(|a, b| (a.0.max(b.0), a.1.max(b.1))),
-            input: widest(&input),
-        }
-    }
-
-    /// Words of packed inputs of a product.
-    fn packed(&self) -> usize {
-        linear::packed_words(self.input).next_multiple_of(LINE)
-    }
-
-    fn per_token(&self) -> usize {
-        let experts = self.experts.map_or(0, |(all, active)| 2 * self.residual + all + 2 * active);
-        let keys = self.keys.map_or(0, |(heads, d)| kv_elements(heads, d));
-        let angles: usize = self.angles.iter().sum();
-        2 * self.residual + self.qkv + self.attention + self.up + self.packed() + angles + experts + keys
-    }
-}
-
-/// Bytes for each token a step may hold.
-pub(super) fn bytes_per_token(tower: &Tower) -> u64 {
-    4 * Widths::of(tower).per_token() as u64
-}
-
-/// Bytes for each row a step may yield on the stage with the head: its values, and an index per value for the sampler.
-pub(super) fn bytes_per_output(tower: &Tower) -> u64 {
-    8 * Widths::of(tower).outputs as u64
-}
 
 /// Scratch of a stage.
 pub(super) struct Workspace {
@@ -120,11 +52,6 @@ pub(super) struct Experts {
     pub rows: Buffer<f32>,
     /// `(tokens, width)`: what all of them yield.
     pub sum: Buffer<f32>,
-}
-
-/// Tokens that there is room for in a stage prepared for steps of `tokens`: whole blocks.
-pub(crate) fn padded(tokens: u32) -> usize {
-    (tokens as usize).next_multiple_of(BLOCK_TOKENS)
 }
 
 impl Workspace {
@@ -194,12 +121,5 @@ impl Workspace {
             experts.sum.fill(f32::NAN);
             experts.chosen.fill(u32::MAX);
         }
-    }
-}
-
-impl Tower {
-    /// Bytes that [`Workspace::new`] allocates for the tokens of a step.
-    pub(super) fn step_bytes(&self, tokens: u32) -> u64 {
-        bytes_per_token(self).saturating_mul(padded(tokens) as u64)
     }
 }

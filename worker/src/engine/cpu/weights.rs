@@ -1,4 +1,4 @@
-//! The weights of a stage: packed in the plan's format while they are read, one piece at a time.
+//! The weights of a stage on the CPU: packed in the plan's format while they are read, one piece at a time.
 //!
 //! Matrices are held in the plan's format, rounded to nearest even. Norms and biases stay f32 in every format, exactly
 //! as the checkpoint has them: they are small, and nothing is gained by rounding them.
@@ -7,15 +7,10 @@
 
 use std::{collections::BTreeMap, ops::ControlFlow, path::Path};
 
-use strata_proto::{DType, Format, LayerRange, Quantization};
+use strata_proto::Format;
 
-use super::{
-    Model, ModelError, StepError,
-    architecture::{Shape, Site, Slot},
-    load::{LoadedBytes, Piece, read_tensors},
-    names::{Bound, Layout},
-};
 use crate::{
+    engine::StepError,
     kernels::{
         buffer::{Arena, Buffer, OutOfMemory},
         cpu::{
@@ -23,69 +18,15 @@ use crate::{
             packed::{Elements, PackedMatrix, Table, Unrepresentable, widen},
         },
     },
+    model::{
+        LoadedBytes, Model, ModelError, RangeSpec,
+        architecture::{Shape, Site, Slot},
+        bytes::{self, held},
+        load::{Piece, read_tensors},
+        names::{Bound, Layout},
+    },
     weights::Checkpoint,
 };
-
-/// Which part of a model a stage holds, and in which format.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RangeSpec {
-    /// Its layers.
-    pub layers: LayerRange,
-    /// With the embedding: exactly if it holds the first layer.
-    pub embedding: bool,
-    /// With final norm and head: exactly if it holds the last layer.
-    pub head: bool,
-    /// Format of residual stream and cache, and of matrices that are not quantized.
-    pub dtype: DType,
-    /// What matrices are turned into.
-    pub quantization: Option<Quantization>,
-}
-
-impl RangeSpec {
-    /// The format that weights are held in.
-    pub fn format(&self) -> Format {
-        Format::of(self.dtype, self.quantization)
-    }
-
-    /// The sites that it holds, in order.
-    pub(crate) fn sites(&self, model: &Model) -> impl Iterator<Item = Site> {
-        let layers = self.layers.first as usize..self.layers.end as usize;
-        let (input, output) = (self.embedding, self.head);
-        model.tower.sites().filter(move |site| match site {
-            Site::Input => input,
-            Site::Layer(layer) => layers.contains(layer),
-            Site::Output => output,
-        })
-    }
-
-    /// What `site` holds on this stage, by slot and expert: no embedding where the head is here and the same tensor.
-    pub(crate) fn parts(
-        &self,
-        model: &Model,
-        site: Site,
-    ) -> impl Iterator<Item = ((Slot, usize), Shape)> + use<> {
-        let without = (self.head && model.is_tied()).then_some(Slot::Embedding);
-        let parts: Vec<_> = parts(model, site).filter(|((slot, _), _)| Some(*slot) != without).collect();
-        parts.into_iter()
-    }
-
-    /// Bytes that the weights of `site` occupy on this stage.
-    pub(crate) fn bytes_of(&self, model: &Model, site: Site) -> u64 {
-        let part = |(key, shape): ((Slot, usize), Shape)| {
-            part_bytes(shape, model.has_bias(site, key), held(site, key.0, self.format()))
-        };
-        self.parts(model, site).map(part).sum()
-    }
-
-    pub(crate) fn check(&self, model: &Model) -> Result<(), ModelError> {
-        let (LayerRange { first, end }, layers) = (self.layers, model.tower.layers.len());
-        let within = first < end && end as usize <= layers;
-        if within && self.embedding == (first == 0) && self.head == (end as usize == layers) {
-            return Ok(());
-        }
-        Err(ModelError::Range { range: self.layers, embedding: self.embedding, head: self.head, layers })
-    }
-}
 
 /// Weights of a product, `(n, k)`, and their bias.
 pub(super) struct Projection {
@@ -161,23 +102,6 @@ impl Part {
 pub(super) struct Block(BTreeMap<(Slot, usize), Part>);
 
 impl Block {
-    /// Bytes that the weights of `site` occupy.
-    pub fn bytes_for(model: &Model, site: Site, format: Format) -> u64 {
-        Self::bytes_of(model, site, format, |_| true)
-    }
-
-    /// Bytes of one expert among them.
-    pub fn expert_bytes_for(model: &Model, site: Site, format: Format) -> u64 {
-        Self::bytes_of(model, site, format, |key| [(Slot::GateUp, 0), (Slot::Down, 0)].contains(&key))
-    }
-
-    fn bytes_of(model: &Model, site: Site, format: Format, which: impl Fn((Slot, usize)) -> bool) -> u64 {
-        let parts = parts(model, site).filter(|(key, _)| which(*key));
-        parts
-            .map(|(key, shape)| part_bytes(shape, model.has_bias(site, key), held(site, key.0, format)))
-            .sum()
-    }
-
     fn zeros(model: &Model, site: Site, spec: &RangeSpec, arena: &mut Arena) -> Result<Self, OutOfMemory> {
         let part = |(key, shape): (_, Shape)| {
             let biased = model.has_bias(site, key);
@@ -215,42 +139,8 @@ impl Block {
     }
 }
 
-/// Everything that the slots of `site` hold, by slot and expert.
-fn parts(model: &Model, site: Site) -> impl Iterator<Item = ((Slot, usize), Shape)> {
-    let slots = model.tower.slots(site).into_iter();
-    slots.flat_map(move |(slot, shape)| {
-        (0..model.tower.copies(site, slot)).map(move |expert| ((slot, expert), shape))
-    })
-}
-
-/// Bytes that what fills a slot occupies.
-pub(crate) fn part_bytes(shape: Shape, biased: bool, format: Format) -> u64 {
-    let bias = |n| if biased { Buffer::<f32>::bytes_for(n) } else { 0 };
-    match shape {
-        Shape::Norm(n) => Buffer::<f32>::bytes_for(n) + bias(n),
-        Shape::Table(n, k) => Table::bytes_for(n, k, format),
-        Shape::Product(n, k) => PackedMatrix::bytes_for(n, k, format) + bias(n),
-    }
-}
-
-/// The format that a slot of `site` is held in where `format` is asked for.
-///
-/// Routers decide, so theirs is f32. The head, and the embedding that may be the same tensor, keep eight bits: their
-/// errors go straight into the logits. So does the first layer, whose errors go through all others (measured in
-/// tests/bench/README.md). Small tables are not worth rounding.
-pub(crate) fn held(site: Site, slot: Slot, format: Format) -> Format {
-    let int8 = Format::Quantized(Quantization::Int8);
-    match (site, slot, format) {
-        (_, Slot::Router, _) => Format::Float(DType::F32),
-        (_, Slot::Head | Slot::Embedding, Format::Quantized(_)) => int8,
-        (_, Slot::Positions | Slot::Segments, Format::Quantized(_)) => Format::Float(DType::BF16),
-        (Site::Layer(0), _, Format::Quantized(_)) => int8,
-        _ => format,
-    }
-}
-
 /// The weights of a stage, resident.
-pub struct StageWeights {
+pub struct Weights {
     pub(super) model: Model,
     pub(super) spec: RangeSpec,
     /// Without the embedding's table if the head is here and the same: then rows are gathered from the packed head.
@@ -259,7 +149,7 @@ pub struct StageWeights {
     pub(super) output: Option<Block>,
 }
 
-impl StageWeights {
+impl Weights {
     /// Reads the tensors of a range, and no others, in the order of the files. `progress` is called after each piece
     /// and may stop the load. Beside the weights, one piece is in memory at a time, and the next one as it is read; of a
     /// transposed tensor that is quantized, all of it. `cpu` quantizes, on all its threads.
@@ -312,14 +202,14 @@ impl StageWeights {
 
     fn zeros(model: &Model, spec: &RangeSpec, spill: Option<&Path>) -> Result<Self, ModelError> {
         spec.check(model)?;
-        let bytes = spec.sites(model).map(|site| spec.bytes_of(model, site)).sum();
+        let bytes = bytes::of_weights(model, spec);
         let mut arena = match spill {
             Some(directory) => Arena::mapped(bytes, directory)?,
             None => Arena::new(bytes)?,
         };
         let mut block = |site| Block::zeros(model, site, spec, &mut arena);
         let layers = spec.layers.first as usize..spec.layers.end as usize;
-        Ok(StageWeights {
+        Ok(Weights {
             model: model.clone(),
             spec: *spec,
             input: spec.embedding.then(|| block(Site::Input)).transpose()?,

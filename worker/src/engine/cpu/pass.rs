@@ -1,106 +1,37 @@
-//! The forward pass of one step through the layers of a stage.
+//! One step on its way through a stage on the CPU.
 
 use strata_proto::DType;
 
 use super::{
-    StepError,
-    architecture::{Attention, Ffn, Flow, Head, Input, Layer, Moe, Norm, Pool, Position, Slot, Tower},
-    stage::{Block, NormWeights, Projection},
+    weights::{Block, NormWeights, Projection},
     workspace::Workspace,
 };
-use crate::kernels::{
-    buffer::round_to,
-    cpu::{
-        Cpu,
-        attention::Attention as AttentionCall,
-        kv_cache::KvLayer,
-        linear::{Linear, Output, Rows},
-        moe::Route,
-        norm::{Activate, GateMul, HeadNorm, NormRows, SoftCap},
-        packed::Table,
-        rope::{self, Angles, RopeAndStore},
+use crate::{
+    engine::StepError,
+    kernels::{
+        buffer::round_to,
+        cpu::{
+            Cpu,
+            attention::Attention as AttentionCall,
+            kv_cache::KvLayer,
+            linear::{Linear, Output, Rows},
+            moe::Route,
+            norm::{Activate, GateMul, HeadNorm, NormRows, SoftCap},
+            packed::Table,
+            rope::{self, Angles, RopeAndStore},
+        },
+        ops::BatchRow,
     },
-    ops::BatchRow,
+    model::{
+        architecture::{Attention, Ffn, Flow, Head, Input, Moe, Norm, Pool, Position, Slot, Tower},
+        layer::{Inner, Operations},
+    },
 };
 
 /// Least length by which a vector is divided (torch's `normalize`).
 const MIN_LENGTH: f32 = 1e-12;
 
-/// What a processor does with the residual stream of a step; [`layer`] says in which order.
-pub(crate) trait Operations {
-    /// The weights of one site.
-    type Block;
-
-    /// Makes the input of a block from the residual stream.
-    fn enter(&mut self, flow: Flow, block: &Self::Block, slot: Slot) -> Result<(), StepError>;
-
-    /// Attention of the stage's layer `index` over that input, before its last product.
-    fn attend(&mut self, attention: &Attention, index: usize, block: &Self::Block) -> Result<(), StepError>;
-
-    /// The inner rows of a feed-forward block from that input.
-    fn up(&mut self, ffn: Ffn, block: &Self::Block) -> Result<(), StepError>;
-
-    /// A mixture of experts over that input, all of it: what it yields goes where [`project`](Self::project)'s does.
-    fn experts(&mut self, flow: Flow, moe: Moe, block: &Self::Block) -> Result<(), StepError>;
-
-    /// The last product of a block, added to the residual stream; where a norm follows, kept beside it.
-    fn project(&mut self, flow: Flow, from: Inner<'_>, block: &Self::Block) -> Result<(), StepError>;
-
-    /// Adds the norm of what is beside the residual stream to it.
-    fn add_normed(&mut self, norm: Norm, block: &Self::Block, slot: Slot) -> Result<(), StepError>;
-
-    /// Replaces the residual stream by its norm.
-    fn renorm(&mut self, norm: Norm, block: &Self::Block, slot: Slot) -> Result<(), StepError>;
-}
-
-/// What the last product of a block takes.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Inner<'a> {
-    /// What attention yields.
-    Attention(&'a Attention),
-    /// The inner rows of a feed-forward block.
-    Up(Ffn),
-}
-
-/// One layer, the stage's `index`th: what attention and the feed-forward block yield is added to the residual.
-pub(crate) fn layer<O: Operations>(
-    ops: &mut O,
-    index: usize,
-    layer: &Layer,
-    block: &O::Block,
-) -> Result<(), StepError> {
-    let Layer { flow, attention, ffn } = layer;
-    let norm = flow.norm();
-    ops.enter(*flow, block, Slot::AttentionNorm)?;
-    ops.attend(attention, index, block)?;
-    if matches!(flow, Flow::ParallelTwo(_)) {
-        // Attention has not been added yet.
-        ops.enter(*flow, block, Slot::FfnNorm)?;
-    }
-    ops.project(*flow, Inner::Attention(attention), block)?;
-    match flow {
-        Flow::Sandwich(_) => ops.add_normed(norm, block, Slot::AttentionPostNorm)?,
-        Flow::Post(_) => ops.renorm(norm, block, Slot::AttentionNorm)?,
-        _ => {}
-    }
-    if matches!(flow, Flow::Pre(_) | Flow::Post(_) | Flow::Sandwich(_)) {
-        ops.enter(*flow, block, Slot::FfnNorm)?;
-    }
-    match ffn {
-        Ffn::Moe(moe) => ops.experts(*flow, *moe, block)?,
-        Ffn::Plain(_) | Ffn::Gated(_) => {
-            ops.up(*ffn, block)?;
-            ops.project(*flow, Inner::Up(*ffn), block)?;
-        }
-    }
-    match flow {
-        Flow::Sandwich(_) => ops.add_normed(norm, block, Slot::FfnPostNorm),
-        Flow::Post(_) => ops.renorm(norm, block, Slot::FfnNorm),
-        _ => Ok(()),
-    }
-}
-
-/// One step on its way through a stage on the CPU. All its inputs have been checked.
+/// One step. All its inputs have been checked.
 pub(super) struct Pass<'a> {
     pub cpu: &'a Cpu,
     pub work: &'a mut Workspace,
@@ -255,6 +186,7 @@ impl Pass<'_> {
 
 impl Operations for Pass<'_> {
     type Block = Block;
+    type Error = StepError;
 
     fn enter(&mut self, flow: Flow, block: &Block, slot: Slot) -> Result<(), StepError> {
         if matches!(flow, Flow::Post(_)) {

@@ -1,8 +1,9 @@
-//! What a stage is asked to compute in one step, and the checks of it before anything is computed.
+//! The checks of a step before anything is computed.
 
-use super::{RangeSpec, architecture::Tower};
+use super::Input;
 use crate::{
     kernels::ops::{BLOCK_TOKENS, BatchRow},
+    model::{RangeSpec, architecture::Tower},
     transport::LinkError,
 };
 
@@ -103,38 +104,6 @@ pub enum StepError {
     Device(String),
 }
 
-/// What a step begins with.
-#[derive(Debug, Clone, Copy)]
-pub enum StageInput<'a> {
-    /// On the first stage.
-    Tokens {
-        /// Ids of all tokens.
-        ids: &'a [u32],
-        /// Their segments; empty if all are 0.
-        segments: &'a [u32],
-    },
-    /// The residual stream `(tokens, width)` of the stage before.
-    Hidden(&'a [f32]),
-}
-
-/// The input of a step, as far as it is checked.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Given<'a> {
-    /// Ids of all tokens, and their segments, if not all are 0.
-    Tokens { ids: &'a [u32], segments: &'a [u32] },
-    /// So many elements of the residual stream, wherever they are.
-    Rows { elements: usize },
-}
-
-impl<'a> From<StageInput<'a>> for Given<'a> {
-    fn from(input: StageInput<'a>) -> Self {
-        match input {
-            StageInput::Tokens { ids, segments } => Given::Tokens { ids, segments },
-            StageInput::Hidden(hidden) => Given::Rows { elements: hidden.len() },
-        }
-    }
-}
-
 /// What a stage was prepared for.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
@@ -154,7 +123,7 @@ impl Limits {
         &self,
         tower: &Tower,
         rows: &[BatchRow<'_>],
-        input: Given<'_>,
+        input: &Input<'_>,
         outputs: &[u32],
     ) -> Result<usize, StepError> {
         let tokens = self.check_rows(tower, rows)?;
@@ -198,20 +167,20 @@ impl Limits {
     }
 
     /// Checks that the input is of the kind and the size that the stage needs.
-    fn check_input(&self, tower: &Tower, tokens: usize, input: Given<'_>) -> Result<(), StepError> {
+    fn check_input(&self, tower: &Tower, tokens: usize, input: &Input<'_>) -> Result<(), StepError> {
         let mismatch = |input: usize| Err(StepError::Input { rows: tokens as u64, input: input as u64 });
         match (input, self.spec.embedding) {
-            (Given::Tokens { .. }, false) => Err(StepError::InputKind { expected: "the residual stream" }),
-            (Given::Rows { .. }, true) => Err(StepError::InputKind { expected: "token ids" }),
-            (Given::Rows { elements }, false) if elements != tokens * tower.width => {
-                mismatch(elements / tower.width)
+            (Input::Tokens { .. }, false) => Err(StepError::InputKind { expected: "the residual stream" }),
+            (Input::Hidden(_), true) => Err(StepError::InputKind { expected: "token ids" }),
+            (Input::Hidden(hidden), false) if hidden.elements() != tokens * tower.width => {
+                mismatch(hidden.elements() / tower.width)
             }
-            (Given::Rows { .. }, false) => Ok(()),
-            (Given::Tokens { ids, .. }, true) if ids.len() != tokens => mismatch(ids.len()),
-            (Given::Tokens { segments, .. }, true) if ![0, tokens].contains(&segments.len()) => {
+            (Input::Hidden(_), false) => Ok(()),
+            (Input::Tokens { ids, .. }, true) if ids.len() != tokens => mismatch(ids.len()),
+            (Input::Tokens { segments, .. }, true) if ![0, tokens].contains(&segments.len()) => {
                 mismatch(segments.len())
             }
-            (Given::Tokens { ids, segments }, true) => {
+            (Input::Tokens { ids, segments }, true) => {
                 if let Some(&id) = ids.iter().find(|id| **id as usize >= tower.vocab) {
                     return Err(StepError::TokenId { id, vocab: tower.vocab });
                 }
