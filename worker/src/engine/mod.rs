@@ -131,6 +131,20 @@ pub struct Values<'a> {
     pub cpu: &'a Cpu,
 }
 
+/// What measures the kernels of a device.
+///
+/// # Errors
+/// If the device cannot be used.
+fn bench(request: &measure::Request) -> Result<Box<dyn measure::Bench>, WorkerError> {
+    match request.device.kind {
+        DeviceKind::Cpu => Ok(Box::new(cpu::measure::CpuBench::new(request))),
+        #[cfg(feature = "cuda")]
+        DeviceKind::Cuda => Ok(Box::new(cuda::measure::GpuBench::new(request)?)),
+        #[cfg(not(feature = "cuda"))]
+        DeviceKind::Cuda => Err(WorkerError::BadMessage(crate::device::no_cuda(&request.device.id))),
+    }
+}
+
 /// The engine of a device; `cpu` computes where the device does not, and `kernels` is a directory for compiled kernels.
 ///
 /// # Errors

@@ -1,5 +1,6 @@
 //! The engine of a CPU device.
 
+pub(super) mod measure;
 mod pass;
 mod state;
 mod weights;

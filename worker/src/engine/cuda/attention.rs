@@ -1,9 +1,10 @@
 //! Attention of a step: queries, keys and values to their places, then every row over the cache.
 
 use super::{
-    pass::{Pass, Scratch, raw_norm},
+    pass::{Pass, raw_norm},
     state::Inputs,
     weights::Block,
+    workspace::{PARTIALS, Scratch},
 };
 use crate::{
     engine::StepError,
@@ -17,8 +18,6 @@ use crate::{
     model::architecture::{Attention, Position, Slot},
 };
 
-/// Bytes for what attention puts together.
-pub(super) const PARTIALS: u64 = 16 << 20;
 /// Most parts that one row's attention is split into.
 const MAX_SPLITS: usize = 64;
 

@@ -6,6 +6,7 @@
 
 mod attention;
 pub(super) mod measure;
+
 mod pass;
 mod recordings;
 #[cfg(test)]
@@ -14,6 +15,7 @@ mod sampling;
 mod size;
 mod state;
 mod weights;
+mod workspace;
 
 use std::{
     ops::ControlFlow,
@@ -21,6 +23,7 @@ use std::{
 };
 
 use self::{
+    pass::Pass,
     recordings::PADDING,
     state::{Checked, State},
     weights::Weights,
@@ -31,7 +34,7 @@ use crate::{
     error::WorkerError,
     kernels::{
         cpu::Cpu,
-        cuda::{self, CudaError, Gpu, GpuInfo},
+        cuda::{self, CudaError, DeviceRows, Gpu, GpuInfo},
     },
     model::{LoadedBytes, Model, ModelError, RangeSpec, load::PieceError},
     transport::Hidden,
@@ -135,7 +138,7 @@ impl Engine for CudaEngine {
         let is_recorded = padded.is_some();
         let tokens = tokens + padding;
         let step = Checked { weights, rows, tokens, padding, is_recorded, ids, segments, outputs, draws };
-        let ran = state.run(&self.gpu, &step, hidden);
+        let ran = run(state, &self.gpu, &step, hidden);
         if ran.is_err() {
             // What was asked for before the error still uses the buffers of this step.
             let _ = self.gpu.wait();
@@ -145,6 +148,32 @@ impl Engine for CudaEngine {
             None => Ok(Output::Values(state.values(outputs.len(), tower.outputs()))),
         }
     }
+}
+
+/// Runs a step, up to its end on the GPU. Without the head, it yields the residual stream, on its way to the next stage.
+fn run(
+    state: &mut State,
+    gpu: &Gpu,
+    step: &Checked<'_>,
+    hidden: Option<Hidden>,
+) -> Result<Option<DeviceRows>, StepError> {
+    let inputs = state.upload(gpu, step)?;
+    // Kept until the step is done, for its memory is read.
+    let hidden = hidden.and_then(|hidden| state.receive(gpu, step, hidden).transpose()).transpose()?;
+    match step.is_recorded {
+        true => {
+            let mut recordings = std::mem::take(&mut state.recordings);
+            let ran = recordings.run(gpu, step.rows.len(), || Pass::run(gpu, state, step, inputs));
+            state.recordings = recordings;
+            ran?;
+        }
+        false => Pass::run(gpu, state, step, inputs)?,
+    }
+    let yielded = state.ask_for_results(gpu, step)?;
+    gpu.wait()?;
+    drop(hidden);
+    state.sampling.read();
+    Ok(yielded)
 }
 
 #[cfg(test)]

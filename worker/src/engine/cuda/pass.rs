@@ -1,122 +1,30 @@
 //! One step on its way through a stage on a GPU.
 
 use super::{
-    attention::PARTIALS,
-    state::{Inputs, State},
+    state::{Checked, Inputs, State},
     weights::{Block, NormWeights, Projection},
+    workspace::{Experts, Scratch},
 };
 use crate::{
-    engine::{Limits, StepError},
+    engine::StepError,
     kernels::{
+        buffer::round_to,
         cuda::{
-            CudaError, Gpu,
+            Gpu,
             launch::{Bytes, Kernels, RawMatrix, RawNorm, Tables, follow, launch},
-            memory::{self, Arena, Memory, Ptr},
-            product::{Epilogue, Grouped, Linear, Matrix, RowBytes, Rows, TASK_BYTES},
+            memory::{self, Ptr},
+            product::{Epilogue, Grouped, Linear, Matrix, Rows},
         },
         ops::{BatchRow, GROUP, Norm},
     },
     model::{
-        ModelError,
         architecture::{Attention, Ffn, Flow, Head, Moe, Pool, Slot, Tower},
-        layer::{Inner, Operations},
-        widths::{self, Widths},
+        layer::{Inner, Operations, layer},
     },
 };
 
 /// Threads of a block that walks over one row.
 const ROW_THREADS: u32 = 256;
-
-/// Scratch of a stage, sized as [`widths`] counts.
-pub(super) struct Scratch {
-    /// `(tokens, width)`, like all rows but those said to be otherwise in the plan's format.
-    pub residual: Ptr,
-    normed: Ptr,
-    pub qkv: Ptr,
-    pub attention: Ptr,
-    up: Ptr,
-    /// Cosines and sines in f32, per set of frequencies; and the sets themselves.
-    pub angles: Vec<Ptr>,
-    frequencies: Vec<(Memory, Memory)>,
-    /// Rows as bytes, where weights are quantized.
-    bytes: RowBytes,
-    experts: Option<Experts>,
-    /// `(outputs, values)` in f32.
-    pub values: Ptr,
-    pub partials: Ptr,
-    /// Rows that there is room for.
-    tokens: usize,
-    _elsewhere: [Memory; 2],
-}
-
-/// Scratch of a mixture of experts.
-struct Experts {
-    logits: Ptr,
-    chosen: Ptr,
-    shares: Ptr,
-    /// Pairs by expert, and tasks of them; as many as there are pairs.
-    order: Ptr,
-    tasks: Ptr,
-    /// `(pairs, width)`, as many pairs as tokens.
-    pairs: Ptr,
-}
-
-impl Scratch {
-    /// Cut from `memory`, as much of it as is left; what does not grow with a step is from elsewhere.
-    pub fn new(gpu: &Gpu, tower: &Tower, limits: &Limits, memory: &mut Arena) -> Result<Self, ModelError> {
-        let (element, outputs) = (limits.spec.dtype, limits.max_outputs as usize);
-        let partials = Memory::new(&gpu.context, PARTIALS)?;
-        let meets = limits.spec.quantization.is_some() || Widths::of(tower).experts.is_some();
-        let elsewhere = if meets { RowBytes::ELSEWHERE } else { 0 };
-        let elsewhere = Memory::new(&gpu.context, elsewhere)?;
-        let Widths { residual, qkv, attention, up, angles, outputs: values, experts, input, .. } =
-            Widths::of(tower);
-        let tokens = widths::padded(limits.max_tokens);
-        let mut rows = |width: usize, size: u64| memory.take((tokens * width) as u64 * size);
-        let size = element.size();
-        let experts = experts.map(|(all, active)| {
-            Ok::<_, CudaError>(Experts {
-                logits: rows(all, 4)?,
-                chosen: rows(active, 4)?,
-                shares: rows(active, 4)?,
-                order: rows(1, 4)?,
-                tasks: rows(1, TASK_BYTES)?,
-                pairs: rows(residual, size)?,
-            })
-        });
-        let mut frequencies = Vec::new();
-        for rope in &tower.ropes {
-            let inv_freq: Vec<f32> = rope.sets.iter().flat_map(|set| set.inv_freq.iter().copied()).collect();
-            let factors: Vec<f32> = rope.sets.iter().map(|set| set.factor).collect();
-            let upload = |values: &[f32]| {
-                let memory = Memory::new(&gpu.context, 4 * values.len() as u64)?;
-                memory::upload(&gpu.stream, memory.ptr(), values)?;
-                gpu.wait()?;
-                Ok::<_, CudaError>(memory)
-            };
-            frequencies.push((upload(&inv_freq)?, upload(&factors)?));
-        }
-        let groups = input.div_ceil(32);
-        Ok(Scratch {
-            residual: rows(residual, size)?,
-            normed: rows(residual, size)?,
-            qkv: rows(qkv, size)?,
-            attention: rows(attention, size)?,
-            up: rows(up, size)?,
-            angles: angles.iter().map(|width| rows(*width, 4)).collect::<Result<_, _>>()?,
-            frequencies,
-            bytes: RowBytes::new(
-                Bytes { values: rows(groups * 32, 1)?, factors: rows(groups, 4)?, sums: rows(groups, 4)? },
-                elsewhere.ptr(),
-            ),
-            experts: experts.transpose()?,
-            values: memory.take((outputs * values) as u64 * 4)?,
-            partials: partials.ptr(),
-            tokens,
-            _elsewhere: [partials, elsewhere],
-        })
-    }
-}
 
 /// One step. All its inputs have been checked, and are on the GPU.
 pub(super) struct Pass<'a> {
@@ -152,6 +60,23 @@ impl<'a> Pass<'a> {
         Pass { gpu, state, tower, tokens, rows, inputs, normed }
     }
 
+    /// All kernels of a step.
+    pub fn run(gpu: &Gpu, state: &State, step: &Checked<'_>, inputs: Inputs) -> Result<(), StepError> {
+        let &Checked { weights, rows, tokens, .. } = step;
+        let mut pass = Pass::new(gpu, state, step.tower(), tokens, rows, inputs);
+        if let Some(block) = &weights.input {
+            pass.embed(block, weights.output.as_ref())?;
+        }
+        pass.angles()?;
+        for (i, block) in weights.layers.iter().enumerate() {
+            layer(&mut pass, i, &step.tower().layers[weights.spec.layers.first as usize + i], block)?;
+        }
+        match &weights.output {
+            Some(head) if step.outputs() > 0 => pass.finish(head, step.outputs()),
+            _ => Ok(()),
+        }
+    }
+
     /// Any of the modules has the kernels that do not care for the width of a head.
     fn kernels(&self) -> Result<&Kernels, StepError> {
         self.state.kernels.values().next().ok_or(StepError::Weights)
@@ -177,7 +102,7 @@ impl<'a> Pass<'a> {
             position_format,
             segment_format,
             first_position: input.positions.map_or(0, |learned| learned.first as i32),
-            scale: crate::kernels::buffer::round_to(self.state.element, input.scale),
+            scale: round_to(self.state.element, input.scale),
         };
         let residual = self.state.scratch.residual;
         launch!(self.gpu, self.kernels()?.embed, (self.tokens as u32, 1, 1), ROW_THREADS, 0;

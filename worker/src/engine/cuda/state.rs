@@ -5,13 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use strata_proto::DType;
 
-use super::{
-    pass::{Pass, Scratch},
-    recordings::Recordings,
-    sampling::Sampling,
-    size,
-    weights::Weights,
-};
+use super::{recordings::Recordings, sampling::Sampling, size, weights::Weights, workspace::Scratch};
 use crate::{
     engine::{Allocated, Limits, Size, StepError, Values},
     kernels::{
@@ -28,7 +22,6 @@ use crate::{
         ModelError,
         architecture::{Ffn, Tower},
         bytes::{self, cached},
-        layer::layer,
         widths::padded,
     },
     sampler::Draw,
@@ -95,7 +88,7 @@ impl<'a> Checked<'a> {
     }
 
     /// Outputs that the head computes: in a recorded step, as many as rows.
-    fn outputs(&self) -> usize {
+    pub fn outputs(&self) -> usize {
         let all = self.is_recorded && self.weights.output.is_some();
         if all { self.rows.len() } else { self.outputs.len() }
     }
@@ -206,47 +199,6 @@ impl State {
         self.allocated
     }
 
-    /// Runs a step, up to its end on the GPU. Without the head, it yields the residual stream, on its way to the next stage.
-    pub fn run(
-        &mut self,
-        gpu: &Gpu,
-        step: &Checked<'_>,
-        hidden: Option<Hidden>,
-    ) -> Result<Option<DeviceRows>, StepError> {
-        let inputs = self.upload(gpu, step)?;
-        // Kept until the step is done, for its memory is read.
-        let hidden = hidden.and_then(|hidden| self.receive(gpu, step, hidden).transpose()).transpose()?;
-        match step.is_recorded {
-            true => {
-                let mut recordings = std::mem::take(&mut self.recordings);
-                let ran = recordings.run(gpu, step.rows.len(), || self.compute(gpu, step, inputs));
-                self.recordings = recordings;
-                ran?;
-            }
-            false => self.compute(gpu, step, inputs)?,
-        }
-        let mut yielded = None;
-        match &self.slots {
-            None => {
-                let kernels = self.kernels.values().next().ok_or(StepError::Weights)?;
-                self.sampling.ask(gpu, step.draws)?;
-                self.sampling.start(gpu, kernels, self.scratch.values)?;
-                self.sampling.fetch(gpu)?;
-                self.fetch(gpu, step.tower().outputs(), step.outputs.len())?;
-            }
-            Some(slots) => {
-                let (rows, columns) = (step.tokens - step.padding, step.tower().width);
-                let rows = slots.rows(TensorSpec { dtype: self.element, rows, columns })?;
-                memory::copy(&gpu.stream, rows.ptr(), self.scratch.residual, rows.bytes())?;
-                yielded = Some(rows);
-            }
-        }
-        gpu.wait()?;
-        drop(hidden);
-        self.sampling.read();
-        Ok(yielded)
-    }
-
     /// How many rows a step is given, if it is one of those that are recorded: every row has one token, and the head has
     /// something to do if it is here.
     pub fn padded(&self, tower: &Tower, rows: &[BatchRow<'_>], outputs: &[u32]) -> Option<usize> {
@@ -255,21 +207,24 @@ impl State {
         self.recordings.padded(rows.len()).filter(|_| single && !idle && !tower.is_encoder())
     }
 
-    /// All kernels of a step.
-    fn compute(&self, gpu: &Gpu, step: &Checked<'_>, inputs: Inputs) -> Result<(), StepError> {
-        let &Checked { weights, rows, tokens, .. } = step;
-        let mut pass = Pass::new(gpu, self, step.tower(), tokens, rows, inputs);
-        if let Some(block) = &weights.input {
-            pass.embed(block, weights.output.as_ref())?;
-        }
-        pass.angles()?;
-        for (i, block) in weights.layers.iter().enumerate() {
-            layer(&mut pass, i, &step.tower().layers[weights.spec.layers.first as usize + i], block)?;
-        }
-        match &weights.output {
-            Some(head) if step.outputs() > 0 => pass.finish(head, step.outputs()),
-            _ => Ok(()),
-        }
+    /// Asks for what a step yields: values and tokens, or the residual stream, which is there when the GPU is done.
+    pub fn ask_for_results(
+        &mut self,
+        gpu: &Gpu,
+        step: &Checked<'_>,
+    ) -> Result<Option<DeviceRows>, StepError> {
+        let Some(slots) = &self.slots else {
+            let kernels = self.kernels.values().next().ok_or(StepError::Weights)?;
+            self.sampling.ask(gpu, step.draws)?;
+            self.sampling.start(gpu, kernels, self.scratch.values)?;
+            self.sampling.fetch(gpu)?;
+            self.fetch(gpu, step.tower().outputs(), step.outputs.len())?;
+            return Ok(None);
+        };
+        let (rows, columns) = (step.tokens - step.padding, step.tower().width);
+        let rows = slots.rows(TensorSpec { dtype: self.element, rows, columns })?;
+        memory::copy(&gpu.stream, rows.ptr(), self.scratch.residual, rows.bytes())?;
+        Ok(Some(rows))
     }
 
     /// Sends a step's inputs.
@@ -324,7 +279,7 @@ impl State {
     }
 
     /// Copies the residual stream of the stage before into its place; gives what must stay until that is done.
-    fn receive(
+    pub fn receive(
         &mut self,
         gpu: &Gpu,
         step: &Checked<'_>,

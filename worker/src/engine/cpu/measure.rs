@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::{
+    engine::measure::{Bench, Kernel, Request, choice, middle},
     error::WorkerError,
     kernels::{
         buffer::OutOfMemory,
@@ -21,14 +22,12 @@ use crate::{
     sampler::{self, Draw},
 };
 
-use super::{Bench, Kernel, Request, choice, middle};
-
 /// More than caches hold, and the most that a measurement takes.
 const CACHES: u64 = 64 << 20;
 const MOST_BYTES: u64 = 4 << 30;
 
 /// A CPU device.
-pub(super) struct CpuBench {
+pub(in crate::engine) struct CpuBench {
     cpu: Cpu,
     request: Request,
 }

@@ -4,8 +4,6 @@
 //! depends on them. Each run takes the next one of several that together are larger than the caches, as the layers of a
 //! model are.
 
-mod cpu;
-
 use std::{
     collections::BTreeMap,
     fmt,
@@ -14,7 +12,7 @@ use std::{
 };
 
 use serde::Serialize;
-use strata_proto::{DType, DeviceKind, Format, Quantization, v1};
+use strata_proto::{DType, Format, Quantization, v1};
 
 use crate::{
     device::{Compute, DeviceSpec},
@@ -204,15 +202,7 @@ pub fn measure(
     request: &Request,
     report: &mut dyn FnMut(Report) -> Result<(), WorkerError>,
 ) -> Result<(), WorkerError> {
-    let mut bench: Box<dyn Bench> = match request.device.kind {
-        DeviceKind::Cpu => Box::new(cpu::CpuBench::new(request)),
-        #[cfg(feature = "cuda")]
-        DeviceKind::Cuda => Box::new(super::cuda::measure::GpuBench::new(request)?),
-        #[cfg(not(feature = "cuda"))]
-        DeviceKind::Cuda => {
-            return Err(WorkerError::BadMessage(crate::device::no_cuda(&request.device.id)));
-        }
-    };
+    let mut bench = super::bench(request)?;
     let begun = Instant::now();
     let mut limits = limits(request, &mut *bench, begun)?;
     report(Report::Limits(limits.clone()))?;
