@@ -13,5 +13,6 @@ mod processes;
 mod replicas;
 mod run;
 mod serving;
+mod session;
 #[cfg(feature = "cuda")]
 mod start;
