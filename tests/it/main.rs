@@ -2,6 +2,7 @@
 
 mod cluster;
 mod encoders;
+mod examples;
 mod faults;
 mod foreign_client;
 #[cfg(feature = "cuda")]
