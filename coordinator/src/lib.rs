@@ -11,6 +11,9 @@ pub mod config;
 mod coordinator;
 pub mod engine;
 pub mod front;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod planner;
 pub mod preflight;
 mod request;
@@ -19,3 +22,6 @@ mod scheduler;
 pub use cluster::RemoteWorker;
 pub use config::{CoordinatorConfig, Deployment, Limits};
 pub use coordinator::{Coordinator, StartError, discover_members, preview};
+pub use engine::EngineError;
+pub use front::session::{Generation, Session, SessionError};
+pub use request::AdmissionError;

@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
+use strata_coordinator::config;
 use strata_proto::DEFAULT_PORT;
 use strata_worker::device::DeviceSpec;
 
@@ -73,7 +74,7 @@ pub struct CoordinatorArgs {
     #[arg(long, env = "STRATA_MODEL")]
     pub model: String,
     /// Seconds to wait for the workers
-    #[arg(long, env = "STRATA_JOIN_TIMEOUT", default_value_t = 120)]
+    #[arg(long, env = "STRATA_JOIN_TIMEOUT", default_value_t = config::JOIN_PATIENCE.as_secs())]
     pub join_timeout: u64,
     #[command(flatten)]
     pub deployment: DeploymentArgs,
@@ -98,6 +99,9 @@ pub struct WorkerArgs {
     /// Byte caps by device: cpu=64GiB
     #[arg(long, env = "STRATA_MAX_MEMORY", value_delimiter = ',')]
     pub max_memory: Vec<DeviceSpec>,
+    /// Seconds that its coordinator may take to plan without this worker, after SIGTERM
+    #[arg(long, env = "STRATA_GRACE", default_value_t = 30)]
+    pub grace: u64,
     #[command(flatten)]
     pub compute: ComputeArgs,
     #[command(flatten)]
