@@ -1,0 +1,256 @@
+//! Flags of the clients.
+
+use clap::{Args, ValueEnum};
+use strata_proto::{
+    DEFAULT_PORT,
+    v1::{ChatMessage, Truncation},
+};
+
+use super::{DeploymentArgs, HereArgs};
+
+/// Where a server is.
+#[derive(Debug, Clone, Args)]
+pub struct AddressArgs {
+    /// URL of the server
+    #[arg(long, env = "STRATA_ADDRESS", default_value_t = format!("http://127.0.0.1:{DEFAULT_PORT}"))]
+    pub address: String,
+}
+
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    #[command(flatten)]
+    pub address: AddressArgs,
+    /// Print JSON
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    #[command(flatten)]
+    pub address: AddressArgs,
+    /// Requests at once; several, separated by commas, are measured one after the other
+    #[arg(long, env = "STRATA_CONCURRENCY", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub concurrency: Vec<u32>,
+    /// Requests of each measurement [default: 4 x the concurrency]
+    #[arg(long, env = "STRATA_REQUESTS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub requests: Option<u32>,
+    /// Tokens of each prompt, drawn at random
+    #[arg(long, env = "STRATA_PROMPT_TOKENS", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    pub prompt_tokens: u32,
+    /// Tokens at the beginning of each prompt that are the same in all of them
+    #[arg(long, env = "STRATA_SHARED_PREFIX", default_value_t = 0)]
+    pub shared_prefix: u32,
+    /// Tokens of each answer
+    #[arg(long, env = "STRATA_MAX_TOKENS", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_tokens: u32,
+    /// 0 is greedy
+    #[arg(long, env = "STRATA_TEMPERATURE", default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Keep only this many most likely tokens; 0 is all
+    #[arg(long, env = "STRATA_TOP_K", default_value_t = 0)]
+    pub top_k: u32,
+    /// Keep the smallest set of tokens of this probability
+    #[arg(long, env = "STRATA_TOP_P", default_value_t = 1.0)]
+    pub top_p: f32,
+    /// Seed of the prompts, and of the sampler
+    #[arg(long, env = "STRATA_SEED", default_value_t = 0)]
+    pub seed: u64,
+    /// Print one JSON object per measurement
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+}
+
+/// How an answer is drawn, and where it ends.
+#[derive(Debug, Clone, Args)]
+pub struct AnswerArgs {
+    /// Most new tokens [default: the rest of the context]
+    #[arg(long, env = "STRATA_MAX_TOKENS")]
+    pub max_tokens: Option<u32>,
+    /// 0 is greedy [default: 0]
+    #[arg(long, env = "STRATA_TEMPERATURE", allow_negative_numbers = true)]
+    pub temperature: Option<f32>,
+    /// Keep only this many most likely tokens; 0 is all
+    #[arg(long, env = "STRATA_TOP_K")]
+    pub top_k: Option<u32>,
+    /// Keep the smallest set of tokens of this probability
+    #[arg(long, env = "STRATA_TOP_P", allow_negative_numbers = true)]
+    pub top_p: Option<f32>,
+    /// Drop tokens less likely than this share of the most likely one
+    #[arg(long, env = "STRATA_MIN_P", allow_negative_numbers = true)]
+    pub min_p: Option<f32>,
+    /// Divide the logits of tokens seen before by this
+    #[arg(long, env = "STRATA_REPETITION_PENALTY", allow_negative_numbers = true)]
+    pub repetition_penalty: Option<f32>,
+    /// Subtract this from a token's logit for each time it was generated
+    #[arg(long, env = "STRATA_FREQUENCY_PENALTY", allow_negative_numbers = true)]
+    pub frequency_penalty: Option<f32>,
+    /// Subtract this from the logits of all tokens that were generated
+    #[arg(long, env = "STRATA_PRESENCE_PENALTY", allow_negative_numbers = true)]
+    pub presence_penalty: Option<f32>,
+    /// Seed of the sampler [default: drawn by the server, and shown]
+    #[arg(long, env = "STRATA_SEED")]
+    pub seed: Option<u64>,
+    /// End before this text appears; may be repeated
+    #[arg(long, env = "STRATA_STOP")]
+    pub stop: Vec<String>,
+    /// Go on after an end-of-sequence token
+    #[arg(long, env = "STRATA_IGNORE_EOS")]
+    pub ignore_eos: bool,
+    /// Use the sampling settings the model's makers suggest
+    #[arg(long, env = "STRATA_MODEL_DEFAULTS")]
+    pub model_defaults: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub here: HereArgs,
+    /// What to ask: a message of a chat if the model has a chat template, a text to continue if not; - is standard input,
+    /// @FILE a file, and @@ an @. Without one, every line of standard input is asked
+    #[arg(env = "STRATA_PROMPT", value_name = "PROMPT")]
+    pub text: Option<String>,
+    /// The same
+    #[arg(long, env = "STRATA_PROMPT", allow_hyphen_values = true)]
+    pub prompt: Option<String>,
+    /// Continue the prompt as it is, although the model has a chat template
+    #[arg(long, env = "STRATA_COMPLETE")]
+    pub complete: bool,
+    /// A message that the chat begins with, as ROLE=TEXT; may be repeated
+    #[arg(long, env = "STRATA_MESSAGE", value_parser = parse_message, conflicts_with = "complete")]
+    pub message: Vec<ChatMessage>,
+    #[command(flatten)]
+    pub answer: AnswerArgs,
+    #[command(flatten)]
+    pub deployment: DeploymentArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    pub address: AddressArgs,
+    /// Text to continue; - is standard input, @FILE a file, and @@ an @
+    #[arg(env = "STRATA_PROMPT", value_name = "PROMPT", required_unless_present_any = ["prompt", "token_ids", "message"])]
+    pub text: Option<String>,
+    /// The same
+    #[arg(long, env = "STRATA_PROMPT", allow_hyphen_values = true)]
+    pub prompt: Option<String>,
+    /// Token ids to continue, taken as they are
+    #[arg(long, env = "STRATA_TOKEN_IDS", value_delimiter = ',', conflicts_with_all = ["text", "prompt"])]
+    pub token_ids: Vec<u32>,
+    /// A message of a chat, as ROLE=TEXT; may be repeated
+    #[arg(long, env = "STRATA_MESSAGE", value_parser = parse_message, conflicts_with_all = ["text", "prompt", "token_ids"])]
+    pub message: Vec<ChatMessage>,
+    #[command(flatten)]
+    pub answer: AnswerArgs,
+    /// Report log-probabilities, and this many alternatives
+    #[arg(long, env = "STRATA_LOGPROBS")]
+    pub logprobs: Option<u32>,
+    /// Give up after this many milliseconds
+    #[arg(long, env = "STRATA_DEADLINE_MS")]
+    pub deadline_ms: Option<u64>,
+    /// Whose request it is: prompts that begin alike are computed once within a tenant
+    #[arg(long, env = "STRATA_TENANT", default_value = "")]
+    pub tenant: String,
+    /// Print one JSON object per event, and a last one with the whole answer
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct TokenizeArgs {
+    #[command(flatten)]
+    pub address: AddressArgs,
+    /// The text; - is standard input, @FILE a file, and @@ an @
+    #[arg(env = "STRATA_TEXT")]
+    pub text: String,
+    /// Leave out what the tokenizer puts around a text
+    #[arg(long, env = "STRATA_PLAIN")]
+    pub plain: bool,
+    /// Print JSON
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct DetokenizeArgs {
+    #[command(flatten)]
+    pub address: AddressArgs,
+    /// The ids, separated by commas
+    #[arg(env = "STRATA_TOKEN_IDS", value_delimiter = ',', required = true)]
+    pub token_ids: Vec<u32>,
+    /// Write special tokens out
+    #[arg(long, env = "STRATA_KEEP_SPECIAL")]
+    pub keep_special: bool,
+    /// Print JSON
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+}
+
+/// Which part of a long input is kept.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Keep {
+    Head,
+    Tail,
+}
+
+impl From<Keep> for Truncation {
+    fn from(keep: Keep) -> Self {
+        match keep {
+            Keep::Head => Truncation::KeepHead,
+            Keep::Tail => Truncation::KeepTail,
+        }
+    }
+}
+
+/// Inputs of an encoder.
+#[derive(Debug, Args)]
+pub struct InputArgs {
+    #[command(flatten)]
+    pub address: AddressArgs,
+    /// A text; may be repeated
+    #[arg(long, env = "STRATA_TEXT", required_unless_present = "token_ids")]
+    pub text: Vec<String>,
+    /// The second text of a pair: the first --pair goes with the first --text, and so on
+    #[arg(long, env = "STRATA_PAIR", requires = "text")]
+    pub pair: Vec<String>,
+    /// Token ids, taken as they are
+    #[arg(long, env = "STRATA_TOKEN_IDS", value_delimiter = ',', conflicts_with = "text")]
+    pub token_ids: Vec<u32>,
+    /// Keep this end of an input that is too long, instead of refusing it
+    #[arg(long, env = "STRATA_TRUNCATE", value_enum)]
+    pub truncate: Option<Keep>,
+    /// Give up after this many milliseconds
+    #[arg(long, env = "STRATA_DEADLINE_MS")]
+    pub deadline_ms: Option<u64>,
+    /// Print one JSON object per input
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ClassifyArgs {
+    #[command(flatten)]
+    pub input: InputArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct EmbedArgs {
+    #[command(flatten)]
+    pub input: InputArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct FillMaskArgs {
+    #[command(flatten)]
+    pub input: InputArgs,
+    /// Candidates for each mask [default: 5]
+    #[arg(long, env = "STRATA_TOP_K")]
+    pub top_k: Option<u32>,
+}
+
+fn parse_message(s: &str) -> Result<ChatMessage, String> {
+    let (role, content) =
+        s.split_once('=').ok_or_else(|| format!("{s:?}: expected ROLE=TEXT, as in user=Hello"))?;
+    Ok(ChatMessage { role: role.to_owned(), content: content.to_owned() })
+}

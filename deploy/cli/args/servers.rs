@@ -1,0 +1,107 @@
+//! Flags of the servers, and of what is shown or checked before serving.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::Args;
+use strata_proto::DEFAULT_PORT;
+use strata_worker::device::DeviceSpec;
+
+use super::{ComputeArgs, DeploymentArgs, HereArgs, ImaginedDevices, KernelCacheArgs, SpillArgs};
+
+/// Where clients are answered.
+#[derive(Debug, Clone, Args)]
+pub struct ListenArgs {
+    /// Address to answer clients on
+    #[arg(long, env = "STRATA_HOST", default_value = "127.0.0.1")]
+    pub host: String,
+    /// Port to answer clients on; 0 picks a free one
+    #[arg(long, env = "STRATA_PORT", default_value_t = DEFAULT_PORT)]
+    pub port: u16,
+    /// Seconds that answers in progress may take to finish after SIGTERM
+    #[arg(long, env = "STRATA_GRACE", default_value_t = 30)]
+    pub grace: u64,
+}
+
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    pub here: HereArgs,
+    #[command(flatten)]
+    pub deployment: DeploymentArgs,
+    #[command(flatten)]
+    pub listen: ListenArgs,
+    /// Print the plan and stop
+    #[arg(long, env = "STRATA_DRY_RUN")]
+    pub dry_run: bool,
+    /// With --dry-run: print the plan as JSON
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    pub here: HereArgs,
+    #[command(flatten)]
+    pub deployment: DeploymentArgs,
+    /// Plan over GPUs this machine need not have: 2x80GiB@3.3TB/s@900TFLOP/s, where count, bandwidth and rate may be left
+    /// out; may be repeated
+    #[arg(long = "device", env = "STRATA_DEVICE", conflicts_with_all = ["workers", "devices", "max_memory"])]
+    pub imagined: Vec<ImaginedDevices>,
+    /// Print JSON
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    #[command(flatten)]
+    pub here: HereArgs,
+    #[command(flatten)]
+    pub deployment: DeploymentArgs,
+    /// Print JSON
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct CoordinatorArgs {
+    /// URL of a worker; repeat, or separate by commas
+    #[arg(long = "worker", env = "STRATA_WORKER_URLS", value_delimiter = ',', required = true)]
+    pub workers: Vec<String>,
+    /// Name of the model: a directory under each worker's --models
+    #[arg(long, env = "STRATA_MODEL")]
+    pub model: String,
+    /// Seconds to wait for the workers
+    #[arg(long, env = "STRATA_JOIN_TIMEOUT", default_value_t = 120)]
+    pub join_timeout: u64,
+    #[command(flatten)]
+    pub deployment: DeploymentArgs,
+    #[command(flatten)]
+    pub listen: ListenArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct WorkerArgs {
+    /// Address for the coordinator's calls; port 0 picks a free one
+    #[arg(long, env = "STRATA_LISTEN", default_value = "127.0.0.1:0")]
+    pub listen: SocketAddr,
+    /// Address for activations of other workers; port 0 picks a free one [default: the host of --listen, port 0]
+    #[arg(long, env = "STRATA_LINK_LISTEN")]
+    pub link_listen: Option<SocketAddr>,
+    /// Directory whose subdirectories are models
+    #[arg(long, env = "STRATA_MODELS")]
+    pub models: PathBuf,
+    /// Devices, with optional byte caps: cuda:0,cpu=64GiB [default: all GPUs, then the CPU]
+    #[arg(long, env = "STRATA_DEVICES", value_delimiter = ',')]
+    pub devices: Vec<DeviceSpec>,
+    /// Byte caps by device: cpu=64GiB
+    #[arg(long, env = "STRATA_MAX_MEMORY", value_delimiter = ',')]
+    pub max_memory: Vec<DeviceSpec>,
+    #[command(flatten)]
+    pub compute: ComputeArgs,
+    #[command(flatten)]
+    pub spill: SpillArgs,
+    #[command(flatten)]
+    pub kernel_cache: KernelCacheArgs,
+}
