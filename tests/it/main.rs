@@ -2,6 +2,7 @@
 
 mod cluster;
 mod encoders;
+mod examples;
 mod faults;
 mod foreign_client;
 #[cfg(feature = "cuda")]
@@ -13,5 +14,6 @@ mod processes;
 mod replicas;
 mod run;
 mod serving;
+mod session;
 #[cfg(feature = "cuda")]
 mod start;

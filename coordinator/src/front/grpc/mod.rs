@@ -43,7 +43,7 @@ pub async fn serve(
             .register_encoded_file_descriptor_set(DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
-    let inference = InferenceServer::new(inference::InferenceService::new(coordinator.clone()))
+    let inference = InferenceServer::new(inference::InferenceService(coordinator.session().clone()))
         .max_decoding_message_size(MAX_REQUEST);
     let cluster = ClusterServer::new(cluster::ClusterService::new(coordinator));
     let incoming = TcpListenerStream::new(listener).map(|stream| {
