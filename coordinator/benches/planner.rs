@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use strata_coordinator::planner::{Offer, Problem, Split, solve};
 use strata_proto::{
-    DType, Device, DeviceKind, FormatBytes, ModelProfile, Module,
+    DType, Device, DeviceKind, FormatBytes, LayerRange, LayerState, ModelProfile, Module, Stack, StateKind,
     v1::{Scoring, Task},
 };
 
@@ -40,6 +40,11 @@ fn main() {
         scoring: Scoring::Unspecified,
         segments: 0,
         tokenizers: vec!["BPE".into()],
+        stacks: vec![Stack {
+            layers: LayerRange::new(0, LAYERS as u32),
+            whole_input: false,
+            positions: 8192,
+        }],
     };
     for (name, range) in [("3 to 82 GiB", 80), ("3 to 14 GiB", 12), ("all of 24 GiB", 1)] {
         let offers: Vec<Offer> = (0..DEVICES).map(|i| offer(i, range)).collect();
@@ -51,6 +56,7 @@ fn main() {
                 dtype: DType::BF16,
                 quantization: None,
                 kv_tokens: None,
+                state_slots: 128,
                 max_step_tokens: 512,
                 max_step_outputs: 128,
             };
@@ -73,7 +79,7 @@ fn module(name: String, bytes: u64, kv: u64) -> Module {
     Module {
         names: vec![name],
         bytes: FormatBytes { f32: 2 * bytes, bf16: bytes, f16: bytes, int8: bytes / 2, int4: bytes / 4 },
-        kv_elements_per_token: kv,
+        states: if kv > 0 { vec![LayerState::own(StateKind::PagedKv, kv)] } else { vec![] },
         macs_per_token: bytes / 2,
         experts: None,
     }

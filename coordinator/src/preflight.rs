@@ -264,6 +264,7 @@ mod tests {
             scoring: strata_proto::v1::Scoring::Unspecified,
             segments: 0,
             tokenizers: vec!["BPE".into()],
+            stacks: vec![],
         }
     }
 

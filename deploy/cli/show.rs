@@ -8,7 +8,7 @@ use std::{
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use strata_coordinator::engine::Notice;
-use strata_proto::{Forecast, FormatBytes, Offload, Plan};
+use strata_proto::{Forecast, FormatBytes, Offload, Plan, Replica, StateBytes};
 
 const BAR_WIDTH: u64 = 16;
 
@@ -58,7 +58,7 @@ pub fn plan_table(plan: &Plan) -> String {
                 format!("{}/{}", stage.worker, stage.device),
                 format!("{} ({})", stage.layers, stage.layers.len()),
                 bytes(stage.weight_bytes) + if stage.mapped { " mapped" } else { "" },
-                bytes(stage.kv_bytes),
+                states(&stage.states),
                 bytes(stage.workspace_bytes),
                 format!("{} / {}", bytes(used), bytes(stage.budget_bytes)),
                 format!("{}{}", "█".repeat(filled), "░".repeat(BAR_WIDTH as usize - filled)),
@@ -66,18 +66,37 @@ pub fn plan_table(plan: &Plan) -> String {
                 stage.link.as_ref().map_or(String::new(), |l| format!("{} ({})", l.kind, l.why)),
             ]);
         }
-        let Forecast { single, batch, full } = replica.forecast;
-        let (stages, kv) = (replica.stages.len(), replica.kv_capacity_tokens);
-        let what = match kv {
-            0 => format!("predicted {single:.1} tokens/s for one input, {full:.1} in full steps of {batch}"),
-            _ => format!(
-                "cache for {kv} tokens, predicted {single:.1} tokens/s for one stream, {full:.1} for {batch} at once"
-            ),
-        };
-        out += &format!("\nreplica {index}: {stages} stages, {what}\n{table}");
+        out += &format!("\nreplica {index}: {} stages, {}\n{table}", replica.stages.len(), outlook(replica));
     }
     remarks(plan).for_each(|remark| out += &format!("\n{remark}"));
     out
+}
+
+/// For how much there is room in a replica, and how fast it is going to be.
+fn outlook(replica: &Replica) -> String {
+    let Forecast { single, batch, full } = replica.forecast;
+    let room = match (replica.kv_capacity_tokens, replica.state_slots) {
+        (0, 0) => {
+            return format!(
+                "predicted {single:.1} tokens/s for one input, {full:.1} in full steps of {batch}"
+            );
+        }
+        (tokens, 0) => format!("cache for {tokens} tokens"),
+        (0, slots) => format!("states of {slots} sequences"),
+        (tokens, slots) => format!("cache for {tokens} tokens and states of {slots} sequences"),
+    };
+    format!("{room}, predicted {single:.1} tokens/s for one stream, {full:.1} for {batch} at once")
+}
+
+/// Bytes that a stage keeps of sequences, by kind where there is more than pages of keys and values.
+fn states(of: &StateBytes) -> String {
+    let StateBytes { paged_kv, recurrent, cross_kv } = *of;
+    let kinds = [(paged_kv, "paged"), (recurrent, "recurrent"), (cross_kv, "cross")];
+    if recurrent == 0 && cross_kv == 0 {
+        return bytes(paged_kv);
+    }
+    let kinds = kinds.into_iter().filter(|(n, _)| *n > 0).map(|(n, kind)| format!("{} {kind}", bytes(n)));
+    kinds.collect::<Vec<_>>().join(" + ")
 }
 
 /// What is slower than it might be, in sentences.
@@ -233,6 +252,14 @@ mod tests {
             offloaded(&Offload { quantize: None, ..offload })
                 .ends_with("No quantization would keep all of them on the GPUs.")
         );
+    }
+
+    #[test]
+    fn states_are_told_apart_where_there_are_several_kinds() {
+        let paged = StateBytes { paged_kv: 4096, ..StateBytes::default() };
+        assert_eq!(states(&paged), "4.0 KiB");
+        assert_eq!(states(&StateBytes { recurrent: 512, ..paged }), "4.0 KiB paged + 512 B recurrent");
+        assert_eq!(states(&StateBytes { cross_kv: 512, ..StateBytes::default() }), "512 B cross");
     }
 
     #[test]

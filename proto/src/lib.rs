@@ -10,12 +10,14 @@ mod fence;
 mod plan;
 mod profile;
 pub mod sampling;
+mod state;
 mod worker;
 
 pub use device::{Device, DeviceKind, Library, Rate, rate_at};
 pub use dtype::{DType, Format, Quantization};
 pub use plan::{Forecast, LayerRange, LinkChoice, LinkKind, MapDevice, Offload, Plan, Replica, StagePlan};
 pub use profile::{Experts, FormatBytes, ModelProfile, Module};
+pub use state::{LayerState, Stack, StateBytes, StateKind, StateRoom};
 pub use worker::{Files, Progress, StageChannel, Worker};
 
 /// Generated messages and services of `strata.v1`.

@@ -7,7 +7,7 @@ use serde::{
     ser::{SerializeMap, SerializeTuple},
 };
 
-use crate::{DType, FormatBytes, Quantization, v1};
+use crate::{DType, FormatBytes, Quantization, StateBytes, v1};
 
 /// Layers `first..end`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -135,8 +135,9 @@ pub struct StagePlan {
     pub layers: LayerRange,
     /// Resident weights, embedding and head included where they belong.
     pub weight_bytes: u64,
-    /// KV cache for the pipeline's capacity.
-    pub kv_bytes: u64,
+    /// States of sequences, for the pipeline's capacity.
+    #[serde(flatten)]
+    pub states: StateBytes,
     /// Scratch for the largest step.
     pub workspace_bytes: u64,
     /// Predicted time of a one-row decode step, in milliseconds.
@@ -157,7 +158,7 @@ pub struct StagePlan {
 impl StagePlan {
     /// Every byte the stage will hold.
     pub fn total_bytes(&self) -> u64 {
-        self.weight_bytes + self.kv_bytes + self.workspace_bytes
+        self.weight_bytes + self.states.total() + self.workspace_bytes
     }
 }
 
@@ -168,6 +169,8 @@ pub struct Replica {
     pub stages: Vec<StagePlan>,
     /// Token positions the cache holds: the same on every stage.
     pub kv_capacity_tokens: u64,
+    /// Sequences whose states of fixed size it holds at once; 0 if no layer has any.
+    pub state_slots: u32,
     /// How fast it is going to be.
     pub forecast: Forecast,
 }
@@ -267,7 +270,7 @@ impl From<&Replica> for v1::Replica {
             device: s.device.clone(),
             layers: Some(s.layers.into()),
             weight_bytes: s.weight_bytes,
-            kv_bytes: s.kv_bytes,
+            states: Some(s.states.into()),
             workspace_bytes: s.workspace_bytes,
             predicted_ms: s.predicted_ms,
             budget_bytes: s.budget_bytes,
@@ -281,6 +284,7 @@ impl From<&Replica> for v1::Replica {
         v1::Replica {
             stages: stages.collect(),
             kv_capacity_tokens: replica.kv_capacity_tokens,
+            state_slots: replica.state_slots,
             forecast: Some(v1::Forecast { single, batch, full }),
         }
     }
@@ -329,7 +333,7 @@ impl TryFrom<v1::Replica> for Replica {
                 footprint: s.footprint.unwrap_or_default().into(),
                 device: s.device,
                 weight_bytes: s.weight_bytes,
-                kv_bytes: s.kv_bytes,
+                states: s.states.unwrap_or_default().into(),
                 workspace_bytes: s.workspace_bytes,
                 predicted_ms: s.predicted_ms,
                 budget_bytes: s.budget_bytes,
@@ -339,6 +343,7 @@ impl TryFrom<v1::Replica> for Replica {
         Ok(Replica {
             stages: replica.stages.into_iter().map(stage).collect::<Result<_, _>>()?,
             kv_capacity_tokens: replica.kv_capacity_tokens,
+            state_slots: replica.state_slots,
             forecast: replica.forecast.map_or(Forecast::default(), |f| Forecast {
                 single: f.single,
                 batch: f.batch,

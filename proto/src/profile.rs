@@ -2,7 +2,10 @@
 
 use serde::Serialize;
 
-use crate::{BLOCK_TOKENS, DType, Format, LayerRange, Quantization, v1};
+use crate::{
+    BLOCK_TOKENS, DType, Format, LayerRange, LayerState, Quantization, Stack, StateBytes, StateKind,
+    StateRoom, v1,
+};
 
 /// Resident bytes of something in each format it could be held in.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
@@ -50,8 +53,8 @@ pub struct Module {
     pub names: Vec<String>,
     /// Resident bytes of its weights as the worker packs them.
     pub bytes: FormatBytes,
-    /// K and V elements cached per token.
-    pub kv_elements_per_token: u64,
+    /// What it keeps of a sequence between steps.
+    pub states: Vec<LayerState>,
     /// Multiply-adds per token (per output row for the head).
     pub macs_per_token: u64,
     /// Set if it is a mixture of experts; their bytes are part of `bytes`.
@@ -118,6 +121,8 @@ pub struct ModelProfile {
     pub segments: u32,
     /// Kinds of tokenizer that models of this family have, as `model.type` of tokenizer.json names them.
     pub tokenizers: Vec<String>,
+    /// Together all layers, in order.
+    pub stacks: Vec<Stack>,
 }
 
 impl ModelProfile {
@@ -143,9 +148,58 @@ impl ModelProfile {
         bytes
     }
 
-    /// Cache bytes that `layers` need for one token.
-    pub fn kv_bytes_per_token(&self, layers: LayerRange, dtype: DType) -> u64 {
-        self.slice(layers).iter().map(|m| m.kv_elements_per_token).sum::<u64>() * dtype.size()
+    /// Bytes of the states of `layers`, by kind, with `room` for so many. Saturating: the room may be anything that a
+    /// caller asks for.
+    pub fn state_bytes(&self, layers: LayerRange, dtype: DType, room: StateRoom) -> StateBytes {
+        let mut bytes = StateBytes::default();
+        for state in self.slice(layers).iter().flat_map(|m| &m.states) {
+            let units = match state.kind {
+                StateKind::PagedKv => room.positions,
+                StateKind::Recurrent | StateKind::CrossKv => self.fixed_units(state.kind, room.slots),
+            };
+            let more = state.own_elements().saturating_mul(dtype.size()).saturating_mul(units);
+            let sum = bytes.of(state.kind);
+            *sum = sum.saturating_add(more);
+        }
+        bytes
+    }
+
+    /// Times that the elements of a state of fixed size are held for `slots` sequences.
+    pub fn fixed_units(&self, kind: StateKind, slots: u32) -> u64 {
+        let per_slot = if kind == StateKind::CrossKv { self.source_positions() } else { 1 };
+        u64::from(per_slot) * u64::from(slots)
+    }
+
+    /// Kinds of state that its layers have, each once.
+    pub fn state_kinds(&self) -> Vec<StateKind> {
+        let has = |kind: &StateKind| self.layers.iter().flat_map(|m| &m.states).any(|s| s.kind == *kind);
+        StateKind::ALL.into_iter().filter(has).collect()
+    }
+
+    /// Whether sequences keep something between steps.
+    pub fn caches(&self) -> bool {
+        self.layers.iter().any(|m| !m.states.is_empty())
+    }
+
+    /// Whether inputs are computed whole, in one step.
+    pub fn whole_input(&self) -> bool {
+        self.stacks.first().is_some_and(|stack| stack.whole_input)
+    }
+
+    /// Most positions of an input that is computed whole; 0 if there is none.
+    pub fn source_positions(&self) -> u32 {
+        self.stacks.iter().filter(|s| s.whole_input).map(|s| s.positions).max().unwrap_or(0)
+    }
+
+    /// For each number of layers whether a stage may end behind so many of them: not between two that share a state.
+    pub fn cuts(&self) -> Vec<bool> {
+        let mut cuts = vec![true; self.layers.len() + 1];
+        for (layer, module) in self.layers.iter().enumerate() {
+            for owner in module.states.iter().filter_map(|s| s.shares) {
+                cuts[owner as usize + 1..=layer].fill(false);
+            }
+        }
+        cuts
     }
 
     /// Workspace bytes of a stage for steps of at most `tokens` tokens and `outputs` output rows.
@@ -185,27 +239,53 @@ impl From<v1::Experts> for Experts {
     }
 }
 
+/// Checks what layers say of each other's states, and that stacks are all layers.
+fn check_layers(layers: &[Module], stacks: &[Stack]) -> Result<(), String> {
+    for (layer, state) in layers.iter().enumerate().flat_map(|(i, m)| m.states.iter().map(move |s| (i, s))) {
+        let Some(owner) = state.shares else { continue };
+        let owned = |m: &Module| m.states.contains(&LayerState { shares: None, ..*state });
+        if owner as usize >= layer || !layers.get(owner as usize).is_some_and(owned) {
+            return Err(format!(
+                "layer {layer} shares a state with layer {owner}: expected an earlier layer with such a state of its own"
+            ));
+        }
+    }
+    let mut end = 0;
+    for stack in stacks {
+        if stack.layers.first != end || stack.layers.is_empty() {
+            return Err(format!("a stack of layers {} follows {end} layers: expected no gap", stack.layers));
+        }
+        end = stack.layers.end;
+    }
+    if end as usize != layers.len() {
+        return Err(format!("stacks hold {end} layers: expected all {}", layers.len()));
+    }
+    Ok(())
+}
+
 impl From<Module> for v1::Module {
     fn from(m: Module) -> Self {
         v1::Module {
             names: m.names,
             bytes: Some(m.bytes.into()),
-            kv_elements_per_token: m.kv_elements_per_token,
+            states: m.states.into_iter().map(Into::into).collect(),
             macs_per_token: m.macs_per_token,
             experts: m.experts.map(Into::into),
         }
     }
 }
 
-impl From<v1::Module> for Module {
-    fn from(m: v1::Module) -> Self {
-        Module {
+impl TryFrom<v1::Module> for Module {
+    type Error = String;
+
+    fn try_from(m: v1::Module) -> Result<Self, String> {
+        Ok(Module {
             names: m.names,
             bytes: m.bytes.unwrap_or_default().into(),
-            kv_elements_per_token: m.kv_elements_per_token,
+            states: m.states.into_iter().map(LayerState::try_from).collect::<Result<_, _>>()?,
             macs_per_token: m.macs_per_token,
             experts: m.experts.map(Into::into),
-        }
+        })
     }
 }
 
@@ -235,6 +315,7 @@ impl From<ModelProfile> for v1::Profile {
             scoring: p.scoring as i32,
             segments: p.segments,
             tokenizers: p.tokenizers,
+            stacks: p.stacks.into_iter().map(Into::into).collect(),
         }
     }
 }
@@ -247,6 +328,9 @@ impl TryFrom<v1::Profile> for ModelProfile {
         if p.layers.is_empty() || p.vocab_size == 0 || p.context_length == 0 {
             return Err(format!("profile of {:?} has no layers, vocabulary or context", p.model));
         }
+        let layers: Vec<Module> = p.layers.into_iter().map(Module::try_from).collect::<Result<_, _>>()?;
+        let stacks: Vec<Stack> = p.stacks.into_iter().map(Stack::try_from).collect::<Result<_, _>>()?;
+        check_layers(&layers, &stacks).map_err(|e| format!("profile of {:?}: {e}", p.model))?;
         Ok(ModelProfile {
             task,
             scoring,
@@ -257,9 +341,10 @@ impl TryFrom<v1::Profile> for ModelProfile {
             hidden_size: p.hidden_size,
             vocab_size: p.vocab_size,
             context_length: p.context_length,
-            layers: p.layers.into_iter().map(Into::into).collect(),
-            embedding: p.embedding.unwrap_or_default().into(),
-            head: p.head.unwrap_or_default().into(),
+            layers,
+            embedding: p.embedding.unwrap_or_default().try_into()?,
+            head: p.head.unwrap_or_default().try_into()?,
+            stacks,
             shared: p.shared.unwrap_or_default().into(),
             bos_token_ids: p.bos_token_ids,
             eos_token_ids: p.eos_token_ids,
@@ -272,5 +357,48 @@ impl TryFrom<v1::Profile> for ModelProfile {
             model: p.model,
             family: p.family,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(change: impl Fn(&mut v1::Profile)) -> String {
+        let layer = |shares| v1::Module {
+            bytes: Some(v1::FormatBytes::default()),
+            states: vec![v1::LayerState { kind: v1::StateKind::PagedKv as i32, elements: 4, shares }],
+            ..v1::Module::default()
+        };
+        let whole = v1::LayerRange { first: 0, end: 3 };
+        let mut profile = v1::Profile {
+            model: "m".into(),
+            dtype: "f32".into(),
+            vocab_size: 1,
+            context_length: 1,
+            layers: vec![layer(None), layer(Some(0)), layer(Some(0))],
+            stacks: vec![v1::Stack { layers: Some(whole), whole_input: false, positions: 1 }],
+            ..v1::Profile::default()
+        };
+        let valid = ModelProfile::try_from(profile.clone()).unwrap();
+        assert_eq!(valid.cuts(), [true, false, false, true]);
+        assert_eq!(v1::Profile::from(valid).layers, profile.layers);
+        change(&mut profile);
+        ModelProfile::try_from(profile).unwrap_err()
+    }
+
+    #[test]
+    fn profiles_that_cannot_be_are_refused() {
+        let shares =
+            |layer: usize, owner: u32| refused(move |p| p.layers[layer].states[0].shares = Some(owner));
+        assert!(shares(0, 0).contains("layer 0 shares a state with layer 0: expected an earlier layer"));
+        assert!(shares(1, 2).contains("layer 1 shares a state with layer 2"));
+        assert!(shares(2, 1).contains("layer 2 shares a state with layer 1"), "which has none of its own");
+        assert!(shares(1, u32::MAX).contains("layer 1"));
+        let unknown = refused(|p| p.layers[1].states[0].kind = 9);
+        assert!(unknown.contains("kind 9") && unknown.contains("upgrade"), "{unknown}");
+        let gap = refused(|p| p.stacks[0].layers = Some(v1::LayerRange { first: 1, end: 3 }));
+        assert!(gap.contains("a stack of layers 1..3 follows 0 layers"), "{gap}");
+        assert!(refused(|p| p.stacks.clear()).contains("stacks hold 0 layers: expected all 3"));
     }
 }

@@ -2,24 +2,25 @@
 
 use candle_core::{Device, Tensor};
 use serde_json::Value;
-use strata_proto::{DType, Format, LayerRange, v1::Fence};
+use strata_proto::{DType, Format, LayerRange, StateRoom, v1::Fence};
 
 use crate::{
+    kernels::ops::TensorSpec,
     model::Model,
-    transport::{Activation, Expected, Hidden, Payload, tcp},
+    transport::{Activation, Hidden, Payload, tcp},
     weights::{Checkpoint, header},
 };
 
 const FENCE: Fence = Fence { term: 1, pipeline: 2, incarnation: 3 };
 const STEP: u64 = 4;
-const EXPECTED: [Expected; 2] = [
-    Expected { dtype: DType::F32, rows: 2, columns: 3 },
-    Expected { dtype: DType::BF16, rows: 1, columns: 2 },
+const EXPECTED: [TensorSpec; 2] = [
+    TensorSpec { dtype: DType::F32, rows: 2, columns: 3 },
+    TensorSpec { dtype: DType::BF16, rows: 1, columns: 2 },
 ];
 
 /// Frames that are read without complaint.
 pub fn frames() -> Vec<Vec<u8>> {
-    let tensor = |e: Expected| {
+    let tensor = |e: TensorSpec| {
         let tensor = Tensor::ones((e.rows, e.columns), crate::transport::candle_dtype(e.dtype), &Device::Cpu);
         tensor.map(Hidden::Host)
     };
@@ -77,6 +78,6 @@ pub fn config(data: &[u8], weights: &Checkpoint) {
         let bytes = profile.weight_bytes(layers, Format::Float(DType::F32));
         assert!(bytes > 0, "a model without weights");
         let _ = profile.workspace_bytes(layers, 512, 8);
-        let _ = profile.kv_bytes_per_token(layers, DType::BF16);
+        let _ = profile.state_bytes(layers, DType::BF16, StateRoom { positions: 16, slots: 1 });
     }
 }

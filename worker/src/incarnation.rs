@@ -330,6 +330,11 @@ fn check_row(row: &v1::Row, tower: &Tower) -> Result<(), String> {
     if masked == row.masked.is_empty() || !ascending {
         return Err(format!("sequence {sequence} needs ascending positions of masks within its tokens"));
     }
+    if row.state_slot.is_some() {
+        return Err(format!(
+            "sequence {sequence} has a slot, but no layer of this model has a state of fixed size"
+        ));
+    }
     if tower.is_encoder() && (!row.reset || row.start != 0 || row.count == 0 || !row.new_blocks.is_empty()) {
         return Err(format!(
             "sequence {sequence} is not whole: an encoder computes it in one step, without a cache"

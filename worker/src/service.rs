@@ -262,6 +262,10 @@ impl Worker for LocalWorker {
             let text = format!("blocks hold {BLOCK_TOKENS} tokens here, not {}", request.block_tokens);
             return Err(WorkerError::BadMessage(text).into());
         }
+        if request.state_slots > 0 {
+            let text = "this worker knows no model with states of fixed size: upgrade it".to_owned();
+            return Err(WorkerError::BadMessage(text).into());
+        }
         let pending = match request.upstream_token.is_empty() {
             true => None,
             false => {

@@ -427,12 +427,12 @@ impl Stage {
         }
         let Allocated { kv_bytes, workspace_bytes } = self.engine.prepare(size)?;
         let prepared = v1::Prepared {
-            kv_bytes,
+            states: Some(v1::StateBytes { paged_kv: kv_bytes, ..v1::StateBytes::default() }),
             workspace_bytes,
             link_address: String::new(),
             nccl_id: Vec::new().into(),
         };
-        self.shared.allocated.store(prepared.kv_bytes + prepared.workspace_bytes, Ordering::Relaxed);
+        self.shared.allocated.store(kv_bytes + workspace_bytes, Ordering::Relaxed);
         self.incarnation = Some(Incarnation {
             fence: request.fence,
             interrupt,

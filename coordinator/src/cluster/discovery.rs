@@ -105,6 +105,7 @@ impl Discovery {
             dtype: deployment.dtype.unwrap_or(self.profile.dtype),
             quantization: deployment.quantization,
             kv_tokens: deployment.kv_tokens.or(contexts),
+            state_slots: deployment.max_sequences.unwrap_or(deployment.max_step_rows),
             max_step_tokens: deployment.max_step_tokens,
             max_step_outputs: deployment.max_step_rows,
         })

@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Duration};
 
 use futures::future::try_join_all;
 use strata_proto::{
-    BLOCK_TOKENS, LinkKind, Plan, Quantization, Replica, StagePlan,
+    BLOCK_TOKENS, LinkKind, Plan, Quantization, Replica, StagePlan, StateBytes,
     v1::{self, Fence, from_stage, to_stage},
 };
 use tokio::sync::mpsc;
@@ -201,7 +201,7 @@ async fn open(
     let blocks = u32::try_from(replica.kv_capacity_tokens / u64::from(BLOCK_TOKENS)).unwrap_or(u32::MAX);
     let prepared = setups.iter().enumerate().map(|(index, setup)| {
         let token = index.checked_sub(1).map_or(Vec::new(), |link| tokens[link].to_vec());
-        setup.prepare(blocks, token, deployment)
+        setup.prepare(blocks, replica.state_slots, token, deployment)
     });
     let prepared = try_join_all(prepared).await?;
 
@@ -279,6 +279,7 @@ impl Setup {
     async fn prepare(
         &self,
         kv_blocks: u32,
+        state_slots: u32,
         upstream_token: Vec<u8>,
         deployment: &Deployment,
     ) -> Result<v1::Prepared, PipelineError> {
@@ -292,13 +293,21 @@ impl Setup {
             max_step_outputs: deployment.max_step_rows,
             upstream_token: upstream_token.into(),
             mint_nccl_id,
+            state_slots,
         };
         let mut prepared =
             call(&self.member.name, "Prepare", PREPARE_PATIENCE, self.member.worker.prepare(request)).await?;
-        if (prepared.kv_bytes, prepared.workspace_bytes) != (self.plan.kv_bytes, self.plan.workspace_bytes) {
+        let states = StateBytes::from(prepared.states.unwrap_or_default());
+        if (states, prepared.workspace_bytes) != (self.plan.states, self.plan.workspace_bytes) {
+            let StateBytes { paged_kv, recurrent, cross_kv } = states;
             return Err(self.nonsense(format!(
-                "it allocated {} + {} bytes of cache and workspace where {} + {} were planned",
-                prepared.kv_bytes, prepared.workspace_bytes, self.plan.kv_bytes, self.plan.workspace_bytes
+                "it allocated {paged_kv} + {recurrent} + {cross_kv} bytes of paged, recurrent and cross states and {} of \
+                 workspace where {} + {} + {} and {} were planned",
+                prepared.workspace_bytes,
+                self.plan.states.paged_kv,
+                self.plan.states.recurrent,
+                self.plan.states.cross_kv,
+                self.plan.workspace_bytes
             )));
         }
         let expected = if mint_nccl_id { NCCL_ID } else { 0 };

@@ -406,7 +406,7 @@ impl Engine {
         let number = (0..).find(|n| self.replicas.iter().all(|replica| replica.number != *n)).unwrap_or(0);
         self.replicas.push(Replica::new(
             number,
-            self.scheduler_config(0, 1),
+            self.scheduler_config(0, 0, 1),
             PrefillBudget::new(self.limits.inter_token),
         ));
         self.bring_up(self.replicas.len() - 1, None);
@@ -478,7 +478,8 @@ impl Engine {
                 let planned = pipeline.replica();
                 let blocks = planned.kv_capacity_tokens / u64::from(strata_proto::BLOCK_TOKENS);
                 let stages = planned.stages.len();
-                let config = self.scheduler_config(u32::try_from(blocks).unwrap_or(u32::MAX), stages as u32);
+                let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
+                let config = self.scheduler_config(blocks, planned.state_slots, stages as u32);
                 let replica = &mut self.replicas[at];
                 for id in replica.scheduler.restart(config) {
                     let message = "the cache that is left is too small for this request".to_owned();
@@ -562,10 +563,12 @@ impl Engine {
         });
     }
 
-    fn scheduler_config(&self, blocks: u32, stages: u32) -> scheduler::Config {
+    fn scheduler_config(&self, blocks: u32, state_slots: u32, stages: u32) -> scheduler::Config {
         scheduler::Config {
             blocks,
             block_tokens: strata_proto::BLOCK_TOKENS,
+            states: self.profile.state_kinds(),
+            state_slots,
             max_step_tokens: self.deployment.max_step_tokens,
             max_step_rows: self.deployment.max_step_rows,
             prefill_chunk: self.limits.prefill_chunk,

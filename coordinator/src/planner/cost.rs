@@ -5,7 +5,9 @@
 
 use std::collections::{HashMap, HashSet};
 
-use strata_proto::{BLOCK_TOKENS, DeviceKind, Format, LayerRange, Module, rate_at, v1::Task};
+use strata_proto::{
+    BLOCK_TOKENS, DeviceKind, Format, LayerRange, LayerState, Module, StateKind, StateRoom, rate_at,
+};
 
 use super::{Problem, Split, block_bounds};
 
@@ -91,10 +93,19 @@ impl Speeds {
         (bytes / self.bytes_per_second).max(2.0 * module.macs_per_token as f64 * rows / flops)
     }
 
-    /// Seconds to read the cache of one sequence at half its context.
-    fn cache(&self, module: &Module, problem: &Problem<'_>) -> f64 {
-        let elements = module.kv_elements_per_token * problem.dtype.size();
-        elements as f64 * f64::from(problem.profile.context_length) / 2.0 / self.bytes_per_second
+    /// Seconds for the states of one sequence at half its context; those that layers share are read by each.
+    fn states(&self, module: &Module, problem: &Problem<'_>) -> f64 {
+        let profile = problem.profile;
+        let bytes = |state: &LayerState| {
+            let times = match state.kind {
+                StateKind::PagedKv => f64::from(profile.context_length) / 2.0,
+                // Read and written.
+                StateKind::Recurrent => 2.0,
+                StateKind::CrossKv => f64::from(profile.source_positions()) / 2.0,
+            };
+            (state.elements * problem.dtype.size()) as f64 * times
+        };
+        module.states.iter().map(bytes).sum::<f64>() / self.bytes_per_second
     }
 }
 
@@ -113,7 +124,11 @@ pub(super) struct Costs {
     embedding: u64,
     head: u64,
     shared: u64,
-    kv: Vec<u64>,
+    /// Bytes of paged states for one position, and of those of a fixed size for all sequences.
+    paged: Vec<u64>,
+    fixed: Vec<u64>,
+    /// Where a stage may end; none if it may everywhere.
+    cuts: Option<Vec<bool>>,
     workspace: u64,
     workspace_head: u64,
     /// Smallest and wanted number of KV blocks.
@@ -142,6 +157,18 @@ impl Costs {
             }));
             prefix
         };
+        // Saturating, since the numbers of positions and sequences may be anything that a caller asks for.
+        let states = |room: StateRoom| {
+            let layer = |i: u32| profile.state_bytes(LayerRange::new(i, i + 1), problem.dtype, room).total();
+            let mut total = 0u64;
+            let mut prefix = vec![0];
+            prefix.extend((0..profile.layer_count()).map(|i| {
+                total = total.saturating_add(layer(i));
+                total
+            }));
+            prefix
+        };
+        let cuts = profile.cuts();
         let last = LayerRange::new(profile.layer_count(), profile.layer_count());
         let workspace = profile.workspace_bytes(LayerRange::new(0, 0), problem.max_step_tokens, 0);
         let with_head = profile.workspace_bytes(last, problem.max_step_tokens, problem.max_step_outputs);
@@ -169,7 +196,9 @@ impl Costs {
             embedding: profile.embedding.bytes.at(format),
             head: profile.head.bytes.at(format),
             shared: profile.shared.at(format),
-            kv: sums(&|m| m.kv_elements_per_token * problem.dtype.size()),
+            paged: states(StateRoom { positions: 1, slots: 0 }),
+            fixed: states(StateRoom { positions: 0, slots: problem.state_slots }),
+            cuts: cuts.contains(&false).then_some(cuts),
             workspace,
             workspace_head: with_head - workspace,
             blocks: block_bounds(problem),
@@ -224,10 +253,19 @@ impl Costs {
         self.penalties[offer]
     }
 
-    /// Bytes of the cache; saturating, since the number of blocks may be anything that a caller asks for.
-    pub fn kv_bytes(&self, range: LayerRange, blocks: u64) -> u64 {
-        let per_token = self.kv[range.end as usize] - self.kv[range.first as usize];
-        blocks.saturating_mul(u64::from(BLOCK_TOKENS)).saturating_mul(per_token)
+    /// Whether a stage may end behind so many layers.
+    #[inline]
+    pub fn may_cut(&self, end: u32) -> bool {
+        self.cuts.as_ref().is_none_or(|cuts| cuts[end as usize])
+    }
+
+    /// Bytes of the states of sequences; saturating, since the number of blocks may be anything that a caller asks for.
+    pub fn state_bytes(&self, range: LayerRange, blocks: u64) -> u64 {
+        let of = |prefix: &[u64]| prefix[range.end as usize] - prefix[range.first as usize];
+        blocks
+            .saturating_mul(u64::from(BLOCK_TOKENS))
+            .saturating_mul(of(&self.paged))
+            .saturating_add(of(&self.fixed))
     }
 
     /// Scratch of a stage.
@@ -243,7 +281,7 @@ impl Costs {
 
     /// What a stage holds in memory in any case.
     fn unmappable_bytes(&self, range: LayerRange, blocks: u64) -> u64 {
-        self.workspace_bytes(range).saturating_add(self.kv_bytes(range, blocks))
+        self.workspace_bytes(range).saturating_add(self.state_bytes(range, blocks))
     }
 
     fn weight_bytes(&self, range: LayerRange) -> u64 {
@@ -295,15 +333,15 @@ impl Costs {
         let (profile, speeds) = (problem.profile, &self.kinds[self.times[offer]].speeds);
         let layers = &profile.layers[range.first as usize..range.end as usize];
         let layer = |m: &Module| {
-            speeds.op(m, problem.format(), rows) + rows * speeds.cache(m, problem) + speeds.launches
+            speeds.op(m, problem.format(), rows) + rows * speeds.states(m, problem) + speeds.launches
         };
         let mut seconds = self.disk_seconds(offer, range) + layers.iter().map(layer).sum::<f64>();
         if range.first == 0 {
             seconds += rows * lookup(problem, speeds);
         }
         if range.end == self.layers() {
-            // An encoder's head is computed for few of its rows.
-            let outputs = if profile.task == Task::Generate { rows } else { 1.0 };
+            // Of an input that is computed whole, the head sees few rows.
+            let outputs = if profile.caches() { rows } else { 1.0 };
             seconds += speeds.op(&profile.head, problem.format(), outputs);
         }
         seconds
@@ -333,7 +371,7 @@ fn kind_times(problem: &Problem<'_>, kind: DeviceKind) -> Times {
     let lookup = lookup(problem, &speeds);
     Times {
         decode: prefix(
-            &|m| op(m, 1.0) + speeds.cache(m, problem) + speeds.launches,
+            &|m| op(m, 1.0) + speeds.states(m, problem) + speeds.launches,
             lookup,
             op(&profile.head, 1.0),
         ),

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use strata_proto::{
-    BLOCK_TOKENS, DType, Format, LayerRange, Quantization,
+    BLOCK_TOKENS, DType, Format, LayerRange, ModelProfile, Quantization,
     error::{Classify, Kind},
 };
 
@@ -40,6 +40,17 @@ pub enum PlanError {
     DeviceMap {
         /// What is wrong with it.
         why: String,
+    },
+    /// Layers that share a state are on two devices.
+    #[error(
+        "layers {owner} and {layer} cannot be on two devices: layer {layer} uses the keys and values of layer {owner}; end \
+         the stage before layer {owner} or behind layer {layer}"
+    )]
+    CutsShared {
+        /// The layer that has the state.
+        owner: u32,
+        /// The later one that uses it.
+        layer: u32,
     },
     /// A range chosen by the user does not fit its device.
     #[error(
@@ -87,9 +98,10 @@ pub enum PlanError {
 impl Classify for PlanError {
     fn kind(&self) -> Kind {
         match self {
-            PlanError::Counts { .. } | PlanError::TooManyStages { .. } | PlanError::DeviceMap { .. } => {
-                Kind::BadInput
-            }
+            PlanError::Counts { .. }
+            | PlanError::TooManyStages { .. }
+            | PlanError::DeviceMap { .. }
+            | PlanError::CutsShared { .. } => Kind::BadInput,
             PlanError::NoDevices | PlanError::StageTooLarge { .. } | PlanError::DoesNotFit { .. } => {
                 Kind::WrongState
             }
@@ -123,6 +135,16 @@ impl fmt::Display for Remedy {
     }
 }
 
+/// The error for a stage that ends behind `end` layers, between two that share a state.
+pub(super) fn cuts_shared(profile: &ModelProfile, end: u32) -> PlanError {
+    let pair = (end..profile.layer_count()).find_map(|layer| {
+        let mut owners = profile.layers[layer as usize].states.iter().filter_map(|s| s.shares);
+        owners.find(|owner| *owner < end).map(|owner| (owner, layer))
+    });
+    let (owner, layer) = pair.unwrap_or((end.saturating_sub(1), end));
+    PlanError::CutsShared { owner, layer }
+}
+
 fn missing(needed: u64, offered: u64) -> String {
     match needed.checked_sub(offered) {
         Some(missing) if missing > 0 => format!(": {} are missing", Bytes(missing)),
@@ -135,7 +157,7 @@ pub(super) fn does_not_fit(problem: &Problem<'_>, costs: &Costs) -> PlanError {
     let (blocks, _) = costs.blocks;
     let whole = LayerRange::new(0, costs.layers());
     let (weights, kv) =
-        (problem.profile.weight_bytes(whole, problem.format()), costs.kv_bytes(whole, blocks));
+        (problem.profile.weight_bytes(whole, problem.format()), costs.state_bytes(whole, blocks));
     let needed = costs.bytes(whole, blocks);
     let block = u64::from(BLOCK_TOKENS);
     let fits = |changed: Problem<'_>| by_policy(&changed, &Costs::new(&changed)).is_some();

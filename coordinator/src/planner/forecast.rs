@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use strata_proto::{BLOCK_TOKENS, DeviceKind, Forecast, v1::Task};
+use strata_proto::{DeviceKind, Forecast, StateKind};
 
 use super::{Problem, Share, cost::Costs};
 
@@ -41,8 +41,8 @@ pub(super) fn forecast(problem: &Problem<'_>, costs: &Costs, blocks: u64, shares
         let slowest = times.iter().copied().fold(0.0, f64::max).max(busiest_host(problem, shares, &times));
         (slowest, times.iter().sum::<f64>() + hops + CONTROL)
     };
-    if profile.task != Task::Generate {
-        // An encoder's steps are full whenever there is enough to do; a single input is as long as it may be.
+    if !profile.caches() {
+        // Steps of whole inputs are full whenever there is enough to do; a single input is as long as it may be.
         let longest = profile.context_length.min(problem.max_step_tokens);
         let full = f64::from(problem.max_step_tokens);
         let (slowest, whole) = pass(full);
@@ -52,7 +52,10 @@ pub(super) fn forecast(problem: &Problem<'_>, costs: &Costs, blocks: u64, shares
             full: full / slowest.max(whole / (stages + 1.0)),
         };
     }
-    let contexts = blocks.saturating_mul(u64::from(BLOCK_TOKENS)) / u64::from(profile.context_length.max(1));
+    let (kinds, room) = (profile.state_kinds(), problem.room(blocks));
+    let paged = kinds.contains(&StateKind::PagedKv);
+    let contexts = if paged { room.positions / u64::from(profile.context_length.max(1)) } else { u64::MAX };
+    let contexts = if room.slots > 0 { contexts.min(u64::from(room.slots)) } else { contexts };
     let micro_batches = if shares.len() > 1 { stages + 1.0 } else { 1.0 };
     let most = f64::from(problem.max_step_outputs) * micro_batches;
     let batch = (contexts as f64).min(most).max(1.0);

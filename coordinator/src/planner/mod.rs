@@ -16,7 +16,7 @@ use std::{collections::BTreeMap, fmt, str::FromStr};
 
 use strata_proto::{
     BLOCK_TOKENS, DType, Device, DeviceKind, Format, FormatBytes, LayerRange, MapDevice, ModelProfile, Plan,
-    Quantization, Replica, StagePlan,
+    Quantization, Replica, StagePlan, StateKind, StateRoom,
 };
 
 use cost::Costs;
@@ -122,6 +122,8 @@ pub struct Problem<'a> {
     pub quantization: Option<Quantization>,
     /// Tokens the cache must hold. `None`: 16 contexts, or as many as fit but at least one.
     pub kv_tokens: Option<u64>,
+    /// Sequences whose states of fixed size are to be held at once, if layers have any.
+    pub state_slots: u32,
     /// Most tokens in one step.
     pub max_step_tokens: u32,
     /// Most rows with an output in one step.
@@ -132,6 +134,14 @@ impl Problem<'_> {
     /// Format of the weights.
     pub fn format(&self) -> Format {
         Format::of(self.dtype, self.quantization)
+    }
+
+    /// For how much state there is room with a cache of so many blocks.
+    fn room(&self, blocks: u64) -> StateRoom {
+        let kinds = self.profile.state_kinds();
+        let fixed = kinds.iter().any(|kind| *kind != StateKind::PagedKv);
+        let positions = blocks.saturating_mul(u64::from(BLOCK_TOKENS));
+        StateRoom { positions, slots: if fixed { self.state_slots } else { 0 } }
     }
 }
 
@@ -234,8 +244,8 @@ fn further_replicas(problem: &Problem<'_>, taken: &[Share]) -> Vec<Replica> {
 fn block_bounds(problem: &Problem<'_>) -> (u64, u64) {
     let block = u64::from(BLOCK_TOKENS);
     let context = u64::from(problem.profile.context_length);
-    if problem.profile.layers.iter().all(|m| m.kv_elements_per_token == 0) {
-        // An encoder caches nothing.
+    if !problem.profile.state_kinds().contains(&StateKind::PagedKv) {
+        // Nothing lies in blocks.
         return (0, 0);
     }
     match problem.kv_tokens {
@@ -309,7 +319,8 @@ fn fill(costs: &Costs, blocks: u64) -> Option<Vec<Share>> {
     let mut first = 0;
     for offer in 0..costs.offers() {
         let fits = |end: &u32| costs.fits(offer, LayerRange::new(first, *end), blocks);
-        if let Some(end) = (first + 1..=costs.layers()).take_while(fits).last() {
+        let ends = (first + 1..=costs.layers()).take_while(fits);
+        if let Some(end) = ends.filter(|end| costs.may_cut(*end)).last() {
             shares.push(Share { offer, layers: LayerRange::new(first, end) });
             first = end;
         }
@@ -339,8 +350,11 @@ fn by_counts(problem: &Problem<'_>, costs: &Costs, counts: &[u32]) -> Result<(u6
     chosen(problem, costs, shares)
 }
 
-/// The cache for shares that the user chose, if they fit.
+/// The cache for shares that the user chose, if they may be and fit.
 fn chosen(problem: &Problem<'_>, costs: &Costs, shares: Vec<Share>) -> Result<(u64, Vec<Share>), PlanError> {
+    if let Some(share) = shares.iter().find(|share| !costs.may_cut(share.layers.end)) {
+        return Err(error::cuts_shared(problem.profile, share.layers.end));
+    }
     let (least, wanted) = costs.blocks;
     let tight = |blocks| shares.iter().find(|s| !costs.fits(s.offer, s.layers, blocks));
     if let Some(share) = tight(least) {
@@ -364,6 +378,7 @@ fn numerics(problem: &Problem<'_>, device: &Device) -> String {
 /// Writes a decision out.
 fn describe(problem: &Problem<'_>, costs: &Costs, blocks: u64, shares: &[Share]) -> Replica {
     let profile = problem.profile;
+    let room = problem.room(blocks);
     let stage = |share: &Share| {
         let Offer { worker, device, .. } = &problem.offers[share.offer];
         StagePlan {
@@ -371,7 +386,7 @@ fn describe(problem: &Problem<'_>, costs: &Costs, blocks: u64, shares: &[Share])
             device: device.id.clone(),
             layers: share.layers,
             weight_bytes: profile.weight_bytes(share.layers, problem.format()),
-            kv_bytes: costs.kv_bytes(share.layers, blocks),
+            states: profile.state_bytes(share.layers, problem.dtype, room),
             workspace_bytes: costs.workspace_bytes(share.layers),
             predicted_ms: costs.decode_seconds(share.offer, share.layers) * 1e3,
             budget_bytes: device.budget_bytes,
@@ -383,7 +398,8 @@ fn describe(problem: &Problem<'_>, costs: &Costs, blocks: u64, shares: &[Share])
     };
     Replica {
         stages: shares.iter().map(stage).collect(),
-        kv_capacity_tokens: blocks.saturating_mul(u64::from(BLOCK_TOKENS)),
+        kv_capacity_tokens: room.positions,
+        state_slots: room.slots,
         forecast: forecast::forecast(problem, costs, blocks, shares),
     }
 }

@@ -69,7 +69,8 @@ impl Worth {
     }
 }
 
-/// The end of the longest range from `first` on that fits `offer`, or of the shortest one if none does.
+/// The end of the longest range from `first` on that fits `offer`, or of the shortest one if none does. Where the range
+/// may not be cut, the end before.
 fn longest(costs: &Costs, offer: usize, first: usize, blocks: u64) -> usize {
     let (mut low, mut high) = (first + 1, costs.layers() as usize);
     while low < high {
@@ -80,7 +81,7 @@ fn longest(costs: &Costs, offer: usize, first: usize, blocks: u64) -> usize {
             high = middle - 1;
         }
     }
-    low
+    (first + 1..=low).rev().find(|end| costs.may_cut(*end as u32)).unwrap_or(low)
 }
 
 /// The best assignment to devices in this `order` with a cache of `blocks` blocks, or `None` if there is none.
@@ -130,6 +131,9 @@ pub(super) fn assign(
                 false => first + 1,
             };
             for end in shortest..=layers {
+                if !costs.may_cut(end as u32) {
+                    continue;
+                }
                 let range = LayerRange::new(first as u32, end as u32);
                 if !costs.fits(offer, range, blocks) {
                     // More layers only need more.

@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 
 use proptest::prelude::*;
-use strata_proto::{DeviceKind, FormatBytes, Module, v1::Task};
+use strata_proto::{DeviceKind, FormatBytes, LayerState, Module, Stack, StateBytes, v1::Task};
 
 use super::*;
 
@@ -21,7 +21,7 @@ fn module(name: &str, bytes: u64, kv: u64, macs: u64) -> Module {
     Module {
         names: vec![name.to_owned()],
         bytes,
-        kv_elements_per_token: kv,
+        states: if kv > 0 { vec![LayerState::own(StateKind::PagedKv, kv)] } else { vec![] },
         macs_per_token: macs,
         experts: None,
     }
@@ -58,6 +58,11 @@ pub(crate) fn profile(layers: &[(u64, u64)], embedding: u64, tied: bool) -> Mode
         scoring: strata_proto::v1::Scoring::Unspecified,
         segments: 0,
         tokenizers: vec!["BPE".into()],
+        stacks: vec![Stack {
+            layers: LayerRange::new(0, layers.len() as u32),
+            whole_input: false,
+            positions: 32,
+        }],
     }
 }
 
@@ -91,14 +96,22 @@ fn problem<'a>(profile: &'a ModelProfile, offers: &'a [Offer], split: &'a Split)
         dtype: DType::F32,
         quantization: None,
         kv_tokens: Some(32),
+        state_slots: 3,
         max_step_tokens: 4,
         max_step_outputs: 2,
     }
 }
 
+/// Whether a layer from `end` on uses a state of one before it.
+fn severs(profile: &ModelProfile, end: u32) -> bool {
+    let behind = profile.layers.iter().skip(end as usize).flat_map(|m| &m.states);
+    behind.filter_map(|s| s.shares).any(|owner| owner < end)
+}
+
 /// Every assignment of contiguous ranges to devices in this order that fits with `blocks` blocks.
-fn brute_force(costs: &Costs, order: &[usize], blocks: u64) -> Vec<Vec<Share>> {
+fn brute_force(profile: &ModelProfile, costs: &Costs, order: &[usize], blocks: u64) -> Vec<Vec<Share>> {
     fn go(
+        profile: &ModelProfile,
         costs: &Costs,
         blocks: u64,
         order: &[usize],
@@ -111,18 +124,18 @@ fn brute_force(costs: &Costs, order: &[usize], blocks: u64) -> Vec<Vec<Share>> {
             return;
         }
         let Some((&offer, order)) = order.split_first() else { return };
-        go(costs, blocks, order, first, so_far, all);
+        go(profile, costs, blocks, order, first, so_far, all);
         for end in first + 1..=costs.layers() {
             let layers = LayerRange::new(first, end);
-            if costs.fits(offer, layers, blocks) {
+            if costs.fits(offer, layers, blocks) && !severs(profile, end) {
                 so_far.push(Share { offer, layers });
-                go(costs, blocks, order, end, so_far, all);
+                go(profile, costs, blocks, order, end, so_far, all);
                 so_far.pop();
             }
         }
     }
     let mut all = Vec::new();
-    go(costs, blocks, order, 0, &mut Vec::new(), &mut all);
+    go(profile, costs, blocks, order, 0, &mut Vec::new(), &mut all);
     all
 }
 
@@ -143,13 +156,24 @@ prop_compose! {
         layers in prop::collection::vec((1u64..200, 1u64..200), 1..7),
         embedding in 0u64..300,
         tied in any::<bool>(),
+        owners in prop::collection::vec(prop::option::weighted(0.2, any::<prop::sample::Index>()), 6),
+        recurrent in prop::collection::vec(prop::option::weighted(0.1, 1u64..20), 6),
         devices in prop::collection::vec((any::<bool>(), 0u64..2500, any::<bool>()), 1..5),
     ) -> (ModelProfile, Vec<Offer>) {
+        let mut profile = profile(&layers, embedding * 4, tied);
+        for (layer, owner) in owners.into_iter().enumerate().take(layers.len()).skip(1) {
+            // Only a layer with a state of its own can share it.
+            let owner = owner.map(|o| o.index(layer)).filter(|o| profile.layers[*o].states[0].shares.is_none());
+            profile.layers[layer].states[0].shares = owner.map(|o| o as u32);
+        }
+        for (module, elements) in profile.layers.iter_mut().zip(recurrent) {
+            module.states.extend(elements.map(|n| LayerState::own(StateKind::Recurrent, n)));
+        }
         let offers = devices.iter().enumerate().map(|(i, (gpu, budget, capped))| {
             let kind = if *gpu { DeviceKind::Cuda } else { DeviceKind::Cpu };
             device(kind, &format!("d:{i}"), *budget, *capped)
         });
-        (profile(&layers, embedding * 4, tied), offers.collect())
+        (profile, offers.collect())
     }
 }
 
@@ -162,7 +186,7 @@ proptest! {
         let auto = split == Split::Auto;
         let problem = problem(&profile, &offers, &split);
         let costs = Costs::new(&problem);
-        let [listed, mut all] = orders(&costs).map(|order| brute_force(&costs, &order, 2));
+        let [listed, mut all] = orders(&costs).map(|order| brute_force(&profile, &costs, &order, 2));
         if auto {
             all.extend(listed.iter().cloned());
         } else {
@@ -218,7 +242,7 @@ proptest! {
             let problem = Problem { quantization, ..problem };
             let costs = Costs::new(&problem);
             let on_cpus = |s: &Vec<Share>| s.iter().filter(|s| cpu(s.offer)).map(|s| s.layers.len()).sum::<u32>();
-            orders(&costs).iter().flat_map(|order| brute_force(&costs, order, 2)).map(|s| on_cpus(&s)).min()
+            orders(&costs).iter().flat_map(|order| brute_force(&profile, &costs, order, 2)).map(|s| on_cpus(&s)).min()
         };
         let spilled = least(None).unwrap();
         let Some(offload) = plan.offload else {
@@ -251,7 +275,7 @@ proptest! {
             prop_assert_eq!(plan, in_memory);
             return Ok(());
         };
-        let all = orders(&costs).map(|order| brute_force(&costs, &order, 2)).concat();
+        let all = orders(&costs).map(|order| brute_force(&profile, &costs, &order, 2)).concat();
         let Ok(plan) = plan else {
             prop_assert!(all.is_empty(), "a plan exists");
             return Ok(());
@@ -262,7 +286,7 @@ proptest! {
             let device = &offers[place(stage)].device;
             let may_map = device.kind == DeviceKind::Cpu && !device.capped && stage.weight_bytes <= spill;
             let fits = match stage.mapped {
-                true => may_map && stage.kv_bytes + stage.workspace_bytes <= stage.budget_bytes,
+                true => may_map && stage.states.total() + stage.workspace_bytes <= stage.budget_bytes,
                 false => stage.total_bytes() <= stage.budget_bytes,
             };
             prop_assert!(fits, "{stage:?}");
@@ -292,7 +316,7 @@ proptest! {
         prop_assert!(replica.stages.iter().all(|s| s.total_bytes() <= s.budget_bytes));
         if blocks < 32 {
             let costs = Costs::new(&problem);
-            let fits_more = brute_force(&costs, &orders(&costs)[0], blocks + 1);
+            let fits_more = brute_force(&profile, &costs, &orders(&costs)[0], blocks + 1);
             let stages = replica.stages.len();
             let ranks = |s: &Vec<Share>| s.iter().all(|s| offers[s.offer].device.capped
                 || offers[s.offer].device.kind == DeviceKind::Cuda);
@@ -570,7 +594,7 @@ fn experts_are_read_only_if_chosen_and_cores_of_a_host_are_shared() {
     let expert = sized(1000);
     for layer in &mut profile.layers {
         layer.experts = Some(strata_proto::Experts { count: 8, active: 2, bytes: expert });
-        layer.kv_elements_per_token = 1;
+        layer.states = vec![LayerState::own(StateKind::PagedKv, 1)];
     }
     let offers = workers(1, DeviceKind::Cuda, 1 << 20);
     let split = Split::Auto;
@@ -628,4 +652,85 @@ fn devices_that_are_left_over_become_replicas() {
     assert_eq!(plan(&cpus, &Split::Auto).replicas.len(), 1);
     assert_eq!(plan(&workers(3, DeviceKind::Cpu, 1 << 20), &Split::Auto).replicas.len(), 3);
     assert_eq!(plan(&workers(100, DeviceKind::Cuda, 1 << 20), &Split::Auto).replicas.len(), MAX_REPLICAS);
+}
+
+#[test]
+fn states_are_counted_by_kind_and_shared_ones_once() {
+    let mut profile = profile(&[(100, 1); 6], 0, false);
+    let encoder = Stack { layers: LayerRange::new(0, 2), whole_input: true, positions: 10 };
+    profile.stacks =
+        vec![encoder, Stack { layers: LayerRange::new(2, 6), whole_input: false, positions: 32 }];
+    let paged = LayerState::own(StateKind::PagedKv, 4);
+    let states = [
+        vec![],
+        vec![],
+        vec![paged, LayerState::own(StateKind::CrossKv, 5)],
+        vec![LayerState::own(StateKind::Recurrent, 7)],
+        vec![paged],
+        vec![LayerState { shares: Some(4), ..paged }],
+    ];
+    profile.layers.iter_mut().zip(states).for_each(|(module, states)| module.states = states);
+    let offers = workers(2, DeviceKind::Cuda, 1 << 20);
+    // Two blocks of 16 positions, three sequences, an encoder of 10 positions, four bytes each.
+    let plan = solve(&problem(&profile, &offers, &Split::Counts(vec![3, 3]))).unwrap();
+    let replica = &plan.replicas[0];
+    assert_eq!((replica.kv_capacity_tokens, replica.state_slots), (32, 3));
+    let bytes: Vec<_> = replica.stages.iter().map(|s| s.states).collect();
+    let first = StateBytes { paged_kv: 4 * 4 * 32, recurrent: 0, cross_kv: 5 * 4 * 3 * 10 };
+    assert_eq!(bytes, [first, StateBytes { paged_kv: 4 * 4 * 32, recurrent: 7 * 4 * 3, cross_kv: 0 }]);
+    assert_eq!(Plan::try_from(strata_proto::v1::Plan::from(&plan)).unwrap(), plan);
+    let json = serde_json::to_value(&replica.stages[1]).unwrap();
+    assert_eq!(
+        (&json["kv_bytes"], &json["recurrent_bytes"], &json["cross_kv_bytes"]),
+        (&512.into(), &84.into(), &0.into())
+    );
+    // They are a part of what has to fit.
+    let least = replica.stages.iter().map(StagePlan::total_bytes).max().unwrap();
+    let with =
+        |bytes| solve(&problem(&profile, &workers(2, DeviceKind::Cuda, bytes), &Split::Counts(vec![3, 3])));
+    assert!(with(least).is_ok() && with(least - 1).is_err());
+    // Without pages, sequences are bounded by their states alone.
+    profile.layers.iter_mut().for_each(|m| m.states = vec![LayerState::own(StateKind::Recurrent, 7)]);
+    let plan = solve(&problem(&profile, &offers, &Split::Auto)).unwrap();
+    let replica = &plan.replicas[0];
+    assert_eq!((replica.kv_capacity_tokens, replica.state_slots, replica.forecast.batch), (0, 3, 2));
+}
+
+#[test]
+fn layers_that_share_a_state_are_never_apart() {
+    let mut profile = profile(&[(100, 1); 6], 0, false);
+    // Layers 2 and 4 use what layer 1 keeps: nothing from 1 to 4 may be cut.
+    for layer in [2, 4] {
+        profile.layers[layer].states[0].shares = Some(1);
+    }
+    let gpu = |n: usize| device(DeviceKind::Cuda, &format!("cuda:{n}"), 2100, false);
+    let offers = [gpu(0), gpu(1), device(DeviceKind::Cpu, "cpu", 1 << 20, false)];
+    let plan = |split: &str| {
+        let split: Split = split.parse()?;
+        solve(&problem(&profile, &offers, &split)).map_err(|e| e.to_string())
+    };
+    for split in ["auto", "balanced", "balanced_low_0", "sequential"] {
+        let plan = plan(split).unwrap();
+        let ends: Vec<_> = plan.replicas[0].stages.iter().map(|s| s.layers.end).collect();
+        assert!(ends.iter().all(|end| [1, 5, 6].contains(end)), "{split}: {ends:?}");
+    }
+    let error = "layers 1 and 2 cannot be on two devices: layer 2 uses the keys and values of layer 1; end the stage \
+                 before layer 1 or behind layer 2";
+    assert_eq!(plan("2,4").unwrap_err(), error);
+    assert_eq!(
+        plan(r#"{"": 0, "layers.2": 1, "layers.3": 1, "layers.4": 1, "layers.5": 1, "lm_head": 1}"#)
+            .unwrap_err(),
+        error
+    );
+    let error = plan(r#"{"": 0, "layers.4": 1, "layers.5": 1, "lm_head": 1}"#).unwrap_err();
+    assert!(error.contains("layers 1 and 4") && error.contains("behind layer 4"), "{error}");
+    assert!(plan(r#"{"": 0, "layers.5": 1, "lm_head": 1}"#).is_ok());
+    // The first three of them would fit, but what spills, spills together.
+    let tight =
+        [device(DeviceKind::Cuda, "cuda:0", 2000, false), device(DeviceKind::Cpu, "cpu", 1 << 20, false)];
+    let plan = solve(&problem(&profile, &tight, &Split::Auto)).unwrap();
+    assert_eq!(
+        (stages(&plan), plan.offload.unwrap().layers),
+        (vec!["w/cuda:0 0..1".into(), "w/cpu 1..6".into()], 5)
+    );
 }

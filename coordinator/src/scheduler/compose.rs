@@ -16,19 +16,26 @@ impl Scheduler {
     /// Gives a waiting sequence blocks for all its known tokens, if there are any to spare.
     fn admit(&mut self, id: SequenceId) -> bool {
         let Config { block_tokens, rope_switch, .. } = self.config;
+        let shares_prefixes = self.shares_prefixes();
         let Some(sequence) = self.live.get_mut(&id) else { return false };
-        let known = sequence.cached().div_ceil(block_tokens);
+        let takes_slot = sequence.needs_slot(&self.rules);
+        if takes_slot && self.slots.is_empty() {
+            // Whoever has one keeps it to its end: it would have to begin at 0 again.
+            return false;
+        }
+        let known = sequence.cached(&self.rules).div_ceil(block_tokens);
         // Every running sequence may soon want a block; whoever runs alone need not mind.
         let headroom = self.running.len() as u32;
         if known > 0 && self.blocks.available() <= headroom {
             // Whatever is found, one block at least is needed. Whoever waits is asked again and again.
             return false;
         }
-        let mut blocks = sequence.find(&self.blocks, block_tokens, rope_switch);
+        sequence.choose_ropes(rope_switch);
+        let mut blocks = if shares_prefixes { sequence.find(&self.blocks, block_tokens) } else { Vec::new() };
         let found = blocks.len() as u32;
         if known > 0 {
             // The first sampled token needs a slot too.
-            let needed = (sequence.cached() + 1).div_ceil(block_tokens) - found;
+            let needed = (sequence.cached(&self.rules) + 1).div_ceil(block_tokens) - found;
             if self.blocks.available() - self.blocks.idle_among(&blocks) < needed + headroom {
                 return false;
             }
@@ -40,6 +47,7 @@ impl Scheduler {
         };
         blocks.extend(new);
         sequence.begin(blocks, found, contents, block_tokens);
+        sequence.slot = if takes_slot { self.slots.pop() } else { None };
         if known > 0 {
             self.prefix_queries += u64::from(sequence.len());
             self.prefix_hits += u64::from(sequence.scheduled);
@@ -130,7 +138,8 @@ impl Scheduler {
     fn grow(&mut self, id: SequenceId, step: &Step) -> bool {
         loop {
             let Some(sequence) = self.live.get_mut(&id) else { return false };
-            if sequence.cached().div_ceil(self.config.block_tokens) <= sequence.blocks.len() as u32 {
+            if sequence.cached(&self.rules).div_ceil(self.config.block_tokens) <= sequence.blocks.len() as u32
+            {
                 return true;
             }
             if let Some(block) = self.blocks.take(1) {

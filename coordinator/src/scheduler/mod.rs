@@ -1,14 +1,15 @@
 //! Continuous batching over paged KV memory, as a pure state machine: no clock, no IO, no runtime.
 //!
 //! Sequences are `waiting` (no blocks) or `running` (blocks for every known token). A step holds decode rows first,
-//! then chunks of prompts. The scheduler alone owns block ids; since all changes to KV memory ride inside steps, which
-//! every stage runs in one order, a freed block may be given out again at once.
+//! then chunks of prompts. The scheduler alone owns block ids and slots; since all changes to that memory ride inside
+//! steps, which every stage runs in one order, what is freed may be given out again at once.
 
 // Pure: see clippy.toml.
 #![deny(clippy::disallowed_methods, clippy::print_stdout, clippy::print_stderr)]
 
 mod blocks;
 mod compose;
+mod rules;
 mod sequence;
 #[cfg(test)]
 mod simulation;
@@ -19,12 +20,14 @@ use std::{
 };
 
 use strata_proto::{
+    StateKind,
     error::{Classify, Kind},
     v1,
 };
 
 use blocks::BlockAllocator;
 use compose::{ALONE_AFTER, Step};
+use rules::{Reuse, Rules};
 use sequence::Sequence;
 pub use sequence::{Encode, Finish, Request, SequenceId, Work};
 
@@ -35,6 +38,10 @@ pub struct Config {
     pub blocks: u32,
     /// Token positions in a block.
     pub block_tokens: u32,
+    /// Kinds of state that sequences have.
+    pub states: Vec<StateKind>,
+    /// Sequences whose states of fixed size the pipeline holds at once.
+    pub state_slots: u32,
     /// Most tokens in one step.
     pub max_step_tokens: u32,
     /// Most rows, and most outputs, in one step.
@@ -190,7 +197,10 @@ struct Flight {
 #[derive(Debug)]
 pub struct Scheduler {
     config: Config,
+    rules: Rules,
     blocks: BlockAllocator,
+    /// Slots for states of fixed size that nobody has.
+    slots: Vec<u32>,
     live: BTreeMap<SequenceId, Sequence>,
     running: BTreeSet<SequenceId>,
     waiting: BTreeSet<SequenceId>,
@@ -209,7 +219,9 @@ impl Scheduler {
     /// A scheduler with nothing to do.
     pub fn new(config: Config) -> Self {
         Scheduler {
+            rules: Rules::of_all(&config.states),
             blocks: BlockAllocator::new(config.blocks),
+            slots: (0..config.state_slots).rev().collect(),
             config,
             live: BTreeMap::new(),
             running: BTreeSet::new(),
@@ -228,7 +240,9 @@ impl Scheduler {
     pub fn surrender(&mut self) -> Vec<Unplaced> {
         let live = std::mem::take(&mut self.live).into_iter();
         let moved = live.map(|(id, mut sequence)| {
-            self.blocks.give_back(&sequence.forget());
+            let (blocks, slot) = sequence.forget();
+            self.blocks.give_back(&blocks);
+            self.slots.extend(slot);
             sequence.on_stages = false;
             sequence.last_step = 0;
             Unplaced { id, sequence }
@@ -259,8 +273,9 @@ impl Scheduler {
     /// [`restart`](Self::restart) looks.
     pub fn check(&self, unplaced: &Unplaced) -> Result<(), SubmitError> {
         let (sequence, capacity) = (&unplaced.sequence, self.capacity());
-        if capacity > 0 && sequence.most() > capacity {
-            return Err(SubmitError::TooLarge { needed: sequence.most(), capacity });
+        let needed = sequence.most(&self.rules);
+        if capacity > 0 && needed > capacity {
+            return Err(SubmitError::TooLarge { needed, capacity });
         }
         if !self.fits_a_step(sequence) {
             let (tokens, outputs) = (sequence.len(), sequence.outputs());
@@ -327,6 +342,7 @@ impl Scheduler {
         if let Some(missing) = flights.iter().filter(current).find(|f| !outputs.contains_key(&f.sequence)) {
             return Err(CommitError::Missing { step, sequence: missing.sequence });
         }
+        let shares_prefixes = self.shares_prefixes();
         let mut committed = Vec::new();
         for flight in flights {
             let Some(sequence) = self.live.get_mut(&flight.sequence).filter(|s| s.epoch == flight.epoch)
@@ -334,7 +350,7 @@ impl Scheduler {
                 continue;
             };
             sequence.in_flight -= 1;
-            if self.config.prefix_cache {
+            if shares_prefixes {
                 // Not before: a step that fails leaves anything in its blocks.
                 sequence.publish(flight.end, &mut self.blocks, self.config.block_tokens);
             }
@@ -385,6 +401,7 @@ impl Scheduler {
                 self.released.push(id);
             }
             self.blocks.give_back(&sequence.blocks);
+            self.slots.extend(sequence.slot);
             self.running.remove(&id);
             self.waiting.remove(&id);
         }
@@ -404,19 +421,22 @@ impl Scheduler {
     /// arrival. Returns those that cannot fit any more; they are gone.
     pub fn restart(&mut self, config: Config) -> Vec<SequenceId> {
         self.config = config;
+        self.rules = Rules::of_all(&self.config.states);
         self.blocks = BlockAllocator::new(self.config.blocks);
         self.in_flight.clear();
         self.next_step = 0;
         self.mixed_tokens = u32::MAX;
         for sequence in self.live.values_mut() {
+            // What they had is gone with the old incarnation.
             sequence.forget();
             sequence.on_stages = false;
             sequence.last_step = 0;
         }
+        self.slots = (0..self.config.state_slots).rev().collect();
         self.running.clear();
         self.waiting = self.live.keys().copied().collect();
         let capacity = self.capacity();
-        let lost = |s: &Sequence| s.most() > capacity || !self.fits_a_step(s);
+        let lost = |s: &Sequence| s.most(&self.rules) > capacity || !self.fits_a_step(s);
         let lost: Vec<_> = self.live.iter().filter(|(_, s)| lost(s)).map(|(id, _)| *id).collect();
         for id in &lost {
             self.cancel(*id);
@@ -449,6 +469,11 @@ impl Scheduler {
         }
     }
 
+    /// Whether sequences may begin behind positions that others computed.
+    fn shares_prefixes(&self) -> bool {
+        self.config.prefix_cache && self.rules.reuse == Reuse::WholeBlocks
+    }
+
     /// Token positions of the whole cache.
     fn capacity(&self) -> u64 {
         u64::from(self.config.blocks) * u64::from(self.config.block_tokens)
@@ -466,8 +491,9 @@ impl Scheduler {
     /// Sends a sequence back to wait; everything known of it is computed anew.
     fn requeue(&mut self, id: SequenceId) {
         if let Some(sequence) = self.live.get_mut(&id) {
-            let blocks = sequence.forget();
+            let (blocks, slot) = sequence.forget();
             self.blocks.give_back(&blocks);
+            self.slots.extend(slot);
             self.running.remove(&id);
             self.waiting.insert(id);
         }

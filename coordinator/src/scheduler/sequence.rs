@@ -7,6 +7,7 @@ use strata_proto::v1;
 use super::{
     Output,
     blocks::{BlockAllocator, Contents, Scope},
+    rules::Rules,
 };
 
 /// Names a request for its whole life; ascending in order of arrival, never reused.
@@ -82,6 +83,10 @@ pub(super) struct Sequence {
     pub blocks: Vec<u32>,
     /// How many of them the stages know of.
     announced: u32,
+    /// Where its states of fixed size are; none while it waits, or has none.
+    pub slot: Option<u32>,
+    /// The stages know of its present state.
+    begun: bool,
     /// How many of them others may use too, and what the last one of these holds.
     published: (u32, Option<Contents>),
     scope: Scope,
@@ -114,6 +119,8 @@ impl Sequence {
             deadline: request.deadline,
             blocks: Vec::new(),
             announced: 0,
+            slot: None,
+            begun: false,
             published: (0, None),
             scope: Scope { tenant: request.tenant, rope_set: 0 },
             cached_prompt: 0,
@@ -132,20 +139,27 @@ impl Sequence {
         self.tokens.len() as u32
     }
 
-    /// Most positions of the cache that it can ever occupy.
-    pub fn most(&self) -> u64 {
+    /// Most positions in blocks that it can ever occupy.
+    pub fn most(&self, rules: &Rules) -> u64 {
         match &self.work {
-            Work::Generate { max_tokens, .. } => u64::from(self.prompt) + u64::from(*max_tokens),
-            Work::Encode(_) => 0,
+            Work::Generate { max_tokens, .. } if rules.blocks => {
+                u64::from(self.prompt) + u64::from(*max_tokens)
+            }
+            _ => 0,
         }
     }
 
-    /// Positions of the cache that it needs now.
-    pub fn cached(&self) -> u32 {
+    /// Positions in blocks that it needs now.
+    pub fn cached(&self, rules: &Rules) -> u32 {
         match self.work {
-            Work::Generate { .. } => self.len(),
-            Work::Encode(_) => 0,
+            Work::Generate { .. } if rules.blocks => self.len(),
+            _ => 0,
         }
+    }
+
+    /// Whether it has states of fixed size.
+    pub fn needs_slot(&self, rules: &Rules) -> bool {
+        rules.slot && matches!(self.work, Work::Generate { .. })
     }
 
     /// Outputs of the last stage that its next row may take.
@@ -176,9 +190,9 @@ impl Sequence {
         !self.awaiting && !self.begins() && self.remaining() == 1
     }
 
-    /// Whether its next row is the first of its state: the stages know of none of its blocks.
+    /// Whether its next row is the first of its state.
     fn begins(&self) -> bool {
-        self.announced == 0
+        !self.begun
     }
 
     /// Whether a part of its answer is out, and its reader waits for more.
@@ -186,10 +200,14 @@ impl Sequence {
         self.len() > self.prompt
     }
 
-    /// The blocks that hold the beginning of it already, as far as there are any. At least its last token is left, since
-    /// somebody must compute what follows it. Sequences longer than `switch` turn by the second set of frequencies.
-    pub fn find(&mut self, blocks: &BlockAllocator, block_tokens: u32, switch: Option<u32>) -> Vec<u32> {
+    /// Sequences longer than `switch` turn by the second set of frequencies.
+    pub fn choose_ropes(&mut self, switch: Option<u32>) {
         self.scope.rope_set = u32::from(switch.is_some_and(|switch| self.len() > switch));
+    }
+
+    /// The blocks that hold the beginning of it already, as far as there are any. At least its last token is left, since
+    /// somebody must compute what follows it.
+    pub fn find(&self, blocks: &BlockAllocator, block_tokens: u32) -> Vec<u32> {
         match self.work {
             Work::Generate { .. } => {
                 blocks.find(&self.scope, &self.tokens[..self.tokens.len() - 1], block_tokens)
@@ -220,15 +238,16 @@ impl Sequence {
         self.published = (count, contents);
     }
 
-    /// Starts over: all its state is to be computed anew. Returns its blocks.
-    pub fn forget(&mut self) -> Vec<u32> {
+    /// Starts over: all its state is to be computed anew. Returns its blocks and its slot.
+    pub fn forget(&mut self) -> (Vec<u32>, Option<u32>) {
         self.epoch += 1;
         self.published = (0, None);
         self.scheduled = 0;
         self.announced = 0;
+        self.begun = false;
         self.in_flight = 0;
         self.awaiting = false;
-        std::mem::take(&mut self.blocks)
+        (std::mem::take(&mut self.blocks), self.slot.take())
     }
 
     /// The next `count` positions as a row of a step. Its blocks must cover them.
@@ -240,6 +259,7 @@ impl Sequence {
         self.in_flight += 1;
         self.awaiting = ends;
         let reset = self.begins();
+        self.begun = true;
         let row = v1::Row { sequence: id, start, count, reset, ..v1::Row::default() };
         let sampling = match &self.work {
             Work::Generate { sampling, .. } => reset.then(|| {
@@ -258,7 +278,7 @@ impl Sequence {
                 };
             }
         };
-        let covered = end.div_ceil(block_tokens);
+        let covered = end.div_ceil(block_tokens).min(self.blocks.len() as u32);
         let first_block_index = self.announced;
         let new_blocks =
             self.blocks[first_block_index as usize..covered.max(first_block_index) as usize].to_vec();
@@ -269,6 +289,7 @@ impl Sequence {
             new_blocks,
             output: if ends { v1::RowOutput::Token } else { v1::RowOutput::None } as i32,
             sampling,
+            state_slot: self.slot.filter(|_| reset),
             rope_set: self.scope.rope_set,
             ..row
         }

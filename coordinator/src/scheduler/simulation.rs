@@ -15,15 +15,23 @@ struct Cached {
     blocks: Vec<u32>,
     tokens: Vec<u32>,
     rope_set: u32,
-    /// Of the tenant, the frequencies, and all tokens up to each position.
+    slot: Option<u32>,
+    /// What else its states depend on: the tenant, and with an encoder its input, which no two sequences have in common.
+    source: (u32, u64),
+    /// Of all that, the frequencies, and all tokens up to each position.
     hashes: Vec<u64>,
 }
 
 impl Cached {
-    fn push(&mut self, tenant: u32, token: u32) {
+    /// What a state becomes by one more token.
+    fn next(&self, state: Option<&u64>, token: u32) -> u64 {
         let mut hasher = DefaultHasher::new();
-        (tenant, self.rope_set, self.hashes.last(), token).hash(&mut hasher);
-        self.hashes.push(hasher.finish());
+        (self.source, self.rope_set, state, token).hash(&mut hasher);
+        hasher.finish()
+    }
+
+    fn push(&mut self, token: u32) {
+        self.hashes.push(self.next(self.hashes.last(), token));
         self.tokens.push(token);
     }
 }
@@ -42,6 +50,8 @@ struct FakeStage {
     cached: HashMap<u64, Cached>,
     /// What was last written to a position of a block: it depends on all that came before.
     memory: HashMap<(u32, u32), u64>,
+    /// A running hash per slot, which only knows the tokens it was given.
+    recurrent: HashMap<u32, u64>,
     tenants: HashMap<SequenceId, u32>,
 }
 
@@ -54,8 +64,12 @@ fn next_token(tokens: &[u32]) -> u32 {
 
 impl FakeStage {
     fn new(config: Config) -> Self {
-        let (cached, memory) = (HashMap::new(), HashMap::new());
-        FakeStage { config, due: 0, cached, memory, tenants: HashMap::new() }
+        let (cached, memory, recurrent) = (HashMap::new(), HashMap::new(), HashMap::new());
+        FakeStage { config, due: 0, cached, memory, recurrent, tenants: HashMap::new() }
+    }
+
+    fn has(&self, kind: StateKind) -> bool {
+        self.config.states.contains(&kind)
     }
 
     fn run(&mut self, meta: &v1::StepMeta) -> Vec<(u64, Output)> {
@@ -79,7 +93,7 @@ impl FakeStage {
             at += row.count as usize;
             if matches!(row.output(), v1::RowOutput::Vector | v1::RowOutput::Masks) {
                 assert!(
-                    row.reset && row.start == 0 && row.new_blocks.is_empty(),
+                    row.reset && row.start == 0 && row.new_blocks.is_empty() && row.state_slot.is_none(),
                     "an encoder's row is whole"
                 );
                 assert_eq!(ids.last(), Some(&LAST), "and has its end in this step");
@@ -87,32 +101,52 @@ impl FakeStage {
                 continue;
             }
             assert_eq!(row.reset, row.sampling.is_some(), "sampling travels with reset");
-            let tenant = self.tenants[&row.sequence];
+            let [paged, recurrent, cross] = StateKind::ALL.map(|kind| self.has(kind));
             if row.reset {
-                let mut begun = Cached { rope_set: row.rope_set, ..Cached::default() };
+                let source = (self.tenants[&row.sequence], if cross { row.sequence } else { 0 });
+                let (rope_set, slot) = (row.rope_set, row.state_slot);
+                let mut begun = Cached { rope_set, slot, source, ..Cached::default() };
                 let history = &row.sampling.as_ref().expect("checked above").history;
                 assert_eq!(row.start % self.config.block_tokens, 0, "whole blocks are shared");
-                history.iter().for_each(|id| begun.push(tenant, *id));
+                history.iter().for_each(|id| begun.push(*id));
+                assert_eq!(slot.is_some(), recurrent || cross, "a slot for states of fixed size");
+                if let Some(slot) = slot {
+                    assert!(slot < self.config.state_slots);
+                    self.recurrent.remove(&slot);
+                }
                 self.cached.insert(row.sequence, begun);
             }
             let cached = self.cached.get_mut(&row.sequence).expect("unknown and not reset");
+            if !row.reset {
+                assert_eq!(row.state_slot, None, "a slot travels with reset");
+            }
             assert_eq!(row.start as usize, cached.tokens.len(), "positions are contiguous");
             assert_eq!(row.rope_set, cached.rope_set, "one cache, one set of frequencies");
             assert_eq!(row.first_block_index as usize, cached.blocks.len());
             cached.blocks.extend(&row.new_blocks);
-            ids.iter().for_each(|id| cached.push(tenant, *id));
-            assert_eq!(
-                cached.blocks.len() as u32,
-                (cached.tokens.len() as u32).div_ceil(self.config.block_tokens)
-            );
-            for i in 0..ids.len() {
+            ids.iter().for_each(|id| cached.push(*id));
+            if let Some(slot) = cached.slot.filter(|_| recurrent) {
+                let state = ids
+                    .iter()
+                    .fold(self.recurrent.remove(&slot), |state, id| Some(cached.next(state.as_ref(), *id)));
+                self.recurrent.extend(state.map(|state| (slot, state)));
+                assert_eq!(
+                    state.as_ref(),
+                    cached.hashes.last(),
+                    "it has seen something else than the sequence"
+                );
+            }
+            let covered = (cached.tokens.len() as u32).div_ceil(self.config.block_tokens);
+            assert_eq!(cached.blocks.len() as u32, if paged { covered } else { 0 });
+            let positions = if paged { ids.len() } else { 0 };
+            for i in 0..positions {
                 let position = row.start + i as u32;
                 let block = cached.blocks[(position / self.config.block_tokens) as usize];
                 let hash = cached.hashes[position as usize];
                 self.memory.insert((block, position % self.config.block_tokens), hash);
             }
             // Everything the sequence reads must be what its own tokens make of it.
-            for (position, hash) in cached.hashes.iter().enumerate() {
+            for (position, hash) in cached.hashes.iter().enumerate().filter(|_| paged) {
                 let position = position as u32;
                 let block = cached.blocks[(position / self.config.block_tokens) as usize];
                 let found = self.memory.get(&(block, position % self.config.block_tokens));
@@ -172,12 +206,24 @@ fn action() -> impl Strategy<Value = Action> {
 }
 
 fn config() -> impl Strategy<Value = Config> {
+    use StateKind::{CrossKv, PagedKv, Recurrent};
     let sizes = (4u32..24, 1u32..40, 1u32..8, 1u32..40, 1u32..5);
-    (sizes, prop::option::of(1u32..40), any::<bool>()).prop_map(
-        |((blocks, max_step_tokens, max_step_rows, prefill_chunk, depth), rope_switch, prefix_cache)| {
+    let states = prop_oneof![
+        4 => Just(vec![PagedKv]),
+        1 => Just(vec![Recurrent]),
+        1 => Just(vec![PagedKv, Recurrent]),
+        1 => Just(vec![PagedKv, CrossKv]),
+    ];
+    (sizes, prop::option::of(1u32..40), any::<bool>(), states, 1u32..6).prop_map(
+        |(sizes, rope_switch, prefix_cache, states, slots)| {
+            let (blocks, max_step_tokens, max_step_rows, prefill_chunk, depth) = sizes;
+            let has = |kind| states.contains(&kind);
             Config {
-                blocks,
+                // Without pages a plan has no blocks, and without other states no slots.
+                blocks: if has(PagedKv) { blocks } else { 0 },
                 block_tokens: 4,
+                state_slots: if has(Recurrent) || has(CrossKv) { slots } else { 0 },
+                states,
                 max_step_tokens: max_step_tokens.max(max_step_rows),
                 max_step_rows,
                 prefill_chunk,
@@ -225,6 +271,18 @@ impl World {
         }
     }
 
+    /// Positions of a sequence that have a place.
+    fn capacity(&self) -> u32 {
+        let Config { blocks, block_tokens, .. } = self.stage.config;
+        if self.stage.has(StateKind::PagedKv) { blocks * block_tokens } else { u32::MAX }
+    }
+
+    /// The same pipeline with so many blocks, if it has any.
+    fn resized(&self, blocks: u32) -> Config {
+        let blocks = if self.stage.has(StateKind::PagedKv) { blocks } else { 0 };
+        Config { blocks, ..self.stage.config.clone() }
+    }
+
     fn submit(&mut self, prompt: u32, max_tokens: u32, deadline: Option<u32>) {
         // Few tenants and few ways to begin, so that many prefixes are the same.
         let (tenant, first) = (self.clock % 2, self.clock / 2 % 3);
@@ -236,7 +294,7 @@ impl World {
             // One token in fifty ends an answer.
             work: Work::Generate { max_tokens, eos: vec![13], sampling: v1::RowSampling::default() },
         };
-        let capacity = self.stage.config.blocks * self.stage.config.block_tokens;
+        let capacity = self.capacity();
         self.next_id += 1;
         let id = self.next_id;
         self.stage.tenants.insert(id, tenant);
@@ -340,10 +398,10 @@ impl World {
 
     fn restart(&mut self, blocks: u32) {
         self.pipe.clear();
-        let config = Config { blocks, ..self.stage.config.clone() };
+        let config = self.resized(blocks);
         let tenants = std::mem::take(&mut self.stage.tenants);
         self.stage = FakeStage { tenants, ..FakeStage::new(config.clone()) };
-        let capacity = config.blocks * config.block_tokens;
+        let capacity = self.capacity();
         let lost = self.scheduler.restart(config);
         let too_large = |(id, (tokens, left)): &(&u64, &(Vec<u32>, u32))| {
             !self.encodes.contains(id) && tokens.len() as u32 + left > capacity
@@ -357,11 +415,11 @@ impl World {
         let moved = self.scheduler.surrender();
         assert_eq!(self.scheduler.stats().blocks_used, 0);
         assert!(moved.iter().map(|m| m.id).eq(self.live.keys().copied()), "all of them, in order");
-        let config = Config { blocks, ..self.stage.config.clone() };
-        let capacity = config.blocks * config.block_tokens;
+        let config = self.resized(blocks);
         self.pipe.clear();
         let tenants = std::mem::take(&mut self.stage.tenants);
         self.stage = FakeStage { tenants, ..FakeStage::new(config.clone()) };
+        let capacity = self.capacity();
         self.scheduler = Scheduler::new(config);
         for moved in moved {
             if self.scheduler.check(&moved).is_ok() {
@@ -408,6 +466,11 @@ impl World {
         }
         let unused = users.iter().filter(|u| **u == 0).count();
         assert_eq!(s.blocks.available() as usize, unused, "a block leaked");
+        let held = s.live.values().filter_map(|q| q.slot);
+        let slots: BTreeSet<u32> = held.chain(s.slots.iter().copied()).collect();
+        assert_eq!(slots.len() as u32, s.config.state_slots, "a slot leaked");
+        let has_slot = s.live.values().filter(|q| q.slot.is_some()).count();
+        assert_eq!(has_slot + s.slots.len(), slots.len(), "a slot belongs to two");
         assert!(s.running.is_disjoint(&s.waiting));
         assert_eq!(s.running.len() + s.waiting.len(), s.live.len());
         assert!(self.live.keys().eq(s.live.keys()));
@@ -455,6 +518,8 @@ fn world(blocks: u32, depth: u32) -> World {
     World::new(Config {
         blocks,
         block_tokens: 4,
+        states: vec![StateKind::PagedKv],
+        state_slots: 0,
         max_step_tokens: 32,
         max_step_rows: 16,
         prefill_chunk: 8,
@@ -705,4 +770,55 @@ fn nothing_is_shared_before_it_is_committed_or_between_sets_of_frequencies() {
     w.next_id = 3;
     assert_eq!(answered(&mut w, "", prompt), (8, 8));
     assert_eq!(answered(&mut w, "", (0..22).collect()), (0, 0), "long sequences turn by other frequencies");
+}
+
+#[test]
+fn only_pages_alone_are_shared_and_what_is_recurrent_begins_anew() {
+    let prompt: Vec<u32> = (0..20).collect();
+    for kind in [StateKind::Recurrent, StateKind::CrossKv] {
+        let mut w = world(64, 1);
+        let config =
+            Config { states: vec![StateKind::PagedKv, kind], state_slots: 2, ..w.stage.config.clone() };
+        w.scheduler = Scheduler::new(config);
+        for _ in 0..2 {
+            assert_eq!(answered(&mut w, "a", prompt.clone()), (0, 0), "{kind:?}");
+        }
+    }
+    // A preempted sequence is computed from its first token, and its slot is free meanwhile.
+    let mut w = world(6, 1);
+    let states = vec![StateKind::PagedKv, StateKind::Recurrent];
+    w = World::new(Config { states, state_slots: 2, ..w.stage.config });
+    w.submit(8, 12, None);
+    w.clock += 2;
+    w.submit(8, 8, None);
+    while w.scheduler.stats().preemptions == 0 {
+        assert!(w.step());
+        w.commit();
+    }
+    assert_eq!((w.scheduler.live[&2].slot, w.scheduler.slots.len()), (None, 1));
+    w.drain();
+}
+
+#[test]
+fn sequences_wait_for_a_slot() {
+    let mut w = world(64, 1);
+    w = World::new(Config {
+        blocks: 0,
+        states: vec![StateKind::Recurrent],
+        state_slots: 2,
+        ..w.stage.config
+    });
+    for _ in 0..3 {
+        w.submit(4, 2, None);
+    }
+    let rows = |meta: &v1::StepMeta| meta.rows.iter().map(|r| (r.sequence, r.state_slot)).collect::<Vec<_>>();
+    let first = w.scheduler.next_step().unwrap();
+    assert_eq!(rows(&first), [(1, Some(0)), (2, Some(1))]);
+    let token = |id| (id, Output::Token(9));
+    w.scheduler.commit(first.step, &[token(1), token(2)]).unwrap();
+    let second = w.scheduler.next_step().unwrap();
+    assert_eq!(rows(&second), [(1, None), (2, None)]);
+    let done = w.scheduler.commit(second.step, &[token(1), token(2)]).unwrap();
+    assert!(done.iter().all(|c| c.finished == Some(Finish::Length)));
+    assert_eq!(rows(&w.scheduler.next_step().unwrap()).len(), 1);
 }

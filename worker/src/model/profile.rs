@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use strata_proto::{Experts, FormatBytes, ModelProfile, Module, v1};
+use strata_proto::{
+    Experts, FormatBytes, LayerRange, LayerState, ModelProfile, Module, Stack, StateKind, v1,
+};
 
 use super::{
     Model, ModelError,
@@ -25,10 +27,10 @@ impl Model {
     /// The model as the planner sees it.
     pub fn profile(&self, checkpoint: &Checkpoint, name: &str) -> ModelProfile {
         let tower = &self.tower;
-        let module = |site, kv_elements_per_token, macs_per_token| Module {
+        let module = |site, states, macs_per_token| Module {
             names: self.modules(site),
             bytes: FormatBytes::of(|d| bytes::of_site(self, site, d)),
-            kv_elements_per_token,
+            states,
             macs_per_token,
             experts: match site {
                 Site::Layer(i) => experts(self, i),
@@ -37,8 +39,10 @@ impl Model {
         };
         let layers = tower.layers.iter().enumerate().map(|(i, layer)| {
             let Attention { kv_heads, head_dim, .. } = layer.attention;
-            let kv = if tower.is_encoder() { 0 } else { kv_elements(kv_heads, head_dim) };
-            module(Site::Layer(i), kv as u64, macs(tower.width, layer))
+            let elements = kv_elements(kv_heads, head_dim) as u64;
+            let cache = LayerState::own(StateKind::PagedKv, elements);
+            let states = if tower.is_encoder() { vec![] } else { vec![cache] };
+            module(Site::Layer(i), states, macs(tower.width, layer))
         });
         let dense = if matches!(tower.head, Head::Lm { .. } | Head::Embed { .. }) { 0 } else { tower.width };
         let head = if matches!(tower.head, Head::Embed { .. }) { 0 } else { tower.outputs() };
@@ -63,8 +67,8 @@ impl Model {
             vocab_size: tower.vocab as u32,
             context_length: tower.context as u32,
             layers: layers.collect(),
-            embedding: module(Site::Input, 0, 0),
-            head: module(Site::Output, 0, (tower.width * (dense + head)) as u64),
+            embedding: module(Site::Input, vec![], 0),
+            head: module(Site::Output, vec![], (tower.width * (dense + head)) as u64),
             // With both on one stage, rows are gathered from the packed head and there is no table.
             shared: if self.is_tied() { table } else { FormatBytes::default() },
             shared_tensors: self.tied().map(str::to_owned).into_iter().collect(),
@@ -79,6 +83,11 @@ impl Model {
             scoring,
             segments: tower.input.segments as u32,
             tokenizers: families::tokenizers(&self.family),
+            stacks: vec![Stack {
+                layers: LayerRange::new(0, tower.layers.len() as u32),
+                whole_input: tower.is_encoder(),
+                positions: tower.context as u32,
+            }],
         }
     }
 }

@@ -12,7 +12,7 @@ use std::{
 };
 
 use serde_json::Value;
-use strata_proto::{DType, LayerRange, Quantization};
+use strata_proto::{DType, LayerRange, LayerState, Quantization, StateKind, StateRoom};
 
 use super::*;
 use crate::{
@@ -188,8 +188,9 @@ fn the_profile_says_exactly_what_is_allocated() {
                     let expected = profile.weight_bytes(spec.layers, spec.format());
                     assert_eq!(weights.resident_bytes(), expected, "{spec:?}");
                     let state = State::new(&model, &spec, 3, 13, 5, way.cpu()).unwrap();
-                    let kv = profile.kv_bytes_per_token(spec.layers, way.dtype);
-                    assert_eq!(state.kv_bytes(), 3 * BLOCK_TOKENS as u64 * kv);
+                    let room = StateRoom { positions: 3 * BLOCK_TOKENS as u64, slots: 0 };
+                    let states = profile.state_bytes(spec.layers, way.dtype, room);
+                    assert_eq!(state.kv_bytes(), states.total());
                     assert_eq!(state.workspace_bytes(), profile.workspace_bytes(spec.layers, 13, 5));
                 }
             }
@@ -230,7 +231,8 @@ fn the_profile_of_the_fixture_is_as_expected() {
     assert_eq!(profile.shared_tensors, ["model.embed_tokens.weight"]);
     assert_eq!(profile.shared.bf16, 2048 * 192 * 2);
     assert_eq!(profile.layers[3].names, ["model.layers.3"]);
-    assert_eq!(profile.layers[3].kv_elements_per_token, 2 * 2 * 32);
+    assert_eq!(profile.layers[3].states, [LayerState::own(StateKind::PagedKv, 2 * 2 * 32)]);
+    assert!(profile.caches() && !profile.whole_input() && profile.source_positions() == 0);
     assert_eq!((profile.bos_token_ids, profile.eos_token_ids), (vec![0], vec![1]));
     assert_eq!(profile.pad_token_ids, [2]);
 }

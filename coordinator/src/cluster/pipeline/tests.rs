@@ -56,14 +56,15 @@ impl Worker for Obedient {
 
     async fn prepare(&self, request: v1::PrepareRequest) -> Result<v1::Prepared, Status> {
         let device = request.spec.unwrap().device;
-        let StagePlan { kv_bytes, workspace_bytes, .. } = self.stage(&device);
+        let StagePlan { states, workspace_bytes, .. } = self.stage(&device);
         let mut nccl_id = Vec::new();
         if request.mint_nccl_id {
             nccl_id = vec![device.as_bytes()[device.len() - 1]; self.id_bytes];
             lock(&self.asked_to_mint).push(device);
         }
         let link_address = "0.0.0.0:7".to_owned();
-        Ok(v1::Prepared { kv_bytes, workspace_bytes, link_address, nccl_id: nccl_id.into() })
+        let states = Some(states.into());
+        Ok(v1::Prepared { states, workspace_bytes, link_address, nccl_id: nccl_id.into() })
     }
 
     async fn connect(&self, request: v1::ConnectRequest) -> Result<(), Status> {

@@ -84,7 +84,7 @@ fn try_out(dir: &Path) -> Result<(), Box<dyn std::error::Error>> {
     let layers = LayerRange::new(0, profile.layer_count());
     let bytes = profile.weight_bytes(layers, Format::Float(DType::BF16))
         + profile.workspace_bytes(layers, 16, 2)
-        + 64 * profile.kv_bytes_per_token(layers, DType::BF16);
+        + profile.state_bytes(layers, DType::BF16, StateRoom { positions: 64, slots: 1 }).total();
     if bytes > LARGEST {
         return Ok(());
     }
