@@ -5,9 +5,9 @@ use serde_json::Value;
 use strata_proto::{DType, Format, LayerRange, StateRoom, v1::Fence};
 
 use crate::{
-    kernels::ops::TensorSpec,
+    kernels::{ops::TensorSpec, tensor::candle_dtype},
     model::Model,
-    transport::{Activation, Hidden, Payload, tcp},
+    transport::{Activation, Payload, Tensors, tcp},
     weights::{Checkpoint, header},
 };
 
@@ -21,11 +21,14 @@ const EXPECTED: [TensorSpec; 2] = [
 /// Frames that are read without complaint.
 pub fn frames() -> Vec<Vec<u8>> {
     let tensor = |e: TensorSpec| {
-        let tensor = Tensor::ones((e.rows, e.columns), crate::transport::candle_dtype(e.dtype), &Device::Cpu);
-        tensor.map(Hidden::Host)
+        let tensor = Tensor::ones((e.rows, e.columns), candle_dtype(e.dtype), &Device::Cpu);
+        tensor
     };
     let tensors = EXPECTED.into_iter().map(tensor).collect::<Result<_, _>>();
-    let payloads = [tensors.ok().map(Payload::Tensors), Some(Payload::Poisoned("why".to_owned()))];
+    let payloads = [
+        tensors.ok().map(|tensors| Payload::Tensors(Tensors::Host(tensors))),
+        Some(Payload::Poisoned("why".to_owned())),
+    ];
     payloads.into_iter().flatten().map(|payload| frame_of(Activation { step: STEP, payload })).collect()
 }
 

@@ -16,10 +16,13 @@ use crate::{
     engine::{Engine, Input, Loaded, Output, Step, Values},
     error::WorkerError,
     interrupt::Interrupt,
-    kernels::ops::{BatchRow, TensorSpec},
-    model::architecture::{Head, Tower},
+    kernels::ops::BatchRow,
+    model::{
+        ModelError,
+        architecture::{Head, Tower},
+    },
     sampler::{Draw, SampleError, Sampled, SamplingParams, TokenHistory, likeliest, sample},
-    transport::{Activation, Downstream, Hidden, LinkError, Payload, Upstream, tcp::Pending},
+    transport::{Activation, Downstream, LinkError, Payload, Tensors, Upstream, tcp::Pending},
 };
 
 /// Called with each step before it is computed; an error poisons the step. For fault injection in tests.
@@ -136,8 +139,7 @@ impl Incarnation {
         }
         for row in &meta.rows {
             check_row(row, tower).map_err(|e| WorkerError::BadMessage(format!("step {}: {e}", meta.step)))?;
-            if tower.is_encoder() {
-                // Computed whole; nothing is kept.
+            if !tower.caches {
                 continue;
             }
             if row.reset {
@@ -189,12 +191,12 @@ impl Incarnation {
         engine: &mut dyn Engine,
         hook: Option<&StepHook>,
     ) -> Result<(Option<v1::StepResult>, Duration), RunEnd> {
-        let width = engine.loaded().map_or(0, |loaded| loaded.model.tower.width);
-        let shape = TensorSpec { dtype: self.dtype, rows: meta.token_ids.len(), columns: width };
+        let loaded = engine.loaded().ok_or_else(|| WorkerError::from(ModelError::NotLoaded))?;
+        let expected = loaded.model.tower.activation(meta.token_ids.len(), self.dtype);
         let hidden = match &mut self.upstream {
             None => Ok(None),
-            Some(upstream) => match upstream.receive(meta.step, &[shape])?.payload {
-                Payload::Tensors(tensors) => Ok(tensors.into_iter().next()),
+            Some(upstream) => match upstream.receive(meta.step, &expected)?.payload {
+                Payload::Tensors(tensors) => Ok(Some(tensors)),
                 Payload::Poisoned(reason) => Err(reason),
             },
         };
@@ -215,13 +217,13 @@ impl Incarnation {
         }
         if let Some(downstream) = &mut self.downstream {
             let payload = match computed {
-                Ok(Computed::Hidden(hidden)) => Payload::Tensors(vec![hidden]),
+                Ok(Computed::Hidden(hidden)) => Payload::Tensors(hidden),
                 Ok(Computed::Output(_)) => {
                     return Err(WorkerError::Internal("a head before the last stage".into()).into());
                 }
                 Err(reason) => Payload::Poisoned(reason),
             };
-            downstream.send(Activation { step: meta.step, payload }, shape)?;
+            downstream.send(Activation { step: meta.step, payload }, &expected)?;
             return Ok((None, compute));
         }
         let (output, failure) = match computed {
@@ -239,7 +241,7 @@ impl Incarnation {
         meta: &v1::StepMeta,
         engine: &mut dyn Engine,
         hook: Option<&StepHook>,
-        hidden: Option<Hidden>,
+        hidden: Option<Tensors>,
     ) -> Result<Computed, String> {
         if let Some(hook) = hook {
             hook(meta)?;
@@ -301,7 +303,7 @@ impl Incarnation {
 
 /// What a stage computed for a step.
 enum Computed {
-    Hidden(Hidden),
+    Hidden(Tensors),
     Output(step_result::Output),
 }
 
@@ -335,10 +337,12 @@ fn check_row(row: &v1::Row, tower: &Tower) -> Result<(), String> {
             "sequence {sequence} has a slot, but no layer of this model has a state of fixed size"
         ));
     }
-    if tower.is_encoder() && (!row.reset || row.start != 0 || row.count == 0 || !row.new_blocks.is_empty()) {
-        return Err(format!(
-            "sequence {sequence} is not whole: an encoder computes it in one step, without a cache"
-        ));
+    let is_whole = row.reset && row.start == 0 && row.count > 0;
+    if (tower.whole_input || !tower.caches) && !is_whole {
+        return Err(format!("sequence {sequence} is not whole: this model computes an input in one step"));
+    }
+    if !tower.caches && !row.new_blocks.is_empty() {
+        return Err(format!("sequence {sequence} has blocks: this model keeps nothing between steps"));
     }
     Ok(())
 }
@@ -400,3 +404,6 @@ fn answer(
         _ => Err("a step yields one kind of output".into()),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,7 +8,7 @@ use std::{
 
 use strata_proto::{
     BLOCK_TOKENS, DeviceKind, Files, PROTOCOL, Progress, StageChannel, Worker,
-    v1::{self, Fence, LinkKind},
+    v1::{self, Fence},
 };
 use tokio::sync::watch;
 use tonic::{Status, async_trait};
@@ -19,13 +19,8 @@ use crate::{
     error::WorkerError,
     incarnation::StepHook,
     model,
-    stage::{Connect, Ends, MakeDownstream, MakeUpstream, Prepare, StageThread},
-    transport::{
-        LinkError, LinkToken, link_token,
-        loopback::Hub,
-        nccl::{self, Joining},
-        tcp::{self, Listener, Pending},
-    },
+    stage::{Connect, Prepare, StageThread},
+    transport::{Link, link_token, loopback::Hub, nccl, tcp::Listener},
 };
 
 /// Small files that travel with a model.
@@ -293,10 +288,11 @@ impl Worker for LocalWorker {
 
     async fn connect(&self, request: v1::ConnectRequest) -> Result<(), Status> {
         let (fence, stage) = self.admit(request.fence, &request.device)?;
-        let gpu = self.config.devices.iter().find(|d| d.id == request.device).map_or(0, DeviceSpec::ordinal);
-        let upstream = request.upstream.map(|link| self.upstream(&link, fence, gpu)).transpose()?;
-        let downstream = request.downstream.map(|link| self.downstream(&link, fence, gpu)).transpose()?;
-        Ok(stage.connect(Connect { fence, upstream, downstream }).await?)
+        let link = |link: Option<v1::Link>| link.map(Link::try_from).transpose();
+        let upstream = link(request.upstream).map_err(WorkerError::from)?;
+        let downstream = link(request.downstream).map_err(WorkerError::from)?;
+        let hub = self.config.hub.clone();
+        Ok(stage.connect(Connect { fence, upstream, downstream, hub }).await?)
     }
 
     async fn run(&self, open: v1::Open) -> Result<StageChannel, Status> {
@@ -310,58 +306,6 @@ impl Worker for LocalWorker {
         self.stage(&request.device)?.abort(&fence).await;
         Ok(())
     }
-}
-
-impl LocalWorker {
-    fn upstream(&self, link: &v1::Link, fence: Fence, gpu: usize) -> Result<MakeUpstream, WorkerError> {
-        let token = link_token(&link.token)?;
-        let hub = self.config.hub.clone();
-        Ok(match link.kind() {
-            LinkKind::Loopback | LinkKind::DeviceCopy => {
-                Box::new(move |ends| Ok(Box::new(hub.upstream(token, ends.interrupt))))
-            }
-            LinkKind::Tcp => Box::new(move |ends| {
-                Ok(Box::new(announced(ends.pending, token)?.accept(fence, &ends.interrupt)?))
-            }),
-            LinkKind::Nccl => {
-                let id = nccl::id_of(&link.nccl_id)?;
-                Box::new(move |Ends { pending, interrupt, longest }| {
-                    let peer = announced(pending, token)?.accept_stream(&interrupt)?;
-                    Ok(nccl::upstream(Joining { id, token, peer, gpu, longest, interrupt })?)
-                })
-            }
-            LinkKind::Unspecified => return Err(WorkerError::BadMessage("a link needs a kind".into())),
-        })
-    }
-
-    fn downstream(&self, link: &v1::Link, fence: Fence, gpu: usize) -> Result<MakeDownstream, WorkerError> {
-        let token = link_token(&link.token)?;
-        let hub = self.config.hub.clone();
-        let address = link.address.clone();
-        Ok(match link.kind() {
-            kind @ (LinkKind::Loopback | LinkKind::DeviceCopy) => {
-                let by_host = kind == LinkKind::Loopback;
-                Box::new(move |ends| Ok(Box::new(hub.downstream(token, by_host, ends.interrupt))))
-            }
-            LinkKind::Tcp => {
-                Box::new(move |ends| Ok(Box::new(tcp::dial(&address, &token, fence, &ends.interrupt)?)))
-            }
-            LinkKind::Nccl => {
-                let id = nccl::id_of(&link.nccl_id)?;
-                Box::new(move |Ends { interrupt, longest, .. }| {
-                    let peer = tcp::reach(&address, &token, &interrupt)?;
-                    Ok(nccl::downstream(Joining { id, token, peer, gpu, longest, interrupt })?)
-                })
-            }
-            LinkKind::Unspecified => return Err(WorkerError::BadMessage("a link needs a kind".into())),
-        })
-    }
-}
-
-/// The claim on a peer that shows `token`.
-fn announced(pending: Option<Pending>, token: LinkToken) -> Result<Pending, LinkError> {
-    let error = || LinkError::Protocol("this link's token was not announced by Prepare".into());
-    pending.filter(|pending| *pending.token() == token).ok_or_else(error)
 }
 
 fn read_files(directory: &Path) -> Result<Files, WorkerError> {

@@ -30,7 +30,7 @@ use crate::{
     incarnation::{Incarnation, RunEnd, StepHook},
     interrupt::Interrupt,
     model::{LoadedBytes, Model, ModelError, RangeSpec, bytes},
-    transport::{Downstream, Upstream, tcp::Pending},
+    transport::{self, End, Link, loopback::Hub, tcp::Pending},
 };
 
 /// Steps the coordinator may queue on a stage.
@@ -60,24 +60,13 @@ pub(crate) struct Prepare {
     pub pending: Option<Pending>,
 }
 
-/// How a stage gets its links: by closures, so that the thread knows no transport.
-pub(crate) type MakeUpstream = Box<dyn FnOnce(Ends) -> Result<Box<dyn Upstream>, WorkerError> + Send>;
-pub(crate) type MakeDownstream = Box<dyn FnOnce(Ends) -> Result<Box<dyn Downstream>, WorkerError> + Send>;
-
-/// What a stage knows of its end of a link.
-pub(crate) struct Ends {
-    /// The link that `Prepare` announced, if this is the receiving end of one over TCP.
-    pub pending: Option<Pending>,
-    pub interrupt: Interrupt,
-    /// Bytes of the longest activation.
-    pub longest: u64,
-}
-
 /// Links to bring up.
 pub(crate) struct Connect {
     pub fence: Fence,
-    pub upstream: Option<MakeUpstream>,
-    pub downstream: Option<MakeDownstream>,
+    pub upstream: Option<Link>,
+    pub downstream: Option<Link>,
+    /// Where links inside this process meet.
+    pub hub: Arc<Hub>,
 }
 
 /// What others may see of a stage thread while it works.
@@ -131,6 +120,7 @@ impl StageThread {
             let _ = report.send(Ok(()));
             let mut stage = Stage {
                 shared: theirs,
+                ordinal: device.ordinal(),
                 begun,
                 engine,
                 hook,
@@ -290,6 +280,8 @@ fn message(message: from_stage::Message) -> v1::FromStage {
 /// State of the stage thread.
 struct Stage {
     shared: Arc<Shared>,
+    /// The device's number.
+    ordinal: usize,
     begun: Instant,
     engine: Box<dyn Engine>,
     hook: Option<StepHook>,
@@ -448,17 +440,25 @@ impl Stage {
     }
 
     fn connect(&mut self, request: Connect) -> Result<(), WorkerError> {
-        let width = self.engine.loaded().map_or(0, |loaded| loaded.model.tower.width);
+        let loaded = self.engine.loaded().ok_or_else(|| WorkerError::from(ModelError::NotLoaded))?;
         let incarnation = current(&mut self.incarnation, &request.fence)?;
-        let longest = (incarnation.max_step_tokens * width) as u64 * incarnation.dtype.size();
-        let ends = |pending| Ends { pending, interrupt: incarnation.interrupt.clone(), longest };
+        let longest = loaded.model.tower.activation(incarnation.max_step_tokens, incarnation.dtype);
+        let ordinal = self.ordinal;
+        let end = |pending| End {
+            fence: incarnation.fence,
+            interrupt: incarnation.interrupt.clone(),
+            hub: request.hub.clone(),
+            pending,
+            ordinal,
+            longest: longest.clone(),
+        };
         // Down first: the next stage answers the hello without waiting for its own neighbours.
-        if let Some(make) = request.downstream {
-            incarnation.downstream = Some(make(ends(None))?);
+        if let Some(link) = request.downstream {
+            incarnation.downstream = Some(transport::open(link.kind)?.downstream(link, end(None))?);
         }
-        if let Some(make) = request.upstream {
+        if let Some(link) = request.upstream {
             let pending = incarnation.pending.take();
-            incarnation.upstream = Some(make(ends(pending))?);
+            incarnation.upstream = Some(transport::open(link.kind)?.upstream(link, end(pending))?);
         }
         Ok(())
     }

@@ -224,8 +224,7 @@ pub fn measure(
         slowness.insert(key, seconds / least);
         report(Report::Line(work.line(seconds, &mut limits)))?;
     }
-    let never_measured: &[_] =
-        if request.model.tower.is_encoder() { &["attention of an encoder"] } else { &[] };
+    let never_measured: &[_] = if request.model.tower.caches { &[] } else { &["attention of an encoder"] };
     report(Report::Left { not_measured: all - measured, never_measured })?;
     match measured {
         0 => Err(WorkerError::WrongState(format!(
@@ -288,7 +287,7 @@ fn kernels(request: &Request) -> Vec<Kernel> {
     let prefills = prefills.into_iter().filter(|(tokens, before)| tokens + before <= context);
     let mut rows = request.rows.iter();
     rows.by_ref().take(3).for_each(|rows| products(*rows, &mut all));
-    if !tower.is_encoder() {
+    if tower.caches {
         let decodes = unique(decodes).into_iter();
         all.extend(decodes.map(|(sequences, context)| Kernel::Decode { sequences, context }));
         let prefills = unique(prefills).into_iter();
@@ -296,7 +295,7 @@ fn kernels(request: &Request) -> Vec<Kernel> {
     }
     for rows in unique(OTHERS.map(|rows| rows.min(context))) {
         all.push(Kernel::Norm { rows });
-        if !tower.is_encoder() {
+        if tower.caches {
             all.push(Kernel::Place { rows });
         }
         if matches!(tower.head, Head::Lm { .. }) && rows <= MOST_OUTPUTS {

@@ -4,6 +4,7 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 pub mod measure;
+mod states;
 mod step;
 
 use std::{
@@ -13,15 +14,15 @@ use std::{
 
 use strata_proto::DeviceKind;
 
-pub(crate) use self::step::Limits;
 pub use self::step::StepError;
+pub(crate) use self::{states::Caches, step::Limits};
 use crate::{
     device::DeviceSpec,
     error::WorkerError,
     kernels::{cpu::Cpu, ops::BatchRow},
     model::{LoadedBytes, Model, ModelError, RangeSpec},
     sampler::{Draw, SampleError, Sampled},
-    transport::Hidden,
+    transport::Tensors,
     weights::Checkpoint,
 };
 
@@ -107,14 +108,15 @@ pub enum Input<'a> {
         /// Their segments; empty if all are 0.
         segments: &'a [u32],
     },
-    /// The residual stream `(tokens, width)` of the stage before.
-    Hidden(Hidden),
+    /// What the stage before hands on, the residual stream `(tokens, width)` first.
+    Hidden(Tensors),
 }
 
 /// What a step yields.
 pub enum Output<'a> {
-    /// The residual stream `(tokens, width)`, every value rounded to the plan's format.
-    Hidden(Hidden),
+    /// What goes on to the next stage, the residual stream `(tokens, width)` first, every value of it rounded to the plan's
+    /// format.
+    Hidden(Tensors),
     /// On the stage with the head.
     Values(Values<'a>),
 }
@@ -129,6 +131,18 @@ pub struct Values<'a> {
     pub drawn: &'a [Option<Result<Sampled, SampleError>>],
     /// What samples.
     pub cpu: &'a Cpu,
+}
+
+/// Refuses a model whose stages hand on what no engine computes yet.
+fn check_carried(model: &Model) -> Result<(), ModelError> {
+    match model.tower.carried.is_empty() {
+        true => Ok(()),
+        false => Err(ModelError::Unsupported {
+            processor: "this build",
+            with: "whose stages hand on more than the residual stream",
+            instead: "upgrade it",
+        }),
+    }
 }
 
 /// What measures the kernels of a device.

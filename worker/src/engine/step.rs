@@ -147,7 +147,8 @@ impl Limits {
         let sets = tower.ropes.iter().map(|r| r.sets.len()).max().unwrap_or(1);
         for (row, BatchRow { start, count, blocks, rope_set }) in rows.iter().enumerate() {
             let end = *start as usize + *count as usize;
-            let whole = !tower.is_encoder() || *start == 0;
+            // What came before must be in the cache, and must not be seen without what comes.
+            let whole = *start == 0 || (tower.caches && !tower.whole_input);
             if *count == 0 || end > tower.context || !whole {
                 let (start, count, context) = (*start, *count, tower.context);
                 return Err(StepError::Position { row, start, count, context });
@@ -155,7 +156,7 @@ impl Limits {
             if *rope_set as usize >= sets {
                 return Err(StepError::RopeSet { row, set: *rope_set, sets });
             }
-            let needed = if tower.is_encoder() { 0 } else { end.div_ceil(BLOCK_TOKENS) };
+            let needed = if tower.caches { end.div_ceil(BLOCK_TOKENS) } else { 0 };
             if blocks.len() < needed {
                 return Err(StepError::BlockTable { row, blocks: blocks.len(), needed });
             }
@@ -172,10 +173,13 @@ impl Limits {
         match (input, self.spec.embedding) {
             (Input::Tokens { .. }, false) => Err(StepError::InputKind { expected: "the residual stream" }),
             (Input::Hidden(_), true) => Err(StepError::InputKind { expected: "token ids" }),
-            (Input::Hidden(hidden), false) if hidden.elements() != tokens * tower.width => {
-                mismatch(hidden.elements() / tower.width)
+            (Input::Hidden(hidden), false) if hidden.fit(&tower.activation(tokens, self.spec.dtype)) => {
+                Ok(())
             }
-            (Input::Hidden(_), false) => Ok(()),
+            (Input::Hidden(hidden), false) if hidden.rows() != tokens => mismatch(hidden.rows()),
+            (Input::Hidden(_), false) => {
+                Err(StepError::InputKind { expected: "what the model's stages hand on" })
+            }
             (Input::Tokens { ids, .. }, true) if ids.len() != tokens => mismatch(ids.len()),
             (Input::Tokens { segments, .. }, true) if ![0, tokens].contains(&segments.len()) => {
                 mismatch(segments.len())

@@ -6,3 +6,4 @@ pub mod cpu;
 pub mod cuda;
 pub(crate) mod measure;
 pub mod ops;
+pub(crate) mod tensor;

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use strata_proto::v1;
+use strata_proto::{DType, LayerState, StateKind, v1};
 
 pub use crate::kernels::ops::{Act, Norm, Span};
+use crate::kernels::ops::{TensorSpec, kv_elements};
 
 /// A stack of layers between an embedding and a head.
 #[derive(Debug, Clone, PartialEq)]
@@ -21,10 +22,25 @@ pub struct Tower {
     pub ropes: Vec<Rope>,
     /// The layers, in order.
     pub layers: Vec<Layer>,
+    /// Keys and values are kept between steps, so that a sequence may be computed in several.
+    pub caches: bool,
+    /// A row must be a whole input, for each position sees those behind it too.
+    pub whole_input: bool,
+    /// What stages hand on beside the residual stream, in this order.
+    pub carried: Vec<Carried>,
     /// Before the head; none where each layer ends with a norm.
     pub norm: Option<Norm>,
     /// What the last stage yields.
     pub head: Head,
+}
+
+/// A tensor that stages hand on beside the residual stream, a row per token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Carried {
+    /// Elements of a row.
+    pub columns: usize,
+    /// Their format; none if it is that of the residual stream.
+    pub dtype: Option<DType>,
 }
 
 /// How the residual stream begins: the sum of a token's rows of up to three tables.
@@ -128,6 +144,8 @@ pub struct Attention {
     pub head_dim: usize,
     /// Factor on the scores.
     pub scale: f32,
+    /// The earlier layer of the same stage whose keys and values this one reads, having none of its own.
+    pub shares: Option<usize>,
     /// Which positions are seen.
     pub span: Span,
     /// How positions enter.
@@ -149,9 +167,9 @@ impl Attention {
         self.kv_heads * self.head_dim
     }
 
-    /// Width of queries, keys and values side by side.
+    /// Width of queries, keys and values side by side, as far as the layer has its own.
     pub fn qkv_width(&self) -> usize {
-        self.q_width() + 2 * self.kv_width()
+        self.q_width() + if self.shares.is_some() { 0 } else { 2 * self.kv_width() }
     }
 }
 
@@ -275,7 +293,7 @@ pub enum Slot {
     InputNorm,
     /// `(width)`, before attention, or after it in a post-norm layer.
     AttentionNorm,
-    /// `(qkv_width, width)`: queries, keys, values.
+    /// `(qkv_width, width)`: queries, keys, values; queries alone where keys and values are another layer's.
     Qkv,
     /// `(heads * head_dim, width)`.
     Query,
@@ -382,7 +400,8 @@ impl Tower {
                 slots.push((Slot::Qkv, Shape::Product(attention.qkv_width(), width)));
                 if attention.qk_norm.is_some() {
                     let head = Shape::Norm(attention.head_dim);
-                    slots.extend([(Slot::QueryNorm, head), (Slot::KeyNorm, head)]);
+                    slots.push((Slot::QueryNorm, head));
+                    slots.extend(attention.shares.is_none().then_some((Slot::KeyNorm, head)));
                 }
                 slots.push((Slot::AttentionOut, Shape::Product(width, attention.q_width())));
                 slots.extend(sandwich.then_some((Slot::AttentionPostNorm, norm)));
@@ -427,6 +446,7 @@ impl Tower {
         let Layer { attention, ffn, .. } = &self.layers[layer];
         match part {
             Slot::Query => attention.q_width(),
+            Slot::Key | Slot::Value if attention.shares.is_some() => 0,
             Slot::Key | Slot::Value => attention.kv_width(),
             _ => ffn.mlp().inner,
         }
@@ -447,9 +467,25 @@ impl Tower {
         }
     }
 
-    /// Whether sequences are computed whole, in one step, without a cache.
-    pub fn is_encoder(&self) -> bool {
-        self.layers.iter().any(|l| l.attention.span == Span::Full)
+    /// What a stage hands to the next for a step of so many tokens: the residual stream `(tokens, width)` in `dtype`, then
+    /// what is carried beside it.
+    pub fn activation(&self, tokens: usize, dtype: DType) -> Vec<TensorSpec> {
+        let residual = TensorSpec { dtype, rows: tokens, columns: self.width };
+        let carried = self.carried.iter().map(|carried| TensorSpec {
+            dtype: carried.dtype.unwrap_or(dtype),
+            rows: tokens,
+            columns: carried.columns,
+        });
+        [residual].into_iter().chain(carried).collect()
+    }
+
+    /// What a layer keeps of a sequence between steps.
+    pub fn states(&self, layer: usize) -> Vec<LayerState> {
+        let Attention { kv_heads, head_dim, shares, .. } = self.layers[layer].attention;
+        let elements = kv_elements(kv_heads, head_dim) as u64;
+        let shares = shares.map(|owner| owner as u32);
+        let paged = LayerState { kind: StateKind::PagedKv, elements, shares };
+        if self.caches { vec![paged] } else { Vec::new() }
     }
 }
 

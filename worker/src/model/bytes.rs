@@ -5,14 +5,14 @@ use strata_proto::{DType, Format, Quantization};
 
 use super::{
     Model, RangeSpec,
-    architecture::{Layer, Shape, Site, Slot},
+    architecture::{Shape, Site, Slot},
     range::parts,
     widths,
 };
 use crate::kernels::{
     buffer::Buffer,
     cpu::packed::{PackedMatrix, Table},
-    ops::{BLOCK_TOKENS, kv_elements},
+    ops::BLOCK_TOKENS,
 };
 
 /// Bytes that all weights of `site` occupy.
@@ -44,20 +44,13 @@ pub(crate) fn of_weights(model: &Model, spec: &RangeSpec) -> u64 {
 /// Bytes of cache and scratch of a stage with `kv_blocks` blocks, for steps of at most `tokens` tokens and, with the
 /// head, `outputs` output rows.
 pub(crate) fn of_state(model: &Model, spec: &RangeSpec, kv_blocks: u32, tokens: u32, outputs: u32) -> u64 {
-    let elements = |l: &Layer| kv_elements(l.attention.kv_heads, l.attention.head_dim) as u64;
-    let per_token: u64 = cached(model, spec).iter().map(elements).sum::<u64>() * spec.dtype.size();
+    let layers = spec.layers.first as usize..spec.layers.end as usize;
+    let states = layers.flat_map(|layer| model.tower.states(layer));
+    let elements: u64 = states.map(|state| state.own_elements()).sum();
     let outputs = if spec.head { u64::from(outputs) } else { 0 };
-    u64::from(kv_blocks) * BLOCK_TOKENS as u64 * per_token
+    u64::from(kv_blocks) * BLOCK_TOKENS as u64 * elements * spec.dtype.size()
         + widths::bytes_per_token(&model.tower) * widths::padded(tokens) as u64
         + widths::bytes_per_output(&model.tower) * outputs
-}
-
-/// The layers of a stage that have a cache.
-pub(crate) fn cached<'a>(model: &'a Model, spec: &RangeSpec) -> &'a [Layer] {
-    match model.tower.is_encoder() {
-        true => &[],
-        false => &model.tower.layers[spec.layers.first as usize..spec.layers.end as usize],
-    }
 }
 
 /// Bytes that what fills a slot occupies.

@@ -89,6 +89,29 @@ pub enum ModelError {
         /// What the model has.
         layers: usize,
     },
+    /// A range that lacks what one of its layers reads.
+    #[error(
+        "layers {range} hold layer {layer}, which reads the keys and values of layer {owner}: expected both in one stage, the \
+         owner first, with as many heads of its own; cut elsewhere"
+    )]
+    SharedCache {
+        /// What was asked for.
+        range: strata_proto::LayerRange,
+        /// Which layer shares.
+        layer: usize,
+        /// Whose cache it is.
+        owner: usize,
+    },
+    /// A model that the engine of a device cannot compute.
+    #[error("{processor} cannot compute a model {with}: expected one without; {instead}")]
+    Unsupported {
+        /// What was to compute it.
+        processor: &'static str,
+        /// What it has.
+        with: &'static str,
+        /// What to do.
+        instead: &'static str,
+    },
     /// No memory.
     #[error(transparent)]
     Memory(#[from] OutOfMemory),

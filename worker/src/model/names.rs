@@ -124,8 +124,10 @@ impl Binder<'_> {
             return Err(ModelError::MissingTensor(format!("{slot:?} of {site:?}")));
         };
         let mut first_row = 0;
-        slot.parts()
-            .iter()
+        let has_rows = |part: &&Slot| self.tower.part_rows(site, **part) > 0;
+        let parts: Vec<_> = slot.parts().iter().filter(has_rows).collect();
+        parts
+            .into_iter()
             .map(|part| {
                 let missing = || ModelError::MissingTensor(format!("{part:?} of {site:?}"));
                 let (module, source) = self.module(site, *part, expert).ok_or_else(missing)?;

@@ -2,19 +2,14 @@
 
 use std::path::Path;
 
-use strata_proto::{
-    Experts, FormatBytes, LayerRange, LayerState, ModelProfile, Module, Stack, StateKind, v1,
-};
+use strata_proto::{Experts, FormatBytes, LayerRange, ModelProfile, Module, Stack, v1};
 
 use super::{
     Model, ModelError,
-    architecture::{Attention, Ffn, Head, Layer, Site, Slot, Source},
+    architecture::{Ffn, Head, Layer, Site, Slot, Source},
     bytes, families, widths,
 };
-use crate::{
-    kernels::{cpu::packed::Table, ops::kv_elements},
-    weights::Checkpoint,
-};
+use crate::{kernels::cpu::packed::Table, weights::Checkpoint};
 
 /// Describes the model in `dir`, called `name` on the wire. Of the weights, only headers and a few sampled bytes are
 /// read.
@@ -37,13 +32,11 @@ impl Model {
                 _ => None,
             },
         };
-        let layers = tower.layers.iter().enumerate().map(|(i, layer)| {
-            let Attention { kv_heads, head_dim, .. } = layer.attention;
-            let elements = kv_elements(kv_heads, head_dim) as u64;
-            let cache = LayerState::own(StateKind::PagedKv, elements);
-            let states = if tower.is_encoder() { vec![] } else { vec![cache] };
-            module(Site::Layer(i), states, macs(tower.width, layer))
-        });
+        let layers = tower
+            .layers
+            .iter()
+            .enumerate()
+            .map(|(i, layer)| module(Site::Layer(i), tower.states(i), macs(tower.width, layer)));
         let dense = if matches!(tower.head, Head::Lm { .. } | Head::Embed { .. }) { 0 } else { tower.width };
         let head = if matches!(tower.head, Head::Embed { .. }) { 0 } else { tower.outputs() };
         let (scoring, labels) = match &tower.head {
@@ -85,7 +78,7 @@ impl Model {
             tokenizers: families::tokenizers(&self.family),
             stacks: vec![Stack {
                 layers: LayerRange::new(0, tower.layers.len() as u32),
-                whole_input: tower.is_encoder(),
+                whole_input: tower.whole_input,
                 positions: tower.context as u32,
             }],
         }

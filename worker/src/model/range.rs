@@ -4,7 +4,7 @@ use strata_proto::{DType, Format, LayerRange, Quantization};
 
 use super::{
     Model, ModelError,
-    architecture::{Shape, Site, Slot},
+    architecture::{Attention, Shape, Site, Slot},
 };
 
 /// Which part of a model a stage holds, and in which format.
@@ -53,10 +53,23 @@ impl RangeSpec {
     pub(crate) fn check(&self, model: &Model) -> Result<(), ModelError> {
         let (LayerRange { first, end }, layers) = (self.layers, model.tower.layers.len());
         let within = first < end && end as usize <= layers;
-        if within && self.embedding == (first == 0) && self.head == (end as usize == layers) {
-            return Ok(());
+        if !within || self.embedding != (first == 0) || self.head != (end as usize == layers) {
+            let RangeSpec { layers: range, embedding, head, .. } = *self;
+            return Err(ModelError::Range { range, embedding, head, layers });
         }
-        Err(ModelError::Range { range: self.layers, embedding: self.embedding, head: self.head, layers })
+        for layer in first as usize..end as usize {
+            let attention = &model.tower.layers[layer].attention;
+            let Some(owner) = attention.shares else { continue };
+            let fits = |other: &Attention| {
+                let shape = |a: &Attention| (a.kv_heads, a.head_dim);
+                other.shares.is_none() && shape(other) == shape(attention)
+            };
+            let is_here = (first as usize..layer).contains(&owner);
+            if !is_here || !model.tower.caches || !fits(&model.tower.layers[owner].attention) {
+                return Err(ModelError::SharedCache { range: self.layers, layer, owner });
+            }
+        }
+        Ok(())
     }
 }
 

@@ -4,6 +4,7 @@ mod bind;
 mod encoders;
 mod invariance;
 mod mutations;
+mod sharing;
 
 use std::{
     fs,
@@ -21,7 +22,7 @@ use crate::{
         cpu::{State, Weights},
     },
     kernels::cpu::{Cpu, isa::Isa, pool::Pool},
-    transport::Hidden,
+    transport::Tensors,
 };
 
 fn models() -> PathBuf {
@@ -77,15 +78,19 @@ struct Pipeline {
 impl Pipeline {
     fn new(dir: &Path, cuts: &[u32], way: Way) -> Self {
         let (checkpoint, model) = Model::open_dir(dir).unwrap();
+        Self::of(&checkpoint, &model, cuts, way)
+    }
+
+    fn of(checkpoint: &Checkpoint, model: &Model, cuts: &[u32], way: Way) -> Self {
         let ends: Vec<u32> = cuts.iter().copied().chain([model.tower.layers.len() as u32]).collect();
         let firsts = [0].iter().chain(cuts);
         let blocks = model.tower.context.div_ceil(BLOCK_TOKENS) as u32;
         let stages = firsts.zip(&ends).map(|(&first, &end)| {
-            let spec = spec(&model, first, end, way);
-            let mut state = State::new(&model, &spec, blocks, 512, 512, way.cpu()).unwrap();
+            let spec = spec(model, first, end, way);
+            let mut state = State::new(model, &spec, blocks, 512, 512, way.cpu()).unwrap();
             // Whatever was never written must not matter.
             state.poison();
-            (load(&checkpoint, &model, &spec), state)
+            (load(checkpoint, model, &spec), state)
         });
         let switch = model.tower.ropes.iter().find_map(|r| r.switch).unwrap_or(usize::MAX);
         Pipeline { stages: stages.collect(), blocks: (0..blocks).collect(), switch }
@@ -93,7 +98,7 @@ impl Pipeline {
 
     /// What the last stage yields of `rows` for `outputs`.
     fn run(&mut self, rows: &[BatchRow<'_>], ids: &[u32], segments: &[u32], outputs: &[u32]) -> Vec<f32> {
-        let mut hidden: Option<Hidden> = None;
+        let mut hidden: Option<Tensors> = None;
         for (weights, state) in &mut self.stages {
             let input = hidden.take().map_or(Input::Tokens { ids, segments }, Input::Hidden);
             match state.forward(weights, rows, input, outputs).unwrap() {

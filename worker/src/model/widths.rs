@@ -23,7 +23,7 @@ pub(crate) struct Widths {
     pub angles: Vec<usize>,
     /// Values of the head.
     pub outputs: usize,
-    /// Heads and their width of the keys and values of an encoder's layer.
+    /// Heads and their width of the keys and values of a layer, where they are kept no longer than a step.
     pub keys: Option<(usize, usize)>,
     /// Experts, and experts per token, of a layer that has some.
     pub experts: Option<(usize, usize)>,
@@ -50,7 +50,7 @@ impl Widths {
             up: widest(&|l| l.ffn.up_width()),
             angles: tower.ropes.iter().map(|r| (2 * r.pairs()).next_multiple_of(LINE)).collect(),
             outputs: tower.outputs().next_multiple_of(LINE),
-            keys: tower.is_encoder().then(|| tower.layers.first().map(keys)).flatten(),
+            keys: if tower.caches { None } else { tower.layers.first().map(keys) },
             experts: experts.reduce(|a, b| (a.0.max(b.0), a.1.max(b.1))),
             input: widest(&input),
         }

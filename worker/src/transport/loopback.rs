@@ -8,8 +8,26 @@ use std::{
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use super::{Activation, Downstream, Hidden, LinkError, LinkToken, Payload, Upstream, check_step};
+use super::{
+    Activation, Downstream, End as StageEnd, Link, LinkError, LinkToken, Payload, Tensors, Transport,
+    Upstream, check_step, check_tensors,
+};
 use crate::{interrupt::Interrupt, kernels::ops::TensorSpec};
+
+/// Links inside one process; what is sent goes through host memory, or stays on its device.
+pub(super) struct Loopback {
+    pub by_host: bool,
+}
+
+impl Transport for Loopback {
+    fn upstream(&self, link: Link, end: StageEnd) -> Result<Box<dyn Upstream>, LinkError> {
+        Ok(Box::new(end.hub.upstream(link.token, end.interrupt)))
+    }
+
+    fn downstream(&self, link: Link, end: StageEnd) -> Result<Box<dyn Downstream>, LinkError> {
+        Ok(Box::new(end.hub.downstream(link.token, self.by_host, end.interrupt)))
+    }
+}
 
 /// Activations a stage may be ahead of its successor.
 const IN_FLIGHT: usize = 2;
@@ -101,10 +119,13 @@ pub struct LoopbackDownstream {
 }
 
 impl Downstream for LoopbackDownstream {
-    fn send(&mut self, mut activation: Activation, _shape: TensorSpec) -> Result<(), LinkError> {
-        if let (true, Payload::Tensors(tensors)) = (self.by_host, &mut activation.payload) {
-            let moved = std::mem::take(tensors).into_iter().map(|t| t.into_host().map(Hidden::Host));
-            *tensors = moved.collect::<Result<_, _>>()?;
+    fn send(&mut self, mut activation: Activation, expected: &[TensorSpec]) -> Result<(), LinkError> {
+        check_tensors(&activation, expected)?;
+        if self.by_host {
+            activation.payload = match activation.payload {
+                Payload::Tensors(tensors) => Payload::Tensors(Tensors::Host(tensors.into_host()?)),
+                poisoned => poisoned,
+            };
         }
         match self.interrupt.block_on(self.sender.send(activation)) {
             None => Err(LinkError::Interrupted),
@@ -129,22 +150,14 @@ impl Upstream for LoopbackUpstream {
             Some(Some(activation)) => activation,
         };
         check_step(activation.step, step)?;
-        if let Payload::Tensors(tensors) = &activation.payload
-            && (tensors.len() != expected.len() || !tensors.iter().zip(expected).all(|(t, e)| t.fits(e)))
-        {
-            return Err(LinkError::Protocol(format!("step {step} came with other shapes than {expected:?}")));
-        }
+        check_tensors(&activation, expected)?;
         Ok(activation)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use strata_proto::DType;
-
     use super::*;
-
-    const SHAPE: TensorSpec = TensorSpec { dtype: DType::F32, rows: 1, columns: 1 };
 
     #[test]
     fn ends_meet_in_either_order_and_leave_nothing_behind() {
@@ -159,7 +172,7 @@ mod tests {
                 let up = hub.upstream([1; 32], interrupt.clone());
                 (down, up)
             };
-            down.send(Activation { step: 4, payload: Payload::Poisoned("x".into()) }, SHAPE).unwrap();
+            down.send(Activation { step: 4, payload: Payload::Poisoned("x".into()) }, &[]).unwrap();
             assert!(matches!(up.receive(4, &[]).unwrap().payload, Payload::Poisoned(why) if why == "x"));
             drop(down);
             assert!(matches!(up.receive(5, &[]), Err(LinkError::Closed(_))));
@@ -178,7 +191,7 @@ mod tests {
             let other = interrupt.clone();
             let sending = std::thread::spawn(move || {
                 let mut down = there.downstream(token, true, other);
-                down.send(Activation { step: 0, payload: Payload::Poisoned(String::new()) }, SHAPE)
+                down.send(Activation { step: 0, payload: Payload::Poisoned(String::new()) }, &[])
                     .map(|()| down)
             });
             let mut up = hub.upstream(token, interrupt);

@@ -1,16 +1,22 @@
 //! Links that carry activations from a stage to the next one.
 //!
 //! One activation per link and step, in step order. A link is owned by its stage thread; waits end when the
-//! incarnation's [`Interrupt`](crate::interrupt::Interrupt) is tripped.
+//! incarnation's [`Interrupt`] is tripped. [`open`] alone knows all kinds of links: a new one is a file that implements
+//! [`Transport`], and an arm there.
 
 pub mod loopback;
 pub(crate) mod nccl;
 pub mod tcp;
 
-use candle_core::Tensor;
-use strata_proto::{DType, v1::Fence};
+use std::sync::Arc;
 
-use crate::kernels::ops::TensorSpec;
+use candle_core::Tensor;
+use strata_proto::v1::{self, Fence, LinkKind};
+
+use crate::{
+    interrupt::Interrupt,
+    kernels::{ops::TensorSpec, tensor::spec_of},
+};
 
 /// Secret that names one link of one incarnation.
 pub type LinkToken = [u8; 32];
@@ -37,53 +43,54 @@ pub struct Activation {
 /// Content of an [`Activation`].
 #[derive(Debug)]
 pub enum Payload {
-    /// The residual stream `(tokens, hidden)` first; encoder-decoders will add the encoder's output.
-    Tensors(Vec<Hidden>),
+    /// What the stage computed.
+    Tensors(Tensors),
     /// A stage failed this step; nothing downstream computes, the last stage reports the reason.
     Poisoned(String),
 }
 
-/// Rows of activations, wherever they lie.
+/// The tensors of an activation: the residual stream `(tokens, width)` first, then what the model carries beside it, in
+/// the order of [`Tower::activation`](crate::model::architecture::Tower::activation). All lie in one place.
 #[derive(Debug)]
-pub enum Hidden {
+pub enum Tensors {
     /// In host memory.
-    Host(Tensor),
+    Host(Vec<Tensor>),
     /// In a GPU's memory.
     #[cfg(feature = "cuda")]
-    Device(crate::kernels::cuda::DeviceRows),
+    Device(crate::kernels::cuda::DeviceTensors),
 }
 
-impl Hidden {
-    /// The rows in host memory.
+impl Tensors {
+    /// The tensors in host memory.
     ///
     /// # Errors
     /// If the device that has them fails.
-    pub fn into_host(self) -> Result<Tensor, LinkError> {
+    pub fn into_host(self) -> Result<Vec<Tensor>, LinkError> {
         match self {
-            Hidden::Host(tensor) => Ok(tensor),
+            Tensors::Host(tensors) => Ok(tensors),
             #[cfg(feature = "cuda")]
-            Hidden::Device(rows) => Ok(rows.to_host()?),
+            Tensors::Device(tensors) => Ok(tensors.to_host()?),
         }
     }
 
-    /// Elements of all rows.
-    pub fn elements(&self) -> usize {
+    /// Rows of the first tensor: the tokens of the step.
+    pub fn rows(&self) -> usize {
         match self {
-            Hidden::Host(tensor) => tensor.elem_count(),
+            Tensors::Host(tensors) => tensors.first().and_then(spec_of).map_or(0, |spec| spec.rows),
             #[cfg(feature = "cuda")]
-            Hidden::Device(rows) => rows.shape().rows * rows.shape().columns,
+            Tensors::Device(tensors) => tensors.specs().first().map_or(0, |spec| spec.rows),
         }
     }
 
-    /// Whether these are rows as `expected`.
-    pub fn fits(&self, expected: &TensorSpec) -> bool {
+    /// Whether these are the tensors that are `expected`, in order, and no others.
+    pub fn fit(&self, expected: &[TensorSpec]) -> bool {
         match self {
-            Hidden::Host(tensor) => {
-                tensor.dtype() == candle_dtype(expected.dtype)
-                    && tensor.dims() == [expected.rows, expected.columns]
+            Tensors::Host(tensors) => {
+                let specs = tensors.iter().map(spec_of);
+                specs.eq(expected.iter().map(|spec| Some(*spec)))
             }
             #[cfg(feature = "cuda")]
-            Hidden::Device(rows) => rows.shape() == *expected,
+            Tensors::Device(tensors) => tensors.specs() == expected,
         }
     }
 }
@@ -97,8 +104,79 @@ pub trait Upstream {
 
 /// The sending end of a link. Sending overlaps the next step's compute.
 pub trait Downstream {
-    /// Queues an activation. `shape` is what the receiver expects, also of a step that is poisoned.
-    fn send(&mut self, activation: Activation, shape: TensorSpec) -> Result<(), LinkError>;
+    /// Queues an activation. `expected` is what the receiver expects, also of a step that is poisoned; others are refused.
+    fn send(&mut self, activation: Activation, expected: &[TensorSpec]) -> Result<(), LinkError>;
+}
+
+/// A way for activations to travel.
+pub(crate) trait Transport {
+    /// Opens the receiving end of a link.
+    fn upstream(&self, link: Link, end: End) -> Result<Box<dyn Upstream>, LinkError>;
+
+    /// Opens the sending end of a link.
+    fn downstream(&self, link: Link, end: End) -> Result<Box<dyn Downstream>, LinkError>;
+}
+
+/// The way that a kind of link names.
+///
+/// # Errors
+/// If this build knows none of that kind.
+pub(crate) fn open(kind: LinkKind) -> Result<&'static dyn Transport, LinkError> {
+    match kind {
+        LinkKind::Loopback => Ok(&loopback::Loopback { by_host: true }),
+        LinkKind::DeviceCopy => Ok(&loopback::Loopback { by_host: false }),
+        LinkKind::Tcp => Ok(&tcp::Tcp),
+        LinkKind::Nccl => Ok(&nccl::Nccl),
+        LinkKind::Unspecified => {
+            Err(LinkError::Protocol("a link needs a kind that this worker knows".into()))
+        }
+    }
+}
+
+/// A link as the coordinator describes it to one of its ends.
+pub(crate) struct Link {
+    /// How activations travel.
+    pub kind: LinkKind,
+    /// Its secret.
+    pub token: LinkToken,
+    /// Where to dial.
+    pub address: String,
+    /// What both ends of an NCCL link join by.
+    pub nccl_id: Vec<u8>,
+}
+
+impl TryFrom<v1::Link> for Link {
+    type Error = LinkError;
+
+    fn try_from(link: v1::Link) -> Result<Self, LinkError> {
+        let (kind, token) = (link.kind(), link_token(&link.token)?);
+        open(kind)?;
+        Ok(Link { kind, token, address: link.address, nccl_id: link.nccl_id.to_vec() })
+    }
+}
+
+/// What a stage knows of its own end of a link.
+pub(crate) struct End {
+    /// Of the incarnation.
+    pub fence: Fence,
+    /// Ends waits.
+    pub interrupt: Interrupt,
+    /// Where ends in one process find each other.
+    pub hub: Arc<loopback::Hub>,
+    /// The peer that `Prepare` announced, if this is a receiving end that is dialled.
+    pub pending: Option<tcp::Pending>,
+    /// The number of the stage's device.
+    pub ordinal: usize,
+    /// The tensors of the longest step.
+    pub longest: Vec<TensorSpec>,
+}
+
+impl End {
+    /// The claim on the peer that shows `token`.
+    fn announced(&mut self, token: LinkToken) -> Result<tcp::Pending, LinkError> {
+        let error = || LinkError::Protocol("this link's token was not announced by Prepare".into());
+        self.pending.take().filter(|pending| *pending.token() == token).ok_or_else(error)
+    }
 }
 
 /// Why a link failed. Each of these ends the incarnation.
@@ -140,11 +218,13 @@ fn same_fence(got: &Fence, want: &Fence) -> Result<(), LinkError> {
     }
 }
 
-/// candle's name for a wire format.
-pub(crate) fn candle_dtype(dtype: DType) -> candle_core::DType {
-    match dtype {
-        DType::F32 => candle_core::DType::F32,
-        DType::BF16 => candle_core::DType::BF16,
-        DType::F16 => candle_core::DType::F16,
+/// Refuses an activation whose tensors are not those that are expected.
+fn check_tensors(activation: &Activation, expected: &[TensorSpec]) -> Result<(), LinkError> {
+    match &activation.payload {
+        Payload::Tensors(tensors) if !tensors.fit(expected) => Err(LinkError::Protocol(format!(
+            "the activation of step {} has other tensors than {expected:?}",
+            activation.step
+        ))),
+        _ => Ok(()),
     }
 }

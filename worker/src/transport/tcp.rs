@@ -17,15 +17,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use candle_core::{CpuStorage, Storage, Tensor};
-use half::{bf16, f16};
 use strata_proto::{DType, v1::Fence};
 
 use super::{
-    Activation, Downstream, Hidden, LinkError, LinkToken, Payload, Upstream, candle_dtype, check_step,
-    same_fence,
+    Activation, Downstream, End, Link, LinkError, LinkToken, Payload, Tensors, Transport, Upstream,
+    check_step, check_tensors, same_fence,
 };
-use crate::{interrupt::Interrupt, kernels::ops::TensorSpec};
+use crate::{
+    interrupt::Interrupt,
+    kernels::{
+        ops::TensorSpec,
+        tensor::{bytes_of, spec_of, tensor_of},
+    },
+};
 
 const HELLO: [u8; 8] = *b"strata\x00\x01";
 const FRAME: [u8; 4] = *b"STRF";
@@ -43,6 +47,19 @@ const IN_FLIGHT: usize = 2;
 const MAX_REASON: usize = 1024;
 const HEAD_BYTES: usize = 4 + 8 + 4 + 8 + 8 + 1 + 4;
 const POISON: u8 = 255;
+
+/// Links over TCP: the sending end dials.
+pub(super) struct Tcp;
+
+impl Transport for Tcp {
+    fn upstream(&self, link: Link, mut end: End) -> Result<Box<dyn Upstream>, LinkError> {
+        Ok(Box::new(end.announced(link.token)?.accept(end.fence, &end.interrupt)?))
+    }
+
+    fn downstream(&self, link: Link, end: End) -> Result<Box<dyn Downstream>, LinkError> {
+        Ok(Box::new(dial(&link.address, &link.token, end.fence, &end.interrupt)?))
+    }
+}
 
 /// Accepts activation links for every stage of a worker.
 #[derive(Debug)]
@@ -233,7 +250,8 @@ pub struct TcpDownstream {
 }
 
 impl Downstream for TcpDownstream {
-    fn send(&mut self, activation: Activation, _shape: TensorSpec) -> Result<(), LinkError> {
+    fn send(&mut self, activation: Activation, expected: &[TensorSpec]) -> Result<(), LinkError> {
+        check_tensors(&activation, expected)?;
         self.sender.send(activation).map_err(|_| {
             if self.interrupt.is_tripped() {
                 return LinkError::Interrupted;
@@ -291,10 +309,21 @@ pub(crate) fn write_frame(
             body.extend(&reason.as_bytes()[..end]);
         }
         Payload::Tensors(tensors) => {
-            head.push(tensors.len() as u8);
+            let tensors = tensors.into_host()?;
+            let count = u8::try_from(tensors.len()).ok().filter(|count| *count != POISON);
+            head.push(count.ok_or_else(|| LinkError::Protocol("an activation has too many tensors".into()))?);
             head.extend(0u32.to_le_bytes());
-            for tensor in tensors {
-                append_tensor(&tensor.into_host()?, &mut head, &mut body)?;
+            for tensor in &tensors {
+                let spec = spec_of(tensor).ok_or_else(|| {
+                    let what = "an activation's tensors must be contiguous matrices of f32, bf16 or f16";
+                    LinkError::Protocol(what.into())
+                })?;
+                head.push(format_code(spec.dtype));
+                head.extend((spec.rows as u32).to_le_bytes());
+                head.extend((spec.columns as u32).to_le_bytes());
+                let at = body.len();
+                body.resize(at + spec.bytes(), 0);
+                bytes_of(tensor, &mut body[at..]);
             }
         }
     }
@@ -302,34 +331,6 @@ pub(crate) fn write_frame(
     out.write_all(&head)?;
     out.write_all(&body)?;
     out.write_all(&check.to_le_bytes())?;
-    Ok(())
-}
-
-/// Appends the shape line (format, rows, columns) to `head` and the elements to `body`.
-fn append_tensor(tensor: &Tensor, head: &mut Vec<u8>, body: &mut Vec<u8>) -> Result<(), LinkError> {
-    let broken = |what: &str| LinkError::Protocol(format!("an activation must be {what}"));
-    let (rows, columns) = tensor.dims2().map_err(|_| broken("a matrix"))?;
-    let (storage, layout) = tensor.storage_and_layout();
-    let (start, end) = layout.contiguous_offsets().ok_or_else(|| broken("contiguous"))?;
-    let Storage::Cpu(storage) = &*storage else { return Err(broken("in host memory")) };
-    let format = match storage {
-        CpuStorage::F32(v) => {
-            body.extend(v[start..end].iter().flat_map(|x| x.to_le_bytes()));
-            DType::F32
-        }
-        CpuStorage::BF16(v) => {
-            body.extend(v[start..end].iter().flat_map(|x| x.to_le_bytes()));
-            DType::BF16
-        }
-        CpuStorage::F16(v) => {
-            body.extend(v[start..end].iter().flat_map(|x| x.to_le_bytes()));
-            DType::F16
-        }
-        _ => return Err(broken("f32, bf16 or f16")),
-    };
-    head.push(format_code(format));
-    head.extend((rows as u32).to_le_bytes());
-    head.extend((columns as u32).to_le_bytes());
     Ok(())
 }
 
@@ -384,12 +385,12 @@ pub(crate) fn read_frame(
         }
         let mut tensors = Vec::with_capacity(expected.len());
         for want in expected {
-            let mut bytes = vec![0; want.rows * want.columns * want.dtype.size() as usize];
+            let mut bytes = vec![0; want.bytes()];
             stream.read_exact(&mut bytes).map_err(closed)?;
             check = crc32c::crc32c_append(check, &bytes);
-            tensors.push(Hidden::Host(tensor_of(&bytes, want)?));
+            tensors.push(tensor_of(&bytes, want).map_err(|e| LinkError::Protocol(e.to_string()))?);
         }
-        Payload::Tensors(tensors)
+        Payload::Tensors(Tensors::Host(tensors))
     };
     let mut sum = [0; 4];
     stream.read_exact(&mut sum).map_err(closed)?;
@@ -397,23 +398,6 @@ pub(crate) fn read_frame(
         return Err(LinkError::Protocol(format!("the checksum of step {step} does not match")));
     }
     Ok(Activation { step, payload })
-}
-
-fn tensor_of(bytes: &[u8], shape: &TensorSpec) -> Result<Tensor, LinkError> {
-    let dims = (shape.rows, shape.columns);
-    let device = &candle_core::Device::Cpu;
-    let halves = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
-    let tensor = match shape.dtype {
-        DType::F32 => {
-            let words = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-            Tensor::from_vec(words.collect::<Vec<_>>(), dims, device)
-        }
-        DType::BF16 => Tensor::from_vec(halves().map(bf16::from_le_bytes).collect::<Vec<_>>(), dims, device),
-        DType::F16 => Tensor::from_vec(halves().map(f16::from_le_bytes).collect::<Vec<_>>(), dims, device),
-    };
-    let tensor = tensor.map_err(|e| LinkError::Protocol(e.to_string()))?;
-    debug_assert_eq!(tensor.dtype(), candle_dtype(shape.dtype));
-    Ok(tensor)
 }
 
 fn format_code(dtype: DType) -> u8 {
@@ -426,7 +410,10 @@ fn format_code(dtype: DType) -> u8 {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Tensor;
+
     use super::*;
+    use crate::kernels::tensor::candle_dtype;
 
     fn fence(incarnation: u64) -> Fence {
         Fence { term: 1, pipeline: 0, incarnation }
@@ -454,17 +441,17 @@ mod tests {
             let sent = tensor(dtype);
             let step = step as u64;
             let shape = TensorSpec { dtype, rows: 2, columns: 3 };
-            let payload = Payload::Tensors(vec![Hidden::Host(sent.clone())]);
-            down.send(Activation { step, payload }, shape).unwrap();
+            let payload = Payload::Tensors(Tensors::Host(vec![sent.clone()]));
+            down.send(Activation { step, payload }, &[shape]).unwrap();
             let got = up.receive(step, &[shape]).unwrap();
-            let Payload::Tensors(mut got) = got.payload else { panic!("poisoned") };
+            let Payload::Tensors(got) = got.payload else { panic!("poisoned") };
             let flat = |t: Tensor| {
                 t.to_dtype(candle_core::DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
             };
-            assert_eq!(flat(got.remove(0).into_host().unwrap()), flat(sent));
+            assert_eq!(flat(got.into_host().unwrap().remove(0)), flat(sent));
         }
         let shape = TensorSpec { dtype: DType::F32, rows: 9, columns: 9 };
-        down.send(Activation { step: 3, payload: Payload::Poisoned("é".repeat(2000)) }, shape).unwrap();
+        down.send(Activation { step: 3, payload: Payload::Poisoned("é".repeat(2000)) }, &[shape]).unwrap();
         let got = up.receive(3, &[shape]).unwrap();
         assert!(matches!(got.payload, Payload::Poisoned(why) if why == "é".repeat(512)));
     }
@@ -477,7 +464,7 @@ mod tests {
             bytes
         };
         let good =
-            frame(Activation { step: 5, payload: Payload::Tensors(vec![Hidden::Host(tensor(DType::F32))]) });
+            frame(Activation { step: 5, payload: Payload::Tensors(Tensors::Host(vec![tensor(DType::F32)])) });
         let want = TensorSpec { dtype: DType::F32, rows: 2, columns: 3 };
         let read = |bytes: &[u8], incarnation, step, want: TensorSpec| {
             read_frame(&mut &bytes[..], &fence(incarnation), step, &[want])

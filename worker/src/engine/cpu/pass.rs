@@ -7,7 +7,7 @@ use super::{
     workspace::Workspace,
 };
 use crate::{
-    engine::StepError,
+    engine::{Caches, StepError},
     kernels::{
         buffer::round_to,
         cpu::{
@@ -18,7 +18,7 @@ use crate::{
             moe::Route,
             norm::{Activate, GateMul, HeadNorm, NormRows, SoftCap},
             packed::Table,
-            rope::{self, Angles, RopeAndStore},
+            rope::{self, Angles, Rope, RopeAndStore},
         },
         ops::BatchRow,
     },
@@ -35,8 +35,7 @@ const MIN_LENGTH: f32 = 1e-12;
 pub(super) struct Pass<'a> {
     pub cpu: &'a Cpu,
     pub work: &'a mut Workspace,
-    /// One per layer of the stage; none in an encoder.
-    pub cache: &'a mut [KvLayer],
+    pub cache: &'a mut Caches<KvLayer>,
     pub tower: &'a Tower,
     pub rows: &'a [BatchRow<'a>],
     pub tokens: usize,
@@ -264,13 +263,17 @@ impl Operations for Pass<'_> {
             output: Output::Store,
         });
         if let Some(norm) = attention.qk_norm {
-            let (query, key) = (block.norm(Slot::QueryNorm)?, block.norm(Slot::KeyNorm)?);
+            let query = block.norm(Slot::QueryNorm)?;
+            let (key, kv_heads) = match attention.shares {
+                None => (block.norm(Slot::KeyNorm)?, attention.kv_heads),
+                Some(_) => (query, 0),
+            };
             cpu.head_norm(HeadNorm {
                 norm,
                 qkv,
                 stride,
                 heads: attention.heads,
-                kv_heads: attention.kv_heads,
+                kv_heads,
                 weights: [&query.weight, &key.weight],
                 biases: [query.bias.as_deref(), key.bias.as_deref()],
             });
@@ -285,7 +288,15 @@ impl Operations for Pass<'_> {
                     Some(Angles { table: &table[first * stride..], stride: *stride, pairs })
                 }
             };
-            cpu.rope_and_store(RopeAndStore { qkv, angles, heads: attention.heads, rows }, cache);
+            let heads = attention.heads;
+            match (attention.shares, angles) {
+                (None, angles) => cpu.rope_and_store(RopeAndStore { qkv, angles, heads, rows }, cache),
+                // Keys and values are there already, of this step's tokens too.
+                (Some(_), Some(angles)) => {
+                    cpu.rope(Rope { queries: qkv, angles, heads, head_dim: attention.head_dim });
+                }
+                (Some(_), None) => {}
+            }
             cpu.attention(AttentionCall {
                 q: qkv,
                 stride,
@@ -299,7 +310,7 @@ impl Operations for Pass<'_> {
             });
         };
         let Some(sequence) = sequence else {
-            attend(0, rows, &mut cache[index]);
+            attend(0, rows, cache.of_mut(index).ok_or(StepError::Weights)?);
             return Ok(());
         };
         // Nothing is kept: one sequence's keys and values at a time are enough.

@@ -4,21 +4,21 @@ use candle_core::Tensor;
 
 use super::{pass::Pass, weights::Weights, workspace::Workspace};
 use crate::{
-    engine::{Input, Limits, Output, StepError, Values},
+    engine::{Caches, Input, Limits, Output, StepError, Values, check_carried},
     kernels::{
         cpu::{Cpu, kv_cache::KvLayer},
         ops::BatchRow,
+        tensor::candle_dtype,
     },
-    model::{Model, ModelError, RangeSpec, bytes::cached, layer::layer},
-    transport::{Hidden, candle_dtype},
+    model::{Model, ModelError, RangeSpec, layer::layer},
+    transport::Tensors,
 };
 
 /// Cache and scratch of a stage, allocated once.
 pub struct State {
     limits: Limits,
     cpu: Cpu,
-    /// One per layer; none in an encoder.
-    cache: Vec<KvLayer>,
+    cache: Caches<KvLayer>,
     work: Workspace,
 }
 
@@ -34,11 +34,12 @@ impl State {
         cpu: Cpu,
     ) -> Result<Self, ModelError> {
         spec.check(model)?;
+        check_carried(model)?;
         let max_outputs = if spec.head { max_outputs } else { 0 };
-        let layers = cached(model, spec).iter();
-        let cache = layers
-            .map(|l| KvLayer::new(l.attention.kv_heads, l.attention.head_dim, kv_blocks, spec.dtype))
-            .collect::<Result<_, _>>()?;
+        let cache = Caches::new(model, spec, |attention| {
+            let layer = KvLayer::new(attention.kv_heads, attention.head_dim, kv_blocks, spec.dtype);
+            layer.map_err(ModelError::from)
+        })?;
         Ok(State {
             limits: Limits { spec: *spec, kv_blocks, max_tokens, max_outputs },
             cpu,
@@ -49,7 +50,7 @@ impl State {
 
     /// Bytes of the cache.
     pub fn kv_bytes(&self) -> u64 {
-        self.cache.iter().map(KvLayer::bytes).sum()
+        self.cache.own().iter().map(KvLayer::bytes).sum()
     }
 
     /// Bytes of the scratch memory.
@@ -60,7 +61,7 @@ impl State {
     /// Makes NaN of the whole cache and scratch, for tests of what a step may read.
     #[cfg(test)]
     pub(crate) fn poison(&mut self) {
-        self.cache.iter_mut().for_each(KvLayer::poison);
+        self.cache.own_mut().iter_mut().for_each(KvLayer::poison);
         self.work.poison();
     }
 
@@ -89,9 +90,12 @@ impl State {
                 pass.embed(block, weights.output.as_ref(), ids, segments)?;
             }
             (Input::Hidden(hidden), _) => {
-                let wide = hidden.into_host()?.to_dtype(candle_core::DType::F32);
-                let wide = wide.and_then(|t| t.flatten_all()?.to_vec1::<f32>()).map_err(failed)?;
-                pass.work.residual[..wide.len()].copy_from_slice(&wide);
+                // Of what comes, this engine computes with the residual stream.
+                for residual in hidden.into_host()?.into_iter().take(1) {
+                    let wide = residual.to_dtype(candle_core::DType::F32);
+                    let wide = wide.and_then(|t| t.flatten_all()?.to_vec1::<f32>()).map_err(failed)?;
+                    pass.work.residual[..wide.len()].copy_from_slice(&wide);
+                }
             }
             (Input::Tokens { .. }, None) => return Err(StepError::Weights),
         }
@@ -103,7 +107,7 @@ impl State {
             let values = &self.work.residual[..tokens * tower.width];
             let tensor = Tensor::from_slice(values, (tokens, tower.width), &candle_core::Device::Cpu);
             let tensor = tensor.and_then(|t| t.to_dtype(candle_dtype(dtype))).map_err(failed)?;
-            return Ok(Output::Hidden(Hidden::Host(tensor)));
+            return Ok(Output::Hidden(Tensors::Host(vec![tensor])));
         };
         pass.finish(head, outputs)?;
         let len = outputs.len() * tower.outputs();

@@ -54,7 +54,7 @@ impl Pass<'_> {
     }
 
     fn cache(&self, index: usize) -> RawCache {
-        self.state.cache.get(index).copied().unwrap_or_default()
+        self.state.cache.of(index).copied().unwrap_or_default()
     }
 
     /// Attention of the stage's layer `index`, rows of one token with kernels for one and the others with those for several.

@@ -34,10 +34,10 @@ use crate::{
     error::WorkerError,
     kernels::{
         cpu::Cpu,
-        cuda::{self, CudaError, DeviceRows, Gpu, GpuInfo},
+        cuda::{self, CudaError, DeviceTensors, Gpu, GpuInfo},
     },
     model::{LoadedBytes, Model, ModelError, RangeSpec, load::PieceError},
-    transport::Hidden,
+    transport::Tensors,
     weights::Checkpoint,
 };
 
@@ -144,7 +144,7 @@ impl Engine for CudaEngine {
             let _ = self.gpu.wait();
         }
         match ran? {
-            Some(rows) => Ok(Output::Hidden(Hidden::Device(rows))),
+            Some(rows) => Ok(Output::Hidden(Tensors::Device(rows))),
             None => Ok(Output::Values(state.values(outputs.len(), tower.outputs()))),
         }
     }
@@ -155,8 +155,8 @@ fn run(
     state: &mut State,
     gpu: &Gpu,
     step: &Checked<'_>,
-    hidden: Option<Hidden>,
-) -> Result<Option<DeviceRows>, StepError> {
+    hidden: Option<Tensors>,
+) -> Result<Option<DeviceTensors>, StepError> {
     let inputs = state.upload(gpu, step)?;
     // Kept until the step is done, for its memory is read.
     let hidden = hidden.and_then(|hidden| state.receive(gpu, step, hidden).transpose()).transpose()?;

@@ -75,7 +75,8 @@ fn keys(engine: &CudaEngine) -> (Vec<f32>, usize) {
     let attention = &engine.weights.as_ref().unwrap().model.tower.layers[0].attention;
     let block = attention.kv_heads * attention.head_dim * BLOCK_TOKENS;
     let mut values = vec![0f32; SEQUENCES * block];
-    memory::download(&engine.gpu.stream, &mut values, engine.state.as_ref().unwrap().cache[0].keys).unwrap();
+    memory::download(&engine.gpu.stream, &mut values, engine.state.as_ref().unwrap().cache.own()[0].keys)
+        .unwrap();
     engine.gpu.wait().unwrap();
     (values, block)
 }
@@ -125,7 +126,7 @@ fn a_step_allocates_nothing() {
             true => Input::Tokens { ids: &ids, segments: &[] },
             false => {
                 let hidden = Tensor::ones((count, width), candle_core::DType::F32, &Device::Cpu).unwrap();
-                Input::Hidden(Hidden::Host(hidden))
+                Input::Hidden(Tensors::Host(vec![hidden]))
             }
         };
         values(engine, Step { rows: &rows, input, outputs: &[count as u32 - 1], draws: &[None] });

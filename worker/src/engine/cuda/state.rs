@@ -7,25 +7,26 @@ use strata_proto::DType;
 
 use super::{recordings::Recordings, sampling::Sampling, size, weights::Weights, workspace::Scratch};
 use crate::{
-    engine::{Allocated, Limits, Size, StepError, Values},
+    engine::{Allocated, Caches, Limits, Size, StepError, Values, check_carried},
     kernels::{
         cpu::Cpu,
         cuda::{
-            self, CudaError, DeviceRows, Gpu,
+            self, CudaError, DeviceTensors, Gpu,
+            activations::Slots,
             launch::{Kernels, MAX_ACTIVE, RawCache},
             memory::{self, Arena, Memory, Pinned, Ptr},
-            rows::{self, Slots},
         },
-        ops::{BLOCK_TOKENS, BatchRow, TensorSpec, kv_elements},
+        ops::{BLOCK_TOKENS, BatchRow, kv_elements},
+        tensor::bytes_of,
     },
     model::{
         ModelError,
         architecture::{Ffn, Tower},
-        bytes::{self, cached},
+        bytes,
         widths::padded,
     },
     sampler::Draw,
-    transport::Hidden,
+    transport::Tensors,
 };
 
 /// Activations that can be under way to the next stage without another allocation.
@@ -81,9 +82,9 @@ impl<'a> Checked<'a> {
 
     /// Blocks up to the last token of a row.
     fn blocks(&self, row: &BatchRow<'_>) -> usize {
-        match self.tower().is_encoder() {
-            true => 0,
-            false => ((row.start + row.count) as usize).div_ceil(BLOCK_TOKENS),
+        match self.tower().caches {
+            true => ((row.start + row.count) as usize).div_ceil(BLOCK_TOKENS),
+            false => 0,
         }
     }
 
@@ -102,8 +103,7 @@ pub(super) struct State {
     pub is_quantized: bool,
     /// By width of a head.
     pub kernels: HashMap<usize, Kernels>,
-    /// One per layer; none in an encoder.
-    pub cache: Vec<RawCache>,
+    pub cache: Caches<RawCache>,
     pub scratch: Scratch,
     allocated: Allocated,
     slots: Option<Slots>,
@@ -128,22 +128,19 @@ impl State {
         let Weights { model, spec, .. } = weights;
         let (tower, element) = (&model.tower, spec.dtype);
         let outputs = if spec.head { size.outputs } else { 0 };
+        check_carried(model)?;
         size::check(tower, size, outputs)?;
         let limits =
             Limits { spec: *spec, kv_blocks: size.kv_blocks, max_tokens: size.tokens, max_outputs: outputs };
         let bytes = bytes::of_state(model, spec, size.kv_blocks, size.tokens, outputs);
         let mut memory = Arena::new(&gpu.context, bytes)?;
         let mut kv_bytes = 0;
-        let layers = cached(model, spec).iter();
-        let cache = layers
-            .map(|layer| {
-                let a = &layer.attention;
-                let elements = kv_elements(a.kv_heads, a.head_dim) * BLOCK_TOKENS;
-                let half = u64::from(size.kv_blocks) * (elements / 2) as u64 * element.size();
-                kv_bytes += 2 * half;
-                Ok(RawCache { keys: memory.take(half)?, values: memory.take(half)? })
-            })
-            .collect::<Result<_, CudaError>>()?;
+        let cache = Caches::new(model, spec, |a| {
+            let elements = kv_elements(a.kv_heads, a.head_dim) * BLOCK_TOKENS;
+            let half = u64::from(size.kv_blocks) * (elements / 2) as u64 * element.size();
+            kv_bytes += 2 * half;
+            Ok::<_, ModelError>(RawCache { keys: memory.take(half)?, values: memory.take(half)? })
+        })?;
         let layers = &tower.layers[spec.layers.first as usize..spec.layers.end as usize];
         let head_dims: BTreeSet<_> = layers.iter().map(|layer| layer.attention.head_dim).collect();
         let head_dims = Vec::from_iter(head_dims);
@@ -153,6 +150,13 @@ impl State {
         let (compiled, read) = cuda::counts();
         tracing::info!("kernels: {compiled} compiled, {read} from the cache");
         for layer in layers {
+            if layer.attention.shares.is_some() {
+                return Err(ModelError::Unsupported {
+                    processor: "a GPU",
+                    with: "whose layers share keys and values",
+                    instead: "take the device cpu",
+                });
+            }
             // The pairs of one token and its experts must have room.
             let most = MAX_ACTIVE.min(padded(size.tokens));
             if let Ffn::Moe(moe) = layer.ffn
@@ -170,7 +174,10 @@ impl State {
         let width = tower.width as u64 * element.size();
         let slots = match spec.head {
             true => None,
-            false => Some(Slots::new(&gpu.context, u64::from(size.tokens) * width, SLOTS)?),
+            false => {
+                let longest = tower.activation(tokens, element);
+                Some(Slots::new(&gpu.context, &longest, SLOTS)?)
+            }
         };
         Ok(State {
             limits,
@@ -204,7 +211,7 @@ impl State {
     pub fn padded(&self, tower: &Tower, rows: &[BatchRow<'_>], outputs: &[u32]) -> Option<usize> {
         let single = rows.iter().all(|r| r.count == 1);
         let idle = self.limits.spec.head && outputs.is_empty();
-        self.recordings.padded(rows.len()).filter(|_| single && !idle && !tower.is_encoder())
+        self.recordings.padded(rows.len()).filter(|_| single && !idle && tower.caches)
     }
 
     /// Asks for what a step yields: values and tokens, or the residual stream, which is there when the GPU is done.
@@ -212,7 +219,7 @@ impl State {
         &mut self,
         gpu: &Gpu,
         step: &Checked<'_>,
-    ) -> Result<Option<DeviceRows>, StepError> {
+    ) -> Result<Option<DeviceTensors>, StepError> {
         let Some(slots) = &self.slots else {
             let kernels = self.kernels.values().next().ok_or(StepError::Weights)?;
             self.sampling.ask(gpu, step.draws)?;
@@ -221,10 +228,11 @@ impl State {
             self.fetch(gpu, step.tower().outputs(), step.outputs.len())?;
             return Ok(None);
         };
-        let (rows, columns) = (step.tokens - step.padding, step.tower().width);
-        let rows = slots.rows(TensorSpec { dtype: self.element, rows, columns })?;
-        memory::copy(&gpu.stream, rows.ptr(), self.scratch.residual, rows.bytes())?;
-        Ok(Some(rows))
+        let rows = step.tokens - step.padding;
+        let tensors = slots.tensors(step.tower().activation(rows, self.element))?;
+        let bytes = (rows * step.tower().width) as u64 * self.element.size();
+        memory::copy(&gpu.stream, tensors.first(), self.scratch.residual, bytes)?;
+        Ok(Some(tensors))
     }
 
     /// Sends a step's inputs.
@@ -283,8 +291,8 @@ impl State {
         &mut self,
         gpu: &Gpu,
         step: &Checked<'_>,
-        hidden: Hidden,
-    ) -> Result<Option<DeviceRows>, StepError> {
+        hidden: Tensors,
+    ) -> Result<Option<DeviceTensors>, StepError> {
         let residual = self.scratch.residual;
         let row_bytes = step.tower().width as u64 * self.element.size();
         let real = (step.tokens - step.padding) as u64 * row_bytes;
@@ -293,13 +301,13 @@ impl State {
             memory::zero(&gpu.stream, residual.offset(real), step.padding as u64 * row_bytes)?;
         }
         match hidden {
-            Hidden::Device(rows) => {
-                rows.copy_to(&gpu.stream, residual)?;
+            Tensors::Device(rows) => {
+                rows.copy_first_to(&gpu.stream, residual)?;
                 Ok(Some(rows))
             }
-            Hidden::Host(tensor) => {
+            Tensors::Host(tensors) => {
                 let staging = &mut self.staging.as_mut::<u8>()[..real as usize];
-                rows::bytes_of(&tensor, staging);
+                tensors.iter().take(1).for_each(|residual| bytes_of(residual, staging));
                 memory::upload(&gpu.stream, residual, staging)?;
                 Ok(None)
             }

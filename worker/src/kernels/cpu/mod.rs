@@ -29,7 +29,7 @@ use self::{
     linear::Linear,
     norm::{Activate, Exp, GateMul, HeadNorm, NormRows, SoftCap},
     pool::Pool,
-    rope::RopeAndStore,
+    rope::{Rope, RopeAndStore},
 };
 
 /// The operations, for one instruction set, on the threads of a pool.
@@ -100,6 +100,11 @@ impl Cpu {
     /// Rotation and cache write.
     pub fn rope_and_store(&self, call: RopeAndStore<'_>, cache: &mut KvLayer) {
         call.run(self, cache);
+    }
+
+    /// Rotation of queries.
+    pub fn rope(&self, call: Rope<'_>) {
+        call.run(self);
     }
 
     /// Attention over the cache.

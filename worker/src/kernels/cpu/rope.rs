@@ -79,6 +79,27 @@ impl RopeAndStore<'_> {
     }
 }
 
+/// Rotates queries in place, where keys and values are those of another layer.
+pub struct Rope<'a> {
+    /// `(tokens, heads * head_dim)`.
+    pub queries: &'a mut [f32],
+    /// How far each token turns.
+    pub angles: Angles<'a>,
+    /// Query heads.
+    pub heads: usize,
+    /// Elements per head.
+    pub head_dim: usize,
+}
+
+impl Rope<'_> {
+    pub(super) fn run(self, cpu: &Cpu) {
+        let Rope { queries, angles, heads, head_dim: d } = self;
+        cpu.pool.pieces(queries, heads * d, Pool::grain(heads * d), |token, heads| {
+            cpu.isa.run(Rotate { heads, d, token, angles });
+        });
+    }
+}
+
 struct Rotate<'a> {
     heads: &'a mut [f32],
     d: usize,

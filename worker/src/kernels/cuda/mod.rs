@@ -3,6 +3,7 @@
 //! The libraries of CUDA are loaded when they are first needed, so one binary runs with and without GPUs. A `Gpu` belongs
 //! to one stage thread; everything it does goes through one stream, in order.
 
+pub(crate) mod activations;
 mod compile;
 mod disk;
 pub(crate) mod gate;
@@ -11,7 +12,6 @@ mod library;
 pub(crate) mod measure;
 pub(crate) mod memory;
 pub(crate) mod product;
-pub(crate) mod rows;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -29,7 +29,7 @@ use cudarc::{
 };
 use strata_proto::{DType, Library};
 
-pub use self::rows::DeviceRows;
+pub use self::activations::DeviceTensors;
 pub(crate) use self::{compile::counts, library::path_of};
 use self::{
     gate::Handle,

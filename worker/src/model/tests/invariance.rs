@@ -130,7 +130,7 @@ fn a_step_that_does_not_fit_is_refused() {
     let bad = Input::Tokens { ids: &[2048], segments: &[] };
     assert!(matches!(refuse(&[row(0, 1, blocks)], bad, &[]), StepError::TokenId { id: 2048, .. }));
     let rows = candle_core::Tensor::zeros((1, 192), candle_core::DType::F32, &candle_core::Device::Cpu);
-    let hidden = Input::Hidden(Hidden::Host(rows.unwrap()));
+    let hidden = Input::Hidden(Tensors::Host(vec![rows.unwrap()]));
     assert!(matches!(refuse(&[row(0, 1, blocks)], hidden, &[]), StepError::InputKind { .. }));
     for outputs in [&[3][..], &[1, 0], &[1, 1], &[0, 1, 2]] {
         assert!(matches!(refuse(&[row(0, 3, blocks)], tokens(3), outputs), StepError::Outputs { limit: 2 }));

@@ -1,7 +1,7 @@
 //! Communicators of the real NCCL, and the two ends of a link over them.
 //!
-//! An activation is one message of known length: 256 bytes (step, and why there are no rows if there are none), then the
-//! rows. So nothing hangs downstream of a stage that failed.
+//! An activation is one message of known length: 256 bytes (step, and why there are no tensors if there are none), then its
+//! tensors. So nothing hangs downstream of a stage that failed.
 
 use std::{
     collections::VecDeque,
@@ -17,7 +17,6 @@ use cudarc::{
     driver::{CudaEvent, CudaStream},
     nccl::sys,
 };
-use strata_proto::DType;
 
 use super::{
     ID_BYTES, Joining,
@@ -26,13 +25,13 @@ use super::{
 };
 use crate::{
     kernels::cuda::{
-        self, CudaError, DeviceRows, Doing,
+        self, CudaError, DeviceTensors, Doing,
+        activations::{HEAD, Slots},
         gate::{self, Handle},
         memory::{self, Ptr},
-        rows::{HEAD, Slots},
     },
     kernels::ops::TensorSpec,
-    transport::{Activation, Downstream, Hidden, LinkError, Payload, Upstream, check_step},
+    transport::{Activation, Downstream, LinkError, Payload, Tensors, Upstream, check_step, check_tensors},
 };
 
 /// How long the ranks of a link wait for each other, and for their first message.
@@ -209,7 +208,6 @@ fn config() -> sys::ncclConfig_t {
 struct End {
     rank: Watched<Rank>,
     slots: Slots,
-    longest: u64,
 }
 
 impl End {
@@ -220,10 +218,9 @@ impl End {
         let mut watched = Watched::new(Rank::join(&joining, rank)?, joining.interrupt.clone());
         watched.wait(CONNECT_PATIENCE)?;
         let context = watched.get().stream.context().clone();
-        let slots = Slots::new(&context, joining.longest, IN_FLIGHT + 1)?;
-        let mut end = End { rank: watched, slots, longest: joining.longest };
-        let whole = TensorSpec { dtype: DType::BF16, rows: 1, columns: (end.longest / 2) as usize };
-        let mut hello = end.slots.rows(whole)?;
+        let slots = Slots::new(&context, &joining.longest, IN_FLIGHT + 1)?;
+        let mut end = End { rank: watched, slots };
+        let mut hello = end.slots.tensors(joining.longest)?;
         if rank == SENDER {
             hello.staging().0[..32].copy_from_slice(&joining.token);
             end.send(&mut hello)?;
@@ -234,20 +231,24 @@ impl End {
         Ok(end)
     }
 
-    /// Asks for a message of `rows` to be sent, after the head in its staging memory.
-    fn send(&mut self, rows: &mut DeviceRows) -> Result<(), LinkError> {
-        let (frame, bytes) = (rows.frame(), HEAD + rows.bytes());
+    /// Asks for a message of `tensors` to be sent, after the head in its staging memory.
+    fn send(&mut self, tensors: &mut DeviceTensors) -> Result<(), LinkError> {
+        let (frame, bytes) = (tensors.frame(), HEAD + tensors.bytes());
         let rank = self.rank.get();
-        memory::upload(&rank.stream, frame, &rows.staging().0[..HEAD as usize])?;
+        memory::upload(&rank.stream, frame, &tensors.staging().0[..HEAD as usize])?;
         rank.exchange(frame, bytes, true)?;
         self.rank.wait_until(Rank::is_settled, STEP_PATIENCE)?;
         self.rank.get().mark()
     }
 
-    /// Waits for a message with rows of their shape; gives its head.
-    fn receive<'a>(&mut self, rows: &'a mut DeviceRows, patience: Duration) -> Result<&'a [u8], LinkError> {
-        let (frame, bytes) = (rows.frame(), HEAD + rows.bytes());
-        let head = &mut rows.staging().0[..HEAD as usize];
+    /// Waits for a message with such tensors; gives its head.
+    fn receive<'a>(
+        &mut self,
+        tensors: &'a mut DeviceTensors,
+        patience: Duration,
+    ) -> Result<&'a [u8], LinkError> {
+        let (frame, bytes) = (tensors.frame(), HEAD + tensors.bytes());
+        let head = &mut tensors.staging().0[..HEAD as usize];
         self.rank.get().exchange(frame, bytes, false)?;
         self.rank.wait_until(Rank::is_settled, patience)?;
         let rank = self.rank.get();
@@ -260,9 +261,9 @@ impl End {
 
 /// The sending end.
 pub(super) struct NcclDownstream {
-    /// Rows that are under way, oldest first. The communicator goes first, so that nothing reads them any more.
+    /// Activations that are under way, oldest first. The communicator goes first, so that nothing reads them any more.
     end: End,
-    sending: VecDeque<DeviceRows>,
+    sending: VecDeque<DeviceTensors>,
 }
 
 impl NcclDownstream {
@@ -272,33 +273,22 @@ impl NcclDownstream {
 }
 
 impl Downstream for NcclDownstream {
-    fn send(&mut self, activation: Activation, shape: TensorSpec) -> Result<(), LinkError> {
+    fn send(&mut self, activation: Activation, expected: &[TensorSpec]) -> Result<(), LinkError> {
+        check_tensors(&activation, expected)?;
         if self.sending.len() >= IN_FLIGHT {
             // All of them: NCCL says of the last one only.
             self.end.rank.wait(STEP_PATIENCE)?;
             self.sending.clear();
         }
-        let mut rows = match activation.payload {
-            Payload::Tensors(mut tensors) if tensors.len() == 1 => match tensors.remove(0) {
-                Hidden::Device(mut rows) => {
-                    write_head(rows.staging().0, activation.step, None);
-                    rows
-                }
-                Hidden::Host(tensor) => {
-                    let mut rows = self.end.slots.rows(shape)?.fill(&tensor)?;
-                    write_head(rows.staging().0, activation.step, None);
-                    rows
-                }
-            },
-            Payload::Tensors(_) => return Err(LinkError::Protocol("an activation is one tensor".into())),
-            Payload::Poisoned(reason) => {
-                let mut rows = self.end.slots.rows(shape)?;
-                write_head(rows.staging().0, activation.step, Some(&reason));
-                rows
-            }
+        let room = || self.end.slots.tensors(expected.to_vec());
+        let (mut tensors, poison) = match activation.payload {
+            Payload::Tensors(Tensors::Device(tensors)) => (tensors, None),
+            Payload::Tensors(Tensors::Host(tensors)) => (room()?.fill(&tensors)?, None),
+            Payload::Poisoned(reason) => (room()?, Some(reason)),
         };
-        self.end.send(&mut rows)?;
-        self.sending.push_back(rows);
+        write_head(tensors.staging().0, activation.step, poison.as_deref());
+        self.end.send(&mut tensors)?;
+        self.sending.push_back(tensors);
         Ok(())
     }
 }
@@ -316,16 +306,13 @@ impl NcclUpstream {
 
 impl Upstream for NcclUpstream {
     fn receive(&mut self, step: u64, expected: &[TensorSpec]) -> Result<Activation, LinkError> {
-        let [shape] = expected else {
-            return Err(LinkError::Protocol("an activation is one tensor".into()));
-        };
-        let mut rows = self.end.slots.rows(*shape)?;
-        let head = self.end.receive(&mut rows, STEP_PATIENCE)?;
+        let mut tensors = self.end.slots.tensors(expected.to_vec())?;
+        let head = self.end.receive(&mut tensors, STEP_PATIENCE)?;
         let (sent, poison) = read_head(head);
         check_step(sent, step)?;
         let payload = match poison {
             Some(reason) => Payload::Poisoned(reason),
-            None => Payload::Tensors(vec![Hidden::Device(rows)]),
+            None => Payload::Tensors(Tensors::Device(tensors)),
         };
         Ok(Activation { step, payload })
     }
@@ -362,6 +349,7 @@ mod tests {
     };
 
     use candle_core::{Device, Tensor};
+    use strata_proto::DType;
 
     use super::*;
     use crate::{interrupt::Interrupt, kernels::cuda::tests::emulator};
@@ -380,7 +368,7 @@ mod tests {
             token: [tokens[gpu]; 32],
             peer,
             gpu,
-            longest: 4096,
+            longest: vec![TensorSpec { rows: 64, ..SHAPE }],
             interrupt: Interrupt::default(),
         };
         thread::scope(|scope| {
@@ -404,14 +392,14 @@ mod tests {
         for step in 0..6 {
             let payload = match step % 3 {
                 2 => Payload::Poisoned(format!("reason {step}")),
-                _ => Payload::Tensors(vec![Hidden::Host(tensor.clone())]),
+                _ => Payload::Tensors(Tensors::Host(vec![tensor.clone()])),
             };
-            down.send(Activation { step, payload }, SHAPE).unwrap();
+            down.send(Activation { step, payload }, &[SHAPE]).unwrap();
             match up.receive(step, &[SHAPE]).unwrap().payload {
                 Payload::Poisoned(why) => assert_eq!(why, format!("reason {step}")),
-                Payload::Tensors(mut got) => {
-                    assert!(step % 3 < 2 && got[0].fits(&SHAPE));
-                    assert_eq!(flat(got.remove(0).into_host().unwrap()), flat(tensor.clone()));
+                Payload::Tensors(got) => {
+                    assert!(step % 3 < 2 && got.fit(&[SHAPE]));
+                    assert_eq!(flat(got.into_host().unwrap().remove(0)), flat(tensor.clone()));
                 }
             }
         }

@@ -14,8 +14,8 @@ mod watched;
 
 use std::net::TcpStream;
 
-use super::{LinkError, LinkToken};
-use crate::interrupt::Interrupt;
+use super::{Downstream, End, Link, LinkError, LinkToken, Transport, Upstream, tcp};
+use crate::{interrupt::Interrupt, kernels::ops::TensorSpec};
 #[cfg(feature = "cuda")]
 pub(crate) use device::mint_id;
 #[cfg(feature = "cuda")]
@@ -25,7 +25,7 @@ pub(crate) use library::{description, is_there};
 pub(crate) const ID_BYTES: usize = 128;
 /// What an end of a link needs to join.
 #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "without CUDA, nobody joins"))]
-pub(crate) struct Joining {
+struct Joining {
     /// Brings the ranks together.
     pub id: [u8; ID_BYTES],
     /// Shows that they are of the same link.
@@ -34,8 +34,8 @@ pub(crate) struct Joining {
     pub peer: TcpStream,
     /// GPU of the stage, as CUDA counts.
     pub gpu: usize,
-    /// Bytes of the longest activation.
-    pub longest: u64,
+    /// The tensors of the longest step.
+    pub longest: Vec<TensorSpec>,
     pub interrupt: Interrupt,
 }
 
@@ -43,16 +43,44 @@ pub(crate) struct Joining {
 ///
 /// # Errors
 /// If it is none.
-pub(crate) fn id_of(bytes: &[u8]) -> Result<[u8; ID_BYTES], LinkError> {
+fn id_of(bytes: &[u8]) -> Result<[u8; ID_BYTES], LinkError> {
     let error = || LinkError::Protocol(format!("an NCCL id has {ID_BYTES} bytes, not {}", bytes.len()));
     bytes.try_into().map_err(|_| error())
+}
+
+/// Links by NCCL. The ends know each other by a TCP connection, which the sending end dials.
+pub(super) struct Nccl;
+
+impl Nccl {
+    fn joining(link: &Link, end: End, peer: TcpStream) -> Result<Joining, LinkError> {
+        Ok(Joining {
+            id: id_of(&link.nccl_id)?,
+            token: link.token,
+            peer,
+            gpu: end.ordinal,
+            longest: end.longest,
+            interrupt: end.interrupt,
+        })
+    }
+}
+
+impl Transport for Nccl {
+    fn upstream(&self, link: Link, mut end: End) -> Result<Box<dyn Upstream>, LinkError> {
+        let peer = end.announced(link.token)?.accept_stream(&end.interrupt)?;
+        upstream(Self::joining(&link, end, peer)?)
+    }
+
+    fn downstream(&self, link: Link, end: End) -> Result<Box<dyn Downstream>, LinkError> {
+        let peer = tcp::reach(&link.address, &link.token, &end.interrupt)?;
+        downstream(Self::joining(&link, end, peer)?)
+    }
 }
 
 /// The sending end of a link.
 ///
 /// # Errors
 /// If the ranks do not come together.
-pub(crate) fn downstream(joining: Joining) -> Result<Box<dyn super::Downstream>, LinkError> {
+fn downstream(joining: Joining) -> Result<Box<dyn Downstream>, LinkError> {
     #[cfg(feature = "cuda")]
     return Ok(Box::new(device::NcclDownstream::join(joining)?));
     #[cfg(not(feature = "cuda"))]
@@ -63,7 +91,7 @@ pub(crate) fn downstream(joining: Joining) -> Result<Box<dyn super::Downstream>,
 ///
 /// # Errors
 /// If the ranks do not come together.
-pub(crate) fn upstream(joining: Joining) -> Result<Box<dyn super::Upstream>, LinkError> {
+fn upstream(joining: Joining) -> Result<Box<dyn Upstream>, LinkError> {
     #[cfg(feature = "cuda")]
     return Ok(Box::new(device::NcclUpstream::join(joining)?));
     #[cfg(not(feature = "cuda"))]

@@ -13,15 +13,15 @@ use cudarc::{
 use super::{
     super::{
         self as cuda, CudaError, Doing,
+        activations::Slots,
         gate::{self, Handle},
-        rows::Slots,
     },
     *,
 };
 use crate::{
     device::{self, Compute, Directories, Held},
     kernels::ops::TensorSpec,
-    transport::{Hidden, LinkError},
+    transport::{LinkError, Tensors},
 };
 
 fn begin(gpu: &Gpu, mode: sys::CUstreamCaptureMode) {
@@ -118,6 +118,9 @@ fn beside_a_capture_all_is_refused_that_is_no_work_of_a_stream() {
     }
 }
 
+/// A tensor of an activation.
+const SPEC: TensorSpec = TensorSpec { dtype: DType::F32, rows: 2, columns: 8 };
+
 #[test]
 fn what_comes_and_goes_in_other_threads_spoils_no_recording() {
     let bench = Bench::new();
@@ -131,12 +134,12 @@ fn what_comes_and_goes_in_other_threads_spoils_no_recording() {
                 let [here, there] = &gpus;
                 cuda::info(1).unwrap();
                 here.kernels(DType::F32, 32).unwrap();
-                let slots = Slots::new(&here.context, 64, 2).unwrap();
+                let slots = Slots::new(&here.context, &[SPEC], 2).unwrap();
                 let event = Handle::new(|| here.context.new_event(None)).unwrap();
                 event.record(&here.stream).unwrap();
-                let rows = slots.rows(TensorSpec { dtype: DType::F32, rows: 2, columns: 8 }).unwrap();
+                let rows = slots.tensors(vec![SPEC]).unwrap();
                 let memory = Memory::new(&there.context, 64).unwrap();
-                rows.copy_to(&there.stream, memory.ptr()).unwrap();
+                rows.copy_first_to(&there.stream, memory.ptr()).unwrap();
                 there.wait().unwrap();
                 let _ = begun.send(());
             }
@@ -220,13 +223,13 @@ fn a_process_whose_gpu_is_lost_ends_by_whatever_it_hears_of_it() {
 /// Returns if nothing ends the process.
 fn hear_of_a_lost_gpu(heard: &str) {
     let bench = Bench::new();
-    let slots = Slots::new(&bench.gpu.context, 64, 1).unwrap();
-    let rows = slots.rows(TensorSpec { dtype: DType::F32, rows: 2, columns: 8 }).unwrap();
+    let slots = Slots::new(&bench.gpu.context, &[SPEC], 1).unwrap();
+    let rows = slots.tensors(vec![SPEC]).unwrap();
     let kernels = bench.gpu.kernels(DType::F32, 32).unwrap();
     lose_every_gpu();
     let said = match heard {
         "a step" => bench.gpu.wait().unwrap_err().to_string(),
-        "a hop to the host" => Hidden::Device(rows).into_host().unwrap_err().to_string(),
+        "a hop to the host" => Tensors::Device(rows).into_host().unwrap_err().to_string(),
         "an offer" => {
             let (devices, compute) = (["cuda:0".parse().unwrap()], Compute::shared_by(1));
             let held = |_: &str| Held::default();
