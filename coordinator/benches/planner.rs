@@ -102,7 +102,7 @@ fn offer(i: usize, range: u64) -> Offer {
         stages_at_once: 0,
         hardware: String::new(),
         peers: Vec::new(),
-        nccl: false,
+        links: Vec::new(),
         spill_bytes: 0,
         spill_directory: String::new(),
         libraries: Vec::new(),

@@ -64,7 +64,7 @@ fn offers(imagined: &[ImaginedDevices]) -> Vec<Offer> {
             stages_at_once: 0,
             hardware: String::new(),
             peers: Vec::new(),
-            nccl: false,
+            links: Vec::new(),
             spill_bytes: 0,
             spill_directory: String::new(),
             libraries: Vec::new(),

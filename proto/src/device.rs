@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::{Format, v1};
+use crate::{Format, LinkKind, v1};
 
 /// What kind of processor a device is. Rates are compared per kind, so that noise cannot change a split.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -42,8 +42,8 @@ pub struct Device {
     pub hardware: String,
     /// Hardware whose memory this device can copy to directly, its own included.
     pub peers: Vec<String>,
-    /// NCCL can be used from this device's worker.
-    pub nccl: bool,
+    /// Kinds of link that need more than processes and a network, and that this device's worker has it for.
+    pub links: Vec<LinkKind>,
     /// Bytes of weights that may stay memory-mapped where they do not fit into memory; 0 on any device but a CPU that
     /// nobody capped.
     pub spill_bytes: u64,
@@ -133,7 +133,7 @@ impl From<Device> for v1::Device {
             stages_at_once: d.stages_at_once,
             hardware: d.hardware,
             peers: d.peers,
-            nccl: d.nccl,
+            links: d.links.iter().map(|kind| kind.name().to_owned()).collect(),
             spill_bytes: d.spill_bytes,
             spill_directory: d.spill_directory,
             libraries: d
@@ -181,7 +181,8 @@ impl TryFrom<v1::Device> for Device {
             id: d.id,
             hardware: d.hardware,
             peers: d.peers,
-            nccl: d.nccl,
+            // One that this build does not know, it cannot choose.
+            links: d.links.iter().filter_map(|kind| kind.parse().ok()).collect(),
             spill_bytes: d.spill_bytes,
             spill_directory: d.spill_directory,
             libraries: d

@@ -244,7 +244,7 @@ pub fn offers(
         stages_at_once: cores().div_ceil(compute.threads) as u32,
         hardware: String::new(),
         peers: Vec::new(),
-        nccl: false,
+        links: Vec::new(),
         spill_bytes: spill_bytes(spec),
         spill_directory: spill.map_or(String::new(), |directory| directory.display().to_string()),
         libraries: Vec::new(),

@@ -68,7 +68,7 @@ fn obstacle(from: End<'_>, to: End<'_>, kind: LinkKind) -> Option<String> {
         }),
         LinkKind::Nccl => no_gpu()
             .or_else(|| {
-                let without = ends.iter().find(|end| !end.device.nccl);
+                let without = ends.iter().find(|end| !end.device.links.contains(&LinkKind::Nccl));
                 without.map(|end| format!("no NCCL on {}/{}", end.host, end.worker))
             })
             .or_else(|| {
@@ -96,7 +96,7 @@ mod tests {
             stages_at_once: 0,
             hardware: hardware.into(),
             peers: peers.iter().map(|p| (*p).to_owned()).collect(),
-            nccl,
+            links: nccl.then_some(LinkKind::Nccl).into_iter().collect(),
             spill_bytes: 0,
             spill_directory: String::new(),
             libraries: Vec::new(),

@@ -207,12 +207,7 @@ async fn open(
 
     let connected = setups.iter().enumerate().map(|(index, setup)| {
         let link = |at: usize, address: &str| {
-            let kind = match setups[at].link() {
-                Some(LinkKind::Loopback) => v1::LinkKind::Loopback,
-                Some(LinkKind::DeviceCopy) => v1::LinkKind::DeviceCopy,
-                Some(LinkKind::Nccl) => v1::LinkKind::Nccl,
-                Some(LinkKind::Tcp) | None => v1::LinkKind::Tcp,
-            };
+            let kind = v1::LinkKind::from(setups[at].link().unwrap_or(LinkKind::Tcp));
             v1::Link {
                 kind: kind as i32,
                 token: tokens[at].to_vec().into(),

@@ -80,7 +80,7 @@ pub(crate) fn device(kind: DeviceKind, id: &str, budget: u64, capped: bool) -> O
         stages_at_once: 0,
         hardware: if kind == DeviceKind::Cuda { format!("GPU {id}") } else { String::new() },
         peers: Vec::new(),
-        nccl: false,
+        links: Vec::new(),
         spill_bytes: 0,
         spill_directory: String::new(),
         libraries: Vec::new(),

@@ -16,7 +16,7 @@ use crate::{
         measure::{self, Pool, Product, Room},
         product::Epilogue,
     },
-    transport::nccl,
+    transport::{self, nccl},
 };
 
 /// The GPUs of this machine as devices.
@@ -57,7 +57,7 @@ pub(super) fn offer(
         stages_at_once: 0,
         hardware: uuid,
         peers,
-        nccl: nccl::is_there(),
+        links: transport::of_gpus(),
         spill_bytes: 0,
         spill_directory: String::new(),
         libraries: libraries.iter().cloned().chain(nccl::description()).collect(),

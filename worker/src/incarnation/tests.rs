@@ -1,6 +1,6 @@
 //! Two stages of a model that hands on more than the residual stream, over every kind of link.
 
-use std::{ops::ControlFlow, path::Path, thread};
+use std::{ops::ControlFlow, path::Path, sync::Barrier, thread};
 
 use candle_core::{Device, Tensor};
 use strata_proto::{LayerRange, v1::LinkKind};
@@ -134,7 +134,7 @@ fn step(step: u64) -> v1::StepMeta {
 /// What the last of two stages makes of the first one's steps, which leaves out so many tensors.
 fn run(kind: LinkKind, missing: usize) -> Results {
     let nccl_id = if kind == LinkKind::Nccl { transport::nccl::mint_id().unwrap().to_vec() } else { vec![] };
-    let (listener, hub) = (Listener::bind("127.0.0.1:0").unwrap(), std::sync::Arc::new(Hub::default()));
+    let (listener, hub) = (Listener::bind("127.0.0.1:0").unwrap(), Arc::new(Hub::default()));
     let pending = listener.expect(TOKEN);
     let link =
         || Link { kind, token: TOKEN, address: listener.address().to_string(), nccl_id: nccl_id.clone() };
@@ -147,24 +147,28 @@ fn run(kind: LinkKind, missing: usize) -> Results {
         longest: model().tower.activation(incarnation.max_step_tokens, DType::BF16),
     };
     let hook: StepHook = Arc::new(|meta| if meta.step == 1 { Err("step 1 fails".into()) } else { Ok(()) });
+    // Both ends are up before a step runs, and stay until the last stage has all that it gets, as in a pipeline.
+    let (connected, done) = (Barrier::new(2), Barrier::new(2));
     thread::scope(|scope| {
-        scope.spawn(|| {
+        let first = scope.spawn(|| {
             let (mut first, mut engine) = (incarnation(), Fake::new(false, missing));
             let down = transport::open(kind).unwrap().downstream(link(), end(&first, 0, None));
             first.downstream = Some(down.unwrap());
-            for number in 0..STEPS {
-                engine.step = number;
-                let broke = first.execute(&step(number), &mut engine, Some(&hook)).is_err();
-                // A poisoned step has no tensors that could be too few.
-                assert_eq!(broke, missing > 0 && number != 1, "{kind:?} step {number}");
-                if broke {
-                    return;
-                }
+            connected.wait();
+            let broke = (0..STEPS).find(|number| {
+                engine.step = *number;
+                first.execute(&step(*number), &mut engine, Some(&hook)).is_err()
+            });
+            if broke.is_some() {
+                drop(first.downstream.take());
             }
+            done.wait();
+            broke
         });
         let (mut last, mut engine) = (incarnation(), Fake::new(true, 0));
         let up = transport::open(kind).unwrap().upstream(link(), end(&last, 1, Some(pending)));
         last.upstream = Some(up.unwrap());
+        connected.wait();
         let mut results = Results::new();
         for number in 0..STEPS {
             let Ok((Some(result), _)) = last.execute(&step(number), &mut engine, None) else { break };
@@ -175,6 +179,9 @@ fn run(kind: LinkKind, missing: usize) -> Results {
                 (_, failure) => Err(failure.unwrap_or_default()),
             });
         }
+        done.wait();
+        // What has too few tensors is not sent.
+        assert_eq!(first.join().unwrap(), (missing > 0).then_some(0), "{kind:?}");
         results
     })
 }

@@ -133,6 +133,13 @@ pub(crate) fn open(kind: LinkKind) -> Result<&'static dyn Transport, LinkError> 
     }
 }
 
+/// Kinds of link that GPUs of this worker can be ends of, since what these need beside a network is here.
+#[cfg(feature = "cuda")]
+pub(crate) fn of_gpus() -> Vec<strata_proto::LinkKind> {
+    let nccl = nccl::is_there().then_some(strata_proto::LinkKind::Nccl);
+    nccl.into_iter().collect()
+}
+
 /// A link as the coordinator describes it to one of its ends.
 pub(crate) struct Link {
     /// How activations travel.

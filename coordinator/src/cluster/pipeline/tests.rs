@@ -95,7 +95,8 @@ fn discovered(worker: Arc<Obedient>, nccl: bool) -> Discovery {
         device(DeviceKind::Cuda, "cuda:1", 1 << 20, false),
         device(DeviceKind::Cpu, "cpu", 1 << 20, false),
     ];
-    offers.iter_mut().for_each(|offer| offer.device.nccl = nccl && offer.device.kind == DeviceKind::Cuda);
+    let gpus = offers.iter_mut().filter(|offer| nccl && offer.device.kind == DeviceKind::Cuda);
+    gpus.for_each(|offer| offer.device.links = vec![LinkKind::Nccl]);
     let member = Member { name: "w".into(), worker, rank: 0, host: "h".into() };
     let members = HashMap::from([("w".to_owned(), (member, "hub".to_owned()))]);
     Discovery { profile: profile(&[(100, 1); 6], 0, false), offers, members }
