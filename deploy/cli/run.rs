@@ -23,9 +23,9 @@ use tokio::{
 use tonic::transport::Channel;
 
 use crate::{
-    args::{AnswerArgs, RunArgs},
-    client::{connect, refusal},
-    generate, model_dir, prompt, roles,
+    args::{AddressArgs, AnswerArgs, RunArgs},
+    client::Server,
+    generate, model_dir, prompt, report, roles,
     show::Loading,
 };
 
@@ -35,6 +35,7 @@ const HELP: &str = "/exit or Ctrl-D ends, /clear forgets what was said, Ctrl-C s
 pub async fn run(args: RunArgs) -> anyhow::Result<()> {
     must_generate(&args.here.model)?;
     let prompt = prompt::only(args.text.clone(), args.prompt.clone())?;
+    generate::warn_of_idle_flags(&args.answer);
     let mut model = start(&args).await?;
     match prompt {
         Some(prompt) => model.ask(prompt, None).await.map(drop),
@@ -75,8 +76,10 @@ async fn start(args: &RunArgs) -> anyhow::Result<Model> {
     // It ends with the process.
     tokio::spawn(grpc::serve(coordinator, listener, std::future::pending()));
     let beginning = args.message.clone();
+    let server = Server::connect(&AddressArgs { address, timeout: None }).await?;
     Ok(Model {
-        client: InferenceClient::new(connect(&address).await?),
+        client: InferenceClient::new(server.channel.clone()),
+        server,
         chat,
         said: beginning.clone(),
         beginning,
@@ -86,6 +89,7 @@ async fn start(args: &RunArgs) -> anyhow::Result<Model> {
 
 /// A model that is ready, and what was said so far.
 struct Model {
+    server: Server,
     client: InferenceClient<Channel>,
     /// It has a chat template; what is asked is a message, and the answer is remembered.
     chat: bool,
@@ -143,7 +147,7 @@ impl Model {
                 Ok(_) => {}
                 // Whoever sits there can ask something else.
                 Err(error) if terminal && !crate::is_broken_pipe(&error) => {
-                    eprintln!("error: {}", crate::in_one_line(&error));
+                    eprintln!("error: {}", report::in_one_line(&error));
                 }
                 Err(error) => return Err(error),
             }
@@ -154,7 +158,7 @@ impl Model {
     async fn ask(&mut self, prompt: String, mut interrupts: Option<&mut Signal>) -> anyhow::Result<Outcome> {
         let question = ChatMessage { role: "user".into(), content: prompt };
         let request = self.request(&question);
-        let mut stream = self.client.generate(request).await.map_err(|s| refusal(&s))?.into_inner();
+        let mut stream = self.server.wait(self.client.generate(request)).await?.into_inner();
         let mut out = std::io::stdout();
         let mut text = String::new();
         loop {
@@ -165,7 +169,7 @@ impl Model {
                 }
             };
             let event = tokio::select! {
-                event = stream.message() => event.map_err(|s| refusal(&s))?,
+                event = self.server.wait(stream.message()) => event?,
                 _ = interrupted => {
                     writeln!(out)?;
                     return Ok(Outcome::Stopped);
