@@ -6,6 +6,19 @@ use strata_proto::{DType, LinkKind, ModelProfile, Quantization};
 
 use crate::{planner::Split, preflight::Check};
 
+/// Most tokens in one step, unless told otherwise.
+pub const MAX_STEP_TOKENS: u32 = 512;
+/// Most rows with an output in one step, unless told otherwise.
+pub const MAX_STEP_ROWS: u32 = 128;
+/// Most prompt tokens of one sequence in one step, unless told otherwise.
+pub const PREFILL_CHUNK: u32 = 256;
+/// Longest that prompts keep those who decode waiting, unless told otherwise.
+pub const INTER_TOKEN: Duration = Duration::from_millis(200);
+/// Most requests in progress or waiting, unless told otherwise.
+pub const MAX_REQUESTS: u32 = 512;
+/// How long workers have to join, unless told otherwise.
+pub const JOIN_PATIENCE: Duration = Duration::from_secs(120);
+
 /// Everything a coordinator needs to know.
 #[derive(Debug, Clone)]
 pub struct CoordinatorConfig {
@@ -21,6 +34,31 @@ pub struct CoordinatorConfig {
     pub skip_checks: Vec<Check>,
     /// The program's version, as Status is to say it.
     pub version: String,
+}
+
+impl CoordinatorConfig {
+    /// A model as it is, over the first so many workers, with the limits that a server has unless told otherwise.
+    pub fn new(model: impl Into<String>, workers: usize) -> Self {
+        CoordinatorConfig {
+            deployment: Deployment {
+                model: model.into(),
+                split: Split::Auto,
+                dtype: None,
+                quantization: None,
+                kv_tokens: None,
+                max_sequences: None,
+                context: None,
+                links: None,
+                max_step_tokens: MAX_STEP_TOKENS,
+                max_step_rows: MAX_STEP_ROWS,
+            },
+            limits: Limits::default(),
+            expected_members: workers,
+            join_patience: JOIN_PATIENCE,
+            skip_checks: Vec::new(),
+            version: String::new(),
+        }
+    }
 }
 
 /// What is to be served, and how.
@@ -66,4 +104,15 @@ pub struct Limits {
     pub prefix_cache: bool,
     /// Most requests in progress or waiting.
     pub max_requests: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            prefill_chunk: PREFILL_CHUNK,
+            inter_token: INTER_TOKEN,
+            prefix_cache: true,
+            max_requests: MAX_REQUESTS as usize,
+        }
+    }
 }

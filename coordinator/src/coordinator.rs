@@ -1,13 +1,11 @@
 //! Starting a coordinator: members, plan, tokenizer, engine, first pipeline.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
+use futures::StreamExt;
 use strata_proto::{
     ModelProfile, Plan,
-    v1::{Task, generate_event},
+    v1::{self, Task, generate_event::Event},
 };
 use tokio::sync::mpsc;
 
@@ -18,10 +16,9 @@ use crate::{
         membership::{self, Member, MemberEvent},
     },
     config::{CoordinatorConfig, Deployment},
-    engine::{Asked, Engine, EngineError, EngineHandle, Event, Notice, Observer, Reply, Submission},
+    engine::{self, Engine, EngineError, EngineHandle, Notice, Observer},
+    front::session::{Served, Session, SessionError},
     preflight::{self, Check, Finding},
-    request::{Gate, Tokenizer, encode::CheckedInput, generate::Checked},
-    scheduler::Encode,
 };
 
 /// Alternatives that the output check compares.
@@ -61,10 +58,8 @@ fn refusals(findings: &[Finding]) -> String {
 #[derive(Clone)]
 pub struct Coordinator {
     pub(crate) deployment: Deployment,
-    pub(crate) profile: Arc<ModelProfile>,
-    pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) session: Session,
     pub(crate) engine: EngineHandle,
-    pub(crate) gate: Gate,
     pub(crate) version: String,
     /// Members as the engine was last told.
     pub(crate) members: Arc<std::sync::Mutex<Vec<Member>>>,
@@ -141,22 +136,22 @@ impl Coordinator {
                     &mut known.lock().unwrap_or_else(std::sync::PoisonError::into_inner),
                     &event,
                 );
-                if handle.send(Event::Member(event)).is_err() {
+                if handle.send(engine::Event::Member(event)).is_err() {
                     break;
                 }
             }
         });
         up.await.map_err(|_| StartError::Engine)??;
+        let longest_input = profile.context_length.min(config.deployment.max_step_tokens);
+        let served = Served { profile: profile.clone(), tokenizer, engine: engine.clone(), longest_input };
         let coordinator = Coordinator {
-            gate: Gate::new(config.limits.max_requests),
+            session: Session::new(served, config.limits.max_requests),
             version: config.version,
             deployment: config.deployment,
-            profile,
-            tokenizer,
             engine,
             members: shared,
         };
-        let output = coordinator.probe().await;
+        let output = probe(&coordinator.session.probing(), &profile).await;
         findings.push(Finding::new(Check::Output, output, &config.skip_checks));
         observer(Notice::Checked(findings.clone()));
         if findings.iter().any(Finding::refuses) {
@@ -165,79 +160,81 @@ impl Coordinator {
         Ok(coordinator)
     }
 
-    /// Asks the model about two inputs: what it says must be finite and differ.
-    async fn probe(&self) -> Result<String, String> {
-        let last = self.profile.vocab_size - 1;
-        let (a, b) = (self.probe_one(vec![0]).await?, self.probe_one(vec![last]).await?);
-        if !a.iter().chain(&b).all(|x| x.is_finite()) {
-            return Err("the model's output is not finite: its weights are damaged".into());
-        }
-        if a == b {
-            return Err("two different inputs give the same output: the weights are not the model's".into());
-        }
-        Ok("finite, and different for different inputs".into())
-    }
-
-    /// What the model makes of a prompt: log-probabilities, a vector, or the logits of classes.
-    async fn probe_one(&self, prompt: Vec<u32>) -> Result<Vec<f32>, String> {
-        let encode = |masked| {
-            let encode = Encode { segments: Vec::new(), masked, candidates: PROBE_LOGPROBS };
-            Asked::Encode(CheckedInput { ids: prompt.clone(), encode, dropped: 0 }, None)
-        };
-        let request = match self.profile.task {
-            Task::Classify | Task::Embed => encode(Vec::new()),
-            Task::FillMask => encode(vec![0]),
-            Task::Generate | Task::Unspecified => Asked::Generate(Box::new(Checked {
-                prompt: prompt.clone(),
-                max_tokens: 1,
-                sampling: strata_proto::v1::Sampling::default(),
-                seed: 0,
-                stop: Vec::new(),
-                eos: Vec::new(),
-                logprobs: Some(PROBE_LOGPROBS),
-                deadline: None,
-                tenant: "".into(),
-            })),
-        };
-        let permit = self.gate.enter().map_err(|e| e.to_string())?;
-        let (reply, mut replies) = mpsc::unbounded_channel();
-        let submission = Submission { request, arrived: Instant::now(), reply, permit };
-        let gone = || "the engine ended".to_owned();
-        self.engine.events.send(Event::Submit(Box::new(submission))).map_err(|_| gone())?;
-        loop {
-            match replies.recv().await.ok_or_else(gone)? {
-                Reply::Event(generate_event::Event::Tokens(tokens)) => {
-                    let scores = tokens.logprobs.into_iter().flat_map(|l| l.top).map(|t| t.logprob);
-                    return Ok(scores.collect());
-                }
-                Reply::Vector(values) => return Ok(values),
-                Reply::Guesses(masks) => {
-                    return Ok(masks.into_iter().flatten().map(|t| t.logprob).collect());
-                }
-                Reply::Failed(EngineError::Poisoned) => {
-                    return Err("the forward pass fails or gives logits that are not finite: the weights are damaged, \
-                                or this dtype cannot hold them; try --dtype f32"
-                        .into());
-                }
-                Reply::Failed(error) => return Err(error.to_string()),
-                Reply::Accepted(_) | Reply::Event(_) => {}
-            }
-        }
-    }
-
-    /// Most tokens of an input that is computed in one step.
-    pub(crate) fn longest_input(&self) -> u32 {
-        self.profile.context_length.min(self.deployment.max_step_tokens)
-    }
-
-    /// Whether the model has a template for chats.
-    pub fn has_chat_template(&self) -> bool {
-        self.tokenizer.has_chat_template()
+    /// The way to ask the model.
+    pub fn session(&self) -> &Session {
+        &self.session
     }
 
     /// The engine, for whoever wants to watch it.
     pub fn engine(&self) -> &EngineHandle {
         &self.engine
+    }
+}
+
+/// Asks the model about two inputs: what it says must be finite and differ.
+async fn probe(session: &Session, profile: &ModelProfile) -> Result<String, String> {
+    let asked = async {
+        let first = answer(session, profile.task, 0).await?;
+        let last = answer(session, profile.task, profile.vocab_size - 1).await?;
+        Ok::<_, SessionError>((first, last))
+    };
+    let (a, b) = asked.await.map_err(|error| match error {
+        SessionError::Failed(EngineError::Poisoned) => {
+            "the forward pass fails or gives logits that are not finite: the weights are damaged, or this dtype cannot \
+             hold them; try --dtype f32"
+                .to_owned()
+        }
+        error => error.to_string(),
+    })?;
+    if !a.iter().chain(&b).all(|x| x.is_finite()) {
+        return Err("the model's output is not finite: its weights are damaged".into());
+    }
+    if a == b {
+        return Err("two different inputs give the same output: the weights are not the model's".into());
+    }
+    Ok("finite, and different for different inputs".into())
+}
+
+/// What the model makes of a token: log-probabilities, a vector, the logits of classes, or probabilities.
+async fn answer(session: &Session, task: Task, token: u32) -> Result<Vec<f32>, SessionError> {
+    let mut ids = vec![token];
+    if task == Task::FillMask {
+        ids.extend(session.mask_token());
+    }
+    let inputs = vec![v1::Input { token_ids: ids.clone(), ..v1::Input::default() }];
+    match task {
+        Task::Classify => {
+            let request = v1::ClassifyRequest { inputs, ..v1::ClassifyRequest::default() };
+            let results = session.classify(request).await?.results.into_iter();
+            Ok(results.flat_map(|r| r.classes).map(|class| class.logit).collect())
+        }
+        Task::Embed => {
+            let request = v1::EmbedRequest { inputs, ..v1::EmbedRequest::default() };
+            Ok(session.embed(request).await?.results.into_iter().flat_map(|r| r.values).collect())
+        }
+        Task::FillMask => {
+            let request =
+                v1::FillMaskRequest { inputs, top_k: Some(PROBE_LOGPROBS), ..v1::FillMaskRequest::default() };
+            let results = session.fill_masks(request).await?.results.into_iter();
+            let masks = results.flat_map(|r| r.masks);
+            Ok(masks.flat_map(|mask| mask.candidates).map(|candidate| candidate.score).collect())
+        }
+        Task::Generate | Task::Unspecified => {
+            let request = v1::GenerateRequest {
+                token_ids: ids,
+                max_tokens: Some(1),
+                logprobs: Some(PROBE_LOGPROBS),
+                ..v1::GenerateRequest::default()
+            };
+            let mut events = session.generate(request).await?;
+            let mut scores = Vec::new();
+            while let Some(event) = events.next().await {
+                if let Event::Tokens(tokens) = event? {
+                    scores.extend(tokens.logprobs.into_iter().flat_map(|l| l.top).map(|t| t.logprob));
+                }
+            }
+            Ok(scores)
+        }
     }
 }
 

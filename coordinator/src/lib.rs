@@ -19,3 +19,6 @@ mod scheduler;
 pub use cluster::RemoteWorker;
 pub use config::{CoordinatorConfig, Deployment, Limits};
 pub use coordinator::{Coordinator, StartError, discover_members, preview};
+pub use engine::EngineError;
+pub use front::session::{Generation, Session, SessionError};
+pub use request::AdmissionError;

@@ -7,24 +7,19 @@ use std::{
 };
 
 use anyhow::{Context, bail};
+use futures::StreamExt;
 use strata_coordinator::{
-    Coordinator,
+    Coordinator, Session,
     engine::{Notice, Observer},
-    front::grpc,
 };
-use strata_proto::v1::{
-    ChatMessage, FinishReason, GenerateRequest, Task, generate_event, inference_client::InferenceClient,
-};
+use strata_proto::v1::{ChatMessage, FinishReason, GenerateRequest, Task, generate_event::Event};
 use tokio::{
-    net::TcpListener,
     signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
 };
-use tonic::transport::Channel;
 
 use crate::{
-    args::{AddressArgs, AnswerArgs, RunArgs},
-    client::Server,
+    args::{AnswerArgs, RunArgs},
     generate, model_dir, prompt, report, roles,
     show::Loading,
 };
@@ -56,7 +51,7 @@ fn must_generate(given: &Path) -> anyhow::Result<()> {
     bail!("{name} does not generate text: serve it with `strata serve`, and ask it with `strata {command}`")
 }
 
-/// Loads the model and answers on a port that only this machine reaches.
+/// Loads the model.
 async fn start(args: &RunArgs) -> anyhow::Result<Model> {
     let (config, members) = roles::here(&args.here, &args.deployment)?;
     let loading = Arc::new(Loading::quiet());
@@ -66,31 +61,18 @@ async fn start(args: &RunArgs) -> anyhow::Result<Model> {
     };
     let started = Coordinator::start(config, members, observer).await;
     loading.finish();
-    let coordinator = started?;
-    let chat = coordinator.has_chat_template() && !args.complete;
+    let session = started?.session().clone();
+    let chat = session.has_chat_template() && !args.complete;
     if !chat && !args.message.is_empty() {
         bail!("--message: the model has no chat template; give it a --prompt to continue");
     }
-    let listener = TcpListener::bind(("127.0.0.1", 0)).await.context("listening on 127.0.0.1")?;
-    let address = format!("http://{}", listener.local_addr()?);
-    // It ends with the process.
-    tokio::spawn(grpc::serve(coordinator, listener, std::future::pending()));
     let beginning = args.message.clone();
-    let server = Server::connect(&AddressArgs { address, timeout: None }).await?;
-    Ok(Model {
-        client: InferenceClient::new(server.channel.clone()),
-        server,
-        chat,
-        said: beginning.clone(),
-        beginning,
-        answer: args.answer.clone(),
-    })
+    Ok(Model { session, chat, said: beginning.clone(), beginning, answer: args.answer.clone() })
 }
 
 /// A model that is ready, and what was said so far.
 struct Model {
-    server: Server,
-    client: InferenceClient<Channel>,
+    session: Session,
     /// It has a chat template; what is asked is a message, and the answer is remembered.
     chat: bool,
     /// Messages that every chat begins with.
@@ -157,8 +139,7 @@ impl Model {
     /// Asks, and writes the answer to standard output as it comes.
     async fn ask(&mut self, prompt: String, mut interrupts: Option<&mut Signal>) -> anyhow::Result<Outcome> {
         let question = ChatMessage { role: "user".into(), content: prompt };
-        let request = self.request(&question);
-        let mut stream = self.server.wait(self.client.generate(request)).await?.into_inner();
+        let mut answer = self.session.generate(self.request(&question)).await?;
         let mut out = std::io::stdout();
         let mut text = String::new();
         loop {
@@ -169,22 +150,21 @@ impl Model {
                 }
             };
             let event = tokio::select! {
-                event = self.server.wait(stream.message()) => event?,
+                event = answer.next() => event.context("the answer broke off")??,
                 _ = interrupted => {
                     writeln!(out)?;
                     return Ok(Outcome::Stopped);
                 }
             };
-            let event = event.and_then(|event| event.event).context("the answer broke off")?;
             let piece = match &event {
-                generate_event::Event::Started(_) => continue,
-                generate_event::Event::Tokens(tokens) => &tokens.text,
-                generate_event::Event::Finished(finished) => &finished.text,
+                Event::Started(_) => continue,
+                Event::Tokens(tokens) => &tokens.text,
+                Event::Finished(finished) => &finished.text,
             };
             write!(out, "{piece}")?;
             out.flush()?;
             text += piece;
-            if let generate_event::Event::Finished(finished) = &event {
+            if let Event::Finished(finished) = &event {
                 writeln!(out)?;
                 if self.chat {
                     self.said.extend([question, ChatMessage { role: "assistant".into(), content: text }]);

@@ -332,7 +332,6 @@ mod tests {
             stages: vec![stage(0, "tcp"), stage(40, "tcp"), stage(80, "")],
             kv_capacity_tokens: 131_072,
             forecast: Some(v1::Forecast { single: 123.4, batch: 16, full: 1234.5 }),
-            ..v1::Replica::default()
         };
         let long =
             "a sentence of which nobody would say that it is a short one, as it has so many words in it";

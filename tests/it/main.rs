@@ -3,6 +3,7 @@
 mod cluster;
 mod door;
 mod encoders;
+mod examples;
 mod faults;
 mod foreign_client;
 #[cfg(feature = "cuda")]
@@ -14,5 +15,6 @@ mod processes;
 mod replicas;
 mod run;
 mod serving;
+mod session;
 #[cfg(feature = "cuda")]
 mod start;

@@ -10,7 +10,7 @@ use std::{
 };
 
 use strata_proto::{
-    BLOCK_TOKENS, Files, PROTOCOL, Progress, StageChannel, Worker,
+    BLOCK_TOKENS, DeviceKind, Files, PROTOCOL, Progress, StageChannel, Worker,
     v1::{self, Fence, LinkKind},
 };
 use tonic::{Status, async_trait};
@@ -97,6 +97,23 @@ pub struct WorkerConfig {
     pub step_hook: Option<StepHook>,
     /// Where it may write.
     pub directories: Directories,
+}
+
+impl WorkerConfig {
+    /// A worker by itself in its process, with all devices of this machine, which writes nothing to its disk.
+    pub fn new(models: Models) -> Self {
+        let devices = device::all();
+        let processors = devices.iter().filter(|d| d.kind == DeviceKind::Cpu).count();
+        WorkerConfig {
+            models,
+            devices,
+            compute: Compute::shared_by(processors),
+            link_address: SocketAddr::from(([127, 0, 0, 1], 0)),
+            hub: Arc::default(),
+            step_hook: None,
+            directories: Directories::default(),
+        }
+    }
 }
 
 /// A worker.

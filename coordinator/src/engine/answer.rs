@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 
 use super::{error::EngineError, messages::Reply};
 use crate::{
-    request::{Permit, TextStream, Tokenizer, generate::Checked},
+    request::{TextStream, Tokenizer, generate::Checked},
     scheduler::{self, SequenceId},
 };
 
@@ -19,7 +19,8 @@ pub(crate) struct Live {
     pub reply: mpsc::UnboundedSender<Reply>,
     /// Of a generation.
     pub answer: Option<Answer>,
-    pub _permit: Permit,
+    /// Some of it went to a pipeline.
+    pub begun: bool,
 }
 
 /// A text in progress.

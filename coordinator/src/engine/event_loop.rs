@@ -199,7 +199,7 @@ impl Engine {
     }
 
     fn submit(&mut self, submission: Submission) {
-        let Submission { request, arrived, reply, permit } = submission;
+        let Submission { request, arrived, reply } = submission;
         if self.turned_away() {
             let reason = self.snapshot.borrow().reason.clone();
             let _ = reply.send(Reply::Failed(EngineError::NoPipeline(reason)));
@@ -219,7 +219,7 @@ impl Engine {
         let id = self.last_id;
         match self.place(id, asked) {
             Ok(()) => {
-                let live = Live { reply: reply.clone(), answer, _permit: permit };
+                let live = Live { reply: reply.clone(), answer, begun: false };
                 self.counters.prompt_tokens += prompt_tokens;
                 self.live.insert(id, live);
                 if reply.send(Reply::Accepted(id)).is_err() {
@@ -370,6 +370,15 @@ impl Engine {
             {
                 let Some(meta) = scheduler.next_step() else { break };
                 budget.sent(meta.step, meta.token_ids.len() as u32);
+                for row in meta.rows.iter().filter(|row| row.reset) {
+                    if let Some(live) = self.live.get_mut(&row.sequence)
+                        && !live.begun
+                    {
+                        live.begun = true;
+                        // A receiver that is gone needs no telling.
+                        let _ = live.reply.send(Reply::Begun(Instant::now()));
+                    }
+                }
                 if let Err(worker) = pipeline.issue(meta) {
                     self.lost(at, &worker, "it takes no steps");
                 }

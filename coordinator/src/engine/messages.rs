@@ -19,7 +19,7 @@ use crate::{
         pipeline::{LoadUpdate, Pipeline, PipelineEvent},
     },
     preflight::Finding,
-    request::{Permit, encode::CheckedInput, generate::Checked},
+    request::{encode::CheckedInput, generate::Checked},
     scheduler::SequenceId,
 };
 
@@ -29,6 +29,8 @@ use crate::{
 pub enum Reply {
     /// The request is in; cancel it by this id.
     Accepted(SequenceId),
+    /// Its first tokens went to a pipeline at this time.
+    Begun(Instant),
     /// Something to send on.
     Event(generate_event::Event),
     /// What the model's head yields of an input: a vector, or the logits of classes. The last message.
@@ -37,6 +39,17 @@ pub enum Reply {
     Guesses(Vec<Vec<v1::Alternative>>),
     /// The answer is over without a finish.
     Failed(EngineError),
+}
+
+impl Reply {
+    /// Whether nothing comes after it.
+    pub fn is_last(&self) -> bool {
+        match self {
+            Reply::Accepted(_) | Reply::Begun(_) => false,
+            Reply::Event(event) => matches!(event, generate_event::Event::Finished(_)),
+            Reply::Vector(_) | Reply::Guesses(_) | Reply::Failed(_) => true,
+        }
+    }
 }
 
 /// What is asked of the engine.
@@ -57,8 +70,6 @@ pub struct Submission {
     pub arrived: Instant,
     /// Where its answer goes.
     pub reply: mpsc::UnboundedSender<Reply>,
-    /// Its place at the gate.
-    pub permit: Permit,
 }
 
 /// Everything the engine reacts to.

@@ -8,7 +8,7 @@ mod messages;
 mod replica;
 mod snapshot;
 
-pub(crate) use error::EngineError;
+pub use error::EngineError;
 pub(crate) use event_loop::Engine;
 pub(crate) use messages::{Asked, Event, Reply, Submission};
 pub use messages::{EngineHandle, Notice, Observer};

@@ -1,3 +1,4 @@
-//! What clients see: adapters from a protocol to requests and back, a folder for each protocol.
+//! What clients see: [`session`], and adapters from a protocol to it, a folder for each protocol.
 
 pub mod grpc;
+pub mod session;

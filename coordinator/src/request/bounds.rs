@@ -10,7 +10,8 @@ use super::error::{AdmissionError, field};
 pub const MAX_TEXT: usize = 1 << 20;
 /// Most token ids in a Detokenize.
 pub const MAX_IDS: usize = 1 << 20;
-const MAX_DEADLINE: Duration = Duration::from_secs(24 * 3600);
+/// Longest deadline.
+pub const MAX_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
 /// Refuses a name other than the served one.
 ///

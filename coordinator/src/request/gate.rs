@@ -6,9 +6,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::error::AdmissionError;
 
-/// A place among the requests in progress; freed by dropping it and all its clones.
-#[derive(Debug, Clone)]
-pub struct Permit(#[allow(dead_code, reason = "held for its Drop")] Arc<OwnedSemaphorePermit>);
+/// A place among the requests in progress; freed by dropping it.
+#[derive(Debug)]
+pub struct Permit(#[allow(dead_code, reason = "held for its Drop")] OwnedSemaphorePermit);
 
 /// Bounds the number of requests in progress.
 #[derive(Debug, Clone)]
@@ -29,7 +29,12 @@ impl Gate {
     /// [`AdmissionError::Overload`] at once if every place is taken.
     pub fn enter(&self) -> Result<Permit, AdmissionError> {
         let permit = self.permits.clone().try_acquire_owned();
-        permit.map(|p| Permit(Arc::new(p))).map_err(|_| AdmissionError::Overload { limit: self.limit })
+        permit.map(Permit).map_err(|_| AdmissionError::Overload { limit: self.limit })
+    }
+
+    /// Places that are taken.
+    pub fn inside(&self) -> usize {
+        self.limit - self.permits.available_permits()
     }
 }
 
@@ -44,7 +49,9 @@ mod tests {
         let gate = Gate::new(1);
         let permit = gate.enter().unwrap();
         assert!(matches!(gate.enter().unwrap_err().kind(), Kind::Overload { .. }));
+        assert_eq!(gate.inside(), 1);
         drop(permit);
+        assert_eq!(gate.inside(), 0);
         gate.enter().unwrap();
     }
 }

@@ -1,7 +1,7 @@
 //! Flags of a deployment: how a model is split and served, whatever the processes.
 
 use clap::Args;
-use strata_coordinator::{planner::Split, preflight::Check};
+use strata_coordinator::{config, planner::Split, preflight::Check};
 use strata_proto::{DType, LinkKind, Quantization};
 
 /// How a model is deployed, whatever the processes.
@@ -30,16 +30,16 @@ pub struct DeploymentArgs {
     #[arg(long, env = "STRATA_LINKS", default_value = "auto", value_parser = parse_links)]
     pub links: AutoLinks,
     /// Most tokens in one step
-    #[arg(long, env = "STRATA_MAX_STEP_TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    #[arg(long, env = "STRATA_MAX_STEP_TOKENS", default_value_t = config::MAX_STEP_TOKENS, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub max_step_tokens: u32,
     /// Most sequences in one step
-    #[arg(long, env = "STRATA_MAX_STEP_ROWS", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    #[arg(long, env = "STRATA_MAX_STEP_ROWS", default_value_t = config::MAX_STEP_ROWS, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_step_rows: u32,
     /// Most prompt tokens of one sequence in one step; several stages take smaller ones, so that all of them are busy
-    #[arg(long, env = "STRATA_PREFILL_CHUNK", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    #[arg(long, env = "STRATA_PREFILL_CHUNK", default_value_t = config::PREFILL_CHUNK, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub prefill_chunk: u32,
     /// Milliseconds that a long prompt may keep others waiting for their next token; 0 is as long as it takes
-    #[arg(long, env = "STRATA_INTER_TOKEN_MS", default_value_t = 200)]
+    #[arg(long, env = "STRATA_INTER_TOKEN_MS", default_value_t = config::INTER_TOKEN.as_millis() as u64)]
     pub inter_token_ms: u64,
     /// Compute every prompt from its beginning, even if an earlier one began alike
     #[arg(long, env = "STRATA_NO_PREFIX_CACHE")]
@@ -48,7 +48,7 @@ pub struct DeploymentArgs {
     #[arg(long, env = "STRATA_SKIP_CHECK", value_delimiter = ',')]
     pub skip_check: Vec<Check>,
     /// Most requests in progress or waiting; more are refused at once
-    #[arg(long, env = "STRATA_MAX_REQUESTS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    #[arg(long, env = "STRATA_MAX_REQUESTS", default_value_t = config::MAX_REQUESTS, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub max_requests: u32,
 }
 

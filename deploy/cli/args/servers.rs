@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
+use strata_coordinator::config;
 use strata_proto::DEFAULT_PORT;
 use strata_worker::device::DeviceSpec;
 
@@ -81,7 +82,7 @@ pub struct CoordinatorArgs {
     #[arg(long, env = "STRATA_MODEL")]
     pub model: String,
     /// Seconds to wait for the workers
-    #[arg(long, env = "STRATA_JOIN_TIMEOUT", default_value_t = 120)]
+    #[arg(long, env = "STRATA_JOIN_TIMEOUT", default_value_t = config::JOIN_PATIENCE.as_secs())]
     pub join_timeout: u64,
     #[command(flatten)]
     pub deployment: DeploymentArgs,

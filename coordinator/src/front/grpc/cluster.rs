@@ -13,6 +13,7 @@ use crate::{
     cluster::{discovery::discover, membership::Member},
     config::Deployment,
     coordinator::Coordinator,
+    front::session::{Outcome, Session},
     planner::{IMAGINED, Offer, Split},
 };
 
@@ -55,7 +56,7 @@ impl Cluster for ClusterService {
             v1::Member { worker: member.name, live: devices.is_some(), devices: devices.unwrap_or_default() }
         });
         Ok(Response::new(v1::StatusResponse {
-            model: self.coordinator.profile.model.clone(),
+            model: self.coordinator.session.model().to_owned(),
             ready: snapshot.ready,
             reason: snapshot.reason,
             plan: snapshot.plan.as_deref().map(Into::into),
@@ -63,6 +64,7 @@ impl Cluster for ClusterService {
             load: Some(snapshot.load),
             members: futures::future::join_all(described).await,
             version: self.coordinator.version.clone(),
+            requests: Some(requests(&self.coordinator.session)),
         }))
     }
 
@@ -81,6 +83,16 @@ impl Cluster for ClusterService {
             found.plan_over(&offers, &deployment).map_err(|e| status(&e))?
         };
         Ok(Response::new(v1::PreviewPlanResponse { plan: Some((&plan).into()) }))
+    }
+}
+
+fn requests(session: &Session) -> v1::Requests {
+    let counts = session.counts();
+    let ended = Outcome::ALL.into_iter().map(|o| (o.name().to_owned(), counts.ended(o)));
+    v1::Requests {
+        begun: counts.begun(),
+        in_progress: u32::try_from(session.in_progress()).unwrap_or(u32::MAX),
+        ended: ended.filter(|(_, count)| *count > 0).collect(),
     }
 }
 

@@ -49,7 +49,7 @@ pub async fn serve(
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
     // Answers of Inference are not compressed: single tokens grow by it, and vectors hardly shrink.
-    let inference = InferenceServer::new(inference::InferenceService::new(coordinator.clone()))
+    let inference = InferenceServer::new(inference::InferenceService(coordinator.session().clone()))
         .accept_compressed(Gzip)
         .max_decoding_message_size(MAX_REQUEST);
     let cluster = ClusterServer::new(cluster::ClusterService::new(coordinator))

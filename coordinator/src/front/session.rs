@@ -1,0 +1,359 @@
+//! The one way in: every request of every front, and of a program that has the coordinator in its own process.
+
+mod generation;
+mod pending;
+mod record;
+
+use std::{sync::Arc, time::Duration};
+
+use strata_proto::{
+    ModelProfile,
+    error::{Classify, Kind},
+    v1::{self, Task},
+};
+use tokio::sync::mpsc;
+
+pub use generation::Generation;
+pub use record::{Counts, Outcome};
+
+use self::{pending::Pending, record::Record};
+use crate::{
+    engine::{Asked, EngineError, EngineHandle, Event, Reply},
+    request::{
+        AdmissionError, Gate, Tokenizer,
+        bounds::{self, MAX_IDS},
+        encode, generate,
+    },
+};
+
+/// Why a request has no answer, or not all of it.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// It was not let in.
+    #[error(transparent)]
+    Refused(#[from] AdmissionError),
+    /// It was let in, and ended without an answer.
+    #[error(transparent)]
+    Failed(#[from] EngineError),
+    /// A defect of ours.
+    #[error("the tokenizer failed; the server's log has the reason")]
+    Tokenizer,
+}
+
+impl Classify for SessionError {
+    fn kind(&self) -> Kind {
+        match self {
+            SessionError::Refused(error) => error.kind(),
+            SessionError::Failed(error) => error.kind(),
+            SessionError::Tokenizer => Kind::Internal,
+        }
+    }
+}
+
+/// What a session needs of a model that is served.
+#[derive(Debug)]
+pub(crate) struct Served {
+    pub profile: Arc<ModelProfile>,
+    pub tokenizer: Arc<Tokenizer>,
+    pub engine: EngineHandle,
+    /// Most tokens of an input that is computed in one step.
+    pub longest_input: u32,
+}
+
+/// A way to ask the model; cheap to clone. It bounds requests in progress, tokenizes off the async threads, keeps
+/// deadlines, counts, and logs a line for each request that ends. A call whose future or stream is dropped is cancelled.
+#[derive(Debug, Clone)]
+pub struct Session {
+    shared: Arc<Shared>,
+    /// The coordinator's own questions before it serves, which count nowhere.
+    probes: bool,
+}
+
+#[derive(Debug)]
+struct Shared {
+    served: Served,
+    gate: Gate,
+    counts: Arc<Counts>,
+    model: Arc<str>,
+}
+
+impl Session {
+    /// A session that takes `max_requests` at a time.
+    pub(crate) fn new(served: Served, max_requests: usize) -> Self {
+        let model = served.profile.model.as_str().into();
+        let shared = Shared { served, gate: Gate::new(max_requests), counts: Arc::default(), model };
+        Session { shared: Arc::new(shared), probes: false }
+    }
+
+    /// The same for the coordinator's own questions.
+    pub(crate) fn probing(&self) -> Self {
+        Session { probes: true, ..self.clone() }
+    }
+
+    /// Name of the model that answers.
+    pub fn model(&self) -> &str {
+        &self.shared.model
+    }
+
+    /// Requests so far.
+    pub fn counts(&self) -> &Counts {
+        &self.shared.counts
+    }
+
+    /// Requests in progress.
+    pub fn in_progress(&self) -> usize {
+        self.shared.gate.inside()
+    }
+
+    /// Whether the model has a template for chats.
+    pub fn has_chat_template(&self) -> bool {
+        self.shared.served.tokenizer.has_chat_template()
+    }
+
+    /// The token that stands for a guess, if the model's tokenizer has one.
+    pub(crate) fn mask_token(&self) -> Option<u32> {
+        self.shared.served.tokenizer.mask().map(|(_, id)| id)
+    }
+
+    /// Continues a prompt: the answer as it comes.
+    ///
+    /// # Errors
+    /// If a field is out of its bounds, or there is no room. What goes wrong later is the stream's last item.
+    pub async fn generate(&self, request: v1::GenerateRequest) -> Result<Generation, SessionError> {
+        let mut record = self.arrived("Generate");
+        match self.begin(request, &mut record).await {
+            Ok((started, pending)) => {
+                Ok(Generation { started: Some(started), running: Some((pending, record)) })
+            }
+            Err(error) => record.end(Err(error)),
+        }
+    }
+
+    /// Scores of a classifier's classes for each input.
+    ///
+    /// # Errors
+    /// If an input is out of its bounds, there is no room, or one has no answer; the first such error.
+    pub async fn classify(&self, request: v1::ClassifyRequest) -> Result<v1::ClassifyResponse, SessionError> {
+        let asked = encode::Request {
+            truncation: request.truncation(),
+            model: request.model,
+            task: Task::Classify,
+            inputs: request.inputs,
+            candidates: None,
+            deadline_ms: request.deadline_ms,
+        };
+        let results = self.encode(asked, "Classify", |input, reply| {
+            let Reply::Vector(logits) = reply else { return None };
+            let classes = encode::classification(&self.shared.served.profile, &logits);
+            Some(v1::Classification { classes, tokens: input.tokens, dropped_tokens: input.dropped })
+        });
+        Ok(v1::ClassifyResponse { results: results.await?, model: self.model().to_owned() })
+    }
+
+    /// A vector for each input.
+    ///
+    /// # Errors
+    /// As for [`classify`](Self::classify).
+    pub async fn embed(&self, request: v1::EmbedRequest) -> Result<v1::EmbedResponse, SessionError> {
+        let asked = encode::Request {
+            truncation: request.truncation(),
+            model: request.model,
+            task: Task::Embed,
+            inputs: request.inputs,
+            candidates: None,
+            deadline_ms: request.deadline_ms,
+        };
+        let results = self.encode(asked, "Embed", |input, reply| {
+            let Reply::Vector(values) = reply else { return None };
+            Some(v1::Embedding { values, tokens: input.tokens, dropped_tokens: input.dropped })
+        });
+        Ok(v1::EmbedResponse { results: results.await?, model: self.model().to_owned() })
+    }
+
+    /// The likeliest tokens for each mask of each input.
+    ///
+    /// # Errors
+    /// As for [`classify`](Self::classify).
+    pub async fn fill_masks(
+        &self,
+        request: v1::FillMaskRequest,
+    ) -> Result<v1::FillMaskResponse, SessionError> {
+        let asked = encode::Request {
+            truncation: request.truncation(),
+            model: request.model,
+            task: Task::FillMask,
+            inputs: request.inputs,
+            candidates: Some(request.top_k.unwrap_or(encode::DEFAULT_CANDIDATES)),
+            deadline_ms: request.deadline_ms,
+        };
+        let tokenizer = &self.shared.served.tokenizer;
+        let candidate = |c: v1::Alternative| v1::Candidate {
+            token_id: c.token_id,
+            // An id without a text is shown as none.
+            text: tokenizer.decode(&[c.token_id], true).unwrap_or_default(),
+            score: c.logprob.exp(),
+        };
+        let results = self.encode(asked, "FillMask", |input, reply| {
+            let Reply::Guesses(guesses) = reply else { return None };
+            let masks = input.masked.iter().zip(guesses).map(|(position, top)| v1::FilledMask {
+                position: *position,
+                candidates: top.into_iter().map(candidate).collect(),
+            });
+            let masks = masks.collect();
+            Some(v1::FilledMasks { masks, tokens: input.tokens, dropped_tokens: input.dropped })
+        });
+        Ok(v1::FillMaskResponse { results: results.await?, model: self.model().to_owned() })
+    }
+
+    /// The ids of a text, as Generate would read it.
+    ///
+    /// # Errors
+    /// If the text is too long, or there is no room.
+    pub async fn tokenize(&self, request: v1::TokenizeRequest) -> Result<v1::TokenizeResponse, SessionError> {
+        let mut record = self.arrived("Tokenize");
+        let token_ids = self.tokenizing(&mut record, move |served| {
+            bounds::check_model(&request.model, &served.profile.model)?;
+            bounds::check_text("text", &request.text)?;
+            Ok(served.tokenizer.encode(&request.text, !request.plain)?)
+        });
+        let token_ids = token_ids.await;
+        record.prompt_tokens = token_ids.as_ref().map_or(0, |ids| ids.len() as u32);
+        record.end(token_ids.map(|token_ids| v1::TokenizeResponse { token_ids }))
+    }
+
+    /// The text of ids.
+    ///
+    /// # Errors
+    /// If there are too many ids, one is no token, or there is no room.
+    pub async fn detokenize(
+        &self,
+        request: v1::DetokenizeRequest,
+    ) -> Result<v1::DetokenizeResponse, SessionError> {
+        let mut record = self.arrived("Detokenize");
+        record.prompt_tokens = request.token_ids.len() as u32;
+        let text = self.tokenizing(&mut record, move |served| {
+            bounds::check_model(&request.model, &served.profile.model)?;
+            let field = |why| AdmissionError::Field { field: "token_ids", why };
+            if request.token_ids.len() > MAX_IDS {
+                let count = request.token_ids.len();
+                return Err(field(format!("{count} ids are too many: at most {MAX_IDS}")));
+            }
+            let rows = served.profile.vocab_size;
+            if let Some(id) = request.token_ids.iter().find(|id| **id >= rows) {
+                return Err(field(format!("id {id} is unknown: expected less than {rows}")));
+            }
+            Ok(served.tokenizer.decode(&request.token_ids, request.keep_special)?)
+        });
+        let text = text.await;
+        record.end(text.map(|text| v1::DetokenizeResponse { text }))
+    }
+
+    fn arrived(&self, call: &'static str) -> Record {
+        let counts = (!self.probes).then(|| self.shared.counts.clone());
+        Record::begin(counts, call, self.shared.model.clone())
+    }
+
+    /// Takes a place, which costs nothing, and then runs work that costs memory and time, off the async threads.
+    async fn tokenizing<T: Send + 'static>(
+        &self,
+        record: &mut Record,
+        work: impl FnOnce(&Served) -> Result<T, AdmissionError> + Send + 'static,
+    ) -> Result<T, SessionError> {
+        record.permit = Some(self.shared.gate.enter()?);
+        let shared = self.shared.clone();
+        match tokio::task::spawn_blocking(move || work(&shared.served)).await {
+            Ok(outcome) => Ok(outcome?),
+            Err(error) => {
+                tracing::error!(%error, "the tokenizer panicked");
+                Err(SessionError::Tokenizer)
+            }
+        }
+    }
+
+    /// Lets a generation in and hands it to the engine, which takes it.
+    async fn begin(
+        &self,
+        request: v1::GenerateRequest,
+        record: &mut Record,
+    ) -> Result<(v1::Started, Pending), SessionError> {
+        let checking = self.tokenizing(record, |served| {
+            let capacity = served.engine.snapshot.borrow().capacity;
+            // While no pipeline is up its capacity is unknown; the scheduler checks again when there is one.
+            let capacity = if capacity == 0 { u64::MAX } else { capacity };
+            generate::check(request, &served.tokenizer, &served.profile, capacity)
+        });
+        let checked = checking.await?;
+        record.tenant = checked.tenant.clone();
+        record.prompt_tokens = checked.prompt.len() as u32;
+        let started = v1::Started {
+            request_id: record.id.to_string(),
+            model: self.model().to_owned(),
+            prompt_token_ids: checked.prompt.clone(),
+            seed: checked.seed,
+        };
+        let asked = Asked::Generate(Box::new(checked));
+        let mut pending = Pending::submit(self.events(), asked, record.arrived)?;
+        match pending.next().await? {
+            Reply::Accepted(_) => Ok((started, pending)),
+            _ => Err(EngineError::Internal.into()),
+        }
+    }
+
+    /// Has every input computed, and makes an answer of each with `answer`.
+    async fn encode<T>(
+        &self,
+        asked: encode::Request,
+        call: &'static str,
+        answer: impl FnMut(Sent, Reply) -> Option<T>,
+    ) -> Result<Vec<T>, SessionError> {
+        let mut record = self.arrived(call);
+        let answers = self.encode_all(asked, &mut record, answer).await;
+        record.end(answers)
+    }
+
+    async fn encode_all<T>(
+        &self,
+        asked: encode::Request,
+        record: &mut Record,
+        mut answer: impl FnMut(Sent, Reply) -> Option<T>,
+    ) -> Result<Vec<T>, SessionError> {
+        let checking = self.tokenizing(record, move |served| {
+            encode::check(asked, &served.tokenizer, &served.profile, served.longest_input)
+        });
+        let (inputs, deadline): (_, Option<Duration>) = checking.await?;
+        let mut waiting = Vec::with_capacity(inputs.len());
+        for input in inputs {
+            let sent = Sent {
+                tokens: input.ids.len() as u32,
+                dropped: input.dropped,
+                masked: input.encode.masked.clone(),
+            };
+            record.prompt_tokens += sent.tokens;
+            let asked = Asked::Encode(input, deadline);
+            waiting.push((sent, Pending::submit(self.events(), asked, record.arrived)?));
+        }
+        let mut answers = Vec::with_capacity(waiting.len());
+        for (sent, mut pending) in waiting {
+            let reply = loop {
+                match pending.next().await? {
+                    Reply::Accepted(_) => {}
+                    Reply::Begun(at) => drop(record.begun.get_or_insert(at)),
+                    reply => break reply,
+                }
+            };
+            answers.push(answer(sent, reply).ok_or(EngineError::Internal)?);
+        }
+        Ok(answers)
+    }
+
+    fn events(&self) -> &mpsc::UnboundedSender<Event> {
+        &self.shared.served.engine.events
+    }
+}
+
+/// What is remembered of an input until its answer comes.
+struct Sent {
+    tokens: u32,
+    dropped: u32,
+    masked: Vec<u32>,
+}

@@ -1,0 +1,64 @@
+//! An answer as it comes.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Instant,
+};
+
+use futures::Stream;
+use strata_proto::v1::{self, generate_event::Event};
+
+use super::{
+    SessionError,
+    pending::Pending,
+    record::{Outcome, Record},
+};
+use crate::engine::{EngineError, Reply};
+
+/// An answer as it comes: one `Started`, any number of `Tokens`, one `Finished`; or an error, which is the last item.
+/// Dropped before its end, it cancels the request.
+#[derive(Debug)]
+pub struct Generation {
+    pub(super) started: Option<v1::Started>,
+    /// None once the answer has ended.
+    pub(super) running: Option<(Pending, Record)>,
+}
+
+impl Stream for Generation {
+    type Item = Result<Event, SessionError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if let Some(started) = self.started.take() {
+            return Poll::Ready(Some(Ok(Event::Started(started))));
+        }
+        loop {
+            let Some((pending, record)) = &mut self.running else { return Poll::Ready(None) };
+            let event = match ready!(pending.poll_next(context)) {
+                Ok(Reply::Begun(at)) => {
+                    record.begun = Some(at);
+                    continue;
+                }
+                Ok(Reply::Event(event)) => Ok(event),
+                Ok(_) => Err(EngineError::Internal),
+                Err(error) => Err(error),
+            };
+            let outcome = match &event {
+                Ok(Event::Tokens(tokens)) => {
+                    record.first_token.get_or_insert_with(Instant::now);
+                    record.answer_tokens += tokens.token_ids.len() as u32;
+                    None
+                }
+                Ok(Event::Finished(finished)) => Some(Outcome::finished(finished.reason())),
+                Ok(Event::Started(_)) => None,
+                Err(error) => Some(Outcome::of(error)),
+            };
+            if let Some(outcome) = outcome {
+                record.outcome = outcome;
+                // Its place is free before the caller can ask again.
+                self.running = None;
+            }
+            return Poll::Ready(Some(event.map_err(SessionError::from)));
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! One request from its arrival to its end, told once: as a number and as a line of the log.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use strata_proto::{
+    error::{Classify, Kind},
+    v1,
+};
+
+use super::SessionError;
+use crate::request::Permit;
+
+/// How a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// An end-of-sequence token was generated.
+    Eos,
+    /// A stop string appeared.
+    Stop,
+    /// As many tokens as were asked for, or as there was room for.
+    Length,
+    /// A call other than Generate has its answer.
+    Answered,
+    /// The caller went away.
+    Cancelled,
+    /// The caller's deadline passed.
+    Deadline,
+    /// A field was out of its bounds.
+    BadInput,
+    /// Another model was asked for.
+    WrongModel,
+    /// Too many requests at once.
+    Overload,
+    /// Nothing could serve it.
+    Unavailable,
+    /// A defect of ours.
+    Internal,
+}
+
+impl Outcome {
+    /// Every outcome, in order.
+    pub const ALL: [Outcome; 11] = [
+        Outcome::Eos,
+        Outcome::Stop,
+        Outcome::Length,
+        Outcome::Answered,
+        Outcome::Cancelled,
+        Outcome::Deadline,
+        Outcome::BadInput,
+        Outcome::WrongModel,
+        Outcome::Overload,
+        Outcome::Unavailable,
+        Outcome::Internal,
+    ];
+
+    /// What it is called in Status and in the log.
+    pub fn name(self) -> &'static str {
+        match self {
+            Outcome::Eos => "eos",
+            Outcome::Stop => "stop",
+            Outcome::Length => "length",
+            Outcome::Answered => "answered",
+            Outcome::Cancelled => "cancelled",
+            Outcome::Deadline => "deadline",
+            Outcome::BadInput => "bad-input",
+            Outcome::WrongModel => "wrong-model",
+            Outcome::Overload => "overload",
+            Outcome::Unavailable => "unavailable",
+            Outcome::Internal => "internal",
+        }
+    }
+
+    /// Of an answer that is complete.
+    pub(super) fn finished(reason: v1::FinishReason) -> Self {
+        match reason {
+            v1::FinishReason::Eos => Outcome::Eos,
+            v1::FinishReason::Stop => Outcome::Stop,
+            v1::FinishReason::Length | v1::FinishReason::Unspecified => Outcome::Length,
+        }
+    }
+
+    /// Of one that failed.
+    pub(super) fn of(error: &impl Classify) -> Self {
+        match error.kind() {
+            Kind::BadInput => Outcome::BadInput,
+            Kind::WrongModel => Outcome::WrongModel,
+            Kind::Overload { .. } => Outcome::Overload,
+            Kind::NoCapacity => Outcome::Unavailable,
+            Kind::Deadline => Outcome::Deadline,
+            Kind::Cancelled => Outcome::Cancelled,
+            Kind::WrongState | Kind::Internal => Outcome::Internal,
+        }
+    }
+}
+
+/// Requests since the coordinator started, whichever way they came.
+#[derive(Debug, Default)]
+pub struct Counts {
+    begun: AtomicU64,
+    ended: [AtomicU64; Outcome::ALL.len()],
+}
+
+impl Counts {
+    /// Requests that arrived.
+    pub fn begun(&self) -> u64 {
+        self.begun.load(Ordering::Relaxed)
+    }
+
+    /// Requests that ended so.
+    pub fn ended(&self, outcome: Outcome) -> u64 {
+        self.ended[outcome as usize].load(Ordering::Relaxed)
+    }
+}
+
+/// A request in progress. Dropping it ends the request: it is counted, and the log gets a line.
+#[derive(Debug)]
+pub(super) struct Record {
+    /// Where it counts; the coordinator's own questions count nowhere.
+    pub counts: Option<Arc<Counts>>,
+    /// Its place among the requests in progress.
+    pub permit: Option<Permit>,
+    pub id: uuid::Uuid,
+    pub call: &'static str,
+    pub model: Arc<str>,
+    pub tenant: Arc<str>,
+    pub arrived: Instant,
+    /// When its first tokens were sent to a pipeline.
+    pub begun: Option<Instant>,
+    /// When its first token came.
+    pub first_token: Option<Instant>,
+    /// Tokens of the prompt, or of all inputs.
+    pub prompt_tokens: u32,
+    pub answer_tokens: u32,
+    /// Cancelled until something else is known.
+    pub outcome: Outcome,
+}
+
+impl Record {
+    /// A request arrives.
+    pub fn begin(counts: Option<Arc<Counts>>, call: &'static str, model: Arc<str>) -> Self {
+        if let Some(counts) = &counts {
+            counts.begun.fetch_add(1, Ordering::Relaxed);
+        }
+        Record {
+            counts,
+            permit: None,
+            id: uuid::Uuid::now_v7(),
+            call,
+            model,
+            tenant: "".into(),
+            arrived: Instant::now(),
+            begun: None,
+            first_token: None,
+            prompt_tokens: 0,
+            answer_tokens: 0,
+            outcome: Outcome::Cancelled,
+        }
+    }
+
+    /// A call that is answered at once has ended.
+    pub fn end<T>(mut self, answer: Result<T, SessionError>) -> Result<T, SessionError> {
+        self.outcome = answer.as_ref().map_or_else(Outcome::of, |_| Outcome::Answered);
+        answer
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        let Some(counts) = &self.counts else { return };
+        counts.ended[self.outcome as usize].fetch_add(1, Ordering::Relaxed);
+        let since = |then: Instant| ms(then.saturating_duration_since(self.arrived));
+        tracing::info!(
+            id = %self.id,
+            call = self.call,
+            model = &*self.model,
+            tenant = (!self.tenant.is_empty()).then_some(&*self.tenant),
+            prompt_tokens = self.prompt_tokens,
+            answer_tokens = self.answer_tokens,
+            queue_ms = self.begun.map(since),
+            first_token_ms = self.first_token.map(since),
+            total_ms = ms(self.arrived.elapsed()),
+            ended = self.outcome.name(),
+            "request ended"
+        );
+    }
+}
+
+/// Milliseconds, to the microsecond.
+fn ms(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
+}
