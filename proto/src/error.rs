@@ -26,8 +26,6 @@ pub enum Kind {
     WrongState,
     /// The caller's deadline passed.
     Deadline,
-    /// The caller went away.
-    Cancelled,
     /// A defect of ours; details are in the log.
     Internal,
 }
@@ -56,7 +54,6 @@ pub fn status(error: &(impl Classify + ?Sized)) -> Status {
         Kind::WrongModel => Code::NotFound,
         Kind::WrongState => Code::FailedPrecondition,
         Kind::Deadline => Code::DeadlineExceeded,
-        Kind::Cancelled => Code::Cancelled,
         Kind::Internal => Code::Internal,
     };
     let mut status = Status::new(code, clipped(error.to_string()));

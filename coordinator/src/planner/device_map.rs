@@ -92,7 +92,10 @@ fn resolve(problem: &Problem<'_>, device: &MapDevice) -> Result<usize, String> {
     let of_kind = |kind: DeviceKind| {
         problem.offers.iter().enumerate().filter(move |(_, o)| o.device.kind == kind).map(|(i, _)| i)
     };
-    let none = || format!("there is no device {}", quoted(&device.to_string()));
+    let none = || match device {
+        MapDevice::Cuda(n) => format!("there is no device {n}"),
+        MapDevice::Named(name) => format!("there is no device {}", quoted(name)),
+    };
     match device {
         MapDevice::Cuda(n) => {
             of_kind(DeviceKind::Cuda).find(|i| number(&problem.offers[*i].device.id) == *n).ok_or_else(none)
