@@ -6,6 +6,9 @@
 pub mod device;
 mod engine;
 mod error;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod grpc;
 mod incarnation;
 mod interrupt;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use strata_proto::{
-    Files, MAX_STAGE_MESSAGE, Progress, StageChannel, Worker,
+    Files, MAX_HEADER_LIST, MAX_STAGE_MESSAGE, Progress, StageChannel, Worker,
     v1::{self, stage_client::StageClient, to_stage},
 };
 use tokio::sync::mpsc;
@@ -42,6 +42,7 @@ impl RemoteWorker {
         let channel = endpoint
             .connect_timeout(CONNECT_PATIENCE)
             .tcp_nodelay(true)
+            .http2_max_header_list_size(MAX_HEADER_LIST)
             .http2_keep_alive_interval(PING_EVERY)
             .keep_alive_timeout(PING_PATIENCE)
             .keep_alive_while_idle(true)
@@ -88,10 +89,6 @@ impl Worker for RemoteWorker {
         Ok(receiver)
     }
 
-    async fn unload(&self, request: v1::UnloadRequest) -> Result<(), Status> {
-        self.client.clone().unload(request).await.map(drop)
-    }
-
     async fn prepare(&self, request: v1::PrepareRequest) -> Result<v1::Prepared, Status> {
         self.client.clone().prepare(request).await.map(tonic::Response::into_inner)
     }
@@ -118,9 +115,5 @@ impl Worker for RemoteWorker {
 
     async fn abort(&self, request: v1::AbortRequest) -> Result<(), Status> {
         self.client.clone().abort(request).await.map(drop)
-    }
-
-    async fn drain(&self, request: v1::DrainRequest) -> Result<(), Status> {
-        self.client.clone().drain(request).await.map(drop)
     }
 }

@@ -366,7 +366,7 @@ impl World {
             let mut guessed = tokens.clone();
             for _ in 0..luck % u64::from(self.guesses + 1) {
                 luck /= 4;
-                guessed.push(next_token(&guessed) + u32::from(luck % 4 == 0));
+                guessed.push(next_token(&guessed) + u32::from(luck.is_multiple_of(4)));
             }
             self.scheduler.propose(*id, guessed.split_off(tokens.len()));
         }

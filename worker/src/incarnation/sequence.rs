@@ -30,7 +30,7 @@ impl Sequence {
     /// If it does not begin behind whole blocks, or asks for what no sampler can do.
     pub fn begin(row: &v1::Row, samples: bool) -> Result<Self, WorkerError> {
         let known = row.sampling.as_ref().map_or(0, |s| s.history.len());
-        if row.start % BLOCK_TOKENS != 0 || known != row.start as usize {
+        if !row.start.is_multiple_of(BLOCK_TOKENS) || known != row.start as usize {
             return Err(WorkerError::BadMessage(format!(
                 "sequence {} begins at {} with {known} tokens before it: expected whole blocks and all of them",
                 row.sequence, row.start
