@@ -1,6 +1,8 @@
 //! Whole-system tests: real workers, real coordinators, real ports; in one process or in many.
 
 mod cluster;
+mod door;
+mod drafts;
 mod encoders;
 mod examples;
 mod faults;

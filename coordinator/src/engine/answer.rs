@@ -1,9 +1,6 @@
 //! Requests in progress: what is remembered of each, and what a step's outputs mean to it.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    time::Duration,
-};
+use std::{collections::BTreeMap, time::Duration};
 
 use strata_proto::v1::{self, FinishReason, generate_event, step_result};
 use tokio::sync::mpsc;
@@ -40,24 +37,24 @@ pub(crate) enum Yield {
     Whole(Reply),
 }
 
-/// Sorts the outputs of a step by sequence.
+/// The outputs of a step as the scheduler sees them, and what else there is to each of them.
 pub(crate) fn outputs(
     output: Option<step_result::Output>,
-) -> (Vec<(SequenceId, scheduler::Output)>, HashMap<SequenceId, Yield>) {
-    let (mut outputs, mut results) = (Vec::new(), HashMap::new());
+) -> (Vec<(SequenceId, scheduler::Output)>, Vec<Option<Yield>>) {
+    let (mut outputs, mut results) = (Vec::new(), Vec::new());
     let whole = scheduler::Output::Whole;
     match output {
         None => {}
         Some(step_result::Output::Tokens(tokens)) => {
             for token in tokens.tokens {
                 outputs.push((token.sequence, scheduler::Output::Token(token.token_id)));
-                results.insert(token.sequence, Yield::Token(token.logprobs));
+                results.push(Some(Yield::Token(token.logprobs)));
             }
         }
         Some(step_result::Output::Vectors(vectors)) => {
             for vector in vectors.vectors {
                 outputs.push((vector.sequence, whole));
-                results.insert(vector.sequence, Yield::Whole(Reply::Vector(vector.values)));
+                results.push(Some(Yield::Whole(Reply::Vector(vector.values))));
             }
         }
         Some(step_result::Output::Guesses(guesses)) => {
@@ -67,7 +64,7 @@ pub(crate) fn outputs(
             }
             for (sequence, masks) in masks {
                 outputs.push((sequence, whole));
-                results.insert(sequence, Yield::Whole(Reply::Guesses(masks)));
+                results.push(Some(Yield::Whole(Reply::Guesses(masks))));
             }
         }
     }

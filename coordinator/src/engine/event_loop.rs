@@ -294,7 +294,7 @@ impl Engine {
         match scheduler.commit(result.step, &outputs) {
             Ok(committed) => {
                 for output in committed {
-                    let result = results.remove(&output.sequence);
+                    let result = results.get_mut(output.index).and_then(Option::take);
                     match (output.output, result) {
                         (scheduler::Output::Token(token), Some(Yield::Token(logprobs))) => {
                             self.emit(output, token, logprobs);

@@ -74,14 +74,46 @@ impl Scheduler {
         }
         ready.sort_unstable();
         let share = decoders.div_ceil(self.config.stages).min(self.config.max_step_rows);
+        // Drafts take what tokens and outputs everybody's own row leaves.
+        let room = self.config.max_step_tokens.min(self.config.max_step_rows);
+        let mut spare = room.saturating_sub(share.min(ready.len() as u32));
         for (_, id) in ready {
             if step.rows.len() as u32 >= share || step.tokens() >= self.config.max_step_tokens {
                 break;
             }
             if self.running.contains(&id) && self.grow(id, step) {
-                self.add_row(id, 1, step);
+                let drafts = self.place_drafts(id, spare);
+                spare -= drafts;
+                self.add_row(id, 1, drafts, step);
             }
         }
+    }
+
+    /// How many of a sequence's drafts, at most `spare`, its next row can carry; it has blocks for them then.
+    fn place_drafts(&mut self, id: SequenceId, spare: u32) -> u32 {
+        let Config { block_tokens, rope_switch, .. } = self.config;
+        let Some(sequence) = self.live.get_mut(&id).filter(|s| !s.drafts.is_empty()) else { return 0 };
+        let len = sequence.len();
+        // One set of frequencies for all that a row yields, and never more than the answer may still have.
+        let until_switch = rope_switch.and_then(|switch| switch.checked_sub(len)).unwrap_or(u32::MAX);
+        let wanted = (sequence.drafts.len() as u32)
+            .min(sequence.left().saturating_sub(1))
+            .min(until_switch)
+            .min(spare);
+        if !self.rules.blocks {
+            return wanted;
+        }
+        // Every running sequence may soon want a block, and a guess is not worth another's place.
+        let idle = self.blocks.available().saturating_sub(self.running.len() as u32);
+        let held = sequence.blocks.len() as u32;
+        let room = (held + idle).saturating_mul(block_tokens).saturating_sub(len);
+        let drafts = wanted.min(room);
+        let more = (len + drafts).div_ceil(block_tokens).saturating_sub(held);
+        match self.blocks.take(more) {
+            Some(blocks) => sequence.blocks.extend(blocks),
+            None => return 0,
+        }
+        drafts
     }
 
     /// Chunks of prompts: first those that run, then waiting ones in order of arrival, while there is room.
@@ -119,7 +151,7 @@ impl Scheduler {
         let sequence = &self.live[&id];
         let count = self.count_for(sequence, step);
         if count > 0 && !sequence.decodes() && !sequence.suspect() {
-            self.add_row(id, count, step);
+            self.add_row(id, count, 0, step);
         }
     }
 
@@ -130,7 +162,7 @@ impl Scheduler {
         let Some(sequence) = self.live.get(&id) else { return };
         let count = self.count_for(sequence, step);
         if count > 0 && self.grow(id, step) {
-            self.add_row(id, count, step);
+            self.add_row(id, count, 0, step);
         }
     }
 
@@ -166,16 +198,19 @@ impl Scheduler {
         }
     }
 
-    fn add_row(&mut self, id: SequenceId, count: u32, step: &mut Step) {
+    /// Adds the next `count` positions of a sequence, and so many of its drafts behind them.
+    fn add_row(&mut self, id: SequenceId, count: u32, drafts: u32, step: &mut Step) {
         let Some(sequence) = self.live.get_mut(&id) else { return };
         let (start, decodes) = (sequence.scheduled as usize, sequence.decodes());
         if !decodes {
             step.prompt_room -= count;
         }
+        let drafts = sequence.drafts[..drafts as usize].to_vec();
         step.token_ids.extend(&sequence.tokens[start..start + count as usize]);
+        step.token_ids.extend(&drafts);
         // A chunk that is not the last counts too: the bound is on rows as well.
-        step.outputs += sequence.outputs();
-        step.rows.push(sequence.row(id, count, self.config.block_tokens));
+        step.outputs += sequence.outputs() + drafts.len() as u32;
+        step.rows.push(sequence.row(id, count, drafts.len() as u32, self.config.block_tokens));
         sequence.last_step = self.next_step + 1;
         step.flights.push(Flight {
             sequence: id,
@@ -183,6 +218,7 @@ impl Scheduler {
             end: sequence.scheduled,
             yields: sequence.awaiting,
             decodes,
+            drafts,
         });
     }
 }

@@ -3,6 +3,9 @@
 //! Sequences are `waiting` (no blocks) or `running` (blocks for every known token). A step holds decode rows first,
 //! then chunks of prompts. The scheduler alone owns block ids and slots; since all changes to that memory ride inside
 //! steps, which every stage runs in one order, what is freed may be given out again at once.
+//!
+//! A decode row may carry drafts, guesses of the tokens to come ([`Scheduler::propose`]). The last stage answers with those
+//! that are what it samples, and one token more; the positions of the others are taken back.
 
 // Pure: see clippy.toml.
 #![deny(clippy::disallowed_methods, clippy::print_stdout, clippy::print_stderr)]
@@ -16,6 +19,7 @@ mod simulation;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    ops::Range,
     time::Duration,
 };
 
@@ -27,7 +31,7 @@ use strata_proto::{
 
 use blocks::BlockAllocator;
 use compose::{ALONE_AFTER, Step};
-use rules::{Reuse, Rules};
+use rules::{Reuse, Rewind, Rules};
 use sequence::Sequence;
 pub use sequence::{Encode, Finish, Request, SequenceId, Work};
 
@@ -121,6 +125,20 @@ pub enum CommitError {
         /// The sequence.
         sequence: SequenceId,
     },
+    /// A row yields more than it may.
+    #[error(
+        "step {step} has {outputs} outputs for sequence {sequence}, of which all but the last must be its {drafts} drafts"
+    )]
+    NotDrafted {
+        /// The step.
+        step: u64,
+        /// The sequence.
+        sequence: SequenceId,
+        /// What came for it, in one piece or in several.
+        outputs: usize,
+        /// Tokens that its row guessed.
+        drafts: usize,
+    },
 }
 
 /// What the last stage made of a row, as far as the scheduler cares.
@@ -139,6 +157,8 @@ pub struct Committed {
     pub sequence: SequenceId,
     /// The output.
     pub output: Output,
+    /// Which of the step's outputs it is.
+    pub index: usize,
     /// Set if it was the last one; the sequence is gone then.
     pub finished: Option<Finish>,
     /// Tokens of the prompt that had been computed for others before.
@@ -191,6 +211,27 @@ struct Flight {
     yields: bool,
     /// It is the one token that was sampled last.
     decodes: bool,
+    /// Guesses of those that follow, which are in the row too.
+    drafts: Vec<u32>,
+}
+
+impl Flight {
+    /// Whether the row may yield these: some of its drafts, and one more token.
+    fn may_yield(&self, outputs: &[(SequenceId, Output)]) -> bool {
+        let Some((_, accepted)) = outputs.split_last() else { return false };
+        let mut drafts = self.drafts.iter();
+        accepted.iter().all(|(_, output)| drafts.next().is_some_and(|draft| *output == Output::Token(*draft)))
+    }
+}
+
+/// Where the outputs of each sequence are. Of those that are not in one piece, the last piece.
+fn bursts(outputs: &[(SequenceId, Output)]) -> HashMap<SequenceId, Range<usize>> {
+    let mut bursts: HashMap<SequenceId, Range<usize>> = HashMap::with_capacity(outputs.len());
+    for (at, (sequence, _)) in outputs.iter().enumerate() {
+        let burst = bursts.entry(*sequence).or_insert(at..at);
+        *burst = if burst.end == at { burst.start..at + 1 } else { at..at + 1 };
+    }
+    bursts
 }
 
 /// The scheduler of one pipeline.
@@ -324,23 +365,38 @@ impl Scheduler {
         })
     }
 
-    /// Takes the outputs of a step that the last stage committed.
+    /// Guesses how a sequence goes on: `drafts` are the tokens that may follow its last one. As many of them as there is
+    /// room for go into its next decode step, and nobody gives way for them. They are forgotten with the next token; until
+    /// then, later ones replace them. A guess costs time at most, never a token, and is ignored where states cannot be
+    /// taken back.
+    pub fn propose(&mut self, id: SequenceId, drafts: Vec<u32>) {
+        if let Some(sequence) = self.live.get_mut(&id).filter(|_| self.rules.rewind == Rewind::Overwrite) {
+            sequence.drafts = drafts;
+        }
+    }
+
+    /// Takes the outputs of a step that the last stage committed; those of a sequence follow each other.
     ///
     /// # Errors
-    /// If the step is not the oldest in flight, or an output is missing: the pipeline is broken then, no output of the
-    /// step counts, and only [`restart`](Self::restart) goes on.
+    /// If the step is not the oldest in flight, an output is missing, or there are others than the row allows: the pipeline
+    /// is broken then, no output of the step counts, and only [`restart`](Self::restart) goes on.
     pub fn commit(
         &mut self,
         step: u64,
         outputs: &[(SequenceId, Output)],
     ) -> Result<Vec<Committed>, CommitError> {
         let flights = self.land(step)?;
-        let outputs: HashMap<SequenceId, Output> = outputs.iter().copied().collect();
+        let bursts = bursts(outputs);
         // Looked for before anything is taken: an output must count if and only if the caller gets to see it.
         let current =
             |f: &&Flight| f.yields && self.live.get(&f.sequence).is_some_and(|s| s.epoch == f.epoch);
-        if let Some(missing) = flights.iter().filter(current).find(|f| !outputs.contains_key(&f.sequence)) {
-            return Err(CommitError::Missing { step, sequence: missing.sequence });
+        for flight in flights.iter().filter(current) {
+            let sequence = flight.sequence;
+            let burst = bursts.get(&sequence).ok_or(CommitError::Missing { step, sequence })?;
+            if !flight.may_yield(&outputs[burst.clone()]) {
+                let (outputs, drafts) = (burst.len(), flight.drafts.len());
+                return Err(CommitError::NotDrafted { step, sequence, outputs, drafts });
+            }
         }
         let shares_prefixes = self.shares_prefixes();
         let mut committed = Vec::new();
@@ -354,18 +410,30 @@ impl Scheduler {
                 // Not before: a step that fails leaves anything in its blocks.
                 sequence.publish(flight.end, &mut self.blocks, self.config.block_tokens);
             }
-            let Some(output) = outputs.get(&flight.sequence).copied().filter(|_| flight.yields) else {
+            let Some(burst) = bursts.get(&flight.sequence).cloned().filter(|_| flight.yields) else {
                 continue;
             };
-            let (finished, cached_prompt) = (sequence.append(output), sequence.cached_prompt);
+            let (id, cached_prompt) = (flight.sequence, sequence.cached_prompt);
+            let mut finished = None;
+            for index in burst {
+                let output = outputs[index].1;
+                finished = sequence.append(output);
+                committed.push(Committed { sequence: id, output, index, finished, cached_prompt });
+                if finished.is_some() {
+                    // What was accepted behind the end is not part of the answer.
+                    break;
+                }
+            }
+            if !flight.drafts.is_empty() {
+                self.blocks.give_back(&sequence.rewind(self.config.block_tokens));
+            }
             let switches = Some(sequence.len() - 1) == self.config.rope_switch;
             if finished.is_some() {
-                self.cancel(flight.sequence);
+                self.cancel(id);
             } else if switches {
                 // All that is cached has turned by the wrong angles.
-                self.requeue(flight.sequence);
+                self.requeue(id);
             }
-            committed.push(Committed { sequence: flight.sequence, output, finished, cached_prompt });
         }
         Ok(committed)
     }

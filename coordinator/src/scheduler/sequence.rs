@@ -76,6 +76,8 @@ pub enum Finish {
 pub(super) struct Sequence {
     /// Prompt and answer so far.
     pub tokens: Vec<u32>,
+    /// Guesses of those that follow.
+    pub drafts: Vec<u32>,
     prompt: u32,
     pub work: Work,
     pub deadline: Option<Duration>,
@@ -115,6 +117,7 @@ impl Sequence {
         Sequence {
             prompt: request.prompt.len() as u32,
             tokens: request.prompt,
+            drafts: Vec::new(),
             work: request.work,
             deadline: request.deadline,
             blocks: Vec::new(),
@@ -162,7 +165,15 @@ impl Sequence {
         rules.slot && matches!(self.work, Work::Generate { .. })
     }
 
-    /// Outputs of the last stage that its next row may take.
+    /// Tokens that its answer may still have.
+    pub fn left(&self) -> u32 {
+        match &self.work {
+            Work::Generate { max_tokens, .. } => max_tokens.saturating_sub(self.len() - self.prompt),
+            Work::Encode(_) => 0,
+        }
+    }
+
+    /// Outputs of the last stage that its next row takes, beside those of drafts.
     pub fn outputs(&self) -> u32 {
         match &self.work {
             Work::Generate { .. } => 1,
@@ -250,8 +261,8 @@ impl Sequence {
         (std::mem::take(&mut self.blocks), self.slot.take())
     }
 
-    /// The next `count` positions as a row of a step. Its blocks must cover them.
-    pub fn row(&mut self, id: SequenceId, count: u32, block_tokens: u32) -> v1::Row {
+    /// The next `count` positions as a row of a step, and so many drafts behind them. Its blocks must cover all of it.
+    pub fn row(&mut self, id: SequenceId, count: u32, drafts: u32, block_tokens: u32) -> v1::Row {
         let start = self.scheduled;
         let end = start + count;
         let ends = end == self.len();
@@ -260,7 +271,7 @@ impl Sequence {
         self.awaiting = ends;
         let reset = self.begins();
         self.begun = true;
-        let row = v1::Row { sequence: id, start, count, reset, ..v1::Row::default() };
+        let row = v1::Row { sequence: id, start, count: count + drafts, drafts, reset, ..v1::Row::default() };
         let sampling = match &self.work {
             Work::Generate { sampling, .. } => reset.then(|| {
                 let history = self.tokens[..start as usize].to_vec();
@@ -278,7 +289,7 @@ impl Sequence {
                 };
             }
         };
-        let covered = end.div_ceil(block_tokens).min(self.blocks.len() as u32);
+        let covered = (end + drafts).div_ceil(block_tokens).min(self.blocks.len() as u32);
         let first_block_index = self.announced;
         let new_blocks =
             self.blocks[first_block_index as usize..covered.max(first_block_index) as usize].to_vec();
@@ -299,6 +310,7 @@ impl Sequence {
     pub fn append(&mut self, output: Output) -> Option<Finish> {
         self.awaiting = false;
         self.failures = 0;
+        self.drafts.clear();
         match (&self.work, output) {
             (Work::Generate { max_tokens, eos, .. }, Output::Token(token)) => {
                 self.tokens.push(token);
@@ -312,5 +324,14 @@ impl Sequence {
             }
             _ => Some(Finish::Encoded),
         }
+    }
+
+    /// Takes back what a row's drafts took beyond those that became tokens. Returns the blocks that held nothing else.
+    pub fn rewind(&mut self, block_tokens: u32) -> Vec<u32> {
+        // All but the last token are computed.
+        self.scheduled = self.len() - 1;
+        let kept = self.len().div_ceil(block_tokens).min(self.blocks.len() as u32);
+        self.announced = self.announced.min(kept);
+        self.blocks.split_off(kept as usize)
     }
 }

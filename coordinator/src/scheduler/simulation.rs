@@ -14,6 +14,8 @@ use super::*;
 struct Cached {
     blocks: Vec<u32>,
     tokens: Vec<u32>,
+    /// How many of them are drafts of the last row, which the next one may take back.
+    drafts: u32,
     rope_set: u32,
     slot: Option<u32>,
     /// What else its states depend on: the tenant, and with an encoder its input, which no two sequences have in common.
@@ -79,7 +81,7 @@ impl FakeStage {
         assert_eq!(total as usize, meta.token_ids.len());
         assert!(total > 0 && total <= self.config.max_step_tokens);
         assert!(meta.rows.len() as u32 <= self.config.max_step_rows);
-        let outputs: usize = meta.rows.iter().map(|r| r.masked.len().max(1)).sum();
+        let outputs: usize = meta.rows.iter().map(|r| r.masked.len().max(1) + r.drafts as usize).sum();
         assert!(outputs as u32 <= self.config.max_step_rows, "more outputs than a stage is prepared for");
         let distinct: HashSet<_> = meta.rows.iter().map(|r| r.sequence).collect();
         assert_eq!(distinct.len(), meta.rows.len(), "a sequence is twice in one step");
@@ -120,9 +122,21 @@ impl FakeStage {
             if !row.reset {
                 assert_eq!(row.state_slot, None, "a slot travels with reset");
             }
-            assert_eq!(row.start as usize, cached.tokens.len(), "positions are contiguous");
+            let length = cached.tokens.len() as u32;
+            let contiguous = (length - cached.drafts..=length).contains(&row.start);
+            assert!(contiguous, "positions are contiguous, but for drafts that are taken back");
+            cached.tokens.truncate(row.start as usize);
+            cached.hashes.truncate(row.start as usize);
+            let kept = row.first_block_index as usize;
+            assert!(kept == cached.blocks.len() || cached.drafts > 0 && kept < cached.blocks.len());
+            cached.blocks.truncate(kept);
+            assert!(
+                row.drafts == 0 || row.drafts < row.count && !recurrent,
+                "these states cannot be taken back"
+            );
+            assert!(row.drafts == 0 || row.output() == v1::RowOutput::Token);
+            cached.drafts = row.drafts;
             assert_eq!(row.rope_set, cached.rope_set, "one cache, one set of frequencies");
-            assert_eq!(row.first_block_index as usize, cached.blocks.len());
             cached.blocks.extend(&row.new_blocks);
             ids.iter().for_each(|id| cached.push(*id));
             if let Some(slot) = cached.slot.filter(|_| recurrent) {
@@ -153,10 +167,19 @@ impl FakeStage {
                 assert_eq!(found, Some(hash), "a block does not hold what the sequence relies on");
             }
             if row.output() == v1::RowOutput::Token {
-                let switch = self.config.rope_switch;
-                let long = switch.is_some_and(|switch| cached.tokens.len() as u32 > switch);
-                assert_eq!(row.rope_set, u32::from(long), "the length of a sequence chooses its frequencies");
-                sampled.push((row.sequence, Output::Token(next_token(&cached.tokens))));
+                for known in cached.tokens.len() - row.drafts as usize..=cached.tokens.len() {
+                    let long = self.config.rope_switch.is_some_and(|switch| known as u32 > switch);
+                    assert_eq!(
+                        row.rope_set,
+                        u32::from(long),
+                        "the length of a sequence chooses its frequencies"
+                    );
+                    let token = next_token(&cached.tokens[..known]);
+                    sampled.push((row.sequence, Output::Token(token)));
+                    if cached.tokens.get(known).is_some_and(|draft| *draft != token) {
+                        break;
+                    }
+                }
             }
         }
         sampled
@@ -255,6 +278,8 @@ struct World {
     encodes: HashSet<u64>,
     next_id: u64,
     clock: u32,
+    /// Most tokens that are guessed at once, of which some are right.
+    guesses: u32,
 }
 
 impl World {
@@ -268,6 +293,7 @@ impl World {
             encodes: HashSet::new(),
             next_id: 0,
             clock: 0,
+            guesses: 0,
         }
     }
 
@@ -331,7 +357,23 @@ impl World {
         }
     }
 
+    /// Guesses how each answer goes on, more often right than wrong.
+    fn guess(&mut self) {
+        for (id, (tokens, _)) in self.live.iter().filter(|_| self.guesses > 0) {
+            let mut hasher = DefaultHasher::new();
+            (id, tokens.len(), self.clock).hash(&mut hasher);
+            let mut luck = hasher.finish();
+            let mut guessed = tokens.clone();
+            for _ in 0..luck % u64::from(self.guesses + 1) {
+                luck /= 4;
+                guessed.push(next_token(&guessed) + u32::from(luck.is_multiple_of(4)));
+            }
+            self.scheduler.propose(*id, guessed.split_off(tokens.len()));
+        }
+    }
+
     fn step(&mut self) -> bool {
+        self.guess();
         let Some(meta) = self.scheduler.next_step() else { return false };
         let samples = meta.rows.iter().filter(|r| r.output() != v1::RowOutput::None);
         let sampling: Vec<_> =
@@ -349,6 +391,7 @@ impl World {
     fn commit(&mut self) {
         let Some(InFlight { step, sampled, .. }) = self.pipe.pop_front() else { return };
         let committed = self.scheduler.commit(step, &sampled).unwrap();
+        assert!(committed.iter().all(|c| sampled[c.index] == (c.sequence, c.output)));
         self.receive(committed);
     }
 
@@ -387,7 +430,8 @@ impl World {
     fn garble(&mut self, n: usize) {
         let Some(InFlight { step, mut sampled, .. }) = self.pipe.pop_front() else { return };
         if !sampled.is_empty() {
-            sampled.swap_remove(n % sampled.len());
+            let (forgotten, _) = sampled[n % sampled.len()];
+            sampled.retain(|(id, _)| *id != forgotten);
         }
         match self.scheduler.commit(step, &sampled) {
             // The token was of a sequence that had ended or begun anew.
@@ -505,8 +549,9 @@ proptest! {
     fn every_rule_holds_and_every_sequence_ends(
         config in config(),
         actions in prop::collection::vec(action(), 1..250),
+        guesses in prop_oneof![Just(0u32), 1u32..9],
     ) {
-        let mut world = World::new(config);
+        let mut world = World { guesses, ..World::new(config) };
         for action in actions {
             world.act(action);
         }
@@ -821,4 +866,108 @@ fn sequences_wait_for_a_slot() {
     let done = w.scheduler.commit(second.step, &[token(1), token(2)]).unwrap();
     assert!(done.iter().all(|c| c.finished == Some(Finish::Length)));
     assert_eq!(rows(&w.scheduler.next_step().unwrap()).len(), 1);
+}
+
+/// Runs one sequence of four tokens and `max_tokens` more, with these drafts before each step; gives the rows of its steps
+/// as first position, tokens, drafts and blocks, and its answer.
+fn drafted(w: &mut World, max_tokens: u32, draft: impl Fn(&[u32]) -> Vec<u32>) -> (Vec<[u32; 4]>, Vec<u32>) {
+    w.submit(4, max_tokens, None);
+    let (id, mut rows) = (w.next_id, Vec::new());
+    let mut tokens = w.live[&id].0.clone();
+    while w.live.contains_key(&id) {
+        w.scheduler.propose(id, draft(&tokens));
+        let meta = w.scheduler.next_step().unwrap();
+        let row = &meta.rows[0];
+        let sampled = w.stage.run(&meta);
+        let blocks = w.stage.cached[&id].blocks.len() as u32;
+        rows.push([row.start, row.count, row.drafts, blocks]);
+        let committed = w.scheduler.commit(meta.step, &sampled).unwrap();
+        tokens.extend(committed.iter().map(|c| match c.output {
+            Output::Token(token) => token,
+            Output::Whole => unreachable!("a generation"),
+        }));
+        w.receive(committed);
+        w.check();
+    }
+    (rows, tokens.split_off(4))
+}
+
+#[test]
+fn right_drafts_save_steps_and_wrong_ones_are_taken_back() {
+    let right = |tokens: &[u32]| {
+        let mut tokens = tokens.to_vec();
+        (0..3).for_each(|_| tokens.push(next_token(&tokens)));
+        tokens.split_off(tokens.len() - 3)
+    };
+    let (rows, plain) = drafted(&mut world(64, 1), 8, |_| vec![]);
+    assert_eq!((rows.len(), plain.len()), (8, 8));
+    // The prompt yields a token; then three drafts and one more at a time, and never more than the answer may have.
+    let (rows, tokens) = drafted(&mut world(64, 1), 8, right);
+    assert_eq!(tokens, plain);
+    assert_eq!(rows, [[0, 4, 0, 1], [4, 4, 3, 2], [8, 3, 2, 3]]);
+    // A row of wrong ones yields its own token, and the block that only they needed is free again.
+    let (rows, tokens) =
+        drafted(&mut world(64, 1), 8, |tokens| right(tokens).into_iter().map(|t| t + 50).collect());
+    assert_eq!(tokens, plain);
+    assert_eq!(rows[1..4], [[4, 4, 3, 2], [5, 4, 3, 3], [6, 4, 3, 3]]);
+    // The first two of three are right.
+    let (rows, tokens) = drafted(&mut world(64, 1), 8, |tokens| {
+        let mut drafts = right(tokens);
+        drafts[2] += 50;
+        drafts
+    });
+    assert_eq!(tokens, plain);
+    assert_eq!(rows, [[0, 4, 0, 1], [4, 4, 3, 2], [7, 4, 3, 3], [10, 1, 0, 3]]);
+    // There is no room for any beside others, or beyond the step.
+    let mut w = world(64, 1);
+    w.stage.config.max_step_rows = 3;
+    w.scheduler.config.max_step_rows = 3;
+    assert_eq!(drafted(&mut w, 8, right).0[1], [4, 3, 2, 2]);
+    let mut w = world(3, 1);
+    assert_eq!(drafted(&mut w, 8, right).0[1..], [[4, 4, 3, 2], [8, 3, 2, 3]]);
+}
+
+#[test]
+fn an_answer_ends_inside_a_burst() {
+    let mut w = world(64, 1);
+    w.submit(4, 8, None);
+    let first = w.scheduler.next_step().unwrap();
+    w.scheduler.commit(first.step, &[(1, Output::Token(5))]).unwrap();
+    w.scheduler.propose(1, vec![6, 13, 7]);
+    let second = w.scheduler.next_step().unwrap();
+    assert_eq!((second.rows[0].drafts, &second.token_ids[..]), (3, &[5, 6, 13, 7][..]));
+    let burst = [6, 13, 7, 8].map(|token| (1, Output::Token(token)));
+    let committed = w.scheduler.commit(second.step, &burst).unwrap();
+    let ends: Vec<_> = committed.iter().map(|c| (c.index, c.finished)).collect();
+    assert_eq!(ends, [(0, None), (1, Some(Finish::Eos))], "13 ends an answer");
+    assert_eq!(w.scheduler.stats().blocks_used, 0);
+}
+
+#[test]
+fn outputs_that_nobody_drafted_are_an_error() {
+    let burst = |drafts: &[u32], tokens: &[u32]| {
+        let mut w = world(64, 1);
+        w.submit(4, 8, None);
+        let first = w.scheduler.next_step().unwrap();
+        w.scheduler.commit(first.step, &[(1, Output::Token(5))]).unwrap();
+        w.scheduler.propose(1, drafts.to_vec());
+        let second = w.scheduler.next_step().unwrap();
+        let outputs: Vec<_> = tokens.iter().map(|token| (1, Output::Token(*token))).collect();
+        w.scheduler.commit(second.step, &outputs).map(|committed| committed.len())
+    };
+    let refused = |outputs, drafts| Err(CommitError::NotDrafted { step: 1, sequence: 1, outputs, drafts });
+    assert_eq!(burst(&[6, 7], &[6, 7, 8]), Ok(3));
+    assert_eq!(burst(&[6, 7], &[6, 9]), Ok(2));
+    assert_eq!(burst(&[6, 7], &[9, 7]), refused(2, 2));
+    assert_eq!(burst(&[6, 7], &[6, 7, 8, 9]), refused(4, 2));
+    assert_eq!(burst(&[], &[6, 7]), refused(2, 0));
+}
+
+#[test]
+fn recurrent_states_are_never_given_drafts() {
+    let mut w = world(64, 1);
+    let states = vec![StateKind::PagedKv, StateKind::Recurrent];
+    w = World::new(Config { states, state_slots: 1, ..w.stage.config });
+    let (rows, tokens) = drafted(&mut w, 8, |_| vec![1, 2, 3]);
+    assert!(rows.iter().all(|row| row[2] == 0) && tokens.len() == 8);
 }

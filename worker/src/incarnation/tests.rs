@@ -7,7 +7,7 @@ use strata_proto::{LayerRange, v1::LinkKind};
 
 use super::*;
 use crate::{
-    engine::{Allocated, Size, StepError},
+    engine::{Allocated, Size, StepError, Values},
     kernels::{
         cpu::{Cpu, isa::Isa},
         tensor::candle_dtype,
