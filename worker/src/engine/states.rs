@@ -58,6 +58,7 @@ impl<T> Caches<T> {
     }
 
     /// What the stage's layer `index` reads; `None` if nothing is kept.
+    #[cfg(feature = "cuda")]
     pub fn of(&self, index: usize) -> Option<&T> {
         self.own.get(*self.of_layer.get(index)?)
     }

@@ -1,8 +1,8 @@
 //! Links that carry activations from a stage to the next one.
 //!
 //! One activation per link and step, in step order. A link is owned by its stage thread; waits end when the
-//! incarnation's [`Interrupt`] is tripped. [`open`] alone knows all kinds of links: a new one is a file that implements
-//! [`Transport`], and an arm there.
+//! incarnation's [`Interrupt`] is tripped. `open` alone knows all kinds of links: a new one is a file that implements
+//! `Transport`, and an arm there.
 
 pub mod loopback;
 pub(crate) mod nccl;
