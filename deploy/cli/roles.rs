@@ -47,7 +47,8 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     }
     // A port that is taken should be known before a model is loaded.
     let listener = listen(&args.listen).await?;
-    let (config, members) = here(&args.here, &args.deployment)?;
+    let (mut config, members) = here(&args.here, &args.deployment)?;
+    config.names = args.listen.name;
     answer(config, members, listener, args.listen.grace).await
 }
 
@@ -61,11 +62,13 @@ pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
     }
     let members = membership::fixed(&args.workers).map_err(anyhow::Error::msg)?;
     let patience = Duration::from_secs(args.join_timeout);
-    let config = coordinator_config(&args.deployment, args.model, Split::Auto, args.workers.len(), patience);
+    let mut config =
+        coordinator_config(&args.deployment, args.model, Split::Auto, args.workers.len(), patience);
     if args.dry_run.dry_run {
         return plan::preview_plan(&config, members, args.dry_run.json).await;
     }
     let listener = listen(&args.listen).await?;
+    config.names = args.listen.name;
     answer(config, members, listener, args.listen.grace).await
 }
 
@@ -213,6 +216,7 @@ fn coordinator_config(
         expected_members,
         join_patience,
         skip_checks: args.skip_check.clone(),
+        names: Vec::new(),
         version: VERSION.into(),
     }
 }

@@ -3,10 +3,11 @@
 use clap::{Args, ValueEnum};
 use strata_proto::{
     DEFAULT_PORT,
-    v1::{ChatMessage, Truncation},
+    v1::{ChatMessage, Sampling, Truncation},
 };
 
 use super::{DeploymentArgs, HereArgs};
+use crate::report;
 
 /// Where a server is, and how long it may take.
 #[derive(Debug, Clone, Args)]
@@ -109,6 +110,42 @@ pub struct AnswerArgs {
     /// Use the sampling settings the model's makers suggest
     #[arg(long, env = "STRATA_MODEL_DEFAULTS")]
     pub model_defaults: bool,
+}
+
+impl AnswerArgs {
+    /// The sampling that is asked for.
+    pub fn sampling(&self) -> Sampling {
+        Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            frequency_penalty: self.frequency_penalty,
+            presence_penalty: self.presence_penalty,
+            seed: self.seed,
+            logit_bias: self.logit_bias.iter().copied().collect(),
+        }
+    }
+
+    /// Warns of flags that choose nothing, as the likeliest token is taken anyway.
+    pub fn warn_of_idle_flags(&self) {
+        let greedy = self.temperature.map_or(!self.model_defaults, |temperature| temperature == 0.0);
+        let given = [
+            ("--top-k", self.top_k.is_some()),
+            ("--top-p", self.top_p.is_some()),
+            ("--min-p", self.min_p.is_some()),
+            ("--seed", self.seed.is_some()),
+        ];
+        let idle: Vec<_> =
+            given.into_iter().filter(|(_, given)| greedy && *given).map(|(flag, _)| flag).collect();
+        if !idle.is_empty() {
+            let idle = idle.join(", ");
+            report::warn(&format!(
+                "{idle}: without --temperature (or --model-defaults) the likeliest token is always taken"
+            ));
+        }
+    }
 }
 
 #[derive(Debug, Args)]

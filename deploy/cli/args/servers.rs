@@ -13,6 +13,10 @@ use super::{ComputeArgs, DeploymentArgs, HereArgs, ImaginedDevices, KernelCacheA
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Clients")]
 pub struct ListenArgs {
+    /// Name by which clients ask for the model; more of them, repeated or separated by commas, are aliases [default: the
+    /// directory's]
+    #[arg(long, env = "STRATA_NAME", value_delimiter = ',', value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub name: Vec<String>,
     /// Address to answer clients on
     #[arg(long, env = "STRATA_HOST", default_value = "127.0.0.1")]
     pub host: String,
