@@ -250,6 +250,12 @@ fn nothing_that_is_given_is_ignored_in_silence() {
     for (args, code, says) in [
         (&["--threads", "1000"][..], 0, "warning: --threads 1000: this machine has "),
         (&["--threads", "0"], 2, "0 is not in 1.."),
+        (
+            &["--spill-dir", "/tmp", "--max-memory", "cpu=1GiB"],
+            0,
+            "--spill-dir /tmp is not used: no device is",
+        ),
+        (&["--prefill-chunk", "500", "--max-step-tokens", "100"], 0, "--prefill-chunk 500 is never reached"),
         (&["--kernel-cache", "/tmp"], 0, "--kernel-cache /tmp is not used: none of the devices is a GPU"),
         (&["--device", "80GiB@3.3"], 2, "3 B/s: expected a unit, as in 3.3TB/s"),
     ] {

@@ -30,6 +30,7 @@ pub struct ListenArgs {
 
 /// A plan in the place of a server.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Dry run")]
 pub struct DryRunArgs {
     /// Print the plan and stop: nothing is loaded
     #[arg(long, env = "STRATA_DRY_RUN")]
@@ -53,10 +54,6 @@ pub struct ServeArgs {
 
 #[derive(Debug, Args)]
 pub struct PlanArgs {
-    #[command(flatten)]
-    pub here: HereArgs,
-    #[command(flatten)]
-    pub deployment: DeploymentArgs,
     /// Plan over GPUs this machine need not have: 2x80GiB@3.3TB/s@900TFLOP/s, where count, bandwidth and rate may be left
     /// out; may be repeated
     #[arg(long = "device", env = "STRATA_DEVICE", conflicts_with_all = ["workers", "devices", "max_memory"])]
@@ -64,17 +61,21 @@ pub struct PlanArgs {
     /// Print JSON
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
-}
-
-#[derive(Debug, Args)]
-pub struct CheckArgs {
     #[command(flatten)]
     pub here: HereArgs,
     #[command(flatten)]
     pub deployment: DeploymentArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct CheckArgs {
     /// Print JSON
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
+    #[command(flatten)]
+    pub here: HereArgs,
+    #[command(flatten)]
+    pub deployment: DeploymentArgs,
 }
 
 #[derive(Debug, Args)]
