@@ -1,5 +1,7 @@
 //! Standard error: sentences for people; with `--log-format json` one JSON object per line, and nothing else.
 
+#![allow(clippy::print_stderr, reason = "the one place for it")]
+
 use std::{
     io::IsTerminal,
     sync::atomic::{AtomicBool, Ordering},
