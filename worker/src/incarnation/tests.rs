@@ -160,6 +160,8 @@ fn run(kind: LinkKind, missing: usize) -> Results {
                 first.execute(&step(*number), &mut engine, Some(&hook)).is_err()
             });
             if broke.is_some() {
+                // As a stage does whose run broke.
+                first.interrupt.trip();
                 drop(first.downstream.take());
             }
             done.wait();
