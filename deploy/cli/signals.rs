@@ -3,24 +3,33 @@
 use std::{future::Future, time::Duration};
 
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::watch,
 };
 
-/// Resolves at the first SIGTERM or SIGINT.
-pub async fn terminated() {
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
+/// SIGTERM and SIGINT, none of which is lost from the beginning of this on.
+pub struct Signals(Option<[Signal; 2]>);
+
+impl Signals {
+    /// From now on they do not end the process by themselves.
+    pub fn new() -> Self {
+        let both = [SignalKind::terminate(), SignalKind::interrupt()].map(signal);
         // Without handlers the default action ends the process.
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = term.recv() => {}
-        _ = int.recv() => {}
+        let [Ok(term), Ok(int)] = both else { return Signals(None) };
+        Signals(Some([term, int]))
+    }
+
+    /// Resolves at the next one.
+    pub async fn next(&mut self) {
+        let Some([term, int]) = &mut self.0 else { return std::future::pending().await };
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
     }
 }
 
-/// Runs a server that is given a future to stop at; after that it has `grace` to finish.
+/// Runs a server that is given a future to stop at; after that it has `grace` to finish, or until it is asked again.
 pub async fn until_terminated<F>(serve: impl FnOnce(watch::Receiver<bool>) -> F, grace: Duration) -> F::Output
 where
     F: Future<Output = anyhow::Result<()>>,
@@ -28,16 +37,18 @@ where
     let (stop, stopped) = watch::channel(false);
     let running = serve(stopped);
     tokio::pin!(running);
+    let mut signals = Signals::new();
     tokio::select! {
         ended = &mut running => return ended,
-        () = terminated() => {}
+        () = signals.next() => {}
     }
     tracing::info!(?grace, "asked to stop; finishing what is in progress");
     stop.send_replace(true);
-    match tokio::time::timeout(grace, running).await {
-        Ok(ended) => ended,
-        Err(_) => {
-            tracing::warn!("answers were still in progress when the grace period ended");
+    tokio::select! {
+        ended = running => ended,
+        () = signals.next() => anyhow::bail!("asked again to stop: what was in progress is lost"),
+        () = tokio::time::sleep(grace) => {
+            tracing::warn!(?grace, "not all was finished within the grace period");
             Ok(())
         }
     }
