@@ -39,6 +39,9 @@ pub mod config;
 mod coordinator;
 pub mod engine;
 pub mod front;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod planner;
 pub mod preflight;
 mod request;

@@ -81,23 +81,28 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         step_hook: None,
         directories: Directories { spill: args.spill.resolve()?, kernels: args.kernel_cache.resolve() },
     })?;
-    let worker: Arc<dyn Worker> = Arc::new(worker);
+    let worker = Arc::new(worker);
+    let service: Arc<dyn Worker> = worker.clone();
     say(&format!("listening http://{address}"))?;
     let incoming =
         tokio_stream::StreamExt::map(tokio_stream::wrappers::TcpListenerStream::new(listener), |stream| {
             stream.and_then(|s| s.set_nodelay(true).map(|()| s))
         });
-    // A coordinator's streams end with this process; there is nothing to finish first.
+    // The coordinators of what runs here plan without this worker; their calls are answered until they have.
+    let drained = |stop| async move {
+        stopping(stop).await;
+        worker.drain().await;
+    };
     let serve = |stop| async move {
         Server::builder()
             .http2_keepalive_interval(Some(PING_EVERY))
             .http2_keepalive_timeout(Some(PING_PATIENCE))
-            .add_service(strata_worker::grpc::service(worker))
-            .serve_with_incoming_shutdown(incoming, stopping(stop))
+            .add_service(strata_worker::grpc::service(service))
+            .serve_with_incoming_shutdown(incoming, drained(stop))
             .await
             .context("serving the coordinator")
     };
-    until_terminated(serve, Duration::from_secs(1)).await
+    until_terminated(serve, Duration::from_secs(args.grace)).await
 }
 
 /// A configuration and workers of this process for a model directory.

@@ -24,8 +24,6 @@ pub enum Kind {
     WrongState,
     /// The caller's deadline passed.
     Deadline,
-    /// The caller went away.
-    Cancelled,
     /// A defect of ours; details are in the log.
     Internal,
 }
@@ -48,7 +46,6 @@ pub fn status(error: &(impl Classify + ?Sized)) -> Status {
         Kind::WrongModel => Code::NotFound,
         Kind::WrongState => Code::FailedPrecondition,
         Kind::Deadline => Code::DeadlineExceeded,
-        Kind::Cancelled => Code::Cancelled,
         Kind::Internal => Code::Internal,
     };
     let mut status = Status::new(code, error.to_string());

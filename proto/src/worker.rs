@@ -31,8 +31,6 @@ pub trait Worker: Send + Sync {
     async fn read_tokenizer(&self, request: v1::ReadTokenizerRequest) -> Result<Files, Status>;
     /// Makes weights resident.
     async fn load(&self, request: v1::LoadRequest) -> Result<Progress, Status>;
-    /// Drops resident weights.
-    async fn unload(&self, request: v1::UnloadRequest) -> Result<(), Status>;
     /// Allocates cache and workspace.
     async fn prepare(&self, request: v1::PrepareRequest) -> Result<v1::Prepared, Status>;
     /// Brings links up.
@@ -41,6 +39,4 @@ pub trait Worker: Send + Sync {
     async fn run(&self, open: v1::Open) -> Result<StageChannel, Status>;
     /// Ends an incarnation.
     async fn abort(&self, request: v1::AbortRequest) -> Result<(), Status>;
-    /// Refuses new incarnations.
-    async fn drain(&self, request: v1::DrainRequest) -> Result<(), Status>;
 }

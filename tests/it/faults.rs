@@ -120,7 +120,6 @@ async fn workers_refuse_stale_fences_on_every_call() {
             worker.prepare(prepare).await.err(),
             worker.connect(connect).await.err(),
             worker.run(v1::Open { fence: stale, device: "cpu".into() }).await.err(),
-            worker.unload(v1::UnloadRequest { fence: stale, spec: Some(spec.clone()) }).await.err(),
         ];
         for status in refused {
             let status = status.expect("a stale call was taken");

@@ -16,7 +16,7 @@ use strata_coordinator::{SessionError, cluster::membership::MemberEvent, engine:
 use strata_proto::{
     Files, Progress, StageChannel, Worker,
     error::{Classify, Kind},
-    v1::{self, CoordinatorState, cluster_client::ClusterClient},
+    v1::{self, CoordinatorState},
 };
 use tokio::sync::watch;
 use tonic::{Code, Status, async_trait, transport::Channel};
@@ -62,9 +62,6 @@ impl Worker for Held {
         });
         Ok(progress)
     }
-    async fn unload(&self, request: v1::UnloadRequest) -> Result<(), Status> {
-        self.inner.unload(request).await
-    }
     async fn prepare(&self, request: v1::PrepareRequest) -> Result<v1::Prepared, Status> {
         self.inner.prepare(request).await
     }
@@ -76,9 +73,6 @@ impl Worker for Held {
     }
     async fn abort(&self, request: v1::AbortRequest) -> Result<(), Status> {
         self.inner.abort(request).await
-    }
-    async fn drain(&self, request: v1::DrainRequest) -> Result<(), Status> {
-        self.inner.drain(request).await
     }
 }
 

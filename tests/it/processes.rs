@@ -13,7 +13,11 @@ use std::{
 };
 
 use serde_json::Value;
-use strata_proto::v1::generate_event;
+use strata_coordinator::RemoteWorker;
+use strata_proto::{
+    Worker,
+    v1::{DescribeRequest, generate_event},
+};
 
 use crate::cluster::{PATIENCE, ask, client, expectations, greedy, model, status};
 
@@ -166,6 +170,50 @@ async fn a_worker_killed_mid_answer_costs_a_pause_and_no_error() {
         assert!(status.ready && status.fence.unwrap().incarnation >= 2);
         assert_eq!(status.plan.unwrap().replicas[0].stages.len(), 2);
     }
+}
+
+/// A rolling update: the coordinator plans without a worker before it ends.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_is_told_to_end_hands_its_layers_over_first() {
+    let mut workers = workers(3);
+    let coordinator = coordinator(&workers);
+    let client = client(&coordinator.address).await;
+    let ids = expectations(&model("shakespeare")).remove(0).ids;
+    let undisturbed = ask(&client, greedy(&ids, 200)).await.unwrap().ids;
+
+    let mut stream = client.clone().generate(greedy(&ids, 200)).await.unwrap().into_inner();
+    let mut got = Vec::new();
+    while let Some(event) = stream.message().await.unwrap() {
+        let Some(generate_event::Event::Tokens(tokens)) = event.event else { continue };
+        assert_eq!(tokens.index as usize, got.len(), "an index is missing or repeated");
+        if got.is_empty() {
+            workers[1].signal("-TERM");
+        }
+        got.extend(tokens.token_ids);
+    }
+    assert_eq!(got, undisturbed, "an answer changed when a worker was told to end");
+    assert!(workers[1].exited().success());
+    let status = status(&coordinator.address).await;
+    let stages = &status.plan.unwrap().replicas[0].stages;
+    let left = [&workers[0], &workers[2]].map(|w| w.address.trim_start_matches("http://"));
+    assert_eq!(stages.iter().map(|s| s.worker.as_str()).collect::<Vec<_>>(), left);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_waits_for_its_coordinator_unless_it_is_told_twice_to_end() {
+    let mut workers = workers(1);
+    let coordinator = coordinator(&workers);
+    // Whoever is stopped cannot plan anew.
+    coordinator.signal("-STOP");
+    workers[0].signal("-TERM");
+    let (worker, ..) = RemoteWorker::lazy(&workers[0].address).unwrap();
+    let describe = || worker.describe(DescribeRequest::default());
+    let begun = Instant::now();
+    while !describe().await.expect("it still answers").draining {
+        assert!(begun.elapsed() < PATIENCE, "it does not drain");
+    }
+    workers[0].signal("-TERM");
+    assert!(!workers[0].exited().success(), "it lost something, and says so");
 }
 
 /// FAULTS 10: readiness goes, the answer waits, and all comes back by itself when a worker joins.

@@ -64,10 +64,6 @@ impl stage_server::Stage for StageService {
         Ok(Response::new(ReceiverStream::new(self.worker.load(request.into_inner()).await?)))
     }
 
-    async fn unload(&self, request: Request<v1::UnloadRequest>) -> Result<Response<v1::Ack>, Status> {
-        self.worker.unload(request.into_inner()).await.map(ack)
-    }
-
     async fn prepare(&self, request: Request<v1::PrepareRequest>) -> Result<Response<v1::Prepared>, Status> {
         self.worker.prepare(request.into_inner()).await.map(Response::new)
     }
@@ -99,9 +95,5 @@ impl stage_server::Stage for StageService {
 
     async fn abort(&self, request: Request<v1::AbortRequest>) -> Result<Response<v1::Ack>, Status> {
         self.worker.abort(request.into_inner()).await.map(ack)
-    }
-
-    async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::Ack>, Status> {
-        self.worker.drain(request.into_inner()).await.map(ack)
     }
 }

@@ -6,6 +6,9 @@
 //! A token's weight is our own `exp` of its distance from the most likely one, which weighs `ONE`, as an integer: so
 //! no sum depends on its order, and a replay draws the same token on any host and on any GPU (`sample.cu`).
 
+// Tests compare with libm.
+#![cfg_attr(not(test), deny(clippy::disallowed_methods))]
+
 use std::{cmp::Ordering, collections::BTreeMap};
 
 use strata_proto::v1;
@@ -152,7 +155,8 @@ impl Draw<'_> {
     /// Top-p in parts of 2^64; `None` if it keeps all tokens.
     pub(crate) fn top_p(&self) -> Option<u64> {
         let p = f64::from(self.params.top_p);
-        (p < 1.0).then_some((p * 2.0f64.powi(64)) as u64)
+        // As f64, the largest u64 is 2^64.
+        (p < 1.0).then_some((p * u64::MAX as f64) as u64)
     }
 }
 
@@ -390,6 +394,7 @@ impl Raw {
         v1::TokenLogprobs { logprob: self.logprob(logit), top: self.alternatives() }
     }
 
+    #[cfg_attr(not(test), expect(clippy::disallowed_methods, reason = "it is reported, and draws nothing"))]
     fn logprob(&self, logit: f32) -> f32 {
         let log_sum = (self.sum as f64 / ONE as f64).ln();
         (f64::from(logit - self.max) - log_sum) as f32

@@ -3,16 +3,14 @@
 use std::{
     net::SocketAddr,
     path::{Component, Path, PathBuf},
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use strata_proto::{
     BLOCK_TOKENS, DeviceKind, Files, PROTOCOL, Progress, StageChannel, Worker,
     v1::{self, Fence, LinkKind},
 };
+use tokio::sync::watch;
 use tonic::{Status, async_trait};
 use uuid::Uuid;
 
@@ -123,7 +121,8 @@ pub struct LocalWorker {
     stages: Vec<(String, StageThread)>,
     listener: Listener,
     newest: Mutex<Vec<Fence>>,
-    draining: AtomicBool,
+    /// Whether it is about to end.
+    draining: watch::Sender<bool>,
 }
 
 impl LocalWorker {
@@ -157,12 +156,25 @@ impl LocalWorker {
             stages,
             listener,
             newest: Mutex::default(),
-            draining: AtomicBool::new(false),
+            draining: watch::Sender::default(),
             config,
         };
         // Speeds are measured once, which takes seconds on a GPU: before anybody waits for them.
         worker.offers()?;
         Ok(worker)
+    }
+
+    /// Takes no new incarnation from now on, and says so to the coordinators of those that run; returns when none is left.
+    pub async fn drain(&self) {
+        self.draining.send_replace(true);
+        for (_, stage) in &self.stages {
+            stage.vacant().await;
+        }
+    }
+
+    /// Refuses what would begin an incarnation, once it is draining.
+    fn check_not_draining(&self) -> Result<(), WorkerError> {
+        if *self.draining.borrow() { Err(WorkerError::Draining) } else { Ok(()) }
     }
 
     fn stage(&self, device: &str) -> Result<&StageThread, WorkerError> {
@@ -220,13 +232,11 @@ impl Worker for LocalWorker {
         Ok(v1::Described {
             protocol_min: PROTOCOL,
             protocol_max: PROTOCOL,
-            build: env!("CARGO_PKG_VERSION").into(),
             boot_id: self.boot_id.clone(),
             hub_id: self.config.hub.id(),
             devices: offers.into_iter().map(Into::into).collect(),
             profile: profile.map(Into::into),
-            resident: self.stages.iter().filter_map(|(_, s)| s.resident()).collect(),
-            draining: self.draining.load(Ordering::Relaxed),
+            draining: *self.draining.borrow(),
         })
     }
 
@@ -236,23 +246,15 @@ impl Worker for LocalWorker {
     }
 
     async fn load(&self, request: v1::LoadRequest) -> Result<Progress, Status> {
-        if self.draining.load(Ordering::Relaxed) {
-            return Err(WorkerError::Draining.into());
-        }
+        self.check_not_draining()?;
         let spec = spec_of(request.spec)?;
         let (_, stage) = self.admit(request.fence, &spec.device)?;
         let directory = self.config.models.resolve(&spec.model)?;
         Ok(stage.load(spec, directory))
     }
 
-    async fn unload(&self, request: v1::UnloadRequest) -> Result<(), Status> {
-        let spec = spec_of(request.spec)?;
-        let (_, stage) = self.admit(request.fence, &spec.device)?;
-        stage.unload(spec).await;
-        Ok(())
-    }
-
     async fn prepare(&self, request: v1::PrepareRequest) -> Result<v1::Prepared, Status> {
+        self.check_not_draining()?;
         let spec = spec_of(request.spec)?;
         let (fence, stage) = self.admit(request.fence, &spec.device)?;
         if request.block_tokens != BLOCK_TOKENS {
@@ -294,18 +296,13 @@ impl Worker for LocalWorker {
 
     async fn run(&self, open: v1::Open) -> Result<StageChannel, Status> {
         let (fence, stage) = self.admit(open.fence, &open.device)?;
-        Ok(stage.run(fence)?)
+        Ok(stage.run(fence, self.draining.subscribe())?)
     }
 
     async fn abort(&self, request: v1::AbortRequest) -> Result<(), Status> {
         let fence =
             request.fence.ok_or_else(|| WorkerError::BadMessage("the call carries no fence".into()))?;
         self.stage(&request.device)?.abort(&fence).await;
-        Ok(())
-    }
-
-    async fn drain(&self, _: v1::DrainRequest) -> Result<(), Status> {
-        self.draining.store(true, Ordering::Relaxed);
         Ok(())
     }
 }

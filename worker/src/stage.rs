@@ -19,7 +19,7 @@ use strata_proto::{
 };
 use tokio::sync::{
     mpsc::{self, error::TrySendError},
-    oneshot,
+    oneshot, watch,
 };
 use tonic::Status;
 
@@ -46,7 +46,6 @@ pub type StepHook = Arc<dyn Fn(&v1::StepMeta) -> Result<(), String> + Send + Syn
 /// Orders to the stage thread. Replies that nobody waits for are dropped.
 enum Command {
     Load { spec: v1::StageSpec, directory: PathBuf, progress: mpsc::Sender<Result<v1::LoadProgress, Status>> },
-    Unload { spec: v1::StageSpec, reply: oneshot::Sender<()> },
     Prepare { request: Box<Prepare>, reply: oneshot::Sender<Result<v1::Prepared, WorkerError>> },
     Connect { request: Box<Connect>, reply: oneshot::Sender<Result<(), WorkerError>> },
     Run { fence: Fence, steps: mpsc::Receiver<v1::ToStage>, answers: mpsc::Sender<v1::FromStage> },
@@ -91,9 +90,12 @@ struct Shared {
     steps: AtomicU64,
     /// Milliseconds from the start of the thread to the start of the phase.
     since: AtomicU64,
-    resident: Mutex<Option<v1::ResidentWeights>>,
+    /// Bytes of the weights, and whether they are memory-mapped.
+    weights: Mutex<(u64, bool)>,
     /// Cache and workspace bytes of the live incarnation.
     allocated: AtomicU64,
+    /// Whether there is an incarnation.
+    occupied: watch::Sender<bool>,
     current: Mutex<Option<(Fence, Interrupt)>>,
 }
 
@@ -150,19 +152,13 @@ impl StageThread {
         Ok(StageThread { commands, shared, begun })
     }
 
-    /// Weights on the device.
-    pub fn resident(&self) -> Option<v1::ResidentWeights> {
-        lock(&self.shared.resident).clone()
-    }
-
     /// What this stage holds now.
     pub fn held(&self) -> Held {
-        let resident = self.resident().unwrap_or_default();
-        let mapped = resident.spec.is_some_and(|spec| spec.mapped);
+        let (weights, mapped) = *lock(&self.shared.weights);
         let allocated = self.shared.allocated.load(Ordering::Relaxed);
         match mapped {
-            true => Held { memory: allocated, mapped: resident.bytes },
-            false => Held { memory: allocated + resident.bytes, mapped: 0 },
+            true => Held { memory: allocated, mapped: weights },
+            false => Held { memory: allocated + weights, mapped: 0 },
         }
     }
 
@@ -183,13 +179,6 @@ impl StageThread {
         receiver
     }
 
-    pub async fn unload(&self, spec: v1::StageSpec) {
-        let (reply, done) = oneshot::channel();
-        self.order(Command::Unload { spec, reply });
-        // A closed channel means that the thread is gone, and its weights with it.
-        let _ = done.await;
-    }
-
     pub async fn prepare(&self, request: Prepare) -> Result<v1::Prepared, WorkerError> {
         let (reply, done) = oneshot::channel();
         *lock(&self.shared.current) = Some((request.fence, Interrupt::default()));
@@ -203,8 +192,18 @@ impl StageThread {
         done.await.unwrap_or_else(|_| Err(gone()))
     }
 
-    /// Starts the run loop; what goes wrong arrives as `fatal` on the channel.
-    pub fn run(&self, fence: Fence) -> Result<strata_proto::StageChannel, WorkerError> {
+    /// Returns when there is no incarnation.
+    pub async fn vacant(&self) {
+        // The sender lives in `self`, so the wait cannot fail.
+        let _ = self.shared.occupied.subscribe().wait_for(|occupied| !occupied).await;
+    }
+
+    /// Starts the run loop; what goes wrong arrives as `fatal` on the channel, and health says when the worker is `draining`.
+    pub fn run(
+        &self,
+        fence: Fence,
+        draining: watch::Receiver<bool>,
+    ) -> Result<strata_proto::StageChannel, WorkerError> {
         let interrupt = match &*lock(&self.shared.current) {
             Some((current, interrupt)) if *current == fence => interrupt.clone(),
             _ => {
@@ -215,7 +214,8 @@ impl StageThread {
         };
         let (to, steps) = mpsc::channel(STEP_QUEUE);
         let (answers, from) = mpsc::channel(ANSWER_QUEUE);
-        tokio::spawn(report_health(self.shared.clone(), self.begun, interrupt, answers.clone()));
+        let report = Report { shared: self.shared.clone(), begun: self.begun, draining };
+        tokio::spawn(report.repeat(interrupt, answers.clone()));
         self.order(Command::Run { fence, steps, answers });
         Ok(strata_proto::StageChannel { to, from })
     }
@@ -246,29 +246,43 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn report_health(
+/// What a running stage says of its health.
+struct Report {
     shared: Arc<Shared>,
     begun: Instant,
-    interrupt: Interrupt,
-    answers: mpsc::Sender<v1::FromStage>,
-) {
-    let report = async {
-        loop {
-            tokio::time::sleep(HEALTH_EVERY).await;
-            let now = begun.elapsed().as_millis() as u64;
-            let health = v1::StageHealth {
-                phase: shared.phase.load(Ordering::Relaxed),
-                steps: shared.steps.load(Ordering::Relaxed),
-                busy_ms: now.saturating_sub(shared.since.load(Ordering::Relaxed)),
-            };
-            if answers.send(message(from_stage::Message::Health(health))).await.is_err() {
-                return;
+    draining: watch::Receiver<bool>,
+}
+
+impl Report {
+    /// Sends it twice a second, and at once when the worker begins to drain, until the run is over.
+    async fn repeat(mut self, interrupt: Interrupt, answers: mpsc::Sender<v1::FromStage>) {
+        let report = async {
+            let mut told = false;
+            loop {
+                tokio::select! {
+                    () = tokio::time::sleep(HEALTH_EVERY) => {}
+                    Ok(_) = self.draining.wait_for(|draining| *draining), if !told => told = true,
+                }
+                let health = from_stage::Message::Health(self.now());
+                if answers.send(message(health)).await.is_err() {
+                    return;
+                }
             }
+        };
+        tokio::select! {
+            () = report => {}
+            () = interrupt.tripped() => {}
         }
-    };
-    tokio::select! {
-        () = report => {}
-        () = interrupt.tripped() => {}
+    }
+
+    fn now(&self) -> v1::StageHealth {
+        let now = self.begun.elapsed().as_millis() as u64;
+        v1::StageHealth {
+            phase: self.shared.phase.load(Ordering::Relaxed),
+            steps: self.shared.steps.load(Ordering::Relaxed),
+            busy_ms: now.saturating_sub(self.shared.since.load(Ordering::Relaxed)),
+            draining: *self.draining.borrow(),
+        }
     }
 }
 
@@ -301,13 +315,6 @@ impl Stage {
                 }
                 self.enter(StagePhase::Idle);
             }
-            Command::Unload { spec, reply } => {
-                if self.spec.as_ref() == Some(&spec) {
-                    self.drop_incarnation();
-                    self.drop_weights();
-                }
-                let _ = reply.send(());
-            }
             Command::Prepare { request, reply } => {
                 let _ = reply.send(self.prepare(*request));
             }
@@ -335,7 +342,7 @@ impl Stage {
     fn drop_weights(&mut self) {
         self.spec = None;
         self.engine.unload();
-        *lock(&self.shared.resident) = None;
+        *lock(&self.shared.weights) = (0, false);
     }
 
     fn drop_incarnation(&mut self) {
@@ -345,6 +352,7 @@ impl Stage {
         }
         self.engine.release();
         self.shared.allocated.store(0, Ordering::Relaxed);
+        self.shared.occupied.send_replace(false);
     }
 
     fn load(
@@ -383,7 +391,7 @@ impl Stage {
             };
             self.engine.load(spill, &checkpoint, &model, &range_spec(&spec)?, &mut report)?;
             let bytes = self.engine.loaded().map_or(0, |loaded| loaded.bytes);
-            *lock(&self.shared.resident) = Some(v1::ResidentWeights { spec: Some(spec.clone()), bytes });
+            *lock(&self.shared.weights) = (bytes, spec.mapped);
             self.spec = Some(spec);
         }
         if let Some(loaded) = self.engine.loaded() {
@@ -438,6 +446,7 @@ impl Stage {
             downstream: None,
             sequences: HashMap::new(),
         });
+        self.shared.occupied.send_replace(true);
         Ok(prepared)
     }
 

@@ -368,6 +368,9 @@ async fn forward(
                 sink(incarnation, PipelineEvent::Done { stage, step: done.step, compute });
             }
             Some(from_stage::Message::Health(health)) => {
+                if health.draining {
+                    return "it is about to end".into();
+                }
                 let busy = Duration::from_millis(health.busy_ms);
                 if health.phase() == v1::StagePhase::Step && busy > STEP_PATIENCE {
                     return format!("it has been in one step for {busy:?}");

@@ -88,10 +88,6 @@ impl Worker for RemoteWorker {
         Ok(receiver)
     }
 
-    async fn unload(&self, request: v1::UnloadRequest) -> Result<(), Status> {
-        self.client.clone().unload(request).await.map(drop)
-    }
-
     async fn prepare(&self, request: v1::PrepareRequest) -> Result<v1::Prepared, Status> {
         self.client.clone().prepare(request).await.map(tonic::Response::into_inner)
     }
@@ -118,9 +114,5 @@ impl Worker for RemoteWorker {
 
     async fn abort(&self, request: v1::AbortRequest) -> Result<(), Status> {
         self.client.clone().abort(request).await.map(drop)
-    }
-
-    async fn drain(&self, request: v1::DrainRequest) -> Result<(), Status> {
-        self.client.clone().drain(request).await.map(drop)
     }
 }

@@ -80,6 +80,10 @@ impl Speeds {
         if let Some(experts) = module.experts {
             // Only the experts that some row chose are read.
             let (count, active) = (f64::from(experts.count), f64::from(experts.active));
+            #[expect(
+                clippy::disallowed_methods,
+                reason = "an estimate: one process makes a plan, and all take it"
+            )]
             let idle = count * (1.0 - active / count).powf(rows);
             bytes -= idle * experts.bytes.at(format) as f64;
         }

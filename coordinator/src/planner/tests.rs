@@ -579,6 +579,7 @@ fn experts_are_read_only_if_chosen_and_cores_of_a_host_are_shared() {
     let seconds = |rows| costs.step_seconds(&problem, 0, LayerRange::new(0, 1), rows) - rows * 96e-6 - 30e-6;
     // 1000 bytes that all rows share, and 8 (1 - (1 - 2/8)^rows) experts.
     for rows in [1.0, 4.0, 30.0] {
+        #[expect(clippy::disallowed_methods, reason = "what is tested does the same")]
         let bytes = 1000.0 + 8000.0 * (1.0 - 0.75f64.powf(rows));
         assert!((seconds(rows) / (bytes / 1e6).max(500.0 * rows / 1e6) - 1.0).abs() < 1e-6, "{rows}");
     }

@@ -204,9 +204,10 @@ fn without_generation(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(begin) = rest.find("{%") {
-        let Some(len) = rest[begin..].find("%}") else { break };
-        let (before, tag) = (&rest[..begin], &rest[begin + 2..begin + len]);
-        out.push_str(before);
+        let inside = &rest[begin + 2..];
+        let Some(end) = inside.find("%}") else { break };
+        let tag = &inside[..end];
+        out.push_str(&rest[..begin]);
         let name = tag.trim_matches(['-', '+']).trim();
         let instead = match name {
             "generation" => Some("if true"),
@@ -216,7 +217,7 @@ fn without_generation(source: &str) -> String {
         out.push_str("{%");
         out.push_str(&instead.map_or_else(|| tag.to_owned(), |instead| tag.replacen(name, instead, 1)));
         out.push_str("%}");
-        rest = &rest[begin + len + 2..];
+        rest = &inside[end + 2..];
     }
     out.push_str(rest);
     out
@@ -347,7 +348,9 @@ mod tests {
 
     #[test]
     fn what_goes_wrong_is_said_and_bounded() {
-        assert!(matches!(compile("{% for %}"), Err(ChatError::Syntax(_))));
+        for broken in ["{% for %}", "{%}", "{%}%}", "{%"] {
+            assert!(matches!(compile(broken), Err(ChatError::Syntax(_))), "{broken:?}");
+        }
         let raises = compile("{{ raise_exception('roles must alternate') }}").unwrap();
         assert_eq!(raises.render(&[], true), Err(ChatError::Refused("roles must alternate".into())));
         let endless = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}";

@@ -63,8 +63,7 @@ impl Tokenizer {
     pub fn new(files: &Files) -> Result<Self, TokenizerError> {
         let json = files.get("tokenizer.json").ok_or(TokenizerError::Missing)?;
         let broken = |file, why: String| TokenizerError::Broken { file, why };
-        let mut inner =
-            tokenizers::Tokenizer::from_bytes(json).map_err(|e| broken("tokenizer.json", e.to_string()))?;
+        let mut inner = parse(json)?;
         // Lengths are bounded by admission, out loud; nothing is cut or padded in silence.
         inner.with_truncation(None).map_err(|e| broken("tokenizer.json", e.to_string()))?;
         inner.with_padding(None);
@@ -248,6 +247,15 @@ impl Tokenizer {
     }
 }
 
+/// A `tokenizer.json`. The library panics on some broken ones.
+fn parse(json: &[u8]) -> Result<tokenizers::Tokenizer, TokenizerError> {
+    let broken = |why: String| TokenizerError::Broken { file: "tokenizer.json", why };
+    match std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(json)) {
+        Ok(parsed) => parsed.map_err(|e| broken(e.to_string())),
+        Err(_) => Err(broken("it is damaged or of a newer kind: download it again".to_owned())),
+    }
+}
+
 impl Mask {
     /// `None` if the tokenizer does not know the token.
     fn new(text: &str, json: &[u8]) -> Result<Option<Self>, TokenizerError> {
@@ -257,8 +265,7 @@ impl Mask {
         for token in tokens.into_iter().flatten().filter(|t| t["content"] == text) {
             token["special"] = false.into();
         }
-        let bytes = value.to_string().into_bytes();
-        let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| broken(e.to_string()))?;
+        let mut tokenizer = parse(value.to_string().as_bytes())?;
         tokenizer.with_truncation(None).map_err(|e| broken(e.to_string()))?;
         tokenizer.with_padding(None);
         tokenizer.set_encode_special_tokens(true);
@@ -304,6 +311,17 @@ pub(super) mod tests {
         assert_eq!(text, "<|bos|>USER:\n<|eos|>a<|bos|><|eos|>\n\nASSISTANT:\n");
         let none = Tokenizer { chat: None, ..demo() };
         assert!(none.encode_chat(&say("x")).unwrap_err().to_string().contains("no chat template"));
+    }
+
+    #[test]
+    fn a_file_that_was_cut_off_is_refused_even_where_the_library_panics() {
+        let json = serde_json::to_string(&demo().inner).unwrap();
+        let decoder = json.find(r#""decoder":"#).unwrap();
+        for end in [0, decoder, decoder + 12, json.len() - 1] {
+            let file = ("tokenizer.json".to_owned(), json.as_bytes()[..end].to_vec());
+            let error = Tokenizer::new(&Files::from([file])).unwrap_err().to_string();
+            assert!(error.contains("tokenizer.json"), "{error}");
+        }
     }
 
     #[test]

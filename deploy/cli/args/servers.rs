@@ -99,6 +99,9 @@ pub struct WorkerArgs {
     /// Byte caps by device: cpu=64GiB
     #[arg(long, env = "STRATA_MAX_MEMORY", value_delimiter = ',')]
     pub max_memory: Vec<DeviceSpec>,
+    /// Seconds that its coordinator may take to plan without this worker, after SIGTERM
+    #[arg(long, env = "STRATA_GRACE", default_value_t = 30)]
+    pub grace: u64,
     #[command(flatten)]
     pub compute: ComputeArgs,
     #[command(flatten)]

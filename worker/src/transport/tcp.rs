@@ -268,7 +268,11 @@ fn write_frames(stream: &TcpStream, fence: Fence, queue: &Receiver<Activation>) 
     Ok(())
 }
 
-fn write_frame(out: &mut impl Write, fence: &Fence, activation: Activation) -> Result<(), LinkError> {
+pub(crate) fn write_frame(
+    out: &mut impl Write,
+    fence: &Fence,
+    activation: Activation,
+) -> Result<(), LinkError> {
     let mut head = Vec::with_capacity(HEAD_BYTES + 16);
     head.extend(FRAME);
     head.extend(fence.term.to_le_bytes());
@@ -329,7 +333,7 @@ fn append_tensor(tensor: &Tensor, head: &mut Vec<u8>, body: &mut Vec<u8>) -> Res
     Ok(())
 }
 
-fn read_frame(
+pub(crate) fn read_frame(
     stream: &mut impl Read,
     fence: &Fence,
     step: u64,
@@ -358,6 +362,9 @@ fn read_frame(
         check = crc32c::crc32c_append(check, &reason);
         Payload::Poisoned(String::from_utf8_lossy(&reason).into_owned())
     } else {
+        if reason_bytes != 0 {
+            return Err(LinkError::Protocol(format!("step {step} came with tensors and a poison reason")));
+        }
         let mut shapes = vec![0; 9 * expected.len()];
         if usize::from(count) != expected.len() {
             return Err(LinkError::Protocol(format!(
@@ -485,6 +492,10 @@ mod tests {
             read(&good, 1, 5, Expected { dtype: DType::BF16, ..want }).unwrap_err().contains("another shape")
         );
         assert!(read(&good[..good.len() - 1], 1, 5, want).unwrap_err().contains("gone"));
+        let mut both = good[..good.len() - 4].to_vec();
+        both[HEAD_BYTES - 4] = 1;
+        both.extend(crc32c::crc32c(&both).to_le_bytes());
+        assert!(read(&both, 1, 5, want).unwrap_err().contains("with tensors and a poison reason"));
         for at in 0..good.len() {
             let mut bad = good.clone();
             bad[at] ^= 0x40;

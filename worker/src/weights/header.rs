@@ -79,7 +79,7 @@ struct Entry {
 /// Parses `header` of `file`, whose data begin at `data` and end at the file's `length`.
 ///
 /// As the format asks, tensors must cover the data without a hole or an overlap.
-pub(super) fn parse(
+pub(crate) fn parse(
     file: &str,
     shard: usize,
     header: &[u8],

@@ -1,7 +1,7 @@
 //! A checkpoint on disk: safetensors headers, validated, and positioned reads of tensors.
 
 mod fingerprint;
-mod header;
+pub(crate) mod header;
 
 use std::{
     collections::BTreeMap,

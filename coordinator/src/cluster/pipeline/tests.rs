@@ -54,10 +54,6 @@ impl Worker for Obedient {
         Ok(receiver)
     }
 
-    async fn unload(&self, _: v1::UnloadRequest) -> Result<(), Status> {
-        Ok(())
-    }
-
     async fn prepare(&self, request: v1::PrepareRequest) -> Result<v1::Prepared, Status> {
         let device = request.spec.unwrap().device;
         let StagePlan { kv_bytes, workspace_bytes, .. } = self.stage(&device);
@@ -87,10 +83,6 @@ impl Worker for Obedient {
     }
 
     async fn abort(&self, _: v1::AbortRequest) -> Result<(), Status> {
-        Ok(())
-    }
-
-    async fn drain(&self, _: v1::DrainRequest) -> Result<(), Status> {
         Ok(())
     }
 }
@@ -197,6 +189,18 @@ fn unspecified_hosts_become_the_workers_own() {
     assert_eq!(reachable("0.0.0.0:71", "10.0.0.2"), "10.0.0.2:71");
     assert_eq!(reachable("127.0.0.1:71", "10.0.0.2"), "127.0.0.1:71");
     assert_eq!(reachable("[::]:71", "node-3"), "node-3:71");
+}
+
+#[tokio::test]
+async fn a_stage_whose_worker_drains_is_left_before_it_ends() {
+    let (stage, mut from) = mpsc::channel(2);
+    for draining in [false, true] {
+        let health = v1::StageHealth { draining, ..v1::StageHealth::default() };
+        stage.try_send(v1::FromStage { message: Some(from_stage::Message::Health(health)) }).unwrap();
+    }
+    let sink: EventSink = Arc::new(|_, _| {});
+    assert_eq!(forward(0, 1, &mut from, &sink).await, "it is about to end");
+    assert!(!stage.is_closed() && from.try_recv().is_err(), "at the first word of it");
 }
 
 #[test]

@@ -93,7 +93,6 @@ impl Outcome {
             Kind::Overload { .. } => Outcome::Overload,
             Kind::NoCapacity => Outcome::Unavailable,
             Kind::Deadline => Outcome::Deadline,
-            Kind::Cancelled => Outcome::Cancelled,
             Kind::WrongState | Kind::Internal => Outcome::Internal,
         }
     }

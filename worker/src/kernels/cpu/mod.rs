@@ -3,10 +3,14 @@
 //! Batch-, split- and chunk-invariant: an output element is computed in an order that depends on the reduction length
 //! alone. Sizes are the caller's promise; a wrong one panics on a slice bound, it never reads outside.
 
+// Tests compare with libm.
+#![cfg_attr(not(test), deny(clippy::disallowed_methods))]
+
 pub mod attention;
 pub mod isa;
 pub mod linear;
 pub mod math;
+#[cfg_attr(not(test), expect(clippy::disallowed_methods, reason = "it is what reads the clock"))]
 pub(crate) mod measure;
 pub mod moe;
 pub mod norm;
