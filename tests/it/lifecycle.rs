@@ -299,6 +299,8 @@ fn who_watches_sees_a_coordinator_stand_by_serve_end_and_come_again() {
     let mut first = coordinator(&address, &workers);
     let (_, standby) = watching.wait_for("shakespeare standby");
     assert!(standby.ends_with("1 of 2 workers are there") || standby.contains("0 of 2"), "{standby}");
+    let (failed, shown) = Lines::start(&["status", "--address", &address]).exited();
+    assert!(!failed.success() && shown.contains("error: the server is not ready: "), "{shown}");
     let second_worker = worker(&late);
     watching.wait_for("shakespeare ready");
     first.wait_for("ready http://");
