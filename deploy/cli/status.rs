@@ -15,9 +15,10 @@ use tokio::time::MissedTickBehavior;
 
 use crate::{
     args::StatusArgs,
-    client::{connect, refusal},
-    show,
+    client::{CallError, Server, unavailable},
+    report, show,
     signals::Signals,
+    terminal,
 };
 
 /// How often a server is asked by `--watch`.
@@ -32,13 +33,16 @@ pub async fn status(args: StatusArgs) -> anyhow::Result<()> {
     let text = if args.json { as_json(&status)? } else { as_text(&status)? };
     writeln!(std::io::stdout(), "{text}")?;
     // For whatever restarts or routes by it.
-    anyhow::ensure!(status.ready, "the server is not ready: {}", status.reason);
-    Ok(())
+    match status.ready {
+        true => Ok(()),
+        false => Err(unavailable(format!("the server is not ready: {}", status.reason))),
+    }
 }
 
 async fn ask(args: &StatusArgs) -> anyhow::Result<StatusResponse> {
-    let mut client = ClusterClient::new(connect(&args.address.address).await?);
-    Ok(client.status(StatusRequest {}).await.map_err(|s| refusal(&s))?.into_inner())
+    let server = Server::connect(&args.address).await?;
+    let mut client = ClusterClient::new(server.channel.clone());
+    Ok(server.wait(client.status(StatusRequest {})).await?.into_inner())
 }
 
 /// Repaints a terminal; elsewhere, writes a line whenever something has changed. Ends by Ctrl-C.
@@ -62,11 +66,12 @@ async fn watch(args: &StatusArgs) -> anyhow::Result<()> {
             Ok(status) if args.json => as_json(&status)?,
             Ok(status) if repaint => as_text(&status)?,
             Ok(status) => headline(&status),
-            // It may come back.
+            // The server may come back.
+            Err(error) if !error.is::<CallError>() => return Err(error),
             Err(error) if args.json => {
-                json!({"ready": false, "reason": crate::in_one_line(&error)}).to_string()
+                json!({"ready": false, "reason": report::in_one_line(&error)}).to_string()
             }
-            Err(error) => crate::in_one_line(&error),
+            Err(error) => report::in_one_line(&error),
         };
         if repaint {
             // From the top, each line to its end, then what is below.
@@ -152,7 +157,8 @@ fn as_text(status: &StatusResponse) -> anyhow::Result<String> {
             out += &format!("library   {} {}: {}\n", library.name, library.version, library.path);
         }
     }
-    out += &plan(status)?.as_ref().map_or(String::new(), show::plan_table);
+    let width = terminal::width(std::io::stdout());
+    out += &plan(status)?.map_or(String::new(), |plan| show::plan_table(&plan, width));
     Ok(out.trim_end().to_owned())
 }
 

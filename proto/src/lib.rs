@@ -49,8 +49,14 @@ pub mod v1 {
     tonic::include_proto!("strata.v1");
 }
 
-/// The compiled descriptors of every `.proto` file, for server reflection.
+/// The compiled descriptors of what clients call, for server reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
+/// What clients call: each service, with its methods.
+pub const METHODS: &[(&str, &[&str])] = include!(concat!(env!("OUT_DIR"), "/methods.rs"));
+
+/// Largest list of headers that servers and clients take, in bytes, as HTTP/2 counts them.
+pub const MAX_HEADER_LIST: u32 = 64 << 10;
 
 /// Version of the coordinator-worker protocol that this build speaks.
 pub const PROTOCOL: u32 = 1;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use strata_proto::{
-    Files, MAX_STAGE_MESSAGE, Progress, StageChannel, Worker,
+    Files, MAX_HEADER_LIST, MAX_STAGE_MESSAGE, Progress, StageChannel, Worker,
     v1::{self, stage_client::StageClient, to_stage},
 };
 use tokio::sync::mpsc;
@@ -42,6 +42,7 @@ impl RemoteWorker {
         let channel = endpoint
             .connect_timeout(CONNECT_PATIENCE)
             .tcp_nodelay(true)
+            .http2_max_header_list_size(MAX_HEADER_LIST)
             .http2_keep_alive_interval(PING_EVERY)
             .keep_alive_timeout(PING_PATIENCE)
             .keep_alive_while_idle(true)
