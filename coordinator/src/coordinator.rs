@@ -84,7 +84,11 @@ impl Coordinator {
     pub fn new(config: CoordinatorConfig) -> Self {
         let doing = "it has not been started".to_owned();
         let (snapshot, view) = watch::channel(Snapshot { doing, ..Snapshot::default() });
-        let session = Session::new(&config.deployment.model, config.limits.max_requests, view);
+        let names = match config.names.is_empty() {
+            true => vec![config.deployment.model.clone()],
+            false => config.names.clone(),
+        };
+        let session = Session::new(names.into(), config.limits.max_requests, view);
         let (members, started) = (Members::default(), AtomicBool::new(false));
         let shared = Shared { config, members, snapshot, session, started };
         Coordinator { shared: Arc::new(shared) }

@@ -1,5 +1,7 @@
 //! `strata run`: a model in this process, asked once or line by line.
 
+#![allow(clippy::print_stderr, reason = "what a chat says in a terminal is no log")]
+
 use std::{
     io::{BufRead, IsTerminal, Write},
     path::Path,
@@ -20,7 +22,7 @@ use tokio::{
 
 use crate::{
     args::{AnswerArgs, RunArgs},
-    generate, model_dir, prompt, report, roles,
+    model_dir, prompt, report, roles,
     show::Loading,
 };
 
@@ -30,7 +32,7 @@ const HELP: &str = "/exit or Ctrl-D ends, /clear forgets what was said, Ctrl-C s
 pub async fn run(args: RunArgs) -> anyhow::Result<()> {
     must_generate(&args.here.model)?;
     let prompt = prompt::only(args.text.clone(), args.prompt.clone())?;
-    generate::warn_of_idle_flags(&args.answer);
+    args.answer.warn_of_idle_flags();
     let mut model = start(&args).await?;
     match prompt {
         Some(prompt) => model.ask(prompt, None).await.map(drop),
@@ -189,7 +191,7 @@ impl Model {
             prompt,
             messages,
             max_tokens: self.answer.max_tokens,
-            sampling: Some(generate::sampling(&self.answer)),
+            sampling: Some(self.answer.sampling()),
             stop: self.answer.stop.clone(),
             ignore_eos: self.answer.ignore_eos,
             model_defaults: self.answer.model_defaults,

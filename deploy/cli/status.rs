@@ -146,6 +146,9 @@ fn as_text(status: &StatusResponse) -> anyhow::Result<String> {
         let place = format!("{}/{}", stage.worker, stage.device);
         out += &format!("loading   layers {}..{} on {place}: {read} of {total}\n", layers.first, layers.end);
     }
+    if status.names.len() > 1 {
+        out += &format!("names     {}\n", status.names.join(", "));
+    }
     for member in &status.members {
         let devices: Vec<_> =
             member.devices.iter().map(|d| format!("{} {}", d.id, show::bytes(d.budget_bytes))).collect();
@@ -185,6 +188,7 @@ fn as_json(status: &StatusResponse) -> anyhow::Result<String> {
     let value = json!({
         "version": status.version,
         "model": status.model,
+        "names": status.names,
         "state": state_name(status.state()),
         "ready": status.ready,
         "reason": status.reason,

@@ -213,6 +213,7 @@ impl Cluster {
             expected_members: options.workers,
             join_patience: PATIENCE,
             skip_checks: Vec::new(),
+            names: Vec::new(),
             version: String::new(),
         };
         let coordinator = Coordinator::new(config);

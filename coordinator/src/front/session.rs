@@ -79,7 +79,9 @@ pub struct Session {
 
 #[derive(Debug)]
 struct Shared {
+    /// The first of its names.
     model: Arc<str>,
+    names: Arc<[String]>,
     /// Once there is a tokenizer and an engine.
     served: OnceLock<Arc<Served>>,
     snapshot: watch::Receiver<Snapshot>,
@@ -88,10 +90,15 @@ struct Shared {
 }
 
 impl Session {
-    /// A session for a model that is to be served, of `max_requests` at a time.
-    pub(crate) fn new(model: &str, max_requests: usize, snapshot: watch::Receiver<Snapshot>) -> Self {
+    /// A session for a model that is to be served by these names, of `max_requests` at a time.
+    pub(crate) fn new(
+        names: Arc<[String]>,
+        max_requests: usize,
+        snapshot: watch::Receiver<Snapshot>,
+    ) -> Self {
         let (gate, served) = (Gate::new(max_requests), OnceLock::new());
-        let shared = Shared { model: model.into(), served, snapshot, gate, counts: Arc::default() };
+        let model = names.first().map_or("", String::as_str).into();
+        let shared = Shared { model, names, served, snapshot, gate, counts: Arc::default() };
         Session { shared: Arc::new(shared), probes: false }
     }
 
@@ -114,6 +121,11 @@ impl Session {
     /// Name of the model that answers.
     pub fn model(&self) -> &str {
         &self.shared.model
+    }
+
+    /// Every name by which it may be asked for, that one first.
+    pub fn names(&self) -> &[String] {
+        &self.shared.names
     }
 
     /// Requests so far.
@@ -231,8 +243,9 @@ impl Session {
     /// If the text is too long, or there is no room.
     pub async fn tokenize(&self, request: v1::TokenizeRequest) -> Result<v1::TokenizeResponse, SessionError> {
         let mut record = self.arrived("Tokenize");
+        let names = self.shared.names.clone();
         let token_ids = self.let_in(&mut record, move |served| {
-            bounds::check_model(&request.model, &served.profile.model)?;
+            bounds::check_model(&request.model, &names)?;
             bounds::check_text("text", &request.text)?;
             Ok(served.tokenizer.encode(&request.text, !request.plain)?)
         });
@@ -251,8 +264,9 @@ impl Session {
     ) -> Result<v1::DetokenizeResponse, SessionError> {
         let mut record = self.arrived("Detokenize");
         record.prompt_tokens = request.token_ids.len() as u32;
+        let names = self.shared.names.clone();
         let text = self.let_in(&mut record, move |served| {
-            bounds::check_model(&request.model, &served.profile.model)?;
+            bounds::check_model(&request.model, &names)?;
             let field = |why| AdmissionError::Field { field: "token_ids", why };
             if request.token_ids.len() > MAX_IDS {
                 let count = request.token_ids.len();
@@ -308,6 +322,7 @@ impl Session {
         request: v1::GenerateRequest,
         record: &mut Record,
     ) -> Result<(v1::Started, Pending), SessionError> {
+        bounds::check_model(&request.model, &self.shared.names)?;
         // While no pipeline is up its capacity is unknown; the scheduler checks again when there is one.
         let capacity = match self.shared.snapshot.borrow().capacity {
             0 => u64::MAX,
@@ -351,6 +366,7 @@ impl Session {
         record: &mut Record,
         mut answer: impl FnMut(&Served, Sent, Reply) -> Option<T>,
     ) -> Result<Vec<T>, SessionError> {
+        bounds::check_model(&asked.model, &self.shared.names)?;
         let checking = self.let_in(record, move |served| {
             encode::check(asked, &served.tokenizer, &served.profile, served.longest_input)
         });

@@ -52,6 +52,7 @@ impl Cluster for ClusterService {
         });
         Ok(Response::new(v1::StatusResponse {
             model: self.coordinator.session().model().to_owned(),
+            names: self.coordinator.session().names().to_vec(),
             ready: snapshot.ready(),
             reason: snapshot.reason(),
             state: state(snapshot.state) as i32,
