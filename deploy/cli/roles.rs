@@ -15,7 +15,7 @@ use strata_coordinator::{
     front::grpc,
     planner::Split,
 };
-use strata_proto::{DeviceKind, Worker};
+use strata_proto::{DeviceKind, PING_EVERY, PING_TIMEOUT, Worker};
 use strata_worker::{
     LocalWorker, Models, WorkerConfig,
     device::{self, DeviceSpec, Directories, available_memory},
@@ -32,11 +32,8 @@ use crate::{
     signals::{stopping, until_terminated},
 };
 
-/// A coordinator that goes away without a word is noticed by pings, and its incarnation's memory freed.
-const PING_EVERY: Duration = Duration::from_secs(2);
-const PING_PATIENCE: Duration = Duration::from_secs(3);
 /// How long local workers have to join: they are there already.
-const LOCAL_PATIENCE: Duration = Duration::from_secs(10);
+const LOCAL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// `strata serve`
 pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
@@ -53,8 +50,8 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
 pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
     let listener = listen(&args.listen).await?;
     let members = membership::fixed(&args.workers).map_err(anyhow::Error::msg)?;
-    let patience = Duration::from_secs(args.join_timeout);
-    let config = coordinator_config(&args.deployment, args.model, Split::Auto, args.workers.len(), patience);
+    let timeout = Duration::from_secs(args.join_timeout);
+    let config = coordinator_config(&args.deployment, args.model, Split::Auto, args.workers.len(), timeout);
     answer(config, members, listener, args.listen.grace).await
 }
 
@@ -92,8 +89,9 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     };
     let serve = |stop| async move {
         Server::builder()
+            // A coordinator that goes away without a word is noticed, and its incarnation's memory freed.
             .http2_keepalive_interval(Some(PING_EVERY))
-            .http2_keepalive_timeout(Some(PING_PATIENCE))
+            .http2_keepalive_timeout(Some(PING_TIMEOUT))
             .add_service(strata_worker::grpc::service(service))
             .serve_with_incoming_shutdown(incoming, drained(stop))
             .await
@@ -136,7 +134,7 @@ pub fn here(
         })?;
         workers.push((format!("worker-{index}"), Arc::new(worker)));
     }
-    let config = coordinator_config(deployment, name, split, workers.len(), LOCAL_PATIENCE);
+    let config = coordinator_config(deployment, name, split, workers.len(), LOCAL_TIMEOUT);
     Ok((config, membership::local(workers)))
 }
 
@@ -165,7 +163,7 @@ fn coordinator_config(
     model: String,
     split: Split,
     expected_members: usize,
-    join_patience: Duration,
+    join_timeout: Duration,
 ) -> CoordinatorConfig {
     CoordinatorConfig {
         deployment: Deployment {
@@ -188,7 +186,7 @@ fn coordinator_config(
             max_requests: args.max_requests as usize,
         },
         expected_members,
-        join_patience,
+        join_timeout,
         skip_checks: args.skip_check.clone(),
         version: VERSION.into(),
     }
