@@ -3,6 +3,7 @@
 mod clients;
 mod deployment;
 mod devices;
+mod examples;
 mod servers;
 mod tools;
 
@@ -18,16 +19,16 @@ pub use tools::*;
 
 /// Serves one transformer model across many devices.
 #[derive(Debug, Parser)]
-#[command(name = "strata", version = crate::VERSION)]
+#[command(name = "strata", version = crate::VERSION, after_help = crate::report::EXIT_CODES)]
 pub struct Cli {
     /// What to log on standard error: error, warn, info, debug, or target=level pairs [default: warn; for run, error]
-    #[arg(long, global = true, env = "STRATA_LOG")]
+    #[arg(long, global = true, env = "STRATA_LOG", help_heading = "Log and configuration")]
     pub log: Option<String>,
-    /// How to log
-    #[arg(long, global = true, env = "STRATA_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    /// What standard error is made of: sentences, or one JSON object per line
+    #[arg(long, global = true, env = "STRATA_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text, help_heading = "Log and configuration")]
     pub log_format: LogFormat,
     /// TOML file with one table per command, e.g. `[serve]`, whose keys are long flag names
-    #[arg(long, global = true, env = "STRATA_CONFIG")]
+    #[arg(long, global = true, env = "STRATA_CONFIG", help_heading = "Log and configuration")]
     pub config: Option<PathBuf>,
     /// What to do
     #[command(subcommand)]
@@ -43,39 +44,78 @@ pub enum LogFormat {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Ask a model in this process: one answer, or a chat in the terminal
+    #[command(after_help = examples::RUN)]
     Run(RunArgs),
     /// Serve a model: a coordinator and its workers in one process
+    #[command(after_help = examples::SERVE)]
     Serve(ServeArgs),
     /// Run a coordinator over workers that are processes of their own
+    #[command(after_help = examples::COORDINATOR)]
     Coordinator(CoordinatorArgs),
     /// Run a worker that a coordinator drives
+    #[command(after_help = examples::WORKER)]
     Worker(WorkerArgs),
     /// Show how a model would be split, without loading it
+    #[command(after_help = examples::PLAN)]
     Plan(PlanArgs),
     /// Load a model, check that it and its tokenizer belong together, and report
+    #[command(after_help = examples::CHECK)]
     Check(CheckArgs),
     /// Continue a prompt
+    #[command(after_help = examples::GENERATE)]
     Generate(GenerateArgs),
     /// Score texts by a classifier's classes
+    #[command(after_help = examples::CLASSIFY)]
     Classify(ClassifyArgs),
     /// Turn texts into vectors
+    #[command(after_help = examples::EMBED)]
     Embed(EmbedArgs),
     /// Guess the tokens behind the masks of texts
+    #[command(after_help = examples::FILL_MASK)]
     FillMask(FillMaskArgs),
     /// Turn a text into token ids, as the served model reads it
+    #[command(after_help = examples::TOKENIZE)]
     Tokenize(TokenizeArgs),
     /// Turn token ids into text
+    #[command(after_help = examples::DETOKENIZE)]
     Detokenize(DetokenizeArgs),
     /// Show what a server is doing
+    #[command(after_help = examples::STATUS)]
     Status(StatusArgs),
     /// Measure throughput and latency of a running server
+    #[command(after_help = examples::BENCH)]
     Bench(BenchArgs),
     /// Write a model of a named shape with random weights, to measure with
+    #[command(after_help = examples::RANDOM_MODEL)]
     RandomModel(RandomModelArgs),
     /// Measure every kernel of a device by itself, at the shapes of a model
+    #[command(after_help = examples::KERNELS)]
     Kernels(KernelsArgs),
     /// Print what makes a shell complete commands and flags
+    #[command(after_help = examples::COMPLETIONS)]
     Completions(CompletionsArgs),
+}
+
+impl Command {
+    /// Whether the answer is to be JSON, and with it the error that there may be instead.
+    pub fn is_json(&self) -> bool {
+        match self {
+            Command::Serve(args) => args.dry_run.json,
+            Command::Coordinator(args) => args.dry_run.json,
+            Command::Plan(args) => args.json,
+            Command::Check(args) => args.json,
+            Command::Generate(args) => args.json,
+            Command::Classify(ClassifyArgs { input })
+            | Command::Embed(EmbedArgs { input })
+            | Command::FillMask(FillMaskArgs { input, .. }) => input.json,
+            Command::Tokenize(args) => args.json,
+            Command::Detokenize(args) => args.json,
+            Command::Status(args) => args.json,
+            Command::Bench(args) => args.json,
+            Command::Kernels(args) => args.json,
+            Command::Run(_) | Command::Worker(_) | Command::RandomModel(_) | Command::Completions(_) => false,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -15,12 +15,8 @@ use futures::future::try_join_all;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use strata_proto::v1::{GenerateRequest, Sampling, generate_event, inference_client::InferenceClient};
-use tonic::transport::Channel;
 
-use crate::{
-    args::BenchArgs,
-    client::{connect, refusal},
-};
+use crate::{args::BenchArgs, client::Server, report};
 
 /// Ids of prompts: letters and signs in any vocabulary that is not tiny, and no special tokens.
 const IDS: std::ops::Range<u64> = 10..250;
@@ -64,14 +60,29 @@ impl Percentiles {
 
 /// `strata bench`
 pub async fn bench(args: BenchArgs) -> anyhow::Result<()> {
+    if args.shared_prefix > args.prompt_tokens {
+        let (shared, all) = (args.shared_prefix, args.prompt_tokens);
+        bail!(
+            "--shared-prefix {shared}: a prompt has {all} tokens (--prompt-tokens): expected at most as many"
+        );
+    }
+    let most = args.concurrency.iter().max().copied().unwrap_or_default();
+    if let Some(requests) = args.requests.filter(|n| *n < most) {
+        bail!("--requests {requests}: {most} at once (--concurrency) need at least as many");
+    }
+    if args.temperature == 0.0 && (args.top_k != 0 || args.top_p != 1.0) {
+        report::warn(
+            "--top-k and --top-p choose nothing: --temperature is 0, which takes the likeliest token",
+        );
+    }
     // Its own, or the prompts of an earlier measurement would be in the server's cache.
     let tenant = format!("bench {:?}", SystemTime::now());
-    let channel = connect(&args.address.address).await?;
+    let server = Server::connect(&args.address).await?;
     let mut reports = Vec::new();
     for concurrency in &args.concurrency {
         // A request before the clock starts, so that every path has been taken once.
-        Sample::take(channel.clone(), &args, &tenant, u64::MAX).await?;
-        reports.push(load(&channel, &args, &tenant, *concurrency).await?);
+        Sample::take(&server, &args, &tenant, u64::MAX).await?;
+        reports.push(load(&server, &args, &tenant, *concurrency).await?);
     }
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -84,16 +95,17 @@ pub async fn bench(args: BenchArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn load(channel: &Channel, args: &BenchArgs, tenant: &str, concurrency: u32) -> anyhow::Result<Report> {
-    let requests = args.requests.unwrap_or(4 * concurrency).max(concurrency);
+async fn load(server: &Server, args: &BenchArgs, tenant: &str, concurrency: u32) -> anyhow::Result<Report> {
+    let requests = args.requests.unwrap_or(4 * concurrency);
     let style = ProgressStyle::with_template("{bar:32} {pos}/{len} requests, {msg} at once");
-    let bar = ProgressBar::new(u64::from(requests))
+    let bar = if report::draws() { ProgressBar::new(u64::from(requests)) } else { ProgressBar::hidden() };
+    let bar = bar
         .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         .with_message(concurrency.to_string());
     let next = Arc::new(AtomicU32::new(0));
     let begun = Instant::now();
     let client = |_| {
-        let (next, bar, channel) = (next.clone(), &bar, channel.clone());
+        let (next, bar) = (next.clone(), &bar);
         async move {
             let mut samples = Vec::new();
             loop {
@@ -102,7 +114,7 @@ async fn load(channel: &Channel, args: &BenchArgs, tenant: &str, concurrency: u3
                     return anyhow::Ok(samples);
                 }
                 let seed = u64::from(concurrency) << 32 | u64::from(number);
-                samples.push(Sample::take(channel.clone(), args, tenant, seed).await?);
+                samples.push(Sample::take(server, args, tenant, seed).await?);
                 bar.inc(1);
             }
         }
@@ -145,7 +157,7 @@ struct Sample {
 
 impl Sample {
     /// Sends a prompt of its own, drawn from `seed`, and waits for the whole answer.
-    async fn take(channel: Channel, args: &BenchArgs, tenant: &str, seed: u64) -> anyhow::Result<Sample> {
+    async fn take(server: &Server, args: &BenchArgs, tenant: &str, seed: u64) -> anyhow::Result<Sample> {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ args.seed;
         let id = |_| {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -170,10 +182,10 @@ impl Sample {
             ..GenerateRequest::default()
         };
         let begun = Instant::now();
-        let mut client = InferenceClient::new(channel);
-        let mut stream = client.generate(request).await.map_err(|s| refusal(&s))?.into_inner();
+        let mut client = InferenceClient::new(server.channel.clone());
+        let mut stream = server.wait(client.generate(request)).await?.into_inner();
         let mut sample = Sample { first: Duration::ZERO, gaps: Vec::new(), times: Vec::new() };
-        while let Some(event) = stream.message().await.map_err(|s| refusal(&s))? {
+        while let Some(event) = server.wait(stream.message()).await? {
             let Some(generate_event::Event::Tokens(tokens)) = event.event else { continue };
             let now = Instant::now();
             for _ in &tokens.token_ids {

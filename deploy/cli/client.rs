@@ -1,27 +1,155 @@
 //! Reaching a server.
 
-use std::time::Duration;
+use std::{error::Error, fmt, future::Future, time::Duration};
 
 use anyhow::{Context, bail};
+use strata_proto::MAX_HEADER_LIST;
 use tonic::{
-    Status,
+    Code, Status,
     transport::{Channel, Endpoint},
 };
 
-/// Connects to a server's URL.
-pub async fn connect(address: &str) -> anyhow::Result<Channel> {
-    if address.starts_with("https://") {
-        bail!(
-            "--address {address}: Strata has no TLS yet: reach the server by http://, over a network that nobody else reads"
-        );
-    }
-    let url = if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
-    let endpoint = Endpoint::from_shared(url).with_context(|| format!("--address {address:?}"))?;
-    let connected = endpoint.connect_timeout(Duration::from_secs(5)).tcp_nodelay(true).connect().await;
-    connected.with_context(|| format!("no server answers at {address}; is `strata serve` running?"))
+use crate::args::AddressArgs;
+
+/// How long connecting may take, unless told otherwise.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// A server that computes for long still answers HTTP/2's pings; one that is gone without a word does not.
+const PING_EVERY: Duration = Duration::from_secs(10);
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A call that has no answer.
+#[derive(Debug)]
+pub struct CallError {
+    /// What it means, to a program.
+    pub code: Code,
+    text: String,
 }
 
-/// A server's refusal as a person reads it.
-pub fn refusal(status: &Status) -> anyhow::Error {
-    anyhow::anyhow!("{} ({:?})", status.message(), status.code())
+impl CallError {
+    /// The code as gRPC writes it: `NOT_FOUND`.
+    pub fn name(&self) -> String {
+        let name = format!("{:?}", self.code);
+        let mut out = String::new();
+        for (at, letter) in name.char_indices() {
+            if at > 0 && letter.is_uppercase() {
+                out.push('_');
+            }
+            out.push(letter.to_ascii_uppercase());
+        }
+        out
+    }
+}
+
+impl fmt::Display for CallError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl Error for CallError {}
+
+/// A server that was reached.
+#[derive(Debug, Clone)]
+pub struct Server {
+    /// For clients of its services.
+    pub channel: Channel,
+    address: String,
+    timeout: Option<Duration>,
+}
+
+impl Server {
+    /// Connects to a server.
+    ///
+    /// # Errors
+    /// A [`CallError`] if nobody answers in time; something else if the address cannot be one.
+    pub async fn connect(args: &AddressArgs) -> anyhow::Result<Self> {
+        let address = args.address.as_str();
+        if address.starts_with("https://") {
+            bail!(
+                "--address {address}: Strata has no TLS yet: reach the server by http://, over a network that nobody else reads"
+            );
+        }
+        let url = if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
+        let endpoint = Endpoint::from_shared(url).with_context(|| format!("--address {address:?}"))?;
+        let timeout = args.timeout.map(Duration::from_secs);
+        let limit = timeout.unwrap_or(CONNECT_TIMEOUT);
+        let endpoint = endpoint
+            .connect_timeout(limit)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(PING_EVERY)
+            .keep_alive_timeout(PING_TIMEOUT)
+            .http2_max_header_list_size(MAX_HEADER_LIST);
+        // The endpoint's own limit leaves the lookup of a name out.
+        let connected = match tokio::time::timeout(limit, endpoint.connect()).await {
+            Ok(Ok(channel)) => Ok(channel),
+            Ok(Err(error)) => Err(root(&error)),
+            Err(_) => Err(format!("no connection within {limit:?}")),
+        };
+        match connected {
+            Ok(channel) => Ok(Server { channel, address: address.to_owned(), timeout }),
+            Err(why) => Err(unavailable(format!(
+                "no server answers at {address}: {why}; is `strata serve` running? (--address, --timeout)"
+            ))),
+        }
+    }
+
+    /// What a call comes to, or the next message of an answer.
+    ///
+    /// # Errors
+    /// A [`CallError`] if it is refused, the connection is lost, or nothing comes within `--timeout`.
+    pub async fn wait<T>(&self, asked: impl Future<Output = Result<T, Status>>) -> anyhow::Result<T> {
+        let outcome = match self.timeout {
+            None => asked.await,
+            Some(limit) => match tokio::time::timeout(limit, asked).await {
+                Ok(outcome) => outcome,
+                Err(_) => {
+                    return Err(CallError {
+                        code: Code::DeadlineExceeded,
+                        text: format!(
+                            "nothing came from {} for {limit:?}; --timeout can be longer",
+                            self.address
+                        ),
+                    }
+                    .into());
+                }
+            },
+        };
+        outcome.map_err(|status| match status.source() {
+            // Not the server's words, but what became of the connection.
+            Some(why) => unavailable(format!(
+                "the connection to {} broke: {}; is it a Strata server, and still running?",
+                self.address,
+                root(why)
+            )),
+            None => {
+                CallError { code: status.code(), text: format!("{} ({:?})", status.message(), status.code()) }
+                    .into()
+            }
+        })
+    }
+}
+
+fn unavailable(text: String) -> anyhow::Error {
+    CallError { code: Code::Unavailable, text }.into()
+}
+
+/// What is at the bottom of an error.
+fn root(error: &(dyn Error + 'static)) -> String {
+    let mut error = error;
+    while let Some(cause) = error.source() {
+        error = cause;
+    }
+    error.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_have_grpcs_names() {
+        let name = |code| CallError { code, text: String::new() }.name();
+        assert_eq!(name(Code::NotFound), "NOT_FOUND");
+        assert_eq!(name(Code::Unavailable), "UNAVAILABLE");
+    }
 }

@@ -60,6 +60,9 @@ fn apply(mut command: Command, text: &str) -> anyhow::Result<Command> {
 
 /// The argument whose long flag (or, for the positional one, whose name) is `key`, and its values from the file.
 fn default(command: &Command, key: &str, value: &Value) -> anyhow::Result<(Id, Vec<String>)> {
+    if key == "config" {
+        bail!("config: a file names no other: give it by --config or STRATA_CONFIG");
+    }
     let named = |a: &&Arg| a.get_long() == Some(key) || (a.get_long().is_none() && a.get_id() == key);
     let Some(arg) = command.get_arguments().find(named) else {
         bail!("unknown key {key:?}: expected a long flag without its dashes");
@@ -107,6 +110,7 @@ mod tests {
         let error = |file: &str| format!("{:#}", apply(Cli::command(), file).unwrap_err());
         assert!(error("[serv]\nport = 1").contains("[serv] is no command: expected one of run, serve"));
         assert!(error("[serve]\nprot = 1").contains("unknown key \"prot\""));
+        assert!(error("config = 'other.toml'").contains("config: a file names no other"));
         assert!(error("[serve]\nport = {a = 1}").contains("port: expected a string"));
     }
 

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 
+use anyhow::bail;
 use serde_json::{Value, json};
 use strata_proto::v1::{
     ClassifyRequest, EmbedRequest, FillMaskRequest, Input, Truncation, inference_client::InferenceClient,
@@ -10,7 +11,7 @@ use tonic::transport::Channel;
 
 use crate::{
     args::{ClassifyArgs, EmbedArgs, FillMaskArgs, InputArgs},
-    client::{connect, refusal},
+    client::Server,
 };
 
 /// Largest answer that is taken: vectors of many inputs.
@@ -22,9 +23,9 @@ const SHOWN: usize = 8;
 pub async fn classify(args: ClassifyArgs) -> anyhow::Result<()> {
     let (truncation, deadline_ms) = (truncation(&args.input), args.input.deadline_ms);
     let request =
-        ClassifyRequest { model: String::new(), inputs: inputs(&args.input), truncation, deadline_ms };
-    let mut client = client(&args.input).await?;
-    let answer = client.classify(request).await.map_err(|s| refusal(&s))?.into_inner();
+        ClassifyRequest { model: String::new(), inputs: inputs(&args.input)?, truncation, deadline_ms };
+    let server = Server::connect(&args.input.address).await?;
+    let answer = server.wait(client(&server).classify(request)).await?.into_inner();
     let mut out = std::io::stdout().lock();
     for (index, result) in answer.results.iter().enumerate() {
         if args.input.json {
@@ -47,9 +48,10 @@ pub async fn classify(args: ClassifyArgs) -> anyhow::Result<()> {
 /// `strata embed`
 pub async fn embed(args: EmbedArgs) -> anyhow::Result<()> {
     let (truncation, deadline_ms) = (truncation(&args.input), args.input.deadline_ms);
-    let request = EmbedRequest { model: String::new(), inputs: inputs(&args.input), truncation, deadline_ms };
-    let mut client = client(&args.input).await?;
-    let answer = client.embed(request).await.map_err(|s| refusal(&s))?.into_inner();
+    let request =
+        EmbedRequest { model: String::new(), inputs: inputs(&args.input)?, truncation, deadline_ms };
+    let server = Server::connect(&args.input.address).await?;
+    let answer = server.wait(client(&server).embed(request)).await?.into_inner();
     let mut out = std::io::stdout().lock();
     for (index, result) in answer.results.iter().enumerate() {
         if args.input.json {
@@ -72,13 +74,13 @@ pub async fn fill_mask(args: FillMaskArgs) -> anyhow::Result<()> {
     let (truncation, deadline_ms) = (truncation(&args.input), args.input.deadline_ms);
     let request = FillMaskRequest {
         model: String::new(),
-        inputs: inputs(&args.input),
+        inputs: inputs(&args.input)?,
         top_k: args.top_k,
         truncation,
         deadline_ms,
     };
-    let mut client = client(&args.input).await?;
-    let answer = client.fill_mask(request).await.map_err(|s| refusal(&s))?.into_inner();
+    let server = Server::connect(&args.input.address).await?;
+    let answer = server.wait(client(&server).fill_mask(request)).await?.into_inner();
     let mut out = std::io::stdout().lock();
     for (index, result) in answer.results.iter().enumerate() {
         if args.input.json {
@@ -103,15 +105,20 @@ pub async fn fill_mask(args: FillMaskArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn client(args: &InputArgs) -> anyhow::Result<InferenceClient<Channel>> {
-    let channel = connect(&args.address.address).await?;
-    Ok(InferenceClient::new(channel).max_decoding_message_size(MAX_ANSWER))
+fn client(server: &Server) -> InferenceClient<Channel> {
+    InferenceClient::new(server.channel.clone()).max_decoding_message_size(MAX_ANSWER)
 }
 
 /// Each text with the pair at the same place, or the one input of token ids.
-fn inputs(args: &InputArgs) -> Vec<Input> {
+fn inputs(args: &InputArgs) -> anyhow::Result<Vec<Input>> {
     if !args.token_ids.is_empty() {
-        return vec![Input { token_ids: args.token_ids.clone(), ..Input::default() }];
+        return Ok(vec![Input { token_ids: args.token_ids.clone(), ..Input::default() }]);
+    }
+    let (texts, pairs) = (args.text.len(), args.pair.len());
+    if pairs > texts {
+        bail!(
+            "--pair: {pairs} for {texts} of --text: the first goes with the first, and so on; leave the others out"
+        );
     }
     let texts = args.text.iter().enumerate();
     let input = |(i, text): (usize, &String)| Input {
@@ -119,7 +126,7 @@ fn inputs(args: &InputArgs) -> Vec<Input> {
         pair: args.pair.get(i).cloned(),
         token_ids: Vec::new(),
     };
-    texts.map(input).collect()
+    Ok(texts.map(input).collect())
 }
 
 fn truncation(args: &InputArgs) -> i32 {

@@ -11,20 +11,25 @@ use strata_proto::v1::{
 
 use crate::{
     args::{AnswerArgs, GenerateArgs},
-    client::{connect, refusal},
-    prompt,
+    client::Server,
+    prompt, report,
 };
 
 /// `strata generate`
 pub async fn generate(args: GenerateArgs) -> anyhow::Result<()> {
     let json = args.json;
     let prompt = prompt::only(args.text.clone(), args.prompt.clone())?;
-    let mut client = InferenceClient::new(connect(&args.address.address).await?);
-    let mut stream = client.generate(request(args, prompt)).await.map_err(|s| refusal(&s))?.into_inner();
+    if args.logprobs.is_some() && !json {
+        bail!("--logprobs: only --json shows them: add it, or leave --logprobs out");
+    }
+    warn_of_idle_flags(&args.answer);
+    let server = Server::connect(&args.address).await?;
+    let mut client = InferenceClient::new(server.channel.clone());
+    let mut stream = server.wait(client.generate(request(args, prompt))).await?.into_inner();
     let mut out = std::io::stdout().lock();
     let mut started = Started::default();
     let (mut text, mut token_ids, mut logprobs) = (String::new(), Vec::new(), Vec::new());
-    while let Some(event) = stream.message().await.map_err(|s| refusal(&s))? {
+    while let Some(event) = server.wait(stream.message()).await? {
         match event.event {
             Some(generate_event::Event::Started(event)) => {
                 if json {
@@ -93,6 +98,25 @@ fn request(args: GenerateArgs, prompt: Option<String>) -> GenerateRequest {
     }
 }
 
+/// Warns of flags that choose nothing, as the likeliest token is taken anyway.
+pub fn warn_of_idle_flags(args: &AnswerArgs) {
+    let greedy = args.temperature.map_or(!args.model_defaults, |temperature| temperature == 0.0);
+    let given = [
+        ("--top-k", args.top_k.is_some()),
+        ("--top-p", args.top_p.is_some()),
+        ("--min-p", args.min_p.is_some()),
+        ("--seed", args.seed.is_some()),
+    ];
+    let idle: Vec<_> =
+        given.into_iter().filter(|(_, given)| greedy && *given).map(|(flag, _)| flag).collect();
+    if !idle.is_empty() {
+        let idle = idle.join(", ");
+        report::warn(&format!(
+            "{idle}: without --temperature (or --model-defaults) the likeliest token is always taken"
+        ));
+    }
+}
+
 /// The sampling that flags ask for.
 pub fn sampling(args: &AnswerArgs) -> Sampling {
     Sampling {
@@ -104,7 +128,7 @@ pub fn sampling(args: &AnswerArgs) -> Sampling {
         frequency_penalty: args.frequency_penalty,
         presence_penalty: args.presence_penalty,
         seed: args.seed,
-        logit_bias: Default::default(),
+        logit_bias: args.logit_bias.iter().copied().collect(),
     }
 }
 

@@ -4,7 +4,7 @@ use std::{fs, io::Write, path::Path, time::Duration};
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
-use strata_proto::{Format, Quantization};
+use strata_proto::{DeviceKind, Format, Quantization};
 use strata_worker::{
     WorkerError,
     device::{self, DeviceSpec},
@@ -24,10 +24,11 @@ pub fn kernels(args: &KernelsArgs) -> anyhow::Result<()> {
     let device = args.device.clone().or_else(|| device::all().into_iter().next());
     let quantized = if args.quantize.is_empty() { Quantization::ALL.to_vec() } else { args.quantize.clone() };
     let formats = [Format::Float(dtype)].into_iter().chain(quantized.into_iter().map(Format::Quantized));
+    let device = device.unwrap_or(DeviceSpec::cpu(None));
     let request = Request {
-        device: device.unwrap_or(DeviceSpec::cpu(None)),
-        compute: args.compute.resolve(1),
-        kernels: args.kernel_cache.resolve(),
+        compute: args.compute.resolve(usize::from(device.kind == DeviceKind::Cpu)),
+        kernels: args.kernel_cache.resolve([&device]),
+        device,
         model,
         dtype,
         formats: formats.collect(),

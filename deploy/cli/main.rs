@@ -13,31 +13,30 @@ mod origin;
 mod plan;
 mod prompt;
 mod random_model;
+mod report;
 mod roles;
 mod run;
 mod show;
 mod signals;
 mod status;
+mod terminal;
 mod tokenize;
 
 use std::io::Write;
 
 use clap::{CommandFactory, FromArgMatches};
-use tracing_subscriber::EnvFilter;
 
-use args::{Cli, Command, LogFormat};
+use args::{Cli, Command};
 
 /// With the commit it was built from, where that is known.
 const VERSION: &str = env!("STRATA_VERSION");
 
 fn main() -> ! {
+    report::look_ahead();
     let code = match command() {
         Ok(()) => 0,
         Err(error) if is_broken_pipe(&error) => 0,
-        Err(error) => {
-            eprintln!("error: {}", in_one_line(&error));
-            1
-        }
+        Err(error) => report::failure(&error),
     };
     end(code)
 }
@@ -58,7 +57,9 @@ fn command() -> anyhow::Result<()> {
     let matches =
         command.try_get_matches_from_mut(std::env::args_os()).unwrap_or_else(|e| origin::exit(&e, &command));
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
-    start_logging(&cli)?;
+    // An answer on a terminal should have nothing in between.
+    let quiet = if matches!(cli.command, Command::Run(_)) { "error" } else { "warn" };
+    report::start(cli.log.as_deref().unwrap_or(quiet), cli.log_format, cli.command.is_json())?;
     // Compute has threads of its own; the network needs few.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let outcome = runtime.block_on(async {
@@ -92,29 +93,6 @@ fn completions(args: &args::CompletionsArgs) -> anyhow::Result<()> {
     let mut text = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "strata", &mut text);
     Ok(std::io::stdout().write_all(&text)?)
-}
-
-fn start_logging(cli: &Cli) -> anyhow::Result<()> {
-    // An answer on a terminal should have nothing in between.
-    let quiet = if matches!(cli.command, Command::Run(_)) { "error" } else { "warn" };
-    let log = cli.log.as_deref().unwrap_or(quiet);
-    let filter = EnvFilter::try_new(log)
-        .map_err(|e| anyhow::anyhow!("--log {log:?}: {e}; expected a level such as info, or target=level"))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match cli.log_format {
-        LogFormat::Text => builder.init(),
-        LogFormat::Json => builder.json().init(),
-    }
-    Ok(())
-}
-
-/// The whole chain of causes, those once that an error says itself, too.
-fn in_one_line(error: &anyhow::Error) -> String {
-    error.chain().map(|cause| cause.to_string()).fold(String::new(), |line, cause| match line.as_str() {
-        "" => cause,
-        said if said.ends_with(&cause) => line,
-        said => format!("{said}: {cause}"),
-    })
 }
 
 /// Whoever read our standard output has seen enough.

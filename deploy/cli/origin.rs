@@ -6,6 +6,8 @@ use clap::{
     error::{ContextKind, ContextValue},
 };
 
+use crate::report;
+
 /// Kubernetes describes a Service named `strata` to every container by variables, of which one is ours by name:
 /// `STRATA_PORT=tcp://10.0.0.1:7717`. It is ignored with a word.
 pub fn without_foreign_variables(command: Command) -> Command {
@@ -24,7 +26,9 @@ pub fn without_foreign_variables(command: Command) -> Command {
             let Some(value) = foreign(&arg) else { return arg };
             if !std::mem::replace(&mut told, true) {
                 let name = arg.get_env().unwrap_or_default().display();
-                eprintln!("{name}={value} is ignored: Kubernetes sets it for a Service of that name");
+                report::tell(&format!(
+                    "{name}={value} is ignored: Kubernetes sets it for a Service of that name"
+                ));
             }
             arg.env(Resettable::Reset)
         })
@@ -38,12 +42,8 @@ fn is_of_kubernetes(arg: &Arg, value: &str) -> bool {
 
 /// Prints what is wrong with the command line, and where the value comes from if it is not on it; ends the process.
 pub fn exit(error: &Error, command: &Command) -> ! {
-    // A terminal that is gone hears nothing.
-    let _ = error.print();
-    if let Some(origin) = origin(error, command) {
-        eprintln!("note: the value comes from {origin}");
-    }
-    crate::end(error.exit_code())
+    let note = origin(error, command).map(|origin| format!("the value comes from {origin}"));
+    crate::end(report::usage(error, note))
 }
 
 fn origin(error: &Error, command: &Command) -> Option<String> {

@@ -3,44 +3,54 @@
 use std::{io::Write, sync::Arc};
 
 use strata_coordinator::{
+    CoordinatorConfig,
+    cluster::membership::MemberEvent,
     discover_members,
     engine::Observer,
     planner::{IMAGINED, Offer, Split},
     preview,
 };
-use strata_proto::{Device, DeviceKind};
+use strata_proto::{Device, DeviceKind, Plan};
+use tokio::sync::mpsc;
 
 use crate::{
-    args::{DeploymentArgs, HereArgs, ImaginedDevices, PlanArgs},
-    roles, show,
+    args::{ImaginedDevices, PlanArgs},
+    roles,
+    show::{self, Loading},
+    terminal,
 };
 
 /// `strata plan`
 pub async fn plan(args: PlanArgs) -> anyhow::Result<()> {
-    show_plan(&args.here, &args.deployment, &args.imagined, args.json).await
+    let (mut config, mut members) = roles::here(&args.here, &args.deployment)?;
+    if args.imagined.is_empty() {
+        return preview_plan(&config, members, args.json).await;
+    }
+    // The default for devices of one's own list is what GPUs get.
+    config.deployment.split = args.deployment.split.clone().unwrap_or(Split::Auto);
+    let silent: Observer = Arc::new(|_| {});
+    let found = discover_members(&config, &mut members, &silent).await?;
+    print(&found.plan_over(&offers(&args.imagined), &config.deployment)?, args.json)
 }
 
-/// Prints the plan for a model directory, over this machine's devices or imagined ones.
-pub async fn show_plan(
-    here: &HereArgs,
-    deployment: &DeploymentArgs,
-    imagined: &[ImaginedDevices],
+/// Prints the plan that a server of this configuration would follow; loads nothing.
+pub async fn preview_plan(
+    config: &CoordinatorConfig,
+    mut members: mpsc::UnboundedReceiver<MemberEvent>,
     json: bool,
 ) -> anyhow::Result<()> {
-    let (mut config, mut members) = roles::here(here, deployment)?;
-    let silent: Observer = Arc::new(|_| {});
-    let plan = if imagined.is_empty() {
-        preview(&config, &mut members, &silent).await?.1
-    } else {
-        // The default for devices of one's own list is what GPUs get.
-        config.deployment.split = deployment.split.clone().unwrap_or(Split::Auto);
-        let found = discover_members(&config, &mut members, &silent).await?;
-        found.plan_over(&offers(imagined), &config.deployment)?
-    };
+    let loading = Loading::default();
+    let observer: Observer = Arc::new(move |notice| loading.show(notice));
+    let (_, plan) = preview(config, &mut members, &observer).await?;
+    print(&plan, json)
+}
+
+fn print(plan: &Plan, json: bool) -> anyhow::Result<()> {
     let text = if json {
-        serde_json::to_string(&plan)?
+        serde_json::to_string(plan)?
     } else {
-        format!("{}\n\n{}", show::plan_table(&plan), show::footprint_table(&plan))
+        let width = terminal::width(std::io::stdout());
+        format!("{}\n\n{}", show::plan_table(plan, width), show::footprint_table(plan))
     };
     writeln!(std::io::stdout(), "{text}")?;
     Ok(())

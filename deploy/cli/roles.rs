@@ -15,7 +15,7 @@ use strata_coordinator::{
     front::grpc,
     planner::Split,
 };
-use strata_proto::{DeviceKind, PING_EVERY, PING_TIMEOUT, Worker};
+use strata_proto::{DeviceKind, MAX_HEADER_LIST, PING_EVERY, PING_TIMEOUT, Worker};
 use strata_worker::{
     LocalWorker, Models, WorkerConfig,
     device::{self, DeviceSpec, Directories, available_memory},
@@ -26,8 +26,8 @@ use tonic::transport::Server;
 
 use crate::{
     VERSION,
-    args::{CoordinatorArgs, DeploymentArgs, HereArgs, ListenArgs, ServeArgs, WorkerArgs},
-    model_dir, plan,
+    args::{CoordinatorArgs, DeploymentArgs, DryRunArgs, HereArgs, ListenArgs, ServeArgs, WorkerArgs},
+    model_dir, plan, report,
     show::Loading,
     signals::{stopping, until_terminated},
 };
@@ -37,8 +37,10 @@ const LOCAL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// `strata serve`
 pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
-    if args.dry_run {
-        return plan::show_plan(&args.here, &args.deployment, &[], args.json).await;
+    warn_of_idle_json(&args.dry_run);
+    if args.dry_run.dry_run {
+        let (config, members) = here(&args.here, &args.deployment)?;
+        return plan::preview_plan(&config, members, args.dry_run.json).await;
     }
     // A port that is taken should be known before a model is loaded.
     let listener = listen(&args.listen).await?;
@@ -48,10 +50,19 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
 
 /// `strata coordinator`
 pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
-    let listener = listen(&args.listen).await?;
+    warn_of_idle_json(&args.dry_run);
+    for (at, worker) in args.workers.iter().enumerate() {
+        if args.workers[..at].contains(worker) {
+            bail!("--worker {worker} is listed twice: expected each worker once");
+        }
+    }
     let members = membership::fixed(&args.workers).map_err(anyhow::Error::msg)?;
     let timeout = Duration::from_secs(args.join_timeout);
     let config = coordinator_config(&args.deployment, args.model, Split::Auto, args.workers.len(), timeout);
+    if args.dry_run.dry_run {
+        return plan::preview_plan(&config, members, args.dry_run.json).await;
+    }
+    let listener = listen(&args.listen).await?;
     answer(config, members, listener, args.listen.grace).await
 }
 
@@ -66,6 +77,7 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     let devices = if args.devices.is_empty() { device::all() } else { args.devices };
     let devices = capped(devices, &args.max_memory)?;
     let compute = args.compute.resolve(processors(&devices));
+    let kernels = args.kernel_cache.resolve(&devices);
     let worker = LocalWorker::start(WorkerConfig {
         models: Models::Under(args.models),
         devices,
@@ -73,7 +85,7 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         link_address: args.link_listen.unwrap_or(SocketAddr::new(address.ip(), 0)),
         hub: Arc::default(),
         step_hook: None,
-        directories: Directories { spill: args.spill.resolve()?, kernels: args.kernel_cache.resolve() },
+        directories: Directories { spill: args.spill.resolve()?, kernels },
     })?;
     let worker = Arc::new(worker);
     let service: Arc<dyn Worker> = worker.clone();
@@ -92,12 +104,22 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
             // A coordinator that goes away without a word is noticed, and its incarnation's memory freed.
             .http2_keepalive_interval(Some(PING_EVERY))
             .http2_keepalive_timeout(Some(PING_TIMEOUT))
+            .http2_max_header_list_size(MAX_HEADER_LIST)
             .add_service(strata_worker::grpc::service(service))
             .serve_with_incoming_shutdown(incoming, drained(stop))
             .await
             .context("serving the coordinator")
     };
     until_terminated(serve, Duration::from_secs(args.grace)).await
+}
+
+fn warn_of_idle_json(args: &DryRunArgs) {
+    // Not refused: STRATA_JSON may be there for clients.
+    if args.json && !args.dry_run {
+        report::warn(
+            "--json: only the plan of --dry-run is printed as JSON; for the log there is --log-format json",
+        );
+    }
 }
 
 /// A configuration and workers of this process for a model directory.
@@ -118,7 +140,8 @@ pub fn here(
         }
     };
     let compute = args.compute.resolve(device_lists.iter().map(|devices| processors(devices)).sum());
-    let directories = Directories { spill: args.spill.resolve()?, kernels: args.kernel_cache.resolve() };
+    let kernels = args.kernel_cache.resolve(device_lists.iter().flatten());
+    let directories = Directories { spill: args.spill.resolve()?, kernels };
     let hub = Arc::<Hub>::default();
     let mut workers: Vec<(String, Arc<dyn Worker>)> = Vec::new();
     for (index, devices) in device_lists.into_iter().enumerate() {

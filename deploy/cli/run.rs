@@ -20,7 +20,7 @@ use tokio::{
 
 use crate::{
     args::{AnswerArgs, RunArgs},
-    generate, model_dir, prompt, roles,
+    generate, model_dir, prompt, report, roles,
     show::Loading,
 };
 
@@ -30,6 +30,7 @@ const HELP: &str = "/exit or Ctrl-D ends, /clear forgets what was said, Ctrl-C s
 pub async fn run(args: RunArgs) -> anyhow::Result<()> {
     must_generate(&args.here.model)?;
     let prompt = prompt::only(args.text.clone(), args.prompt.clone())?;
+    generate::warn_of_idle_flags(&args.answer);
     let mut model = start(&args).await?;
     match prompt {
         Some(prompt) => model.ask(prompt, None).await.map(drop),
@@ -128,7 +129,7 @@ impl Model {
                 Ok(_) => {}
                 // Whoever sits there can ask something else.
                 Err(error) if terminal && !crate::is_broken_pipe(&error) => {
-                    eprintln!("error: {}", crate::in_one_line(&error));
+                    eprintln!("error: {}", report::in_one_line(&error));
                 }
                 Err(error) => return Err(error),
             }

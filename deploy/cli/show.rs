@@ -1,16 +1,23 @@
 //! What people see: plans as tables, loading as bars, bytes with units.
 
 use std::{
-    io::IsTerminal,
+    collections::BTreeSet,
     sync::{Arc, Mutex, PoisonError},
 };
 
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use strata_coordinator::engine::Notice;
-use strata_proto::{Forecast, FormatBytes, Offload, Plan};
+use strata_proto::{Forecast, FormatBytes, Offload, Plan, StagePlan};
+
+use crate::{
+    report,
+    terminal::{clipped, width, wrapped},
+};
 
 const BAR_WIDTH: u64 = 16;
+/// Characters that are left of every name.
+const LEAST_NAME: usize = 8;
 
 /// `1536` as `1.5 KiB`.
 pub fn bytes(n: u64) -> String {
@@ -24,48 +31,24 @@ pub fn bytes(n: u64) -> String {
     format!("{value:.1} TiB")
 }
 
-/// A plan for people: one row and one bar per stage.
-pub fn plan_table(plan: &Plan) -> String {
+/// How much a table says of a stage, where not all of it fits the terminal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Detail {
+    /// The device by so many characters, and nothing that the other columns say, too.
+    Least(usize),
+    /// No bar.
+    Figures,
+    /// A link by its kind; why it was chosen stands below.
+    Kinds,
+    All,
+}
+
+/// A plan for people: one row and one bar per stage, in lines of at most `width` characters.
+pub fn plan_table(plan: &Plan, width: Option<usize>) -> String {
     let weights = plan.quantization.map_or(String::new(), |q| format!(", weights in {q}"));
     let mut out = format!("{} in {}{weights}", plan.model, plan.dtype);
     for (index, replica) in plan.replicas.iter().enumerate() {
-        let mut table = Table::new();
-        table.load_style(presets::NOTHING);
-        table.set_header([
-            "stage",
-            "device",
-            "layers",
-            "weights",
-            "cache",
-            "workspace",
-            "of budget",
-            "",
-            "ms/token",
-            "link",
-        ]);
-        for column in [3, 4, 5, 6, 8] {
-            if let Some(column) = table.column_mut(column) {
-                column.set_cell_alignment(CellAlignment::Right);
-            }
-        }
-        for (number, stage) in replica.stages.iter().enumerate() {
-            let used = stage.total_bytes();
-            let budget = stage.budget_bytes.max(1);
-            // At least one cell, so that a stage on a large device can be seen at all.
-            let filled = (used * BAR_WIDTH).div_ceil(budget).min(BAR_WIDTH) as usize;
-            table.add_row([
-                number.to_string(),
-                format!("{}/{}", stage.worker, stage.device),
-                format!("{} ({})", stage.layers, stage.layers.len()),
-                bytes(stage.weight_bytes) + if stage.mapped { " mapped" } else { "" },
-                bytes(stage.kv_bytes),
-                bytes(stage.workspace_bytes),
-                format!("{} / {}", bytes(used), bytes(stage.budget_bytes)),
-                format!("{}{}", "█".repeat(filled), "░".repeat(BAR_WIDTH as usize - filled)),
-                format!("{:.3}", stage.predicted_ms),
-                stage.link.as_ref().map_or(String::new(), |l| format!("{} ({})", l.kind, l.why)),
-            ]);
-        }
+        let (detail, table) = stages(&replica.stages, width);
         let Forecast { single, batch, full } = replica.forecast;
         let (stages, kv) = (replica.stages.len(), replica.kv_capacity_tokens);
         let what = match kv {
@@ -74,10 +57,92 @@ pub fn plan_table(plan: &Plan) -> String {
                 "cache for {kv} tokens, predicted {single:.1} tokens/s for one stream, {full:.1} for {batch} at once"
             ),
         };
-        out += &format!("\nreplica {index}: {stages} stages, {what}\n{table}");
+        let sentence = format!("replica {index}: {stages} stages, {what}");
+        out += &format!("\n{}\n{table}", wrapped(&sentence, width));
+        if detail < Detail::All {
+            let links = replica.stages.iter().filter_map(|stage| stage.link.as_ref());
+            let reasons: BTreeSet<_> = links.map(|link| format!("{}: {}", link.kind, link.why)).collect();
+            reasons.iter().for_each(|reason| out += &format!("\n{}", wrapped(reason, width)));
+        }
     }
-    remarks(plan).for_each(|remark| out += &format!("\n{remark}"));
+    remarks(plan).for_each(|remark| out += &format!("\n{}", wrapped(&remark, width)));
     out
+}
+
+/// A replica's stages, in as much detail as the width allows.
+fn stages(stages: &[StagePlan], width: Option<usize>) -> (Detail, String) {
+    let least = Detail::Least(usize::MAX);
+    for detail in [Detail::All, Detail::Kinds, Detail::Figures, least] {
+        let table = stage_table(stages, detail);
+        let excess = width.map_or(0, |width| length(&table).saturating_sub(width));
+        if excess == 0 {
+            return (detail, table);
+        }
+        if detail == least {
+            let longest = stages.iter().map(|s| device(s).chars().count()).max().unwrap_or_default();
+            let detail = Detail::Least(longest.saturating_sub(excess).max(LEAST_NAME));
+            return (detail, stage_table(stages, detail));
+        }
+    }
+    (least, stage_table(stages, least))
+}
+
+fn length(table: &str) -> usize {
+    table.lines().map(|line| line.chars().count()).max().unwrap_or_default()
+}
+
+fn device(stage: &StagePlan) -> String {
+    format!("{}/{}", stage.worker, stage.device)
+}
+
+fn stage_table(stages: &[StagePlan], detail: Detail) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    let headings =
+        ["stage", "device", "layers", "weights", "cache", "workspace", "of budget", "", "ms/token", "link"];
+    // Columns that are left out, and the headings of those that are shorter.
+    let (left_out, shorter): (&[usize], &[(usize, &str)]) = match detail {
+        Detail::All | Detail::Kinds => (&[], &[]),
+        Detail::Figures => (&[7], &[]),
+        Detail::Least(_) => (&[5, 7], &[(0, "#"), (6, "used")]),
+    };
+    let shown = |column: &usize| !left_out.contains(column);
+    table.set_header((0..headings.len()).filter(shown).map(|column| {
+        shorter.iter().find(|(at, _)| *at == column).map_or(headings[column], |(_, heading)| *heading)
+    }));
+    for (number, stage) in stages.iter().enumerate() {
+        let used = stage.total_bytes();
+        let budget = stage.budget_bytes.max(1);
+        // At least one cell, so that a stage on a large device can be seen at all.
+        let filled = (used * BAR_WIDTH).div_ceil(budget).min(BAR_WIDTH) as usize;
+        let mut cells = [
+            number.to_string(),
+            device(stage),
+            format!("{} ({})", stage.layers, stage.layers.len()),
+            bytes(stage.weight_bytes) + if stage.mapped { " mapped" } else { "" },
+            bytes(stage.kv_bytes),
+            bytes(stage.workspace_bytes),
+            format!("{} / {}", bytes(used), bytes(stage.budget_bytes)),
+            format!("{}{}", "█".repeat(filled), "░".repeat(BAR_WIDTH as usize - filled)),
+            format!("{:.3}", stage.predicted_ms),
+            stage.link.as_ref().map_or(String::new(), |l| format!("{} ({})", l.kind, l.why)),
+        ];
+        if detail < Detail::All {
+            cells[9] = stage.link.as_ref().map_or(String::new(), |l| l.kind.to_string());
+        }
+        if let Detail::Least(width) = detail {
+            cells[1] = clipped(&cells[1], width);
+            cells[2] = stage.layers.to_string();
+            cells[6] = format!("{} %", (used * 100).div_ceil(budget));
+        }
+        table
+            .add_row(cells.into_iter().enumerate().filter(|(column, _)| shown(column)).map(|(_, cell)| cell));
+    }
+    let right = (0..headings.len()).filter(shown).map(|column| [3, 4, 5, 6, 8].contains(&column));
+    for (column, _) in table.column_iter_mut().zip(right).filter(|(_, right)| *right) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table.to_string().lines().map(str::trim_end).collect::<Vec<_>>().join("\n")
 }
 
 /// What is slower than it might be, in sentences.
@@ -145,16 +210,30 @@ impl Loading {
         let mut bars = self.bars.lock().unwrap_or_else(PoisonError::into_inner);
         match notice {
             Notice::Waiting(..) if self.quiet => {}
-            Notice::Waiting(joined, expected) => eprintln!("{joined} of {expected} workers are there"),
+            Notice::Waiting(joined, expected) => {
+                report::tell_with(&format!("{joined} of {expected} workers are there"), |fields| {
+                    fields.extend([("joined".into(), joined.into()), ("expected".into(), expected.into())]);
+                });
+            }
             Notice::Planned(plan) => {
                 match self.quiet {
-                    true => remarks(&plan).for_each(|remark| eprintln!("{remark}")),
-                    false => eprintln!("{}", plan_table(&plan)),
+                    true => remarks(&plan).for_each(|remark| report::tell(&remark)),
+                    false => {
+                        report::tell_table(
+                            "planned",
+                            &plan_table(&plan, width(std::io::stderr())),
+                            |fields| {
+                                fields.extend(
+                                    serde_json::to_value(&*plan).ok().map(|plan| ("plan".into(), plan)),
+                                );
+                            },
+                        );
+                    }
                 }
                 *bars = Some(Bars::new(plan));
             }
             Notice::Checked(findings) => {
-                findings.iter().filter(|f| !f.passed).for_each(|finding| eprintln!("{finding}"));
+                findings.iter().filter(|f| !f.passed).for_each(|finding| report::tell(&finding.to_string()));
             }
             Notice::Loading(update) => {
                 let Some(bars) = &*bars else { return };
@@ -167,7 +246,8 @@ impl Loading {
                         let replica = bars.plan.replicas.get(update.pipeline as usize);
                         let stage = replica.and_then(|r| r.stages.get(update.stage));
                         let place = stage.map_or(String::new(), |s| format!(" on {}/{}", s.worker, s.device));
-                        eprintln!("stage {}{place} loaded {}", update.stage, bytes(update.bytes_total));
+                        let loaded = bytes(update.bytes_total);
+                        report::tell(&format!("stage {}{place} loaded {loaded}", update.stage));
                     }
                 }
             }
@@ -191,8 +271,7 @@ impl Bars {
         )
         .unwrap_or_else(|_| ProgressStyle::default_bar());
         let stages = plan.replicas.iter().flat_map(|r| 0..r.stages.len()).map(|index| {
-            let bar =
-                if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
+            let bar = if report::draws() { ProgressBar::new(0) } else { ProgressBar::hidden() };
             let bar = if bar.is_hidden() { bar } else { group.add(bar) };
             bar.set_style(style.clone());
             bar.set_prefix(format!("stage {index}"));
@@ -210,7 +289,7 @@ impl Bars {
 
 #[cfg(test)]
 mod tests {
-    use strata_proto::Quantization;
+    use strata_proto::{Quantization, v1};
 
     use super::*;
 
@@ -233,6 +312,60 @@ mod tests {
             offloaded(&Offload { quantize: None, ..offload })
                 .ends_with("No quantization would keep all of them on the GPUs.")
         );
+    }
+
+    /// Three stages, whose devices have long names.
+    fn plan() -> Plan {
+        let stage = |first: u32, link: &str| v1::PlannedStage {
+            worker: "inference-worker-7.example.org:7801".into(),
+            device: "cuda:0".into(),
+            layers: Some(v1::LayerRange { first, end: first + 40 }),
+            weight_bytes: 600 << 30,
+            workspace_bytes: 1023 << 20,
+            budget_bytes: 1023 << 30,
+            predicted_ms: 12.345,
+            link: link.into(),
+            link_reason: "their workers are in different processes".into(),
+            ..v1::PlannedStage::default()
+        };
+        let replica = v1::Replica {
+            stages: vec![stage(0, "tcp"), stage(40, "tcp"), stage(80, "")],
+            kv_capacity_tokens: 131_072,
+            forecast: Some(v1::Forecast { single: 123.4, batch: 16, full: 1234.5 }),
+        };
+        let long =
+            "a sentence of which nobody would say that it is a short one, as it has so many words in it";
+        let plan = v1::Plan {
+            model: "model".into(),
+            dtype: "bf16".into(),
+            replicas: vec![replica],
+            warnings: vec![long.into()],
+            ..v1::Plan::default()
+        };
+        plan.try_into().unwrap()
+    }
+
+    #[test]
+    fn a_plan_fits_the_terminal() {
+        let plan = plan();
+        let whole = plan_table(&plan, None);
+        assert!(
+            whole.contains("inference-worker-7.example.org:7801/cuda:0") && whole.contains("█"),
+            "{whole}"
+        );
+        assert!(whole.contains("tcp (their workers are in different processes)"), "{whole}");
+        for columns in [80, 100, 120, 160] {
+            let table = plan_table(&plan, Some(columns));
+            assert!(length(&table) <= columns, "{columns}:\n{table}");
+            assert!(table.contains("tcp: their workers are in different processes"), "{table}");
+            assert!(
+                table.contains("0..40") && table.contains("40..80") && table.contains("600.0 GiB"),
+                "{table}"
+            );
+        }
+        let narrow = plan_table(&plan, Some(80));
+        assert!(narrow.contains("infer") && narrow.contains("…") && narrow.contains("cuda:0"), "{narrow}");
+        assert_eq!(plan_table(&plan, Some(1000)), whole);
     }
 
     #[test]

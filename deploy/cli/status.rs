@@ -8,16 +8,13 @@ use strata_proto::{
     v1::{StatusRequest, StatusResponse, cluster_client::ClusterClient},
 };
 
-use crate::{
-    args::StatusArgs,
-    client::{connect, refusal},
-    show,
-};
+use crate::{args::StatusArgs, client::Server, show, terminal};
 
 /// `strata status`
 pub async fn status(args: StatusArgs) -> anyhow::Result<()> {
-    let mut client = ClusterClient::new(connect(&args.address.address).await?);
-    let status = client.status(StatusRequest {}).await.map_err(|s| refusal(&s))?.into_inner();
+    let server = Server::connect(&args.address).await?;
+    let mut client = ClusterClient::new(server.channel.clone());
+    let status = server.wait(client.status(StatusRequest {})).await?.into_inner();
     let plan = status.plan.clone().map(Plan::try_from).transpose().map_err(anyhow::Error::msg)?;
     let text = if args.json { as_json(&status, plan.as_ref())? } else { as_text(&status, plan.as_ref()) };
     writeln!(std::io::stdout(), "{text}")?;
@@ -60,7 +57,7 @@ fn as_text(status: &StatusResponse, plan: Option<&Plan>) -> String {
             out += &format!("library   {} {}: {}\n", library.name, library.version, library.path);
         }
     }
-    out + &plan.map_or(String::new(), show::plan_table)
+    out + &plan.map_or(String::new(), |plan| show::plan_table(plan, terminal::width(std::io::stdout())))
 }
 
 fn as_json(status: &StatusResponse, plan: Option<&Plan>) -> anyhow::Result<String> {

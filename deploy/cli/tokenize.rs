@@ -7,15 +7,16 @@ use strata_proto::v1::{DetokenizeRequest, TokenizeRequest, inference_client::Inf
 
 use crate::{
     args::{DetokenizeArgs, TokenizeArgs},
-    client::{connect, refusal},
+    client::Server,
     prompt,
 };
 
 /// `strata tokenize`
 pub async fn tokenize(args: TokenizeArgs) -> anyhow::Result<()> {
     let request = TokenizeRequest { model: String::new(), text: prompt::read(args.text)?, plain: args.plain };
-    let mut client = InferenceClient::new(connect(&args.address.address).await?);
-    let ids = client.tokenize(request).await.map_err(|s| refusal(&s))?.into_inner().token_ids;
+    let server = Server::connect(&args.address).await?;
+    let mut client = InferenceClient::new(server.channel.clone());
+    let ids = server.wait(client.tokenize(request)).await?.into_inner().token_ids;
     let text = if args.json { json!({"token_ids": ids}).to_string() } else { listed(&ids) };
     Ok(writeln!(std::io::stdout(), "{text}")?)
 }
@@ -27,8 +28,9 @@ pub async fn detokenize(args: DetokenizeArgs) -> anyhow::Result<()> {
         token_ids: args.token_ids,
         keep_special: args.keep_special,
     };
-    let mut client = InferenceClient::new(connect(&args.address.address).await?);
-    let text = client.detokenize(request).await.map_err(|s| refusal(&s))?.into_inner().text;
+    let server = Server::connect(&args.address).await?;
+    let mut client = InferenceClient::new(server.channel.clone());
+    let text = server.wait(client.detokenize(request)).await?.into_inner().text;
     let text = if args.json { json!({"text": text}).to_string() } else { text };
     Ok(writeln!(std::io::stdout(), "{text}")?)
 }

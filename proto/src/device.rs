@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::{Format, v1};
+use crate::{Format, error::quoted, v1};
 
 /// What kind of processor a device is. Rates are compared per kind, so that noise cannot change a split.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -152,13 +152,13 @@ impl TryFrom<v1::Device> for Device {
         let kind = match d.kind() {
             v1::DeviceKind::Cpu => DeviceKind::Cpu,
             v1::DeviceKind::Cuda => DeviceKind::Cuda,
-            v1::DeviceKind::Unspecified => return Err(format!("device {:?} has no kind", d.id)),
+            v1::DeviceKind::Unspecified => return Err(format!("device {} has no kind", quoted(&d.id))),
         };
         let rate = |name: &str, v: f64| {
             if v.is_finite() && v > 0.0 {
                 Ok(v)
             } else {
-                Err(format!("device {:?} reports {name} {v}: expected a positive number", d.id))
+                Err(format!("device {} reports {name} {v}: expected a positive number", quoted(&d.id)))
             }
         };
         Ok(Device {

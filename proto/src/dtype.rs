@@ -4,6 +4,8 @@ use std::{fmt, str::FromStr};
 
 use serde::Serialize;
 
+use crate::error::quoted;
+
 /// A floating-point format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -51,7 +53,7 @@ impl FromStr for DType {
         DType::ALL
             .into_iter()
             .find(|d| d.name() == s)
-            .ok_or_else(|| format!("unknown dtype {s:?}: expected f32, bf16 or f16"))
+            .ok_or_else(|| format!("unknown dtype {}: expected f32, bf16 or f16", quoted(s)))
     }
 }
 
@@ -101,7 +103,7 @@ impl FromStr for Quantization {
         Quantization::ALL
             .into_iter()
             .find(|q| q.name() == s)
-            .ok_or_else(|| format!("unknown quantization {s:?}: expected int8 or int4"))
+            .ok_or_else(|| format!("unknown quantization {}: expected int8 or int4", quoted(s)))
     }
 }
 
@@ -147,6 +149,6 @@ impl FromStr for Format {
         Format::ALL
             .into_iter()
             .find(|f| f.to_string() == s)
-            .ok_or_else(|| format!("unknown format {s:?}: expected f32, bf16, f16, int8 or int4"))
+            .ok_or_else(|| format!("unknown format {}: expected f32, bf16, f16, int8 or int4", quoted(s)))
     }
 }

@@ -1,6 +1,8 @@
 //! The one place that maps what went wrong to gRPC codes.
 //!
-//! Every component has an error enum of its own and says its [`Kind`]; [`status`] does the rest.
+//! Every component has an error enum of its own and says its [`Kind`]; [`status`] does the rest. A status travels in headers,
+//! which HTTP/2 bounds: one that is too long arrives without its code. So [`status`] clips what it says, and whoever repeats
+//! a caller's text does so by [`quoted`].
 
 use std::time::Duration;
 
@@ -28,6 +30,12 @@ pub enum Kind {
     Internal,
 }
 
+/// Longest message of a status, in bytes; three times as long in headers, if nothing of it is ASCII. gRPC's C library takes
+/// 8 KiB of headers.
+const MAX_MESSAGE: usize = 2048;
+/// Most characters that a message repeats of a caller's text.
+const MAX_QUOTED: usize = 200;
+
 /// Metadata key of the retry hint, in milliseconds.
 pub const RETRY_AFTER: &str = "retry-after-ms";
 
@@ -48,10 +56,77 @@ pub fn status(error: &(impl Classify + ?Sized)) -> Status {
         Kind::Deadline => Code::DeadlineExceeded,
         Kind::Internal => Code::Internal,
     };
-    let mut status = Status::new(code, error.to_string());
+    let mut status = Status::new(code, clipped(error.to_string()));
     if let Kind::Overload { retry_after } = error.kind() {
         let millis = u64::try_from(retry_after.as_millis()).unwrap_or(u64::MAX);
         status.metadata_mut().insert(RETRY_AFTER, millis.into());
     }
     status
+}
+
+/// A message of at most [`MAX_MESSAGE`] bytes, that says so if it was longer.
+fn clipped(mut message: String) -> String {
+    let length = message.len();
+    if length > MAX_MESSAGE {
+        let note = format!("… (clipped: {length} bytes)");
+        message.truncate(message.floor_char_boundary(MAX_MESSAGE - note.len()));
+        message += &note;
+    }
+    message
+}
+
+/// A caller's text for a message: in quotes, escaped, and of at most [`MAX_QUOTED`] characters, with `…` for the rest.
+pub fn quoted(text: &str) -> String {
+    // What is beyond them need not be escaped.
+    let begin: String = text.chars().take(MAX_QUOTED + 1).collect();
+    let escaped = format!("{begin:?}");
+    match escaped.char_indices().nth(1 + MAX_QUOTED) {
+        Some((end, _)) if end + 1 < escaped.len() => format!("{}…\"", &escaped[..end]),
+        _ => escaped,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug)]
+    struct Long(String);
+
+    impl std::fmt::Display for Long {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str(&self.0)
+        }
+    }
+
+    impl Classify for Long {
+        fn kind(&self) -> Kind {
+            Kind::WrongModel
+        }
+    }
+
+    #[test]
+    fn a_status_is_clipped_between_characters_and_keeps_its_code() {
+        for text in ["x".repeat(MAX_MESSAGE + 1), "ä".repeat(1 << 20), format!("x{}", "𝄞".repeat(9999))] {
+            let length = text.len();
+            let status = status(&Long(text));
+            assert_eq!(status.code(), Code::NotFound);
+            assert!((MAX_MESSAGE - 3..=MAX_MESSAGE).contains(&status.message().len()));
+            assert!(
+                status.message().ends_with(&format!("… (clipped: {length} bytes)")),
+                "{}",
+                status.message()
+            );
+        }
+        let whole = "x".repeat(MAX_MESSAGE);
+        assert_eq!(status(&Long(whole.clone())).message(), whole);
+    }
+
+    #[test]
+    fn a_callers_text_is_repeated_up_to_a_length() {
+        assert_eq!(quoted("a \"b\"\n"), r#""a \"b\"\n""#);
+        assert_eq!(quoted(&"ä".repeat(MAX_QUOTED)), format!("\"{}\"", "ä".repeat(MAX_QUOTED)));
+        assert_eq!(quoted(&"ä".repeat(1 << 20)), format!("\"{}…\"", "ä".repeat(MAX_QUOTED)));
+        assert_eq!(quoted(&"\0".repeat(1 << 20)).chars().count(), MAX_QUOTED + 3);
+    }
 }

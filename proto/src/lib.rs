@@ -16,8 +16,8 @@ mod worker;
 pub use device::{Device, DeviceKind, Library, Rate, rate_at};
 pub use dtype::{DType, Format, Quantization};
 pub use limits::{
-    BLOCK_TOKENS, LINK_TOKEN_BYTES, MAX_MODEL_FILES, MAX_STAGE_MESSAGE, NCCL_ID_BYTES, PING_EVERY,
-    PING_TIMEOUT,
+    BLOCK_TOKENS, LINK_TOKEN_BYTES, MAX_HEADER_LIST, MAX_MODEL_FILES, MAX_STAGE_MESSAGE, NCCL_ID_BYTES,
+    PING_EVERY, PING_TIMEOUT,
 };
 pub use plan::{Forecast, LayerRange, LinkChoice, LinkKind, MapDevice, Offload, Plan, Replica, StagePlan};
 pub use profile::{Experts, FormatBytes, ModelProfile, Module};
@@ -29,8 +29,11 @@ pub mod v1 {
     tonic::include_proto!("strata.v1");
 }
 
-/// The compiled descriptors of every `.proto` file, for server reflection.
+/// The compiled descriptors of what clients call, for server reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
+/// What clients call: each service, with its methods.
+pub const METHODS: &[(&str, &[&str])] = include!(concat!(env!("OUT_DIR"), "/methods.rs"));
 
 /// Version of the coordinator-worker protocol that this build speaks.
 pub const PROTOCOL: u32 = 1;

@@ -8,6 +8,9 @@ pub const BLOCK_TOKENS: u32 = 16;
 /// Largest message of the internal service, in bytes: a step with its token ids, or one row of logits.
 pub const MAX_STAGE_MESSAGE: usize = 64 << 20;
 
+/// Largest list of headers that servers and clients take, in bytes, as HTTP/2 counts them.
+pub const MAX_HEADER_LIST: u32 = 64 << 10;
+
 /// Most bytes of all the small files that travel with a model, the tokenizer's above all.
 pub const MAX_MODEL_FILES: u64 = 256 << 20;
 

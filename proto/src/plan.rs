@@ -7,7 +7,7 @@ use serde::{
     ser::{SerializeMap, SerializeTuple},
 };
 
-use crate::{DType, FormatBytes, Quantization, v1};
+use crate::{DType, FormatBytes, Quantization, error::quoted, v1};
 
 /// Layers `first..end`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -103,7 +103,8 @@ impl FromStr for LinkKind {
 
     fn from_str(s: &str) -> Result<Self, String> {
         let found = LinkKind::ALL.into_iter().find(|kind| kind.name() == s);
-        found.ok_or_else(|| format!("unknown link {s:?}: expected loopback, device-copy, nccl or tcp"))
+        found
+            .ok_or_else(|| format!("unknown link {}: expected loopback, device-copy, nccl or tcp", quoted(s)))
     }
 }
 

@@ -49,10 +49,14 @@ async fn grpcio_finds_health_and_streams_by_reflection_alone() {
         tokio::task::spawn_blocking(move || reflect(&python, &address, extra))
     };
     let lines = run(&["--prompt", "ROMEO:\n", "--max-tokens", "12"]).await.unwrap();
-    let services = lines[0]["services"].to_string();
-    for service in ["strata.v1.Inference", "strata.v1.Cluster", "grpc.health.v1.Health"] {
-        assert!(services.contains(service), "{services}");
-    }
+    let services = [
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1.ServerReflection",
+        "grpc.reflection.v1alpha.ServerReflection",
+        "strata.v1.Cluster",
+        "strata.v1.Inference",
+    ];
+    assert_eq!(lines[0]["services"], serde_json::json!(services), "reflection lists what is served");
     let text: String = lines.iter().filter_map(|l| l["tokens"]["text"].as_str()).collect();
     assert!(text.starts_with("O, then"), "{lines:?}");
     assert_eq!(lines.last().unwrap()["finished"]["reason"], "FINISH_REASON_LENGTH");

@@ -97,7 +97,8 @@ fn run(args: &[&str]) -> Result<String, String> {
     if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
 }
 
-fn workers(count: usize) -> Vec<Process> {
+/// So many workers, each a process, for the models of the tests.
+pub fn workers(count: usize) -> Vec<Process> {
     let models = model("");
     let start = |_| Process::start(&["worker", "--models", models.to_str().unwrap()], "listening ");
     (0..count).map(start).collect()

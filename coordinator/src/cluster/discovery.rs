@@ -98,7 +98,7 @@ impl Discovery {
         let mut profile = self.profile.clone();
         profile.context_length = deployment.context_of(&profile);
         let contexts = deployment.max_sequences.map(|n| u64::from(n) * u64::from(profile.context_length));
-        planner::solve(&Problem {
+        let mut plan = planner::solve(&Problem {
             profile: &profile,
             offers,
             split: &deployment.split,
@@ -107,7 +107,14 @@ impl Discovery {
             kv_tokens: deployment.kv_tokens.or(contexts),
             max_step_tokens: deployment.max_step_tokens,
             max_step_outputs: deployment.max_step_rows,
-        })
+        })?;
+        let models = self.profile.context_length;
+        if let Some(asked) = deployment.context.filter(|asked| *asked > models) {
+            plan.warnings.push(format!(
+                "a context of {asked} is more than the model's, so {models} tokens are served"
+            ));
+        }
+        Ok(plan)
     }
 
     /// Plans a deployment over what was found, links included.

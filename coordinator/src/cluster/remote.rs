@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use strata_proto::{
-    Files, MAX_MODEL_FILES, MAX_STAGE_MESSAGE, PING_EVERY, PING_TIMEOUT, Progress, StageChannel, Worker,
+    Files, MAX_HEADER_LIST, MAX_MODEL_FILES, MAX_STAGE_MESSAGE, PING_EVERY, PING_TIMEOUT, Progress,
+    StageChannel, Worker,
     v1::{self, stage_client::StageClient, to_stage},
 };
 use tokio::sync::mpsc;
@@ -37,6 +38,7 @@ impl RemoteWorker {
         let channel = endpoint
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true)
+            .http2_max_header_list_size(MAX_HEADER_LIST)
             .http2_keep_alive_interval(PING_EVERY)
             .keep_alive_timeout(PING_TIMEOUT)
             .keep_alive_while_idle(true)

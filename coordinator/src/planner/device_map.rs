@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use strata_proto::{DeviceKind, LayerRange, MapDevice, Module};
+use strata_proto::{DeviceKind, LayerRange, MapDevice, Module, error::quoted};
 
 use super::{PlanError, Problem, Share};
 
@@ -92,7 +92,10 @@ fn resolve(problem: &Problem<'_>, device: &MapDevice) -> Result<usize, String> {
     let of_kind = |kind: DeviceKind| {
         problem.offers.iter().enumerate().filter(move |(_, o)| o.device.kind == kind).map(|(i, _)| i)
     };
-    let none = || format!("there is no device {device}");
+    let none = || match device {
+        MapDevice::Cuda(n) => format!("there is no device {n}"),
+        MapDevice::Named(name) => format!("there is no device {}", quoted(name)),
+    };
     match device {
         MapDevice::Cuda(n) => {
             of_kind(DeviceKind::Cuda).find(|i| number(&problem.offers[*i].device.id) == *n).ok_or_else(none)
@@ -104,7 +107,7 @@ fn resolve(problem: &Problem<'_>, device: &MapDevice) -> Result<usize, String> {
                 resolve(problem, &MapDevice::Cuda(n))
             }
             ("disk", _) => Err("layers cannot stay on disk: give them a device with memory".into()),
-            _ => Err(format!("device {name:?} is unknown: expected a number, \"cpu\" or \"cpu:N\"")),
+            _ => Err(format!("device {} is unknown: expected a number, \"cpu\" or \"cpu:N\"", quoted(name))),
         },
     }
 }

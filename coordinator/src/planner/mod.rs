@@ -16,7 +16,7 @@ use std::{collections::BTreeMap, fmt, str::FromStr};
 
 use strata_proto::{
     BLOCK_TOKENS, DType, Device, DeviceKind, Format, FormatBytes, LayerRange, MapDevice, ModelProfile, Plan,
-    Quantization, Replica, StagePlan,
+    Quantization, Replica, StagePlan, error::quoted,
 };
 
 use cost::Costs;
@@ -79,8 +79,9 @@ impl FromStr for Split {
                 .map(Split::Counts)
                 .ok_or_else(|| {
                     format!(
-                        "unknown split {s:?}: expected auto, balanced, balanced_low_0, sequential, layer counts such as \
-                         10,12,10, or a device map in JSON"
+                        "unknown split {}: expected auto, balanced, balanced_low_0, sequential, layer counts such as \
+                         10,12,10, or a device map in JSON",
+                        quoted(s)
                     )
                 }),
         }
@@ -321,7 +322,7 @@ fn by_counts(problem: &Problem<'_>, costs: &Costs, counts: &[u32]) -> Result<(u6
     let layers = problem.profile.layer_count();
     let sum: u64 = counts.iter().map(|c| u64::from(*c)).sum();
     if sum != u64::from(layers) || counts.contains(&0) {
-        return Err(PlanError::Counts { counts: problem.split.to_string(), sum, layers });
+        return Err(PlanError::Counts { counts: quoted(&problem.split.to_string()), sum, layers });
     }
     if counts.len() > problem.offers.len() {
         return Err(PlanError::TooManyStages { stages: counts.len(), devices: problem.offers.len() });

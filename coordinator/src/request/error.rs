@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use strata_proto::error::{Classify, Kind};
+use strata_proto::error::{Classify, Kind, quoted};
 
 use super::chat::ChatError;
 
@@ -21,7 +21,7 @@ pub enum AdmissionError {
         why: String,
     },
     /// Another model was asked for.
-    #[error("model {asked:?} is not served here; this server answers for {served:?}")]
+    #[error("model {} is not served here; this server answers for {served:?}", quoted(asked))]
     WrongModel {
         /// The name asked for.
         asked: String,

@@ -126,7 +126,7 @@ impl Tokenizer {
                     _ => TruncationDirection::Right,
                 },
             };
-            (first, second) = guarded(|| Ok(truncate_encodings(first, second, &params)?))?;
+            (first, second) = guarded(|| truncate_encodings(first, second, &params))?;
         }
         let dropped = (before - count(&first, &second)) as u32;
         // The second text's segment is the post-processor's to set; without one, it is 1.

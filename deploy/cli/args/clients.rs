@@ -8,12 +8,17 @@ use strata_proto::{
 
 use super::{DeploymentArgs, HereArgs};
 
-/// Where a server is.
+/// Where a server is, and how long it may take.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Server")]
 pub struct AddressArgs {
     /// URL of the server
     #[arg(long, env = "STRATA_ADDRESS", default_value_t = format!("http://127.0.0.1:{DEFAULT_PORT}"))]
     pub address: String,
+    /// Seconds to wait for a connection, and for each further piece of an answer [default: 10 for a connection, then for as
+    /// long as the server shows that it is there]
+    #[arg(long, env = "STRATA_TIMEOUT", value_parser = clap::value_parser!(u64).range(1..=86400))]
+    pub timeout: Option<u64>,
 }
 
 #[derive(Debug, Args)]
@@ -45,13 +50,13 @@ pub struct BenchArgs {
     #[arg(long, env = "STRATA_MAX_TOKENS", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_tokens: u32,
     /// 0 is greedy
-    #[arg(long, env = "STRATA_TEMPERATURE", default_value_t = 0.0)]
+    #[arg(long, env = "STRATA_TEMPERATURE", default_value_t = 0.0, allow_negative_numbers = true)]
     pub temperature: f32,
     /// Keep only this many most likely tokens; 0 is all
     #[arg(long, env = "STRATA_TOP_K", default_value_t = 0)]
     pub top_k: u32,
     /// Keep the smallest set of tokens of this probability
-    #[arg(long, env = "STRATA_TOP_P", default_value_t = 1.0)]
+    #[arg(long, env = "STRATA_TOP_P", default_value_t = 1.0, allow_negative_numbers = true)]
     pub top_p: f32,
     /// Seed of the prompts, and of the sampler
     #[arg(long, env = "STRATA_SEED", default_value_t = 0)]
@@ -63,6 +68,7 @@ pub struct BenchArgs {
 
 /// How an answer is drawn, and where it ends.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Answer")]
 pub struct AnswerArgs {
     /// Most new tokens [default: the rest of the context]
     #[arg(long, env = "STRATA_MAX_TOKENS")]
@@ -92,8 +98,11 @@ pub struct AnswerArgs {
     #[arg(long, env = "STRATA_SEED")]
     pub seed: Option<u64>,
     /// End before this text appears; may be repeated
-    #[arg(long, env = "STRATA_STOP")]
+    #[arg(long, env = "STRATA_STOP", allow_hyphen_values = true)]
     pub stop: Vec<String>,
+    /// Add this to the logit of a token, as ID=VALUE, such as 13=-2.5; may be repeated, or separated by commas
+    #[arg(long, env = "STRATA_LOGIT_BIAS", value_delimiter = ',', value_parser = parse_bias, allow_hyphen_values = true)]
+    pub logit_bias: Vec<(u32, f32)>,
     /// Go on after an end-of-sequence token
     #[arg(long, env = "STRATA_IGNORE_EOS")]
     pub ignore_eos: bool,
@@ -117,7 +126,7 @@ pub struct RunArgs {
     #[arg(long, env = "STRATA_COMPLETE")]
     pub complete: bool,
     /// A message that the chat begins with, as ROLE=TEXT; may be repeated
-    #[arg(long, env = "STRATA_MESSAGE", value_parser = parse_message, conflicts_with = "complete")]
+    #[arg(long, env = "STRATA_MESSAGE", value_parser = parse_message, allow_hyphen_values = true, conflicts_with = "complete")]
     pub message: Vec<ChatMessage>,
     #[command(flatten)]
     pub answer: AnswerArgs,
@@ -139,18 +148,18 @@ pub struct GenerateArgs {
     #[arg(long, env = "STRATA_TOKEN_IDS", value_delimiter = ',', conflicts_with_all = ["text", "prompt"])]
     pub token_ids: Vec<u32>,
     /// A message of a chat, as ROLE=TEXT; may be repeated
-    #[arg(long, env = "STRATA_MESSAGE", value_parser = parse_message, conflicts_with_all = ["text", "prompt", "token_ids"])]
+    #[arg(long, env = "STRATA_MESSAGE", value_parser = parse_message, allow_hyphen_values = true, conflicts_with_all = ["text", "prompt", "token_ids"])]
     pub message: Vec<ChatMessage>,
     #[command(flatten)]
     pub answer: AnswerArgs,
-    /// Report log-probabilities, and this many alternatives
+    /// With --json: report log-probabilities, and this many alternatives
     #[arg(long, env = "STRATA_LOGPROBS")]
     pub logprobs: Option<u32>,
     /// Give up after this many milliseconds
     #[arg(long, env = "STRATA_DEADLINE_MS")]
     pub deadline_ms: Option<u64>,
     /// Whose request it is: prompts that begin alike are computed once within a tenant
-    #[arg(long, env = "STRATA_TENANT", default_value = "")]
+    #[arg(long, env = "STRATA_TENANT", default_value = "", allow_hyphen_values = true)]
     pub tenant: String,
     /// Print one JSON object per event, and a last one with the whole answer
     #[arg(long, env = "STRATA_JSON")]
@@ -209,10 +218,10 @@ pub struct InputArgs {
     #[command(flatten)]
     pub address: AddressArgs,
     /// A text; may be repeated
-    #[arg(long, env = "STRATA_TEXT", required_unless_present = "token_ids")]
+    #[arg(long, env = "STRATA_TEXT", required_unless_present = "token_ids", allow_hyphen_values = true)]
     pub text: Vec<String>,
     /// The second text of a pair: the first --pair goes with the first --text, and so on
-    #[arg(long, env = "STRATA_PAIR", requires = "text")]
+    #[arg(long, env = "STRATA_PAIR", requires = "text", allow_hyphen_values = true)]
     pub pair: Vec<String>,
     /// Token ids, taken as they are
     #[arg(long, env = "STRATA_TOKEN_IDS", value_delimiter = ',', conflicts_with = "text")]
@@ -247,6 +256,14 @@ pub struct FillMaskArgs {
     /// Candidates for each mask [default: 5]
     #[arg(long, env = "STRATA_TOP_K")]
     pub top_k: Option<u32>,
+}
+
+fn parse_bias(s: &str) -> Result<(u32, f32), String> {
+    let read = || {
+        let (id, value) = s.split_once('=')?;
+        Some((id.trim().parse().ok()?, value.trim().parse().ok()?))
+    };
+    read().ok_or_else(|| format!("{s:?}: expected ID=VALUE, as in 13=-2.5"))
 }
 
 fn parse_message(s: &str) -> Result<ChatMessage, String> {

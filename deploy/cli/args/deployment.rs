@@ -6,6 +6,7 @@ use strata_proto::{DType, LinkKind, Quantization};
 
 /// How a model is deployed, whatever the processes.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Deployment")]
 pub struct DeploymentArgs {
     /// How to split layers: auto, balanced, balanced_low_0, sequential, layer counts such as 2,2,2, or a device map as JSON
     #[arg(long, env = "STRATA_SPLIT")]

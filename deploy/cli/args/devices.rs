@@ -4,13 +4,17 @@ use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use clap::Args;
+use strata_proto::DeviceKind;
 use strata_worker::{
     device::{self, Compute, DeviceSpec, parse_bytes},
     kernels::cpu::isa::Isa,
 };
 
+use crate::report;
+
 /// How this machine's processors compute.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Devices")]
 pub struct ComputeArgs {
     /// Threads of each CPU device [default: the cores, shared among the devices]
     #[arg(long, env = "STRATA_THREADS", value_parser = clap::value_parser!(u32).range(1..=1024))]
@@ -23,10 +27,22 @@ pub struct ComputeArgs {
     pub isa: Option<Isa>,
 }
 
+/// Threads for each core that nobody can want.
+const TOO_MANY_THREADS: usize = 4;
+
 impl ComputeArgs {
-    /// What was asked for, for a process with so many CPU devices.
+    /// What was asked for, for a process with so many CPU devices. Warns of what makes no sense.
     pub fn resolve(&self, devices: usize) -> Compute {
         let default = Compute::shared_by(devices);
+        let cores = device::cores();
+        if devices == 0 && (self.threads.is_some() || self.pin_threads || self.isa.is_some()) {
+            report::warn("--threads, --pin-threads and --isa: none of these devices is a CPU");
+        } else if let Some(threads) = self.threads.filter(|n| *n as usize > TOO_MANY_THREADS * cores) {
+            report::warn(&format!(
+                "--threads {threads}: this machine has {cores} cores, and threads that wait for each other make every step \
+                 slower"
+            ));
+        }
         Compute {
             isa: self.isa.unwrap_or(default.isa),
             threads: self.threads.map_or(default.threads, |n| n as usize),
@@ -37,6 +53,7 @@ impl ComputeArgs {
 
 /// Where weights go that fit into no memory.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Devices")]
 pub struct SpillArgs {
     /// Directory on a disk, where weights stay memory-mapped that do not fit into memory; empty: nowhere
     /// [default: /var/tmp]
@@ -57,6 +74,7 @@ impl SpillArgs {
 
 /// Where compiled kernels are kept.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Devices")]
 pub struct KernelCacheArgs {
     /// Directory that keeps the compiled kernels of GPUs for the next start; empty: nowhere [default: strata/kernels in the
     /// user's cache directory, if there is one]
@@ -65,10 +83,15 @@ pub struct KernelCacheArgs {
 }
 
 impl KernelCacheArgs {
-    /// The directory, if there is to be one.
-    pub fn resolve(&self) -> Option<PathBuf> {
+    /// The directory, if there is to be one. Warns if it is of no use, as `devices` have no GPU.
+    pub fn resolve<'a>(&self, devices: impl IntoIterator<Item = &'a DeviceSpec>) -> Option<PathBuf> {
+        let gpus = devices.into_iter().any(|device| device.kind != DeviceKind::Cpu);
         match self.kernel_cache.as_deref() {
             Some("") => None,
+            Some(named) if !gpus => {
+                report::warn(&format!("--kernel-cache {named} is not used: none of the devices is a GPU"));
+                None
+            }
             Some(named) => Some(named.into()),
             // A user without a home, as in a container, has no such directory, and need not be told.
             None => {
@@ -86,9 +109,10 @@ fn user_cache() -> Option<PathBuf> {
 
 /// A model and devices of this machine.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Devices")]
 pub struct HereArgs {
     /// Model directory in Hugging Face layout
-    #[arg(env = "STRATA_MODEL_DIR")]
+    #[arg(env = "STRATA_MODEL_DIR", help_heading = None)]
     pub model: PathBuf,
     /// Workers in this process that share 90 % of the free host memory; the split is then balanced
     #[arg(long, env = "STRATA_WORKERS", value_parser = clap::value_parser!(u32).range(1..=1024))]
@@ -121,6 +145,9 @@ pub struct ImaginedDevices {
     pub flops_per_second: f64,
 }
 
+/// Bytes or operations per second that no device stays below; less is a unit that was left out.
+const LEAST_RATE: f64 = 1e6;
+
 impl std::str::FromStr for ImaginedDevices {
     type Err = String;
 
@@ -137,7 +164,10 @@ impl std::str::FromStr for ImaginedDevices {
             None => Ok(default),
             Some(text) => {
                 let number = text.strip_suffix("/s").unwrap_or(text).replace(unit, "B");
-                parse_bytes(&number).map(|n| n as f64)
+                match parse_bytes(&number)? as f64 {
+                    rate if rate >= LEAST_RATE => Ok(rate),
+                    rate => Err(format!("{text:?} is {rate} {unit}/s: expected a unit, as in 3.3T{unit}/s")),
+                }
             }
         };
         let (bytes_per_second, flops_per_second) = (rate("B", 2e12)?, rate("FLOP", 4e14)?);
@@ -163,6 +193,9 @@ mod tests {
         assert_eq!((two.count, two.bytes), (2, 80 << 30));
         assert_eq!((two.bytes_per_second, two.flops_per_second), (3.3e12, 9e14));
         assert_eq!(read("24GiB").unwrap().count, 1);
+        let unit = read("80GiB@3.3").unwrap_err();
+        assert_eq!(unit, "\"3.3\" is 3 B/s: expected a unit, as in 3.3TB/s");
+        assert!(read("80GiB@3.3TB/s@900").unwrap_err().contains("as in 3.3TFLOP/s"));
         for bad in ["0x8GiB", "x8GiB", "2x", "8GiB@fast", "8GiB@1TB/s@1TFLOP/s@1", ""] {
             assert!(read(bad).is_err(), "{bad:?} was taken");
         }

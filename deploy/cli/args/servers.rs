@@ -11,6 +11,7 @@ use super::{ComputeArgs, DeploymentArgs, HereArgs, ImaginedDevices, KernelCacheA
 
 /// Where clients are answered.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Clients")]
 pub struct ListenArgs {
     /// Address to answer clients on
     #[arg(long, env = "STRATA_HOST", default_value = "127.0.0.1")]
@@ -23,6 +24,17 @@ pub struct ListenArgs {
     pub grace: u64,
 }
 
+/// A plan in the place of a server.
+#[derive(Debug, Clone, Args)]
+pub struct DryRunArgs {
+    /// Print the plan and stop: nothing is loaded
+    #[arg(long, env = "STRATA_DRY_RUN")]
+    pub dry_run: bool,
+    /// With --dry-run: print the plan as JSON
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+}
+
 #[derive(Debug, Args)]
 pub struct ServeArgs {
     #[command(flatten)]
@@ -31,12 +43,8 @@ pub struct ServeArgs {
     pub deployment: DeploymentArgs,
     #[command(flatten)]
     pub listen: ListenArgs,
-    /// Print the plan and stop
-    #[arg(long, env = "STRATA_DRY_RUN")]
-    pub dry_run: bool,
-    /// With --dry-run: print the plan as JSON
-    #[arg(long, env = "STRATA_JSON")]
-    pub json: bool,
+    #[command(flatten)]
+    pub dry_run: DryRunArgs,
 }
 
 #[derive(Debug, Args)]
@@ -80,6 +88,8 @@ pub struct CoordinatorArgs {
     pub deployment: DeploymentArgs,
     #[command(flatten)]
     pub listen: ListenArgs,
+    #[command(flatten)]
+    pub dry_run: DryRunArgs,
 }
 
 #[derive(Debug, Args)]

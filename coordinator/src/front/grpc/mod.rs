@@ -1,17 +1,18 @@
 //! The client port: `Inference`, `Cluster`, health and reflection.
 
 mod cluster;
+mod connections;
 mod inference;
+mod methods;
 
 use std::{future::Future, time::Duration};
 
 use strata_proto::{
-    DESCRIPTORS,
+    DESCRIPTORS, MAX_HEADER_LIST, METHODS,
     v1::{cluster_server::ClusterServer, inference_server::InferenceServer},
 };
 use tokio::net::TcpListener;
-use tokio_stream::{StreamExt, wrappers::TcpListenerStream};
-use tonic::transport::Server;
+use tonic::{codec::CompressionEncoding::Gzip, service::Routes, transport::Server};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::coordinator::Coordinator;
@@ -39,17 +40,26 @@ pub async fn serve(
     report(&coordinator, &reporter).await;
     let watching = tokio::spawn(watch_health(coordinator.clone(), reporter.clone()));
     let descriptors = || {
-        tonic_reflection::server::Builder::configure()
+        let services = METHODS.iter().map(|(service, _)| *service).chain(methods::STANDARD);
+        services
+            .fold(tonic_reflection::server::Builder::configure(), |builder, service| {
+                builder.with_service_name(service)
+            })
             .register_encoded_file_descriptor_set(DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
+    // Answers of Inference are not compressed: single tokens grow by it, and vectors hardly shrink.
     let inference = InferenceServer::new(inference::InferenceService(coordinator.session().clone()))
+        .accept_compressed(Gzip)
         .max_decoding_message_size(MAX_REQUEST);
-    let cluster = ClusterServer::new(cluster::ClusterService::new(coordinator));
-    let incoming = TcpListenerStream::new(listener).map(|stream| {
-        // tonic's own setting does not reach sockets it did not accept itself.
-        stream.and_then(|s| s.set_nodelay(true).map(|()| s))
-    });
+    let cluster = ClusterServer::new(cluster::ClusterService::new(coordinator))
+        .accept_compressed(Gzip)
+        .send_compressed(Gzip);
+    let routes = Routes::new(health)
+        .add_service(descriptors().build_v1()?)
+        .add_service(descriptors().build_v1alpha()?)
+        .add_service(inference)
+        .add_service(cluster);
     let draining = async move {
         shutdown.await;
         watching.abort();
@@ -61,12 +71,12 @@ pub async fn serve(
         .http2_keepalive_interval(Some(PING_EVERY))
         .http2_keepalive_timeout(Some(PING_TIMEOUT))
         .max_concurrent_streams(Some(MAX_STREAMS))
-        .add_service(health)
-        .add_service(descriptors().build_v1()?)
-        .add_service(descriptors().build_v1alpha()?)
-        .add_service(inference)
-        .add_service(cluster)
-        .serve_with_incoming_shutdown(incoming, draining)
+        .http2_max_header_list_size(MAX_HEADER_LIST)
+        .serve_with_incoming_shutdown(
+            methods::Explained(routes.prepare()),
+            connections::accept(listener),
+            draining,
+        )
         .await?;
     Ok(())
 }

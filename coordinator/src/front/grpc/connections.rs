@@ -1,0 +1,161 @@
+//! Connections to the client port: HTTP/2 goes on to the server, and who speaks something else is told.
+
+use std::{io, net::SocketAddr, time::Duration};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::mpsc,
+    time::timeout,
+};
+use tokio_stream::wrappers::ReceiverStream;
+
+/// How long a client may take to say its first bytes, and one that is refused to read why.
+const OPENING_TIMEOUT: Duration = Duration::from_secs(10);
+/// Pause after an accept that failed: most likely files are used up, and there is no event for when one is free.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Most bytes of a request in HTTP/1 that are read before its connection is closed.
+const MAX_UNREAD: u64 = 1 << 20;
+
+/// What every HTTP/2 connection begins with (RFC 9113, section 3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// What every TLS connection begins with: a record of a handshake (RFC 8446, section 5.1).
+const TLS_HANDSHAKE: u8 = 22;
+
+const HTTP1_ANSWER: &str = "This port speaks gRPC (HTTP/2 without TLS), which this client does not: use a gRPC client, such as \
+                            `strata status --address http://HOST:PORT` or `grpcurl -plaintext HOST:PORT list`.\n";
+
+/// Connections whose client begins to speak HTTP/2. Clients take as long as they like to begin, up to a limit, and none
+/// of them keeps others waiting. Ends when the receiver is dropped.
+pub(super) fn accept(listener: TcpListener) -> ReceiverStream<io::Result<TcpStream>> {
+    accept_within(listener, OPENING_TIMEOUT)
+}
+
+fn accept_within(listener: TcpListener, limit: Duration) -> ReceiverStream<io::Result<TcpStream>> {
+    let (opened, connections) = mpsc::channel(1);
+    tokio::spawn(async move {
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = opened.closed() => return,
+            };
+            match accepted {
+                Ok((stream, peer)) => {
+                    let opened = opened.clone();
+                    tokio::spawn(async move {
+                        match timeout(limit, open(stream, peer)).await {
+                            // A server that is gone takes no more.
+                            Ok(Some(stream)) => drop(opened.send(Ok(stream)).await),
+                            Ok(None) => {}
+                            Err(_) => tracing::debug!(%peer, "closed: said nothing for {limit:?}"),
+                        }
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a connection");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    });
+    ReceiverStream::new(connections)
+}
+
+/// The connection, if its client begins to speak HTTP/2; anyone else is told.
+async fn open(stream: TcpStream, peer: SocketAddr) -> Option<TcpStream> {
+    // As many as tell the preface from the methods of HTTP/1.
+    let mut first = [0; 3];
+    let said = stream.peek(&mut first).await.ok()?;
+    match &first[..said] {
+        // Closed.
+        [] => None,
+        begin if PREFACE.starts_with(begin) => {
+            // Without it, a server that goes on anyway: tokens would only come later.
+            let _ = stream.set_nodelay(true);
+            Some(stream)
+        }
+        [TLS_HANDSHAKE, ..] => {
+            tracing::warn!(%peer, "a client speaks TLS, which is not served here: its address must begin with http://");
+            None
+        }
+        begin => {
+            if begin.iter().all(u8::is_ascii_uppercase) {
+                // Whoever does not read it cannot be told.
+                let _ = refuse_http1(stream).await;
+            }
+            tracing::debug!(%peer, "closed: does not speak HTTP/2");
+            None
+        }
+    }
+}
+
+async fn refuse_http1(mut stream: TcpStream) -> io::Result<()> {
+    let length = HTTP1_ANSWER.len();
+    let head = format!(
+        "HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {length}\r\n\
+         Connection: close\r\n\r\n"
+    );
+    stream.write_all((head + HTTP1_ANSWER).as_bytes()).await?;
+    stream.shutdown().await?;
+    // Closed with bytes unread, the connection would be reset, and the answer lost with it.
+    tokio::io::copy(&mut stream.take(MAX_UNREAD), &mut tokio::io::sink()).await?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio_stream::StreamExt;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    async fn listening(limit: Duration) -> (ReceiverStream<io::Result<TcpStream>>, SocketAddr) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        (accept_within(listener, limit), address)
+    }
+
+    /// Sends this, and reads until the connection is closed, be it by a reset: what was sent may be unread.
+    async fn say(address: SocketAddr, bytes: &[u8]) -> String {
+        let mut client = TcpStream::connect(address).await.unwrap();
+        client.write_all(bytes).await.unwrap();
+        let mut answer = String::new();
+        let _ = timeout(LONG, client.read_to_string(&mut answer)).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn http_1_is_answered_by_a_line_and_tls_is_closed() {
+        let (mut connections, address) = listening(LONG).await;
+        for request in
+            ["GET / HTTP/1.1\r\nHost: x\r\n\r\n", "POST /strata.v1.Inference/Generate HTTP/1.1\r\n\r\n{}"]
+        {
+            let answer = say(address, request.as_bytes()).await;
+            let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+            assert!(head.starts_with("HTTP/1.1 400 ") && head.contains("text/plain"), "{head}");
+            assert!(head.contains(&format!("Content-Length: {}\r\n", body.len())), "{head}");
+            assert!(body.contains("gRPC (HTTP/2") && body.lines().count() == 1, "{body}");
+        }
+        assert_eq!(say(address, &[TLS_HANDSHAKE, 3, 1, 2, 0, 1, 0, 1, 252, 3]).await, "");
+        assert_eq!(say(address, b"\0\0").await, "");
+        let mut client = TcpStream::connect(address).await.unwrap();
+        client.write_all(PREFACE).await.unwrap();
+        let mut server = connections.next().await.unwrap().unwrap();
+        let mut first = [0; 24];
+        server.read_exact(&mut first).await.unwrap();
+        assert_eq!(first, PREFACE, "what was looked at is still there");
+    }
+
+    #[tokio::test]
+    async fn who_says_nothing_keeps_nobody_waiting_and_is_closed() {
+        let (mut connections, address) = listening(LONG).await;
+        let _silent = TcpStream::connect(address).await.unwrap();
+        let mut client = TcpStream::connect(address).await.unwrap();
+        client.write_all(PREFACE).await.unwrap();
+        assert!(timeout(LONG, connections.next()).await.unwrap().unwrap().is_ok());
+
+        let (_connections, address) = listening(Duration::from_millis(1)).await;
+        assert_eq!(say(address, b"").await, "");
+    }
+}
