@@ -10,6 +10,7 @@ mod foreign_client;
 mod gpu;
 mod kernels;
 mod loading;
+mod map;
 mod parity;
 mod processes;
 mod replicas;
