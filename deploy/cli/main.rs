@@ -1,5 +1,8 @@
 //! `strata`: one binary for every role of a cluster and for its clients.
 
+// Or a log in JSON would have lines that are none: `report` is for that.
+#![deny(clippy::print_stderr)]
+
 mod args;
 mod bench;
 mod check;

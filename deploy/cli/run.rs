@@ -1,5 +1,7 @@
 //! `strata run`: a model in this process, asked once or line by line.
 
+#![allow(clippy::print_stderr, reason = "what a chat says in a terminal is no log")]
+
 use std::{
     io::{BufRead, IsTerminal, Write},
     path::Path,
