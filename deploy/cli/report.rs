@@ -151,6 +151,12 @@ pub fn usage(error: &clap::Error, note: Option<String>) -> i32 {
     error.exit_code()
 }
 
+/// Says what is wrong with the configuration file; its exit code.
+pub fn misconfigured(error: &anyhow::Error) -> i32 {
+    last_words(&in_one_line(error), "USAGE", USAGE);
+    USAGE
+}
+
 fn last_words(text: &str, code: &str, exit_code: i32) {
     if JSON_ERROR.load(Ordering::Relaxed) {
         eprintln!("{}", json!({"error": text, "code": code, "exit_code": exit_code}));

@@ -114,6 +114,10 @@ impl Discovery {
                 "a context of {asked} is more than the model's, so {models} tokens are served"
             ));
         }
+        let generates = matches!(self.profile.task, v1::Task::Generate | v1::Task::Unspecified);
+        if !generates && (deployment.kv_tokens.is_some() || deployment.max_sequences.is_some()) {
+            plan.warnings.push("the size of a cache was given, but this model needs none".to_owned());
+        }
         Ok(plan)
     }
 
@@ -128,6 +132,9 @@ impl Discovery {
                 let link = self.link(&replica.stages[at - 1], &replica.stages[at], deployment.links)?;
                 replica.stages[at - 1].link = Some(link);
             }
+        }
+        if let Some(forced) = deployment.links.filter(|_| plan.replicas.iter().all(|r| r.stages.len() < 2)) {
+            plan.warnings.push(format!("nothing is linked by {forced}: there is one stage"));
         }
         Ok(plan)
     }
