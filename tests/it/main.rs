@@ -9,6 +9,7 @@ mod foreign_client;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod kernels;
+mod lifecycle;
 mod loading;
 mod map;
 mod parity;

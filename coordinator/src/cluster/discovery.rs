@@ -28,6 +28,25 @@ pub struct Discovery {
     pub(crate) members: HashMap<String, (Member, String)>,
 }
 
+/// A plan, and what it was made over.
+#[derive(Debug, Clone)]
+pub struct Planned {
+    /// What was found.
+    pub found: Arc<Discovery>,
+    /// The plan over it.
+    pub plan: Arc<Plan>,
+}
+
+impl Planned {
+    /// Each replica of the plan by itself.
+    pub fn replicas(&self) -> impl Iterator<Item = Planned> {
+        self.plan.replicas.iter().map(|replica| {
+            let plan = Plan { replicas: vec![replica.clone()], ..Plan::clone(&self.plan) };
+            Planned { found: self.found.clone(), plan: plan.into() }
+        })
+    }
+}
+
 /// Asks every member for its devices and for the model.
 ///
 /// # Errors
@@ -81,10 +100,10 @@ fn absent(status: &Status) -> bool {
 }
 
 impl Discovery {
-    /// Leaves out the devices that the first replicas of `plans` have.
+    /// Leaves out the devices that `plans` have.
     pub(crate) fn leave_out(&mut self, plans: &[Arc<Plan>]) {
         let taken = |offer: &Offer| {
-            let stages = plans.iter().filter_map(|plan| plan.replicas.first()).flat_map(|r| &r.stages);
+            let stages = plans.iter().flat_map(|plan| &plan.replicas).flat_map(|r| &r.stages);
             stages.clone().any(|s| s.worker == offer.worker && s.device == offer.device.id)
         };
         self.offers.retain(|offer| !taken(offer));

@@ -27,6 +27,9 @@ pub struct StatusArgs {
     /// Print JSON
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
+    /// Show it again whenever it changes, until Ctrl-C; the server may come and go meanwhile
+    #[arg(long, env = "STRATA_WATCH")]
+    pub watch: bool,
     #[command(flatten)]
     pub address: AddressArgs,
 }
