@@ -10,16 +10,15 @@ use crate::{
     engine::StepError,
     kernels::{
         cuda::{
-            launch::{Attend, Heads, Kernels, Places, RawCache, RawNorm, attention_bytes, follow},
+            launch::{
+                Attend, Heads, Kernels, MAX_SPLITS, Places, RawCache, RawNorm, attention_bytes, follow,
+            },
             memory::Ptr,
         },
         ops::Span,
     },
     model::architecture::{Attention, Position, Slot},
 };
-
-/// Most parts that one row's attention is split into.
-const MAX_SPLITS: usize = 64;
 
 impl Pass<'_> {
     /// Turns queries and keys, and puts keys and values into the cache of the stage's layer `index`.
