@@ -32,6 +32,8 @@ pub struct CoordinatorConfig {
     pub join_patience: Duration,
     /// Checks whose failure does not keep the deployment from serving.
     pub skip_checks: Vec<Check>,
+    /// Names by which clients ask for the model; none: the deployment's. The first is what answers say.
+    pub names: Vec<String>,
     /// The program's version, as Status is to say it.
     pub version: String,
 }
@@ -56,6 +58,7 @@ impl CoordinatorConfig {
             expected_members: workers,
             join_patience: JOIN_PATIENCE,
             skip_checks: Vec::new(),
+            names: Vec::new(),
             version: String::new(),
         }
     }

@@ -143,7 +143,12 @@ impl Coordinator {
         });
         up.await.map_err(|_| StartError::Engine)??;
         let longest_input = profile.context_length.min(config.deployment.max_step_tokens);
-        let served = Served { profile: profile.clone(), tokenizer, engine: engine.clone(), longest_input };
+        let names = match config.names.is_empty() {
+            true => vec![config.deployment.model.clone()],
+            false => config.names,
+        };
+        let served =
+            Served { names, profile: profile.clone(), tokenizer, engine: engine.clone(), longest_input };
         let coordinator = Coordinator {
             session: Session::new(served, config.limits.max_requests),
             version: config.version,

@@ -5,15 +5,11 @@ use std::io::Write;
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
 use strata_proto::v1::{
-    FinishReason, GenerateRequest, Sampling, Started, TokenLogprobs, Usage, generate_event,
+    FinishReason, GenerateRequest, Started, TokenLogprobs, Usage, generate_event,
     inference_client::InferenceClient,
 };
 
-use crate::{
-    args::{AnswerArgs, GenerateArgs},
-    client::Server,
-    prompt, report,
-};
+use crate::{args::GenerateArgs, client::Server, prompt};
 
 /// `strata generate`
 pub async fn generate(args: GenerateArgs) -> anyhow::Result<()> {
@@ -22,7 +18,7 @@ pub async fn generate(args: GenerateArgs) -> anyhow::Result<()> {
     if args.logprobs.is_some() && !json {
         bail!("--logprobs: only --json shows them: add it, or leave --logprobs out");
     }
-    warn_of_idle_flags(&args.answer);
+    args.answer.warn_of_idle_flags();
     let server = Server::connect(&args.address).await?;
     let mut client = InferenceClient::new(server.channel.clone());
     let mut stream = server.wait(client.generate(request(args, prompt))).await?.into_inner();
@@ -88,47 +84,13 @@ fn request(args: GenerateArgs, prompt: Option<String>) -> GenerateRequest {
         token_ids: args.token_ids,
         messages: args.message,
         max_tokens: args.answer.max_tokens,
-        sampling: Some(sampling(&args.answer)),
+        sampling: Some(args.answer.sampling()),
         stop: args.answer.stop,
         ignore_eos: args.answer.ignore_eos,
         logprobs: args.logprobs,
         deadline_ms: args.deadline_ms,
         model_defaults: args.answer.model_defaults,
         tenant: args.tenant,
-    }
-}
-
-/// Warns of flags that choose nothing, as the likeliest token is taken anyway.
-pub fn warn_of_idle_flags(args: &AnswerArgs) {
-    let greedy = args.temperature.map_or(!args.model_defaults, |temperature| temperature == 0.0);
-    let given = [
-        ("--top-k", args.top_k.is_some()),
-        ("--top-p", args.top_p.is_some()),
-        ("--min-p", args.min_p.is_some()),
-        ("--seed", args.seed.is_some()),
-    ];
-    let idle: Vec<_> =
-        given.into_iter().filter(|(_, given)| greedy && *given).map(|(flag, _)| flag).collect();
-    if !idle.is_empty() {
-        let idle = idle.join(", ");
-        report::warn(&format!(
-            "{idle}: without --temperature (or --model-defaults) the likeliest token is always taken"
-        ));
-    }
-}
-
-/// The sampling that flags ask for.
-pub fn sampling(args: &AnswerArgs) -> Sampling {
-    Sampling {
-        temperature: args.temperature,
-        top_k: args.top_k,
-        top_p: args.top_p,
-        min_p: args.min_p,
-        repetition_penalty: args.repetition_penalty,
-        frequency_penalty: args.frequency_penalty,
-        presence_penalty: args.presence_penalty,
-        seed: args.seed,
-        logit_bias: args.logit_bias.iter().copied().collect(),
     }
 }
 

@@ -39,7 +39,7 @@ static JSON_ERROR: AtomicBool = AtomicBool::new(false);
 
 /// Looks for how to report before flags are read, since reading them may fail.
 pub fn look_ahead() {
-    let given: Vec<_> = std::env::args().skip(1).collect();
+    let given: Vec<_> = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
     let named = given.iter().position(|word| word == "--log-format").and_then(|at| given.get(at + 1));
     let joined = given.iter().find_map(|word| word.strip_prefix("--log-format="));
     let variable = std::env::var("STRATA_LOG_FORMAT").ok();

@@ -11,6 +11,7 @@ use anyhow::{Context, bail};
 use strata_coordinator::{
     Coordinator, CoordinatorConfig, Deployment, Limits,
     cluster::membership::{self, MemberEvent},
+    config::{MAX_STEP_ROWS, PREFILL_CHUNK},
     engine::{Notice, Observer},
     front::grpc,
     planner::Split,
@@ -47,7 +48,8 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     }
     // A port that is taken should be known before a model is loaded.
     let listener = listen(&args.listen).await?;
-    let (config, members) = here(&args.here, &args.deployment)?;
+    let (mut config, members) = here(&args.here, &args.deployment)?;
+    config.names = args.listen.name;
     answer(config, members, listener, args.listen.grace).await
 }
 
@@ -61,11 +63,13 @@ pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
     }
     let members = membership::fixed(&args.workers).map_err(anyhow::Error::msg)?;
     let patience = Duration::from_secs(args.join_timeout);
-    let config = coordinator_config(&args.deployment, args.model, Split::Auto, args.workers.len(), patience);
+    let mut config =
+        coordinator_config(&args.deployment, args.model, Split::Auto, args.workers.len(), patience);
     if args.dry_run.dry_run {
         return plan::preview_plan(&config, members, args.dry_run.json).await;
     }
     let listener = listen(&args.listen).await?;
+    config.names = args.listen.name;
     answer(config, members, listener, args.listen.grace).await
 }
 
@@ -80,7 +84,8 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     let devices = if args.devices.is_empty() { device::all() } else { args.devices };
     let devices = capped(devices, &args.max_memory)?;
     let compute = args.compute.resolve(processors(&devices));
-    let kernels = args.kernel_cache.resolve(&devices);
+    let directories =
+        Directories { spill: args.spill.resolve(&devices)?, kernels: args.kernel_cache.resolve(&devices) };
     let worker = LocalWorker::start(WorkerConfig {
         models: Models::Under(args.models),
         devices,
@@ -88,7 +93,7 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         link_address: args.link_listen.unwrap_or(SocketAddr::new(address.ip(), 0)),
         hub: Arc::default(),
         step_hook: None,
-        directories: Directories { spill: args.spill.resolve()?, kernels },
+        directories,
     })?;
     let worker = Arc::new(worker);
     let service: Arc<dyn Worker> = worker.clone();
@@ -142,12 +147,16 @@ pub fn here(
         }
     };
     let compute = args.compute.resolve(device_lists.iter().map(|devices| processors(devices)).sum());
-    let kernels = args.kernel_cache.resolve(device_lists.iter().flatten());
-    let directories = Directories { spill: args.spill.resolve()?, kernels };
+    let device_lists: Vec<_> = device_lists
+        .into_iter()
+        .map(|devices| capped(devices, &args.max_memory))
+        .collect::<Result<_, _>>()?;
+    let all = || device_lists.iter().flatten();
+    let directories =
+        Directories { spill: args.spill.resolve(all())?, kernels: args.kernel_cache.resolve(all()) };
     let hub = Arc::<Hub>::default();
     let mut workers: Vec<(String, Arc<dyn Worker>)> = Vec::new();
     for (index, devices) in device_lists.into_iter().enumerate() {
-        let devices = capped(devices, &args.max_memory)?;
         let worker = LocalWorker::start(WorkerConfig {
             models: Models::One { name: name.clone(), directory: directory.clone() },
             devices,
@@ -183,6 +192,21 @@ fn capped(mut devices: Vec<DeviceSpec>, caps: &[DeviceSpec]) -> anyhow::Result<V
     Ok(devices)
 }
 
+/// Warns of bounds that a step's tokens bound already. Defaults are not what somebody asked for.
+fn warn_of_idle_bounds(args: &DeploymentArgs) {
+    let most = args.max_step_tokens;
+    for (flag, value, default) in [
+        ("--max-step-rows", args.max_step_rows, MAX_STEP_ROWS),
+        ("--prefill-chunk", args.prefill_chunk, PREFILL_CHUNK),
+    ] {
+        if value > most && value != default {
+            report::warn(&format!(
+                "{flag} {value} is never reached: a step has at most {most} (--max-step-tokens)"
+            ));
+        }
+    }
+}
+
 fn coordinator_config(
     args: &DeploymentArgs,
     model: String,
@@ -190,6 +214,7 @@ fn coordinator_config(
     expected_members: usize,
     join_patience: Duration,
 ) -> CoordinatorConfig {
+    warn_of_idle_bounds(args);
     CoordinatorConfig {
         deployment: Deployment {
             model,
@@ -213,6 +238,7 @@ fn coordinator_config(
         expected_members,
         join_patience,
         skip_checks: args.skip_check.clone(),
+        names: Vec::new(),
         version: VERSION.into(),
     }
 }

@@ -20,7 +20,7 @@ use tokio::{
 
 use crate::{
     args::{AnswerArgs, RunArgs},
-    generate, model_dir, prompt, report, roles,
+    model_dir, prompt, report, roles,
     show::Loading,
 };
 
@@ -30,7 +30,7 @@ const HELP: &str = "/exit or Ctrl-D ends, /clear forgets what was said, Ctrl-C s
 pub async fn run(args: RunArgs) -> anyhow::Result<()> {
     must_generate(&args.here.model)?;
     let prompt = prompt::only(args.text.clone(), args.prompt.clone())?;
-    generate::warn_of_idle_flags(&args.answer);
+    args.answer.warn_of_idle_flags();
     let mut model = start(&args).await?;
     match prompt {
         Some(prompt) => model.ask(prompt, None).await.map(drop),
@@ -187,7 +187,7 @@ impl Model {
             prompt,
             messages,
             max_tokens: self.answer.max_tokens,
-            sampling: Some(generate::sampling(&self.answer)),
+            sampling: Some(self.answer.sampling()),
             stop: self.answer.stop.clone(),
             ignore_eos: self.answer.ignore_eos,
             model_defaults: self.answer.model_defaults,

@@ -46,6 +46,9 @@ fn as_text(status: &StatusResponse, plan: Option<&Plan>) -> String {
         load.steps,
         load.preemptions,
     );
+    if status.names.len() > 1 {
+        out += &format!("names     {}\n", status.names.join(", "));
+    }
     for member in &status.members {
         let devices: Vec<_> =
             member.devices.iter().map(|d| format!("{} {}", d.id, show::bytes(d.budget_bytes))).collect();
@@ -70,6 +73,7 @@ fn as_json(status: &StatusResponse, plan: Option<&Plan>) -> anyhow::Result<Strin
     let value = json!({
         "version": status.version,
         "model": status.model,
+        "names": status.names,
         "ready": status.ready,
         "reason": status.reason,
         "fence": {"term": fence.term, "pipeline": fence.pipeline, "incarnation": fence.incarnation},

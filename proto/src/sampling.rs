@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::v1;
+
 /// Most alternatives that are reported beside a token.
 pub const MAX_LOGPROBS: u32 = 20;
 /// Most candidates for a mask.
@@ -23,6 +25,18 @@ pub const FREQUENCY_PENALTY: Bounds = Bounds::closed(-2.0, 2.0);
 pub const PRESENCE_PENALTY: Bounds = Bounds::closed(-2.0, 2.0);
 /// Of each value of `logit_bias`.
 pub const BIAS: Bounds = Bounds::closed(-100.0, 100.0);
+
+/// Every parameter that is one number, by the field that a client sets, with its bounds.
+pub fn numbers(s: &v1::Sampling) -> [(&'static str, Option<f32>, Bounds); 6] {
+    [
+        ("sampling.temperature", s.temperature, TEMPERATURE),
+        ("sampling.top_p", s.top_p, TOP_P),
+        ("sampling.min_p", s.min_p, MIN_P),
+        ("sampling.repetition_penalty", s.repetition_penalty, REPETITION_PENALTY),
+        ("sampling.frequency_penalty", s.frequency_penalty, FREQUENCY_PENALTY),
+        ("sampling.presence_penalty", s.presence_penalty, PRESENCE_PENALTY),
+    ]
+}
 
 /// What a number may be.
 #[derive(Debug, Clone, Copy, PartialEq)]

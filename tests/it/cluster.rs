@@ -199,6 +199,7 @@ impl Cluster {
             expected_members: options.workers,
             join_patience: PATIENCE,
             skip_checks: Vec::new(),
+            names: Vec::new(),
             version: String::new(),
         };
         let (members, events) = mpsc::unbounded_channel();

@@ -122,6 +122,32 @@ fn values_may_begin_with_a_dash_and_errors_are_for_programs_too() {
     assert_eq!((code, &error(&said)["code"]), (4, &"UNAVAILABLE".into()), "{said}");
 }
 
+#[tokio::test]
+async fn a_model_is_asked_for_by_any_of_its_names() {
+    let names = ["--name", "bard,will", "--name", "b"];
+    let server = Process::start(&[&["serve", &shakespeare(), "--port", "0"], &names[..]].concat(), "ready ");
+    let channel = Channel::from_shared(server.address.clone()).unwrap().connect_lazy();
+    let status = ClusterClient::new(channel.clone()).status(StatusRequest {}).await.unwrap().into_inner();
+    assert_eq!(
+        (status.model.as_str(), status.names),
+        ("bard", ["bard", "will", "b"].map(String::from).into())
+    );
+    let (_, shown, _) = strata(&["status", "--address", &server.address]);
+    assert!(shown.starts_with("bard ready") && shown.contains("\nnames     bard, will, b\n"), "{shown}");
+    let ask = |model: &str| {
+        let mut client = InferenceClient::new(channel.clone());
+        let request = TokenizeRequest { model: model.into(), text: "x".into(), ..TokenizeRequest::default() };
+        async move { client.tokenize(request).await }
+    };
+    for name in ["", "bard", "will", "b"] {
+        ask(name).await.unwrap();
+    }
+    let refused = ask("shakespeare").await.unwrap_err();
+    assert_eq!(refused.code(), Code::NotFound);
+    let says = "model \"shakespeare\" is not served here; this server answers for \"bard\", \"will\", \"b\"";
+    assert_eq!(refused.message(), says);
+}
+
 #[test]
 fn a_server_that_says_nothing_is_given_up() {
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -224,6 +250,12 @@ fn nothing_that_is_given_is_ignored_in_silence() {
     for (args, code, says) in [
         (&["--threads", "1000"][..], 0, "warning: --threads 1000: this machine has "),
         (&["--threads", "0"], 2, "0 is not in 1.."),
+        (
+            &["--spill-dir", "/tmp", "--max-memory", "cpu=1GiB"],
+            0,
+            "--spill-dir /tmp is not used: no device is",
+        ),
+        (&["--prefill-chunk", "500", "--max-step-tokens", "100"], 0, "--prefill-chunk 500 is never reached"),
         (&["--kernel-cache", "/tmp"], 0, "--kernel-cache /tmp is not used: none of the devices is a GPU"),
         (&["--device", "80GiB@3.3"], 2, "3 B/s: expected a unit, as in 3.3TB/s"),
     ] {

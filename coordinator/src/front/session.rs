@@ -53,6 +53,8 @@ impl Classify for SessionError {
 /// What a session needs of a model that is served.
 #[derive(Debug)]
 pub(crate) struct Served {
+    /// Names by which it may be asked for; at least one.
+    pub names: Vec<String>,
     pub profile: Arc<ModelProfile>,
     pub tokenizer: Arc<Tokenizer>,
     pub engine: EngineHandle,
@@ -80,7 +82,7 @@ struct Shared {
 impl Session {
     /// A session that takes `max_requests` at a time.
     pub(crate) fn new(served: Served, max_requests: usize) -> Self {
-        let model = served.profile.model.as_str().into();
+        let model = served.names.first().unwrap_or(&served.profile.model).as_str().into();
         let shared = Shared { served, gate: Gate::new(max_requests), counts: Arc::default(), model };
         Session { shared: Arc::new(shared), probes: false }
     }
@@ -93,6 +95,11 @@ impl Session {
     /// Name of the model that answers.
     pub fn model(&self) -> &str {
         &self.shared.model
+    }
+
+    /// Every name by which it may be asked for, that one first.
+    pub fn names(&self) -> &[String] {
+        &self.shared.served.names
     }
 
     /// Requests so far.
@@ -212,7 +219,7 @@ impl Session {
     pub async fn tokenize(&self, request: v1::TokenizeRequest) -> Result<v1::TokenizeResponse, SessionError> {
         let mut record = self.arrived("Tokenize");
         let token_ids = self.tokenizing(&mut record, move |served| {
-            bounds::check_model(&request.model, &served.profile.model)?;
+            bounds::check_model(&request.model, &served.names)?;
             bounds::check_text("text", &request.text)?;
             Ok(served.tokenizer.encode(&request.text, !request.plain)?)
         });
@@ -232,7 +239,7 @@ impl Session {
         let mut record = self.arrived("Detokenize");
         record.prompt_tokens = request.token_ids.len() as u32;
         let text = self.tokenizing(&mut record, move |served| {
-            bounds::check_model(&request.model, &served.profile.model)?;
+            bounds::check_model(&request.model, &served.names)?;
             let field = |why| AdmissionError::Field { field: "token_ids", why };
             if request.token_ids.len() > MAX_IDS {
                 let count = request.token_ids.len();
@@ -277,6 +284,7 @@ impl Session {
         record: &mut Record,
     ) -> Result<(v1::Started, Pending), SessionError> {
         let checking = self.tokenizing(record, |served| {
+            bounds::check_model(&request.model, &served.names)?;
             let capacity = served.engine.snapshot.borrow().capacity;
             // While no pipeline is up its capacity is unknown; the scheduler checks again when there is one.
             let capacity = if capacity == 0 { u64::MAX } else { capacity };
@@ -318,6 +326,7 @@ impl Session {
         mut answer: impl FnMut(Sent, Reply) -> Option<T>,
     ) -> Result<Vec<T>, SessionError> {
         let checking = self.tokenizing(record, move |served| {
+            bounds::check_model(&asked.model, &served.names)?;
             encode::check(asked, &served.tokenizer, &served.profile, served.longest_input)
         });
         let (inputs, deadline): (_, Option<Duration>) = checking.await?;

@@ -13,15 +13,16 @@ pub const MAX_IDS: usize = 1 << 20;
 /// Longest deadline.
 pub const MAX_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
-/// Refuses a name other than the served one.
+/// Refuses a name that is none of those served. No name is whichever model there is.
 ///
 /// # Errors
 /// [`AdmissionError::WrongModel`].
-pub fn check_model(asked: &str, served: &str) -> Result<(), AdmissionError> {
-    if asked.is_empty() || asked == served {
+pub fn check_model(asked: &str, served: &[String]) -> Result<(), AdmissionError> {
+    if asked.is_empty() || served.iter().any(|name| name == asked) {
         return Ok(());
     }
-    Err(AdmissionError::WrongModel { asked: asked.to_owned(), served: served.to_owned() })
+    let served: Vec<_> = served.iter().map(|name| format!("{name:?}")).collect();
+    Err(AdmissionError::WrongModel { asked: asked.to_owned(), served: served.join(", ") })
 }
 
 /// Refuses a text that is too long to tokenize.

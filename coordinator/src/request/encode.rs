@@ -9,7 +9,7 @@ use strata_proto::{
 };
 
 use super::{
-    bounds::{MAX_TEXT, check_deadline, check_model, check_task},
+    bounds::{MAX_TEXT, check_deadline, check_task},
     error::{AdmissionError, field},
     tokenizer::{Encoded, Tokenizer},
 };
@@ -59,7 +59,6 @@ pub fn check(
     profile: &ModelProfile,
     longest: u32,
 ) -> Result<(Vec<CheckedInput>, Option<Duration>), AdmissionError> {
-    check_model(&request.model, &profile.model)?;
     check_task(request.task, profile)?;
     let deadline = check_deadline(request.deadline_ms)?;
     let count = request.inputs.len();

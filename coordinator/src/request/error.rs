@@ -21,11 +21,11 @@ pub enum AdmissionError {
         why: String,
     },
     /// Another model was asked for.
-    #[error("model {} is not served here; this server answers for {served:?}", quoted(asked))]
+    #[error("model {} is not served here; this server answers for {served}", quoted(asked))]
     WrongModel {
         /// The name asked for.
         asked: String,
-        /// The name served.
+        /// The names served, in quotes.
         served: String,
     },
     /// The model does something else.

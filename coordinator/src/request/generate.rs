@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use strata_proto::{ModelProfile, sampling::MAX_LOGPROBS, v1};
 
 use super::{
-    bounds::{MAX_TEXT, check_deadline, check_model, check_task, check_text},
+    bounds::{MAX_TEXT, check_deadline, check_task, check_text},
     chat::Message,
     error::{AdmissionError, field},
     sampling,
@@ -50,7 +50,6 @@ pub fn check(
     profile: &ModelProfile,
     kv_capacity: u64,
 ) -> Result<Checked, AdmissionError> {
-    check_model(&request.model, &profile.model)?;
     check_task(v1::Task::Generate, profile)?;
     let defaults = request.model_defaults.then(|| tokenizer.defaults());
     let sampling = sampling::check(request.sampling.unwrap_or_default(), defaults, profile.vocab_size)?;

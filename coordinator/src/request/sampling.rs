@@ -51,12 +51,9 @@ pub(super) fn check(
         }
         _ => Ok(()),
     };
-    within("sampling.temperature", s.temperature, sampling::TEMPERATURE)?;
-    within("sampling.top_p", s.top_p, sampling::TOP_P)?;
-    within("sampling.min_p", s.min_p, sampling::MIN_P)?;
-    within("sampling.repetition_penalty", s.repetition_penalty, sampling::REPETITION_PENALTY)?;
-    within("sampling.frequency_penalty", s.frequency_penalty, sampling::FREQUENCY_PENALTY)?;
-    within("sampling.presence_penalty", s.presence_penalty, sampling::PRESENCE_PENALTY)?;
+    for (name, value, bounds) in sampling::numbers(&s) {
+        within(name, value, bounds)?;
+    }
     if s.top_k.is_some_and(|k| k > vocab) {
         return Err(field("sampling.top_k", format!("expected at most the vocabulary, {vocab}")));
     }

@@ -3,10 +3,11 @@
 use clap::{Args, ValueEnum};
 use strata_proto::{
     DEFAULT_PORT,
-    v1::{ChatMessage, Truncation},
+    v1::{ChatMessage, Sampling, Truncation},
 };
 
 use super::{DeploymentArgs, HereArgs};
+use crate::report;
 
 /// Where a server is, and how long it may take.
 #[derive(Debug, Clone, Args)]
@@ -23,17 +24,15 @@ pub struct AddressArgs {
 
 #[derive(Debug, Args)]
 pub struct StatusArgs {
-    #[command(flatten)]
-    pub address: AddressArgs,
     /// Print JSON
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
+    #[command(flatten)]
+    pub address: AddressArgs,
 }
 
 #[derive(Debug, Args)]
 pub struct BenchArgs {
-    #[command(flatten)]
-    pub address: AddressArgs,
     /// Requests at once; several, separated by commas, are measured one after the other
     #[arg(long, env = "STRATA_CONCURRENCY", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub concurrency: Vec<u32>,
@@ -64,6 +63,8 @@ pub struct BenchArgs {
     /// Print one JSON object per measurement
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
+    #[command(flatten)]
+    pub address: AddressArgs,
 }
 
 /// How an answer is drawn, and where it ends.
@@ -111,22 +112,58 @@ pub struct AnswerArgs {
     pub model_defaults: bool,
 }
 
+impl AnswerArgs {
+    /// The sampling that is asked for.
+    pub fn sampling(&self) -> Sampling {
+        Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            frequency_penalty: self.frequency_penalty,
+            presence_penalty: self.presence_penalty,
+            seed: self.seed,
+            logit_bias: self.logit_bias.iter().copied().collect(),
+        }
+    }
+
+    /// Warns of flags that choose nothing, as the likeliest token is taken anyway.
+    pub fn warn_of_idle_flags(&self) {
+        let greedy = self.temperature.map_or(!self.model_defaults, |temperature| temperature == 0.0);
+        let given = [
+            ("--top-k", self.top_k.is_some()),
+            ("--top-p", self.top_p.is_some()),
+            ("--min-p", self.min_p.is_some()),
+            ("--seed", self.seed.is_some()),
+        ];
+        let idle: Vec<_> =
+            given.into_iter().filter(|(_, given)| greedy && *given).map(|(flag, _)| flag).collect();
+        if !idle.is_empty() {
+            let idle = idle.join(", ");
+            report::warn(&format!(
+                "{idle}: without --temperature (or --model-defaults) the likeliest token is always taken"
+            ));
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub struct RunArgs {
     #[command(flatten)]
     pub here: HereArgs,
     /// What to ask: a message of a chat if the model has a chat template, a text to continue if not; - is standard input,
     /// @FILE a file, and @@ an @. Without one, every line of standard input is asked
-    #[arg(env = "STRATA_PROMPT", value_name = "PROMPT")]
+    #[arg(env = "STRATA_PROMPT", value_name = "PROMPT", help_heading = None)]
     pub text: Option<String>,
     /// The same
-    #[arg(long, env = "STRATA_PROMPT", allow_hyphen_values = true)]
+    #[arg(long, help_heading = "Answer", env = "STRATA_PROMPT", allow_hyphen_values = true)]
     pub prompt: Option<String>,
     /// Continue the prompt as it is, although the model has a chat template
-    #[arg(long, env = "STRATA_COMPLETE")]
+    #[arg(long, help_heading = "Answer", env = "STRATA_COMPLETE")]
     pub complete: bool,
     /// A message that the chat begins with, as ROLE=TEXT; may be repeated
-    #[arg(long, env = "STRATA_MESSAGE", value_parser = parse_message, allow_hyphen_values = true, conflicts_with = "complete")]
+    #[arg(long, help_heading = "Answer", env = "STRATA_MESSAGE", value_parser = parse_message, allow_hyphen_values = true, conflicts_with = "complete")]
     pub message: Vec<ChatMessage>,
     #[command(flatten)]
     pub answer: AnswerArgs,
@@ -136,8 +173,6 @@ pub struct RunArgs {
 
 #[derive(Debug, Args)]
 pub struct GenerateArgs {
-    #[command(flatten)]
-    pub address: AddressArgs,
     /// Text to continue; - is standard input, @FILE a file, and @@ an @
     #[arg(env = "STRATA_PROMPT", value_name = "PROMPT", required_unless_present_any = ["prompt", "token_ids", "message"])]
     pub text: Option<String>,
@@ -150,8 +185,6 @@ pub struct GenerateArgs {
     /// A message of a chat, as ROLE=TEXT; may be repeated
     #[arg(long, env = "STRATA_MESSAGE", value_parser = parse_message, allow_hyphen_values = true, conflicts_with_all = ["text", "prompt", "token_ids"])]
     pub message: Vec<ChatMessage>,
-    #[command(flatten)]
-    pub answer: AnswerArgs,
     /// With --json: report log-probabilities, and this many alternatives
     #[arg(long, env = "STRATA_LOGPROBS")]
     pub logprobs: Option<u32>,
@@ -164,12 +197,14 @@ pub struct GenerateArgs {
     /// Print one JSON object per event, and a last one with the whole answer
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
+    #[command(flatten)]
+    pub address: AddressArgs,
+    #[command(flatten)]
+    pub answer: AnswerArgs,
 }
 
 #[derive(Debug, Args)]
 pub struct TokenizeArgs {
-    #[command(flatten)]
-    pub address: AddressArgs,
     /// The text; - is standard input, @FILE a file, and @@ an @
     #[arg(env = "STRATA_TEXT")]
     pub text: String,
@@ -179,12 +214,12 @@ pub struct TokenizeArgs {
     /// Print JSON
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
+    #[command(flatten)]
+    pub address: AddressArgs,
 }
 
 #[derive(Debug, Args)]
 pub struct DetokenizeArgs {
-    #[command(flatten)]
-    pub address: AddressArgs,
     /// The ids, separated by commas
     #[arg(env = "STRATA_TOKEN_IDS", value_delimiter = ',', required = true)]
     pub token_ids: Vec<u32>,
@@ -194,6 +229,8 @@ pub struct DetokenizeArgs {
     /// Print JSON
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
+    #[command(flatten)]
+    pub address: AddressArgs,
 }
 
 /// Which part of a long input is kept.
@@ -215,8 +252,6 @@ impl From<Keep> for Truncation {
 /// Inputs of an encoder.
 #[derive(Debug, Args)]
 pub struct InputArgs {
-    #[command(flatten)]
-    pub address: AddressArgs,
     /// A text; may be repeated
     #[arg(long, env = "STRATA_TEXT", required_unless_present = "token_ids", allow_hyphen_values = true)]
     pub text: Vec<String>,
@@ -235,6 +270,8 @@ pub struct InputArgs {
     /// Print one JSON object per input
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
+    #[command(flatten)]
+    pub address: AddressArgs,
 }
 
 #[derive(Debug, Args)]
@@ -251,11 +288,11 @@ pub struct EmbedArgs {
 
 #[derive(Debug, Args)]
 pub struct FillMaskArgs {
-    #[command(flatten)]
-    pub input: InputArgs,
     /// Candidates for each mask [default: 5]
     #[arg(long, env = "STRATA_TOP_K")]
     pub top_k: Option<u32>,
+    #[command(flatten)]
+    pub input: InputArgs,
 }
 
 fn parse_bias(s: &str) -> Result<(u32, f32), String> {

@@ -62,12 +62,24 @@ pub struct SpillArgs {
 }
 
 impl SpillArgs {
-    /// The directory, if there is to be one.
-    pub fn resolve(&self) -> anyhow::Result<Option<PathBuf>> {
+    /// The directory, if there is to be one. Warns if none of `devices` would use it.
+    pub fn resolve<'a>(
+        &self,
+        devices: impl IntoIterator<Item = &'a DeviceSpec>,
+    ) -> anyhow::Result<Option<PathBuf>> {
+        let mut devices = devices.into_iter();
         match self.spill_dir.as_deref() {
             Some("") => Ok(None),
             Some(named) if !Path::new(named).is_dir() => bail!("--spill-dir {named}: no such directory"),
-            directory => Ok(Some(directory.unwrap_or("/var/tmp").into())),
+            directory => {
+                let used = devices.any(|device| device.kind == DeviceKind::Cpu && device.cap.is_none());
+                if let Some(named) = directory.filter(|_| !used) {
+                    report::warn(&format!(
+                        "--spill-dir {named} is not used: no device is a CPU without a byte cap"
+                    ));
+                }
+                Ok(Some(directory.unwrap_or("/var/tmp").into()))
+            }
         }
     }
 }

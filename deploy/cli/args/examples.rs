@@ -7,7 +7,7 @@ pub const RUN: &str = "Examples:
 
 pub const SERVE: &str = "Examples:
   strata serve tests/models/shakespeare --workers 3
-  strata serve MODEL_DIR --quantize int8 --port 8000
+  strata serve MODEL_DIR --name llama,llama-8b --quantize int8 --port 8000
   strata serve MODEL_DIR --devices cpu:0=24GiB,cpu:1=24GiB --dry-run";
 
 pub const COORDINATOR: &str = "Examples:

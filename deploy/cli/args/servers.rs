@@ -13,6 +13,10 @@ use super::{ComputeArgs, DeploymentArgs, HereArgs, ImaginedDevices, KernelCacheA
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Clients")]
 pub struct ListenArgs {
+    /// Name by which clients ask for the model; more of them, repeated or separated by commas, are aliases [default: the
+    /// directory's]
+    #[arg(long, env = "STRATA_NAME", value_delimiter = ',', value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub name: Vec<String>,
     /// Address to answer clients on
     #[arg(long, env = "STRATA_HOST", default_value = "127.0.0.1")]
     pub host: String,
@@ -26,6 +30,7 @@ pub struct ListenArgs {
 
 /// A plan in the place of a server.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Dry run")]
 pub struct DryRunArgs {
     /// Print the plan and stop: nothing is loaded
     #[arg(long, env = "STRATA_DRY_RUN")]
@@ -49,10 +54,6 @@ pub struct ServeArgs {
 
 #[derive(Debug, Args)]
 pub struct PlanArgs {
-    #[command(flatten)]
-    pub here: HereArgs,
-    #[command(flatten)]
-    pub deployment: DeploymentArgs,
     /// Plan over GPUs this machine need not have: 2x80GiB@3.3TB/s@900TFLOP/s, where count, bandwidth and rate may be left
     /// out; may be repeated
     #[arg(long = "device", env = "STRATA_DEVICE", conflicts_with_all = ["workers", "devices", "max_memory"])]
@@ -60,17 +61,21 @@ pub struct PlanArgs {
     /// Print JSON
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
-}
-
-#[derive(Debug, Args)]
-pub struct CheckArgs {
     #[command(flatten)]
     pub here: HereArgs,
     #[command(flatten)]
     pub deployment: DeploymentArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct CheckArgs {
     /// Print JSON
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
+    #[command(flatten)]
+    pub here: HereArgs,
+    #[command(flatten)]
+    pub deployment: DeploymentArgs,
 }
 
 #[derive(Debug, Args)]

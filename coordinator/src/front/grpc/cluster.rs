@@ -57,6 +57,7 @@ impl Cluster for ClusterService {
         });
         Ok(Response::new(v1::StatusResponse {
             model: self.coordinator.session.model().to_owned(),
+            names: self.coordinator.session.names().to_vec(),
             ready: snapshot.ready,
             reason: snapshot.reason,
             plan: snapshot.plan.as_deref().map(Into::into),
