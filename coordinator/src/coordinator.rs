@@ -1,22 +1,29 @@
-//! Starting a coordinator: members, plan, tokenizer, engine, first pipeline.
+//! A coordinator from its first moment on: it stands by, starts (members, plan, tokenizer, engine, pipelines, probe),
+//! serves, and drains.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use futures::StreamExt;
 use strata_proto::{
     ModelProfile, Plan,
     v1::{self, Task, generate_event::Event},
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::{
     cluster::{
         PipelineError,
-        discovery::{Discovery, discover},
-        membership::{self, Member, MemberEvent},
+        discovery::{Discovery, Planned, discover},
+        membership::{MemberEvent, Members},
     },
-    config::{CoordinatorConfig, Deployment},
-    engine::{self, Engine, EngineError, EngineHandle, Notice, Observer},
+    config::CoordinatorConfig,
+    engine::{self, Engine, EngineError, Notice, Observer, Snapshot, State},
     front::session::{Served, Session, SessionError},
     preflight::{self, Check, Finding},
 };
@@ -43,6 +50,9 @@ pub enum StartError {
     /// A check before serving failed.
     #[error("preflight: {}", refusals(.0))]
     Preflight(Vec<Finding>),
+    /// It was started before.
+    #[error("this coordinator was started before; make another one")]
+    Again,
     /// The engine ended before it began.
     #[error("the engine ended unexpectedly")]
     Engine,
@@ -54,58 +64,71 @@ fn refusals(findings: &[Finding]) -> String {
     format!("{} (a check can be ignored with --skip-check NAME)", all.join("; "))
 }
 
-/// A serving coordinator, without its ports.
-#[derive(Clone)]
+/// A coordinator, without its ports. It can be asked what it is doing from the moment it is made.
+#[derive(Debug, Clone)]
 pub struct Coordinator {
-    pub(crate) deployment: Deployment,
-    pub(crate) session: Session,
-    pub(crate) engine: EngineHandle,
-    pub(crate) version: String,
-    /// Members as the engine was last told.
-    pub(crate) members: Arc<std::sync::Mutex<Vec<Member>>>,
+    shared: Arc<Shared>,
 }
 
-/// Waits for the expected workers and asks them for their devices and the model; loads nothing.
-///
-/// # Errors
-/// If workers stay away, or the model cannot be described.
-pub async fn discover_members(
-    config: &CoordinatorConfig,
-    members: &mut mpsc::UnboundedReceiver<MemberEvent>,
-    observer: &Observer,
-) -> Result<Discovery, StartError> {
-    let members = gather(config, members, observer).await?;
-    Ok(discover(&members, &config.deployment.model).await?)
-}
-
-/// Waits for the expected workers, asks them, and plans, without loading anything.
-///
-/// # Errors
-/// As for [`Coordinator::start`].
-pub async fn preview(
-    config: &CoordinatorConfig,
-    members: &mut mpsc::UnboundedReceiver<MemberEvent>,
-    observer: &Observer,
-) -> Result<(Discovery, Plan), StartError> {
-    let found = discover_members(config, members, observer).await?;
-    let plan = found.plan(&config.deployment)?;
-    Ok((found, plan))
+#[derive(Debug)]
+struct Shared {
+    config: CoordinatorConfig,
+    members: Members,
+    snapshot: watch::Sender<Snapshot>,
+    session: Session,
+    started: AtomicBool,
 }
 
 impl Coordinator {
-    /// Waits for the expected workers, plans, loads, and returns once requests can be answered.
+    /// A coordinator that stands by until it is [started](Self::start).
+    pub fn new(config: CoordinatorConfig) -> Self {
+        let doing = "it has not been started".to_owned();
+        let (snapshot, view) = watch::channel(Snapshot { doing, ..Snapshot::default() });
+        let names = match config.names.is_empty() {
+            true => vec![config.deployment.model.clone()],
+            false => config.names.clone(),
+        };
+        let session = Session::new(names.into(), config.limits.max_requests, view);
+        let (members, started) = (Members::default(), AtomicBool::new(false));
+        let shared = Shared { config, members, snapshot, session, started };
+        Coordinator { shared: Arc::new(shared) }
+    }
+
+    /// Waits for the expected workers, plans, loads, checks, and returns once requests are answered. To be called once.
     ///
     /// # Errors
-    /// If workers stay away, the model does not fit, or the tokenizer is not the model's.
+    /// If workers stay away, the model does not fit, the tokenizer is not the model's, or this was called before.
     pub async fn start(
-        config: CoordinatorConfig,
+        &self,
+        events: mpsc::UnboundedReceiver<MemberEvent>,
+        observer: Observer,
+    ) -> Result<(), StartError> {
+        if self.shared.started.swap(true, Ordering::Relaxed) {
+            return Err(StartError::Again);
+        }
+        let started = self.bring_up(events, observer).await;
+        if let Err(error) = &started {
+            self.show(State::Standby, error.to_string());
+        }
+        started
+    }
+
+    async fn bring_up(
+        &self,
         mut events: mpsc::UnboundedReceiver<MemberEvent>,
         observer: Observer,
-    ) -> Result<Self, StartError> {
-        let members = gather(&config, &mut events, &observer).await?;
-        let found = discover(&members, &config.deployment.model).await?;
-        // Planned here only to fail early and to learn whom to ask for the tokenizer; the engine plans anew.
-        let plan = found.plan(&config.deployment)?;
+    ) -> Result<(), StartError> {
+        let Shared { config, members, session, snapshot, .. } = &*self.shared;
+        let waiting = |joined, expected| {
+            self.show(State::Standby, format!("{joined} of {expected} workers are there"));
+            observer(Notice::Waiting(joined, expected));
+        };
+        gather(config, &mut events, members, waiting).await?;
+        self.show(State::Starting, "asking the workers for the model");
+        let found = Arc::new(discover(&members.list(), &config.deployment.model).await?);
+        self.show(State::Starting, "planning");
+        let plan = Arc::new(found.plan(&config.deployment)?);
+        self.show(State::Starting, "checking the tokenizer");
         let files = found.tokenizer_files(&plan).await?;
         let mut profile = found.profile.clone();
         profile.context_length = config.deployment.context_of(&profile);
@@ -121,58 +144,111 @@ impl Coordinator {
             }
         };
 
-        let shared = Arc::new(std::sync::Mutex::new(members.clone()));
-        let (engine, up) = Engine::spawn(
-            config.deployment.clone(),
-            config.limits.clone(),
-            (profile.clone(), tokenizer.clone()),
-            observer.clone(),
-            members,
-        );
-        let (handle, known) = (engine.events.clone(), shared.clone());
-        tokio::spawn(async move {
-            while let Some(event) = events.recv().await {
-                membership::note(
-                    &mut known.lock().unwrap_or_else(std::sync::PoisonError::into_inner),
-                    &event,
-                );
-                if handle.send(engine::Event::Member(event)).is_err() {
-                    break;
-                }
-            }
+        self.show(State::Starting, "loading");
+        let (engine, up) = Engine::spawn(engine::Start {
+            deployment: config.deployment.clone(),
+            limits: config.limits.clone(),
+            profile: profile.clone(),
+            tokenizer: tokenizer.clone(),
+            observer: observer.clone(),
+            members: members.clone(),
+            snapshot: snapshot.clone(),
+            planned: Planned { found, plan },
         });
-        up.await.map_err(|_| StartError::Engine)??;
         let longest_input = profile.context_length.min(config.deployment.max_step_tokens);
-        let names = match config.names.is_empty() {
-            true => vec![config.deployment.model.clone()],
-            false => config.names,
-        };
-        let served =
-            Served { names, profile: profile.clone(), tokenizer, engine: engine.clone(), longest_input };
-        let coordinator = Coordinator {
-            session: Session::new(served, config.limits.max_requests),
-            version: config.version,
-            deployment: config.deployment,
-            engine,
-            members: shared,
-        };
-        let output = probe(&coordinator.session.probing(), &profile).await;
+        session.open(Served { profile: profile.clone(), tokenizer, engine: engine.clone(), longest_input });
+        tokio::spawn(follow(events, members.clone(), engine));
+        up.await.map_err(|_| StartError::Engine)??;
+        self.show(State::Starting, "checking the model's output");
+        let output = probe(&session.probing(), &profile).await;
         findings.push(Finding::new(Check::Output, output, &config.skip_checks));
         observer(Notice::Checked(findings.clone()));
         if findings.iter().any(Finding::refuses) {
             return Err(StartError::Preflight(findings));
         }
-        Ok(coordinator)
+        self.show(State::Serving, "");
+        Ok(())
+    }
+
+    /// Takes no more requests, and waits until those in progress have ended.
+    pub async fn drain(&self) {
+        self.show(State::Draining, "");
+        self.shared.session.idle().await;
+    }
+
+    /// Shows what it is doing, unless it is ending.
+    fn show(&self, state: State, doing: impl Into<String>) {
+        self.shared.snapshot.send_modify(|s| {
+            if s.state != State::Draining {
+                (s.state, s.doing) = (state, doing.into());
+            }
+        });
     }
 
     /// The way to ask the model.
     pub fn session(&self) -> &Session {
-        &self.session
+        &self.shared.session
     }
 
-    /// The engine, for whoever wants to watch it.
-    pub fn engine(&self) -> &EngineHandle {
-        &self.engine
+    /// What it is doing, now and whenever that changes.
+    pub fn watch(&self) -> watch::Receiver<Snapshot> {
+        self.shared.snapshot.subscribe()
+    }
+
+    /// The workers that are there.
+    pub fn members(&self) -> &Members {
+        &self.shared.members
+    }
+
+    /// What it was made from.
+    pub fn config(&self) -> &CoordinatorConfig {
+        &self.shared.config
+    }
+}
+
+/// Waits until the expected number of workers is there, and calls `waiting` whenever that is to be waited for.
+async fn gather(
+    config: &CoordinatorConfig,
+    events: &mut mpsc::UnboundedReceiver<MemberEvent>,
+    members: &Members,
+    waiting: impl Fn(usize, usize),
+) -> Result<(), StartError> {
+    let expected = config.expected_members;
+    let mut joined = members.list().len();
+    let all_joined = async {
+        while joined < expected {
+            let event = match events.try_recv() {
+                Ok(event) => Some(event),
+                Err(_) => {
+                    waiting(joined, expected);
+                    events.recv().await
+                }
+            };
+            match event {
+                Some(event) => joined = members.note(&event),
+                None => break,
+            }
+        }
+    };
+    // A timeout is told by the count below.
+    let _ = tokio::time::timeout(config.join_patience, all_joined).await;
+    if joined < expected {
+        return Err(StartError::Members { joined, expected, patience: config.join_patience });
+    }
+    Ok(())
+}
+
+/// Keeps the list of members, and tells the engine, until that is gone.
+async fn follow(
+    mut events: mpsc::UnboundedReceiver<MemberEvent>,
+    members: Members,
+    engine: mpsc::UnboundedSender<engine::Event>,
+) {
+    while let Some(event) = events.recv().await {
+        members.note(&event);
+        if engine.send(engine::Event::Member(event)).is_err() {
+            break;
+        }
     }
 }
 
@@ -243,33 +319,30 @@ async fn answer(session: &Session, task: Task, token: u32) -> Result<Vec<f32>, S
     }
 }
 
-/// Waits until the expected number of workers is there.
-async fn gather(
+/// Waits for the expected workers and asks them for their devices and the model; loads nothing.
+///
+/// # Errors
+/// If workers stay away, or the model cannot be described.
+pub async fn discover_members(
     config: &CoordinatorConfig,
     events: &mut mpsc::UnboundedReceiver<MemberEvent>,
     observer: &Observer,
-) -> Result<Vec<Member>, StartError> {
-    let expected = config.expected_members;
-    let mut members = Vec::new();
-    let all_joined = async {
-        while members.len() < expected {
-            let event = match events.try_recv() {
-                Ok(event) => Some(event),
-                Err(_) => {
-                    observer(Notice::Waiting(members.len(), expected));
-                    events.recv().await
-                }
-            };
-            match event {
-                Some(event) => membership::note(&mut members, &event),
-                None => break,
-            }
-        }
-    };
-    // A timeout is told by the count below.
-    let _ = tokio::time::timeout(config.join_patience, all_joined).await;
-    if members.len() < expected {
-        return Err(StartError::Members { joined: members.len(), expected, patience: config.join_patience });
-    }
-    Ok(members)
+) -> Result<Discovery, StartError> {
+    let members = Members::default();
+    gather(config, events, &members, |joined, expected| observer(Notice::Waiting(joined, expected))).await?;
+    Ok(discover(&members.list(), &config.deployment.model).await?)
+}
+
+/// Waits for the expected workers, asks them, and plans, without loading anything.
+///
+/// # Errors
+/// As for [`Coordinator::start`].
+pub async fn preview(
+    config: &CoordinatorConfig,
+    events: &mut mpsc::UnboundedReceiver<MemberEvent>,
+    observer: &Observer,
+) -> Result<(Discovery, Plan), StartError> {
+    let found = discover_members(config, events, observer).await?;
+    let plan = found.plan(&config.deployment)?;
+    Ok((found, plan))
 }

@@ -1,4 +1,32 @@
-//! The front end and the brain: what is let in, what runs it, and the workers it runs on.
+//! The front end and the brain. A [`Coordinator`] is made from a [`CoordinatorConfig`], started over workers, and asked through a
+//! [`Session`]; [`front::grpc`] does that for clients.
+//!
+//! ```
+//! use std::{sync::Arc, time::Duration};
+//!
+//! use strata_coordinator::{Coordinator, CoordinatorConfig, cluster::membership, engine::State};
+//! use strata_proto::{
+//!     error::{Classify, Kind},
+//!     v1::GenerateRequest,
+//! };
+//!
+//! # tokio::runtime::Runtime::new().unwrap().block_on(async {
+//! let mut config = CoordinatorConfig::new("llama-3-8b", 2);
+//! config.join_patience = Duration::from_millis(10);
+//! // It can be asked from its first moment on, and says what there is to wait for.
+//! let coordinator = Coordinator::new(config);
+//! assert_eq!(coordinator.watch().borrow().state, State::Standby);
+//! let refused = coordinator.session().generate(GenerateRequest::default()).await.unwrap_err();
+//! assert_eq!(refused.kind(), Kind::NoCapacity);
+//!
+//! // Workers come as events; here none does.
+//! let members = membership::local(Vec::new());
+//! let failed = coordinator.start(members, Arc::new(|notice| println!("{notice:?}"))).await.unwrap_err();
+//! assert!(failed.to_string().starts_with("0 of 2 workers answered"));
+//! # });
+//! ```
+//!
+//! With workers in the same process, and answers: `deploy/examples`.
 //!
 //! In the order in which they may use one another: `front`, `engine`, [`cluster`], `request`, and the two pure ones,
 //! [`scheduler`] and [`planner`]. ARCHITECTURE.md has a line for each file.

@@ -25,7 +25,7 @@ pub async fn check(args: CheckArgs) -> anyhow::Result<()> {
             notice => loading.show(notice),
         })
     };
-    let started = Coordinator::start(config, members, observer).await;
+    let started = Coordinator::new(config).start(members, observer).await;
     loading.finish();
     let findings = findings.lock().unwrap_or_else(PoisonError::into_inner).clone();
     let mut out = std::io::stdout().lock();

@@ -129,7 +129,8 @@ impl Server {
     }
 }
 
-fn unavailable(text: String) -> anyhow::Error {
+/// A server that does not answer, or not yet.
+pub fn unavailable(text: String) -> anyhow::Error {
     CallError { code: Code::Unavailable, text }.into()
 }
 

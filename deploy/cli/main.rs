@@ -1,5 +1,8 @@
 //! `strata`: one binary for every role of a cluster and for its clients.
 
+// Or a log in JSON would have lines that are none: `report` is for that.
+#![deny(clippy::print_stderr)]
+
 mod args;
 mod bench;
 mod check;
@@ -53,7 +56,9 @@ fn end(code: i32) -> ! {
 }
 
 fn command() -> anyhow::Result<()> {
-    let mut command = origin::without_foreign_variables(config_file::with_defaults(std::env::args_os())?);
+    let mut command = origin::without_foreign_variables(
+        config_file::with_defaults(std::env::args_os()).unwrap_or_else(|e| end(report::misconfigured(&e))),
+    );
     let matches =
         command.try_get_matches_from_mut(std::env::args_os()).unwrap_or_else(|e| origin::exit(&e, &command));
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());

@@ -1,5 +1,7 @@
 //! Standard error: sentences for people; with `--log-format json` one JSON object per line, and nothing else.
 
+#![allow(clippy::print_stderr, reason = "the one place for it")]
+
 use std::{
     io::IsTerminal,
     sync::atomic::{AtomicBool, Ordering},
@@ -149,6 +151,12 @@ pub fn usage(error: &clap::Error, note: Option<String>) -> i32 {
     error.exit_code()
 }
 
+/// Says what is wrong with the configuration file; its exit code.
+pub fn misconfigured(error: &anyhow::Error) -> i32 {
+    last_words(&in_one_line(error), "USAGE", USAGE);
+    USAGE
+}
+
 fn last_words(text: &str, code: &str, exit_code: i32) {
     if JSON_ERROR.load(Ordering::Relaxed) {
         eprintln!("{}", json!({"error": text, "code": code, "exit_code": exit_code}));
@@ -175,4 +183,31 @@ pub fn in_one_line(error: &anyhow::Error) -> String {
         said if said.ends_with(&cause) => line,
         said => format!("{said}: {cause}"),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_of_several_lines_is_one_line_of_json() {
+        let shown = line("ERROR", "panicked at stage.rs:7:\n\"no\" rows", Map::new());
+        let read: Value = serde_json::from_str(&shown).unwrap();
+        assert_eq!(shown.lines().count(), 1);
+        assert_eq!(read["fields"]["message"], "panicked at stage.rs:7:\n\"no\" rows");
+        assert!(
+            read["level"] == "ERROR" && read["timestamp"].as_str().is_some_and(|t| t.ends_with('Z')),
+            "{shown}"
+        );
+    }
+
+    #[test]
+    fn a_code_says_whether_to_try_again() {
+        for code in [Code::Unavailable, Code::ResourceExhausted, Code::DeadlineExceeded] {
+            assert_eq!(exit_code(code), UNAVAILABLE);
+        }
+        for code in [Code::InvalidArgument, Code::NotFound, Code::Unimplemented, Code::Internal] {
+            assert_eq!(exit_code(code), REFUSED);
+        }
+    }
 }

@@ -22,7 +22,10 @@ use strata_worker::{
     device::{self, DeviceSpec, Directories, available_memory},
     transport::loopback::Hub,
 };
-use tokio::{net::TcpListener, sync::mpsc};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, watch},
+};
 use tonic::transport::Server;
 
 use crate::{
@@ -30,7 +33,7 @@ use crate::{
     args::{CoordinatorArgs, DeploymentArgs, DryRunArgs, HereArgs, ListenArgs, ServeArgs, WorkerArgs},
     model_dir, plan, report,
     show::Loading,
-    signals::{stopping, until_terminated},
+    signals::{Signals, stopping, until_terminated},
 };
 
 /// A coordinator that goes away without a word is noticed by pings, and its incarnation's memory freed.
@@ -248,7 +251,8 @@ async fn listen(args: &ListenArgs) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address).await.with_context(|| format!("listening on {}:{}", args.host, args.port))
 }
 
-/// Brings the deployment up, says `ready`, and answers until told to stop.
+/// Brings the deployment up, says `ready`, and answers until told to stop; status and health are answered from the
+/// beginning on.
 async fn answer(
     config: CoordinatorConfig,
     members: mpsc::UnboundedReceiver<MemberEvent>,
@@ -256,24 +260,45 @@ async fn answer(
     grace: u64,
 ) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
+    let mut signals = Signals::new();
+    let coordinator = Coordinator::new(config);
+    let (stop, stopped) = watch::channel(false);
+    let serving = grpc::serve(coordinator.clone(), listener, stopping(stopped));
+    let mut serving =
+        tokio::spawn(async { serving.await.map_err(|e| anyhow::anyhow!("serving clients: {e}")) });
     let loading = Arc::new(Loading::default());
     let observer: Observer = {
         let loading = loading.clone();
         Arc::new(move |notice: Notice| loading.show(notice))
     };
-    let starting = Coordinator::start(config, members, observer);
-    let coordinator = tokio::select! {
-        started = starting => started?,
-        () = crate::signals::terminated() => bail!("stopped before the model was loaded"),
-    };
+    tokio::select! {
+        started = coordinator.start(members, observer) => started?,
+        ended = &mut serving => return ended?,
+        () = signals.next() => bail!("stopped before the model was served"),
+    }
     loading.finish();
     say(&format!("ready http://{address}"))?;
-    let serve = |stop| async move {
-        grpc::serve(coordinator, listener, stopping(stop))
-            .await
-            .map_err(|e| anyhow::anyhow!("serving clients: {e}"))
+    tokio::select! {
+        ended = &mut serving => return ended?,
+        () = signals.next() => {}
+    }
+    stop.send_replace(true);
+    let in_progress = || match coordinator.session().in_progress() {
+        1 => "1 request".to_owned(),
+        count => format!("{count} requests"),
     };
-    until_terminated(serve, Duration::from_secs(grace)).await
+    if coordinator.session().in_progress() > 0 {
+        let requests = in_progress();
+        tracing::warn!("waiting for {requests} to end, {grace} s at most; a second signal ends at once");
+    }
+    tokio::select! {
+        ended = &mut serving => ended?,
+        () = signals.next() => bail!("ended at once, as asked, without an answer to {}", in_progress()),
+        () = tokio::time::sleep(Duration::from_secs(grace)) => {
+            tracing::warn!("the {grace} s of --grace are over; ended without an answer to {}", in_progress());
+            Ok(())
+        }
+    }
 }
 
 /// One line of standard output, at once.

@@ -1,5 +1,7 @@
 //! `strata run`: a model in this process, asked once or line by line.
 
+#![allow(clippy::print_stderr, reason = "what a chat says in a terminal is no log")]
+
 use std::{
     io::{BufRead, IsTerminal, Write},
     path::Path,
@@ -59,9 +61,11 @@ async fn start(args: &RunArgs) -> anyhow::Result<Model> {
         let loading = loading.clone();
         Arc::new(move |notice: Notice| loading.show(notice))
     };
-    let started = Coordinator::start(config, members, observer).await;
+    let coordinator = Coordinator::new(config);
+    let started = coordinator.start(members, observer).await;
     loading.finish();
-    let session = started?.session().clone();
+    started?;
+    let session = coordinator.session().clone();
     let chat = session.has_chat_template() && !args.complete;
     if !chat && !args.message.is_empty() {
         bail!("--message: the model has no chat template; give it a --prompt to continue");

@@ -135,6 +135,10 @@ fn stage_table(stages: &[StagePlan], detail: Detail) -> String {
     for (column, _) in table.column_iter_mut().zip(right).filter(|(_, right)| *right) {
         column.set_cell_alignment(CellAlignment::Right);
     }
+    without_trailing_blanks(&table)
+}
+
+fn without_trailing_blanks(table: &Table) -> String {
     table.to_string().lines().map(str::trim_end).collect::<Vec<_>>().join("\n")
 }
 
@@ -202,7 +206,7 @@ pub fn footprint_table(plan: &Plan) -> String {
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
-    table.to_string()
+    without_trailing_blanks(&table)
 }
 
 /// Shows a deployment coming up on standard error: bars on a terminal, plain lines in a pipe.

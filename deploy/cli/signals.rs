@@ -8,28 +8,25 @@ use tokio::{
 };
 
 /// SIGTERM and SIGINT, none of which is lost from the beginning of this on.
-struct Signals(Option<[Signal; 2]>);
+pub struct Signals(Option<[Signal; 2]>);
 
 impl Signals {
-    fn new() -> Self {
+    /// From now on they do not end the process by themselves.
+    pub fn new() -> Self {
         let both = [SignalKind::terminate(), SignalKind::interrupt()].map(signal);
         // Without handlers the default action ends the process.
         let [Ok(term), Ok(int)] = both else { return Signals(None) };
         Signals(Some([term, int]))
     }
 
-    async fn next(&mut self) {
+    /// Resolves at the next one.
+    pub async fn next(&mut self) {
         let Some([term, int]) = &mut self.0 else { return std::future::pending().await };
         tokio::select! {
             _ = term.recv() => {}
             _ = int.recv() => {}
         }
     }
-}
-
-/// Resolves at the first SIGTERM or SIGINT.
-pub async fn terminated() {
-    Signals::new().next().await;
 }
 
 /// Runs a server that is given a future to stop at; after that it has `grace` to finish, or until it is asked again.

@@ -1,38 +1,126 @@
-//! `strata status`: what a server is doing.
+//! `strata status`: what a server is doing, once or for as long as somebody watches.
 
-use std::io::Write;
+use std::{
+    collections::BTreeMap,
+    io::{IsTerminal, Write},
+    time::Duration,
+};
 
 use serde_json::json;
 use strata_proto::{
-    Device, Plan,
-    v1::{StatusRequest, StatusResponse, cluster_client::ClusterClient},
+    Device, LayerRange, Plan,
+    v1::{CoordinatorState, StatusRequest, StatusResponse, cluster_client::ClusterClient},
+};
+use tokio::time::MissedTickBehavior;
+
+use crate::{
+    args::StatusArgs,
+    client::{CallError, Server, unavailable},
+    report, show,
+    signals::Signals,
+    terminal,
 };
 
-use crate::{args::StatusArgs, client::Server, show, terminal};
+/// How often a server is asked by `--watch`.
+const WATCH_EVERY: Duration = Duration::from_millis(500);
 
 /// `strata status`
 pub async fn status(args: StatusArgs) -> anyhow::Result<()> {
-    let server = Server::connect(&args.address).await?;
-    let mut client = ClusterClient::new(server.channel.clone());
-    let status = server.wait(client.status(StatusRequest {})).await?.into_inner();
-    let plan = status.plan.clone().map(Plan::try_from).transpose().map_err(anyhow::Error::msg)?;
-    let text = if args.json { as_json(&status, plan.as_ref())? } else { as_text(&status, plan.as_ref()) };
+    if args.watch {
+        return watch(&args).await;
+    }
+    let status = ask(&args).await?;
+    let text = if args.json { as_json(&status)? } else { as_text(&status)? };
     writeln!(std::io::stdout(), "{text}")?;
-    Ok(())
+    // For whatever restarts or routes by it.
+    match status.ready {
+        true => Ok(()),
+        false => Err(unavailable(format!("the server is not ready: {}", status.reason))),
+    }
 }
 
-fn as_text(status: &StatusResponse, plan: Option<&Plan>) -> String {
+async fn ask(args: &StatusArgs) -> anyhow::Result<StatusResponse> {
+    let server = Server::connect(&args.address).await?;
+    let mut client = ClusterClient::new(server.channel.clone());
+    Ok(server.wait(client.status(StatusRequest {})).await?.into_inner())
+}
+
+/// Repaints a terminal; elsewhere, writes a line whenever something has changed. Ends by Ctrl-C.
+async fn watch(args: &StatusArgs) -> anyhow::Result<()> {
+    let mut signals = Signals::new();
+    let mut every = tokio::time::interval(WATCH_EVERY);
+    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut out = std::io::stdout();
+    let repaint = out.is_terminal() && !args.json;
+    let mut last = String::new();
+    loop {
+        let asked = async {
+            every.tick().await;
+            ask(args).await
+        };
+        let asked = tokio::select! {
+            asked = asked => asked,
+            () = signals.next() => return Ok(()),
+        };
+        let text = match asked {
+            Ok(status) if args.json => as_json(&status)?,
+            Ok(status) if repaint => as_text(&status)?,
+            Ok(status) => headline(&status),
+            // The server may come back.
+            Err(error) if !error.is::<CallError>() => return Err(error),
+            Err(error) if args.json => {
+                json!({"ready": false, "reason": report::in_one_line(&error)}).to_string()
+            }
+            Err(error) => report::in_one_line(&error),
+        };
+        if repaint {
+            // From the top, each line to its end, then what is below.
+            let lines: String = text.lines().map(|line| format!("{line}\x1b[K\n")).collect();
+            write!(out, "\x1b[H{lines}\x1b[J")?;
+            out.flush()?;
+        } else if text != last {
+            writeln!(out, "{text}")?;
+            last = text;
+        }
+    }
+}
+
+/// What it is doing, in a line.
+fn headline(status: &StatusResponse) -> String {
+    let state = match (status.ready, status.state()) {
+        (true, _) => {
+            return format!("{} ready, incarnation {}", status.model, status.fence.unwrap_or_default());
+        }
+        (false, CoordinatorState::Serving) => "not ready",
+        (false, state) => state_name(state),
+    };
+    format!("{} {state}: {}", status.model, status.reason)
+}
+
+fn state_name(state: CoordinatorState) -> &'static str {
+    match state {
+        CoordinatorState::Standby => "standby",
+        CoordinatorState::Starting => "starting",
+        CoordinatorState::Serving => "serving",
+        CoordinatorState::Draining => "draining",
+        CoordinatorState::Unspecified => "unknown",
+    }
+}
+
+fn plan(status: &StatusResponse) -> anyhow::Result<Option<Plan>> {
+    status.plan.clone().map(Plan::try_from).transpose().map_err(anyhow::Error::msg)
+}
+
+fn as_text(status: &StatusResponse) -> anyhow::Result<String> {
     let load = status.load.unwrap_or_default();
-    let state = if status.ready { "ready".to_owned() } else { format!("not ready: {}", status.reason) };
-    let fence = status.fence.unwrap_or_default();
     let mut out = format!(
-        "{} {state}, incarnation {fence}\n\
+        "{}\n\
          version   {}\n\
          requests  {} running, {} waiting; {} steps in flight\n\
          cache     {} of {} tokens\n\
          prefixes  {} of {} tokens were in the cache\n\
          so far    {} prompt tokens, {} generated, {} steps, {} preemptions\n",
-        status.model,
+        headline(status),
         status.version,
         load.running,
         load.waiting,
@@ -46,6 +134,18 @@ fn as_text(status: &StatusResponse, plan: Option<&Plan>) -> String {
         load.steps,
         load.preemptions,
     );
+    let ended = status.requests.iter().flat_map(|requests| &requests.ended);
+    let mut ended: Vec<_> = ended.map(|(how, count)| format!("{count} {how}")).collect();
+    ended.sort();
+    if !ended.is_empty() {
+        out += &format!("ended     {}\n", ended.join(", "));
+    }
+    for stage in &status.loading {
+        let layers = stage.layers.unwrap_or_default();
+        let (read, total) = (show::bytes(stage.bytes_read), show::bytes(stage.bytes_total));
+        let place = format!("{}/{}", stage.worker, stage.device);
+        out += &format!("loading   layers {}..{} on {place}: {read} of {total}\n", layers.first, layers.end);
+    }
     if status.names.len() > 1 {
         out += &format!("names     {}\n", status.names.join(", "));
     }
@@ -60,22 +160,44 @@ fn as_text(status: &StatusResponse, plan: Option<&Plan>) -> String {
             out += &format!("library   {} {}: {}\n", library.name, library.version, library.path);
         }
     }
-    out + &plan.map_or(String::new(), |plan| show::plan_table(plan, terminal::width(std::io::stdout())))
+    let width = terminal::width(std::io::stdout());
+    out += &plan(status)?.map_or(String::new(), |plan| show::plan_table(&plan, width));
+    Ok(out.trim_end().to_owned())
 }
 
-fn as_json(status: &StatusResponse, plan: Option<&Plan>) -> anyhow::Result<String> {
+fn as_json(status: &StatusResponse) -> anyhow::Result<String> {
     let load = status.load.unwrap_or_default();
     let fence = status.fence.unwrap_or_default();
     let members = status.members.iter().map(|m| {
         let devices: Result<Vec<_>, _> = m.devices.iter().cloned().map(Device::try_from).collect();
         Ok(json!({"worker": m.worker, "live": m.live, "devices": devices.map_err(anyhow::Error::msg)?}))
     });
+    let loading = status.loading.iter().map(|stage| {
+        let layers = stage.layers.unwrap_or_default();
+        json!({
+            "pipeline": stage.pipeline,
+            "stage": stage.stage,
+            "worker": stage.worker,
+            "device": stage.device,
+            "layers": LayerRange::new(layers.first, layers.end),
+            "bytes_read": stage.bytes_read,
+            "bytes_total": stage.bytes_total,
+        })
+    });
+    let requests = status.requests.clone().unwrap_or_default();
     let value = json!({
         "version": status.version,
         "model": status.model,
         "names": status.names,
+        "state": state_name(status.state()),
         "ready": status.ready,
         "reason": status.reason,
+        "loading": loading.collect::<Vec<_>>(),
+        "requests": {
+            "begun": requests.begun,
+            "in_progress": requests.in_progress,
+            "ended": requests.ended.into_iter().collect::<BTreeMap<_, _>>(),
+        },
         "fence": {"term": fence.term, "pipeline": fence.pipeline, "incarnation": fence.incarnation},
         "load": {
             "running": load.running,
@@ -91,7 +213,7 @@ fn as_json(status: &StatusResponse, plan: Option<&Plan>) -> anyhow::Result<Strin
             "steps": load.steps,
         },
         "members": members.collect::<anyhow::Result<Vec<_>>>()?,
-        "plan": plan,
+        "plan": plan(status)?,
     });
     Ok(value.to_string())
 }

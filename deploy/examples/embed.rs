@@ -12,8 +12,8 @@ pub async fn embed(model: &Path, texts: &[String]) -> anyhow::Result<Vec<Vec<f32
     let models = Models::One { name: "model".into(), directory: model.to_owned() };
     let worker = LocalWorker::start(WorkerConfig::new(models))?;
     let members = membership::local(vec![("worker".into(), Arc::new(worker))]);
-    let coordinator =
-        Coordinator::start(CoordinatorConfig::new("model", 1), members, Arc::new(|_| {})).await?;
+    let coordinator = Coordinator::new(CoordinatorConfig::new("model", 1));
+    coordinator.start(members, Arc::new(|_| {})).await?;
 
     let input = |text: &String| Input { text: Some(text.clone()), ..Input::default() };
     let request = EmbedRequest { inputs: texts.iter().map(input).collect(), ..EmbedRequest::default() };

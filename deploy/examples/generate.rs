@@ -13,8 +13,8 @@ pub async fn generate(model: &Path, prompt: String) -> anyhow::Result<String> {
     let models = Models::One { name: "model".into(), directory: model.to_owned() };
     let worker = LocalWorker::start(WorkerConfig::new(models))?;
     let members = membership::local(vec![("worker".into(), Arc::new(worker))]);
-    let coordinator =
-        Coordinator::start(CoordinatorConfig::new("model", 1), members, Arc::new(|_| {})).await?;
+    let coordinator = Coordinator::new(CoordinatorConfig::new("model", 1));
+    coordinator.start(members, Arc::new(|_| {})).await?;
 
     let request =
         GenerateRequest { prompt: Some(prompt), max_tokens: Some(32), ..GenerateRequest::default() };

@@ -1,7 +1,32 @@
-//! What a coordinator and its workers must agree on: messages, ids, plans, profiles and error codes.
+//! What a coordinator and its workers must agree on: messages ([`v1`]), a [`Plan`] over [`Device`]s, a [`ModelProfile`], the calls
+//! of a [`Worker`], and the [`error::Kind`]s.
 //!
 //! No IO and no tensors. The `.proto` files under `strata/v1` are the documentation of the wire; the types
 //! here are the validated forms that the planner and the scheduler compute with.
+//!
+//! ```
+//! use strata_proto::{DType, Device, LayerRange, error::{Classify, Kind, status}, v1};
+//!
+//! // What comes over the wire is checked once, where it comes in.
+//! let device = v1::Device { id: "cpu".into(), kind: v1::DeviceKind::Cpu as i32, ..v1::Device::default() };
+//! assert!(Device::try_from(v1::Device { bytes_per_second: f64::NAN, ..device }).is_err());
+//! assert_eq!("bf16".parse(), Ok(DType::BF16));
+//! assert_eq!(LayerRange::new(0, 12).to_string(), "0..12");
+//!
+//! // An error says what it means to the caller; one place makes a gRPC code of that.
+//! struct TooLong;
+//! impl std::fmt::Display for TooLong {
+//!     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+//!         f.write_str("prompt: 9 tokens are too many: at most 8")
+//!     }
+//! }
+//! impl Classify for TooLong {
+//!     fn kind(&self) -> Kind {
+//!         Kind::BadInput
+//!     }
+//! }
+//! assert_eq!(status(&TooLong).code(), tonic::Code::InvalidArgument);
+//! ```
 
 mod device;
 mod dtype;

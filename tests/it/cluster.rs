@@ -24,7 +24,10 @@ use strata_worker::{
     device::{Compute, DeviceSpec, Directories},
     transport::loopback::Hub,
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+};
 use tonic::{Status, transport::Channel};
 
 /// Longest wait for anything in a test.
@@ -179,7 +182,8 @@ pub struct Cluster {
     pub address: String,
     pub coordinator: Coordinator,
     pub members: mpsc::UnboundedSender<MemberEvent>,
-    _stop: oneshot::Sender<()>,
+    stop: oneshot::Sender<()>,
+    serving: JoinHandle<()>,
 }
 
 impl Cluster {
@@ -188,6 +192,16 @@ impl Cluster {
     }
 
     pub async fn try_start(options: &Options) -> Result<Cluster, StartError> {
+        let (cluster, events) = Cluster::open(options).await;
+        for member in options.members() {
+            cluster.members.send(MemberEvent::Joined(member)).unwrap();
+        }
+        cluster.coordinator.start(events, Arc::new(|_| {})).await?;
+        Ok(cluster)
+    }
+
+    /// A coordinator with a port that has not started yet, and what it is to be started with.
+    pub async fn open(options: &Options) -> (Cluster, mpsc::UnboundedReceiver<MemberEvent>) {
         let config = CoordinatorConfig {
             deployment: options.deployment(),
             limits: Limits {
@@ -202,19 +216,22 @@ impl Cluster {
             names: Vec::new(),
             version: String::new(),
         };
-        let (members, events) = mpsc::unbounded_channel();
-        for member in options.members() {
-            members.send(MemberEvent::Joined(member)).unwrap();
-        }
-        let coordinator = Coordinator::start(config, events, Arc::new(|_| {})).await?;
+        let coordinator = Coordinator::new(config);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
         let (stop, stopped) = oneshot::channel::<()>();
         let serving = grpc::serve(coordinator.clone(), listener, async {
             let _ = stopped.await;
         });
-        tokio::spawn(async move { serving.await.unwrap() });
-        Ok(Cluster { address, coordinator, members, _stop: stop })
+        let serving = tokio::spawn(async move { serving.await.unwrap() });
+        let (members, events) = mpsc::unbounded_channel();
+        (Cluster { address, coordinator, members, stop, serving }, events)
+    }
+
+    /// Tells it to stop; what it still does then.
+    pub fn stop(self) -> JoinHandle<()> {
+        drop(self.stop);
+        self.serving
     }
 
     pub async fn client(&self) -> InferenceClient<Channel> {
@@ -223,7 +240,7 @@ impl Cluster {
 
     /// Waits until the engine shows what the test waits for.
     pub async fn wait_for(&self, what: &str, holds: impl FnMut(&Snapshot) -> bool) -> Snapshot {
-        let mut snapshot = self.coordinator.engine().snapshot.clone();
+        let mut snapshot = self.coordinator.watch();
         let waited = tokio::time::timeout(PATIENCE, snapshot.wait_for(holds)).await;
         match waited {
             Ok(snapshot) => snapshot.unwrap().clone(),

@@ -20,7 +20,7 @@ use tonic::{Code, Request, codec::CompressionEncoding::Gzip, transport::Channel}
 
 use crate::{
     cluster::{Cluster, Options, model},
-    processes::{Process, workers},
+    processes::{Process, free_dir, workers},
 };
 
 async fn one_worker() -> (Cluster, Channel) {
@@ -263,9 +263,21 @@ fn nothing_that_is_given_is_ignored_in_silence() {
         let (exited, _, said) = strata(&[&["plan", &demo], devices, args].concat());
         assert!(exited == code && said.contains(says), "{args:?} ended with {exited}: {said}");
     }
-    let (code, out, said) = strata(&["plan", &demo, "--context", "999999"]);
-    assert!(
-        code == 0 && out.contains("warning: a context of 999999 is more than the model's"),
-        "{out}{said}"
-    );
+    let encoder = model("bert-embed-f32");
+    for (args, says) in [
+        (&[&demo, "--context", "999999"][..], "warning: a context of 999999 is more than the model's"),
+        (
+            &[&demo, "--devices", "cpu", "--links", "tcp"],
+            "warning: nothing is linked by tcp: there is one stage",
+        ),
+        (&[encoder.to_str().unwrap(), "--kv-tokens", "100"], "warning: the size of a cache was given"),
+    ] {
+        let (code, out, said) = strata(&[&["plan"], args].concat());
+        assert!(code == 0 && out.contains(says), "{args:?}: {out}{said}");
+    }
+    let directory = free_dir();
+    let file = directory.path().join("strata.toml");
+    std::fs::write(&file, "[plan]\nworker = 3\n").unwrap();
+    let (code, _, said) = strata(&["--config", file.to_str().unwrap(), "plan", &demo]);
+    assert!(code == 2 && said.contains("[plan]: unknown key \"worker\""), "{said}");
 }

@@ -71,7 +71,7 @@ async fn a_worker_that_leaves_costs_a_pause_and_no_error() {
     let leave = async {
         cluster.wait_for("tokens", |s| s.load.generated_tokens > 40).await;
         cluster.members.send(MemberEvent::Left("worker-1".into())).unwrap();
-        cluster.wait_for("the next incarnation", |s| s.ready && s.fence.incarnation == 2).await
+        cluster.wait_for("the next incarnation", |s| s.ready() && s.fence.incarnation == 2).await
     };
     let (answers, snapshot) = tokio::join!(answers, leave);
     for (i, answer) in answers.into_iter().enumerate() {

@@ -10,6 +10,7 @@ mod foreign_client;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod kernels;
+mod lifecycle;
 mod loading;
 mod parity;
 mod processes;

@@ -69,7 +69,7 @@ async fn a_small_cache_preempts_and_still_answers_exactly() {
         assert_eq!(answer.unwrap().ids, expected[i % 5].greedy);
     }
     cluster.wait_idle().await;
-    let preemptions = cluster.coordinator.engine().snapshot.borrow().load.preemptions;
+    let preemptions = cluster.coordinator.watch().borrow().load.preemptions;
     assert!(preemptions > 0, "the test was meant to preempt");
 }
 

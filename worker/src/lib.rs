@@ -1,7 +1,22 @@
 //! The stage engine: loads the layer range it is told, runs steps, sends activations on.
 //!
-//! It knows no cluster: a coordinator drives it through [`strata_proto::Worker`], in this process
-//! ([`LocalWorker`]) or over gRPC ([`grpc`]).
+//! It knows no cluster: a coordinator drives it through [`strata_proto::Worker`], in this process ([`LocalWorker`], made from a
+//! [`WorkerConfig`]) or over gRPC ([`grpc`]). Who wants one layer range without a cluster has [`model`] and [`weights`].
+//!
+//! ```
+//! use strata_proto::{ModelProfile, Worker, v1::DescribeRequest};
+//! use strata_worker::{LocalWorker, Models, WorkerConfig};
+//!
+//! # tokio::runtime::Runtime::new().unwrap().block_on(async {
+//! let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/models/shakespeare").into();
+//! let models = Models::One { name: "shakespeare".into(), directory };
+//! let worker = LocalWorker::start(WorkerConfig::new(models)).unwrap();
+//! let described = worker.describe(DescribeRequest { model: "shakespeare".into() }).await.unwrap();
+//! assert!(described.devices.iter().any(|device| device.id == "cpu"));
+//! let profile = ModelProfile::try_from(described.profile.unwrap()).unwrap();
+//! assert_eq!((profile.layers.len(), profile.vocab_size), (6, 2048));
+//! # });
+//! ```
 
 pub mod device;
 mod engine;

@@ -28,6 +28,25 @@ pub struct Discovery {
     pub(crate) members: HashMap<String, (Member, String)>,
 }
 
+/// A plan, and what it was made over.
+#[derive(Debug, Clone)]
+pub struct Planned {
+    /// What was found.
+    pub found: Arc<Discovery>,
+    /// The plan over it.
+    pub plan: Arc<Plan>,
+}
+
+impl Planned {
+    /// Each replica of the plan by itself.
+    pub fn replicas(&self) -> impl Iterator<Item = Planned> {
+        self.plan.replicas.iter().map(|replica| {
+            let plan = Plan { replicas: vec![replica.clone()], ..Plan::clone(&self.plan) };
+            Planned { found: self.found.clone(), plan: plan.into() }
+        })
+    }
+}
+
 /// Asks every member for its devices and for the model.
 ///
 /// # Errors
@@ -81,10 +100,10 @@ fn absent(status: &Status) -> bool {
 }
 
 impl Discovery {
-    /// Leaves out the devices that the first replicas of `plans` have.
+    /// Leaves out the devices that `plans` have.
     pub fn leave_out(&mut self, plans: &[Arc<Plan>]) {
         let taken = |offer: &Offer| {
-            let stages = plans.iter().filter_map(|plan| plan.replicas.first()).flat_map(|r| &r.stages);
+            let stages = plans.iter().flat_map(|plan| &plan.replicas).flat_map(|r| &r.stages);
             stages.clone().any(|s| s.worker == offer.worker && s.device == offer.device.id)
         };
         self.offers.retain(|offer| !taken(offer));
@@ -115,6 +134,10 @@ impl Discovery {
                 "a context of {asked} is more than the model's, so {models} tokens are served"
             ));
         }
+        let generates = matches!(self.profile.task, v1::Task::Generate | v1::Task::Unspecified);
+        if !generates && (deployment.kv_tokens.is_some() || deployment.max_sequences.is_some()) {
+            plan.warnings.push("the size of a cache was given, but this model needs none".to_owned());
+        }
         Ok(plan)
     }
 
@@ -129,6 +152,9 @@ impl Discovery {
                 let link = self.link(&replica.stages[at - 1], &replica.stages[at], deployment.links)?;
                 replica.stages[at - 1].link = Some(link);
             }
+        }
+        if let Some(forced) = deployment.links.filter(|_| plan.replicas.iter().all(|r| r.stages.len() < 2)) {
+            plan.warnings.push(format!("nothing is linked by {forced}: there is one stage"));
         }
         Ok(plan)
     }

@@ -1,5 +1,7 @@
 //! The engine loop: one closed set of events, one owner of the schedulers and of the live pipelines.
 
+mod bring_up;
+
 use std::{
     collections::HashMap,
     sync::Arc,
@@ -7,26 +9,25 @@ use std::{
 };
 
 use strata_proto::{
-    ModelProfile, Plan,
-    error::{Classify, Kind},
-    v1::{self, Fence, FinishReason, generate_event},
+    ModelProfile,
+    error::Classify,
+    v1::{self, FinishReason, generate_event},
 };
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
     answer::{self, Live, Yield},
-    budget::PrefillBudget,
     error::EngineError,
-    messages::{Asked, EngineHandle, Event, Notice, Observer, Reply, Submission},
-    replica::{self, Replica, State},
+    messages::{Asked, Event, Observer, Reply, Submission},
+    replica::{Replica, State},
     snapshot::Snapshot,
 };
 use crate::{
     cluster::{
         PipelineError,
-        discovery::discover,
-        membership::{self, Member, MemberEvent},
-        pipeline::{Pipeline, PipelineEvent},
+        discovery::Planned,
+        membership::{MemberEvent, Members},
+        pipeline::PipelineEvent,
     },
     config::{Deployment, Limits},
     planner::Split,
@@ -54,7 +55,7 @@ pub(crate) struct Engine {
     handle: mpsc::UnboundedSender<Event>,
     events: mpsc::UnboundedReceiver<Event>,
     snapshot: watch::Sender<Snapshot>,
-    members: Vec<Member>,
+    members: Members,
     /// Never empty once the engine runs.
     replicas: Vec<Replica>,
     /// Of the last pipeline that was begun, of whichever replica.
@@ -69,28 +70,39 @@ pub(crate) struct Engine {
     counters: v1::Load,
 }
 
+/// What an engine begins with.
+pub(crate) struct Start {
+    pub deployment: Deployment,
+    pub limits: Limits,
+    pub profile: Arc<ModelProfile>,
+    pub tokenizer: Arc<Tokenizer>,
+    pub observer: Observer,
+    pub members: Members,
+    /// Where it shows itself.
+    pub snapshot: watch::Sender<Snapshot>,
+    /// What the first pipelines are brought up by.
+    pub planned: Planned,
+}
+
 impl Engine {
-    /// Starts an engine over `members`; the first attempt to bring a pipeline up is reported once.
+    /// Starts an engine. The outcome of the first attempts to bring a pipeline up is reported once: when one is up, or when
+    /// none came.
     pub fn spawn(
-        deployment: Deployment,
-        limits: Limits,
-        (profile, tokenizer): (Arc<ModelProfile>, Arc<Tokenizer>),
-        observer: Observer,
-        members: Vec<Member>,
-    ) -> (EngineHandle, oneshot::Receiver<Result<(), PipelineError>>) {
+        start: Start,
+    ) -> (mpsc::UnboundedSender<Event>, oneshot::Receiver<Result<(), PipelineError>>) {
         let (handle, events) = mpsc::unbounded_channel();
-        let (snapshot, view) = watch::channel(Snapshot { reason: "starting".into(), ..Snapshot::default() });
         let (first, up) = oneshot::channel();
+        let (planned, snapshot) = (start.planned, start.snapshot.clone());
         let engine = Engine {
-            deployment,
-            limits,
-            profile,
-            tokenizer,
-            observer,
+            deployment: start.deployment,
+            limits: start.limits,
+            profile: start.profile,
+            tokenizer: start.tokenizer,
+            observer: start.observer,
             handle: handle.clone(),
             events,
-            snapshot,
-            members,
+            snapshot: start.snapshot,
+            members: start.members,
             replicas: Vec::new(),
             incarnation: 0,
             last_id: 0,
@@ -101,14 +113,24 @@ impl Engine {
             first: Some(first),
             counters: v1::Load::default(),
         };
-        tokio::spawn(engine.run());
-        (EngineHandle { events: handle, snapshot: view }, up)
+        tokio::spawn(async move {
+            let ended = tokio::spawn(engine.run(planned)).await;
+            let why =
+                ended.map_or_else(|error| error.to_string(), |()| "it has nothing to do any more".into());
+            snapshot.send_modify(|s| {
+                (s.up, s.down) = (false, format!("the engine ended: {why}; start the server again"));
+            });
+        });
+        (handle, up)
     }
 
-    async fn run(mut self) {
+    async fn run(mut self, planned: Planned) {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
-        self.add_replica();
+        self.show_plan(&planned.plan);
+        for replica in planned.replicas() {
+            self.add_replica(Some(replica));
+        }
         while !self.snapshot.is_closed() {
             tokio::select! {
                 event = self.events.recv() => match event {
@@ -141,23 +163,23 @@ impl Engine {
                 self.cancel(id);
             }
             Event::Pipeline(incarnation, event) => self.pipeline_event(incarnation, event),
-            Event::Planned(incarnation, plan) => self.planned(incarnation, plan),
+            Event::Planned(incarnation, planned) => self.planned(incarnation, &planned),
+            Event::Loading(incarnation, update) => self.loading(incarnation, update),
             Event::BroughtUp(incarnation, outcome) => self.brought_up(incarnation, *outcome),
             Event::Member(event) => self.member_event(&event),
         }
     }
 
     fn member_event(&mut self, event: &MemberEvent) {
-        membership::note(&mut self.members, event);
         match event {
             MemberEvent::Joined(member) => {
                 tracing::info!(worker = member.name, "joined");
                 let down = |replica: &Replica| matches!(replica.state, State::Down { .. });
                 if let Some(at) = self.replicas.iter().position(down) {
-                    self.bring_up(at, None);
+                    self.bring_up(at, None, None);
                 } else if self.deployment.split == Split::Auto && self.replicas.iter().all(Replica::is_up) {
                     // Its devices may hold another copy; if not, the replica goes again.
-                    self.add_replica();
+                    self.add_replica(None);
                 }
             }
             MemberEvent::Left(name) => {
@@ -181,10 +203,10 @@ impl Engine {
         let due =
             |replica: &Replica| matches!(replica.state, State::Down { retry } if Instant::now() >= retry);
         while let Some(at) = self.replicas.iter().position(due) {
-            self.bring_up(at, None);
+            self.bring_up(at, None, None);
         }
         if self.turned_away() {
-            let reason = self.snapshot.borrow().reason.clone();
+            let reason = self.snapshot.borrow().reason();
             for id in self.live.keys().copied().collect::<Vec<_>>() {
                 self.cancel(id);
                 self.fail(id, EngineError::NoPipeline(reason.clone()));
@@ -201,7 +223,7 @@ impl Engine {
     fn submit(&mut self, submission: Submission) {
         let Submission { request, arrived, reply } = submission;
         if self.turned_away() {
-            let reason = self.snapshot.borrow().reason.clone();
+            let reason = self.snapshot.borrow().reason();
             let _ = reply.send(Reply::Failed(EngineError::NoPipeline(reason)));
             return;
         }
@@ -386,160 +408,6 @@ impl Engine {
         }
     }
 
-    /// The live incarnation of a replica is over: its sequences go to other replicas, or wait for its next one.
-    fn lost(&mut self, at: usize, worker: &str, reason: &str) {
-        tracing::warn!(worker, reason, "lost a stage; planning anew");
-        let replica = &mut self.replicas[at];
-        let down = State::Down { retry: Instant::now() };
-        let State::Up(pipeline) = std::mem::replace(&mut replica.state, down) else { return };
-        replica.plan = None;
-        replica::move_away(&mut self.replicas, at);
-        if !self.replicas.iter().any(Replica::is_up) {
-            self.down_since = Some(Instant::now());
-        }
-        self.show_replicas(format!("worker {worker} was lost: {reason}"));
-        self.bring_up(at, Some(pipeline));
-    }
-
-    /// Adds a replica and tries to bring a pipeline up for it.
-    fn add_replica(&mut self) {
-        let number = (0..).find(|n| self.replicas.iter().all(|replica| replica.number != *n)).unwrap_or(0);
-        self.replicas.push(Replica::new(
-            number,
-            self.scheduler_config(0, 0, 1),
-            PrefillBudget::new(self.limits.inter_token),
-        ));
-        self.bring_up(self.replicas.len() - 1, None);
-    }
-
-    /// Starts a task that ends `old` and brings a new incarnation of a replica up over the devices that no other has.
-    fn bring_up(&mut self, at: usize, old: Option<Pipeline>) {
-        if self.replicas.iter().enumerate().any(|(i, replica)| i != at && replica.is_planning()) {
-            // Two that look for devices at once might find the same.
-            self.replicas[at].state = State::Down { retry: Instant::now() + TICK };
-            if let Some(old) = old {
-                tokio::spawn(async move { old.abort().abort().await });
-            }
-            return;
-        }
-        self.incarnation += 1;
-        let incarnation = self.incarnation;
-        let replica = &mut self.replicas[at];
-        replica.state = State::BringingUp { incarnation, lost: false };
-        let fence = Fence { term: FIXED_TERM, pipeline: replica.number, incarnation };
-        let taken: Vec<_> = self.replicas.iter().filter_map(|replica| replica.plan.clone()).collect();
-        let (members, deployment) = (self.members.clone(), self.deployment.clone());
-        let (events, observer) = (self.handle.clone(), self.observer.clone());
-        let sink_events = events.clone();
-        let sink = Arc::new(move |incarnation, event| {
-            let _ = sink_events.send(Event::Pipeline(incarnation, event));
-        });
-        tokio::spawn(async move {
-            if let Some(old) = old {
-                old.abort().abort().await;
-            }
-            let outcome = async {
-                let mut found = discover(&members, &deployment.model).await?;
-                found.leave_out(&taken);
-                let plan = Arc::new(found.plan(&deployment)?);
-                let _ = events.send(Event::Planned(incarnation, plan.clone()));
-                let progress = {
-                    let observer = observer.clone();
-                    Arc::new(move |update| observer(Notice::Loading(update)))
-                };
-                Pipeline::bring_up(&found, &plan, fence, progress, sink, &deployment).await
-            };
-            let outcome = outcome.await;
-            let _ = events.send(Event::BroughtUp(incarnation, Box::new(outcome)));
-        });
-    }
-
-    /// A replica has found devices; what it leaves over may hold another copy of the model.
-    fn planned(&mut self, incarnation: u64, plan: Arc<Plan>) {
-        self.no_capacity_since = None;
-        let Some(at) = self.replicas.iter().position(|replica| replica.has(incarnation)) else { return };
-        let more = plan.replicas.len() > 1;
-        if self.replicas.len() == 1 {
-            // Others begin with what this one leaves, as this plan says.
-            (self.observer)(Notice::Planned(plan.clone()));
-            plan.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
-        }
-        self.replicas[at].plan = Some(plan);
-        if more && self.replicas.iter().all(|replica| replica.plan.is_some()) {
-            self.add_replica();
-        }
-    }
-
-    fn brought_up(&mut self, incarnation: u64, outcome: Result<Pipeline, PipelineError>) {
-        let Some(at) = self.replicas.iter().position(|replica| replica.has(incarnation)) else { return };
-        let lost = matches!(self.replicas[at].state, State::BringingUp { lost: true, .. });
-        match outcome {
-            Ok(pipeline) => {
-                let planned = pipeline.replica();
-                let blocks = planned.kv_capacity_tokens / u64::from(strata_proto::BLOCK_TOKENS);
-                let stages = planned.stages.len();
-                let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
-                let config = self.scheduler_config(blocks, planned.state_slots, stages as u32);
-                let replica = &mut self.replicas[at];
-                for id in replica.scheduler.restart(config) {
-                    let message = "the cache that is left is too small for this request".to_owned();
-                    self.fail(id, EngineError::Refused { message, kind: Kind::NoCapacity });
-                }
-                tracing::info!(fence = %pipeline.fence(), stages, "a pipeline is up");
-                self.replicas[at].state = State::Up(pipeline);
-                self.replicas[at].budget = PrefillBudget::new(self.limits.inter_token);
-                self.down_since = None;
-                self.no_capacity_since = None;
-                self.show_replicas(String::new());
-                if let Some(first) = self.first.take() {
-                    let _ = first.send(Ok(()));
-                }
-                if lost {
-                    self.lost(at, "of the new pipeline", "it broke as it came up");
-                }
-            }
-            Err(error) => {
-                let replica = &mut self.replicas[at];
-                replica.plan = None;
-                replica.state = State::Down { retry: Instant::now() + RETRY_EVERY };
-                if replica.load() == 0 && self.replicas.iter().any(Replica::is_up) {
-                    tracing::info!(%error, "no further replica");
-                    self.replicas.remove(at);
-                    return;
-                }
-                tracing::warn!(%error, "no pipeline came up");
-                if !self.replicas.iter().any(Replica::is_up) {
-                    self.show_replicas(error.to_string());
-                    self.no_capacity_since.get_or_insert_with(Instant::now);
-                }
-                if let Some(first) = self.first.take() {
-                    let _ = first.send(Err(error));
-                }
-            }
-        }
-    }
-
-    /// Shows which pipelines are up, and why none is.
-    fn show_replicas(&self, reason: String) {
-        let up = self.replicas.iter().filter_map(|replica| match &replica.state {
-            State::Up(pipeline) => Some((pipeline, replica.plan.as_ref()?)),
-            _ => None,
-        });
-        let up: Vec<_> = up.collect();
-        let replicas = up.iter().map(|(pipeline, _)| pipeline.replica().clone()).collect();
-        self.snapshot.send_modify(|s| {
-            s.ready = !up.is_empty();
-            s.capacity = up.iter().map(|(p, _)| p.replica().kv_capacity_tokens).max().unwrap_or(0);
-            let Some((pipeline, plan)) = up.first() else {
-                s.reason = reason;
-                return;
-            };
-            s.reason.clear();
-            s.plan = Some(Arc::new(Plan { replicas, ..Plan::clone(plan) }));
-            s.fence = pipeline.fence();
-        });
-    }
-
     fn publish(&self) {
         let block = u64::from(strata_proto::BLOCK_TOKENS);
         let mut load = self.counters;
@@ -554,11 +422,8 @@ impl Engine {
             load.prefix_hits += stats.prefix_hits;
         }
         self.snapshot.send_if_modified(|s| {
-            let changed = s.load != load || s.members.len() != self.members.len();
-            if changed {
-                s.load = load;
-                s.members = self.members.iter().map(|m| m.name.clone()).collect();
-            }
+            let changed = s.load != load;
+            s.load = load;
             changed
         });
     }

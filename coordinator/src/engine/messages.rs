@@ -9,12 +9,13 @@ use strata_proto::{
     Plan,
     v1::{self, generate_event},
 };
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 
-use super::{error::EngineError, snapshot::Snapshot};
+use super::error::EngineError;
 use crate::{
     cluster::{
         PipelineError,
+        discovery::Planned,
         membership::MemberEvent,
         pipeline::{LoadUpdate, Pipeline, PipelineEvent},
     },
@@ -82,7 +83,9 @@ pub enum Event {
     /// A pipeline of this incarnation has news.
     Pipeline(u64, PipelineEvent),
     /// The pipeline of this incarnation is about to be loaded.
-    Planned(u64, Arc<Plan>),
+    Planned(u64, Planned),
+    /// It loads.
+    Loading(u64, LoadUpdate),
     /// The attempt to bring the pipeline of this incarnation up ended.
     BroughtUp(u64, Box<Result<Pipeline, PipelineError>>),
     /// Membership changed.
@@ -103,13 +106,4 @@ pub enum Notice {
     Loading(LoadUpdate),
     /// What the checks before serving found.
     Checked(Vec<Finding>),
-}
-
-/// Way to a running engine.
-#[derive(Debug, Clone)]
-pub struct EngineHandle {
-    /// Where events go. Unbounded: requests are bounded by the gate, stage messages by the steps in flight.
-    pub(crate) events: mpsc::UnboundedSender<Event>,
-    /// What the engine shows of itself.
-    pub snapshot: watch::Receiver<Snapshot>,
 }

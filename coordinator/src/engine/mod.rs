@@ -9,7 +9,7 @@ mod replica;
 mod snapshot;
 
 pub use error::EngineError;
-pub(crate) use event_loop::Engine;
+pub(crate) use event_loop::{Engine, Start};
 pub(crate) use messages::{Asked, Event, Reply, Submission};
-pub use messages::{EngineHandle, Notice, Observer};
-pub use snapshot::Snapshot;
+pub use messages::{Notice, Observer};
+pub use snapshot::{Loading, Snapshot, State};

@@ -36,7 +36,7 @@ pub(crate) struct Replica {
     pub scheduler: Scheduler,
     /// How fast its pipeline is.
     pub budget: PrefillBudget,
-    /// What it runs by, or is being brought up by: the devices of its first replica are nobody else's.
+    /// What it runs by, or is being brought up by, and nobody else: a plan of this replica alone.
     pub plan: Option<Arc<Plan>>,
 }
 
@@ -48,6 +48,10 @@ impl Replica {
 
     pub fn is_up(&self) -> bool {
         matches!(self.state, State::Up(_))
+    }
+
+    pub fn is_up_or_coming(&self) -> bool {
+        matches!(self.state, State::Up(_) | State::BringingUp { .. })
     }
 
     /// Whether its pipeline is, or is going to be, of this incarnation.

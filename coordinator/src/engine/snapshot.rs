@@ -1,19 +1,70 @@
-//! What the engine shows of itself.
+//! What a coordinator shows of itself, from its first moment on.
 
 use std::sync::Arc;
 
 use strata_proto::{
-    Plan,
+    LayerRange, Plan,
     v1::{self, Fence},
 };
 
-/// The engine as it was after the last event.
+/// What a coordinator is doing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum State {
+    /// It waits for workers, or for its turn.
+    #[default]
+    Standby,
+    /// It plans, loads and checks.
+    Starting,
+    /// Requests are taken; while no pipeline is up they wait for one.
+    Serving,
+    /// No request is taken any more; those in progress are finished.
+    Draining,
+}
+
+/// How far a stage has loaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Loading {
+    /// Which pipeline.
+    pub pipeline: u32,
+    /// Index of the stage in it.
+    pub stage: usize,
+    /// Worker that loads.
+    pub worker: String,
+    /// Device of that worker.
+    pub device: String,
+    /// What it loads.
+    pub layers: LayerRange,
+    /// Bytes read from files so far.
+    pub bytes_read: u64,
+    /// Bytes to read in all; 0 while that is unknown.
+    pub bytes_total: u64,
+}
+
+impl Loading {
+    /// How much of it is read, from 0 to 100.
+    pub fn percent(&self) -> u64 {
+        let total = u128::from(self.bytes_total.max(1));
+        (u128::from(self.bytes_read.min(self.bytes_total)) * 100 / total) as u64
+    }
+
+    fn is_done(&self) -> bool {
+        self.bytes_total > 0 && self.bytes_read >= self.bytes_total
+    }
+}
+
+/// A coordinator as it was after the last event.
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot {
+    /// What it is doing.
+    pub state: State,
+    /// Which part of its start it is at.
+    pub doing: String,
     /// A pipeline is up.
-    pub ready: bool,
-    /// Why not.
-    pub reason: String,
+    pub up: bool,
+    /// Why none is.
+    pub down: String,
+    /// Stages of pipelines that are coming up.
+    pub loading: Vec<Loading>,
     /// The live plan, or the last one.
     pub plan: Option<Arc<Plan>>,
     /// The live incarnation, or the last one.
@@ -22,6 +73,73 @@ pub struct Snapshot {
     pub capacity: u64,
     /// Counters and gauges, of all pipelines together.
     pub load: v1::Load,
-    /// Names of the members.
-    pub members: Vec<String>,
+}
+
+impl Snapshot {
+    /// Whether requests are taken, and computed at once.
+    pub fn ready(&self) -> bool {
+        self.state == State::Serving && self.up
+    }
+
+    /// Why not; empty if they are.
+    pub fn reason(&self) -> String {
+        match self.state {
+            State::Draining => "the server is shutting down".into(),
+            State::Serving | State::Starting if self.up => self.doing.clone(),
+            State::Standby | State::Starting => self.progress().unwrap_or_else(|| self.doing.clone()),
+            State::Serving => match self.progress() {
+                Some(progress) if self.down.is_empty() => progress,
+                Some(progress) => format!("{}; {progress}", self.down),
+                None => self.down.clone(),
+            },
+        }
+    }
+
+    /// What is loaded right now: the stage that has the longest way to go.
+    fn progress(&self) -> Option<String> {
+        let last = self.loading.iter().min_by_key(|loading| loading.percent())?;
+        let Loading { worker, device, layers, .. } = last;
+        Some(match last.is_done() {
+            true => "setting the stages up".into(),
+            false => format!("loading layers {layers} on {worker}/{device}, {} %", last.percent()),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reason_is_what_there_is_to_wait_for() {
+        let mut snapshot = Snapshot { doing: "1 of 2 workers are there".into(), ..Snapshot::default() };
+        assert_eq!((snapshot.ready(), snapshot.reason().as_str()), (false, "1 of 2 workers are there"));
+        let stage = |stage: usize, bytes_read| Loading {
+            pipeline: 0,
+            stage,
+            worker: format!("worker-{stage}"),
+            device: "cpu".into(),
+            layers: LayerRange::new(12 * stage as u32, 12 * stage as u32 + 12),
+            bytes_read,
+            bytes_total: 1000,
+        };
+        snapshot.state = State::Starting;
+        snapshot.loading = vec![stage(0, 409), stage(1, 700)];
+        assert_eq!(snapshot.reason(), "loading layers 0..12 on worker-0/cpu, 40 %");
+        snapshot.loading[0].bytes_read = 1000;
+        assert_eq!(snapshot.reason(), "loading layers 12..24 on worker-1/cpu, 70 %");
+        snapshot.loading[1].bytes_read = 1000;
+        assert_eq!(snapshot.reason(), "setting the stages up");
+        // A second copy of the model may still load while the first one is checked, and serves.
+        (snapshot.up, snapshot.doing) = (true, "checking the model's output".into());
+        assert_eq!((snapshot.ready(), snapshot.reason().as_str()), (false, "checking the model's output"));
+        (snapshot.state, snapshot.doing) = (State::Serving, String::new());
+        assert_eq!((snapshot.ready(), snapshot.reason().as_str()), (true, ""));
+        (snapshot.up, snapshot.down) = (false, "worker worker-1 was lost: it left".into());
+        snapshot.loading = vec![stage(0, 0)];
+        let reason = "worker worker-1 was lost: it left; loading layers 0..12 on worker-0/cpu, 0 %";
+        assert_eq!((snapshot.ready(), snapshot.reason().as_str()), (false, reason));
+        snapshot.state = State::Draining;
+        assert_eq!(snapshot.reason(), "the server is shutting down");
+    }
 }

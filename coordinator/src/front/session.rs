@@ -4,21 +4,21 @@ mod generation;
 mod pending;
 mod record;
 
-use std::{sync::Arc, time::Duration};
+use std::sync::{Arc, OnceLock};
 
 use strata_proto::{
     ModelProfile,
     error::{Classify, Kind},
     v1::{self, Task},
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 pub use generation::Generation;
 pub use record::{Counts, Outcome};
 
 use self::{pending::Pending, record::Record};
 use crate::{
-    engine::{Asked, EngineError, EngineHandle, Event, Reply},
+    engine::{Asked, EngineError, Event, Reply, Snapshot, State},
     request::{
         AdmissionError, Gate, Tokenizer,
         bounds::{self, MAX_IDS},
@@ -35,6 +35,12 @@ pub enum SessionError {
     /// It was let in, and ended without an answer.
     #[error(transparent)]
     Failed(#[from] EngineError),
+    /// No request is taken yet.
+    #[error("the model is not served yet: {0}; try again later")]
+    NotYet(String),
+    /// No request is taken any more.
+    #[error("the server is shutting down")]
+    Draining,
     /// A defect of ours.
     #[error("the tokenizer failed; the server's log has the reason")]
     Tokenizer,
@@ -45,6 +51,7 @@ impl Classify for SessionError {
         match self {
             SessionError::Refused(error) => error.kind(),
             SessionError::Failed(error) => error.kind(),
+            SessionError::NotYet(_) | SessionError::Draining => Kind::NoCapacity,
             SessionError::Tokenizer => Kind::Internal,
         }
     }
@@ -53,17 +60,16 @@ impl Classify for SessionError {
 /// What a session needs of a model that is served.
 #[derive(Debug)]
 pub(crate) struct Served {
-    /// Names by which it may be asked for; at least one.
-    pub names: Vec<String>,
     pub profile: Arc<ModelProfile>,
     pub tokenizer: Arc<Tokenizer>,
-    pub engine: EngineHandle,
+    pub engine: mpsc::UnboundedSender<Event>,
     /// Most tokens of an input that is computed in one step.
     pub longest_input: u32,
 }
 
 /// A way to ask the model; cheap to clone. It bounds requests in progress, tokenizes off the async threads, keeps
 /// deadlines, counts, and logs a line for each request that ends. A call whose future or stream is dropped is cancelled.
+/// Before the model is served, every call fails with what there is to wait for.
 #[derive(Debug, Clone)]
 pub struct Session {
     shared: Arc<Shared>,
@@ -73,18 +79,38 @@ pub struct Session {
 
 #[derive(Debug)]
 struct Shared {
-    served: Served,
+    /// The first of its names.
+    model: Arc<str>,
+    names: Arc<[String]>,
+    /// Once there is a tokenizer and an engine.
+    served: OnceLock<Arc<Served>>,
+    snapshot: watch::Receiver<Snapshot>,
     gate: Gate,
     counts: Arc<Counts>,
-    model: Arc<str>,
 }
 
 impl Session {
-    /// A session that takes `max_requests` at a time.
-    pub(crate) fn new(served: Served, max_requests: usize) -> Self {
-        let model = served.names.first().unwrap_or(&served.profile.model).as_str().into();
-        let shared = Shared { served, gate: Gate::new(max_requests), counts: Arc::default(), model };
+    /// A session for a model that is to be served by these names, of `max_requests` at a time.
+    pub(crate) fn new(
+        names: Arc<[String]>,
+        max_requests: usize,
+        snapshot: watch::Receiver<Snapshot>,
+    ) -> Self {
+        let (gate, served) = (Gate::new(max_requests), OnceLock::new());
+        let model = names.first().map_or("", String::as_str).into();
+        let shared = Shared { model, names, served, snapshot, gate, counts: Arc::default() };
         Session { shared: Arc::new(shared), probes: false }
+    }
+
+    /// There is something to ask from now on.
+    pub(crate) fn open(&self, served: Served) {
+        // A coordinator starts once.
+        let _ = self.shared.served.set(Arc::new(served));
+    }
+
+    /// Waits until no request is in progress.
+    pub(crate) async fn idle(&self) {
+        self.shared.gate.empty().await;
     }
 
     /// The same for the coordinator's own questions.
@@ -99,7 +125,7 @@ impl Session {
 
     /// Every name by which it may be asked for, that one first.
     pub fn names(&self) -> &[String] {
-        &self.shared.served.names
+        &self.shared.names
     }
 
     /// Requests so far.
@@ -112,14 +138,14 @@ impl Session {
         self.shared.gate.inside()
     }
 
-    /// Whether the model has a template for chats.
+    /// Whether the model is known, and has a template for chats.
     pub fn has_chat_template(&self) -> bool {
-        self.shared.served.tokenizer.has_chat_template()
+        self.shared.served.get().is_some_and(|served| served.tokenizer.has_chat_template())
     }
 
     /// The token that stands for a guess, if the model's tokenizer has one.
     pub(crate) fn mask_token(&self) -> Option<u32> {
-        self.shared.served.tokenizer.mask().map(|(_, id)| id)
+        self.shared.served.get()?.tokenizer.mask().map(|(_, id)| id)
     }
 
     /// Continues a prompt: the answer as it comes.
@@ -149,9 +175,9 @@ impl Session {
             candidates: None,
             deadline_ms: request.deadline_ms,
         };
-        let results = self.encode(asked, "Classify", |input, reply| {
+        let results = self.encode(asked, "Classify", |served, input, reply| {
             let Reply::Vector(logits) = reply else { return None };
-            let classes = encode::classification(&self.shared.served.profile, &logits);
+            let classes = encode::classification(&served.profile, &logits);
             Some(v1::Classification { classes, tokens: input.tokens, dropped_tokens: input.dropped })
         });
         Ok(v1::ClassifyResponse { results: results.await?, model: self.model().to_owned() })
@@ -170,7 +196,7 @@ impl Session {
             candidates: None,
             deadline_ms: request.deadline_ms,
         };
-        let results = self.encode(asked, "Embed", |input, reply| {
+        let results = self.encode(asked, "Embed", |_, input, reply| {
             let Reply::Vector(values) = reply else { return None };
             Some(v1::Embedding { values, tokens: input.tokens, dropped_tokens: input.dropped })
         });
@@ -193,15 +219,14 @@ impl Session {
             candidates: Some(request.top_k.unwrap_or(encode::DEFAULT_CANDIDATES)),
             deadline_ms: request.deadline_ms,
         };
-        let tokenizer = &self.shared.served.tokenizer;
-        let candidate = |c: v1::Alternative| v1::Candidate {
-            token_id: c.token_id,
-            // An id without a text is shown as none.
-            text: tokenizer.decode(&[c.token_id], true).unwrap_or_default(),
-            score: c.logprob.exp(),
-        };
-        let results = self.encode(asked, "FillMask", |input, reply| {
+        let results = self.encode(asked, "FillMask", |served, input, reply| {
             let Reply::Guesses(guesses) = reply else { return None };
+            let candidate = |c: v1::Alternative| v1::Candidate {
+                token_id: c.token_id,
+                // An id without a text is shown as none.
+                text: served.tokenizer.decode(&[c.token_id], true).unwrap_or_default(),
+                score: c.logprob.exp(),
+            };
             let masks = input.masked.iter().zip(guesses).map(|(position, top)| v1::FilledMask {
                 position: *position,
                 candidates: top.into_iter().map(candidate).collect(),
@@ -218,12 +243,13 @@ impl Session {
     /// If the text is too long, or there is no room.
     pub async fn tokenize(&self, request: v1::TokenizeRequest) -> Result<v1::TokenizeResponse, SessionError> {
         let mut record = self.arrived("Tokenize");
-        let token_ids = self.tokenizing(&mut record, move |served| {
-            bounds::check_model(&request.model, &served.names)?;
+        let names = self.shared.names.clone();
+        let token_ids = self.let_in(&mut record, move |served| {
+            bounds::check_model(&request.model, &names)?;
             bounds::check_text("text", &request.text)?;
             Ok(served.tokenizer.encode(&request.text, !request.plain)?)
         });
-        let token_ids = token_ids.await;
+        let token_ids = token_ids.await.map(|(_, ids)| ids);
         record.prompt_tokens = token_ids.as_ref().map_or(0, |ids| ids.len() as u32);
         record.end(token_ids.map(|token_ids| v1::TokenizeResponse { token_ids }))
     }
@@ -238,8 +264,9 @@ impl Session {
     ) -> Result<v1::DetokenizeResponse, SessionError> {
         let mut record = self.arrived("Detokenize");
         record.prompt_tokens = request.token_ids.len() as u32;
-        let text = self.tokenizing(&mut record, move |served| {
-            bounds::check_model(&request.model, &served.names)?;
+        let names = self.shared.names.clone();
+        let text = self.let_in(&mut record, move |served| {
+            bounds::check_model(&request.model, &names)?;
             let field = |why| AdmissionError::Field { field: "token_ids", why };
             if request.token_ids.len() > MAX_IDS {
                 let count = request.token_ids.len();
@@ -252,7 +279,7 @@ impl Session {
             Ok(served.tokenizer.decode(&request.token_ids, request.keep_special)?)
         });
         let text = text.await;
-        record.end(text.map(|text| v1::DetokenizeResponse { text }))
+        record.end(text.map(|(_, text)| v1::DetokenizeResponse { text }))
     }
 
     fn arrived(&self, call: &'static str) -> Record {
@@ -261,19 +288,31 @@ impl Session {
     }
 
     /// Takes a place, which costs nothing, and then runs work that costs memory and time, off the async threads.
-    async fn tokenizing<T: Send + 'static>(
+    async fn let_in<T: Send + 'static>(
         &self,
         record: &mut Record,
         work: impl FnOnce(&Served) -> Result<T, AdmissionError> + Send + 'static,
-    ) -> Result<T, SessionError> {
+    ) -> Result<(Arc<Served>, T), SessionError> {
+        let served = self.served()?;
         record.permit = Some(self.shared.gate.enter()?);
-        let shared = self.shared.clone();
-        match tokio::task::spawn_blocking(move || work(&shared.served)).await {
-            Ok(outcome) => Ok(outcome?),
+        let at_work = served.clone();
+        match tokio::task::spawn_blocking(move || work(&at_work)).await {
+            Ok(outcome) => Ok((served, outcome?)),
             Err(error) => {
                 tracing::error!(%error, "the tokenizer panicked");
                 Err(SessionError::Tokenizer)
             }
+        }
+    }
+
+    /// What is served, if requests are taken.
+    fn served(&self) -> Result<Arc<Served>, SessionError> {
+        let snapshot = self.shared.snapshot.borrow();
+        match (snapshot.state, self.shared.served.get()) {
+            (State::Serving, Some(served)) => Ok(served.clone()),
+            (State::Starting, Some(served)) if self.probes => Ok(served.clone()),
+            (State::Draining, _) => Err(SessionError::Draining),
+            _ => Err(SessionError::NotYet(snapshot.reason())),
         }
     }
 
@@ -283,14 +322,16 @@ impl Session {
         request: v1::GenerateRequest,
         record: &mut Record,
     ) -> Result<(v1::Started, Pending), SessionError> {
-        let checking = self.tokenizing(record, |served| {
-            bounds::check_model(&request.model, &served.names)?;
-            let capacity = served.engine.snapshot.borrow().capacity;
-            // While no pipeline is up its capacity is unknown; the scheduler checks again when there is one.
-            let capacity = if capacity == 0 { u64::MAX } else { capacity };
+        bounds::check_model(&request.model, &self.shared.names)?;
+        // While no pipeline is up its capacity is unknown; the scheduler checks again when there is one.
+        let capacity = match self.shared.snapshot.borrow().capacity {
+            0 => u64::MAX,
+            capacity => capacity,
+        };
+        let checking = self.let_in(record, move |served| {
             generate::check(request, &served.tokenizer, &served.profile, capacity)
         });
-        let checked = checking.await?;
+        let (served, checked) = checking.await?;
         record.tenant = checked.tenant.clone();
         record.prompt_tokens = checked.prompt.len() as u32;
         let started = v1::Started {
@@ -300,7 +341,7 @@ impl Session {
             seed: checked.seed,
         };
         let asked = Asked::Generate(Box::new(checked));
-        let mut pending = Pending::submit(self.events(), asked, record.arrived)?;
+        let mut pending = Pending::submit(&served.engine, asked, record.arrived)?;
         match pending.next().await? {
             Reply::Accepted(_) => Ok((started, pending)),
             _ => Err(EngineError::Internal.into()),
@@ -312,7 +353,7 @@ impl Session {
         &self,
         asked: encode::Request,
         call: &'static str,
-        answer: impl FnMut(Sent, Reply) -> Option<T>,
+        answer: impl FnMut(&Served, Sent, Reply) -> Option<T>,
     ) -> Result<Vec<T>, SessionError> {
         let mut record = self.arrived(call);
         let answers = self.encode_all(asked, &mut record, answer).await;
@@ -323,13 +364,13 @@ impl Session {
         &self,
         asked: encode::Request,
         record: &mut Record,
-        mut answer: impl FnMut(Sent, Reply) -> Option<T>,
+        mut answer: impl FnMut(&Served, Sent, Reply) -> Option<T>,
     ) -> Result<Vec<T>, SessionError> {
-        let checking = self.tokenizing(record, move |served| {
-            bounds::check_model(&asked.model, &served.names)?;
+        bounds::check_model(&asked.model, &self.shared.names)?;
+        let checking = self.let_in(record, move |served| {
             encode::check(asked, &served.tokenizer, &served.profile, served.longest_input)
         });
-        let (inputs, deadline): (_, Option<Duration>) = checking.await?;
+        let (served, (inputs, deadline)) = checking.await?;
         let mut waiting = Vec::with_capacity(inputs.len());
         for input in inputs {
             let sent = Sent {
@@ -339,7 +380,7 @@ impl Session {
             };
             record.prompt_tokens += sent.tokens;
             let asked = Asked::Encode(input, deadline);
-            waiting.push((sent, Pending::submit(self.events(), asked, record.arrived)?));
+            waiting.push((sent, Pending::submit(&served.engine, asked, record.arrived)?));
         }
         let mut answers = Vec::with_capacity(waiting.len());
         for (sent, mut pending) in waiting {
@@ -350,13 +391,9 @@ impl Session {
                     reply => break reply,
                 }
             };
-            answers.push(answer(sent, reply).ok_or(EngineError::Internal)?);
+            answers.push(answer(&served, sent, reply).ok_or(EngineError::Internal)?);
         }
         Ok(answers)
-    }
-
-    fn events(&self) -> &mpsc::UnboundedSender<Event> {
-        &self.shared.served.engine.events
     }
 }
 

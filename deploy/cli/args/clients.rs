@@ -27,6 +27,9 @@ pub struct StatusArgs {
     /// Print JSON
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
+    /// Show it again whenever it changes, until Ctrl-C; the server may come and go meanwhile
+    #[arg(long, env = "STRATA_WATCH")]
+    pub watch: bool,
     #[command(flatten)]
     pub address: AddressArgs,
 }
@@ -156,7 +159,7 @@ pub struct RunArgs {
     /// @FILE a file, and @@ an @. Without one, every line of standard input is asked
     #[arg(env = "STRATA_PROMPT", value_name = "PROMPT", help_heading = None)]
     pub text: Option<String>,
-    /// The same
+    /// The same as PROMPT; here it may begin with -
     #[arg(long, help_heading = "Answer", env = "STRATA_PROMPT", allow_hyphen_values = true)]
     pub prompt: Option<String>,
     /// Continue the prompt as it is, although the model has a chat template
@@ -176,7 +179,7 @@ pub struct GenerateArgs {
     /// Text to continue; - is standard input, @FILE a file, and @@ an @
     #[arg(env = "STRATA_PROMPT", value_name = "PROMPT", required_unless_present_any = ["prompt", "token_ids", "message"])]
     pub text: Option<String>,
-    /// The same
+    /// The same as PROMPT; here it may begin with -
     #[arg(long, env = "STRATA_PROMPT", allow_hyphen_values = true)]
     pub prompt: Option<String>,
     /// Token ids to continue, taken as they are

@@ -3,7 +3,10 @@
 mod fixed;
 mod local;
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use strata_proto::Worker;
 
@@ -38,14 +41,27 @@ pub enum MemberEvent {
     Left(String),
 }
 
-/// Keeps the list of members, in order of rank.
-pub(crate) fn note(members: &mut Vec<Member>, event: &MemberEvent) {
-    match event {
-        MemberEvent::Joined(member) => {
-            members.retain(|m| m.name != member.name);
-            members.push(member.clone());
-        }
-        MemberEvent::Left(name) => members.retain(|m| m.name != *name),
+/// The workers that are there, in order of rank: the one list, which everything reads.
+#[derive(Debug, Clone, Default)]
+pub struct Members(Arc<Mutex<Vec<Member>>>);
+
+impl Members {
+    /// Those that are there now.
+    pub fn list(&self) -> Vec<Member> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
-    members.sort_by_key(|m| m.rank);
+
+    /// Takes note of a change; returns how many are there.
+    pub(crate) fn note(&self, event: &MemberEvent) -> usize {
+        let mut members = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match event {
+            MemberEvent::Joined(member) => {
+                members.retain(|m| m.name != member.name);
+                members.push(member.clone());
+            }
+            MemberEvent::Left(name) => members.retain(|m| m.name != *name),
+        }
+        members.sort_by_key(|m| m.rank);
+        members.len()
+    }
 }

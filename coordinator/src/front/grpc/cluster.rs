@@ -1,7 +1,5 @@
 //! `strata.v1.Cluster`: status and plan previews.
 
-use std::sync::PoisonError;
-
 use strata_proto::{
     DType, Device,
     error::{Classify, Kind, status},
@@ -10,9 +8,10 @@ use strata_proto::{
 use tonic::{Request, Response, Status, async_trait};
 
 use crate::{
-    cluster::{discovery::discover, membership::Member},
+    cluster::discovery::discover,
     config::Deployment,
     coordinator::Coordinator,
+    engine::{Loading, State},
     front::session::{Outcome, Session},
     planner::{IMAGINED, Offer, Split},
 };
@@ -24,10 +23,6 @@ pub(super) struct ClusterService {
 impl ClusterService {
     pub(super) fn new(coordinator: Coordinator) -> Self {
         ClusterService { coordinator }
-    }
-
-    fn members(&self) -> Vec<Member> {
-        self.coordinator.members.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -45,8 +40,8 @@ impl Classify for BadField {
 #[async_trait]
 impl Cluster for ClusterService {
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
-        let snapshot = self.coordinator.engine.snapshot.borrow().clone();
-        let described = self.members().into_iter().map(|member| async move {
+        let snapshot = self.coordinator.watch().borrow().clone();
+        let described = self.coordinator.members().list().into_iter().map(|member| async move {
             let answer = member.worker.describe(v1::DescribeRequest::default());
             let answer = tokio::time::timeout(std::time::Duration::from_secs(1), answer).await;
             let devices = match answer {
@@ -56,16 +51,18 @@ impl Cluster for ClusterService {
             v1::Member { worker: member.name, live: devices.is_some(), devices: devices.unwrap_or_default() }
         });
         Ok(Response::new(v1::StatusResponse {
-            model: self.coordinator.session.model().to_owned(),
-            names: self.coordinator.session.names().to_vec(),
-            ready: snapshot.ready,
-            reason: snapshot.reason,
+            model: self.coordinator.session().model().to_owned(),
+            names: self.coordinator.session().names().to_vec(),
+            ready: snapshot.ready(),
+            reason: snapshot.reason(),
+            state: state(snapshot.state) as i32,
+            loading: snapshot.loading.into_iter().map(loading).collect(),
             plan: snapshot.plan.as_deref().map(Into::into),
             fence: Some(snapshot.fence),
             load: Some(snapshot.load),
             members: futures::future::join_all(described).await,
-            version: self.coordinator.version.clone(),
-            requests: Some(requests(&self.coordinator.session)),
+            version: self.coordinator.config().version.clone(),
+            requests: Some(requests(self.coordinator.session())),
         }))
     }
 
@@ -75,8 +72,9 @@ impl Cluster for ClusterService {
     ) -> Result<Response<v1::PreviewPlanResponse>, Status> {
         let mut request = request.into_inner();
         let devices = std::mem::take(&mut request.devices);
-        let deployment = changed(&self.coordinator.deployment, request).map_err(|e| status(&e))?;
-        let found = discover(&self.members(), &deployment.model).await.map_err(|e| status(&e))?;
+        let deployment = changed(&self.coordinator.config().deployment, request).map_err(|e| status(&e))?;
+        let found =
+            discover(&self.coordinator.members().list(), &deployment.model).await.map_err(|e| status(&e))?;
         let plan = if devices.is_empty() {
             found.plan(&deployment).map_err(|e| status(&e))?
         } else {
@@ -84,6 +82,27 @@ impl Cluster for ClusterService {
             found.plan_over(&offers, &deployment).map_err(|e| status(&e))?
         };
         Ok(Response::new(v1::PreviewPlanResponse { plan: Some((&plan).into()) }))
+    }
+}
+
+fn state(state: State) -> v1::CoordinatorState {
+    match state {
+        State::Standby => v1::CoordinatorState::Standby,
+        State::Starting => v1::CoordinatorState::Starting,
+        State::Serving => v1::CoordinatorState::Serving,
+        State::Draining => v1::CoordinatorState::Draining,
+    }
+}
+
+fn loading(loading: Loading) -> v1::StageLoading {
+    v1::StageLoading {
+        pipeline: loading.pipeline,
+        stage: loading.stage as u32,
+        worker: loading.worker,
+        device: loading.device,
+        layers: Some(loading.layers.into()),
+        bytes_read: loading.bytes_read,
+        bytes_total: loading.bytes_total,
     }
 }
 

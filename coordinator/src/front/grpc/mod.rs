@@ -27,7 +27,8 @@ const MAX_STREAMS: u32 = 1024;
 
 const SERVICES: [&str; 3] = ["", "strata.v1.Inference", "strata.v1.Cluster"];
 
-/// Serves until `shutdown` resolves and the streams that are open then have ended.
+/// Answers from the coordinator's first moment on, until `shutdown` resolves and what is in progress then has ended;
+/// meanwhile status and health are still answered, and new requests are refused.
 ///
 /// # Errors
 /// If the transport fails.
@@ -52,7 +53,7 @@ pub async fn serve(
     let inference = InferenceServer::new(inference::InferenceService(coordinator.session().clone()))
         .accept_compressed(Gzip)
         .max_decoding_message_size(MAX_REQUEST);
-    let cluster = ClusterServer::new(cluster::ClusterService::new(coordinator))
+    let cluster = ClusterServer::new(cluster::ClusterService::new(coordinator.clone()))
         .accept_compressed(Gzip)
         .send_compressed(Gzip);
     let routes = Routes::new(health)
@@ -62,9 +63,13 @@ pub async fn serve(
         .add_service(cluster);
     let draining = async move {
         shutdown.await;
+        coordinator.drain().await;
         watching.abort();
+        let mut reporter = reporter;
         for service in SERVICES {
             reporter.set_service_status(service, ServingStatus::NotServing).await;
+            // Whoever watches would keep the port open.
+            reporter.clear_service_status(service).await;
         }
     };
     Server::builder()
@@ -81,9 +86,9 @@ pub async fn serve(
     Ok(())
 }
 
-/// Health as the engine sees it: `Inference` serves while a pipeline is up, `Cluster` always.
+/// Health: `Inference` serves while requests are computed, `Cluster` always.
 async fn report(coordinator: &Coordinator, reporter: &HealthReporter) {
-    let ready = coordinator.engine.snapshot.borrow().ready;
+    let ready = coordinator.watch().borrow().ready();
     let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
     for service in ["", "strata.v1.Inference"] {
         reporter.set_service_status(service, status).await;
@@ -92,14 +97,10 @@ async fn report(coordinator: &Coordinator, reporter: &HealthReporter) {
 }
 
 async fn watch_health(coordinator: Coordinator, reporter: HealthReporter) {
-    let mut snapshot = coordinator.engine.snapshot.clone();
-    let mut was = snapshot.borrow().ready;
-    while snapshot.wait_for(|s| s.ready != was).await.is_ok() {
+    let mut snapshot = coordinator.watch();
+    let mut was = snapshot.borrow().ready();
+    while snapshot.wait_for(|s| s.ready() != was).await.is_ok() {
         was = !was;
         report(&coordinator, &reporter).await;
-    }
-    // The engine is gone.
-    for service in SERVICES {
-        reporter.set_service_status(service, ServingStatus::NotServing).await;
     }
 }

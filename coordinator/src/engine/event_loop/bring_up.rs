@@ -1,0 +1,234 @@
+//! How replicas get their pipelines: what is planned once, brought up, lost, and brought up again.
+
+use std::{sync::Arc, time::Instant};
+
+use strata_proto::{Plan, error::Kind, v1::Fence};
+
+use super::{Engine, FIXED_TERM, RETRY_EVERY, TICK};
+use crate::{
+    cluster::{
+        PipelineError,
+        discovery::{Planned, discover},
+        pipeline::{LoadUpdate, Pipeline},
+    },
+    engine::{
+        budget::PrefillBudget,
+        error::EngineError,
+        messages::{Event, Notice},
+        replica::{self, Replica, State},
+        snapshot::Loading,
+    },
+};
+
+impl Engine {
+    /// The live incarnation of a replica is over: its sequences go to other replicas, or wait for its next one.
+    pub(super) fn lost(&mut self, at: usize, worker: &str, reason: &str) {
+        tracing::warn!(worker, reason, "lost a stage; planning anew");
+        let replica = &mut self.replicas[at];
+        let down = State::Down { retry: Instant::now() };
+        let State::Up(pipeline) = std::mem::replace(&mut replica.state, down) else { return };
+        replica.plan = None;
+        replica::move_away(&mut self.replicas, at);
+        if !self.replicas.iter().any(Replica::is_up) {
+            self.down_since = Some(Instant::now());
+        }
+        self.show_replicas(format!("worker {worker} was lost: {reason}"));
+        self.bring_up(at, Some(pipeline), None);
+    }
+
+    /// Adds a replica and tries to bring a pipeline up for it, over devices that it has by a plan, or is to find.
+    pub(super) fn add_replica(&mut self, known: Option<Planned>) {
+        let number = (0..).find(|n| self.replicas.iter().all(|replica| replica.number != *n)).unwrap_or(0);
+        self.replicas.push(Replica::new(
+            number,
+            self.scheduler_config(0, 0, 1),
+            PrefillBudget::new(self.limits.inter_token),
+        ));
+        self.bring_up(self.replicas.len() - 1, None, known);
+    }
+
+    /// Starts a task that ends `old` and brings a new incarnation of a replica up: by a plan, or by one that it makes over
+    /// the devices that no other replica has.
+    pub(super) fn bring_up(&mut self, at: usize, old: Option<Pipeline>, known: Option<Planned>) {
+        let others_plan = || self.replicas.iter().enumerate().any(|(i, r)| i != at && r.is_planning());
+        if known.is_none() && others_plan() {
+            // Two that look for devices at once might find the same.
+            self.replicas[at].state = State::Down { retry: Instant::now() + TICK };
+            if let Some(old) = old {
+                tokio::spawn(async move { old.abort().abort().await });
+            }
+            return;
+        }
+        self.incarnation += 1;
+        let incarnation = self.incarnation;
+        let taken: Vec<_> = self.replicas.iter().filter_map(|replica| replica.plan.clone()).collect();
+        let replica = &mut self.replicas[at];
+        replica.state = State::BringingUp { incarnation, lost: false };
+        let fence = Fence { term: FIXED_TERM, pipeline: replica.number, incarnation };
+        if let Some(known) = &known {
+            self.takes(at, known.plan.clone());
+        }
+        let (members, deployment) = (self.members.list(), self.deployment.clone());
+        let (events, observer) = (self.handle.clone(), self.observer.clone());
+        let sink_events = events.clone();
+        let sink = Arc::new(move |incarnation, event| {
+            let _ = sink_events.send(Event::Pipeline(incarnation, event));
+        });
+        let progress_events = events.clone();
+        let progress = Arc::new(move |update| {
+            observer(Notice::Loading(update));
+            let _ = progress_events.send(Event::Loading(incarnation, update));
+        });
+        tokio::spawn(async move {
+            if let Some(old) = old {
+                old.abort().abort().await;
+            }
+            let outcome = async {
+                let planned = match known {
+                    Some(known) => known,
+                    None => {
+                        let mut found = discover(&members, &deployment.model).await?;
+                        found.leave_out(&taken);
+                        let plan = found.plan(&deployment)?.into();
+                        let planned = Planned { plan, found: found.into() };
+                        let _ = events.send(Event::Planned(incarnation, planned.clone()));
+                        planned
+                    }
+                };
+                Pipeline::bring_up(&planned.found, &planned.plan, fence, progress, sink, &deployment).await
+            };
+            let outcome = outcome.await;
+            let _ = events.send(Event::BroughtUp(incarnation, Box::new(outcome)));
+        });
+    }
+
+    /// A replica has found devices. What the same plan makes of those that are left over becomes replicas that wait for
+    /// devices, or further ones.
+    pub(super) fn planned(&mut self, incarnation: u64, planned: &Planned) {
+        self.no_capacity_since = None;
+        let Some(at) = self.replicas.iter().position(|replica| replica.has(incarnation)) else { return };
+        if self.replicas.len() == 1 {
+            self.show_plan(&planned.plan);
+        }
+        let mut replicas = planned.replicas();
+        if let Some(own) = replicas.next() {
+            self.takes(at, own.plan);
+        }
+        for further in replicas {
+            match self.replicas.iter().position(|replica| matches!(replica.state, State::Down { .. })) {
+                Some(at) => self.bring_up(at, None, Some(further)),
+                None => self.add_replica(Some(further)),
+            }
+        }
+    }
+
+    /// Tells whoever waits for the server what is about to be loaded.
+    pub(super) fn show_plan(&self, plan: &Arc<Plan>) {
+        (self.observer)(Notice::Planned(plan.clone()));
+        plan.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+    }
+
+    /// A replica is brought up by a plan of its own from now on.
+    fn takes(&mut self, at: usize, plan: Arc<Plan>) {
+        let replica = &mut self.replicas[at];
+        let (pipeline, stages) = (replica.number, plan.replicas.iter().flat_map(|r| &r.stages));
+        let loading = stages.enumerate().map(|(stage, planned)| Loading {
+            pipeline,
+            stage,
+            worker: planned.worker.clone(),
+            device: planned.device.clone(),
+            layers: planned.layers,
+            bytes_read: 0,
+            bytes_total: 0,
+        });
+        self.snapshot.send_modify(|s| {
+            s.loading.retain(|l| l.pipeline != pipeline);
+            s.loading.extend(loading);
+        });
+        replica.plan = Some(plan);
+    }
+
+    pub(super) fn loading(&self, incarnation: u64, update: LoadUpdate) {
+        if !self.replicas.iter().any(|replica| replica.has(incarnation)) {
+            return;
+        }
+        self.snapshot.send_modify(|s| {
+            let of = |l: &&mut Loading| (l.pipeline, l.stage) == (update.pipeline, update.stage);
+            if let Some(loading) = s.loading.iter_mut().find(of) {
+                (loading.bytes_read, loading.bytes_total) = (update.bytes_read, update.bytes_total);
+            }
+        });
+    }
+
+    pub(super) fn brought_up(&mut self, incarnation: u64, outcome: Result<Pipeline, PipelineError>) {
+        let Some(at) = self.replicas.iter().position(|replica| replica.has(incarnation)) else { return };
+        let lost = matches!(self.replicas[at].state, State::BringingUp { lost: true, .. });
+        let number = self.replicas[at].number;
+        self.snapshot.send_modify(|s| s.loading.retain(|l| l.pipeline != number));
+        match outcome {
+            Ok(pipeline) => {
+                let planned = pipeline.replica();
+                let blocks = planned.kv_capacity_tokens / u64::from(strata_proto::BLOCK_TOKENS);
+                let stages = planned.stages.len();
+                let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
+                let config = self.scheduler_config(blocks, planned.state_slots, stages as u32);
+                let replica = &mut self.replicas[at];
+                for id in replica.scheduler.restart(config) {
+                    let message = "the cache that is left is too small for this request".to_owned();
+                    self.fail(id, EngineError::Refused { message, kind: Kind::NoCapacity });
+                }
+                tracing::info!(fence = %pipeline.fence(), stages, "a pipeline is up");
+                self.replicas[at].state = State::Up(pipeline);
+                self.replicas[at].budget = PrefillBudget::new(self.limits.inter_token);
+                self.down_since = None;
+                self.no_capacity_since = None;
+                self.show_replicas(String::new());
+                if let Some(first) = self.first.take() {
+                    let _ = first.send(Ok(()));
+                }
+                if lost {
+                    self.lost(at, "of the new pipeline", "it broke as it came up");
+                }
+            }
+            Err(error) => {
+                let replica = &mut self.replicas[at];
+                replica.plan = None;
+                replica.state = State::Down { retry: Instant::now() + RETRY_EVERY };
+                if replica.load() == 0 && self.replicas.iter().any(Replica::is_up_or_coming) {
+                    tracing::info!(%error, "a replica less than there might be");
+                    self.replicas.remove(at);
+                    return;
+                }
+                tracing::warn!(%error, "no pipeline came up");
+                if !self.replicas.iter().any(Replica::is_up) {
+                    self.show_replicas(error.to_string());
+                    self.no_capacity_since.get_or_insert_with(Instant::now);
+                }
+                if let Some(first) = self.first.take() {
+                    let _ = first.send(Err(error));
+                }
+            }
+        }
+    }
+
+    /// Shows which pipelines are up, and why none is.
+    fn show_replicas(&self, reason: String) {
+        let up = self.replicas.iter().filter_map(|replica| match &replica.state {
+            State::Up(pipeline) => Some((pipeline, replica.plan.as_ref()?)),
+            _ => None,
+        });
+        let up: Vec<_> = up.collect();
+        let replicas = up.iter().map(|(pipeline, _)| pipeline.replica().clone()).collect();
+        self.snapshot.send_modify(|s| {
+            s.up = !up.is_empty();
+            s.capacity = up.iter().map(|(p, _)| p.replica().kv_capacity_tokens).max().unwrap_or(0);
+            let Some((pipeline, plan)) = up.first() else {
+                s.down = reason;
+                return;
+            };
+            s.down.clear();
+            s.plan = Some(Arc::new(Plan { replicas, ..Plan::clone(plan) }));
+            s.fence = pipeline.fence();
+        });
+    }
+}
