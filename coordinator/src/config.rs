@@ -17,7 +17,7 @@ pub const INTER_TOKEN: Duration = Duration::from_millis(200);
 /// Most requests in progress or waiting, unless told otherwise.
 pub const MAX_REQUESTS: u32 = 512;
 /// How long workers have to join, unless told otherwise.
-pub const JOIN_PATIENCE: Duration = Duration::from_secs(120);
+pub const JOIN_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Everything a coordinator needs to know.
 #[derive(Debug, Clone)]
@@ -29,7 +29,7 @@ pub struct CoordinatorConfig {
     /// Workers to wait for before the first plan.
     pub expected_members: usize,
     /// How long to wait for them.
-    pub join_patience: Duration,
+    pub join_timeout: Duration,
     /// Checks whose failure does not keep the deployment from serving.
     pub skip_checks: Vec<Check>,
     /// Names by which clients ask for the model; none: the deployment's. The first is what answers say.
@@ -56,7 +56,7 @@ impl CoordinatorConfig {
             },
             limits: Limits::default(),
             expected_members: workers,
-            join_patience: JOIN_PATIENCE,
+            join_timeout: JOIN_TIMEOUT,
             skip_checks: Vec::new(),
             names: Vec::new(),
             version: String::new(),
@@ -91,7 +91,7 @@ pub struct Deployment {
 
 impl Deployment {
     /// The longest sequence that is served.
-    pub fn context_of(&self, profile: &ModelProfile) -> u32 {
+    pub(crate) fn context_of(&self, profile: &ModelProfile) -> u32 {
         self.context.map_or(profile.context_length, |c| c.min(profile.context_length))
     }
 }

@@ -35,14 +35,14 @@ const PROBE_LOGPROBS: u32 = 20;
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// Some workers did not come.
-    #[error("{joined} of {expected} workers answered within {patience:?}; start the others, or list fewer")]
+    #[error("{joined} of {expected} workers answered within {timeout:?}; start the others, or list fewer")]
     Members {
         /// How many came.
         joined: usize,
         /// How many were listed.
         expected: usize,
         /// How long they had.
-        patience: Duration,
+        timeout: Duration,
     },
     /// No pipeline.
     #[error(transparent)]
@@ -231,9 +231,9 @@ async fn gather(
         }
     };
     // A timeout is told by the count below.
-    let _ = tokio::time::timeout(config.join_patience, all_joined).await;
+    let _ = tokio::time::timeout(config.join_timeout, all_joined).await;
     if joined < expected {
-        return Err(StartError::Members { joined, expected, patience: config.join_patience });
+        return Err(StartError::Members { joined, expected, timeout: config.join_timeout });
     }
     Ok(())
 }

@@ -12,7 +12,7 @@
 //!
 //! # tokio::runtime::Runtime::new().unwrap().block_on(async {
 //! let mut config = CoordinatorConfig::new("llama-3-8b", 2);
-//! config.join_patience = Duration::from_millis(10);
+//! config.join_timeout = Duration::from_millis(10);
 //! // It can be asked from its first moment on, and says what there is to wait for.
 //! let coordinator = Coordinator::new(config);
 //! assert_eq!(coordinator.watch().borrow().state, State::Standby);

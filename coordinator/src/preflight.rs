@@ -125,7 +125,11 @@ impl fmt::Display for Finding {
 }
 
 /// Runs every check that needs no forward pass. The tokenizer is there if its own check passed.
-pub fn inspect(files: &Files, profile: &ModelProfile, skip: &[Check]) -> (Option<Tokenizer>, Vec<Finding>) {
+pub(crate) fn inspect(
+    files: &Files,
+    profile: &ModelProfile,
+    skip: &[Check],
+) -> (Option<Tokenizer>, Vec<Finding>) {
     let tokenizer = match Tokenizer::new(files) {
         Ok(tokenizer) => tokenizer,
         Err(error) => return (None, vec![Finding::new(Check::Tokenizer, Err(error.to_string()), &[])]),

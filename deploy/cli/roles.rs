@@ -16,7 +16,7 @@ use strata_coordinator::{
     front::grpc,
     planner::Split,
 };
-use strata_proto::{DeviceKind, MAX_HEADER_LIST, Worker};
+use strata_proto::{DeviceKind, MAX_HEADER_LIST, PING_EVERY, PING_TIMEOUT, Worker};
 use strata_worker::{
     LocalWorker, Models, WorkerConfig,
     device::{self, DeviceSpec, Directories, available_memory},
@@ -36,11 +36,8 @@ use crate::{
     signals::{Signals, stopping, until_terminated},
 };
 
-/// A coordinator that goes away without a word is noticed by pings, and its incarnation's memory freed.
-const PING_EVERY: Duration = Duration::from_secs(2);
-const PING_PATIENCE: Duration = Duration::from_secs(3);
 /// How long local workers have to join: they are there already.
-const LOCAL_PATIENCE: Duration = Duration::from_secs(10);
+const LOCAL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// `strata serve`
 pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
@@ -65,9 +62,9 @@ pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
         }
     }
     let members = membership::fixed(&args.workers).map_err(anyhow::Error::msg)?;
-    let patience = Duration::from_secs(args.join_timeout);
+    let timeout = Duration::from_secs(args.join_timeout);
     let mut config =
-        coordinator_config(&args.deployment, args.model, Split::Auto, args.workers.len(), patience);
+        coordinator_config(&args.deployment, args.model, Split::Auto, args.workers.len(), timeout);
     if args.dry_run.dry_run {
         return plan::preview_plan(&config, members, args.dry_run.json).await;
     }
@@ -112,8 +109,9 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     };
     let serve = |stop| async move {
         Server::builder()
+            // A coordinator that goes away without a word is noticed, and its incarnation's memory freed.
             .http2_keepalive_interval(Some(PING_EVERY))
-            .http2_keepalive_timeout(Some(PING_PATIENCE))
+            .http2_keepalive_timeout(Some(PING_TIMEOUT))
             .http2_max_header_list_size(MAX_HEADER_LIST)
             .add_service(strata_worker::grpc::service(service))
             .serve_with_incoming_shutdown(incoming, drained(stop))
@@ -171,7 +169,7 @@ pub fn here(
         })?;
         workers.push((format!("worker-{index}"), Arc::new(worker)));
     }
-    let config = coordinator_config(deployment, name, split, workers.len(), LOCAL_PATIENCE);
+    let config = coordinator_config(deployment, name, split, workers.len(), LOCAL_TIMEOUT);
     Ok((config, membership::local(workers)))
 }
 
@@ -215,7 +213,7 @@ fn coordinator_config(
     model: String,
     split: Split,
     expected_members: usize,
-    join_patience: Duration,
+    join_timeout: Duration,
 ) -> CoordinatorConfig {
     warn_of_idle_bounds(args);
     CoordinatorConfig {
@@ -239,7 +237,7 @@ fn coordinator_config(
             max_requests: args.max_requests as usize,
         },
         expected_members,
-        join_patience,
+        join_timeout,
         skip_checks: args.skip_check.clone(),
         names: Vec::new(),
         version: VERSION.into(),

@@ -75,7 +75,7 @@ fn clipped(mut message: String) -> String {
     message
 }
 
-/// A caller's text for a message: in quotes, escaped, and of at most [`MAX_QUOTED`] characters, with `…` for the rest.
+/// A caller's text for a message: in quotes, escaped, and of at most 200 characters, with `…` for the rest.
 pub fn quoted(text: &str) -> String {
     // What is beyond them need not be escaped.
     let begin: String = text.chars().take(MAX_QUOTED + 1).collect();

@@ -32,6 +32,7 @@ mod device;
 mod dtype;
 pub mod error;
 mod fence;
+mod limits;
 mod plan;
 mod profile;
 pub mod sampling;
@@ -40,6 +41,10 @@ mod worker;
 
 pub use device::{Device, DeviceKind, Library, Rate, rate_at};
 pub use dtype::{DType, Format, Quantization};
+pub use limits::{
+    BLOCK_TOKENS, LINK_TOKEN_BYTES, MAX_HEADER_LIST, MAX_MODEL_FILES, MAX_STAGE_MESSAGE, NCCL_ID_BYTES,
+    PING_EVERY, PING_TIMEOUT,
+};
 pub use plan::{Forecast, LayerRange, LinkChoice, LinkKind, MapDevice, Offload, Plan, Replica, StagePlan};
 pub use profile::{Experts, FormatBytes, ModelProfile, Module};
 pub use state::{LayerState, Stack, StateBytes, StateKind, StateRoom};
@@ -57,17 +62,8 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descrip
 /// What clients call: each service, with its methods.
 pub const METHODS: &[(&str, &[&str])] = include!(concat!(env!("OUT_DIR"), "/methods.rs"));
 
-/// Largest list of headers that servers and clients take, in bytes, as HTTP/2 counts them.
-pub const MAX_HEADER_LIST: u32 = 64 << 10;
-
 /// Version of the coordinator-worker protocol that this build speaks.
 pub const PROTOCOL: u32 = 1;
 
-/// Token positions in one block of KV memory.
-pub const BLOCK_TOKENS: u32 = 16;
-
 /// Port of the client API unless told otherwise, shared by server and clients.
 pub const DEFAULT_PORT: u16 = 7717;
-
-/// Largest message of the internal service, in bytes: a step with its token ids, or one row of logits.
-pub const MAX_STAGE_MESSAGE: usize = 64 << 20;

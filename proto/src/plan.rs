@@ -108,6 +108,17 @@ impl FromStr for LinkKind {
     }
 }
 
+impl From<LinkKind> for v1::LinkKind {
+    fn from(kind: LinkKind) -> Self {
+        match kind {
+            LinkKind::Loopback => v1::LinkKind::Loopback,
+            LinkKind::DeviceCopy => v1::LinkKind::DeviceCopy,
+            LinkKind::Nccl => v1::LinkKind::Nccl,
+            LinkKind::Tcp => v1::LinkKind::Tcp,
+        }
+    }
+}
+
 /// The link between two stages, and why it is that one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinkChoice {

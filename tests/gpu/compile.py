@@ -15,7 +15,8 @@ import sys
 import sysconfig
 import time
 
-KERNELS = pathlib.Path(__file__).resolve().parents[2] / "worker" / "src" / "kernels" / "cuda"
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+KERNELS = ROOT / "worker" / "src" / "kernels" / "cuda"
 # Architecture, format of activations, width of heads: every format at the usual widths; once a width that is not even a
 # multiple of 2, and the widest; once an older and a younger generation, as what differs by generation is not the width.
 COMBINATIONS = [(90, element, head_dim) for element in (0, 1, 2) for head_dim in (64, 128)] \
@@ -31,13 +32,25 @@ def load():
     return ctypes.CDLL(str(folder / "libnvrtc.so.13"))
 
 
+def shared(launch):
+    """The macros that the program passes so that both sides count alike, with the values of its constants."""
+    texts = [path.read_text() for crate in ("worker", "proto") for path in (ROOT / crate / "src").rglob("*.rs")]
+    listed = re.search(r"const SHARED: \[\(&str, usize\); (\d+)\] = \[(.*?)\];", launch, re.DOTALL)
+    names = re.findall(r'\("(\w+)", (\w+)', listed[2])
+    assert len(names) == int(listed[1]), f"{len(names)} macros were found in launch.rs, which has {listed[1]}"
+    for macro, name in names:
+        values = {m for text in texts for m in re.findall(rf"const {name}: \w+ = (\d+);", text)}
+        assert len(values) == 1, f"{name} is {sorted(values)}: expected one constant of that name"
+        yield f"-D{macro}={values.pop()}"
+
+
 def source():
     """The sources in the order in which the program joins them, and the options that it passes besides."""
     launch = (KERNELS / "launch.rs").read_text()
     listed = re.search(r"const SOURCES: \[&str; (\d+)\] = \[(.*?)\];", launch, re.DOTALL)
     names = re.findall(r'include_str!\("(.*?)"\)', listed[2])
     assert len(names) == int(listed[1]), f"{len(names)} sources were found in launch.rs, which has {listed[1]}"
-    return "".join((KERNELS / name).read_text() for name in names), re.findall(r'"(--std=.*?)"', launch)
+    return "".join((KERNELS / name).read_text() for name in names), [*re.findall(r'"(--std=.*?)"', launch), *shared(launch)]
 
 
 def compile_one(nvrtc, text, options):

@@ -211,7 +211,7 @@ impl Cluster {
                 max_requests: options.max_requests,
             },
             expected_members: options.workers,
-            join_patience: PATIENCE,
+            join_timeout: PATIENCE,
             skip_checks: Vec::new(),
             names: Vec::new(),
             version: String::new(),

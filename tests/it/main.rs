@@ -12,6 +12,7 @@ mod gpu;
 mod kernels;
 mod lifecycle;
 mod loading;
+mod map;
 mod parity;
 mod processes;
 mod replicas;

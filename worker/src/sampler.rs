@@ -11,16 +11,12 @@
 
 use std::{cmp::Ordering, collections::BTreeMap};
 
-use strata_proto::v1;
+use strata_proto::{
+    sampling::{self, Bounds, MAX_BIASES, MAX_CANDIDATES, MAX_LOGPROBS},
+    v1,
+};
 
 use crate::kernels::cpu::Cpu;
-
-/// Most alternatives that are reported.
-pub(crate) const MAX_ALTERNATIVES: u32 = 20;
-/// Most candidates for a masked position.
-const MAX_CANDIDATES: u32 = 100;
-/// Most entries of a logit bias.
-const MAX_BIASES: usize = 1024;
 
 /// A sampling parameter outside its range.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -31,7 +27,7 @@ pub struct SamplingError {
     /// Its value.
     pub found: String,
     /// What would do.
-    pub expected: &'static str,
+    pub expected: String,
 }
 
 /// Logits that no token can be chosen from.
@@ -72,32 +68,34 @@ impl TryFrom<&v1::Sampling> for SamplingParams {
     type Error = SamplingError;
 
     fn try_from(s: &v1::Sampling) -> Result<Self, SamplingError> {
-        let check = |field, value: Option<f32>, default: f32, ok: fn(f32) -> bool, expected| {
-            let x = value.unwrap_or(default);
-            // A comparison with NaN is false, so NaN is out of every range.
-            if ok(x) { Ok(x) } else { Err(SamplingError { field, found: x.to_string(), expected }) }
+        let error = |field, found: String, expected: String| SamplingError { field, found, expected };
+        let check = |field, value: Option<f32>, default: f32, bounds: Bounds| match value.unwrap_or(default) {
+            x if bounds.contains(x) => Ok(x),
+            x => Err(error(field, x.to_string(), bounds.to_string())),
         };
-        let penalty = |x: f32| (-2.0..=2.0).contains(&x);
-        let biases_ok = s.logit_bias.values().all(|b| (-100.0..=100.0).contains(b));
-        if !biases_ok || s.logit_bias.len() > MAX_BIASES {
-            let found = format!("a map of {} entries", s.logit_bias.len());
-            let expected = "at most 1024 entries in -100..=100";
-            return Err(SamplingError { field: "logit_bias", found, expected });
+        let biases = &s.logit_bias;
+        if biases.len() > MAX_BIASES || !biases.values().all(|bias| sampling::BIAS.contains(*bias)) {
+            let expected = format!("at most {MAX_BIASES} entries within {}", sampling::BIAS);
+            return Err(error("logit_bias", format!("a map of {} entries", biases.len()), expected));
         }
         Ok(SamplingParams {
-            temperature: check("temperature", s.temperature, 0.0, |x| (0.0..=100.0).contains(&x), "0..=100")?,
+            temperature: check("temperature", s.temperature, 0.0, sampling::TEMPERATURE)?,
             top_k: s.top_k.unwrap_or(0) as usize,
-            top_p: check("top_p", s.top_p, 1.0, |x| x > 0.0 && x <= 1.0, "more than 0, at most 1")?,
-            min_p: check("min_p", s.min_p, 0.0, |x| (0.0..=1.0).contains(&x), "0..=1")?,
+            top_p: check("top_p", s.top_p, 1.0, sampling::TOP_P)?,
+            min_p: check("min_p", s.min_p, 0.0, sampling::MIN_P)?,
             repetition_penalty: check(
                 "repetition_penalty",
                 s.repetition_penalty,
                 1.0,
-                |x| x > 0.0 && x <= 10.0,
-                "more than 0, at most 10",
+                sampling::REPETITION_PENALTY,
             )?,
-            frequency_penalty: check("frequency_penalty", s.frequency_penalty, 0.0, penalty, "-2..=2")?,
-            presence_penalty: check("presence_penalty", s.presence_penalty, 0.0, penalty, "-2..=2")?,
+            frequency_penalty: check(
+                "frequency_penalty",
+                s.frequency_penalty,
+                0.0,
+                sampling::FREQUENCY_PENALTY,
+            )?,
+            presence_penalty: check("presence_penalty", s.presence_penalty, 0.0, sampling::PRESENCE_PENALTY)?,
             logit_bias: s.logit_bias.iter().map(|(id, b)| (*id, *b)).collect(),
         })
     }
@@ -183,7 +181,7 @@ pub fn sample(
     if let Some(token) = logits.iter().position(|x| !x.is_finite()) {
         return Err(SampleError::NotFinite { token: token as u32, value: logits[token] });
     }
-    let raw = draw.logprobs.map(|count| Raw::of(cpu, logits, count.min(MAX_ALTERNATIVES)));
+    let raw = draw.logprobs.map(|count| Raw::of(cpu, logits, count.min(MAX_LOGPROBS)));
     let changed = adjust(logits, draw);
     let token =
         if draw.params.temperature == 0.0 { argmax(logits) } else { choose(cpu, logits, order, draw) };

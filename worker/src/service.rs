@@ -7,7 +7,7 @@ use std::{
 };
 
 use strata_proto::{
-    BLOCK_TOKENS, DeviceKind, Files, PROTOCOL, Progress, StageChannel, Worker,
+    BLOCK_TOKENS, DeviceKind, Files, MAX_MODEL_FILES, PROTOCOL, Progress, StageChannel, Worker,
     v1::{self, Fence, LinkKind},
 };
 use tokio::sync::watch;
@@ -36,8 +36,6 @@ const TOKENIZER_FILES: [&str; 6] = [
     "generation_config.json",
     "config.json",
 ];
-/// Largest of them.
-const MAX_FILE: u64 = 64 << 20;
 
 /// Where a worker finds models.
 #[derive(Debug, Clone)]
@@ -365,6 +363,7 @@ fn announced(pending: Option<Pending>, token: LinkToken) -> Result<Pending, Link
 
 fn read_files(directory: &Path) -> Result<Files, WorkerError> {
     let mut files = Files::new();
+    let mut total = 0;
     for name in TOKENIZER_FILES {
         let path = directory.join(name);
         let io = |source| WorkerError::Io { path: path.display().to_string(), source };
@@ -373,8 +372,12 @@ fn read_files(directory: &Path) -> Result<Files, WorkerError> {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
             Err(e) => return Err(io(e)),
         };
-        if size > MAX_FILE {
-            let why = format!("{} has {size} bytes, more than {MAX_FILE}", path.display());
+        total += size;
+        if total > MAX_MODEL_FILES {
+            let why = format!(
+                "{} has {size} bytes: the files of a tokenizer may have {MAX_MODEL_FILES} together",
+                path.display()
+            );
             return Err(WorkerError::WrongState(why));
         }
         files.insert(name.to_owned(), std::fs::read(&path).map_err(io)?);

@@ -7,18 +7,18 @@ use tonic::Status;
 use super::error::PipelineError;
 
 /// Longest wait for a worker to answer a call that only looks something up or sets something small up.
-pub(super) const CALL_PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Makes a call on a worker; an answer that does not come in time is an error too.
 pub(super) async fn call<T>(
     worker: &str,
     doing: &'static str,
-    patience: Duration,
+    timeout: Duration,
     future: impl Future<Output = Result<T, Status>>,
 ) -> Result<T, PipelineError> {
-    let answer = match tokio::time::timeout(patience, future).await {
+    let answer = match tokio::time::timeout(timeout, future).await {
         Ok(answer) => answer,
-        Err(_) => Err(Status::deadline_exceeded(format!("no answer within {patience:?}"))),
+        Err(_) => Err(Status::deadline_exceeded(format!("no answer within {timeout:?}"))),
     };
     answer.map_err(|status| PipelineError::Call { worker: worker.to_owned(), doing, status })
 }

@@ -7,7 +7,7 @@ use strata_proto::{Device, Files, LinkChoice, LinkKind, ModelProfile, Plan, Stag
 use tonic::{Code, Status};
 
 use super::{
-    call::{CALL_PATIENCE, call},
+    call::{CALL_TIMEOUT, call},
     error::PipelineError,
     links::{self, End},
     membership::Member,
@@ -55,7 +55,7 @@ pub async fn discover(members: &[Member], model: &str) -> Result<Discovery, Pipe
     let described = members.iter().map(|member| async move {
         let request = v1::DescribeRequest { model: model.to_owned() };
         // Reading headers and sampling bytes of a large checkpoint takes its time.
-        match call(&member.name, "Describe", CALL_PATIENCE, member.worker.describe(request)).await {
+        match call(&member.name, "Describe", CALL_TIMEOUT, member.worker.describe(request)).await {
             Ok(described) => Ok(Some((member, described))),
             // Membership may not have noticed yet that it is gone.
             Err(PipelineError::Call { status, .. }) if absent(&status) => {
@@ -101,7 +101,7 @@ fn absent(status: &Status) -> bool {
 
 impl Discovery {
     /// Leaves out the devices that `plans` have.
-    pub fn leave_out(&mut self, plans: &[Arc<Plan>]) {
+    pub(crate) fn leave_out(&mut self, plans: &[Arc<Plan>]) {
         let taken = |offer: &Offer| {
             let stages = plans.iter().flat_map(|plan| &plan.replicas).flat_map(|r| &r.stages);
             stages.clone().any(|s| s.worker == offer.worker && s.device == offer.device.id)
@@ -188,12 +188,12 @@ impl Discovery {
     ///
     /// # Errors
     /// If the worker does not answer.
-    pub async fn tokenizer_files(&self, plan: &Plan) -> Result<Files, PipelineError> {
+    pub(crate) async fn tokenizer_files(&self, plan: &Plan) -> Result<Files, PipelineError> {
         let name = plan.replicas.first().and_then(|r| r.stages.first()).map(|s| &s.worker);
         let Some((member, _)) = name.and_then(|n| self.members.get(n)) else {
             return Err(PipelineError::NoWorkers);
         };
         let request = v1::ReadTokenizerRequest { model: self.profile.model.clone() };
-        call(&member.name, "ReadTokenizer", CALL_PATIENCE, member.worker.read_tokenizer(request)).await
+        call(&member.name, "ReadTokenizer", CALL_TIMEOUT, member.worker.read_tokenizer(request)).await
     }
 }

@@ -7,14 +7,15 @@ use std::{sync::Arc, time::Duration};
 
 use futures::future::try_join_all;
 use strata_proto::{
-    BLOCK_TOKENS, LinkKind, Plan, Quantization, Replica, StagePlan, StateBytes,
+    BLOCK_TOKENS, LINK_TOKEN_BYTES, LinkKind, NCCL_ID_BYTES, Plan, Quantization, Replica, StagePlan,
+    StateBytes,
     v1::{self, Fence, from_stage, to_stage},
 };
 use tokio::sync::mpsc;
 use tonic::Status;
 
 use super::{
-    call::{CALL_PATIENCE, call},
+    call::{CALL_TIMEOUT, call},
     discovery::Discovery,
     error::PipelineError,
     membership::Member,
@@ -22,15 +23,13 @@ use super::{
 use crate::config::Deployment;
 
 /// Longest wait for Prepare, which touches every page of the cache: minutes on a machine with much memory.
-const PREPARE_PATIENCE: Duration = Duration::from_secs(600);
+const PREPARE_TIMEOUT: Duration = Duration::from_secs(600);
 /// How long an aborted stage has to acknowledge.
-const ABORT_PATIENCE: Duration = Duration::from_secs(1);
-/// Bytes of an NCCL id.
-const NCCL_ID: usize = 128;
+const ABORT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Stages report their health twice a second; after this much silence one counts as lost.
 const SILENCE: Duration = Duration::from_secs(3);
 /// Longest time a stage may spend on one step.
-const STEP_PATIENCE: Duration = Duration::from_secs(120);
+const STEP_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// How far a stage has loaded.
 #[derive(Debug, Clone, Copy)]
@@ -150,7 +149,7 @@ impl AbortHandle {
     pub async fn abort(&self) {
         let aborts = self.stages.iter().map(|(member, device)| async move {
             let request = v1::AbortRequest { fence: Some(self.fence), device: device.clone() };
-            if !matches!(tokio::time::timeout(ABORT_PATIENCE, member.worker.abort(request)).await, Ok(Ok(())))
+            if !matches!(tokio::time::timeout(ABORT_TIMEOUT, member.worker.abort(request)).await, Ok(Ok(())))
             {
                 tracing::info!(worker = member.name, fence = %self.fence, "did not acknowledge an abort");
             }
@@ -197,7 +196,7 @@ async fn open(
     try_join_all(setups.iter().enumerate().map(|(index, setup)| setup.load(index, &*progress))).await?;
 
     // Secrets of the links, minted anew for each incarnation.
-    let tokens: Vec<[u8; 32]> = (1..setups.len()).map(|_| mint_token()).collect();
+    let tokens: Vec<[u8; LINK_TOKEN_BYTES]> = (1..setups.len()).map(|_| mint_token()).collect();
     let blocks = u32::try_from(replica.kv_capacity_tokens / u64::from(BLOCK_TOKENS)).unwrap_or(u32::MAX);
     let prepared = setups.iter().enumerate().map(|(index, setup)| {
         let token = index.checked_sub(1).map_or(Vec::new(), |link| tokens[link].to_vec());
@@ -206,19 +205,11 @@ async fn open(
     let prepared = try_join_all(prepared).await?;
 
     let connected = setups.iter().enumerate().map(|(index, setup)| {
-        let link = |at: usize, address: &str| {
-            let kind = match setups[at].link() {
-                Some(LinkKind::Loopback) => v1::LinkKind::Loopback,
-                Some(LinkKind::DeviceCopy) => v1::LinkKind::DeviceCopy,
-                Some(LinkKind::Nccl) => v1::LinkKind::Nccl,
-                Some(LinkKind::Tcp) | None => v1::LinkKind::Tcp,
-            };
-            v1::Link {
-                kind: kind as i32,
-                token: tokens[at].to_vec().into(),
-                address: address.to_owned(),
-                nccl_id: prepared[at].nccl_id.clone(),
-            }
+        let link = |at: usize, address: &str| v1::Link {
+            kind: v1::LinkKind::from(setups[at].link().unwrap_or(LinkKind::Tcp)).into(),
+            token: tokens[at].to_vec().into(),
+            address: address.to_owned(),
+            nccl_id: prepared[at].nccl_id.clone(),
         };
         let upstream = index.checked_sub(1).map(|at| link(at, ""));
         let downstream = prepared.get(index + 1).map(|next| link(index, &next.link_address));
@@ -231,8 +222,8 @@ async fn open(
 }
 
 /// A secret of 244 random bits, by way of two UUIDs.
-fn mint_token() -> [u8; 32] {
-    let mut token = [0; 32];
+fn mint_token() -> [u8; LINK_TOKEN_BYTES] {
+    let mut token = [0; LINK_TOKEN_BYTES];
     token[..16].copy_from_slice(uuid::Uuid::new_v4().as_bytes());
     token[16..].copy_from_slice(uuid::Uuid::new_v4().as_bytes());
     token
@@ -296,7 +287,7 @@ impl Setup {
             state_slots,
         };
         let mut prepared =
-            call(&self.member.name, "Prepare", PREPARE_PATIENCE, self.member.worker.prepare(request)).await?;
+            call(&self.member.name, "Prepare", PREPARE_TIMEOUT, self.member.worker.prepare(request)).await?;
         let states = StateBytes::from(prepared.states.unwrap_or_default());
         if (states, prepared.workspace_bytes) != (self.plan.states, self.plan.workspace_bytes) {
             let StateBytes { paged_kv, recurrent, cross_kv } = states;
@@ -310,7 +301,7 @@ impl Setup {
                 self.plan.workspace_bytes
             )));
         }
-        let expected = if mint_nccl_id { NCCL_ID } else { 0 };
+        let expected = if mint_nccl_id { NCCL_ID_BYTES } else { 0 };
         if prepared.nccl_id.len() != expected {
             let got = prepared.nccl_id.len();
             return Err(self.nonsense(format!("its NCCL id has {got} bytes where {expected} were expected")));
@@ -326,15 +317,15 @@ impl Setup {
     ) -> Result<(), PipelineError> {
         let device = self.spec.device.clone();
         let request = v1::ConnectRequest { fence: Some(self.fence), device, upstream, downstream };
-        call(&self.member.name, "Connect", CALL_PATIENCE, self.member.worker.connect(request)).await
+        call(&self.member.name, "Connect", CALL_TIMEOUT, self.member.worker.connect(request)).await
     }
 
     /// Opens the stream of steps and forwards what the stage says to `sink`.
     async fn run(&self, stage: usize, sink: EventSink) -> Result<mpsc::Sender<v1::ToStage>, PipelineError> {
         let open = v1::Open { fence: Some(self.fence), device: self.spec.device.clone() };
-        let channel = call(&self.member.name, "Run", CALL_PATIENCE, self.member.worker.run(open)).await?;
+        let channel = call(&self.member.name, "Run", CALL_TIMEOUT, self.member.worker.run(open)).await?;
         let mut from = channel.from;
-        match tokio::time::timeout(CALL_PATIENCE, from.recv()).await {
+        match tokio::time::timeout(CALL_TIMEOUT, from.recv()).await {
             Ok(Some(v1::FromStage {
                 message: Some(from_stage::Message::Opened(v1::Opened { next_step: 0 })),
             })) => {}
@@ -381,7 +372,7 @@ async fn forward(
                     return "it is about to end".into();
                 }
                 let busy = Duration::from_millis(health.busy_ms);
-                if health.phase() == v1::StagePhase::Step && busy > STEP_PATIENCE {
+                if health.phase() == v1::StagePhase::Step && busy > STEP_TIMEOUT {
                     return format!("it has been in one step for {busy:?}");
                 }
             }

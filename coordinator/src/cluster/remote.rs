@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use strata_proto::{
-    Files, MAX_HEADER_LIST, MAX_STAGE_MESSAGE, Progress, StageChannel, Worker,
+    Files, MAX_HEADER_LIST, MAX_MODEL_FILES, MAX_STAGE_MESSAGE, PING_EVERY, PING_TIMEOUT, Progress,
+    StageChannel, Worker,
     v1::{self, stage_client::StageClient, to_stage},
 };
 use tokio::sync::mpsc;
@@ -14,12 +15,7 @@ use tonic::{
 };
 
 /// How long a connection attempt may take.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
-/// HTTP/2 pings find half-open connections.
-const PING_EVERY: Duration = Duration::from_secs(2);
-const PING_PATIENCE: Duration = Duration::from_secs(3);
-/// Most bytes of tokenizer files a worker may send.
-const MAX_FILES: usize = 256 << 20;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const QUEUE: usize = 64;
 
 /// A worker in another process.
@@ -40,11 +36,11 @@ impl RemoteWorker {
         let host = endpoint.uri().host().ok_or_else(|| bad("it has no host"))?.to_owned();
         let port = endpoint.uri().port_u16().ok_or_else(|| bad("it has no port"))?;
         let channel = endpoint
-            .connect_timeout(CONNECT_PATIENCE)
+            .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true)
             .http2_max_header_list_size(MAX_HEADER_LIST)
             .http2_keep_alive_interval(PING_EVERY)
-            .keep_alive_timeout(PING_PATIENCE)
+            .keep_alive_timeout(PING_TIMEOUT)
             .keep_alive_while_idle(true)
             .connect_lazy();
         let client = StageClient::new(channel)
@@ -65,10 +61,10 @@ impl Worker for RemoteWorker {
         let mut files = Files::new();
         let mut total = 0;
         while let Some(chunk) = chunks.message().await? {
-            total += chunk.data.len();
-            if total > MAX_FILES {
+            total += chunk.data.len() as u64;
+            if total > MAX_MODEL_FILES {
                 return Err(Status::failed_precondition(format!(
-                    "the worker sends more than {MAX_FILES} bytes of tokenizer files"
+                    "the worker sends more than {MAX_MODEL_FILES} bytes of tokenizer files"
                 )));
             }
             files.entry(chunk.name).or_default().extend(chunk.data);

@@ -38,9 +38,9 @@ use crate::{
 /// How often deadlines are checked.
 const TICK: Duration = Duration::from_millis(50);
 /// How long requests wait while what is left of the members cannot hold the model.
-const CAPACITY_PATIENCE: Duration = Duration::from_secs(30);
+const CAPACITY_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long they wait in all for a pipeline, loading included.
-const OUTAGE_PATIENCE: Duration = Duration::from_secs(600);
+const OUTAGE_TIMEOUT: Duration = Duration::from_secs(600);
 /// Pause between attempts to bring a pipeline up.
 const RETRY_EVERY: Duration = Duration::from_secs(1);
 /// Term of a coordinator without an election.
@@ -216,8 +216,8 @@ impl Engine {
 
     /// Whether the outage has lasted so long that nobody should wait for its end.
     fn turned_away(&self) -> bool {
-        let longer = |since: Option<Instant>, patience| since.is_some_and(|s| s.elapsed() > patience);
-        longer(self.no_capacity_since, CAPACITY_PATIENCE) || longer(self.down_since, OUTAGE_PATIENCE)
+        let longer = |since: Option<Instant>, timeout| since.is_some_and(|s| s.elapsed() > timeout);
+        longer(self.no_capacity_since, CAPACITY_TIMEOUT) || longer(self.down_since, OUTAGE_TIMEOUT)
     }
 
     fn submit(&mut self, submission: Submission) {

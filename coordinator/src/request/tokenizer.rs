@@ -1,6 +1,9 @@
 //! The model's own tokenizer, as it came with the weights.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    panic::{self, AssertUnwindSafe},
+};
 
 use strata_proto::{Files, v1::Truncation};
 use tokenizers::{
@@ -86,8 +89,7 @@ impl Tokenizer {
     /// # Errors
     /// If the tokenizer fails on this text.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenizerError> {
-        let encoding = self.inner.encode_fast(text, special);
-        encoding.map(|e| e.get_ids().to_vec()).map_err(|e| TokenizerError::Failed(e.to_string()))
+        Ok(guarded(|| self.inner.encode_fast(text, special))?.get_ids().to_vec())
     }
 
     /// A text, or a pair of texts, as an encoder reads it, special tokens included. The mask token, if the tokenizer has
@@ -101,12 +103,11 @@ impl Tokenizer {
         pair: Option<&str>,
         longest: Option<(u32, Truncation)>,
     ) -> Result<Encoded, TokenizerError> {
-        let failed = |e: tokenizers::Error| TokenizerError::Failed(e.to_string());
         let tokenizer = self.mask.as_ref().map_or(&self.inner, |mask| &mask.tokenizer);
         // As transformers: an empty second text is none.
         let pair = pair.filter(|pair| !pair.is_empty());
-        let mut first = tokenizer.encode(text, false).map_err(failed)?;
-        let mut second = pair.map(|pair| tokenizer.encode(pair, false)).transpose().map_err(failed)?;
+        let mut first = guarded(|| tokenizer.encode(text, false))?;
+        let mut second = pair.map(|pair| guarded(|| tokenizer.encode(pair, false))).transpose()?;
         let count = |a: &Encoding, b: &Option<Encoding>| a.len() + b.as_ref().map_or(0, Encoding::len);
         let before = count(&first, &second);
         if let Some((longest, keep)) = longest {
@@ -125,11 +126,11 @@ impl Tokenizer {
                     _ => TruncationDirection::Right,
                 },
             };
-            (first, second) = truncate_encodings(first, second, &params).map_err(failed)?;
+            (first, second) = guarded(|| truncate_encodings(first, second, &params))?;
         }
         let dropped = (before - count(&first, &second)) as u32;
         // The second text's segment is the post-processor's to set; without one, it is 1.
-        let encoding = tokenizer.post_process(first, second, true).map_err(failed)?;
+        let encoding = guarded(|| tokenizer.post_process(first, second, true))?;
         Ok(Encoded { ids: encoding.get_ids().to_vec(), segments: encoding.get_type_ids().to_vec(), dropped })
     }
 
@@ -149,8 +150,7 @@ impl Tokenizer {
             return self.encode_masked(chat, messages);
         }
         let text = chat.template.render(messages, true)?;
-        let encoding = chat.control.encode_fast(text.as_str(), false);
-        encoding.map(|e| e.get_ids().to_vec()).map_err(|e| TokenizerError::Failed(e.to_string()))
+        Ok(guarded(|| chat.control.encode_fast(text.as_str(), false))?.get_ids().to_vec())
     }
 
     /// As [`encode_chat`](Self::encode_chat) for messages that contain the text of control tokens: they are masked
@@ -203,7 +203,7 @@ impl Tokenizer {
     /// # Errors
     /// If the tokenizer fails on these ids.
     pub fn decode(&self, ids: &[u32], keep_special: bool) -> Result<String, TokenizerError> {
-        self.inner.decode(ids, !keep_special).map_err(|e| TokenizerError::Failed(e.to_string()))
+        guarded(|| self.inner.decode(ids, !keep_special))
     }
 
     /// Whether it can read chats.
@@ -247,13 +247,19 @@ impl Tokenizer {
     }
 }
 
-/// A `tokenizer.json`. The library panics on some broken ones.
+/// A `tokenizer.json`.
 fn parse(json: &[u8]) -> Result<tokenizers::Tokenizer, TokenizerError> {
-    let broken = |why: String| TokenizerError::Broken { file: "tokenizer.json", why };
-    match std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(json)) {
-        Ok(parsed) => parsed.map_err(|e| broken(e.to_string())),
-        Err(_) => Err(broken("it is damaged or of a newer kind: download it again".to_owned())),
-    }
+    guarded(|| tokenizers::Tokenizer::from_bytes(json)).map_err(|error| match error {
+        TokenizerError::Failed(why) => TokenizerError::Broken { file: "tokenizer.json", why },
+        error => error,
+    })
+}
+
+/// What the library makes of something. Where a tokenizer is damaged, it panics now and then.
+fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, TokenizerError> {
+    let damaged = || TokenizerError::Failed("tokenizer.json is damaged: download it again".to_owned());
+    let done = panic::catch_unwind(AssertUnwindSafe(call)).map_err(|_| damaged())?;
+    done.map_err(|e| TokenizerError::Failed(e.to_string()))
 }
 
 impl Mask {
@@ -322,6 +328,19 @@ pub(super) mod tests {
             let error = Tokenizer::new(&Files::from([file])).unwrap_err().to_string();
             assert!(error.contains("tokenizer.json"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_tokenizer_that_names_a_token_which_it_does_not_have_fails_without_a_panic() {
+        let mut json = serde_json::to_value(&demo().inner).unwrap();
+        let token = serde_json::json!({"SpecialToken": {"id": "<|none|>", "type_id": 0}});
+        json["post_processor"] = serde_json::json!({
+            "type": "TemplateProcessing", "single": [token], "pair": [token], "special_tokens": {}
+        });
+        let files = Files::from([("tokenizer.json".to_owned(), json.to_string().into_bytes())]);
+        let error =
+            Tokenizer::new(&files).and_then(|t| t.encode_input("a", None, None)).unwrap_err().to_string();
+        assert!(error.contains("damaged") && error.contains("download"), "{error}");
     }
 
     #[test]

@@ -87,7 +87,7 @@ pub struct CoordinatorArgs {
     #[arg(long, env = "STRATA_MODEL")]
     pub model: String,
     /// Seconds to wait for the workers
-    #[arg(long, env = "STRATA_JOIN_TIMEOUT", default_value_t = config::JOIN_PATIENCE.as_secs())]
+    #[arg(long, env = "STRATA_JOIN_TIMEOUT", default_value_t = config::JOIN_TIMEOUT.as_secs())]
     pub join_timeout: u64,
     #[command(flatten)]
     pub deployment: DeploymentArgs,

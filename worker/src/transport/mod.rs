@@ -8,19 +8,19 @@ pub(crate) mod nccl;
 pub mod tcp;
 
 use candle_core::Tensor;
-use strata_proto::{DType, v1::Fence};
+use strata_proto::{DType, LINK_TOKEN_BYTES, v1::Fence};
 
 /// Secret that names one link of one incarnation.
-pub type LinkToken = [u8; 32];
+pub type LinkToken = [u8; LINK_TOKEN_BYTES];
 
 /// Reads a token from the wire.
 ///
 /// # Errors
-/// If it is not 32 bytes long.
+/// If it is not [`LINK_TOKEN_BYTES`] long.
 pub fn link_token(bytes: &[u8]) -> Result<LinkToken, LinkError> {
-    bytes
-        .try_into()
-        .map_err(|_| LinkError::Protocol(format!("a link token has 32 bytes, not {}", bytes.len())))
+    bytes.try_into().map_err(|_| {
+        LinkError::Protocol(format!("a link token has {LINK_TOKEN_BYTES} bytes, not {}", bytes.len()))
+    })
 }
 
 /// What one stage hands to the next for one step.

@@ -30,13 +30,13 @@ use crate::interrupt::Interrupt;
 const HELLO: [u8; 8] = *b"strata\x00\x01";
 const FRAME: [u8; 4] = *b"STRF";
 /// How long a stranger may take to say hello.
-const HELLO_PATIENCE: Duration = Duration::from_secs(3);
+const HELLO_TIMEOUT: Duration = Duration::from_secs(3);
 /// Strangers that may be saying hello at once.
 const MAX_STRANGERS: usize = 64;
 /// Pause after a connection that could not be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// How long the ends of a link wait for each other.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Activations a stage may be ahead of the socket.
 const IN_FLIGHT: usize = 2;
 /// Longest poison reason that is sent on.
@@ -111,8 +111,8 @@ fn greet(
     expected: &Mutex<HashMap<LinkToken, SyncSender<TcpStream>>>,
 ) -> Result<(), LinkError> {
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(HELLO_PATIENCE))?;
-    stream.set_write_timeout(Some(HELLO_PATIENCE))?;
+    stream.set_read_timeout(Some(HELLO_TIMEOUT))?;
+    stream.set_write_timeout(Some(HELLO_TIMEOUT))?;
     let mut hello = [0; 40];
     stream.read_exact(&mut hello)?;
     if hello[..8] != HELLO {
@@ -165,8 +165,8 @@ impl Pending {
                     return Ok(stream);
                 }
                 Err(_) if interrupt.is_tripped() => return Err(LinkError::Interrupted),
-                Err(_) if begun.elapsed() > CONNECT_PATIENCE => {
-                    return Err(LinkError::Timeout(CONNECT_PATIENCE));
+                Err(_) if begun.elapsed() > CONNECT_TIMEOUT => {
+                    return Err(LinkError::Timeout(CONNECT_TIMEOUT));
                 }
                 Err(_) => {}
             }
@@ -208,10 +208,10 @@ pub(crate) fn reach(address: &str, token: &LinkToken, interrupt: &Interrupt) -> 
         .to_socket_addrs()?
         .next()
         .ok_or_else(|| LinkError::Protocol(format!("{address:?} names no address")))?;
-    let mut stream = TcpStream::connect_timeout(&target, CONNECT_PATIENCE)?;
+    let mut stream = TcpStream::connect_timeout(&target, CONNECT_TIMEOUT)?;
     interrupt.watch(&stream)?;
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(CONNECT_PATIENCE))?;
+    stream.set_read_timeout(Some(CONNECT_TIMEOUT))?;
     let mut hello = [0; 40];
     hello[..8].copy_from_slice(&HELLO);
     hello[8..].copy_from_slice(token);

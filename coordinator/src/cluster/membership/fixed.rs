@@ -11,7 +11,7 @@ use crate::cluster::remote::RemoteWorker;
 /// How often a listed worker is asked whether it is there.
 const PROBE_EVERY: Duration = Duration::from_millis(500);
 /// How long it may take to answer.
-const PROBE_PATIENCE: Duration = Duration::from_secs(2);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Unanswered probes in a row after which a worker counts as gone.
 const MISSES: u32 = 3;
 
@@ -41,7 +41,7 @@ async fn probe(member: Member, events: &mpsc::UnboundedSender<MemberEvent>) {
     let mut misses = 0;
     loop {
         let described = member.worker.describe(v1::DescribeRequest::default());
-        match tokio::time::timeout(PROBE_PATIENCE, described).await {
+        match tokio::time::timeout(PROBE_TIMEOUT, described).await {
             Ok(Ok(described)) => {
                 misses = 0;
                 let speaks = described.protocol_min <= PROTOCOL && PROTOCOL <= described.protocol_max;

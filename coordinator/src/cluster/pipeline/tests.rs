@@ -132,14 +132,14 @@ async fn bring_up(found: &Discovery, worker: &Obedient) -> Result<Pipeline, Pipe
 async fn both_ends_of_an_nccl_link_get_the_id_that_the_sending_end_minted() {
     // Were stages connected one after the other, the first one would wait for ever.
     let both = Some(Arc::new(tokio::sync::Barrier::new(3)));
-    let worker = Arc::new(Obedient { id_bytes: NCCL_ID, both, ..Obedient::default() });
+    let worker = Arc::new(Obedient { id_bytes: NCCL_ID_BYTES, both, ..Obedient::default() });
     bring_up(&discovered(worker.clone(), true), &worker).await.unwrap();
     assert_eq!(*lock(&worker.asked_to_mint), ["cuda:0"], "only the first link is by NCCL");
     let connected = lock(&worker.connected);
     let down = connected["cuda:0"].downstream.clone().unwrap();
     let up = connected["cuda:1"].upstream.clone().unwrap();
     for link in [&down, &up] {
-        assert_eq!((link.kind(), &link.nccl_id[..]), (v1::LinkKind::Nccl, &[b'0'; NCCL_ID][..]));
+        assert_eq!((link.kind(), &link.nccl_id[..]), (v1::LinkKind::Nccl, &[b'0'; NCCL_ID_BYTES][..]));
     }
     let next = connected["cuda:1"].downstream.clone().unwrap();
     assert_eq!((next.kind(), next.nccl_id.len()), (v1::LinkKind::Loopback, 0));

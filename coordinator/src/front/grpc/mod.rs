@@ -21,7 +21,7 @@ use crate::coordinator::Coordinator;
 const MAX_REQUEST: usize = 8 << 20;
 /// HTTP/2 pings find clients that went away without a word.
 const PING_EVERY: Duration = Duration::from_secs(10);
-const PING_PATIENCE: Duration = Duration::from_secs(5);
+const PING_TIMEOUT: Duration = Duration::from_secs(5);
 /// Streams of one connection that may be open at once.
 const MAX_STREAMS: u32 = 1024;
 
@@ -74,7 +74,7 @@ pub async fn serve(
     };
     Server::builder()
         .http2_keepalive_interval(Some(PING_EVERY))
-        .http2_keepalive_timeout(Some(PING_PATIENCE))
+        .http2_keepalive_timeout(Some(PING_TIMEOUT))
         .max_concurrent_streams(Some(MAX_STREAMS))
         .http2_max_header_list_size(MAX_HEADER_LIST)
         .serve_with_incoming_shutdown(

@@ -9,7 +9,9 @@ use crate::{
     kernels::{
         cpu::attention::Span,
         cuda::{
-            launch::{Attend, Heads, Kernels, Places, RawCache, RawNorm, attention_bytes, follow},
+            launch::{
+                Attend, Heads, Kernels, MAX_SPLITS, Places, RawCache, RawNorm, attention_bytes, follow,
+            },
             memory::Ptr,
         },
     },
@@ -21,8 +23,6 @@ use crate::{
 
 /// Bytes for what attention puts together.
 pub(super) const PARTIALS: u64 = 16 << 20;
-/// Most parts that one row's attention is split into.
-const MAX_SPLITS: usize = 64;
 
 impl Pass<'_> {
     /// Turns queries and keys, and puts keys and values into the cache of the stage's layer `index`.

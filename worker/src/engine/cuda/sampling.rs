@@ -2,20 +2,20 @@
 //! on is sent once per step; the kernels are started one by one behind the step, which has long begun, and only those that a
 //! draw of the step needs.
 
+use strata_proto::sampling::MAX_LOGPROBS;
+
 use crate::{
     kernels::cuda::{
         CudaError, Gpu,
-        launch::{Kernels, RawSample, launch},
+        launch::{Kernels, RawSample, SAMPLE_THREADS, SLICE, launch},
         memory::{self, Memory, Pinned, Ptr},
     },
-    sampler::{Draw, MAX_ALTERNATIVES, Raw, SampleError, Sampled},
+    sampler::{Draw, Raw, SampleError, Sampled},
 };
 
-/// As in `sample.cu`: threads of a block, tokens that it takes, and words of `Draw` and `Drawn`.
-const THREADS: u32 = 256;
-const SLICE: usize = 2048;
+/// Words of `Draw` and `Drawn` in `sample.cu`.
 const DRAW_WORDS: usize = 16;
-const DRAWN_WORDS: usize = 18 + 2 * MAX_ALTERNATIVES as usize;
+const DRAWN_WORDS: usize = 18 + 2 * MAX_LOGPROBS as usize;
 /// `ALL` of `sample.cu`: no token.
 const NONE: u32 = u32::MAX;
 
@@ -196,7 +196,7 @@ fn words_of(draw: &Draw<'_>, row: usize, first: usize, [biases, history]: [usize
         first as u32,
         biases as u32,
         history as u32,
-        draw.logprobs.map_or(0, |count| 1 + count.min(MAX_ALTERNATIVES)),
+        draw.logprobs.map_or(0, |count| 1 + count.min(MAX_LOGPROBS)),
         0,
     ]
 }
@@ -225,24 +225,24 @@ fn start(
     grid: (u32, u32, u32),
     needs: Needs,
 ) -> Result<(), CudaError> {
-    let mass = |what: i32| launch!(gpu, kernels.sample_mass, grid, THREADS, 0; call, what);
+    let mass = |what: i32| launch!(gpu, kernels.sample_mass, grid, SAMPLE_THREADS as u32, 0; call, what);
     let select = |what: i32| {
         for shift in [24i32, 16, 8, 0] {
-            launch!(gpu, kernels.sample_bins, grid, THREADS, 0; call, what, shift)?;
+            launch!(gpu, kernels.sample_bins, grid, SAMPLE_THREADS as u32, 0; call, what, shift)?;
         }
-        launch!(gpu, kernels.sample_ties, grid, THREADS, 0; call, what)
+        launch!(gpu, kernels.sample_ties, grid, SAMPLE_THREADS as u32, 0; call, what)
     };
-    launch!(gpu, kernels.sample_scan, grid, THREADS, 0; call, 0i32)?;
+    launch!(gpu, kernels.sample_scan, grid, SAMPLE_THREADS as u32, 0; call, 0i32)?;
     if needs.logprobs {
         mass(MASS_RAW)?;
     }
     if needs.alternatives {
         select(SELECT_ALTERNATIVES)?;
-        launch!(gpu, kernels.sample_alternatives, grid, THREADS, 0; call)?;
+        launch!(gpu, kernels.sample_alternatives, grid, SAMPLE_THREADS as u32, 0; call)?;
     }
     if needs.changes {
-        launch!(gpu, kernels.sample_adjust, (grid.1, 1, 1), THREADS, 0; call)?;
-        launch!(gpu, kernels.sample_scan, grid, THREADS, 0; call, 1i32)?;
+        launch!(gpu, kernels.sample_adjust, (grid.1, 1, 1), SAMPLE_THREADS as u32, 0; call)?;
+        launch!(gpu, kernels.sample_scan, grid, SAMPLE_THREADS as u32, 0; call, 1i32)?;
     }
     if needs.top_k {
         select(SELECT_TOP_K)?;

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use cudarc::driver::{CudaFunction, CudaModule, DeviceRepr, DriverError, sys, sys::CUfunction_attribute};
-use strata_proto::DType;
+use strata_proto::{DType, sampling::MAX_LOGPROBS};
 
 use super::{CudaError, Doing, Gpu, memory::Ptr};
+use crate::{kernels::cpu::quant::GROUP, kv_cache::BLOCK_TOKENS};
 
 /// One translation unit, in this order.
 pub(super) const SOURCES: [&str; 8] = [
@@ -21,6 +22,22 @@ pub(super) const SOURCES: [&str; 8] = [
 
 /// Most experts per token.
 pub(crate) const MAX_ACTIVE: usize = 32;
+/// Most parts that one row's attention is split into.
+pub(crate) const MAX_SPLITS: usize = 64;
+/// Threads of a block that draws tokens, and the logits that it takes.
+pub(crate) const SAMPLE_THREADS: usize = 256;
+pub(crate) const SLICE: usize = 2048;
+
+/// What the sources count with, too: macros of theirs.
+const SHARED: [(&str, usize); 7] = [
+    ("BLOCK_TOKENS", BLOCK_TOKENS),
+    ("GROUP", GROUP),
+    ("MAX_ACTIVE", MAX_ACTIVE),
+    ("MAX_LOGPROBS", MAX_LOGPROBS as usize),
+    ("MAX_SPLITS", MAX_SPLITS),
+    ("SAMPLE_THREADS", SAMPLE_THREADS),
+    ("SLICE", SLICE),
+];
 
 /// A format as the sources number it.
 pub(crate) fn element_number(dtype: DType) -> i32 {
@@ -32,8 +49,14 @@ pub(crate) fn element_number(dtype: DType) -> i32 {
 }
 
 /// What the compiler is told, besides what machine code to make.
-pub(super) fn options(element: DType, head_dim: usize) -> [String; 3] {
-    ["--std=c++17".into(), format!("-DELEMENT={}", element_number(element)), format!("-DHEAD_DIM={head_dim}")]
+pub(super) fn options(element: DType, head_dim: usize) -> Vec<String> {
+    let own = [
+        "--std=c++17".into(),
+        format!("-DELEMENT={}", element_number(element)),
+        format!("-DHEAD_DIM={head_dim}"),
+    ];
+    let shared = SHARED.map(|(name, value)| format!("-D{name}={value}"));
+    own.into_iter().chain(shared).collect()
 }
 
 /// Declares the kernels by name.

@@ -17,10 +17,10 @@ use cudarc::{
     driver::{CudaEvent, CudaStream},
     nccl::sys,
 };
-use strata_proto::DType;
+use strata_proto::{DType, NCCL_ID_BYTES};
 
 use super::{
-    ID_BYTES, Joining,
+    Joining,
     library::Nccl,
     watched::{Communicator, Watched},
 };
@@ -35,9 +35,9 @@ use crate::{
 };
 
 /// How long the ranks of a link wait for each other, and for their first message.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(20);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long an activation may take. Stages before this one may be slow; that they live is known otherwise.
-const STEP_PATIENCE: Duration = Duration::from_secs(120);
+const STEP_TIMEOUT: Duration = Duration::from_secs(120);
 /// Ranks of a link.
 const SENDER: c_int = 0;
 const RECEIVER: c_int = 1;
@@ -48,8 +48,8 @@ const IN_FLIGHT: usize = 2;
 ///
 /// # Errors
 /// If NCCL is not there, or refuses.
-pub(crate) fn mint_id() -> Result<[u8; ID_BYTES], LinkError> {
-    let mut id = sys::ncclUniqueId { internal: [0; ID_BYTES] };
+pub(crate) fn mint_id() -> Result<[u8; NCCL_ID_BYTES], LinkError> {
+    let mut id = sys::ncclUniqueId { internal: [0; NCCL_ID_BYTES] };
     let _turn = gate::changing();
     // SAFETY: NCCL writes an id into memory for one.
     unsafe { (Nccl::get()?.get_unique_id)(&mut id) }.result().map_err(|e| failed("making an id", e.0))?;
@@ -217,7 +217,7 @@ impl End {
     fn join(joining: Joining, rank: c_int) -> Result<Self, LinkError> {
         let _turn = gate::changing();
         let mut watched = Watched::new(Rank::join(&joining, rank)?, joining.interrupt.clone());
-        watched.wait(CONNECT_PATIENCE)?;
+        watched.wait(CONNECT_TIMEOUT)?;
         let context = watched.get().stream.context().clone();
         let slots = Slots::new(&context, joining.longest, IN_FLIGHT + 1)?;
         let mut end = End { rank: watched, slots, longest: joining.longest };
@@ -226,8 +226,8 @@ impl End {
         if rank == SENDER {
             hello.staging().0[..32].copy_from_slice(&joining.token);
             end.send(&mut hello)?;
-            end.rank.wait(CONNECT_PATIENCE)?;
-        } else if end.receive(&mut hello, CONNECT_PATIENCE)?[..32] != joining.token {
+            end.rank.wait(CONNECT_TIMEOUT)?;
+        } else if end.receive(&mut hello, CONNECT_TIMEOUT)?[..32] != joining.token {
             return Err(LinkError::Protocol("the other rank is of another link".into()));
         }
         Ok(end)
@@ -239,20 +239,20 @@ impl End {
         let rank = self.rank.get();
         memory::upload(&rank.stream, frame, &rows.staging().0[..HEAD as usize])?;
         rank.exchange(frame, bytes, true)?;
-        self.rank.wait_until(Rank::is_settled, STEP_PATIENCE)?;
+        self.rank.wait_until(Rank::is_settled, STEP_TIMEOUT)?;
         self.rank.get().mark()
     }
 
     /// Waits for a message with rows of their shape; gives its head.
-    fn receive<'a>(&mut self, rows: &'a mut DeviceRows, patience: Duration) -> Result<&'a [u8], LinkError> {
+    fn receive<'a>(&mut self, rows: &'a mut DeviceRows, timeout: Duration) -> Result<&'a [u8], LinkError> {
         let (frame, bytes) = (rows.frame(), HEAD + rows.bytes());
         let head = &mut rows.staging().0[..HEAD as usize];
         self.rank.get().exchange(frame, bytes, false)?;
-        self.rank.wait_until(Rank::is_settled, patience)?;
+        self.rank.wait_until(Rank::is_settled, timeout)?;
         let rank = self.rank.get();
         memory::download(&rank.stream, head, frame)?;
         rank.mark()?;
-        self.rank.wait(patience)?;
+        self.rank.wait(timeout)?;
         Ok(head)
     }
 }
@@ -274,7 +274,7 @@ impl Downstream for NcclDownstream {
     fn send(&mut self, activation: Activation, shape: Expected) -> Result<(), LinkError> {
         if self.sending.len() >= IN_FLIGHT {
             // All of them: NCCL says of the last one only.
-            self.end.rank.wait(STEP_PATIENCE)?;
+            self.end.rank.wait(STEP_TIMEOUT)?;
             self.sending.clear();
         }
         let mut rows = match activation.payload {
@@ -319,7 +319,7 @@ impl Upstream for NcclUpstream {
             return Err(LinkError::Protocol("an activation is one tensor".into()));
         };
         let mut rows = self.end.slots.rows(*shape)?;
-        let head = self.end.receive(&mut rows, STEP_PATIENCE)?;
+        let head = self.end.receive(&mut rows, STEP_TIMEOUT)?;
         let (sent, poison) = read_head(head);
         check_step(sent, step)?;
         let payload = match poison {

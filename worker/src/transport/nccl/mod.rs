@@ -14,6 +14,8 @@ mod watched;
 
 use std::net::TcpStream;
 
+use strata_proto::NCCL_ID_BYTES;
+
 use super::{LinkError, LinkToken};
 use crate::interrupt::Interrupt;
 #[cfg(feature = "cuda")]
@@ -21,13 +23,11 @@ pub(crate) use device::mint_id;
 #[cfg(feature = "cuda")]
 pub(crate) use library::{description, is_there};
 
-/// Bytes of the id that brings two ranks together.
-pub(crate) const ID_BYTES: usize = 128;
 /// What an end of a link needs to join.
 #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "without CUDA, nobody joins"))]
 pub(crate) struct Joining {
     /// Brings the ranks together.
-    pub id: [u8; ID_BYTES],
+    pub id: [u8; NCCL_ID_BYTES],
     /// Shows that they are of the same link.
     pub token: LinkToken,
     /// A connection to the other end's process, which the system closes when that ends. NCCL need not notice.
@@ -43,8 +43,8 @@ pub(crate) struct Joining {
 ///
 /// # Errors
 /// If it is none.
-pub(crate) fn id_of(bytes: &[u8]) -> Result<[u8; ID_BYTES], LinkError> {
-    let error = || LinkError::Protocol(format!("an NCCL id has {ID_BYTES} bytes, not {}", bytes.len()));
+pub(crate) fn id_of(bytes: &[u8]) -> Result<[u8; NCCL_ID_BYTES], LinkError> {
+    let error = || LinkError::Protocol(format!("an NCCL id has {NCCL_ID_BYTES} bytes, not {}", bytes.len()));
     bytes.try_into().map_err(|_| error())
 }
 
@@ -75,7 +75,7 @@ pub(crate) fn upstream(joining: Joining) -> Result<Box<dyn super::Upstream>, Lin
 /// # Errors
 /// If this build has no NCCL.
 #[cfg(not(feature = "cuda"))]
-pub(crate) fn mint_id() -> Result<[u8; ID_BYTES], LinkError> {
+pub(crate) fn mint_id() -> Result<[u8; NCCL_ID_BYTES], LinkError> {
     Err(LinkError::Device(NO_CUDA.into()))
 }
 
@@ -93,7 +93,7 @@ mod tests {
 
     #[test]
     fn ids_have_their_length() {
-        id_of(&[7; ID_BYTES]).unwrap();
+        id_of(&[7; NCCL_ID_BYTES]).unwrap();
         assert!(id_of(&[7; 127]).unwrap_err().to_string().contains("127"));
     }
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use crate::{interrupt::Interrupt, transport::LinkError};
 
 /// How long an abort may take; each says how long it took.
-const ABORT_PATIENCE: Duration = Duration::from_secs(8);
+const ABORT_TIMEOUT: Duration = Duration::from_secs(8);
 /// Polls without a pause, which is how long an activation takes within a host, and the pauses after that.
 const EAGER: Duration = Duration::from_millis(1);
 const PAUSE: Duration = Duration::from_micros(50);
@@ -26,7 +26,7 @@ pub(crate) trait Communicator {
 pub(crate) struct Watched<C: Communicator> {
     communicator: C,
     interrupt: Interrupt,
-    abort_patience: Duration,
+    abort_timeout: Duration,
     /// What ends a process whose abort does not come back.
     give_up: fn(),
     aborted: bool,
@@ -38,7 +38,7 @@ impl<C: Communicator> Watched<C> {
             tracing::error!("aborting an NCCL communicator did not come to an end; this process ends");
             std::process::exit(70);
         };
-        Watched { communicator, interrupt, abort_patience: ABORT_PATIENCE, give_up, aborted: false }
+        Watched { communicator, interrupt, abort_timeout: ABORT_TIMEOUT, give_up, aborted: false }
     }
 
     /// What is watched.
@@ -49,9 +49,9 @@ impl<C: Communicator> Watched<C> {
     /// Waits until all that was asked for is done.
     ///
     /// # Errors
-    /// If it fails, takes longer than `patience`, or the incarnation is ended; then the communicator is aborted.
-    pub fn wait(&mut self, patience: Duration) -> Result<(), LinkError> {
-        self.wait_until(C::poll, patience)
+    /// If it fails, takes longer than `timeout`, or the incarnation is ended; then the communicator is aborted.
+    pub fn wait(&mut self, timeout: Duration) -> Result<(), LinkError> {
+        self.wait_until(C::poll, timeout)
     }
 
     /// The same, until `holds` says so.
@@ -61,7 +61,7 @@ impl<C: Communicator> Watched<C> {
     pub fn wait_until(
         &mut self,
         holds: impl Fn(&mut C) -> Result<bool, String>,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<(), LinkError> {
         let begun = Instant::now();
         let error = loop {
@@ -76,7 +76,7 @@ impl<C: Communicator> Watched<C> {
                 Ok(false) => {}
             }
             match begun.elapsed() {
-                waited if waited > patience => break LinkError::Timeout(patience),
+                waited if waited > timeout => break LinkError::Timeout(timeout),
                 waited if waited > EAGER => std::thread::sleep(PAUSE),
                 _ => std::hint::spin_loop(),
             }
@@ -90,10 +90,10 @@ impl<C: Communicator> Watched<C> {
             return;
         }
         let (done, watch) = std::sync::mpsc::channel::<()>();
-        let (patience, give_up) = (self.abort_patience, self.give_up);
+        let (timeout, give_up) = (self.abort_timeout, self.give_up);
         // Without the thread, an abort that hangs would; but there is nothing better to do.
         let _ = std::thread::Builder::new().name("strata-abort".into()).spawn(move || {
-            if let Err(std::sync::mpsc::RecvTimeoutError::Timeout) = watch.recv_timeout(patience) {
+            if let Err(std::sync::mpsc::RecvTimeoutError::Timeout) = watch.recv_timeout(timeout) {
                 give_up();
             }
         });
@@ -173,8 +173,8 @@ mod tests {
     #[test]
     fn a_peer_that_is_silent_is_given_up() {
         let mut watched = Watched::new(Fake::default(), Interrupt::default());
-        let patience = Duration::from_millis(20);
-        assert!(matches!(watched.wait(patience), Err(LinkError::Timeout(p)) if p == patience));
+        let timeout = Duration::from_millis(20);
+        assert!(matches!(watched.wait(timeout), Err(LinkError::Timeout(p)) if p == timeout));
     }
 
     #[test]
@@ -194,8 +194,8 @@ mod tests {
         static ENDED: AtomicBool = AtomicBool::new(false);
         let fake = Fake { slow_abort: Duration::from_millis(200), ..Fake::default() };
         let mut watched = Watched::new(fake, Interrupt::default());
-        assert_eq!(watched.abort_patience, Duration::from_secs(8));
-        watched.abort_patience = Duration::from_millis(10);
+        assert_eq!(watched.abort_timeout, Duration::from_secs(8));
+        watched.abort_timeout = Duration::from_millis(10);
         watched.give_up = || ENDED.store(true, Ordering::SeqCst);
         drop(watched);
         assert!(ENDED.load(Ordering::SeqCst));

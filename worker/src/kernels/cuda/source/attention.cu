@@ -132,9 +132,6 @@ extern "C" __global__ void __launch_bounds__(128) attention_plain(Attend a) {
     }
 }
 
-// Most parts of a sequence.
-#define MAX_SPLITS 64
-
 // Puts the splits together, in order. One block per place and head.
 extern "C" __global__ void __launch_bounds__(128) attention_combine(Attend a) {
     __shared__ float shares[MAX_SPLITS];

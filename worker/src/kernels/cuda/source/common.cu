@@ -286,9 +286,6 @@ struct Matrix {
     int n, k;
 };
 
-// Weights per factor.
-#define GROUP 32
-
 // Rows as int8: bytes (rows, k), a factor per 32 of them, and the sum of what these 32 stand for.
 struct Bytes {
     signed char* values;

@@ -1,7 +1,5 @@
 // Mixtures of experts: which experts a token goes through, the tokens of each expert, and the sum of what they yield.
 
-#define MAX_ACTIVE 32
-
 // logits (tokens, experts): the softmax's likeliest `active`, ascending, ties to the lowest number, and their shares. One
 // warp per token.
 extern "C" __global__ void route(float* logits, u32* chosen, float* shares, int tokens, int experts, int active, int normalize) {

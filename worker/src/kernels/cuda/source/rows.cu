@@ -213,7 +213,6 @@ struct Places {
     const u32* tables;
 };
 
-#define BLOCK_TOKENS 16
 // Of a row that pads a step, and has no tokens to be attended to by.
 #define NO_BLOCK 0xffffffffu
 

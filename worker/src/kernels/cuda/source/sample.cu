@@ -6,9 +6,6 @@
 // finish puts together what the slices found, and leaves it in `Drawn` for the kernel after. Rows that a kernel does not
 // concern are left at once.
 
-#define SAMPLE_THREADS 256
-#define SLICE 2048
-#define MAX_ALTERNATIVES 20
 // The most likely token's weight.
 #define ONE 1099511627776.0f
 #define ALL 0xffffffffu
@@ -56,7 +53,7 @@ struct Drawn {
     Kept kept;
     // In a selection: the bits of the key that are known. Blocks that have finished. Alternatives found.
     u32 prefix, arrived, found, unused;
-    Candidate alternatives[MAX_ALTERNATIVES];
+    Candidate alternatives[MAX_LOGPROBS];
 };
 
 struct Sample {
@@ -354,7 +351,7 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS) sample_bins(Sample 
         light = (drawn.total - needed) / (u64)s.vocab;
         if (shift == 24) left = needed;
     } else if (shift == 24) {
-        left = what == SELECT_TOP_K ? draw.top_k : min(min(draw.logprobs - 1u, (u32)MAX_ALTERNATIVES), (u32)s.vocab);
+        left = what == SELECT_TOP_K ? draw.top_k : min(min(draw.logprobs - 1u, (u32)MAX_LOGPROBS), (u32)s.vocab);
     }
     low[threadIdx.x] = 0;
     high[threadIdx.x] = 0;
@@ -418,7 +415,7 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS) sample_ties(Sample 
 
 // Collects the alternatives that were selected, best first; then all tokens are kept again.
 extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS) sample_alternatives(Sample s) {
-    __shared__ Candidate all[MAX_ALTERNATIVES];
+    __shared__ Candidate all[MAX_LOGPROBS];
     const Draw& draw = s.draws[blockIdx.y];
     Drawn& drawn = s.drawn[blockIdx.y];
     if (!is_selected(s, draw, drawn, SELECT_ALTERNATIVES)) return;
@@ -429,10 +426,10 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS) sample_alternatives
         float logit = x[i];
         if (!kept.has(ordered(logit), i)) continue;
         u32 place = atomicAdd(&drawn.found, 1u);
-        if (place < MAX_ALTERNATIVES) drawn.alternatives[place] = {(u32)i, logit};
+        if (place < MAX_LOGPROBS) drawn.alternatives[place] = {(u32)i, logit};
     }
     if (!is_last(drawn)) return;
-    int count = min(min(draw.logprobs - 1u, (u32)MAX_ALTERNATIVES), (u32)s.vocab);
+    int count = min(min(draw.logprobs - 1u, (u32)MAX_LOGPROBS), (u32)s.vocab);
     if ((int)threadIdx.x < count) {
         const Candidate* mine = &drawn.alternatives[threadIdx.x];
         all[threadIdx.x] = {__ldcg(&mine->token), __ldcg(&mine->logit)};
