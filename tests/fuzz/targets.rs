@@ -100,6 +100,7 @@ fn split(data: &[u8], offers: &[Offer], profile: &ModelProfile) {
         kv_tokens: None,
         max_step_tokens: 64,
         max_step_outputs: 8,
+        state_slots: 8,
     };
     let Ok(plan) = solve(&problem) else { return };
     for replica in &plan.replicas {
