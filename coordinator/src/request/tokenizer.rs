@@ -319,6 +319,27 @@ pub(super) mod tests {
         assert!(none.encode_chat(&say("x")).unwrap_err().to_string().contains("no chat template"));
     }
 
+    /// Python's tokenizers has Oniguruma; the crate's other engine differs here, and ends early in long white space.
+    #[test]
+    fn patterns_split_as_oniguruma_does() {
+        use tokenizers::{
+            OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, SplitDelimiterBehavior,
+            pre_tokenizers::split::{Split, SplitPattern},
+        };
+        let pieces = |pattern: &str, text: &str| {
+            let pattern = SplitPattern::Regex(pattern.into());
+            let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false).unwrap();
+            let mut pieces = PreTokenizedString::from(text);
+            split.pre_tokenize(&mut pieces).unwrap();
+            pieces.get_splits(OffsetReferential::Original, OffsetType::Byte).len()
+        };
+        assert_eq!(pieces("[[:punct:]]", "a\u{3001}b"), 3);
+        assert_eq!(pieces("^b", "a\nb"), 2);
+        assert_eq!(pieces(r"\w+", "a\u{b2}"), 1);
+        let long = format!("a{}b c", " ".repeat(1_100_000));
+        assert_eq!(pieces(r" ?\p{L}+|\s*[\r\n]+|\s+(?!\S)|\s+", &long), 4);
+    }
+
     #[test]
     fn a_file_that_was_cut_off_is_refused_even_where_the_library_panics() {
         let json = serde_json::to_string(&demo().inner).unwrap();
