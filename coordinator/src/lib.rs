@@ -45,6 +45,7 @@ pub mod fuzzing;
 pub mod planner;
 pub mod preflight;
 mod request;
+// For tests/it/drafts.rs, which drives it over real stages.
 pub mod scheduler;
 
 pub use cluster::RemoteWorker;

@@ -18,9 +18,8 @@ use strata_coordinator::{
 };
 use strata_proto::{DeviceKind, MAX_HEADER_LIST, PING_EVERY, PING_TIMEOUT, Worker};
 use strata_worker::{
-    LocalWorker, Models, WorkerConfig,
+    Hub, LocalWorker, Models, WorkerConfig,
     device::{self, DeviceSpec, Directories, available_memory},
-    transport::loopback::Hub,
 };
 use tokio::{
     net::TcpListener,

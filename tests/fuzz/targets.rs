@@ -8,7 +8,7 @@ use strata_coordinator::{
     planner::{Offer, Problem, Split, solve},
 };
 use strata_proto::{DType, Device, Files, ModelProfile, v1};
-use strata_worker::{model, weights::Checkpoint};
+use strata_worker::{Checkpoint, model};
 
 /// Takes any bytes, and panics only if something is wrong with Strata.
 pub type Target = Box<dyn Fn(&[u8]) + Send + Sync>;

@@ -20,9 +20,8 @@ use strata_proto::{
     v1::{self, cluster_client::ClusterClient, generate_event, inference_client::InferenceClient},
 };
 use strata_worker::{
-    LocalWorker, Models, StepHook, WorkerConfig,
+    Hub, LocalWorker, Models, StepHook, WorkerConfig,
     device::{Compute, DeviceSpec, Directories},
-    transport::loopback::Hub,
 };
 use tokio::{
     sync::{mpsc, oneshot},

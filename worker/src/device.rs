@@ -177,7 +177,7 @@ pub fn cores() -> usize {
 
 /// What a stage holds now, and a new plan may use again.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Held {
+pub(crate) struct Held {
     /// Bytes of memory.
     pub memory: u64,
     /// Bytes of weights that stay memory-mapped.
@@ -214,7 +214,7 @@ pub fn can_write(directory: &Path) -> bool {
 ///
 /// # Errors
 /// If a GPU cannot be used.
-pub fn offers(
+pub(crate) fn offers(
     specs: &[DeviceSpec],
     compute: Compute,
     directories: &Directories,

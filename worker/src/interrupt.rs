@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 /// Ends every wait of one incarnation of a stage, once and for good.
 #[derive(Debug, Clone)]
-pub struct Interrupt {
+pub(crate) struct Interrupt {
     tripped: Arc<watch::Sender<bool>>,
     sockets: Arc<Mutex<Vec<TcpStream>>>,
 }

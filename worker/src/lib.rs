@@ -1,7 +1,8 @@
 //! The stage engine: loads the layer range it is told, runs steps, sends activations on.
 //!
 //! It knows no cluster: a coordinator drives it through [`strata_proto::Worker`], in this process ([`LocalWorker`], made from a
-//! [`WorkerConfig`]) or over gRPC ([`grpc`]). Who wants one layer range without a cluster has [`model`] and [`weights`].
+//! [`WorkerConfig`]) or over gRPC ([`grpc`]). Who wants one layer range without a cluster, as the benchmarks do, has [`model`],
+//! [`engine`] and [`kernels`].
 //!
 //! ```
 //! use strata_proto::{ModelProfile, Worker, v1::DescribeRequest};
@@ -29,14 +30,15 @@ mod incarnation;
 mod interrupt;
 pub mod kernels;
 pub mod model;
-pub mod sampler;
+mod sampler;
 mod service;
 mod stage;
-pub mod transport;
-pub mod weights;
+mod transport;
+mod weights;
 
 pub use engine::measure;
 pub use error::WorkerError;
 pub use incarnation::StepHook;
-pub use interrupt::Interrupt;
 pub use service::{LocalWorker, Models, WorkerConfig};
+pub use transport::loopback::Hub;
+pub use weights::Checkpoint;

@@ -21,7 +21,7 @@ use crate::kernels::cpu::Cpu;
 /// A sampling parameter outside its range.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{field} is {found}: expected {expected}")]
-pub struct SamplingError {
+pub(crate) struct SamplingError {
     /// The field of `strata.v1.Sampling`.
     pub field: &'static str,
     /// Its value.
@@ -53,7 +53,7 @@ pub enum SampleError {
 
 /// How tokens are chosen, within the ranges that `inference.proto` documents.
 #[derive(Debug, Clone, PartialEq)]
-pub struct SamplingParams {
+pub(crate) struct SamplingParams {
     pub(crate) temperature: f32,
     pub(crate) top_k: usize,
     pub(crate) top_p: f32,
@@ -110,7 +110,7 @@ impl SamplingParams {
 
 /// Which tokens a sequence has seen.
 #[derive(Debug, Clone, Default)]
-pub struct TokenHistory {
+pub(crate) struct TokenHistory {
     /// Occurrences in the answer; 0 for tokens of the prompt alone.
     pub(crate) answer_counts: BTreeMap<u32, u32>,
 }
@@ -129,7 +129,7 @@ impl TokenHistory {
 
 /// What a draw depends on, beside the logits.
 #[derive(Debug, Clone, Copy)]
-pub struct Draw<'a> {
+pub(crate) struct Draw<'a> {
     /// How to choose.
     pub params: &'a SamplingParams,
     /// Tokens so far; needed only if the parameters say so.
@@ -169,7 +169,7 @@ pub struct Sampled {
 
 /// Chooses a token, on the caller's thread; any processor chooses the same one. `logits` (one per token id) is overwritten where bias and penalties apply; `order` is scratch, at
 /// least as long.
-pub fn sample(
+pub(crate) fn sample(
     cpu: &Cpu,
     logits: &mut [f32],
     order: &mut [u32],
@@ -196,7 +196,7 @@ pub fn sample(
 ///
 /// # Errors
 /// If a logit is not a number.
-pub fn likeliest(cpu: &Cpu, logits: &[f32], count: u32) -> Result<Vec<v1::Alternative>, SampleError> {
+pub(crate) fn likeliest(cpu: &Cpu, logits: &[f32], count: u32) -> Result<Vec<v1::Alternative>, SampleError> {
     if let Some(token) = logits.iter().position(|x| !x.is_finite()) {
         return Err(SampleError::NotFinite { token: token as u32, value: logits[token] });
     }

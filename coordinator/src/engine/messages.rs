@@ -27,7 +27,7 @@ use crate::{
 /// One message of an answer. The channel's memory is bounded by the context length, so a client that does not
 /// read cannot hold up the engine.
 #[derive(Debug)]
-pub enum Reply {
+pub(crate) enum Reply {
     /// The request is in; cancel it by this id.
     Accepted(SequenceId),
     /// Its first tokens went to a pipeline at this time.
@@ -55,7 +55,7 @@ impl Reply {
 
 /// What is asked of the engine.
 #[derive(Debug)]
-pub enum Asked {
+pub(crate) enum Asked {
     /// To continue a prompt.
     Generate(Box<Checked>),
     /// To encode an input, until a deadline from arrival.
@@ -64,7 +64,7 @@ pub enum Asked {
 
 /// A checked request on its way to the engine.
 #[derive(Debug)]
-pub struct Submission {
+pub(crate) struct Submission {
     /// The request.
     pub request: Asked,
     /// When it arrived.
@@ -75,7 +75,7 @@ pub struct Submission {
 
 /// Everything the engine reacts to.
 #[derive(Debug)]
-pub enum Event {
+pub(crate) enum Event {
     /// A new request.
     Submit(Box<Submission>),
     /// A client went away.

@@ -7,17 +7,17 @@ use strata_proto::{ModelProfile, v1::Task};
 use super::error::{AdmissionError, field};
 
 /// Largest text that is tokenized, in bytes.
-pub const MAX_TEXT: usize = 1 << 20;
+pub(crate) const MAX_TEXT: usize = 1 << 20;
 /// Most token ids in a Detokenize.
-pub const MAX_IDS: usize = 1 << 20;
+pub(crate) const MAX_IDS: usize = 1 << 20;
 /// Longest deadline.
-pub const MAX_DEADLINE: Duration = Duration::from_secs(24 * 3600);
+pub(crate) const MAX_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
 /// Refuses a name that is none of those served. No name is whichever model there is.
 ///
 /// # Errors
 /// [`AdmissionError::WrongModel`].
-pub fn check_model(asked: &str, served: &[String]) -> Result<(), AdmissionError> {
+pub(crate) fn check_model(asked: &str, served: &[String]) -> Result<(), AdmissionError> {
     if asked.is_empty() || served.iter().any(|name| name == asked) {
         return Ok(());
     }
@@ -29,7 +29,7 @@ pub fn check_model(asked: &str, served: &[String]) -> Result<(), AdmissionError>
 ///
 /// # Errors
 /// If it is longer than [`MAX_TEXT`].
-pub fn check_text(name: &'static str, text: &str) -> Result<(), AdmissionError> {
+pub(crate) fn check_text(name: &'static str, text: &str) -> Result<(), AdmissionError> {
     if text.len() > MAX_TEXT {
         return Err(field(name, format!("{} bytes are too long: at most {MAX_TEXT} are taken", text.len())));
     }
@@ -52,7 +52,7 @@ pub(super) fn check_deadline(millis: Option<u64>) -> Result<Option<Duration>, Ad
 ///
 /// # Errors
 /// [`AdmissionError::WrongTask`], with the call that it does answer.
-pub fn check_task(asked: Task, profile: &ModelProfile) -> Result<(), AdmissionError> {
+pub(crate) fn check_task(asked: Task, profile: &ModelProfile) -> Result<(), AdmissionError> {
     if asked == profile.task {
         return Ok(());
     }

@@ -43,7 +43,7 @@ pub enum ChatError {
 
 /// One message of a chat.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Message {
+pub(crate) struct Message {
     /// Who says it: `user`, `assistant`, `system`, or what the template knows.
     pub role: String,
     /// What is said.
@@ -72,7 +72,7 @@ impl TokenizerConfig {
 ///
 /// # Errors
 /// If the file does not parse.
-pub fn special_tokens(files: &Files) -> Result<BTreeMap<String, String>, ChatError> {
+pub(crate) fn special_tokens(files: &Files) -> Result<BTreeMap<String, String>, ChatError> {
     let entries = TokenizerConfig::read(files)?.rest.into_iter().filter(|(key, _)| key.ends_with("_token"));
     let texts = entries.filter_map(|(key, value)| {
         // Either the text, or an object that has it.
@@ -98,7 +98,7 @@ struct NamedTemplate {
 
 /// A model's chat template, compiled.
 #[derive(Debug)]
-pub struct ChatTemplate {
+pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
     /// `bos_token`, `eos_token`, …, as templates name them.
     special_tokens: BTreeMap<String, String>,

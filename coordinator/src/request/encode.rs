@@ -16,13 +16,13 @@ use super::{
 use crate::scheduler::Encode;
 
 /// Most inputs of one call.
-pub const MAX_INPUTS: usize = 1024;
+pub(crate) const MAX_INPUTS: usize = 1024;
 /// Candidates for a mask unless asked for otherwise.
-pub const DEFAULT_CANDIDATES: u32 = 5;
+pub(crate) const DEFAULT_CANDIDATES: u32 = 5;
 
 /// What is asked of an encoder, whichever call it came by.
 #[derive(Debug)]
-pub struct Request {
+pub(crate) struct Request {
     /// As the client names it.
     pub model: String,
     /// What the call is for.
@@ -39,7 +39,7 @@ pub struct Request {
 
 /// An input as the model reads it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CheckedInput {
+pub(crate) struct CheckedInput {
     /// Never empty.
     pub ids: Vec<u32>,
     /// What to compute.
@@ -53,7 +53,7 @@ pub struct CheckedInput {
 ///
 /// # Errors
 /// The first thing that is out of its bounds, with the bound and the index of the input.
-pub fn check(
+pub(crate) fn check(
     request: Request,
     tokenizer: &Tokenizer,
     profile: &ModelProfile,
@@ -147,7 +147,7 @@ fn masks(ids: &[u32], tokenizer: &Tokenizer) -> Result<Vec<u32>, String> {
 }
 
 /// Scores of a classifier's classes, best first.
-pub fn classification(profile: &ModelProfile, logits: &[f32]) -> Vec<v1::ClassScore> {
+pub(crate) fn classification(profile: &ModelProfile, logits: &[f32]) -> Vec<v1::ClassScore> {
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let total: f64 = logits.iter().map(|x| f64::from(x - largest).exp()).sum();
     let score = |logit: f32| match profile.scoring {

@@ -6,7 +6,7 @@ use super::error::AdmissionError;
 
 /// A place among the requests in progress; freed by dropping it.
 #[derive(Debug)]
-pub struct Permit(watch::Sender<usize>);
+pub(crate) struct Permit(watch::Sender<usize>);
 
 impl Drop for Permit {
     fn drop(&mut self) {
@@ -16,7 +16,7 @@ impl Drop for Permit {
 
 /// Bounds the number of requests in progress.
 #[derive(Debug, Clone)]
-pub struct Gate {
+pub(crate) struct Gate {
     inside: watch::Sender<usize>,
     limit: usize,
 }

@@ -19,7 +19,7 @@ const MAX_TENANT_BYTES: usize = 256;
 
 /// A request whose every field is within its bounds.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Checked {
+pub(crate) struct Checked {
     /// The prompt as the model reads it, never empty.
     pub prompt: Vec<u32>,
     /// Most new tokens.
@@ -44,7 +44,7 @@ pub struct Checked {
 ///
 /// # Errors
 /// The first field that is out of its bounds, with the bound.
-pub fn check(
+pub(crate) fn check(
     request: v1::GenerateRequest,
     tokenizer: &Tokenizer,
     profile: &ModelProfile,

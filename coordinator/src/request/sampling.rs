@@ -11,7 +11,7 @@ use super::error::{AdmissionError, field};
 /// Sampling defaults that a model ships in `generation_config.json`.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default)]
-pub struct GenerationDefaults {
+pub(crate) struct GenerationDefaults {
     /// Whether it samples at all.
     pub do_sample: bool,
     /// Sampling temperature.

@@ -8,7 +8,7 @@ const MAX_PENDING: usize = 8;
 /// Turns an answer's tokens into text as they come. Holds back what may still change: an incomplete character,
 /// or the beginning of a stop string.
 #[derive(Debug)]
-pub struct TextStream {
+pub(crate) struct TextStream {
     ids: Vec<u32>,
     /// Decoding starts here, so that the tokenizer sees enough context for spaces.
     prefix: usize,
@@ -20,7 +20,7 @@ pub struct TextStream {
 
 /// What a token added.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Piece {
+pub(crate) struct Piece {
     /// Text that is final.
     pub text: String,
     /// A stop string appeared; `text` ends before it.

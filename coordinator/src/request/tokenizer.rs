@@ -19,7 +19,7 @@ use super::{
 
 /// A model's tokenizer.
 #[derive(Debug)]
-pub struct Tokenizer {
+pub(crate) struct Tokenizer {
     inner: tokenizers::Tokenizer,
     defaults: GenerationDefaults,
     /// `bos_token`, `eos_token`, … of tokenizer_config.json.
@@ -39,7 +39,7 @@ struct Mask {
 
 /// An input of an encoder.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Encoded {
+pub(crate) struct Encoded {
     /// Its tokens, special ones included.
     pub ids: Vec<u32>,
     /// The segment of each.

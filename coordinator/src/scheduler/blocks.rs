@@ -11,7 +11,7 @@ use std::{
 
 /// What sequences must have in common to share blocks, beside tokens.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Scope {
+pub(crate) struct Scope {
     /// Whose they are. Nobody can learn from the speed of an answer what another tenant asked.
     pub tenant: Arc<str>,
     /// Set of rotary frequencies that keys were turned by.
@@ -20,7 +20,7 @@ pub struct Scope {
 
 /// Names the contents of a published block, and with them all that came before. Never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Contents(u64);
+pub(crate) struct Contents(u64);
 
 /// What a published block is found by.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -48,7 +48,7 @@ struct Block {
 /// Hands out block ids `0..total`, to several users where contents are shared. The lowest free ids of a fresh allocator
 /// come first; then those of idle published blocks, the longest unused first.
 #[derive(Debug, Clone)]
-pub struct BlockAllocator {
+pub(crate) struct BlockAllocator {
     blocks: Vec<Block>,
     /// Used by nobody, not published.
     free: Vec<u32>,

@@ -7,7 +7,7 @@ use strata_proto::StateKind;
 
 /// Where a sequence may begin behind positions that were computed before, for it or for others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Reuse {
+pub(crate) enum Reuse {
     /// Nowhere: what is kept depends on more than the tokens of whole blocks.
     Never,
     /// Behind whole blocks with the same tokens before them.
@@ -16,7 +16,7 @@ pub enum Reuse {
 
 /// What becomes of positions at the end of a sequence that turn out not to be part of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Rewind {
+pub(crate) enum Rewind {
     /// They cannot be taken back.
     Never,
     /// Those that follow are written over them.
@@ -25,7 +25,7 @@ pub enum Rewind {
 
 /// What the states of a sequence need and allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Rules {
+pub(crate) struct Rules {
     /// Whether it needs blocks, for each position.
     pub blocks: bool,
     /// Whether it needs a slot, for as long as it has any state.

@@ -13,7 +13,7 @@ use memmap2::MmapMut;
 use strata_proto::DType;
 
 /// Bytes of one cache line, the alignment and the granularity of every buffer.
-pub const LINE: usize = 64;
+pub(crate) const LINE: usize = 64;
 const PAGE: usize = 4096;
 const HUGE_PAGE: usize = 2 << 20;
 
@@ -57,7 +57,7 @@ pub enum SpillError {
 ///
 /// # Errors
 /// If there is no such directory, or nothing can be created in it.
-pub fn free_bytes_in(directory: &Path) -> io::Result<u64> {
+pub(crate) fn free_bytes_in(directory: &Path) -> io::Result<u64> {
     rustix::fs::access(directory, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK)?;
     let system = rustix::fs::statvfs(directory)?;
     Ok(system.f_bavail.saturating_mul(system.f_frsize))
@@ -137,7 +137,7 @@ impl Element for f16 {
 
 /// Rounds `x` to `dtype` and widens it again.
 #[inline(always)]
-pub fn round_to(dtype: DType, x: f32) -> f32 {
+pub(crate) fn round_to(dtype: DType, x: f32) -> f32 {
     match dtype {
         DType::F32 => x,
         DType::BF16 => <bf16 as Element>::to_f32(<bf16 as Element>::from_f32(x)),
@@ -233,7 +233,7 @@ impl Arena {
     }
 }
 
-/// A fixed number of elements, aligned to [`LINE`] bytes, zero at first.
+/// A fixed number of elements, aligned to a cache line, zero at first.
 pub struct Buffer<T> {
     region: Arc<Region>,
     /// Byte of the region's map at which it starts. No other buffer has the bytes from here on.

@@ -3,7 +3,7 @@
 pub mod buffer;
 pub mod cpu;
 #[cfg(feature = "cuda")]
-pub mod cuda;
+pub(crate) mod cuda;
 pub(crate) mod measure;
-pub mod ops;
+pub(crate) mod ops;
 pub(crate) mod tensor;

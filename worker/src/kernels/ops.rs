@@ -9,11 +9,11 @@ use strata_proto::{DType, Format};
 pub const BLOCK_TOKENS: usize = strata_proto::BLOCK_TOKENS as usize;
 
 /// Quantized weights per group, along the input.
-pub const GROUP: usize = 32;
+pub(crate) const GROUP: usize = 32;
 
 /// A norm, with its epsilon.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Norm {
+pub(crate) enum Norm {
     /// `x / sqrt(mean(x^2) + eps) * weight` (transformers' `LlamaRMSNorm`, all in f32).
     Rms(f32),
     /// `(x - mean) / sqrt(variance + eps) * weight + bias`.
@@ -22,7 +22,7 @@ pub enum Norm {
 
 /// An activation function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Act {
+pub(crate) enum Act {
     /// `x / (1 + e^-x)`.
     Silu,
     /// `x` times the normal distribution function.
@@ -39,7 +39,7 @@ pub enum Act {
 
 /// The positions that a query sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Span {
+pub(crate) enum Span {
     /// All of its sequence, which must be computed whole, in one step.
     Full,
     /// Its own and all before.
@@ -92,13 +92,13 @@ impl TensorSpec {
 }
 
 /// Elements, keys and values together, that one position takes in the cache of a layer.
-pub fn kv_elements(kv_heads: usize, head_dim: usize) -> usize {
+pub(crate) fn kv_elements(kv_heads: usize, head_dim: usize) -> usize {
     2 * kv_heads * head_dim
 }
 
 /// The format that an `(n, k)` matrix is held in where `format` is asked for: what does not consist of whole groups stays
 /// bf16.
-pub fn held_format(k: usize, format: Format) -> Format {
+pub(crate) fn held_format(k: usize, format: Format) -> Format {
     match format {
         Format::Quantized(_) if !k.is_multiple_of(GROUP) => Format::Float(DType::BF16),
         format => format,

@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use strata_proto::{DType, LayerState, StateKind, v1};
 
-pub use crate::kernels::ops::{Act, Norm, Span};
+pub(crate) use crate::kernels::ops::{Act, Norm, Span};
 use crate::kernels::ops::{TensorSpec, kv_elements};
 
 /// A stack of layers between an embedding and a head.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Tower {
+pub(crate) struct Tower {
     /// Width of the residual stream.
     pub width: usize,
     /// Rows of the embedding.
@@ -36,7 +36,7 @@ pub struct Tower {
 
 /// A tensor that stages hand on beside the residual stream, a row per token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Carried {
+pub(crate) struct Carried {
     /// Elements of a row.
     pub columns: usize,
     /// Their format; none if it is that of the residual stream.
@@ -45,7 +45,7 @@ pub struct Carried {
 
 /// How the residual stream begins: the sum of a token's rows of up to three tables.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Input {
+pub(crate) struct Input {
     /// Factor on the token's row.
     pub scale: f32,
     /// A learned row per position.
@@ -63,7 +63,7 @@ impl Input {
 
 /// Learned positions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Learned {
+pub(crate) struct Learned {
     /// Rows of the table.
     pub rows: usize,
     /// Row of the first position.
@@ -72,7 +72,7 @@ pub struct Learned {
 
 /// Rotary frequencies, all scaling resolved. Which set a sequence uses is its own (longrope); the first is the default.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Rope {
+pub(crate) struct Rope {
     /// The sets; as many dimensions turn in each.
     pub sets: Vec<Frequencies>,
     /// Sequences longer than this use the second set.
@@ -81,7 +81,7 @@ pub struct Rope {
 
 /// One set of rotary frequencies.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Frequencies {
+pub(crate) struct Frequencies {
     /// Angle per position of each pair of dimensions.
     pub inv_freq: Arc<[f32]>,
     /// Factor on sine and cosine.
@@ -97,7 +97,7 @@ impl Rope {
 
 /// One layer.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Layer {
+pub(crate) struct Layer {
     /// Where the norms sit.
     pub flow: Flow,
     /// Self-attention.
@@ -108,7 +108,7 @@ pub struct Layer {
 
 /// How norms and residuals surround attention and feed-forward.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Flow {
+pub(crate) enum Flow {
     /// `x += f(norm(x))` for each (Llama, GPT-2).
     Pre(Norm),
     /// `x = norm(x + f(x))` for each (BERT).
@@ -135,7 +135,7 @@ impl Flow {
 
 /// Self-attention with grouped key-value heads.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Attention {
+pub(crate) struct Attention {
     /// Query heads.
     pub heads: usize,
     /// Key-value heads; divides `heads`.
@@ -175,7 +175,7 @@ impl Attention {
 
 /// How positions enter attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Position {
+pub(crate) enum Position {
     /// Not there: they are in the embedding.
     None,
     /// Rotation by [`Tower::ropes`] of this index.
@@ -184,7 +184,7 @@ pub enum Position {
 
 /// A feed-forward block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ffn {
+pub(crate) enum Ffn {
     /// `down(act(up(x)))`.
     Plain(Mlp),
     /// `down(act(gate(x)) * up(x))`.
@@ -219,7 +219,7 @@ impl Ffn {
 
 /// Sizes of a feed-forward block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Mlp {
+pub(crate) struct Mlp {
     /// Inner width.
     pub inner: usize,
     /// Its activation.
@@ -228,7 +228,7 @@ pub struct Mlp {
 
 /// A mixture of experts: each token goes through the `active` likeliest by the softmax of the router.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Moe {
+pub(crate) struct Moe {
     /// All experts.
     pub experts: usize,
     /// Experts per token.
@@ -241,7 +241,7 @@ pub struct Moe {
 
 /// What the last stage yields.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Head {
+pub(crate) enum Head {
     /// Logits over the vocabulary, for a token to follow.
     Lm {
         /// Logits become `cap * tanh(logit / cap)`.
@@ -269,7 +269,7 @@ pub enum Head {
 
 /// How the vectors of a sequence's tokens become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Pool {
+pub(crate) enum Pool {
     /// That of the first token.
     First,
     /// That of the last token.
@@ -282,7 +282,7 @@ pub enum Pool {
 
 /// A place for weights. Those of one product may come from one tensor or from the [parts](Slot::parts) of the slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Slot {
+pub(crate) enum Slot {
     /// `(vocab, width)`.
     Embedding,
     /// `(positions, width)`.
@@ -346,7 +346,7 @@ impl Slot {
 
 /// Which of a tower's weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Site {
+pub(crate) enum Site {
     /// With the first stage.
     Input,
     /// With the stage of this layer.
@@ -357,7 +357,7 @@ pub enum Site {
 
 /// What lies in a slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Shape {
+pub(crate) enum Shape {
     /// Factors of a norm, and perhaps a bias.
     Norm(usize),
     /// Rows to be looked up: rows, columns.
@@ -491,7 +491,7 @@ impl Tower {
 
 /// How a family names its tensors.
 #[derive(Debug, Clone)]
-pub struct Names {
+pub(crate) struct Names {
     /// Prefixes that files may carry; the first that leads to an embedding is taken.
     pub bases: &'static [&'static str],
     /// Where the tensors under the prefix are. `{}` stands for the layer, `{e}` for the expert; a name with `{e}` is
@@ -509,7 +509,7 @@ pub struct Names {
 
 /// Where a tensor is, and how it lies there; `.weight` (and `.bias`, if there is one) follow the name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Source {
+pub(crate) enum Source {
     /// Output rows by input columns, or a vector.
     Rows(&'static str),
     /// Input rows by output columns (`Conv1D` of GPT-2).

@@ -22,7 +22,7 @@ pub struct ConfigError {
 
 /// A JSON object of a configuration file.
 #[derive(Debug, Clone)]
-pub struct Config {
+pub(crate) struct Config {
     file: &'static str,
     prefix: String,
     fields: Map<String, Value>,

@@ -1,8 +1,8 @@
 //! A model: what it computes, the tensors that it needs, and what each part of it takes.
 
-pub mod architecture;
+pub(crate) mod architecture;
 pub(crate) mod bytes;
-pub mod config;
+pub(crate) mod config;
 mod families;
 pub(crate) mod layer;
 pub(crate) mod load;
@@ -158,7 +158,7 @@ pub struct Model {
     /// `model_type` of `config.json`.
     pub family: String,
     /// Its blocks.
-    pub tower: Tower,
+    pub(crate) tower: Tower,
     /// The checkpoint's own format.
     pub dtype: DType,
     /// Special token ids.

@@ -13,7 +13,7 @@ pub(super) type Bindings = BTreeMap<(Site, Slot, usize), Vec<Bound>>;
 
 /// A tensor, where in its slot it belongs, and how it lies in the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Bound {
+pub(crate) struct Bound {
     /// The weight.
     pub weight: String,
     /// The bias, if the file has one.
@@ -26,7 +26,7 @@ pub struct Bound {
 
 /// How the elements of a tensor lie in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Layout {
+pub(crate) enum Layout {
     /// As in the slot.
     Rows,
     /// Transposed.

@@ -59,7 +59,7 @@ impl Hub {
     }
 
     /// The sending end of the link `token`. With `by_host`, what is sent goes through host memory.
-    pub fn downstream(
+    pub(crate) fn downstream(
         self: &Arc<Self>,
         token: LinkToken,
         by_host: bool,
@@ -78,7 +78,7 @@ impl Hub {
     }
 
     /// The receiving end of the link `token`.
-    pub fn upstream(self: &Arc<Self>, token: LinkToken, interrupt: Interrupt) -> LoopbackUpstream {
+    pub(crate) fn upstream(self: &Arc<Self>, token: LinkToken, interrupt: Interrupt) -> LoopbackUpstream {
         let mut waiting = self.lock();
         let receiver = match waiting.remove(&token) {
             Some(End::Receiver(receiver)) => receiver,
@@ -111,7 +111,7 @@ impl Drop for Claim {
 
 /// The sending end.
 #[derive(Debug)]
-pub struct LoopbackDownstream {
+pub(crate) struct LoopbackDownstream {
     sender: mpsc::Sender<Activation>,
     by_host: bool,
     interrupt: Interrupt,
@@ -136,7 +136,7 @@ impl Downstream for LoopbackDownstream {
 
 /// The receiving end.
 #[derive(Debug)]
-pub struct LoopbackUpstream {
+pub(crate) struct LoopbackUpstream {
     receiver: mpsc::Receiver<Activation>,
     interrupt: Interrupt,
     _claim: Claim,

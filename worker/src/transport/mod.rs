@@ -4,9 +4,9 @@
 //! incarnation's [`Interrupt`] is tripped. `open` alone knows all kinds of links: a new one is a file that implements
 //! `Transport`, and an arm there.
 
-pub mod loopback;
+pub(crate) mod loopback;
 pub(crate) mod nccl;
-pub mod tcp;
+pub(crate) mod tcp;
 
 use std::sync::Arc;
 
@@ -22,13 +22,13 @@ use crate::{
 };
 
 /// Secret that names one link of one incarnation.
-pub type LinkToken = [u8; LINK_TOKEN_BYTES];
+pub(crate) type LinkToken = [u8; LINK_TOKEN_BYTES];
 
 /// Reads a token from the wire.
 ///
 /// # Errors
 /// If it is not [`LINK_TOKEN_BYTES`] long.
-pub fn link_token(bytes: &[u8]) -> Result<LinkToken, LinkError> {
+pub(crate) fn link_token(bytes: &[u8]) -> Result<LinkToken, LinkError> {
     bytes.try_into().map_err(|_| {
         LinkError::Protocol(format!("a link token has {LINK_TOKEN_BYTES} bytes, not {}", bytes.len()))
     })
@@ -36,7 +36,7 @@ pub fn link_token(bytes: &[u8]) -> Result<LinkToken, LinkError> {
 
 /// What one stage hands to the next for one step.
 #[derive(Debug)]
-pub struct Activation {
+pub(crate) struct Activation {
     /// The step it belongs to.
     pub step: u64,
     /// The tensors, or why there are none.
@@ -45,7 +45,7 @@ pub struct Activation {
 
 /// Content of an [`Activation`].
 #[derive(Debug)]
-pub enum Payload {
+pub(crate) enum Payload {
     /// What the stage computed.
     Tensors(Tensors),
     /// A stage failed this step; nothing downstream computes, the last stage reports the reason.
@@ -72,7 +72,7 @@ impl Tensors {
         match self {
             Tensors::Host(tensors) => Ok(tensors),
             #[cfg(feature = "cuda")]
-            Tensors::Device(tensors) => Ok(tensors.to_host()?),
+            Tensors::Device(tensors) => Ok(tensors.into_host()?),
         }
     }
 
@@ -99,14 +99,14 @@ impl Tensors {
 }
 
 /// The receiving end of a link.
-pub trait Upstream {
+pub(crate) trait Upstream {
     /// Waits for the activation of `step`; refuses one whose tensors differ from `expected`, which is known from
     /// `StepMeta` before anything is read.
     fn receive(&mut self, step: u64, expected: &[TensorSpec]) -> Result<Activation, LinkError>;
 }
 
 /// The sending end of a link. Sending overlaps the next step's compute.
-pub trait Downstream {
+pub(crate) trait Downstream {
     /// Queues an activation. `expected` is what the receiver expects, also of a step that is poisoned; others are refused.
     fn send(&mut self, activation: Activation, expected: &[TensorSpec]) -> Result<(), LinkError>;
 }

@@ -63,7 +63,7 @@ impl Transport for Tcp {
 
 /// Accepts activation links for every stage of a worker.
 #[derive(Debug)]
-pub struct Listener {
+pub(crate) struct Listener {
     address: SocketAddr,
     expected: Arc<Mutex<HashMap<LinkToken, SyncSender<TcpStream>>>>,
 }
@@ -151,7 +151,7 @@ fn greet(
 
 /// A stage's claim on the peer that will dial it. Dropping it withdraws the welcome.
 #[derive(Debug)]
-pub struct Pending {
+pub(crate) struct Pending {
     token: LinkToken,
     receiver: Receiver<TcpStream>,
     expected: Arc<Mutex<HashMap<LinkToken, SyncSender<TcpStream>>>>,
@@ -201,7 +201,7 @@ impl Drop for Pending {
 ///
 /// # Errors
 /// If it cannot be reached, does not know the token, or answers wrongly.
-pub fn dial(
+pub(crate) fn dial(
     address: &str,
     token: &LinkToken,
     fence: Fence,
@@ -243,7 +243,7 @@ pub(crate) fn reach(address: &str, token: &LinkToken, interrupt: &Interrupt) -> 
 
 /// The sending end. Frames are encoded and written by a thread of its own.
 #[derive(Debug)]
-pub struct TcpDownstream {
+pub(crate) struct TcpDownstream {
     sender: SyncSender<Activation>,
     failure: Arc<Mutex<Option<LinkError>>>,
     interrupt: Interrupt,
@@ -264,7 +264,7 @@ impl Downstream for TcpDownstream {
 
 /// The receiving end. Bytes wait in the socket until their step is due.
 #[derive(Debug)]
-pub struct TcpUpstream {
+pub(crate) struct TcpUpstream {
     stream: TcpStream,
     fence: Fence,
     interrupt: Interrupt,

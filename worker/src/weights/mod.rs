@@ -16,10 +16,10 @@ use std::{
     },
 };
 
-pub use header::{TensorDType, TensorInfo};
+pub(crate) use header::{TensorDType, TensorInfo};
 
 /// Largest piece of a tensor that is read at once.
-pub const PIECE: usize = 8 << 20;
+pub(crate) const PIECE: usize = 8 << 20;
 /// Largest header of one safetensors file, and largest index.
 const MAX_HEADER: u64 = 64 << 20;
 /// Most tensors of a checkpoint.
@@ -177,7 +177,7 @@ impl Checkpoint {
         Ok(Some(value))
     }
 
-    /// Reads the piece of a tensor that begins at byte `offset`: [`PIECE`] bytes, or what is left of it.
+    /// Reads the piece of a tensor that begins at byte `offset`: `PIECE` bytes, or what is left of it.
     pub fn read(&self, tensor: &TensorInfo, offset: u64, buffer: &mut Vec<u8>) -> Result<(), WeightsError> {
         buffer.resize(tensor.bytes.saturating_sub(offset).min(PIECE as u64) as usize, 0);
         self.read_at(tensor.shard, tensor.offset + offset, buffer)

@@ -22,7 +22,7 @@ use crate::kernels::{
 const _: () = assert!(BLOCK_TOKENS == LANES, "a block of keys is one tile of the product kernel");
 
 /// Attention of the tokens of a step over their sequences' cached positions.
-pub struct Attention<'a> {
+pub(crate) struct Attention<'a> {
     /// Rows of `stride`, each beginning with rotated queries `(heads, head_dim)`.
     pub q: &'a [f32],
     /// Distance from query row to query row.

@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use crate::kernels::buffer::Element;
 
 /// Lanes of a register: 16 f32.
-pub const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 
 /// Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits of the sum.
 pub(super) const SHIFT: f32 = 12_582_912.0;

@@ -11,7 +11,7 @@ use crate::kernels::{
 ///
 /// Keys lie as `[block][kv_head][head_dim][16]` (one tile of the product kernel per block), values as
 /// `[block][kv_head][16][head_dim]`.
-pub struct KvLayer {
+pub(crate) struct KvLayer {
     kv_heads: usize,
     head_dim: usize,
     keys: Values,

@@ -35,7 +35,7 @@ pub(super) fn exp<S: Simd>(x: S::F) -> S::F {
 }
 
 /// `e^x` of one value, as the kernels compute it.
-pub fn exp_one(x: f32) -> f32 {
+pub(crate) fn exp_one(x: f32) -> f32 {
     exp::<Portable>(Portable::splat(x))[0]
 }
 
@@ -87,7 +87,7 @@ pub(super) fn normal<S: Simd>(x: S::F) -> S::F {
 ///
 /// Cody-Waite reduction by pi/2 in parts of 27, 27 and 53 bits, whose products with the quotient are exact; kernels of
 /// fdlibm's `k_sin.c` and `k_cos.c`.
-pub fn sin_cos(x: f64) -> (f64, f64) {
+pub(crate) fn sin_cos(x: f64) -> (f64, f64) {
     const PART1: f64 = 1.570_796_325_802_803;
     const PART2: f64 = 9.920_935_739_593_517e-10;
     const PART3: f64 = 5.721_188_726_109_832e-18;

@@ -6,19 +6,19 @@
 // Tests compare with libm.
 #![cfg_attr(not(test), deny(clippy::disallowed_methods))]
 
-pub mod attention;
+pub(crate) mod attention;
 pub mod isa;
-pub mod kv_cache;
+pub(crate) mod kv_cache;
 pub mod linear;
-pub mod math;
+pub(crate) mod math;
 #[cfg_attr(not(test), expect(clippy::disallowed_methods, reason = "it is what reads the clock"))]
 pub(crate) mod measure;
-pub mod moe;
-pub mod norm;
+pub(crate) mod moe;
+pub(crate) mod norm;
 pub mod packed;
 pub mod pool;
-pub mod quant;
-pub mod rope;
+pub(crate) mod quant;
+pub(crate) mod rope;
 
 use std::sync::Arc;
 
@@ -63,27 +63,27 @@ impl Cpu {
     }
 
     /// Norm of rows.
-    pub fn norm(&self, call: NormRows<'_>) {
+    pub(crate) fn norm(&self, call: NormRows<'_>) {
         call.run(self);
     }
 
     /// Norm of every head of queries and keys.
-    pub fn head_norm(&self, call: HeadNorm<'_>) {
+    pub(crate) fn head_norm(&self, call: HeadNorm<'_>) {
         call.run(self);
     }
 
     /// An activation.
-    pub fn activate(&self, call: Activate<'_>) {
+    pub(crate) fn activate(&self, call: Activate<'_>) {
         call.run(self);
     }
 
     /// The gate of a gated feed-forward block.
-    pub fn gate_mul(&self, call: GateMul<'_>) {
+    pub(crate) fn gate_mul(&self, call: GateMul<'_>) {
         call.run(self);
     }
 
     /// A soft bound.
-    pub fn soft_cap(&self, call: SoftCap<'_>) {
+    pub(crate) fn soft_cap(&self, call: SoftCap<'_>) {
         call.run(self);
     }
 
@@ -98,17 +98,17 @@ impl Cpu {
     }
 
     /// Rotation and cache write.
-    pub fn rope_and_store(&self, call: RopeAndStore<'_>, cache: &mut KvLayer) {
+    pub(crate) fn rope_and_store(&self, call: RopeAndStore<'_>, cache: &mut KvLayer) {
         call.run(self, cache);
     }
 
     /// Rotation of queries.
-    pub fn rope(&self, call: Rope<'_>) {
+    pub(crate) fn rope(&self, call: Rope<'_>) {
         call.run(self);
     }
 
     /// Attention over the cache.
-    pub fn attention(&self, call: Attention<'_>) {
+    pub(crate) fn attention(&self, call: Attention<'_>) {
         call.run(self);
     }
 }

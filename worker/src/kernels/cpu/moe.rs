@@ -6,7 +6,7 @@ use super::math::exp_one;
 ///
 /// As transformers' routers: softmax over all experts in f32, the likeliest taken (ties to the lowest number), their
 /// shares perhaps made to add up to 1.
-pub struct Route<'a> {
+pub(crate) struct Route<'a> {
     /// `(tokens, experts)`; becomes the softmax.
     pub logits: &'a mut [f32],
     /// All experts.
@@ -53,7 +53,7 @@ impl Route<'_> {
 }
 
 /// `e^x / sum(e^x)`, in place.
-pub fn softmax(x: &mut [f32]) {
+pub(crate) fn softmax(x: &mut [f32]) {
     let largest = x.iter().fold(f32::NEG_INFINITY, |a, b| if *b > a { *b } else { a });
     for v in x.iter_mut() {
         *v = exp_one(*v - largest);

@@ -65,7 +65,7 @@ fn load_part<S: Simd>(x: &[f32]) -> S::F {
 }
 
 /// A norm, row by row.
-pub struct NormRows<'a> {
+pub(crate) struct NormRows<'a> {
     /// Which.
     pub norm: Norm,
     /// The rows; as wide as `weight`.
@@ -142,7 +142,7 @@ fn sum<S: Simd, const SQUARED: bool>(x: &[f32], mean: f32) -> f32 {
 }
 
 /// Norm of each head of queries and keys, in place (transformers' `q_norm` and `k_norm`).
-pub struct HeadNorm<'a> {
+pub(crate) struct HeadNorm<'a> {
     /// Which.
     pub norm: Norm,
     /// Rows of `stride`, each beginning with `(heads, head_dim)` queries, then `(kv_heads, head_dim)` keys.
@@ -187,7 +187,7 @@ impl Kernel for HeadNorm<'_> {
 }
 
 /// An activation of every value, in place.
-pub struct Activate<'a> {
+pub(crate) struct Activate<'a> {
     /// Which.
     pub act: Act,
     /// The values.
@@ -218,7 +218,7 @@ impl Kernel for Exp<'_> {
 }
 
 /// `gate = act(gate) * up`, in place; rows are `(gate | up)`, each half `width` wide.
-pub struct GateMul<'a> {
+pub(crate) struct GateMul<'a> {
     /// Of the gate.
     pub act: Act,
     /// Rows of `2 * width`.
@@ -246,7 +246,7 @@ impl Kernel for GateMul<'_> {
 }
 
 /// `x = cap * tanh(x / cap)`, in place.
-pub struct SoftCap<'a> {
+pub(crate) struct SoftCap<'a> {
     /// The bound.
     pub cap: f32,
     /// The values.

@@ -16,7 +16,7 @@ use crate::kernels::{
 };
 
 /// Outputs per tile: two registers.
-pub const TILE: usize = 2 * LANES;
+pub(crate) const TILE: usize = 2 * LANES;
 
 /// Largest magnitudes that round to something finite.
 const LARGEST_F16: f32 = 65519.996;
@@ -25,12 +25,12 @@ const LARGEST_BF16: f32 = 3.396_177_5e38;
 /// A value of the checkpoint that the target format cannot hold, or NaN.
 #[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
 #[error("the value {0} does not fit the format")]
-pub struct Unrepresentable(pub f32);
+pub(crate) struct Unrepresentable(pub f32);
 
 /// A [`GROUP`] of inputs of 16 outputs, as bytes.
 #[derive(Clone, Copy)]
 #[repr(C)]
-pub struct Int8Group {
+pub(crate) struct Int8Group {
     /// One factor per output.
     pub factors: [f16; LANES],
     /// Four inputs at a time: for each output, a byte each, plus 128.
@@ -40,7 +40,7 @@ pub struct Int8Group {
 /// A [`GROUP`] of inputs of 16 outputs, as half bytes.
 #[derive(Clone, Copy)]
 #[repr(C)]
-pub struct Int4Group {
+pub(crate) struct Int4Group {
     /// One factor per output.
     pub factors: [f16; LANES],
     /// What is added to each weight of an output.
@@ -54,7 +54,7 @@ impl Plain for Int8Group {}
 impl Plain for Int4Group {}
 
 /// The tiles of a matrix, one after the other.
-pub enum Tiles {
+pub(crate) enum Tiles {
     /// `[k][32]`.
     F32(Buffer<[f32; TILE]>),
     /// `[k/2][32]` pairs, the even input in the low half; zero past an odd `k`.
@@ -77,7 +77,7 @@ pub struct PackedMatrix {
 }
 
 /// What is written: elements of a tensor that is a matrix or a part of one.
-pub struct Elements<'a> {
+pub(crate) struct Elements<'a> {
     /// Index of the first one in the tensor: a multiple of [`GROUP`].
     pub first: usize,
     /// Elements of the whole tensor.
@@ -136,12 +136,12 @@ impl PackedMatrix {
     }
 
     /// The tiles.
-    pub fn tiles(&self) -> &Tiles {
+    pub(crate) fn tiles(&self) -> &Tiles {
         &self.tiles
     }
 
     /// Writes elements of a tensor, which must come in order; `place` gives the row and column of each.
-    pub fn write(
+    pub(crate) fn write(
         &mut self,
         elements: &Elements<'_>,
         place: impl Fn(usize) -> (usize, usize),
@@ -408,7 +408,7 @@ impl Table {
     }
 
     /// Writes elements of its tensor, in order.
-    pub fn write(&mut self, elements: &Elements<'_>) -> Result<(), Unrepresentable> {
+    pub(crate) fn write(&mut self, elements: &Elements<'_>) -> Result<(), Unrepresentable> {
         match self {
             Table::Rows { values, .. } => {
                 let most = match values {
@@ -448,7 +448,7 @@ impl Table {
 ///
 /// # Errors
 /// If one is NaN.
-pub fn widen(cpu: &Cpu, data: &[u8], from: DType, out: &mut Vec<f32>) -> Result<(), Unrepresentable> {
+pub(crate) fn widen(cpu: &Cpu, data: &[u8], from: DType, out: &mut Vec<f32>) -> Result<(), Unrepresentable> {
     let size = from.size() as usize;
     out.resize(data.len() / size, 0.0);
     cpu.pool.pieces(out, VALUES, 1, |i, out| {

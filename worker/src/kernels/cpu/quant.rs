@@ -11,7 +11,7 @@ use crate::kernels::{buffer::Element, ops::GROUP};
 
 /// A quantized group: its weights are `factor * value + least`.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Group {
+pub(crate) struct Group {
     /// What the integers are multiplied by.
     pub factor: f16,
     /// What is added: 0 in int8.
@@ -21,7 +21,7 @@ pub struct Group {
 }
 
 /// Groups that are worth a task of their own.
-pub const SHARE: usize = 128;
+pub(crate) const SHARE: usize = 128;
 
 /// Quantizes groups, at most as many as `out` has room for, on the caller's thread; the same integers and factors on every
 /// instruction set.
@@ -29,7 +29,7 @@ pub const SHARE: usize = 128;
 /// Int8 (`Q8_0`): the factor is the largest magnitude / 127; with so many steps, a smaller one gains nothing. Int4
 /// (`Q4_1`): 16 steps over all values or a little less, of several such ranges the one with the least squared error once
 /// factor and offset are fitted to its integers.
-pub fn quantize(cpu: &Cpu, quantization: Quantization, groups: &[[f32; GROUP]], out: &mut [Group]) {
+pub(crate) fn quantize(cpu: &Cpu, quantization: Quantization, groups: &[[f32; GROUP]], out: &mut [Group]) {
     cpu.isa.run(Quantize { quantization, groups, out });
 }
 

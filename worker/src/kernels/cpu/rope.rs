@@ -16,7 +16,7 @@ use crate::kernels::{
 ///
 /// `set` gives a row's frequencies and the factor on sine and cosine. As transformers: the product is f32; its sine and
 /// cosine are computed in f64 and rounded once, times the factor.
-pub fn angles<'a>(
+pub(crate) fn angles<'a>(
     rows: &[BatchRow<'_>],
     set: impl Fn(&BatchRow<'_>) -> (&'a [f32], f32),
     angles: &mut [f32],
@@ -38,7 +38,7 @@ pub fn angles<'a>(
 
 /// The angles of a step's tokens, as [`angles()`] fills them.
 #[derive(Clone, Copy)]
-pub struct Angles<'a> {
+pub(crate) struct Angles<'a> {
     /// `(tokens, stride)`.
     pub table: &'a [f32],
     /// Distance from token to token.
@@ -48,7 +48,7 @@ pub struct Angles<'a> {
 }
 
 /// Rotates queries and keys in place and stores keys and values of a step in the cache.
-pub struct RopeAndStore<'a> {
+pub(crate) struct RopeAndStore<'a> {
     /// `(tokens, (heads + 2 kv_heads) * head_dim)`: queries, keys, values.
     pub qkv: &'a mut [f32],
     /// How far each token turns; `None` where positions enter otherwise.
@@ -80,7 +80,7 @@ impl RopeAndStore<'_> {
 }
 
 /// Rotates queries in place, where keys and values are those of another layer.
-pub struct Rope<'a> {
+pub(crate) struct Rope<'a> {
     /// `(tokens, heads * head_dim)`.
     pub queries: &'a mut [f32],
     /// How far each token turns.

@@ -144,7 +144,7 @@ impl DeviceTensors {
     ///
     /// # Errors
     /// If the GPU fails.
-    pub fn to_host(mut self) -> Result<Vec<Tensor>, CudaError> {
+    pub fn into_host(mut self) -> Result<Vec<Tensor>, CudaError> {
         let (from, bytes) = (self.first(), self.bytes() as usize);
         let places: Vec<_> = self.offsets().map(|(at, spec)| (at, *spec)).collect();
         let (staging, stream) = self.staging();

@@ -29,7 +29,7 @@ use cudarc::{
 };
 use strata_proto::{DType, Library};
 
-pub use self::activations::DeviceTensors;
+pub(crate) use self::activations::DeviceTensors;
 pub(crate) use self::{compile::counts, library::path_of};
 use self::{
     gate::Handle,
@@ -174,7 +174,7 @@ impl CudaError {
 
 /// What is known of a GPU before it is used.
 #[derive(Debug, Clone, PartialEq)]
-pub struct GpuInfo {
+pub(crate) struct GpuInfo {
     /// What it is called.
     pub name: String,
     /// What it is called nowhere else.
@@ -193,7 +193,7 @@ pub struct GpuInfo {
 ///
 /// # Errors
 /// If there is a driver, and it does not work.
-pub fn count() -> Result<usize, CudaError> {
+pub(crate) fn count() -> Result<usize, CudaError> {
     if !has_driver() {
         return Ok(0);
     }
@@ -208,7 +208,7 @@ pub fn count() -> Result<usize, CudaError> {
 ///
 /// # Errors
 /// If there is no such GPU, or it does not work.
-pub fn info(ordinal: usize) -> Result<GpuInfo, CudaError> {
+pub(crate) fn info(ordinal: usize) -> Result<GpuInfo, CudaError> {
     cuda()?;
     let context = context(ordinal)?;
     let (free, total) = context.mem_get_info().doing("asking for free memory")?;
@@ -233,7 +233,7 @@ pub fn info(ordinal: usize) -> Result<GpuInfo, CudaError> {
 ///
 /// # Errors
 /// If one is missing that every stage needs.
-pub fn libraries() -> Result<&'static [Library], CudaError> {
+pub(crate) fn libraries() -> Result<&'static [Library], CudaError> {
     Ok(cuda()?.libraries())
 }
 
@@ -278,7 +278,7 @@ pub(crate) fn context(ordinal: usize) -> Result<Arc<CudaContext>, CudaError> {
 
 /// Bytes of a GPU that no stage is given: cuBLAS's workspace, what attention puts together, activations on their way,
 /// what tokens are drawn by, recorded steps, and what CUDA and NCCL take for themselves when they are first used.
-pub const RESERVE: u64 = 1 << 30;
+pub(crate) const RESERVE: u64 = 1 << 30;
 
 /// Where cuBLAS may work; 32 MiB is what NVIDIA recommends for Hopper.
 const BLAS_WORKSPACE: u64 = 32 << 20;
