@@ -11,7 +11,7 @@ use strata_coordinator::{
     preflight::Finding,
 };
 
-use crate::{args::CheckArgs, roles, show::Loading};
+use crate::{args::CheckArgs, loading::Loading, roles};
 
 /// `strata check`
 pub async fn check(args: CheckArgs) -> anyhow::Result<()> {

@@ -11,6 +11,7 @@ mod config_file;
 mod encode;
 mod generate;
 mod kernels;
+mod loading;
 mod model_dir;
 mod origin;
 mod plan;

@@ -15,9 +15,8 @@ use tokio::sync::mpsc;
 
 use crate::{
     args::{ImaginedDevices, PlanArgs},
-    roles,
-    show::{self, Loading},
-    terminal,
+    loading::Loading,
+    roles, show, terminal,
 };
 
 /// `strata plan`

@@ -30,8 +30,8 @@ use tonic::transport::Server;
 use crate::{
     VERSION,
     args::{CoordinatorArgs, DeploymentArgs, DryRunArgs, HereArgs, ListenArgs, ServeArgs, WorkerArgs},
+    loading::Loading,
     model_dir, plan, report,
-    show::Loading,
     signals::{Signals, stopping, until_terminated},
 };
 

@@ -22,8 +22,8 @@ use tokio::{
 
 use crate::{
     args::{AnswerArgs, RunArgs},
+    loading::Loading,
     model_dir, prompt, report, roles,
-    show::Loading,
 };
 
 const HELP: &str = "/exit or Ctrl-D ends, /clear forgets what was said, Ctrl-C stops an answer";

@@ -1,5 +1,6 @@
 //! The one way in: every request of every front, and of a program that has the coordinator in its own process.
 
+mod error;
 mod generation;
 mod pending;
 mod record;
@@ -8,11 +9,11 @@ use std::sync::{Arc, OnceLock};
 
 use strata_proto::{
     ModelProfile,
-    error::{Classify, Kind},
     v1::{self, Task},
 };
 use tokio::sync::{mpsc, watch};
 
+pub use error::SessionError;
 pub use generation::Generation;
 pub use record::{Counts, Outcome};
 
@@ -25,37 +26,6 @@ use crate::{
         encode, generate,
     },
 };
-
-/// Why a request has no answer, or not all of it.
-#[derive(Debug, thiserror::Error)]
-pub enum SessionError {
-    /// It was not let in.
-    #[error(transparent)]
-    Refused(#[from] AdmissionError),
-    /// It was let in, and ended without an answer.
-    #[error(transparent)]
-    Failed(#[from] EngineError),
-    /// No request is taken yet.
-    #[error("the model is not served yet: {0}; try again later")]
-    NotYet(String),
-    /// No request is taken any more.
-    #[error("the server is shutting down")]
-    Draining,
-    /// A defect of ours.
-    #[error("the tokenizer failed; the server's log has the reason")]
-    Tokenizer,
-}
-
-impl Classify for SessionError {
-    fn kind(&self) -> Kind {
-        match self {
-            SessionError::Refused(error) => error.kind(),
-            SessionError::Failed(error) => error.kind(),
-            SessionError::NotYet(_) | SessionError::Draining => Kind::NoCapacity,
-            SessionError::Tokenizer => Kind::Internal,
-        }
-    }
-}
 
 /// What a session needs of a model that is served.
 #[derive(Debug)]

@@ -2,7 +2,7 @@
 
 use strata_proto::v1;
 
-use super::{Config, Flight, Scheduler, SequenceId, sequence::Sequence};
+use super::{Config, Scheduler, SequenceId, flight::Flight, sequence::Sequence};
 
 /// Failed steps after which a sequence is tried alone: the first one and two replays. One more is the end.
 pub(super) const ALONE_AFTER: u32 = 3;

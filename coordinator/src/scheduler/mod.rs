@@ -11,26 +11,26 @@
 #![deny(clippy::disallowed_methods, clippy::print_stdout, clippy::print_stderr)]
 
 mod blocks;
+mod commit;
 mod compose;
+mod error;
+mod flight;
 mod rules;
 mod sequence;
 #[cfg(test)]
 mod simulation;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
-    ops::Range,
+    collections::{BTreeMap, BTreeSet, VecDeque},
     time::Duration,
 };
 
-use strata_proto::{
-    StateKind,
-    error::{Classify, Kind},
-    v1,
-};
+use strata_proto::{StateKind, v1};
 
 use blocks::BlockAllocator;
-use compose::{ALONE_AFTER, Step};
+use compose::Step;
+pub use error::{CommitError, SubmitError};
+use flight::Flight;
 use rules::{Reuse, Rewind, Rules};
 use sequence::Sequence;
 pub use sequence::{Encode, Finish, Request, SequenceId, Work};
@@ -60,85 +60,6 @@ pub struct Config {
     pub rope_switch: Option<u32>,
     /// Sequences use what others of their tenant computed of the same prefix.
     pub prefix_cache: bool,
-}
-
-/// Why a request cannot be scheduled.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum SubmitError {
-    /// It could not run even alone.
-    #[error("prompt and max_tokens need {needed} cached tokens, but this deployment holds {capacity}")]
-    TooLarge {
-        /// Prompt and answer together.
-        needed: u64,
-        /// What the cache holds.
-        capacity: u64,
-    },
-    /// An input that must be computed at once does not fit a step.
-    #[error(
-        "an input of {tokens} tokens and {outputs} outputs does not fit a step of {max_tokens} and {max_outputs}; raise \
-         --max-step-tokens or --max-step-rows"
-    )]
-    TooLargeForAStep {
-        /// Tokens of the input.
-        tokens: u32,
-        /// Outputs wanted.
-        outputs: u32,
-        /// Tokens of a step.
-        max_tokens: u32,
-        /// Outputs of a step.
-        max_outputs: u32,
-    },
-}
-
-impl SubmitError {
-    /// The room that there was.
-    pub fn room(&self) -> u64 {
-        match self {
-            SubmitError::TooLarge { capacity, .. } => *capacity,
-            SubmitError::TooLargeForAStep { max_tokens, .. } => u64::from(*max_tokens),
-        }
-    }
-}
-
-impl Classify for SubmitError {
-    fn kind(&self) -> Kind {
-        Kind::BadInput
-    }
-}
-
-/// Something the pipeline said that cannot be; ends its incarnation.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum CommitError {
-    /// Results come in the order of steps.
-    #[error("a result for step {got} came where {due:?} was due")]
-    OutOfOrder {
-        /// The step of the result.
-        got: u64,
-        /// The oldest step in flight.
-        due: Option<u64>,
-    },
-    /// A row that yields something has nothing.
-    #[error("step {step} has no output for sequence {sequence}")]
-    Missing {
-        /// The step.
-        step: u64,
-        /// The sequence.
-        sequence: SequenceId,
-    },
-    /// A row yields more than it may.
-    #[error(
-        "step {step} has {outputs} outputs for sequence {sequence}, of which all but the last must be its {drafts} drafts"
-    )]
-    NotDrafted {
-        /// The step.
-        step: u64,
-        /// The sequence.
-        sequence: SequenceId,
-        /// What came for it, in one piece or in several.
-        outputs: usize,
-        /// Tokens that its row guessed.
-        drafts: usize,
-    },
 }
 
 /// What the last stage made of a row, as far as the scheduler cares.
@@ -199,39 +120,6 @@ impl Unplaced {
     pub fn new(id: SequenceId, request: Request) -> Self {
         Unplaced { id, sequence: Sequence::new(request) }
     }
-}
-
-/// A row in flight.
-#[derive(Debug)]
-struct Flight {
-    sequence: SequenceId,
-    epoch: u32,
-    /// The position after its last one.
-    end: u32,
-    yields: bool,
-    /// It is the one token that was sampled last.
-    decodes: bool,
-    /// Guesses of those that follow, which are in the row too.
-    drafts: Vec<u32>,
-}
-
-impl Flight {
-    /// Whether the row may yield these: some of its drafts, and one more token.
-    fn may_yield(&self, outputs: &[(SequenceId, Output)]) -> bool {
-        let Some((_, accepted)) = outputs.split_last() else { return false };
-        let mut drafts = self.drafts.iter();
-        accepted.iter().all(|(_, output)| drafts.next().is_some_and(|draft| *output == Output::Token(*draft)))
-    }
-}
-
-/// Where the outputs of each sequence are. Of those that are not in one piece, the last piece.
-fn bursts(outputs: &[(SequenceId, Output)]) -> HashMap<SequenceId, Range<usize>> {
-    let mut bursts: HashMap<SequenceId, Range<usize>> = HashMap::with_capacity(outputs.len());
-    for (at, (sequence, _)) in outputs.iter().enumerate() {
-        let burst = bursts.entry(*sequence).or_insert(at..at);
-        *burst = if burst.end == at { burst.start..at + 1 } else { at..at + 1 };
-    }
-    bursts
 }
 
 /// The scheduler of one pipeline.
@@ -375,93 +263,6 @@ impl Scheduler {
         }
     }
 
-    /// Takes the outputs of a step that the last stage committed; those of a sequence follow each other.
-    ///
-    /// # Errors
-    /// If the step is not the oldest in flight, an output is missing, or there are others than the row allows: the pipeline
-    /// is broken then, no output of the step counts, and only [`restart`](Self::restart) goes on.
-    pub fn commit(
-        &mut self,
-        step: u64,
-        outputs: &[(SequenceId, Output)],
-    ) -> Result<Vec<Committed>, CommitError> {
-        let flights = self.land(step)?;
-        let bursts = bursts(outputs);
-        // Looked for before anything is taken: an output must count if and only if the caller gets to see it.
-        let current =
-            |f: &&Flight| f.yields && self.live.get(&f.sequence).is_some_and(|s| s.epoch == f.epoch);
-        for flight in flights.iter().filter(current) {
-            let sequence = flight.sequence;
-            let burst = bursts.get(&sequence).ok_or(CommitError::Missing { step, sequence })?;
-            if !flight.may_yield(&outputs[burst.clone()]) {
-                let (outputs, drafts) = (burst.len(), flight.drafts.len());
-                return Err(CommitError::NotDrafted { step, sequence, outputs, drafts });
-            }
-        }
-        let shares_prefixes = self.shares_prefixes();
-        let mut committed = Vec::new();
-        for flight in flights {
-            let Some(sequence) = self.live.get_mut(&flight.sequence).filter(|s| s.epoch == flight.epoch)
-            else {
-                continue;
-            };
-            sequence.in_flight -= 1;
-            if shares_prefixes {
-                // Not before: a step that fails leaves anything in its blocks.
-                sequence.publish(flight.end, &mut self.blocks, self.config.block_tokens);
-            }
-            let Some(burst) = bursts.get(&flight.sequence).cloned().filter(|_| flight.yields) else {
-                continue;
-            };
-            let (id, cached_prompt) = (flight.sequence, sequence.cached_prompt);
-            let mut finished = None;
-            for index in burst {
-                let output = outputs[index].1;
-                finished = sequence.append(output);
-                committed.push(Committed { sequence: id, output, index, finished, cached_prompt });
-                if finished.is_some() {
-                    // What was accepted behind the end is not part of the answer.
-                    break;
-                }
-            }
-            if !flight.drafts.is_empty() {
-                self.blocks.give_back(&sequence.rewind(self.config.block_tokens));
-            }
-            let switches = Some(sequence.len() - 1) == self.config.rope_switch;
-            if finished.is_some() {
-                self.cancel(id);
-            } else if switches {
-                // All that is cached has turned by the wrong angles.
-                self.requeue(id);
-            }
-        }
-        Ok(committed)
-    }
-
-    /// Takes note that a step was poisoned: its sequences are computed anew, twice at most among others, then alone.
-    /// Returns those that failed even so; they are gone.
-    ///
-    /// # Errors
-    /// If the step is not the oldest in flight.
-    pub fn fail(&mut self, step: u64) -> Result<Vec<SequenceId>, CommitError> {
-        let flights = self.land(step)?;
-        let mut given_up = Vec::new();
-        for flight in flights {
-            let Some(sequence) = self.live.get_mut(&flight.sequence).filter(|s| s.epoch == flight.epoch)
-            else {
-                continue;
-            };
-            sequence.failures += 1;
-            if sequence.failures > ALONE_AFTER {
-                self.cancel(flight.sequence);
-                given_up.push(flight.sequence);
-            } else {
-                self.requeue(flight.sequence);
-            }
-        }
-        Ok(given_up)
-    }
-
     /// Removes a sequence and frees its blocks. Unknown ids are ignored: it may have ended meanwhile.
     pub fn cancel(&mut self, id: SequenceId) {
         if let Some(sequence) = self.live.remove(&id) {
@@ -545,15 +346,6 @@ impl Scheduler {
     /// Token positions of the whole cache.
     fn capacity(&self) -> u64 {
         u64::from(self.config.blocks) * u64::from(self.config.block_tokens)
-    }
-
-    /// Removes the oldest step in flight, which must be `step`.
-    fn land(&mut self, step: u64) -> Result<Vec<Flight>, CommitError> {
-        let due = self.in_flight.front().map(|(number, _)| *number);
-        match self.in_flight.pop_front() {
-            Some((number, flights)) if number == step => Ok(flights),
-            _ => Err(CommitError::OutOfOrder { got: step, due }),
-        }
     }
 
     /// Sends a sequence back to wait; everything known of it is computed anew.
