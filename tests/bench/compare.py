@@ -21,7 +21,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 import peer
-from ours import STRATA, Server, processor, serve, two_workers
+from ours import STRATA, Server, one_worker, processor, serve, two_workers
 
 THEIRS = {"bf16": "bf16", "int8": "Q8_0", "int4": "Q4_K_M"}
 STREAMS = (1, 8, 16)
@@ -80,21 +80,8 @@ def pipeline(model, name, rounds):
 
 def coordinator(model, rounds):
     """Share of one core, and microseconds per token, that a coordinator takes for 64 streams; tokens per second."""
-    server = Server([["worker", "--models", model.parent, "--threads", THREADS],
-                     ["coordinator", "--worker", "{0}", "--model", model.name, "--port", 0, "--quantize", "int8"]])
-    process = server.processes[-1].pid
-
-    def cpu():
-        fields = pathlib.Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    found = []
-    for _ in range(rounds):
-        before = cpu()
-        report = server.bench("--concurrency", 64, "--requests", 64, "--max-tokens", 64)
-        # A request of 64 tokens is made before the clock starts.
-        used = (cpu() - before) * 64 / 65
-        found.append((used / report["seconds"], used * 1e6 / report["generated_tokens"], report["tokens_per_second"]))
+    server = Server(one_worker(model, THREADS))
+    found = [server.coordinate() for _ in range(rounds)]
     server.close()
     return [statistics.median(values) for values in zip(*found)]
 

@@ -3,6 +3,7 @@
 A library for the scripts beside it; needs target/release/strata.
 """
 import json
+import os
 import pathlib
 import platform
 import subprocess
@@ -12,13 +13,14 @@ STRATA = ROOT / "target" / "release" / "strata"
 
 
 class Server:
-    """Processes that together serve a model; the last one answers. `{0}` in a command is the address of the first."""
+    """Processes that together serve a model; the last one answers. `{0}` in a command is the address of the first.
+    `build` is whose they are; who asks is always today's."""
 
-    def __init__(self, commands):
+    def __init__(self, commands, build=STRATA):
         self.processes = []
         for command in commands:
             command = [str(part).format(*[p.address for p in self.processes]) for part in command]
-            process = subprocess.Popen([str(STRATA), *command], stdout=subprocess.PIPE,
+            process = subprocess.Popen([str(build), *command], stdout=subprocess.PIPE,
                                        stderr=subprocess.DEVNULL, text=True)
             self.processes.append(process)
             for line in process.stdout:
@@ -48,6 +50,19 @@ class Server:
         """Tokens per second of clients that come back as soon as they are answered."""
         return self.bench("--concurrency", count, "--requests", 3 * count)["tokens_per_second"]
 
+    def coordinate(self):
+        """Of the process that answers, for 64 streams: its share of one core, microseconds per token; tokens per second."""
+        before = self.processor_seconds()
+        report = self.bench("--concurrency", 64, "--requests", 64, "--max-tokens", 64)
+        # A request of 64 tokens is made before the clock starts.
+        used = (self.processor_seconds() - before) * 64 / 65
+        return used / report["seconds"], used * 1e6 / report["generated_tokens"], report["tokens_per_second"]
+
+    def processor_seconds(self):
+        """What the process that answers has used so far."""
+        fields = pathlib.Path(f"/proc/{self.processes[-1].pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def close(self):
         for process in self.processes:
             process.kill()
@@ -58,6 +73,12 @@ def serve(model, quantization="bf16", *more):
     """The command of a server with one worker in its process."""
     quantize = [] if quantization == "bf16" else ["--quantize", quantization]
     return ["serve", model, "--port", 0, *quantize, *more]
+
+
+def one_worker(model, threads):
+    """The commands of a coordinator and a worker, in int8."""
+    return [["worker", "--models", model.parent, "--threads", threads],
+            ["coordinator", "--worker", "{0}", "--model", model.name, "--port", 0, "--quantize", "int8"]]
 
 
 def two_workers(model, quantization="bf16"):

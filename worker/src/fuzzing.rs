@@ -20,10 +20,7 @@ const EXPECTED: [TensorSpec; 2] = [
 
 /// Frames that are read without complaint.
 pub fn frames() -> Vec<Vec<u8>> {
-    let tensor = |e: TensorSpec| {
-        let tensor = Tensor::ones((e.rows, e.columns), candle_dtype(e.dtype), &Device::Cpu);
-        tensor
-    };
+    let tensor = |e: TensorSpec| Tensor::ones((e.rows, e.columns), candle_dtype(e.dtype), &Device::Cpu);
     let tensors = EXPECTED.into_iter().map(tensor).collect::<Result<_, _>>();
     let payloads = [
         tensors.ok().map(|tensors| Payload::Tensors(Tensors::Host(tensors))),

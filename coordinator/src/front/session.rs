@@ -103,6 +103,11 @@ impl Session {
         &self.shared.counts
     }
 
+    /// Requests so far and in progress, as Status shows them.
+    pub(crate) fn requests(&self) -> v1::Requests {
+        self.shared.counts.shown(self.in_progress())
+    }
+
     /// Requests in progress.
     pub fn in_progress(&self) -> usize {
         self.shared.gate.inside()

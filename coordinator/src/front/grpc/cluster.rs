@@ -12,7 +12,6 @@ use crate::{
     config::Deployment,
     coordinator::Coordinator,
     engine::{Loading, State},
-    front::session::{Outcome, Session},
     planner::{IMAGINED, Offer, Split},
 };
 
@@ -62,7 +61,7 @@ impl Cluster for ClusterService {
             load: Some(snapshot.load),
             members: futures::future::join_all(described).await,
             version: self.coordinator.config().version.clone(),
-            requests: Some(requests(self.coordinator.session())),
+            requests: Some(self.coordinator.session().requests()),
         }))
     }
 
@@ -103,16 +102,6 @@ fn loading(loading: Loading) -> v1::StageLoading {
         layers: Some(loading.layers.into()),
         bytes_read: loading.bytes_read,
         bytes_total: loading.bytes_total,
-    }
-}
-
-fn requests(session: &Session) -> v1::Requests {
-    let counts = session.counts();
-    let ended = Outcome::ALL.into_iter().map(|o| (o.name().to_owned(), counts.ended(o)));
-    v1::Requests {
-        begun: counts.begun(),
-        in_progress: u32::try_from(session.in_progress()).unwrap_or(u32::MAX),
-        ended: ended.filter(|(_, count)| *count > 0).collect(),
     }
 }
 

@@ -115,6 +115,16 @@ impl Counts {
     pub fn ended(&self, outcome: Outcome) -> u64 {
         self.ended[outcome as usize].load(Ordering::Relaxed)
     }
+
+    /// As Status shows them, with those `in_progress`.
+    pub(super) fn shown(&self, in_progress: usize) -> v1::Requests {
+        let ended = Outcome::ALL.into_iter().map(|o| (o.name().to_owned(), self.ended(o)));
+        v1::Requests {
+            begun: self.begun(),
+            in_progress: u32::try_from(in_progress).unwrap_or(u32::MAX),
+            ended: ended.filter(|(_, count)| *count > 0).collect(),
+        }
+    }
 }
 
 /// A request in progress. Dropping it ends the request: it is counted, and the log gets a line.
