@@ -58,7 +58,7 @@ fn main() {
                 kv_tokens: None,
                 state_slots: 128,
                 max_step_tokens: 512,
-                max_step_outputs: 128,
+                max_step_rows: 128,
             };
             let mut stages = 0;
             let mut once = || {

@@ -99,7 +99,7 @@ fn split(data: &[u8], offers: &[Offer], profile: &ModelProfile) {
         quantization: None,
         kv_tokens: None,
         max_step_tokens: 64,
-        max_step_outputs: 8,
+        max_step_rows: 8,
         state_slots: 8,
     };
     let Ok(plan) = solve(&problem) else { return };

@@ -110,7 +110,7 @@ async fn workers_refuse_stale_fences_on_every_call() {
             kv_blocks: 4,
             block_tokens: 16,
             max_step_tokens: 16,
-            max_step_outputs: 4,
+            max_step_rows: 4,
             ..v1::PrepareRequest::default()
         };
         let connect =

@@ -271,7 +271,7 @@ impl Worker for LocalWorker {
             spec,
             kv_blocks: request.kv_blocks,
             max_step_tokens: request.max_step_tokens,
-            max_step_outputs: request.max_step_outputs,
+            max_step_rows: request.max_step_rows,
             budget,
             pending,
         };

@@ -55,7 +55,7 @@ pub(crate) struct Prepare {
     pub spec: v1::StageSpec,
     pub kv_blocks: u32,
     pub max_step_tokens: u32,
-    pub max_step_outputs: u32,
+    pub max_step_rows: u32,
     pub budget: u64,
     pub pending: Option<Pending>,
 }
@@ -404,7 +404,7 @@ impl Stage {
             Some(loaded) if self.spec.as_ref() == Some(&request.spec) => loaded,
             _ => return Err(ModelError::NotLoaded.into()),
         };
-        let (tokens, outputs) = (request.max_step_tokens, request.max_step_outputs);
+        let (tokens, outputs) = (request.max_step_tokens, request.max_step_rows);
         let size = Size { kv_blocks: request.kv_blocks, tokens, outputs };
         let state = bytes::of_state(loaded.model, loaded.spec, request.kv_blocks, tokens, outputs);
         // Weights that stay memory-mapped have their room on a disk.

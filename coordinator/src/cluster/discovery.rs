@@ -126,7 +126,7 @@ impl Discovery {
             kv_tokens: deployment.kv_tokens.or(contexts),
             state_slots: deployment.max_sequences.unwrap_or(deployment.max_step_rows),
             max_step_tokens: deployment.max_step_tokens,
-            max_step_outputs: deployment.max_step_rows,
+            max_step_rows: deployment.max_step_rows,
         })?;
         let models = self.profile.context_length;
         if let Some(asked) = deployment.context.filter(|asked| *asked > models) {

@@ -281,7 +281,7 @@ impl Setup {
             kv_blocks,
             block_tokens: BLOCK_TOKENS,
             max_step_tokens: deployment.max_step_tokens,
-            max_step_outputs: deployment.max_step_rows,
+            max_step_rows: deployment.max_step_rows,
             upstream_token: upstream_token.into(),
             mint_nccl_id,
             state_slots,

@@ -171,7 +171,7 @@ impl Costs {
         let cuts = profile.cuts();
         let last = LayerRange::new(profile.layer_count(), profile.layer_count());
         let workspace = profile.workspace_bytes(LayerRange::new(0, 0), problem.max_step_tokens, 0);
-        let with_head = profile.workspace_bytes(last, problem.max_step_tokens, problem.max_step_outputs);
+        let with_head = profile.workspace_bytes(last, problem.max_step_tokens, problem.max_step_rows);
 
         let mut by_kind: HashMap<DeviceKind, usize> = HashMap::new();
         let mut kinds = Vec::new();

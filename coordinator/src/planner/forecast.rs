@@ -57,7 +57,7 @@ pub(super) fn forecast(problem: &Problem<'_>, costs: &Costs, blocks: u64, shares
     let contexts = if paged { room.positions / u64::from(profile.context_length.max(1)) } else { u64::MAX };
     let contexts = if room.slots > 0 { contexts.min(u64::from(room.slots)) } else { contexts };
     let micro_batches = if shares.len() > 1 { stages + 1.0 } else { 1.0 };
-    let most = f64::from(problem.max_step_outputs) * micro_batches;
+    let most = f64::from(problem.max_step_rows) * micro_batches;
     let batch = (contexts as f64).min(most).max(1.0);
     // A batch smaller than the number of micro-batches leaves some of them out.
     let used = micro_batches.min(batch);

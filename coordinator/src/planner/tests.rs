@@ -98,7 +98,7 @@ fn problem<'a>(profile: &'a ModelProfile, offers: &'a [Offer], split: &'a Split)
         kv_tokens: Some(32),
         state_slots: 3,
         max_step_tokens: 4,
-        max_step_outputs: 2,
+        max_step_rows: 2,
     }
 }
 
@@ -563,9 +563,9 @@ fn forecasts_follow_the_cost_model() {
     for offer in &mut offers {
         offer.device.flops_per_second = 1e6;
     }
-    let given = |kv_tokens, max_step_outputs| Problem {
+    let given = |kv_tokens, max_step_rows| Problem {
         kv_tokens: Some(kv_tokens),
-        max_step_outputs,
+        max_step_rows,
         ..problem(&profile, &offers, &split)
     };
     let layer = |rows: f64| (1000.0f64 / 1e6).max(500.0 * rows / 1e6) + rows * 4.0 * 4.0 * 16.0 / 1e6 + 30e-6;

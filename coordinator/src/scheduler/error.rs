@@ -17,7 +17,7 @@ pub enum SubmitError {
     },
     /// An input that must be computed at once does not fit a step.
     #[error(
-        "an input of {tokens} tokens and {outputs} outputs does not fit a step of {max_tokens} and {max_outputs}; raise \
+        "an input of {tokens} tokens and {outputs} outputs does not fit a step of {max_tokens} and {max_rows}; raise \
          --max-step-tokens or --max-step-rows"
     )]
     TooLargeForAStep {
@@ -27,8 +27,8 @@ pub enum SubmitError {
         outputs: u32,
         /// Tokens of a step.
         max_tokens: u32,
-        /// Outputs of a step.
-        max_outputs: u32,
+        /// Outputs of a step: its `max_step_rows`.
+        max_rows: u32,
     },
 }
 

@@ -48,7 +48,7 @@ pub struct Config {
     pub state_slots: u32,
     /// Most tokens in one step.
     pub max_step_tokens: u32,
-    /// Most rows, and most outputs, in one step.
+    /// Most rows in one step, each counted by its outputs: one, or as many as it has masks, and one more for each draft.
     pub max_step_rows: u32,
     /// Most prompt tokens of one sequence in one step.
     pub prefill_chunk: u32,
@@ -208,8 +208,8 @@ impl Scheduler {
         }
         if !self.fits_a_step(sequence) {
             let (tokens, outputs) = (sequence.len(), sequence.outputs());
-            let (max_tokens, max_outputs) = (self.config.max_step_tokens, self.config.max_step_rows);
-            return Err(SubmitError::TooLargeForAStep { tokens, outputs, max_tokens, max_outputs });
+            let (max_tokens, max_rows) = (self.config.max_step_tokens, self.config.max_step_rows);
+            return Err(SubmitError::TooLargeForAStep { tokens, outputs, max_tokens, max_rows });
         }
         Ok(())
     }

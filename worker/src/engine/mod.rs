@@ -73,7 +73,7 @@ pub(crate) struct Size {
     pub kv_blocks: u32,
     /// Most tokens of a step.
     pub tokens: u32,
-    /// Most output rows of a step, where the head is.
+    /// Most outputs of a step, where the head is: `max_step_rows` of the plan.
     pub outputs: u32,
 }
 

@@ -113,7 +113,7 @@ pub(crate) struct Limits {
     pub kv_blocks: u32,
     /// Most tokens of a step.
     pub max_tokens: u32,
-    /// Most output rows of a step; none without the head.
+    /// Most outputs of a step: `max_step_rows` of the plan with the head, none without it.
     pub max_outputs: u32,
 }
 
