@@ -115,7 +115,9 @@ fn a_full_disk_is_said_once() {
         .unwrap();
     let error = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success());
-    assert_eq!(error, "error: standard output: No space left on device (os error 28)\n");
+    let said =
+        r#"{"error":"standard output: No space left on device (os error 28)","code":"FAILED","exit_code":1}"#;
+    assert_eq!(error, format!("{said}\n"));
 }
 
 #[test]
