@@ -59,9 +59,13 @@ pub enum StartError {
 }
 
 fn refusals(findings: &[Finding]) -> String {
-    let one = |f: &Finding| format!("{}: {}", f.check, f.detail);
-    let all: Vec<_> = findings.iter().filter(|f| f.refuses()).map(one).collect();
-    format!("{} (a check can be ignored with --skip-check NAME)", all.join("; "))
+    let refusing = || findings.iter().filter(|f| f.refuses());
+    let all: Vec<_> = refusing().map(|f| format!("{}: {}", f.check, f.detail)).collect();
+    let hint = match refusing().all(|f| f.check.can_be_skipped()) {
+        true => " (a check can be ignored with --skip-check NAME)",
+        false => "",
+    };
+    all.join("; ") + hint
 }
 
 /// A coordinator, without its ports. It can be asked what it is doing from the moment it is made.

@@ -60,7 +60,8 @@ impl Loading {
                 *bars = Some(Bars::new(plan));
             }
             Notice::Checked(findings) => {
-                findings.iter().filter(|f| !f.passed).for_each(|finding| report::tell(&finding.to_string()));
+                // One that refuses is told by the error that it ends with.
+                findings.iter().filter(|f| f.skipped).for_each(|finding| report::tell(&finding.to_string()));
             }
             Notice::Loading(update) => {
                 let Some(bars) = &*bars else { return };

@@ -169,7 +169,7 @@ fn a_missing_or_broken_model_is_one_clear_line() {
         assert!(text.contains(from));
         std::fs::write(path, text.replace(from, to)).unwrap();
     }
-    let cases: [(&str, Breakage, &[&str]); 11] = [
+    let cases: [(&str, Breakage, &[&str]); 12] = [
         (
             "another model's tokenizer",
             |d| {
@@ -215,7 +215,10 @@ fn a_missing_or_broken_model_is_one_clear_line() {
                 let file = std::fs::OpenOptions::new().write(true).open(d.join("model.safetensors")).unwrap();
                 file.set_len(1_000_000).unwrap();
             },
-            &["model.safetensors"],
+            &[
+                "model.safetensors: 1000000 bytes, but its header says",
+                "not fully downloaded; download it again",
+            ],
         ),
         (
             "garbage",
@@ -232,6 +235,11 @@ fn a_missing_or_broken_model_is_one_clear_line() {
         ),
         ("another family", |d| edit(&d.join("config.json"), "\"llama\"", "\"rwkv\""), &["rwkv", "llama"]),
         ("no tokenizer", |d| std::fs::remove_file(d.join("tokenizer.json")).unwrap(), &["tokenizer.json"]),
+        (
+            "a page for a tokenizer",
+            |d| std::fs::write(d.join("tokenizer.json"), "Entry not found").unwrap(),
+            &["tokenizer.json is an answer of the hub"],
+        ),
     ];
     for (what, break_it, says) in cases {
         let directory = free_dir();
@@ -246,6 +254,10 @@ fn a_missing_or_broken_model_is_one_clear_line() {
         let lines: Vec<_> = errors.lines().filter(|l| l.starts_with("error: ")).collect();
         assert_eq!(lines.len(), 1, "{what}: {errors}");
         assert!(says.iter().all(|s| lines[0].contains(s)), "{what}: {} does not say {says:?}", lines[0]);
+        // What cannot be skipped must not say how.
+        let can_be_skipped = ["another model's tokenizer", "infinite weights"].contains(&what);
+        assert_eq!(lines[0].contains("--skip-check"), can_be_skipped, "{what}: {errors}");
+        assert!(!lines[0].contains("Describe failed"), "{what}: {errors}");
         assert!(!errors.contains("panicked"), "{what}: {errors}");
     }
 }

@@ -41,4 +41,4 @@ pub use error::WorkerError;
 pub use incarnation::StepHook;
 pub use service::{LocalWorker, Models, WorkerConfig};
 pub use transport::loopback::Hub;
-pub use weights::Checkpoint;
+pub use weights::{Checkpoint, describe_file};

@@ -21,6 +21,7 @@ use crate::{
     model,
     stage::{Connect, Prepare, StageThread},
     transport::{Link, link_token, loopback::Hub, nccl, tcp::Listener},
+    weights::describe_file,
 };
 
 /// Small files that travel with a model.
@@ -62,10 +63,10 @@ impl Models {
                     _ => return Err(no("a model name is a plain directory name")),
                 }
                 let directory = root.join(name);
-                if directory.is_dir() {
-                    Ok(directory)
-                } else {
-                    Err(no(&format!("there is no directory {}", directory.display())))
+                match directory.metadata() {
+                    Ok(found) if found.is_dir() => Ok(directory),
+                    Ok(_) => Err(no(&format!("{} is {}", directory.display(), describe_file(&directory)))),
+                    Err(_) => Err(no(&format!("there is no directory {}", directory.display()))),
                 }
             }
         }

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use futures::future::try_join_all;
+use futures::future::join_all;
 use strata_proto::{Device, Files, LinkChoice, LinkKind, ModelProfile, Plan, StagePlan, v1};
 use tonic::{Code, Status};
 
@@ -68,7 +68,8 @@ pub async fn discover(members: &[Member], model: &str) -> Result<Discovery, Pipe
     let mut profile: Option<(String, ModelProfile)> = None;
     let mut offers = Vec::new();
     let mut found = HashMap::new();
-    for (member, described) in try_join_all(described).await?.into_iter().flatten() {
+    let described = models(join_all(described).await)?;
+    for (member, described) in described.into_iter().flatten() {
         let nonsense = |why| PipelineError::Nonsense { worker: member.name.clone(), why };
         if described.draining {
             continue;
@@ -92,6 +93,33 @@ pub async fn discover(members: &[Member], model: &str) -> Result<Discovery, Pipe
     }
     let (_, profile) = profile.ok_or(PipelineError::NoWorkers)?;
     Ok(Discovery { profile, offers, members: found })
+}
+
+/// The answers, or what is wrong with the model: said without a worker's name if all say the same, as it is then no worker's
+/// fault.
+fn models<T>(answers: Vec<Result<Option<T>, PipelineError>>) -> Result<Vec<Option<T>>, PipelineError> {
+    let refusal = |answer: &Result<Option<T>, PipelineError>| match answer {
+        Err(PipelineError::Call { status, .. }) if is_of_model(status) => Some(status.message().to_owned()),
+        _ => None,
+    };
+    let mut said = answers.iter().filter(|answer| !matches!(answer, Ok(None))).map(refusal);
+    if let Some(Some(why)) = said.next()
+        && said.all(|other| other.as_ref() == Some(&why))
+    {
+        return Err(PipelineError::Model(why));
+    }
+    let one = |error| match error {
+        PipelineError::Call { worker, status, .. } if is_of_model(&status) => {
+            PipelineError::ModelOf { worker, why: status.message().to_owned() }
+        }
+        error => error,
+    };
+    answers.into_iter().map(|answer| answer.map_err(one)).collect()
+}
+
+/// Whether a worker refused to describe a model because of the model.
+fn is_of_model(status: &Status) -> bool {
+    matches!(status.code(), Code::NotFound | Code::FailedPrecondition)
 }
 
 /// Whether a call failed because there was nobody to take it.
@@ -195,5 +223,26 @@ impl Discovery {
         };
         let request = v1::ReadTokenizerRequest { model: self.profile.model.clone() };
         call(&member.name, "ReadTokenizer", CALL_TIMEOUT, member.worker.read_tokenizer(request)).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_all_workers_say_of_a_model_needs_no_name() {
+        let call =
+            |worker: &str, status| PipelineError::Call { worker: worker.into(), doing: "Describe", status };
+        let refused = |worker: &str, why: &str| Err(call(worker, Status::failed_precondition(why)));
+        let said = |answers: Vec<Result<Option<()>, _>>| models(answers).unwrap_err().to_string();
+        assert_eq!(said(vec![refused("a", "no model")]), "no model");
+        assert_eq!(said(vec![refused("a", "no model"), Ok(None), refused("b", "no model")]), "no model");
+        assert_eq!(said(vec![Ok(Some(())), refused("b", "no model")]), "worker b: no model");
+        assert_eq!(said(vec![refused("a", "cut off"), refused("b", "no model")]), "worker a: cut off");
+        // What is no model's fault says what was done.
+        let internal = said(vec![Err(call("a", Status::internal("defect"))), refused("b", "no model")]);
+        assert_eq!(internal, "worker a: Describe failed: defect");
+        assert_eq!(models(vec![Ok(Some(1)), Ok(None)]).unwrap(), [Some(1), None]);
     }
 }

@@ -52,6 +52,17 @@ pub enum PipelineError {
         /// What it said.
         why: String,
     },
+    /// The model cannot be served, as every worker says that was asked.
+    #[error("{0}")]
+    Model(String),
+    /// The model of one worker cannot be served.
+    #[error("worker {worker}: {why}")]
+    ModelOf {
+        /// The worker.
+        worker: String,
+        /// What is wrong with its model.
+        why: String,
+    },
     /// A call failed.
     #[error("worker {worker}: {doing} failed: {}", status.message())]
     Call {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use strata_proto::DType;
 
-use super::{MAX_TENSORS, WeightsError};
+use super::{MAX_TENSORS, WeightsError, shorter};
 
 /// Most dimensions of a tensor.
 const MAX_RANK: usize = 8;
@@ -95,6 +95,11 @@ pub(crate) fn parse(
             format!("{} tensors: expected at most {MAX_TENSORS}", raw.len()),
         ));
     }
+    // Said once of the file: it is no fault of the tensor that happens to come first.
+    let end = raw.values().filter_map(|entry| entry.get("data_offsets")?.get(1)?.as_u64()).max().unwrap_or(0);
+    if end > length - data {
+        return Err(shorter(file, length, data.saturating_add(end)));
+    }
     let mut tensors = Vec::with_capacity(raw.len());
     for (name, value) in raw {
         let fail = |reason: String| WeightsError::tensor(file, &name, reason);
@@ -113,9 +118,8 @@ pub(crate) fn parse(
             shape.push(usize::try_from(d).map_err(|_| overflow())?);
         }
         let (begin, end) = entry.data_offsets;
-        let room = length - data;
-        if begin > end || end > room {
-            return Err(fail(format!("data_offsets {begin}..{end} are not within the {room} bytes of data")));
+        if begin > end {
+            return Err(fail(format!("data_offsets {begin}..{end} end before they begin")));
         }
         let bytes = end - begin;
         if bits % 8 != 0 || bits / 8 != bytes {

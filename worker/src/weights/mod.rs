@@ -2,6 +2,7 @@
 
 mod fingerprint;
 pub(crate) mod header;
+mod recognize;
 
 use std::{
     collections::BTreeMap,
@@ -17,6 +18,7 @@ use std::{
 };
 
 pub(crate) use header::{TensorDType, TensorInfo};
+pub use recognize::describe_file;
 
 /// Largest piece of a tensor that is read at once.
 pub(crate) const PIECE: usize = 8 << 20;
@@ -29,6 +31,8 @@ const MAX_SHARDS: usize = 4096;
 /// Largest `config.json` or `generation_config.json`.
 const MAX_CONFIG: u64 = 4 << 20;
 
+/// Why a file is shorter than it should be, and what to do.
+const CUT_OFF: &str = "it was cut off, or not fully downloaded; download it again";
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
@@ -42,6 +46,14 @@ pub enum WeightsError {
         file: String,
         /// What it said.
         source: io::Error,
+    },
+    /// The directory is something else than a model, or holds what is not its files.
+    #[error("{dir}: {what}")]
+    NotAModel {
+        /// The directory.
+        dir: String,
+        /// What it is, and what to do about it.
+        what: String,
     },
     /// Neither of the two files that begin a checkpoint is there.
     #[error("{dir}: neither model.safetensors nor model.safetensors.index.json is there")]
@@ -101,7 +113,13 @@ pub struct Checkpoint {
 
 impl Checkpoint {
     /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names, in `dir`.
+    ///
+    /// # Errors
+    /// If `dir` is something else than a model, or a file of weights is missing, cut off or malformed.
     pub fn open(dir: &Path) -> Result<Self, WeightsError> {
+        if let Some(what) = recognize::unusable(dir) {
+            return Err(WeightsError::NotAModel { dir: dir.display().to_string(), what });
+        }
         let mut checkpoint = Checkpoint {
             dir: dir.to_owned(),
             shards: Vec::new(),
@@ -120,6 +138,9 @@ impl Checkpoint {
                 return Err(WeightsError::file(INDEX, format!("names more than {MAX_SHARDS} files")));
             }
             for name in names {
+                if !dir.join(name).exists() {
+                    return Err(missing_shard(dir, name));
+                }
                 checkpoint.add_shard(name)?;
             }
             checkpoint.check_index(&index)?;
@@ -196,13 +217,19 @@ impl Checkpoint {
         let length = file.metadata().map_err(io)?.len();
         let mut size = [0; 8];
         if length < 8 {
-            return Err(WeightsError::file(name, format!("{length} bytes are too few for safetensors")));
+            let reason = format!("{length} bytes are too few for safetensors: {CUT_OFF}");
+            return Err(WeightsError::file(name, reason));
         }
         file.read_exact_at(&mut size, 0).map_err(io)?;
         let size = u64::from_le_bytes(size);
-        if size > MAX_HEADER || size > length - 8 {
-            let reason = format!("header of {size} bytes: expected at most {}", MAX_HEADER.min(length - 8));
+        if size > MAX_HEADER {
+            let reason = format!(
+                "header of {size} bytes: expected at most {MAX_HEADER}; it is no safetensors file, or damaged: download it again"
+            );
             return Err(WeightsError::file(name, reason));
+        }
+        if size > length - 8 {
+            return Err(shorter(name, length, size + 8));
         }
         let mut header = vec![0; size as usize];
         file.read_exact_at(&mut header, 8).map_err(io)?;
@@ -231,6 +258,22 @@ impl Checkpoint {
         }
         Ok(())
     }
+}
+
+/// A file of `have` bytes that by its own header has at least `expected`.
+fn shorter(file: &str, have: u64, expected: u64) -> WeightsError {
+    let reason = format!("{have} bytes, but its header says that it has {expected}: {CUT_OFF}");
+    WeightsError::file(file, reason)
+}
+
+/// A shard that only the index knows.
+fn missing_shard(dir: &Path, name: &str) -> WeightsError {
+    let unfinished = recognize::unfinished(dir);
+    let remedy = match unfinished.is_empty() {
+        true => "download it again, into the same folder".to_owned(),
+        false => format!("a download was not finished ({unfinished}); run the same download again"),
+    };
+    WeightsError::file(name, format!("{INDEX} lists it, but it is not in {}: {remedy}", dir.display()))
 }
 
 /// `weight_map` of the index: tensor to file name, names checked to stay in the directory.

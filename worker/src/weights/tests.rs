@@ -72,8 +72,7 @@ fn impossible_headers_are_refused_by_name() {
         ),
         (json!({"a": entry(&[4], 4, 20)}), 20, "\"a\": begins at 4 and leaves a hole"),
         (json!({"a": entry(&[4], 0, 16)}), 20, "4 bytes follow"),
-        (json!({"a": entry(&[4], 0, 16)}), 12, "\"a\": data_offsets 0..16 are not within the 12"),
-        (json!({"a": entry(&[4], 16, 0)}), 16, "\"a\": data_offsets"),
+        (json!({"a": entry(&[4], 16, 0)}), 16, "\"a\": data_offsets 16..0 end before"),
         (json!({"a": entry(&[5], 0, 16)}), 16, "\"a\": 16 bytes of data: shape [5] of F32 needs 20"),
         (json!({"a": entry(&[huge, huge], 0, 16)}), 16, "\"a\": shape"),
         (json!({"a": entry(&[1 << 62, 4], 0, 0)}), 0, "overflows"),
@@ -93,10 +92,13 @@ fn impossible_headers_are_refused_by_name() {
 fn truncated_and_huge_headers_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     for (bytes, expected) in [
-        (vec![], "0 bytes are too few"),
+        (vec![], "0 bytes are too few for safetensors: it was cut off"),
         (vec![1, 0, 0], "3 bytes are too few"),
         (u64::MAX.to_le_bytes().to_vec(), "header of 18446744073709551615 bytes"),
-        ([100u64.to_le_bytes().as_slice(), b"{}"].concat(), "header of 100 bytes: expected at most 2"),
+        (
+            [100u64.to_le_bytes().as_slice(), b"{}"].concat(),
+            "10 bytes, but its header says that it has 108: it was cut off",
+        ),
         ([2u64.to_le_bytes().as_slice(), b"{\""].concat(), "not a JSON object"),
         ([2u64.to_le_bytes().as_slice(), b"\xff\xff"].concat(), "not a JSON object"),
     ] {
@@ -105,6 +107,7 @@ fn truncated_and_huge_headers_are_refused() {
         assert!(e.contains(SINGLE) && e.contains(expected), "{e}");
     }
     fs::remove_file(dir.path().join(SINGLE)).unwrap();
+    fs::write(dir.path().join("config.json"), "{}").unwrap();
     assert!(matches!(Checkpoint::open(dir.path()), Err(WeightsError::NoWeights { .. })));
     fs::create_dir(dir.path().join(SINGLE)).unwrap();
     assert!(Checkpoint::open(dir.path()).err().unwrap().to_string().contains("not a regular file"));
@@ -131,10 +134,30 @@ fn shards_are_read_by_the_index_and_never_leave_the_directory() {
         (json!({"a": "s1.safetensors", "c": "s1.safetensors"}), "\"c\": is not in s1.safetensors"),
         (json!({"a": "s2.safetensors", "b": "s1.safetensors"}), "is not in"),
         (json!({"a": "s1.safetensors", "b": "stray.safetensors"}), "\"a\": is in s1.safetensors too"),
-        (json!({"a": "s3.safetensors"}), "s3.safetensors"),
+        (
+            json!({"a": "s1.safetensors", "b": "s3.safetensors"}),
+            "s3.safetensors: model.safetensors.index.json lists it, but it is not in",
+        ),
         (json!({}), "names no tensor"),
     ] {
         let e = index(map.clone()).err().unwrap_or_else(|| panic!("{map} was accepted")).to_string();
         assert!(e.contains(expected), "{map}: {e}");
     }
+    fs::write(dir.path().join("s3.safetensors.incomplete"), "").unwrap();
+    let e = index(json!({"a": "s1.safetensors", "b": "s3.safetensors"})).unwrap_err().to_string();
+    assert!(e.contains("not finished (s3.safetensors.incomplete); run the same"), "{e}");
+}
+
+#[test]
+fn a_file_that_was_cut_off_is_told_with_its_bytes() {
+    let header = json!({"a": entry(&[4], 0, 16), "b": entry(&[4], 16, 32)});
+    let begin = 8 + header.to_string().len();
+    for have in [31, 16, 12, 0] {
+        let e = open_error(&header, &vec![0; have]);
+        let says =
+            format!("{} bytes, but its header says that it has {}: it was cut off", begin + have, begin + 32);
+        assert!(e.contains(SINGLE) && e.contains(&says) && e.contains("download it again"), "{e}");
+    }
+    let e = open_error(&json!({"a": entry(&[4], 0, u64::MAX)}), &[0; 16]);
+    assert!(e.contains(&u64::MAX.to_string()), "{e}");
 }
