@@ -31,7 +31,7 @@ const REFUSED: i32 = 3;
 const UNAVAILABLE: i32 = 4;
 
 /// For the end of the help, where they are promised.
-pub const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 a wrong command line, 3 refused by the server, 4 no answer from a \
+pub const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 a command line that cannot be understood, 3 refused by the server, 4 no answer from a \
                               server: try again.\nWith --json, an error is one JSON object on standard error: error, code, exit_code.";
 
 /// Lines are JSON.
@@ -48,7 +48,14 @@ pub fn look_ahead() {
     let format = joined.or(named.map(String::as_str)).or(variable.as_deref());
     let format = format.and_then(|format| LogFormat::from_str(format, false).ok());
     JSON_LINES.store(matches!(format, Some(LogFormat::Json)), Ordering::Relaxed);
-    JSON_ERROR.store(given.iter().any(|word| word == "--json"), Ordering::Relaxed);
+    let json = given.iter().any(|word| word == "--json")
+        || std::env::var_os("STRATA_JSON").is_some_and(|value| value == "true");
+    JSON_ERROR.store(json, Ordering::Relaxed);
+}
+
+/// The command was asked for JSON by the environment or the file.
+pub fn errors_as_json() {
+    JSON_ERROR.store(true, Ordering::Relaxed);
 }
 
 /// Starts the log. `json` is whether the command was asked for JSON.
