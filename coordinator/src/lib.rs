@@ -1,5 +1,5 @@
-//! The front end and the brain. A [`Coordinator`] is made from a [`CoordinatorConfig`], started over workers, and asked through a
-//! [`Session`]; [`front::grpc`] does that for clients.
+//! The front end and the brain. A [`Coordinator`] is made from a [`CoordinatorConfig`], started over workers, and asked
+//! through a [`Session`]; [`front::grpc`] does that for clients.
 //!
 //! ```
 //! use std::{sync::Arc, time::Duration};

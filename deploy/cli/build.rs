@@ -1,4 +1,5 @@
-//! Tells the binary which commit it is built from: `STRATA_VERSION` is `0.1.0 (abcdef1)`, or `0.1.0` where nobody knows.
+//! Tells the binary which commit it is built from: `STRATA_VERSION` is `0.1.0 (abcdef1)`, or `0.1.0` where nobody
+//! knows.
 
 use std::{path::Path, process::Command};
 
@@ -22,7 +23,8 @@ fn commit() -> Option<String> {
     if top != here {
         return None;
     }
-    // A commit changes the log of HEAD, or, without one, the branch. A file that is not there would mean a build each time.
+    // A commit changes the log of HEAD, or, without one, the branch. A file that is not there would mean a build each
+    // time.
     let branch = git(&["symbolic-ref", "--quiet", "HEAD"]);
     for name in ["HEAD", "logs/HEAD", "packed-refs"].into_iter().chain(branch.as_deref()) {
         if let Some(path) = git(&["rev-parse", "--git-path", name]).filter(|path| Path::new(path).exists()) {

@@ -45,8 +45,8 @@ fn main() -> ! {
     end(code)
 }
 
-/// Ends the process, without what libraries do then: CUDA's would take its state apart while stage threads still use it,
-/// which ended one in a dozen servers with a segmentation fault (driver 580.159).
+/// Ends the process, without what libraries do then: CUDA's would take its state apart while stage threads still use
+/// it, which ended one in a dozen servers with a segmentation fault (driver 580.159).
 fn end(code: i32) -> ! {
     unsafe extern "C" {
         safe fn _exit(code: i32) -> !;

@@ -4,7 +4,8 @@ use std::io::Read;
 
 use anyhow::{Context, bail};
 
-/// The text of a prompt: `-` is standard input, `@FILE` a file, and `@@` an `@`; each is taken as it is, to its last newline.
+/// The text of a prompt: `-` is standard input, `@FILE` a file, and `@@` an `@`; each is taken as it is, to its last
+/// newline.
 pub fn read(given: String) -> anyhow::Result<String> {
     match given.as_str() {
         "-" => {

@@ -31,7 +31,7 @@ const REFUSED: i32 = 3;
 const UNAVAILABLE: i32 = 4;
 
 /// For the end of the help, where they are promised.
-pub const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 a command line that cannot be understood, 3 refused by the server, 4 no answer from a \
+pub const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 a wrong command line, 3 refused by the server, 4 no answer from a \
                               server: try again.\nWith --json, an error is one JSON object on standard error: error, code, exit_code.";
 
 /// Lines are JSON.

@@ -92,8 +92,8 @@ impl Device {
     }
 }
 
-/// The rate at `rows` between `known` ones, pairs of rows and rate by ascending rows: along the logarithm of the rows, and
-/// the outermost ones beyond. `None` if none is known.
+/// The rate at `rows` between `known` ones, pairs of rows and rate by ascending rows: along the logarithm of the rows,
+/// and the outermost ones beyond. `None` if none is known.
 pub fn rate_at(known: &[(f64, f64)], rows: f64) -> Option<f64> {
     let log = |rows: f64| rows.max(1.0).ln();
     match known.iter().position(|(known, _)| *known >= rows) {

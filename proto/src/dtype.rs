@@ -70,7 +70,8 @@ impl FromStr for DType {
 pub enum Quantization {
     /// Groups of 32 signed bytes with a factor in f16 (`Q8_0`).
     Int8,
-    /// Groups of 32 four-bit values with a factor and an offset in f16 (`Q4_1`); some tensors stay [`Int8`](Self::Int8).
+    /// Groups of 32 four-bit values with a factor and an offset in f16 (`Q4_1`); some tensors stay
+    /// [`Int8`](Self::Int8).
     Int4,
 }
 

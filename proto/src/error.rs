@@ -1,8 +1,8 @@
 //! The one place that maps what went wrong to gRPC codes.
 //!
-//! Every component has an error enum of its own and says its [`Kind`]; [`status`] does the rest. A status travels in headers,
-//! which HTTP/2 bounds: one that is too long arrives without its code. So [`status`] clips what it says, and whoever repeats
-//! a caller's text does so by [`quoted`].
+//! Every component has an error enum of its own and says its [`Kind`]; [`status`] does the rest. A status travels in
+//! headers, which HTTP/2 bounds: one that is too long arrives without its code. So [`status`] clips what it says, and
+//! whoever repeats a caller's text does so by [`quoted`].
 
 use std::time::Duration;
 
@@ -30,8 +30,8 @@ pub enum Kind {
     Internal,
 }
 
-/// Longest message of a status, in bytes; three times as long in headers, if nothing of it is ASCII. gRPC's C library takes
-/// 8 KiB of headers.
+/// Longest message of a status, in bytes; three times as long in headers, if nothing of it is ASCII. gRPC's C library
+/// takes 8 KiB of headers.
 const MAX_MESSAGE: usize = 2048;
 /// Most characters that a message repeats of a caller's text.
 const MAX_QUOTED: usize = 200;

@@ -1,5 +1,5 @@
-//! What a coordinator and its workers must agree on: messages ([`v1`]), a [`Plan`] over [`Device`]s, a [`ModelProfile`], the calls
-//! of a [`Worker`], and the [`error::Kind`]s.
+//! What a coordinator and its workers must agree on: messages ([`v1`]), a [`Plan`] over [`Device`]s, a
+//! [`ModelProfile`], the calls of a [`Worker`], and the [`error::Kind`]s.
 //!
 //! No IO and no tensors. The `.proto` files under `strata/v1` are the documentation of the wire; the types
 //! here are the validated forms that the planner and the scheduler compute with.

@@ -192,7 +192,8 @@ pub struct Replica {
 pub struct Forecast {
     /// Of one stream.
     pub single: f64,
-    /// Streams at once that `full` is about: those whose whole contexts the cache holds. Of an encoder: tokens of a step.
+    /// Streams at once that `full` is about: those whose whole contexts the cache holds. Of an encoder: tokens of a
+    /// step.
     pub batch: u32,
     /// Of all of them together.
     pub full: f64,

@@ -1,7 +1,7 @@
 //! Throws damaged input at whatever reads input. `tests/fuzz/run` builds and starts it; `main` is libFuzzer's.
 //!
-//! `FUZZ_TARGET` names what is to be fuzzed, and `FUZZ_SEEDS` a directory that gets the inputs to begin with: they are made
-//! from `tests/models`, so that none has to be kept.
+//! `FUZZ_TARGET` names what is to be fuzzed, and `FUZZ_SEEDS` a directory that gets the inputs to begin with: they are
+//! made from `tests/models`, so that none has to be kept.
 
 #![no_main]
 

@@ -1,5 +1,5 @@
-//! What new users meet: the client port, when they come with another client or ask for what is not there; flags, and what
-//! is said of them.
+//! What new users meet: the client port, when they come with another client or ask for what is not there; flags, and
+//! what is said of them.
 
 use std::{
     io::{Read, Write},

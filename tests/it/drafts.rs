@@ -55,8 +55,8 @@ impl Driver {
         Driver { pipeline: up.unwrap(), events, scheduler, last: 0 }
     }
 
-    /// The answers to all `requests` at once; `guess` says how the answer of a request goes on, by its index and length.
-    /// Also the number of steps.
+    /// The answers to all `requests` at once; `guess` says how the answer of a request goes on, by its index and
+    /// length. Also the number of steps.
     async fn answers(
         &mut self,
         requests: &[(Vec<u32>, v1::RowSampling)],

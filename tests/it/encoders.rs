@@ -1,4 +1,5 @@
-//! What clients get from encoders: transformers' ids and values for every split, in one batch or alone; truncation; refusals.
+//! What clients get from encoders: transformers' ids and values for every split, in one batch or alone; truncation;
+//! refusals.
 
 use std::{path::PathBuf, process::Command};
 

@@ -1,5 +1,5 @@
-//! Stages on GPUs, run by the emulator (tests/emulator): the product's own CUDA code, kernels and all, on the processor.
-//! A GPU promises no equal bits, so results are compared within what rounding can do.
+//! Stages on GPUs, run by the emulator (tests/emulator): the product's own CUDA code, kernels and all, on the
+//! processor. A GPU promises no equal bits, so results are compared within what rounding can do.
 
 use std::{
     path::{Path, PathBuf},
@@ -37,7 +37,8 @@ pub fn emulator() -> &'static Path {
         assert!(built.success(), "the emulator could not be built: it needs a C++ compiler");
         for library in ["libcuda.so.1", "libcuda.so", "libnvrtc.so.13", "libcublas.so.13", "libnccl.so.2"] {
             let path = directory.join(library);
-            // SAFETY: our own libraries, which do nothing when they are loaded. Who asks for one by name later gets this.
+            // SAFETY: our own libraries, which do nothing when they are loaded. Who asks for one by name later gets
+            // this.
             let library = unsafe { libloading::Library::new(&path) }.unwrap();
             std::mem::forget(library);
         }
@@ -159,8 +160,8 @@ async fn sampled_answers_are_the_processors() {
 }
 
 /// Both round the same weights in the same way; what they compute differs in the last bits, and where such a difference
-/// meets a rounding of activations, by one of its steps. So this finds wrong kernels, and the kernels' own tests say how
-/// exact they are.
+/// meets a rounding of activations, by one of its steps. So this finds wrong kernels, and the kernels' own tests say
+/// how exact they are.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_format_is_close_to_the_cpu() {
     emulator();
@@ -191,15 +192,16 @@ async fn every_format_is_close_to_the_cpu() {
     }
 }
 
-/// Models in which every product is of whole groups and every head of whole slabs, so that all that is quantized or on the
-/// tensor cores is met: norms that yield bytes, mixtures of experts, a norm behind each block, both branches side by side.
+/// Models in which every product is of whole groups and every head of whole slabs, so that all that is quantized or on
+/// the tensor cores is met: norms that yield bytes, mixtures of experts, a norm behind each block, both branches side
+/// by side.
 const WHOLE_GROUPS: [&str; 4] =
     ["mixtral-groups-bf16", "qwen3-moe-groups-f16", "gemma2-groups-bf16", "phi-groups-f32"];
 
 /// In float32 the answer is transformers'. In another format, what rounding does to the model is taken from the CPU, as
-/// tests/gpu/parity.py says: twice that may lie between the two devices, and between the GPU and transformers. Int4 weights
-/// are the same integers on both, and activations eight bits at least, so that the devices may be as far apart as in int8.
-/// Which experts a token goes through is all or nothing, so one prompt of four may be off.
+/// tests/gpu/parity.py says: twice that may lie between the two devices, and between the GPU and transformers. Int4
+/// weights are the same integers on both, and activations eight bits at least, so that the devices may be as far apart
+/// as in int8. Which experts a token goes through is all or nothing, so one prompt of four may be off.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn models_of_whole_groups_are_within_what_each_format_does_to_them() {
     emulator();

@@ -1,4 +1,5 @@
-//! A coordinator from its first moment to its last: what it says of itself while it stands by, starts, serves and drains.
+//! A coordinator from its first moment to its last: what it says of itself while it stands by, starts, serves and
+//! drains.
 
 use std::{
     io::{BufRead, BufReader},

@@ -1,4 +1,5 @@
-//! Several copies of a model: all of them answer, one's loss moves its sequences to the others, new devices become another.
+//! Several copies of a model: all of them answer, one's loss moves its sequences to the others, new devices become
+//! another.
 
 use std::{
     collections::BTreeMap,

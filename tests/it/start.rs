@@ -1,5 +1,5 @@
-//! How processes start on GPUs, which the emulator stands in for: by which libraries, and with kernels that were compiled
-//! before.
+//! How processes start on GPUs, which the emulator stands in for: by which libraries, and with kernels that were
+//! compiled before.
 
 use std::{
     fs,

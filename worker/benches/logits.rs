@@ -1,8 +1,8 @@
 //! Logits of every position of some texts in every format, for tests/bench/quality.py.
 //!
-//! `cargo bench -p strata-worker --bench logits -- MODEL_DIR IDS.json OUT_DIR`: IDS.json holds lists of token ids; for each
-//! format, OUT_DIR gets a file of little-endian f32 `(tokens, vocabulary)`. The residual stream is f32 throughout, so that
-//! only the weights differ.
+//! `cargo bench -p strata-worker --bench logits -- MODEL_DIR IDS.json OUT_DIR`: IDS.json holds lists of token ids; for
+//! each format, OUT_DIR gets a file of little-endian f32 `(tokens, vocabulary)`. The residual stream is f32 throughout,
+//! so that only the weights differ.
 
 use std::{fs, io::Write, ops::ControlFlow, path::Path};
 

@@ -1,5 +1,5 @@
-//! What packing is worth: an encoder of MiniLM's shape over inputs of mixed lengths, packed as Strata does, and padded to
-//! the longest as a rectangular batch would be.
+//! What packing is worth: an encoder of MiniLM's shape over inputs of mixed lengths, packed as Strata does, and padded
+//! to the longest as a rectangular batch would be.
 //!
 //! `cargo bench -p strata-worker --bench packing` prints medians of interleaved runs.
 

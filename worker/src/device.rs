@@ -210,7 +210,8 @@ pub fn can_write(directory: &Path) -> bool {
 }
 
 /// What the devices offer. An uncapped CPU offers 90 % of the memory that is free now and held by nothing of ours, and
-/// 95 % of what is free on the disk of the directory for what spills; an uncapped GPU, its free memory but for a reserve.
+/// 95 % of what is free on the disk of the directory for what spills; an uncapped GPU, its free memory but for a
+/// reserve.
 ///
 /// # Errors
 /// If a GPU cannot be used.

@@ -1,4 +1,5 @@
-//! What tests/fuzz throws at the worker: each function takes any bytes, and panics only if something is wrong with Strata.
+//! What tests/fuzz throws at the worker: each function takes any bytes, and panics only if something is wrong with
+//! Strata.
 
 use candle_core::{Device, Tensor};
 use serde_json::Value;

@@ -161,8 +161,8 @@ impl Incarnation {
         if let Some(hook) = hook {
             hook(meta)?;
         }
-        // Every token is seen exactly once: a sampled one when it comes back as the next row's input, a draft when a later
-        // row goes on behind it.
+        // Every token is seen exactly once: a sampled one when it comes back as the next row's input, a draft when a
+        // later row goes on behind it.
         let mut ids = &meta.token_ids[..];
         let mut guessed = Vec::with_capacity(meta.rows.len());
         for row in &meta.rows {

@@ -1,8 +1,8 @@
 //! The stage engine: loads the layer range it is told, runs steps, sends activations on.
 //!
-//! It knows no cluster: a coordinator drives it through [`strata_proto::Worker`], in this process ([`LocalWorker`], made from a
-//! [`WorkerConfig`]) or over gRPC ([`grpc`]). Who wants one layer range without a cluster, as the benchmarks do, has [`model`],
-//! [`engine`] and [`kernels`].
+//! It knows no cluster: a coordinator drives it through [`strata_proto::Worker`], in this process ([`LocalWorker`],
+//! made from a [`WorkerConfig`]) or over gRPC ([`grpc`]). Who wants one layer range without a cluster, as the
+//! benchmarks do, has [`model`], [`engine`] and [`kernels`].
 //!
 //! ```
 //! use strata_proto::{ModelProfile, Worker, v1::DescribeRequest};

@@ -167,8 +167,8 @@ pub struct Sampled {
     pub logprobs: Option<v1::TokenLogprobs>,
 }
 
-/// Chooses a token, on the caller's thread; any processor chooses the same one. `logits` (one per token id) is overwritten where bias and penalties apply; `order` is scratch, at
-/// least as long.
+/// Chooses a token, on the caller's thread; any processor chooses the same one. `logits` (one per token id) is
+/// overwritten where bias and penalties apply; `order` is scratch, at least as long.
 pub(crate) fn sample(
     cpu: &Cpu,
     logits: &mut [f32],
@@ -237,8 +237,8 @@ fn adjust(logits: &mut [f32], draw: &Draw<'_>) -> BTreeMap<u32, f32> {
     changed
 }
 
-/// Draws from the filtered distribution: with the tokens that are left in the order of their ids, the first at which the
-/// sum of weights passes a random share of all of it.
+/// Draws from the filtered distribution: with the tokens that are left in the order of their ids, the first at which
+/// the sum of weights passes a random share of all of it.
 fn choose(cpu: &Cpu, logits: &[f32], order: &mut [u32], draw: &Draw<'_>) -> u32 {
     let params = draw.params;
     let weigh = Weigh { cpu, logits, max: largest(logits), temperature: params.temperature };
@@ -330,8 +330,8 @@ fn powers(cpu: &Cpu, values: impl Iterator<Item = f32>) -> [f32; CHUNK] {
     x
 }
 
-/// The smallest set of most likely tokens whose share of the weight reaches `p` (in parts of 2^64). So light a token that
-/// all of its kind together weigh no more than what may be left out, is left out first: most need no sorting then.
+/// The smallest set of most likely tokens whose share of the weight reaches `p` (in parts of 2^64). So light a token
+/// that all of its kind together weigh no more than what may be left out, is left out first: most need no sorting then.
 fn top_p<'a>(
     kept: &'a mut [u32],
     p: u64,

@@ -158,7 +158,8 @@ impl LocalWorker {
         Ok(worker)
     }
 
-    /// Takes no new incarnation from now on, and says so to the coordinators of those that run; returns when none is left.
+    /// Takes no new incarnation from now on, and says so to the coordinators of those that run; returns when none is
+    /// left.
     pub async fn drain(&self) {
         self.draining.send_replace(true);
         for (_, stage) in &self.stages {

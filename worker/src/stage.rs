@@ -185,7 +185,8 @@ impl StageThread {
         let _ = self.shared.occupied.subscribe().wait_for(|occupied| !occupied).await;
     }
 
-    /// Starts the run loop; what goes wrong arrives as `fatal` on the channel, and health says when the worker is `draining`.
+    /// Starts the run loop; what goes wrong arrives as `fatal` on the channel, and health says when the worker is
+    /// `draining`.
     pub fn run(
         &self,
         fence: Fence,

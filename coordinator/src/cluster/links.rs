@@ -37,7 +37,8 @@ pub(super) fn choose(from: End<'_>, to: End<'_>, forced: Option<LinkKind>) -> Re
             if one_gpu { "same process, same GPU" } else { "same process, peer access" },
         );
     }
-    // Unless it is made to believe in two machines (NCCL_HOSTID), NCCL refuses one GPU twice in different processes too.
+    // Unless it is made to believe in two machines (NCCL_HOSTID), NCCL refuses one GPU twice in different processes
+    // too.
     let nccl = obstacle(from, to, LinkKind::Nccl)
         .or_else(|| one_gpu.then(|| "NCCL does not link a GPU with itself".to_owned()));
     let Some(no_nccl) = nccl else { return choice(LinkKind::Nccl, "NCCL on both") };

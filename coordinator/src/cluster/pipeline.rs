@@ -265,8 +265,8 @@ impl Setup {
         }
     }
 
-    /// Allocates what the plan says; returns where the stage takes activations, and the id of its NCCL link if it has one
-    /// downstream.
+    /// Allocates what the plan says; returns where the stage takes activations, and the id of its NCCL link if it has
+    /// one downstream.
     async fn prepare(
         &self,
         kv_blocks: u32,

@@ -82,8 +82,8 @@ pub(crate) struct Start {
 }
 
 impl Engine {
-    /// Starts an engine. The outcome of the first attempts to bring a pipeline up is reported once: when one is up, or when
-    /// none came.
+    /// Starts an engine. The outcome of the first attempts to bring a pipeline up is reported once: when one is up, or
+    /// when none came.
     pub fn spawn(
         start: Start,
     ) -> (mpsc::UnboundedSender<Event>, oneshot::Receiver<Result<(), PipelineError>>) {

@@ -38,8 +38,8 @@ pub(crate) struct Served {
 }
 
 /// A way to ask the model; cheap to clone. It bounds requests in progress, tokenizes off the async threads, keeps
-/// deadlines, counts, and logs a line for each request that ends. A call whose future or stream is dropped is cancelled.
-/// Before the model is served, every call fails with what there is to wait for.
+/// deadlines, counts, and logs a line for each request that ends. A call whose future or stream is dropped is
+/// cancelled. Before the model is served, every call fails with what there is to wait for.
 #[derive(Debug, Clone)]
 pub struct Session {
     shared: Arc<Shared>,

@@ -222,8 +222,8 @@ impl Costs {
         }
     }
 
-    /// The same where weights may stay memory-mapped; `None` if no device allows it. Then the cache is as small as it may
-    /// be: what it grew by would be read from a disk instead.
+    /// The same where weights may stay memory-mapped; `None` if no device allows it. Then the cache is as small as it
+    /// may be: what it grew by would be read from a disk instead.
     pub fn mapped(mut self, problem: &Problem<'_>) -> Option<Self> {
         let mappable = problem.offers.iter().map(|offer| match &offer.device {
             device if device.kind == DeviceKind::Cpu && !device.capped => device.spill_bytes,

@@ -1,8 +1,8 @@
 //! How fast a pipeline is going to be: tokens per second of one stream, and of as many as its cache holds.
 //!
-//! A step of `m` rows takes a stage the sum of its operations (see [`cost`](super::cost)). With `M` micro-batches of `m`
-//! rows between `S` stages, one leaves the pipeline every `max(slowest stage, (all stages + hops + control) / M)` seconds.
-//! What attention computes for long prompts is left out; what it reads of the cache is not.
+//! A step of `m` rows takes a stage the sum of its operations (see [`cost`](super::cost)). With `M` micro-batches of
+//! `m` rows between `S` stages, one leaves the pipeline every `max(slowest stage, (all stages + hops + control) / M)`
+//! seconds. What attention computes for long prompts is left out; what it reads of the cache is not.
 
 use std::collections::BTreeMap;
 

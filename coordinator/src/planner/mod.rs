@@ -127,7 +127,8 @@ pub struct Problem<'a> {
     pub state_slots: u32,
     /// Most tokens in one step.
     pub max_step_tokens: u32,
-    /// Most rows in one step, each counted by its outputs: one, or as many as it has masks, and one more for each draft.
+    /// Most rows in one step, each counted by its outputs: one, or as many as it has masks, and one more for each
+    /// draft.
     pub max_step_rows: u32,
 }
 

@@ -92,8 +92,9 @@ impl Tokenizer {
         Ok(guarded(|| self.inner.encode_fast(text, special))?.get_ids().to_vec())
     }
 
-    /// A text, or a pair of texts, as an encoder reads it, special tokens included. The mask token, if the tokenizer has
-    /// one, is the only one that a text may contain. `longest` cuts what is longer, of a pair the longer text first.
+    /// A text, or a pair of texts, as an encoder reads it, special tokens included. The mask token, if the tokenizer
+    /// has one, is the only one that a text may contain. `longest` cuts what is longer, of a pair the longer text
+    /// first.
     ///
     /// # Errors
     /// If the tokenizer fails on this text, or `longest` leaves no room for a text.

@@ -89,7 +89,8 @@ impl BlockAllocator {
         Some(taken)
     }
 
-    /// The published blocks that hold the beginning of `tokens`, in order, as far as there are any; `block_tokens` each.
+    /// The published blocks that hold the beginning of `tokens`, in order, as far as there are any; `block_tokens`
+    /// each.
     pub fn find(&self, scope: &Scope, tokens: &[u32], block_tokens: u32) -> Vec<u32> {
         let mut found = Vec::new();
         let mut before = Before::Nothing(scope.clone());
@@ -121,8 +122,8 @@ impl BlockAllocator {
         last.published.as_ref().map(|(_, contents)| *contents)
     }
 
-    /// Publishes a block in use, full of `tokens`, which follow what `before` names. Another block may be published with
-    /// the same contents already: then that one stays. Gives what names the contents.
+    /// Publishes a block in use, full of `tokens`, which follow what `before` names. Another block may be published
+    /// with the same contents already: then that one stays. Gives what names the contents.
     pub fn publish(
         &mut self,
         block: u32,
@@ -143,8 +144,8 @@ impl BlockAllocator {
         contents
     }
 
-    /// Takes a user from each of `blocks`, which are one user's in order of positions. Of what becomes idle, the end of a
-    /// prefix is forgotten before its beginning.
+    /// Takes a user from each of `blocks`, which are one user's in order of positions. Of what becomes idle, the end of
+    /// a prefix is forgotten before its beginning.
     pub fn give_back(&mut self, blocks: &[u32]) {
         for id in blocks.iter().rev() {
             let block = &mut self.blocks[*id as usize];

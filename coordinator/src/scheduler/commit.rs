@@ -10,8 +10,8 @@ impl Scheduler {
     /// Takes the outputs of a step that the last stage committed; those of a sequence follow each other.
     ///
     /// # Errors
-    /// If the step is not the oldest in flight, an output is missing, or there are others than the row allows: the pipeline
-    /// is broken then, no output of the step counts, and only [`restart`](Self::restart) goes on.
+    /// If the step is not the oldest in flight, an output is missing, or there are others than the row allows: the
+    /// pipeline is broken then, no output of the step counts, and only [`restart`](Self::restart) goes on.
     pub fn commit(
         &mut self,
         step: u64,

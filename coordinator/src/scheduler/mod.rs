@@ -4,8 +4,8 @@
 //! then chunks of prompts. The scheduler alone owns block ids and slots; since all changes to that memory ride inside
 //! steps, which every stage runs in one order, what is freed may be given out again at once.
 //!
-//! A decode row may carry drafts, guesses of the tokens to come ([`Scheduler::propose`]). The last stage answers with those
-//! that are what it samples, and one token more; the positions of the others are taken back.
+//! A decode row may carry drafts, guesses of the tokens to come ([`Scheduler::propose`]). The last stage answers with
+//! those that are what it samples, and one token more; the positions of the others are taken back.
 
 // Pure: see clippy.toml.
 #![deny(clippy::disallowed_methods, clippy::print_stdout, clippy::print_stderr)]
@@ -48,13 +48,15 @@ pub struct Config {
     pub state_slots: u32,
     /// Most tokens in one step.
     pub max_step_tokens: u32,
-    /// Most rows in one step, each counted by its outputs: one, or as many as it has masks, and one more for each draft.
+    /// Most rows in one step, each counted by its outputs: one, or as many as it has masks, and one more for each
+    /// draft.
     pub max_step_rows: u32,
     /// Most prompt tokens of one sequence in one step.
     pub prefill_chunk: u32,
     /// Steps in flight: enough to keep every stage busy.
     pub depth: u32,
-    /// Stages of the pipeline. Those who decode are divided into as many shares: more would read the weights more often.
+    /// Stages of the pipeline. Those who decode are divided into as many shares: more would read the weights more
+    /// often.
     pub stages: u32,
     /// Sequences that grow longer than this must be computed anew, by other rotary frequencies (longrope).
     pub rope_switch: Option<u32>,
@@ -253,10 +255,10 @@ impl Scheduler {
         })
     }
 
-    /// Guesses how a sequence goes on: `drafts` are the tokens that may follow its last one. As many of them as there is
-    /// room for go into its next decode step, and nobody gives way for them. They are forgotten with the next token; until
-    /// then, later ones replace them. A guess costs time at most, never a token, and is ignored where states cannot be
-    /// taken back.
+    /// Guesses how a sequence goes on: `drafts` are the tokens that may follow its last one. As many of them as there
+    /// is room for go into its next decode step, and nobody gives way for them. They are forgotten with the next token;
+    /// until then, later ones replace them. A guess costs time at most, never a token, and is ignored where states
+    /// cannot be taken back.
     pub fn propose(&mut self, id: SequenceId, drafts: Vec<u32>) {
         if let Some(sequence) = self.live.get_mut(&id).filter(|_| self.rules.rewind == Rewind::Overwrite) {
             sequence.drafts = drafts;

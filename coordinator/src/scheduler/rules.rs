@@ -1,7 +1,8 @@
 //! What each kind of state allows the scheduler to do with a sequence.
 //!
-//! Preemption and replay need no columns of their own: whatever the kind, a sequence that gives way or whose step failed
-//! loses its states, and is computed anew from where [`Reuse`] lets it begin. For a recurrent state that is position 0.
+//! Preemption and replay need no columns of their own: whatever the kind, a sequence that gives way or whose step
+//! failed loses its states, and is computed anew from where [`Reuse`] lets it begin. For a recurrent state that is
+//! position 0.
 
 use strata_proto::StateKind;
 

@@ -216,8 +216,8 @@ impl Sequence {
         self.scope.rope_set = u32::from(switch.is_some_and(|switch| self.len() > switch));
     }
 
-    /// The blocks that hold the beginning of it already, as far as there are any. At least its last token is left, since
-    /// somebody must compute what follows it.
+    /// The blocks that hold the beginning of it already, as far as there are any. At least its last token is left,
+    /// since somebody must compute what follows it.
     pub fn find(&self, blocks: &BlockAllocator, block_tokens: u32) -> Vec<u32> {
         match self.work {
             Work::Generate { .. } => {

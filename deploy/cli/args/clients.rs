@@ -16,8 +16,8 @@ pub struct AddressArgs {
     /// URL of the server
     #[arg(long, env = "STRATA_ADDRESS", default_value_t = format!("http://127.0.0.1:{DEFAULT_PORT}"))]
     pub address: String,
-    /// Seconds to wait for a connection, and for each further piece of an answer [default: 10 for a connection, then for as
-    /// long as the server shows that it is there]
+    /// Seconds to wait for a connection, and for each further piece of an answer [default: 10 for a connection, then
+    /// for as long as the server shows that it is there]
     #[arg(long, env = "STRATA_TIMEOUT", value_parser = clap::value_parser!(u64).range(1..=86400))]
     pub timeout: Option<u64>,
 }
@@ -155,8 +155,8 @@ impl AnswerArgs {
 pub struct RunArgs {
     #[command(flatten)]
     pub here: HereArgs,
-    /// What to ask: a message of a chat if the model has a chat template, a text to continue if not; - is standard input,
-    /// @FILE a file, and @@ an @. Without one, every line of standard input is asked
+    /// What to ask: a message of a chat if the model has a chat template, a text to continue if not; - is standard
+    /// input, @FILE a file, and @@ an @. Without one, every line of standard input is asked
     #[arg(env = "STRATA_PROMPT", value_name = "PROMPT", help_heading = None)]
     pub text: Option<String>,
     /// The same as PROMPT; here it may begin with -

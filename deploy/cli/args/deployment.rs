@@ -8,7 +8,8 @@ use strata_proto::{DType, LinkKind, Quantization};
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Deployment")]
 pub struct DeploymentArgs {
-    /// How to split layers: auto, balanced, balanced_low_0, sequential, layer counts such as 2,2,2, or a device map as JSON
+    /// How to split layers: auto, balanced, balanced_low_0, sequential, layer counts such as 2,2,2, or a device map as
+    /// JSON
     #[arg(long, env = "STRATA_SPLIT")]
     pub split: Option<Split>,
     /// Format of weights, activations and cache: auto (the checkpoint's), f32, bf16 or f16, or as PyTorch names them

@@ -88,8 +88,8 @@ impl SpillArgs {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Devices")]
 pub struct KernelCacheArgs {
-    /// Directory that keeps the compiled kernels of GPUs for the next start; empty: nowhere [default: strata/kernels in the
-    /// user's cache directory, if there is one]
+    /// Directory that keeps the compiled kernels of GPUs for the next start; empty: nowhere [default: strata/kernels in
+    /// the user's cache directory, if there is one]
     #[arg(long, env = "STRATA_KERNEL_CACHE")]
     pub kernel_cache: Option<String>,
 }

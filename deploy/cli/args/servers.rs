@@ -13,8 +13,8 @@ use super::{ComputeArgs, DeploymentArgs, HereArgs, ImaginedDevices, KernelCacheA
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Clients")]
 pub struct ListenArgs {
-    /// Name by which clients ask for the model; more of them, repeated or separated by commas, are aliases [default: the
-    /// directory's]
+    /// Name by which clients ask for the model; more of them, repeated or separated by commas, are aliases [default:
+    /// the directory's]
     #[arg(long, env = "STRATA_NAME", value_delimiter = ',', value_parser = parse_name)]
     pub name: Vec<String>,
     /// Address to answer clients on
@@ -65,8 +65,8 @@ pub struct ServeArgs {
 
 #[derive(Debug, Args)]
 pub struct PlanArgs {
-    /// Plan over GPUs this machine need not have: 2x80GiB@3.3TB/s@900TFLOP/s, where count, bandwidth and rate may be left
-    /// out; may be repeated
+    /// Plan over GPUs this machine need not have: 2x80GiB@3.3TB/s@900TFLOP/s, where count, bandwidth and rate may be
+    /// left out; may be repeated
     #[arg(long = "device", env = "STRATA_DEVICE", conflicts_with_all = ["workers", "devices", "max_memory"])]
     pub imagined: Vec<ImaginedDevices>,
     /// Print JSON

@@ -58,8 +58,8 @@ pub struct KernelsArgs {
     /// Rows of products, measured in this order [default: 1, 32, 2048, then others up to 2048]
     #[arg(long, env = "STRATA_ROWS", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub rows: Vec<u32>,
-    /// Seconds for measuring, from when the device is open and its kernels are compiled; the first kernel is measured however
-    /// long it takes, and others that would take longer are left out
+    /// Seconds for measuring, from when the device is open and its kernels are compiled; the first kernel is measured
+    /// however long it takes, and others that would take longer are left out
     #[arg(long, env = "STRATA_SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     pub seconds: u64,
     /// Print one JSON object per line

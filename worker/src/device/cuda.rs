@@ -100,8 +100,8 @@ fn measured(ordinal: usize, kernel_cache: Option<&Path>) -> Result<Measured, Cud
         for rows in ROWS {
             let (shape, epilogue) = ((N, K), Epilogue::Store);
             let product = Product { format, shape, rows, epilogue, makes_bytes: true, patience: SLOWEST };
-            // Stages of this format have rows of it too, which are cuBLAS's, in 16 bits from two on; with fewer, only what is
-            // read of the weights counts, and kernels for one format of rows will do.
+            // Stages of this format have rows of it too, which are cuBLAS's, in 16 bits from two on; with fewer, only
+            // what is read of the weights counts, and kernels for one format of rows will do.
             let seconds = match format {
                 Format::Float(element) if rows > if element == DType::F32 { 8 } else { 1 } => {
                     measure::gemm(&gpu, element, (&pool, &room), (shape, rows))?

@@ -38,8 +38,8 @@ const DECODES: [(u32, u32); 6] = [(1, 2048), (32, 2048), (1, 8192), (1, 512), (3
 const PREFILLS: [(u32, u32); 4] = [(2048, 0), (512, 0), (512, 1536), (512, 7680)];
 /// Rows of everything else.
 const OTHERS: [u32; 3] = [1, 32, 2048];
-/// Sides of the square products that arithmetic rates are taken from: larger ones as long as they are quick, and all of them
-/// take no more than a share of the budget.
+/// Sides of the square products that arithmetic rates are taken from: larger ones as long as they are quick, and all of
+/// them take no more than a share of the budget.
 const SIDES: [usize; 5] = [512, 1024, 2048, 4096, 8192];
 const QUICK: f64 = 0.02;
 const LIMITS_SHARE: u32 = 4;
@@ -61,8 +61,8 @@ pub struct Request {
     pub formats: Vec<Format>,
     /// Rows of products, in the order in which they are measured.
     pub rows: Vec<u32>,
-    /// For measuring, from when the device is open and its kernels are compiled. Nothing is begun that would take longer,
-    /// but the most valuable kernel.
+    /// For measuring, from when the device is open and its kernels are compiled. Nothing is begun that would take
+    /// longer, but the most valuable kernel.
     pub budget: Duration,
 }
 
@@ -71,7 +71,8 @@ pub struct Request {
 pub struct Limits {
     /// Of memory: by a large copy, which reads and writes, on a GPU; by reading weights on a CPU.
     pub bytes_per_second: f64,
-    /// Of arithmetic, by format of weights: by the best large square product. A format that there was no time for has none.
+    /// Of arithmetic, by format of weights: by the best large square product. A format that there was no time for has
+    /// none.
     pub flops_per_second: BTreeMap<String, f64>,
 }
 

@@ -28,8 +28,8 @@ use crate::{
 
 /// The engine of a stage. It lives on the stage's thread.
 pub(crate) trait Engine {
-    /// Replaces the weights by those of a range; they stay memory-mapped in the directory `spill` if there is one, which
-    /// only a CPU can do. `progress` is called after each piece and may stop the load; then,
+    /// Replaces the weights by those of a range; they stay memory-mapped in the directory `spill` if there is one,
+    /// which only a CPU can do. `progress` is called after each piece and may stop the load; then,
     /// and after an error, there are none.
     fn load(
         &mut self,
@@ -114,8 +114,8 @@ pub enum Input<'a> {
 
 /// What a step yields.
 pub enum Output<'a> {
-    /// What goes on to the next stage, the residual stream `(tokens, width)` first, every value of it rounded to the plan's
-    /// format.
+    /// What goes on to the next stage, the residual stream `(tokens, width)` first, every value of it rounded to the
+    /// plan's format.
     Hidden(Tensors),
     /// On the stage with the head.
     Values(Values<'a>),

@@ -68,8 +68,8 @@ pub(crate) fn answer(
     }
 }
 
-/// The tokens that count: of each sequence its drafts for as long as they are what is sampled in their place, and the first
-/// token that no draft is.
+/// The tokens that count: of each sequence its drafts for as long as they are what is sampled in their place, and the
+/// first token that no draft is.
 fn verified(choices: Vec<Choice<'_>>) -> Result<Vec<v1::SampledToken>, String> {
     let mut tokens = Vec::with_capacity(choices.len());
     let mut over = None;

@@ -41,8 +41,8 @@ impl Sequence {
         Ok(Sequence { blocks, length: row.start, drafts, rope_set: row.rope_set, sampler })
     }
 
-    /// Takes a row's changes over: drafts of the last row become certain up to where this one starts, and those behind are
-    /// taken back. `ids` are its tokens.
+    /// Takes a row's changes over: drafts of the last row become certain up to where this one starts, and those behind
+    /// are taken back. `ids` are its tokens.
     ///
     /// # Errors
     /// If it does not go on where the sequence is, or its blocks do not hold it.
@@ -205,8 +205,8 @@ mod tests {
     use super::*;
     use crate::model::Model;
 
-    /// A row of `count` tokens from `start` on, of which the last are `drafts`, with the table cut to `first` blocks and
-    /// `new` ones appended.
+    /// A row of `count` tokens from `start` on, of which the last are `drafts`, with the table cut to `first` blocks
+    /// and `new` ones appended.
     fn row(start: u32, count: u32, drafts: u32, first: u32, new: &[u32]) -> v1::Row {
         v1::Row {
             start,

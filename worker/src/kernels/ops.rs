@@ -1,5 +1,5 @@
-//! The words that operations of every processor have in common: what a norm, an activation and a mask are, where rows lie,
-//! and how groups of quantized weights and blocks of a cache are cut.
+//! The words that operations of every processor have in common: what a norm, an activation and a mask are, where rows
+//! lie, and how groups of quantized weights and blocks of a cache are cut.
 
 use std::ops::Range;
 
@@ -96,8 +96,8 @@ pub(crate) fn kv_elements(kv_heads: usize, head_dim: usize) -> usize {
     2 * kv_heads * head_dim
 }
 
-/// The format that an `(n, k)` matrix is held in where `format` is asked for: what does not consist of whole groups stays
-/// bf16.
+/// The format that an `(n, k)` matrix is held in where `format` is asked for: what does not consist of whole groups
+/// stays bf16.
 pub(crate) fn held_format(k: usize, format: Format) -> Format {
     match format {
         Format::Quantized(_) if !k.is_multiple_of(GROUP) => Format::Float(DType::BF16),

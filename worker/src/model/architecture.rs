@@ -467,8 +467,8 @@ impl Tower {
         }
     }
 
-    /// What a stage hands to the next for a step of so many tokens: the residual stream `(tokens, width)` in `dtype`, then
-    /// what is carried beside it.
+    /// What a stage hands to the next for a step of so many tokens: the residual stream `(tokens, width)` in `dtype`,
+    /// then what is carried beside it.
     pub fn activation(&self, tokens: usize, dtype: DType) -> Vec<TensorSpec> {
         let residual = TensorSpec { dtype, rows: tokens, columns: self.width };
         let carried = self.carried.iter().map(|carried| TensorSpec {

@@ -139,7 +139,8 @@ pub(crate) fn read_tensors(
     })
 }
 
-/// Reads tensors into the buffers that come, and hands them on in order; ends at an error, or if nobody is there any more.
+/// Reads tensors into the buffers that come, and hands them on in order; ends at an error, or if nobody is there any
+/// more.
 fn read_pieces(
     checkpoint: &Checkpoint,
     tensors: &[&TensorInfo],

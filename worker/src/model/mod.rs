@@ -214,8 +214,8 @@ impl Model {
         Ok(Model { family, tower: description.tower, dtype, special, names: description.names, bound })
     }
 
-    /// The model that `config.json` alone describes, to measure with: no product has a bias, and the head is a tensor of
-    /// its own.
+    /// The model that `config.json` alone describes, to measure with: no product has a bias, and the head is a tensor
+    /// of its own.
     pub fn without_checkpoint(config: serde_json::Value) -> Result<Self, ModelError> {
         let config = Config::new("config.json", config)?;
         let (family, description) = families::describe(&config)?;

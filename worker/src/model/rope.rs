@@ -18,8 +18,8 @@ pub(super) const DEFAULTS: Defaults = Defaults { theta: 10_000.0, partial: 1.0 }
 
 /// Frequencies for heads of `head_dim`.
 ///
-/// transformers 5 writes `rope_parameters`; 4 wrote `rope_theta` and `rope_scaling`, whose kind is `rope_type` or, older,
-/// `type`.
+/// transformers 5 writes `rope_parameters`; 4 wrote `rope_theta` and `rope_scaling`, whose kind is `rope_type` or,
+/// older, `type`.
 pub(super) fn resolve(
     config: &Config,
     head_dim: usize,

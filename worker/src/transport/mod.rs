@@ -107,7 +107,8 @@ pub(crate) trait Upstream {
 
 /// The sending end of a link. Sending overlaps the next step's compute.
 pub(crate) trait Downstream {
-    /// Queues an activation. `expected` is what the receiver expects, also of a step that is poisoned; others are refused.
+    /// Queues an activation. `expected` is what the receiver expects, also of a step that is poisoned; others are
+    /// refused.
     fn send(&mut self, activation: Activation, expected: &[TensorSpec]) -> Result<(), LinkError>;
 }
 

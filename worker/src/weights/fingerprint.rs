@@ -13,8 +13,8 @@ const SAMPLE: u64 = 64;
 const NAMED: [&str; 5] =
     ["config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json", "sentence_bert_config.json"];
 
-/// SHA-256 over the [files](NAMED) beside the weights, every header, and three samples of each tensor (its beginning, middle
-/// and end): enough to tell fine-tunes of one architecture apart without reading the weights.
+/// SHA-256 over the [files](NAMED) beside the weights, every header, and three samples of each tensor (its beginning,
+/// middle and end): enough to tell fine-tunes of one architecture apart without reading the weights.
 pub(super) fn compute(checkpoint: &Checkpoint) -> Result<String, WeightsError> {
     let mut hash = Sha256::new();
     for name in NAMED {

@@ -47,8 +47,8 @@ impl Engine {
         self.bring_up(self.replicas.len() - 1, None, known);
     }
 
-    /// Starts a task that ends `old` and brings a new incarnation of a replica up: by a plan, or by one that it makes over
-    /// the devices that no other replica has.
+    /// Starts a task that ends `old` and brings a new incarnation of a replica up: by a plan, or by one that it makes
+    /// over the devices that no other replica has.
     pub(super) fn bring_up(&mut self, at: usize, old: Option<Pipeline>, known: Option<Planned>) {
         let others_plan = || self.replicas.iter().enumerate().any(|(i, r)| i != at && r.is_planning());
         if known.is_none() && others_plan() {

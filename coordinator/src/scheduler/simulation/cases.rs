@@ -191,7 +191,8 @@ fn a_sequence_that_grows_past_the_switch_is_computed_anew() {
     assert_eq!(sets, [(0, 4, 0), (4, 1, 0), (0, 6, 1), (6, 1, 1)]);
 }
 
-/// Begins and ends a sequence of `tenant`; gives where its first row began, and how many tokens of the prompt were known.
+/// Begins and ends a sequence of `tenant`; gives where its first row began, and how many tokens of the prompt were
+/// known.
 fn answered(w: &mut World, tenant: &str, prompt: Vec<u32>) -> (u32, u32) {
     w.next_id += 1;
     let work = Work::Generate { max_tokens: 1, eos: vec![], sampling: v1::RowSampling::default() };

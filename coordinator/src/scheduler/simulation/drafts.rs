@@ -2,8 +2,8 @@
 
 use super::{cases::world, *};
 
-/// Runs one sequence of four tokens and `max_tokens` more, with these drafts before each step; gives the rows of its steps
-/// as first position, tokens, drafts and blocks, and its answer.
+/// Runs one sequence of four tokens and `max_tokens` more, with these drafts before each step; gives the rows of its
+/// steps as first position, tokens, drafts and blocks, and its answer.
 fn drafted(w: &mut World, max_tokens: u32, draft: impl Fn(&[u32]) -> Vec<u32>) -> (Vec<[u32; 4]>, Vec<u32>) {
     w.submit(4, max_tokens, None);
     let (id, mut rows) = (w.next_id, Vec::new());

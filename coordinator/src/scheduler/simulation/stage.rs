@@ -18,7 +18,8 @@ pub(super) struct Cached {
     drafts: u32,
     rope_set: u32,
     slot: Option<u32>,
-    /// What else its states depend on: the tenant, and with an encoder its input, which no two sequences have in common.
+    /// What else its states depend on: the tenant, and with an encoder its input, which no two sequences have in
+    /// common.
     source: (u32, u64),
     /// Of all that, the frequencies, and all tokens up to each position.
     hashes: Vec<u64>,

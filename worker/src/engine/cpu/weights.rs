@@ -151,8 +151,8 @@ pub struct Weights {
 
 impl Weights {
     /// Reads the tensors of a range, and no others, in the order of the files. `progress` is called after each piece
-    /// and may stop the load. Beside the weights, one piece is in memory at a time, and the next one as it is read; of a
-    /// transposed tensor that is quantized, all of it. `cpu` quantizes, on all its threads.
+    /// and may stop the load. Beside the weights, one piece is in memory at a time, and the next one as it is read; of
+    /// a transposed tensor that is quantized, all of it. `cpu` quantizes, on all its threads.
     pub fn load(
         checkpoint: &Checkpoint,
         model: &Model,

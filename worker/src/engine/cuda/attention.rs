@@ -56,7 +56,8 @@ impl Pass<'_> {
         self.state.cache.of(index).copied().unwrap_or_default()
     }
 
-    /// Attention of the stage's layer `index`, rows of one token with kernels for one and the others with those for several.
+    /// Attention of the stage's layer `index`, rows of one token with kernels for one and the others with those for
+    /// several.
     pub fn attend_rows(&self, attention: &Attention, index: usize) -> Result<(), StepError> {
         let (kernels, cache) = (self.head_kernels(attention)?, self.cache(index));
         let Scratch { qkv, attention: out, partials, .. } = self.state.scratch;
@@ -86,8 +87,8 @@ impl Pass<'_> {
             splits: 1,
             partial: partials,
         };
-        // Parts, so that every multiprocessor has something to do: about two blocks of each; as many as the sums of all places
-        // have room for.
+        // Parts, so that every multiprocessor has something to do: about two blocks of each; as many as the sums of all
+        // places have room for.
         let splits = |blocks: usize, places: usize| {
             let room = PARTIALS as usize / (places * heads * (head_dim + 2) * 4).max(1);
             let wanted = (2 * self.gpu.multiprocessors as usize + blocks / 2) / blocks.max(1);

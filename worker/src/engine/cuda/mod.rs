@@ -1,8 +1,8 @@
 //! The engine of a GPU.
 //!
-//! All memory is allocated when weights are loaded and when an incarnation is prepared. A step uploads one small buffer (ids,
-//! positions, block tables), runs kernels in order on one stream, and waits once, at its end. Steps in which every
-//! sequence has one token are recorded as CUDA graphs.
+//! All memory is allocated when weights are loaded and when an incarnation is prepared. A step uploads one small buffer
+//! (ids, positions, block tables), runs kernels in order on one stream, and waits once, at its end. Steps in which
+//! every sequence has one token are recorded as CUDA graphs.
 
 mod attention;
 pub(super) mod measure;
@@ -150,7 +150,8 @@ impl Engine for CudaEngine {
     }
 }
 
-/// Runs a step, up to its end on the GPU. Without the head, it yields the residual stream, on its way to the next stage.
+/// Runs a step, up to its end on the GPU. Without the head, it yields the residual stream, on its way to the next
+/// stage.
 fn run(
     state: &mut State,
     gpu: &Gpu,

@@ -1,7 +1,8 @@
 //! Steps of one token per sequence, recorded as CUDA graphs: one launch instead of some hundreds.
 //!
 //! What such a step starts depends on its number of rows alone. Few numbers are recorded, each the second time it comes
-//! (the first loads what CUDA loads when it is first used); steps in between are padded with rows that stand for nothing.
+//! (the first loads what CUDA loads when it is first used); steps in between are padded with rows that stand for
+//! nothing.
 
 use std::collections::BTreeMap;
 

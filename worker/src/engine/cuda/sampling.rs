@@ -1,6 +1,6 @@
-//! Tokens that a GPU draws from the rows of logits in its memory (`sample.cu`), so that no row leaves it. What a draw depends
-//! on is sent once per step; the kernels are started one by one behind the step, which has long begun, and only those that a
-//! draw of the step needs.
+//! Tokens that a GPU draws from the rows of logits in its memory (`sample.cu`), so that no row leaves it. What a draw
+//! depends on is sent once per step; the kernels are started one by one behind the step, which has long begun, and only
+//! those that a draw of the step needs.
 
 use strata_proto::sampling::MAX_LOGPROBS;
 

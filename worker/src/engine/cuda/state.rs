@@ -206,8 +206,8 @@ impl State {
         self.allocated
     }
 
-    /// How many rows a step is given, if it is one of those that are recorded: every row has one token, and the head has
-    /// something to do if it is here.
+    /// How many rows a step is given, if it is one of those that are recorded: every row has one token, and the head
+    /// has something to do if it is here.
     pub fn padded(&self, tower: &Tower, rows: &[BatchRow<'_>], outputs: &[u32]) -> Option<usize> {
         let single = rows.iter().all(|r| r.count == 1);
         let idle = self.limits.spec.head && outputs.is_empty();

@@ -1,6 +1,6 @@
-//! The weights of a stage in a GPU's memory, by rows. They are read in pieces, turned into their format by all threads of the
-//! processor, and copied from pinned memory while the next piece is. Quantized ones are the same integers and factors that the
-//! CPU's kernels have, and every part takes as many bytes as on the CPU.
+//! The weights of a stage in a GPU's memory, by rows. They are read in pieces, turned into their format by all threads
+//! of the processor, and copied from pinned memory while the next piece is. Quantized ones are the same integers and
+//! factors that the CPU's kernels have, and every part takes as many bytes as on the CPU.
 
 use std::{collections::BTreeMap, ops::ControlFlow};
 

@@ -1,7 +1,8 @@
 //! Instruction sets: one body per operation, compiled for each, chosen at run time.
 //!
-//! What an instruction set adds beyond wider registers is behind one trait: fused multiply-add, products of bf16 pairs and
-//! of bytes. Elsewhere kernels multiply, then add, in a written order, which the compiler may neither fuse nor reassociate.
+//! What an instruction set adds beyond wider registers is behind one trait: fused multiply-add, products of bf16 pairs
+//! and of bytes. Elsewhere kernels multiply, then add, in a written order, which the compiler may neither fuse nor
+//! reassociate.
 
 use half::{bf16, f16};
 

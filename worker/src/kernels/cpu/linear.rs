@@ -1,8 +1,8 @@
 //! Matrix product over packed weights: `out = x W^T + bias`, optionally added to the residual.
 //!
 //! Activations are packed first, into panels of a few rows, in the form that the weights' format multiplies with: f32,
-//! bf16 pairs, or bytes in groups of 32 with a factor each. Each output is one chain over ascending inputs, whatever the
-//! number of rows; bias, then the residual, are added after it.
+//! bf16 pairs, or bytes in groups of 32 with a factor each. Each output is one chain over ascending inputs, whatever
+//! the number of rows; bias, then the residual, are added after it.
 
 use std::{marker::PhantomData, ops::Range};
 

@@ -18,8 +18,8 @@ const ROUNDS: usize = 5;
 /// For what is so little that there is always time for it.
 pub(crate) const LITTLE: Duration = Duration::from_secs(60);
 
-/// Seconds of one run of something: the median of some, but what takes longer than `patience` is run once. `run` is told which
-/// run it is.
+/// Seconds of one run of something: the median of some, but what takes longer than `patience` is run once. `run` is
+/// told which run it is.
 pub(crate) fn seconds(patience: Duration, mut run: impl FnMut(usize)) -> f64 {
     let mut once = |turn| {
         let begun = Instant::now();

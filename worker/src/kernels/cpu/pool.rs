@@ -126,8 +126,8 @@ impl Pool {
         Self::on_cores(threads, &[])
     }
 
-    /// A pool whose threads stay on `cores`, one each as far as there are any; the first one is the caller's, who sees to
-    /// that.
+    /// A pool whose threads stay on `cores`, one each as far as there are any; the first one is the caller's, who sees
+    /// to that.
     pub fn on_cores(threads: usize, cores: &[CoreId]) -> Self {
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
@@ -189,8 +189,8 @@ impl Pool {
         }
     }
 
-    /// Calls `call` with the number and the elements of each piece of `data`, `piece` elements long (the last one may be
-    /// shorter), as [`run`](Self::run) does; `grain` pieces are a task.
+    /// Calls `call` with the number and the elements of each piece of `data`, `piece` elements long (the last one may
+    /// be shorter), as [`run`](Self::run) does; `grain` pieces are a task.
     pub fn pieces<T: Send>(
         &self,
         data: &mut [T],

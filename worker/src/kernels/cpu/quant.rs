@@ -23,12 +23,12 @@ pub(crate) struct Group {
 /// Groups that are worth a task of their own.
 pub(crate) const SHARE: usize = 128;
 
-/// Quantizes groups, at most as many as `out` has room for, on the caller's thread; the same integers and factors on every
-/// instruction set.
+/// Quantizes groups, at most as many as `out` has room for, on the caller's thread; the same integers and factors on
+/// every instruction set.
 ///
 /// Int8 (`Q8_0`): the factor is the largest magnitude / 127; with so many steps, a smaller one gains nothing. Int4
-/// (`Q4_1`): 16 steps over all values or a little less, of several such ranges the one with the least squared error once
-/// factor and offset are fitted to its integers.
+/// (`Q4_1`): 16 steps over all values or a little less, of several such ranges the one with the least squared error
+/// once factor and offset are fitted to its integers.
 pub(crate) fn quantize(cpu: &Cpu, quantization: Quantization, groups: &[[f32; GROUP]], out: &mut [Group]) {
     cpu.isa.run(Quantize { quantization, groups, out });
 }
@@ -138,7 +138,8 @@ fn int4<S: Simd>(groups: &[[f32; GROUP]], out: &mut [Group]) {
 /// Values of a quarter of a group.
 const QUARTER: usize = GROUP / 4;
 
-/// How well integers fit their groups, one per lane: the squared error with factor and offset, and how the integers came.
+/// How well integers fit their groups, one per lane: the squared error with factor and offset, and how the integers
+/// came.
 struct Fit<S: Simd> {
     error: S::F,
     factor: S::F,

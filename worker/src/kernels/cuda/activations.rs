@@ -1,4 +1,5 @@
-//! Activations in a GPU's memory, on their way from stage to stage: all tensors of one in one slot, one after the other.
+//! Activations in a GPU's memory, on their way from stage to stage: all tensors of one in one slot, one after the
+//! other.
 
 use std::{
     fmt,
@@ -60,7 +61,8 @@ impl Slots {
     /// Room for the tensors of an activation. No memory is allocated for it.
     ///
     /// # Errors
-    /// If there is none: links bound how many activations are under way, and how long each is, so that is a defect of ours.
+    /// If there is none: links bound how many activations are under way, and how long each is, so that is a defect of
+    /// ours.
     pub fn tensors(&self, specs: Vec<TensorSpec>) -> Result<DeviceTensors, CudaError> {
         let (bytes, most) = (room_for(&specs), self.0.bytes);
         let mut free = self.0.free.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,7 +1,8 @@
-//! Compiles the kernels: once per GPU, format and width of heads, to the GPU's own machine code, kept in memory and on disk.
+//! Compiles the kernels: once per GPU, format and width of heads, to the GPU's own machine code, kept in memory and on
+//! disk.
 //!
-//! PTX would be compiled once more by the driver, which refuses that of a newer NVRTC; machine code it takes from any NVRTC
-//! of its generation. PTX is left for a GPU that is younger than the NVRTC that is here.
+//! PTX would be compiled once more by the driver, which refuses that of a newer NVRTC; machine code it takes from any
+//! NVRTC of its generation. PTX is left for a GPU that is younger than the NVRTC that is here.
 
 use std::{
     collections::HashMap,

@@ -1,8 +1,8 @@
 //! Compiled kernels on a disk, each set of them a file whose name is a hash of everything that it was made from.
 //!
 //! A file says how long its content is and what it hashes to; one that does not keep to that is as good as none, and is
-//! replaced. Files appear whole, by renaming, so that processes need not know of each other. They are code that runs as this
-//! user, so what others could have written is not read.
+//! replaced. Files appear whole, by renaming, so that processes need not know of each other. They are code that runs as
+//! this user, so what others could have written is not read.
 
 use std::{
     fs::{self, Metadata, OpenOptions},
@@ -21,8 +21,8 @@ const HEADER: usize = MAGIC.len() + 8 + 32;
 const LONGEST: u64 = 64 << 20;
 /// How names of files end.
 const EXTENSION: &str = "kernels";
-/// Files that a directory keeps: those that were used last. Each version of the kernels, of NVRTC, and each kind of GPU has
-/// some of its own.
+/// Files that a directory keeps: those that were used last. Each version of the kernels, of NVRTC, and each kind of GPU
+/// has some of its own.
 const MOST_FILES: usize = 32;
 
 /// Where kernels of a name are in a directory.

@@ -1,10 +1,10 @@
 //! Who may use CUDA for what, while a step is recorded.
 //!
-//! What a stream is asked for while it is captured becomes a graph; what is no work of a stream (memory that comes and goes,
-//! modules, handles, waiting for a whole context) CUDA refuses beside it, and the capture is lost. How far that reaches,
-//! to other threads and other GPUs, depends on the call and the mode of the capture. So here it is one rule for the whole
-//! process: either something is recorded, or such things happen. A step is never kept waiting for its turn to be recorded,
-//! for it can be recorded another time.
+//! What a stream is asked for while it is captured becomes a graph; what is no work of a stream (memory that comes and
+//! goes, modules, handles, waiting for a whole context) CUDA refuses beside it, and the capture is lost. How far that
+//! reaches, to other threads and other GPUs, depends on the call and the mode of the capture. So here it is one rule
+//! for the whole process: either something is recorded, or such things happen. A step is never kept waiting for its
+//! turn to be recorded, for it can be recorded another time.
 
 use std::{
     mem::ManuallyDrop,

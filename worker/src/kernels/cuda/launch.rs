@@ -138,7 +138,8 @@ impl TileAttention {
     }
 }
 
-/// Products on the tensor cores: by format of the weights, then for [`Tiles::ROWS`] rows, where a GPU's shared memory has room.
+/// Products on the tensor cores: by format of the weights, then for [`Tiles::ROWS`] rows, where a GPU's shared memory
+/// has room.
 pub(crate) struct Tiles([[Option<CudaFunction>; 3]; 3]);
 
 /// What `tile_*` make of weights.
@@ -223,8 +224,8 @@ pub(crate) fn tile_bytes(format: TileFormat, rows: usize) -> u32 {
 /// Positions that a block of `attention_prefill` and `attention_decode` takes at a time.
 const TILE_KEYS: usize = 64;
 
-/// Bytes of shared memory for attention of so many rows of queries: them, keys and values, 16 bits wide with eight elements
-/// between rows; where the rows are 16, the sums of four warps take the place of all that.
+/// Bytes of shared memory for attention of so many rows of queries: them, keys and values, 16 bits wide with eight
+/// elements between rows; where the rows are 16, the sums of four warps take the place of all that.
 pub(crate) fn attention_bytes(rows: usize, head_dim: usize) -> u32 {
     let tiles = (rows + 2 * TILE_KEYS) * (head_dim + 8) * 2;
     let sums = if rows == 16 { 4 * 16 * head_dim * 4 } else { 0 };

@@ -1,8 +1,8 @@
 //! CUDA's libraries, opened by names that say their version.
 //!
-//! cudarc, whose types their calls have, looks for NVRTC and cuBLAS by their development names first. Those may belong to
-//! another installation than the libraries that they need in turn, which are always named with their version. So cudarc
-//! calls the driver alone, of which there is one.
+//! cudarc, whose types their calls have, looks for NVRTC and cuBLAS by their development names first. Those may belong
+//! to another installation than the libraries that they need in turn, which are always named with their version. So
+//! cudarc calls the driver alone, of which there is one.
 
 use std::{
     ffi::{CStr, c_char, c_int, c_void},

@@ -15,7 +15,8 @@ use super::{
 };
 use crate::kernels::{measure::Random, ops::held_format};
 
-/// What a round takes at least, so that its beginning and end do not count; but for runs that are too many for one graph.
+/// What a round takes at least, so that its beginning and end do not count; but for runs that are too many for one
+/// graph.
 const ROUND: Duration = Duration::from_millis(2);
 const MOST_RUNS: usize = 256;
 const ROUNDS: usize = 5;

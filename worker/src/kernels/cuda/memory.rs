@@ -74,7 +74,8 @@ impl Drop for Memory {
         let _turn = gate::changing();
         // SAFETY: made by `new`; the driver waits for work that uses it.
         let freed = self.context.bind_to_thread().and_then(|()| unsafe { result::free_sync(self.at.0) });
-        // It waited for that work, so it may be the first to hear that the work failed; else there is nothing to be done.
+        // It waited for that work, so it may be the first to hear that the work failed; else there is nothing to be
+        // done.
         let _ = freed.doing("freeing GPU memory");
     }
 }
@@ -131,7 +132,8 @@ impl Pinned {
 
     /// Its content as elements. The GPU must not be writing it.
     pub fn as_mut<T: Element>(&mut self) -> &mut [T] {
-        // SAFETY: owned, initialised, aligned to a page, and any bits are such elements; `&mut self` makes it exclusive.
+        // SAFETY: owned, initialised, aligned to a page, and any bits are such elements; `&mut self` makes it
+        // exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.at.cast(), self.bytes / size_of::<T>()) }
     }
 }
@@ -180,7 +182,8 @@ pub(crate) fn zero(stream: &CudaStream, at: Ptr, bytes: u64) -> Result<(), CudaE
         .doing("zeroing GPU memory")
 }
 
-/// Lets one GPU copy from the memory of another by itself, if the hardware can; otherwise the driver copies by the host.
+/// Lets one GPU copy from the memory of another by itself, if the hardware can; otherwise the driver copies by the
+/// host.
 pub(super) fn reach(own: &CudaContext, other: &CudaContext) -> Result<(), CudaError> {
     if !super::can_copy(own.cu_device(), other.cu_device()) {
         return Ok(());

@@ -1,7 +1,7 @@
 //! GPUs: what there is, memory, kernels of our own (compiled when a stage starts), and cuBLAS for large products.
 //!
-//! The libraries of CUDA are loaded when they are first needed, so one binary runs with and without GPUs. A `Gpu` belongs
-//! to one stage thread; everything it does goes through one stream, in order.
+//! The libraries of CUDA are loaded when they are first needed, so one binary runs with and without GPUs. A `Gpu`
+//! belongs to one stage thread; everything it does goes through one stream, in order.
 
 pub(crate) mod activations;
 mod compile;
@@ -134,8 +134,8 @@ impl CudaError {
         CudaError::Driver { doing, source }.survived()
     }
 
-    /// The error, unless the GPU is lost to this process, which then ends: only a new process gets it back, and this one's
-    /// memory would only be in the way. The coordinator sees the worker go.
+    /// The error, unless the GPU is lost to this process, which then ends: only a new process gets it back, and this
+    /// one's memory would only be in the way. The coordinator sees the worker go.
     pub(crate) fn survived(self) -> Self {
         if self.is_sticky() {
             tracing::error!(error = %self, "the GPU failed in a way that this process cannot recover from; it ends");
@@ -250,8 +250,8 @@ fn can_copy(to: driver::sys::CUdevice, from: driver::sys::CUdevice) -> bool {
     asked.result().is_ok() && can == 1
 }
 
-/// The context of a GPU: one per process, from its first use to the process's end, so that none is made or destroyed while
-/// others compute. Each can copy from the memory of those that are open by then, where the hardware can.
+/// The context of a GPU: one per process, from its first use to the process's end, so that none is made or destroyed
+/// while others compute. Each can copy from the memory of those that are open by then, where the hardware can.
 pub(crate) fn context(ordinal: usize) -> Result<Arc<CudaContext>, CudaError> {
     static OPEN: Mutex<Vec<Arc<CudaContext>>> = Mutex::new(Vec::new());
     let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -391,8 +391,8 @@ impl Gpu {
         let (one, beta) = (1.0f32, if call.add { 1.0f32 } else { 0.0 });
         let (Gemm { element, out_element, n, k, rows, .. }, scalar) =
             (&call, |x: &f32| std::ptr::from_ref(x).cast());
-        // SAFETY: the pointers are buffers of this GPU that hold such matrices, which the caller promises; work on them is
-        // ordered by the stream that the handle has.
+        // SAFETY: the pointers are buffers of this GPU that hold such matrices, which the caller promises; work on them
+        // is ordered by the stream that the handle has.
         let done = unsafe {
             (self.cuda.blas.gemm)(
                 self.blas.handle.handle,

@@ -35,8 +35,9 @@ const TILE_BLOCKS: u32 = 2;
 /// Bytes of one turn of quantized weights into elements: small enough to be read again before it has left the cache.
 const UNPACKED: u64 = 64 << 20;
 
-/// Most rows by which a product of weights in a format is one of `matvec_*`, rather than one on the tensor cores, where there
-/// are any for it. Measured on an H200 (tests/gpu/results): tensor cores take as long for eight rows as for two; f32 has none.
+/// Most rows by which a product of weights in a format is one of `matvec_*`, rather than one on the tensor cores, where
+/// there are any for it. Measured on an H200 (tests/gpu/results): tensor cores take as long for eight rows as for two;
+/// f32 has none.
 fn few_rows(format: Format) -> usize {
     match format {
         Format::Float(DType::F32) => 8,
@@ -44,8 +45,8 @@ fn few_rows(format: Format) -> usize {
     }
 }
 
-/// Rows from which on quantized weights are turned into elements for cuBLAS. Measured as above; in f32, where nothing else takes
-/// more rows at a time than `matvec_*`.
+/// Rows from which on quantized weights are turned into elements for cuBLAS. Measured as above; in f32, where nothing
+/// else takes more rows at a time than `matvec_*`.
 fn unpack_from(element: DType, quantization: Quantization) -> usize {
     match (element, quantization) {
         (DType::F32, _) => MATVEC_ROWS + 1,
@@ -138,8 +139,8 @@ pub(crate) struct Grouped {
     pub strides: [u64; 3],
 }
 
-/// Rows by the matrix that they go through, and a list of tasks of one matrix each; made by [`Gpu::group`]. Only the GPU
-/// knows how many rows a matrix gets, so the list has as many places as there can be tasks.
+/// Rows by the matrix that they go through, and a list of tasks of one matrix each; made by [`Gpu::group`]. Only the
+/// GPU knows how many rows a matrix gets, so the list has as many places as there can be tasks.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Groups {
     order: Ptr,
@@ -154,8 +155,9 @@ pub(crate) struct Groups {
 /// Bytes of a task in a list.
 pub(crate) const TASK_BYTES: u64 = 12;
 
-/// Rows that somebody wrote: where they are, and how many elements lie from one to the next. What is written to the same
-/// place later are other rows: each writer makes a value of its own, and whoever reads the rows is given that value.
+/// Rows that somebody wrote: where they are, and how many elements lie from one to the next. What is written to the
+/// same place later are other rows: each writer makes a value of its own, and whoever reads the rows is given that
+/// value.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rows {
     pub at: Ptr,
@@ -180,13 +182,13 @@ impl Rows {
     }
 }
 
-/// Room for rows as bytes, which products with quantized weights read. It holds those of one writing at a time, and knows
-/// which.
+/// Room for rows as bytes, which products with quantized weights read. It holds those of one writing at a time, and
+/// knows which.
 pub(crate) struct RowBytes {
     room: Bytes,
     held: Cell<Option<Held>>,
-    /// Room for weights as elements, for products of many rows; or for the sums of blocks that share outputs, and then for
-    /// how many of those have come.
+    /// Room for weights as elements, for products of many rows; or for the sums of blocks that share outputs, and then
+    /// for how many of those have come.
     elsewhere: Ptr,
 }
 
@@ -301,8 +303,8 @@ impl Gpu {
         self.matvec(kernels, call, rows_each)
     }
 
-    /// Sorts `rows` rows by the matrix that each goes through, of `matrices`; `chosen` has their numbers. `order` has room for
-    /// a word and `tasks` for a task of each row.
+    /// Sorts `rows` rows by the matrix that each goes through, of `matrices`; `chosen` has their numbers. `order` has
+    /// room for a word and `tasks` for a task of each row.
     pub fn group(
         &self,
         kernels: &Kernels,
@@ -319,7 +321,8 @@ impl Gpu {
         Ok(Groups { order, tasks, task_rows, places, rows_each })
     }
 
-    /// What comes before and after a product of cuBLAS: bias and activation. `gemm` is told whether to add to the output.
+    /// What comes before and after a product of cuBLAS: bias and activation. `gemm` is told whether to add to the
+    /// output.
     fn around(
         &self,
         kernels: &Kernels,

@@ -719,8 +719,8 @@ fn check_attention(b: &mut Bench, kernels: &Kernels, case: Case<'_>) {
 #[test]
 fn attention_of_other_widths_is_that_of_two_loops() {
     let mut b = Bench::new();
-    // Widths of heads that models have besides: kernels have them as constants, and tiles of them are laid out otherwise. Each
-    // in one format, for compiling takes the emulator longer than all the rest.
+    // Widths of heads that models have besides: kernels have them as constants, and tiles of them are laid out
+    // otherwise. Each in one format, for compiling takes the emulator longer than all the rest.
     let formats = [(DType::BF16, [80, 256]), (DType::F16, [96, 112])];
     formats.iter().for_each(|(element, widths)| b.gpu.compile(*element, widths).unwrap());
     for (element, d) in formats.into_iter().flat_map(|(element, widths)| widths.map(|d| (element, d))) {

@@ -1,6 +1,6 @@
 //! Gemma 2 and the text of Gemma 3 (transformers' `modeling_gemma2.py`, `modeling_gemma3.py`): Llama with norms on both
-//! sides of each block, whose files hold the factors less one; scaled embeddings; windows on most layers. Gemma 2 bounds
-//! scores and logits softly, Gemma 3 norms the heads and turns local layers by other frequencies.
+//! sides of each block, whose files hold the factors less one; scaled embeddings; windows on most layers. Gemma 2
+//! bounds scores and logits softly, Gemma 3 norms the heads and turns local layers by other frequencies.
 
 use super::{Description, llama, qwen};
 use crate::model::{

@@ -1,6 +1,6 @@
-//! GPT-2 and GPT-NeoX (transformers' `modeling_gpt2.py`, `modeling_gpt_neox.py`): layer norms, plain feed-forward blocks,
-//! queries, keys and values in one tensor. GPT-2 learns its positions and transposes its weights; GPT-NeoX turns a part of
-//! each head and may compute attention and feed-forward block side by side.
+//! GPT-2 and GPT-NeoX (transformers' `modeling_gpt2.py`, `modeling_gpt_neox.py`): layer norms, plain feed-forward
+//! blocks, queries, keys and values in one tensor. GPT-2 learns its positions and transposes its weights; GPT-NeoX
+//! turns a part of each head and may compute attention and feed-forward block side by side.
 
 use super::Description;
 use crate::model::{

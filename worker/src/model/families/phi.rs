@@ -1,5 +1,6 @@
-//! Phi and Phi-3 (transformers' `modeling_phi.py`, `modeling_phi3.py`): Phi computes attention and feed-forward block side
-//! by side from one norm and has biases everywhere; Phi-3 is a Llama with fused products and rotations for long inputs.
+//! Phi and Phi-3 (transformers' `modeling_phi.py`, `modeling_phi3.py`): Phi computes attention and feed-forward block
+//! side by side from one norm and has biases everywhere; Phi-3 is a Llama with fused products and rotations for long
+//! inputs.
 
 use super::{Description, llama, mistral};
 use crate::model::{

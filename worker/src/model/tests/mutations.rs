@@ -1,5 +1,5 @@
-//! Seeded damage to configurations and headers: whatever it is, a model opens and runs, or is refused; nothing panics and
-//! nothing allocates more than the damaged file could mean.
+//! Seeded damage to configurations and headers: whatever it is, a model opens and runs, or is refused; nothing panics
+//! and nothing allocates more than the damaged file could mean.
 
 use serde_json::json;
 

@@ -1,7 +1,7 @@
 //! Communicators of the real NCCL, and the two ends of a link over them.
 //!
-//! An activation is one message of known length: 256 bytes (step, and why there are no tensors if there are none), then its
-//! tensors. So nothing hangs downstream of a stage that failed.
+//! An activation is one message of known length: 256 bytes (step, and why there are no tensors if there are none), then
+//! its tensors. So nothing hangs downstream of a stage that failed.
 
 use std::{
     collections::VecDeque,
@@ -212,8 +212,8 @@ struct End {
 }
 
 impl End {
-    /// Joins, and exchanges the link's token in a message of the largest size: that verifies the link, and allocates all
-    /// that NCCL needs before the first step.
+    /// Joins, and exchanges the link's token in a message of the largest size: that verifies the link, and allocates
+    /// all that NCCL needs before the first step.
     fn join(joining: Joining, rank: c_int) -> Result<Self, LinkError> {
         let _turn = gate::changing();
         let mut watched = Watched::new(Rank::join(&joining, rank)?, joining.interrupt.clone());

@@ -1,5 +1,5 @@
-//! The calls of NCCL that links make. cudarc, whose types they have, looks for the library by its development name only, which
-//! a machine that merely runs programs does not have.
+//! The calls of NCCL that links make. cudarc, whose types they have, looks for the library by its development name
+//! only, which a machine that merely runs programs does not have.
 
 use std::{
     ffi::{c_int, c_void},
@@ -51,7 +51,8 @@ impl Nccl {
     }
 
     fn load(name: &str) -> Option<Nccl> {
-        // SAFETY: loading the library runs its initialisers, which are made for it; the calls have the types of its header.
+        // SAFETY: loading the library runs its initialisers, which are made for it; the calls have the types of its
+        // header.
         unsafe {
             let library = Library::new(name).ok()?;
             Some(Nccl {

@@ -1,9 +1,9 @@
 //! Links by NCCL, from GPU to GPU: one communicator of two ranks, and one stream, per link.
 //!
-//! Each rank is owned by its stage's thread, which asks NCCL for something and then polls: whether it is done, whether the
-//! other rank has failed, whether the incarnation was ended, whether it has taken too long. It never waits inside NCCL,
-//! which would wait forever for a peer that is gone. A link that fails is aborted; an abort that does not come back ends the
-//! process, for nothing else frees the GPU.
+//! Each rank is owned by its stage's thread, which asks NCCL for something and then polls: whether it is done, whether
+//! the other rank has failed, whether the incarnation was ended, whether it has taken too long. It never waits inside
+//! NCCL, which would wait forever for a peer that is gone. A link that fails is aborted; an abort that does not come
+//! back ends the process, for nothing else frees the GPU.
 
 #[cfg(feature = "cuda")]
 mod device;
