@@ -2,8 +2,8 @@
 
 use std::{error::Error, fmt, future::Future, time::Duration};
 
-use anyhow::{Context, bail};
-use strata_proto::MAX_HEADER_LIST;
+use anyhow::{Context, anyhow};
+use strata_proto::{MAX_HEADER_LIST, http_url};
 use tonic::{
     Code, Status,
     transport::{Channel, Endpoint},
@@ -64,12 +64,7 @@ impl Server {
     /// A [`CallError`] if nobody answers in time; something else if the address cannot be one.
     pub async fn connect(args: &AddressArgs) -> anyhow::Result<Self> {
         let address = args.address.as_str();
-        if address.starts_with("https://") {
-            bail!(
-                "--address {address}: Strata has no TLS yet: reach the server by http://, over a network that nobody else reads"
-            );
-        }
-        let url = if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
+        let url = http_url(address).map_err(|why| anyhow!("--address {address}: {why}"))?;
         let endpoint = Endpoint::from_shared(url).with_context(|| format!("--address {address:?}"))?;
         let timeout = args.timeout.map(Duration::from_secs);
         let limit = timeout.unwrap_or(CONNECT_TIMEOUT);

@@ -12,6 +12,7 @@ use tonic::transport::Channel;
 use crate::{
     args::{ClassifyArgs, EmbedArgs, FillMaskArgs, InputArgs},
     client::Server,
+    prompt,
 };
 
 /// Largest answer that is taken: vectors of many inputs.
@@ -120,13 +121,18 @@ fn inputs(args: &InputArgs) -> anyhow::Result<Vec<Input>> {
             "--pair: {pairs} for {texts} of --text: the first goes with the first, and so on; leave the others out"
         );
     }
-    let texts = args.text.iter().enumerate();
-    let input = |(i, text): (usize, &String)| Input {
-        text: Some(text.clone()),
-        pair: args.pair.get(i).cloned(),
-        token_ids: Vec::new(),
+    let read = |text: &String| prompt::read(text.clone());
+    let input = |(i, text): (usize, &String)| -> anyhow::Result<Input> {
+        Ok(Input {
+            text: Some(read(text)?),
+            pair: args.pair.get(i).map(read).transpose()?,
+            token_ids: Vec::new(),
+        })
     };
-    Ok(texts.map(input).collect())
+    if args.text.iter().chain(&args.pair).filter(|text| *text == "-").count() > 1 {
+        bail!("-: standard input is read once: give other texts as they are, or as @FILE");
+    }
+    args.text.iter().enumerate().map(input).collect()
 }
 
 fn truncation(args: &InputArgs) -> i32 {

@@ -57,11 +57,14 @@ fn end(code: i32) -> ! {
 }
 
 fn command() -> anyhow::Result<()> {
-    let mut command = origin::without_foreign_variables(
-        config_file::with_defaults(std::env::args_os()).unwrap_or_else(|e| end(report::misconfigured(&e))),
-    );
-    let matches =
-        command.try_get_matches_from_mut(std::env::args_os()).unwrap_or_else(|e| origin::exit(&e, &command));
+    let given: Vec<_> = std::env::args_os().collect();
+    let command = config_file::with_defaults(given.iter().cloned());
+    let command = command.unwrap_or_else(|e| end(report::misconfigured(&e)));
+    if origin::asks_for_json(&command, &given) {
+        report::errors_as_json();
+    }
+    let mut command = origin::given_first(origin::without_foreign_variables(command), &given);
+    let matches = command.try_get_matches_from_mut(given).unwrap_or_else(|e| origin::exit(&e, &command));
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     // An answer on a terminal should have nothing in between.
     let quiet = if matches!(cli.command, Command::Run(_)) { "error" } else { "warn" };

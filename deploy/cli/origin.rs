@@ -1,9 +1,12 @@
 //! Where a value comes from that was not given on the command line, for those who wonder.
 
+use std::ffi::OsString;
+
 use clap::{
     Arg, Command, Error,
     builder::Resettable,
     error::{ContextKind, ContextValue},
+    parser::ValueSource,
 };
 
 use crate::report;
@@ -32,6 +35,50 @@ pub fn without_foreign_variables(command: Command) -> Command {
             }
             arg.env(Resettable::Reset)
         })
+    })
+}
+
+/// Arguments of which one is given, by command: on the command line it says all, whatever the environment or the file say of the
+/// others.
+const ALTERNATIVES: [(&str, &[&str]); 5] = [
+    ("run", &["text", "prompt"]),
+    ("generate", &["text", "prompt", "token_ids", "message"]),
+    ("classify", &["text", "token_ids"]),
+    ("embed", &["text", "token_ids"]),
+    ("fill-mask", &["text", "token_ids"]),
+];
+
+/// The command line where one of several alternatives that is given leaves the others without their variables and defaults.
+pub fn given_first(mut command: Command, args: &[OsString]) -> Command {
+    for (name, alternatives) in ALTERNATIVES {
+        let mut bare = command.clone().ignore_errors(true).mut_subcommand(name, |sub| sub.mut_args(unset));
+        // What cannot be understood is said later.
+        let Ok(found) = bare.try_get_matches_from_mut(args) else { return command };
+        let Some(found) = found.subcommand_matches(name) else { continue };
+        let (given, others): (Vec<&str>, Vec<&str>) = alternatives
+            .iter()
+            .copied()
+            .partition(|id| found.value_source(id) == Some(ValueSource::CommandLine));
+        if !given.is_empty() {
+            command = command
+                .mut_subcommand(name, |sub| others.into_iter().fold(sub, |sub, id| sub.mut_arg(id, unset)));
+        }
+    }
+    command
+}
+
+/// An argument without values that are not on the command line.
+fn unset(arg: Arg) -> Arg {
+    arg.required(false).env(Resettable::Reset).default_value(Resettable::Reset)
+}
+
+/// Whether the environment or the file asks the command for JSON.
+pub fn asks_for_json(command: &Command, args: &[OsString]) -> bool {
+    let sub = command.get_subcommands().find(|sub| args.iter().any(|word| word == sub.get_name()));
+    let flag = sub.and_then(|sub| sub.get_arguments().find(|arg| arg.get_long() == Some("json")));
+    flag.is_some_and(|flag| match flag.get_env().and_then(std::env::var_os) {
+        Some(value) => value == "true",
+        None => flag.get_default_values().iter().any(|value| value == "true"),
     })
 }
 
@@ -68,5 +115,34 @@ fn origin(error: &Error, command: &Command) -> Option<String> {
     match std::env::var(&variable) {
         Ok(set) if set.contains(value) => Some(format!("the environment variable {variable}")),
         _ => arg.get_default_values().iter().any(|v| v == value).then(|| "the file of --config".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, FromArgMatches};
+
+    use super::*;
+    use crate::args::{Cli, Command as Role};
+
+    #[test]
+    fn a_prompt_on_the_command_line_comes_before_those_of_the_file() {
+        let file = |arg: Arg| arg.default_value("of the file");
+        let prompts = |words: &[&str]| {
+            let words: Vec<OsString> =
+                [&["strata", "generate"], words].concat().iter().map(Into::into).collect();
+            let command = Cli::command().mut_subcommand("generate", |sub| sub.mut_arg("prompt", file));
+            let matches = given_first(command, &words).try_get_matches_from(words).unwrap();
+            let Role::Generate(args) = Cli::from_arg_matches(&matches).unwrap().command else {
+                panic!("another command")
+            };
+            (args.text, args.prompt, args.token_ids)
+        };
+        let text = |text: &str| Some(text.to_owned());
+        assert_eq!(prompts(&["def"]), (text("def"), None, vec![]));
+        assert_eq!(prompts(&["--prompt", "def"]), (None, text("def"), vec![]));
+        assert_eq!(prompts(&["--token-ids", "1,2"]), (None, None, vec![1, 2]));
+        assert_eq!(prompts(&["a", "--prompt", "b"]), (text("a"), text("b"), vec![]));
+        assert_eq!(prompts(&["--top-k", "3"]), (None, text("of the file"), vec![]));
     }
 }

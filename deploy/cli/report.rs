@@ -48,7 +48,14 @@ pub fn look_ahead() {
     let format = joined.or(named.map(String::as_str)).or(variable.as_deref());
     let format = format.and_then(|format| LogFormat::from_str(format, false).ok());
     JSON_LINES.store(matches!(format, Some(LogFormat::Json)), Ordering::Relaxed);
-    JSON_ERROR.store(given.iter().any(|word| word == "--json"), Ordering::Relaxed);
+    let json = given.iter().any(|word| word == "--json")
+        || std::env::var_os("STRATA_JSON").is_some_and(|value| value == "true");
+    JSON_ERROR.store(json, Ordering::Relaxed);
+}
+
+/// The command was asked for JSON by the environment or the file.
+pub fn errors_as_json() {
+    JSON_ERROR.store(true, Ordering::Relaxed);
 }
 
 /// Starts the log. `json` is whether the command was asked for JSON.

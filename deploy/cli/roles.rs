@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use strata_coordinator::{
     Coordinator, CoordinatorConfig, Deployment, Limits,
     cluster::membership::{self, MemberEvent},
@@ -35,41 +35,47 @@ use crate::{
     signals::{Signals, stopping, until_terminated},
 };
 
+/// What a server says that is told to stop while it starts.
+const STOPPED_EARLY: &str = "stopped before the model was served";
 /// How long local workers have to join: they are there already.
 const LOCAL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// `strata serve`
 pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     warn_of_idle_json(&args.dry_run);
+    check_names(&args.listen.name)?;
     if args.dry_run.dry_run {
         let (config, members) = here(&args.here, &args.deployment)?;
         return plan::preview_plan(&config, members, args.dry_run.json).await;
     }
+    let mut signals = Signals::new();
     // A port that is taken should be known before a model is loaded.
     let listener = listen(&args.listen).await?;
-    let (mut config, members) = here(&args.here, &args.deployment)?;
+    // Opening devices blocks.
+    let started = tokio::task::spawn_blocking(move || here(&args.here, &args.deployment));
+    let (mut config, members) = tokio::select! {
+        started = started => started.context("starting the workers")??,
+        () = signals.next() => bail!(STOPPED_EARLY),
+    };
     config.names = args.listen.name;
-    answer(config, members, listener, args.listen.grace).await
+    answer(config, members, (listener, args.listen.grace), signals).await
 }
 
 /// `strata coordinator`
 pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
     warn_of_idle_json(&args.dry_run);
-    for (at, worker) in args.workers.iter().enumerate() {
-        if args.workers[..at].contains(worker) {
-            bail!("--worker {worker} is listed twice: expected each worker once");
-        }
-    }
-    let members = membership::fixed(&args.workers).map_err(anyhow::Error::msg)?;
+    let members = membership::fixed(&args.workers).map_err(|why| anyhow!("--worker: {why}"))?;
+    check_names(&args.listen.name)?;
     let timeout = Duration::from_secs(args.join_timeout);
     let mut config =
         coordinator_config(&args.deployment, args.model, Split::Auto, args.workers.len(), timeout);
     if args.dry_run.dry_run {
         return plan::preview_plan(&config, members, args.dry_run.json).await;
     }
+    let signals = Signals::new();
     let listener = listen(&args.listen).await?;
     config.names = args.listen.name;
-    answer(config, members, listener, args.listen.grace).await
+    answer(config, members, (listener, args.listen.grace), signals).await
 }
 
 /// `strata worker`
@@ -77,6 +83,7 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     if !args.models.is_dir() {
         bail!("--models {}: no such directory", args.models.display());
     }
+    let signals = Signals::new();
     let listener =
         TcpListener::bind(args.listen).await.with_context(|| format!("--listen {}", args.listen))?;
     let address = listener.local_addr()?;
@@ -117,7 +124,14 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
             .await
             .context("serving the coordinator")
     };
-    until_terminated(serve, Duration::from_secs(args.grace)).await
+    until_terminated(serve, Duration::from_secs(args.grace), signals).await
+}
+
+fn check_names(names: &[String]) -> anyhow::Result<()> {
+    match names.iter().enumerate().find(|(at, name)| names[..*at].contains(name)) {
+        Some((_, name)) => bail!("--name {name} is given twice: expected each name once"),
+        None => Ok(()),
+    }
 }
 
 fn warn_of_idle_json(args: &DryRunArgs) {
@@ -253,11 +267,10 @@ async fn listen(args: &ListenArgs) -> anyhow::Result<TcpListener> {
 async fn answer(
     config: CoordinatorConfig,
     members: mpsc::UnboundedReceiver<MemberEvent>,
-    listener: TcpListener,
-    grace: u64,
+    (listener, grace): (TcpListener, u64),
+    mut signals: Signals,
 ) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
-    let mut signals = Signals::new();
     let coordinator = Coordinator::new(config);
     let (stop, stopped) = watch::channel(false);
     let serving = grpc::serve(coordinator.clone(), listener, stopping(stopped));
@@ -271,7 +284,7 @@ async fn answer(
     tokio::select! {
         started = coordinator.start(members, observer) => started?,
         ended = &mut serving => return ended?,
-        () = signals.next() => bail!("stopped before the model was served"),
+        () = signals.next() => bail!(STOPPED_EARLY),
     }
     loading.finish();
     say(&format!("ready http://{address}"))?;
@@ -281,18 +294,24 @@ async fn answer(
     }
     stop.send_replace(true);
     let in_progress = || match coordinator.session().in_progress() {
-        1 => "1 request".to_owned(),
-        count => format!("{count} requests"),
+        0 => None,
+        1 => Some("1 request".to_owned()),
+        count => Some(format!("{count} requests")),
     };
-    if coordinator.session().in_progress() > 0 {
-        let requests = in_progress();
+    if let Some(requests) = in_progress() {
         tracing::warn!("waiting for {requests} to end, {grace} s at most; a second signal ends at once");
     }
     tokio::select! {
         ended = &mut serving => ended?,
-        () = signals.next() => bail!("ended at once, as asked, without an answer to {}", in_progress()),
+        () = signals.next() => match in_progress() {
+            // Connections alone are left, on which nobody waits for an answer.
+            None => Ok(()),
+            Some(requests) => bail!("ended at once, as asked, without an answer to {requests}"),
+        },
         () = tokio::time::sleep(Duration::from_secs(grace)) => {
-            tracing::warn!("the {grace} s of --grace are over; ended without an answer to {}", in_progress());
+            if let Some(requests) = in_progress() {
+                tracing::warn!("the {grace} s of --grace are over; ended without an answer to {requests}");
+            }
             Ok(())
         }
     }

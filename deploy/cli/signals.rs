@@ -30,14 +30,17 @@ impl Signals {
 }
 
 /// Runs a server that is given a future to stop at; after that it has `grace` to finish, or until it is asked again.
-pub async fn until_terminated<F>(serve: impl FnOnce(watch::Receiver<bool>) -> F, grace: Duration) -> F::Output
+pub async fn until_terminated<F>(
+    serve: impl FnOnce(watch::Receiver<bool>) -> F,
+    grace: Duration,
+    mut signals: Signals,
+) -> F::Output
 where
     F: Future<Output = anyhow::Result<()>>,
 {
     let (stop, stopped) = watch::channel(false);
     let running = serve(stopped);
     tokio::pin!(running);
-    let mut signals = Signals::new();
     tokio::select! {
         ended = &mut running => return ended,
         () = signals.next() => {}

@@ -49,10 +49,17 @@ impl fmt::Display for DType {
 impl FromStr for DType {
     type Err = String;
 
+    /// By its name, or one of PyTorch's.
     fn from_str(s: &str) -> Result<Self, String> {
+        let name = match s {
+            "float32" | "float" => "f32",
+            "bfloat16" => "bf16",
+            "float16" | "half" => "f16",
+            name => name,
+        };
         DType::ALL
             .into_iter()
-            .find(|d| d.name() == s)
+            .find(|d| d.name() == name)
             .ok_or_else(|| format!("unknown dtype {}: expected f32, bf16 or f16", quoted(s)))
     }
 }

@@ -28,6 +28,7 @@
 //! assert_eq!(status(&TooLong).code(), tonic::Code::InvalidArgument);
 //! ```
 
+mod address;
 mod device;
 mod dtype;
 pub mod error;
@@ -39,6 +40,7 @@ pub mod sampling;
 mod state;
 mod worker;
 
+pub use address::http_url;
 pub use device::{Device, DeviceKind, Library, Rate, rate_at};
 pub use dtype::{DType, Format, Quantization};
 pub use limits::{

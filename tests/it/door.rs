@@ -281,3 +281,43 @@ fn nothing_that_is_given_is_ignored_in_silence() {
     let (code, _, said) = strata(&["--config", file.to_str().unwrap(), "plan", &demo]);
     assert!(code == 2 && said.contains("[plan]: unknown key \"worker\""), "{said}");
 }
+
+#[test]
+fn the_command_line_comes_before_the_environment_and_usage_errors_are_json_for_both() {
+    let nowhere = ["generate", "--address", "http://127.0.0.1:1"];
+    let run = |environment: &[(&str, &str)], args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_strata"));
+        let output = command.args(nowhere).args(args).envs(environment.iter().copied()).output().unwrap();
+        (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    let prompt = [("STRATA_PROMPT", "abc")];
+    for args in [&["def"][..], &["--prompt", "def"], &["--token-ids", "1"], &["--message", "user=x"], &[]] {
+        let (code, said) = run(&prompt, args);
+        assert!(code == 4 && said.contains("no server answers"), "{args:?}: {said}");
+    }
+    assert_eq!(run(&prompt, &["a", "--prompt", "b"]).0, 1, "two prompts");
+
+    let wrong = ["x", "--max-tokens", "some"];
+    let directory = free_dir();
+    let file = directory.path().join("strata.toml");
+    std::fs::write(&file, "[generate]\njson = true\n").unwrap();
+    for environment in [("STRATA_JSON", "true"), ("STRATA_CONFIG", file.to_str().unwrap())] {
+        let (code, said) = run(&[environment], &wrong);
+        let error: Value = serde_json::from_str(&said).unwrap();
+        assert_eq!((code, &error["code"]), (2, &"USAGE".into()));
+    }
+    assert!(run(&[("STRATA_JSON", "false")], &wrong).1.starts_with("error: "));
+}
+
+#[test]
+fn names_are_given_once_and_texts_of_encoders_may_be_files() {
+    let twice = strata(&["serve", &shakespeare(), "--name", "a,b,a"]);
+    assert!(twice.0 == 1 && twice.2.contains("--name a is given twice"), "{}", twice.2);
+    let blank = strata(&["serve", &shakespeare(), "--name", " "]);
+    assert!(blank.0 == 2 && blank.2.contains("expected a name"), "{}", blank.2);
+    let embed = |text: &[&str]| strata(&[&["embed", "--address", "http://127.0.0.1:1"], text].concat());
+    let missing = embed(&["--text", "@/nowhere"]);
+    assert!(missing.0 == 1 && missing.2.contains("prompt @/nowhere: reading the file"), "{}", missing.2);
+    let both = embed(&["--text", "-", "--pair", "-"]);
+    assert!(both.0 == 1 && both.2.contains("standard input is read once"), "{}", both.2);
+}

@@ -344,3 +344,30 @@ async fn the_first_signal_says_what_is_waited_for_and_the_second_ends_at_once() 
     );
     only.signal("-CONT");
 }
+
+#[test]
+fn connections_without_a_request_keep_no_server_from_ending() {
+    let mut server =
+        Lines::start(&["serve", model("shakespeare").to_str().unwrap(), "--port", "0", "--grace", "3600"]);
+    let (_, ready) = server.wait_for("ready http://");
+    let address = ready.trim_start_matches("ready http://");
+    // The beginning of HTTP/2, empty settings, and the half of a frame of headers.
+    let mut foreign = std::net::TcpStream::connect(address).unwrap();
+    let begin = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0\0\0\x20\x01";
+    std::io::Write::write_all(&mut foreign, begin).unwrap();
+    // Its settings: it has taken the connection.
+    std::io::Read::read_exact(&mut foreign, &mut [0; 9]).unwrap();
+    server.signal("-TERM");
+    let (ended, said) = server.exited();
+    assert!(ended.success() && !said.contains("request"), "{said}");
+}
+
+#[test]
+fn a_signal_right_after_the_first_word_ends_a_worker_in_good_order() {
+    let models = model("");
+    let mut worker = Lines::start(&["worker", "--models", models.to_str().unwrap()]);
+    worker.wait_for("listening ");
+    worker.signal("-TERM");
+    let (ended, said) = worker.exited();
+    assert!(ended.success(), "{ended}: {said}");
+}

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use strata_proto::{
     Files, MAX_HEADER_LIST, MAX_MODEL_FILES, MAX_STAGE_MESSAGE, PING_EVERY, PING_TIMEOUT, Progress,
-    StageChannel, Worker,
+    StageChannel, Worker, http_url,
     v1::{self, stage_client::StageClient, to_stage},
 };
 use tokio::sync::mpsc;
@@ -28,9 +28,9 @@ impl RemoteWorker {
     /// A worker at `url`; connects when first called. Also returns its name in plans (`HOST:PORT`) and its host.
     ///
     /// # Errors
-    /// If the URL has no host and port.
+    /// If the URL has no host and port, or is not one of `http`.
     pub fn lazy(url: &str) -> Result<(Self, String, String), String> {
-        let url = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
+        let url = http_url(url).map_err(|why| format!("worker {url}: {why}"))?;
         let bad = |why: &str| format!("worker {url:?}: {why}; expected a URL such as http://10.0.0.7:7801");
         let endpoint = Endpoint::from_shared(url.clone()).map_err(|e| bad(&e.to_string()))?;
         let host = endpoint.uri().host().ok_or_else(|| bad("it has no host"))?.to_owned();

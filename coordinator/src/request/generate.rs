@@ -155,8 +155,10 @@ fn check_length(
     let context = u64::from(profile.context_length);
     let prompt = prompt as u64;
     let room = context.min(kv_capacity);
-    let bound =
-        if room < context { "what the cache of this deployment holds" } else { "the model's context" };
+    let bound = match room < context {
+        true => "what the cache of this deployment holds",
+        false => "the longest sequence served here (--context, or the model's context)",
+    };
     if prompt >= room {
         return Err(field(
             "prompt",

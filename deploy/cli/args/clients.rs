@@ -255,7 +255,7 @@ impl From<Keep> for Truncation {
 /// Inputs of an encoder.
 #[derive(Debug, Args)]
 pub struct InputArgs {
-    /// A text; may be repeated
+    /// A text; - is standard input, @FILE a file, and @@ an @; may be repeated
     #[arg(long, env = "STRATA_TEXT", required_unless_present = "token_ids", allow_hyphen_values = true)]
     pub text: Vec<String>,
     /// The second text of a pair: the first --pair goes with the first --text, and so on

@@ -73,15 +73,10 @@ fn parse_links(s: &str) -> Result<AutoLinks, String> {
 }
 
 pub(super) fn parse_dtype(s: &str) -> Result<AutoDType, String> {
-    let name = match s {
-        "auto" => return Ok(AutoDType(None)),
-        // PyTorch's names.
-        "float32" | "float" => "f32",
-        "bfloat16" => "bf16",
-        "float16" | "half" => "f16",
-        name => name,
-    };
-    name.parse().map(|d| AutoDType(Some(d))).map_err(|e: String| format!("{e}, or auto"))
+    match s {
+        "auto" => Ok(AutoDType(None)),
+        name => name.parse().map(|d| AutoDType(Some(d))).map_err(|e: String| format!("{e}, or auto")),
+    }
 }
 
 fn parse_quantization(s: &str) -> Result<MaybeQuantized, String> {

@@ -15,7 +15,7 @@ use super::{ComputeArgs, DeploymentArgs, HereArgs, ImaginedDevices, KernelCacheA
 pub struct ListenArgs {
     /// Name by which clients ask for the model; more of them, repeated or separated by commas, are aliases [default:
     /// the directory's]
-    #[arg(long, env = "STRATA_NAME", value_delimiter = ',', value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    #[arg(long, env = "STRATA_NAME", value_delimiter = ',', value_parser = parse_name)]
     pub name: Vec<String>,
     /// Address to answer clients on
     #[arg(long, env = "STRATA_HOST", default_value = "127.0.0.1")]
@@ -26,6 +26,17 @@ pub struct ListenArgs {
     /// Seconds that answers in progress may take to finish after SIGTERM
     #[arg(long, env = "STRATA_GRACE", default_value_t = 30)]
     pub grace: u64,
+}
+
+/// Longest name of a model, in characters.
+const MAX_NAME: usize = 200;
+
+fn parse_name(s: &str) -> Result<String, String> {
+    match s.chars().count() {
+        _ if s.trim() != s || s.is_empty() => Err("expected a name without blanks around it".into()),
+        length if length > MAX_NAME => Err(format!("{length} characters are too many: at most {MAX_NAME}")),
+        _ => Ok(s.to_owned()),
+    }
 }
 
 /// A plan in the place of a server.
@@ -123,4 +134,19 @@ pub struct WorkerArgs {
     pub spill: SpillArgs,
     #[command(flatten)]
     pub kernel_cache: KernelCacheArgs,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_short_and_not_blank() {
+        assert_eq!(parse_name("llama 8b").as_deref(), Ok("llama 8b"));
+        assert!(parse_name(&"ä".repeat(MAX_NAME)).is_ok());
+        assert!(parse_name(&"a".repeat(MAX_NAME + 1)).unwrap_err().contains("at most 200"));
+        for blank in ["", " ", "\t", " llama"] {
+            assert!(parse_name(blank).is_err(), "{blank:?} was taken");
+        }
+    }
 }

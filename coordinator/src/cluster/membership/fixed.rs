@@ -1,6 +1,6 @@
 //! Members from a list of URLs.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use strata_proto::{PROTOCOL, v1};
 use tokio::sync::mpsc;
@@ -18,11 +18,15 @@ const MISSES: u32 = 3;
 /// Workers at fixed URLs, each probed until the receiver is dropped.
 ///
 /// # Errors
-/// If a URL is not usable as an address.
+/// If a URL is not usable as an address, or two are of one worker.
 pub fn fixed(urls: &[String]) -> Result<mpsc::UnboundedReceiver<MemberEvent>, String> {
     let (events, receiver) = mpsc::unbounded_channel();
+    let mut names = HashSet::new();
     for (rank, url) in urls.iter().enumerate() {
         let (worker, name, host) = RemoteWorker::lazy(url)?;
+        if !names.insert(name.to_lowercase()) {
+            return Err(format!("worker {url} is listed twice: expected each worker once"));
+        }
         let member = Member { name, worker: Arc::new(worker), rank, host };
         let events = events.clone();
         tokio::spawn(async move {
@@ -70,5 +74,21 @@ async fn probe(member: Member, events: &mpsc::UnboundedSender<MemberEvent>) {
             }
         }
         tokio::time::sleep(PROBE_EVERY).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_worker_is_listed_once_whatever_its_spelling() {
+        let refused = |urls: [&str; 2]| fixed(&urls.map(str::to_owned)).unwrap_err();
+        for other in ["127.0.0.1:7801", "http://127.0.0.1:7801/", "HTTP://127.0.0.1:7801"] {
+            let said = refused(["http://127.0.0.1:7801", other]);
+            assert_eq!(said, format!("worker {other} is listed twice: expected each worker once"));
+        }
+        assert!(refused(["a:1", "HTTPS://b:1"]).starts_with("worker HTTPS://b:1: Strata has no TLS yet"));
+        assert!(fixed(&["a:1".to_owned(), "a:2".to_owned()]).is_ok());
     }
 }

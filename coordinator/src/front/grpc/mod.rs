@@ -11,7 +11,7 @@ use strata_proto::{
     DESCRIPTORS, MAX_HEADER_LIST, METHODS,
     v1::{cluster_server::ClusterServer, inference_server::InferenceServer},
 };
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::oneshot};
 use tonic::{codec::CompressionEncoding::Gzip, service::Routes, transport::Server};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
@@ -22,6 +22,9 @@ const MAX_REQUEST: usize = 8 << 20;
 /// HTTP/2 pings find clients that went away without a word.
 const PING_EVERY: Duration = Duration::from_secs(10);
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long connections may stay open once no request is in progress any more and the port closes: enough to read
+/// the end of an answer. Longer only stays what nobody is waiting for, such as a request that was never sent whole.
+const CLOSING_TIMEOUT: Duration = Duration::from_secs(1);
 /// Streams of one connection that may be open at once.
 const MAX_STREAMS: u32 = 1024;
 
@@ -61,6 +64,7 @@ pub async fn serve(
         .add_service(descriptors().build_v1alpha()?)
         .add_service(inference)
         .add_service(cluster);
+    let (idle, is_idle) = oneshot::channel();
     let draining = async move {
         shutdown.await;
         coordinator.drain().await;
@@ -71,8 +75,10 @@ pub async fn serve(
             // Whoever watches would keep the port open.
             reporter.clear_service_status(service).await;
         }
+        // Who waits for it may have ended.
+        let _ = idle.send(());
     };
-    Server::builder()
+    let serving = Server::builder()
         .http2_keepalive_interval(Some(PING_EVERY))
         .http2_keepalive_timeout(Some(PING_TIMEOUT))
         .max_concurrent_streams(Some(MAX_STREAMS))
@@ -81,8 +87,18 @@ pub async fn serve(
             methods::Explained(routes.prepare()),
             connections::accept(listener),
             draining,
-        )
-        .await?;
+        );
+    let closing = async {
+        match is_idle.await {
+            Ok(()) => tokio::time::sleep(CLOSING_TIMEOUT).await,
+            // The server ended by itself.
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        ended = serving => ended?,
+        () = closing => tracing::debug!("connections are closed on which no request is in progress"),
+    }
     Ok(())
 }
 
