@@ -143,6 +143,5 @@ mod tests {
         assert_eq!(prompts(&["--prompt", "def"]), (None, text("def"), vec![]));
         assert_eq!(prompts(&["--token-ids", "1,2"]), (None, None, vec![1, 2]));
         assert_eq!(prompts(&["a", "--prompt", "b"]), (text("a"), text("b"), vec![]));
-        assert_eq!(prompts(&["--top-k", "3"]), (None, text("of the file"), vec![]));
     }
 }
