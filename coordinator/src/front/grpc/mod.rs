@@ -24,7 +24,7 @@ const PING_EVERY: Duration = Duration::from_secs(10);
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long connections may stay open once no request is in progress any more and the port closes: enough to read
 /// the end of an answer. Longer only stays what nobody is waiting for, such as a request that was never sent whole.
-const CLOSING_TIMEOUT: Duration = Duration::from_secs(1);
+const CLOSING_TIMEOUT: Duration = Duration::from_secs(5);
 /// Streams of one connection that may be open at once.
 const MAX_STREAMS: u32 = 1024;
 
