@@ -50,7 +50,9 @@ const ALTERNATIVES: [(&str, &[&str]); 5] = [
 
 /// The command line where one of several alternatives that is given leaves the others without their variables and defaults.
 pub fn given_first(mut command: Command, args: &[OsString]) -> Command {
-    for (name, alternatives) in ALTERNATIVES {
+    for (name, alternatives) in
+        ALTERNATIVES.into_iter().filter(|(name, _)| args.iter().any(|word| word == name))
+    {
         let mut bare = command.clone().ignore_errors(true).mut_subcommand(name, |sub| sub.mut_args(unset));
         // What cannot be understood is said later.
         let Ok(found) = bare.try_get_matches_from_mut(args) else { return command };
