@@ -3,6 +3,7 @@
 use std::{
     io::Write,
     net::{IpAddr, SocketAddr},
+    pin::pin,
     sync::Arc,
     time::Duration,
 };
@@ -16,7 +17,7 @@ use strata_coordinator::{
     front::grpc,
     planner::Split,
 };
-use strata_proto::{DeviceKind, MAX_HEADER_LIST, PING_EVERY, PING_TIMEOUT, Worker};
+use strata_proto::{DeviceKind, Worker};
 use strata_worker::{
     Hub, LocalWorker, Models, WorkerConfig,
     device::{self, DeviceSpec, Directories, available_memory},
@@ -25,14 +26,13 @@ use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
 };
-use tonic::transport::Server;
 
 use crate::{
     VERSION,
     args::{CoordinatorArgs, DeploymentArgs, DryRunArgs, HereArgs, ListenArgs, ServeArgs, WorkerArgs},
     loading::Loading,
     model_dir, plan, report,
-    signals::{Signals, stopping, until_terminated},
+    signals::{Signals, finish, stopping},
 };
 
 /// What a server says that is told to stop while it starts.
@@ -83,7 +83,7 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     if !args.models.is_dir() {
         bail!("--models {}: no such directory", args.models.display());
     }
-    let signals = Signals::new();
+    let mut signals = Signals::new();
     let listener =
         TcpListener::bind(args.listen).await.with_context(|| format!("--listen {}", args.listen))?;
     let address = listener.local_addr()?;
@@ -102,29 +102,28 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         directories,
     })?;
     let worker = Arc::new(worker);
-    let service: Arc<dyn Worker> = worker.clone();
-    say(&format!("listening http://{address}"))?;
-    let incoming =
-        tokio_stream::StreamExt::map(tokio_stream::wrappers::TcpListenerStream::new(listener), |stream| {
-            stream.and_then(|s| s.set_nodelay(true).map(|()| s))
-        });
+    let (stop, stopped) = watch::channel(false);
     // The coordinators of what runs here plan without this worker; their calls are answered until they have.
-    let drained = |stop| async move {
-        stopping(stop).await;
-        worker.drain().await;
+    let drained = {
+        let worker = worker.clone();
+        async move {
+            stopping(stopped).await;
+            worker.drain().await;
+        }
     };
-    let serve = |stop| async move {
-        Server::builder()
-            // A coordinator that goes away without a word is noticed, and its incarnation's memory freed.
-            .http2_keepalive_interval(Some(PING_EVERY))
-            .http2_keepalive_timeout(Some(PING_TIMEOUT))
-            .http2_max_header_list_size(MAX_HEADER_LIST)
-            .add_service(strata_worker::grpc::service(service))
-            .serve_with_incoming_shutdown(incoming, drained(stop))
-            .await
-            .context("serving the coordinator")
+    say(&format!("listening http://{address}"))?;
+    let serving = tokio::spawn(strata_worker::grpc::serve(worker.clone(), listener, drained));
+    let mut serving = pin!(async { serving.await?.context("serving the coordinator") });
+    tokio::select! {
+        ended = &mut serving => return ended,
+        () = signals.next() => {}
+    }
+    stop.send_replace(true);
+    let left = || {
+        let busy = worker.occupied().join(", ");
+        (!busy.is_empty()).then(|| format!("its coordinator's pipeline over {busy}"))
     };
-    until_terminated(serve, Duration::from_secs(args.grace), signals).await
+    finish(serving, &mut signals, args.grace, left).await
 }
 
 fn check_names(names: &[String]) -> anyhow::Result<()> {
@@ -298,23 +297,7 @@ async fn answer(
         1 => Some("1 request".to_owned()),
         count => Some(format!("{count} requests")),
     };
-    if let Some(requests) = in_progress() {
-        tracing::warn!("waiting for {requests} to end, {grace} s at most; a second signal ends at once");
-    }
-    tokio::select! {
-        ended = &mut serving => ended?,
-        () = signals.next() => match in_progress() {
-            // Connections alone are left, on which nobody waits for an answer.
-            None => Ok(()),
-            Some(requests) => bail!("ended at once, as asked, without an answer to {requests}"),
-        },
-        () = tokio::time::sleep(Duration::from_secs(grace)) => {
-            if let Some(requests) = in_progress() {
-                tracing::warn!("the {grace} s of --grace are over; ended without an answer to {requests}");
-            }
-            Ok(())
-        }
-    }
+    finish(async { serving.await? }, &mut signals, grace, in_progress).await
 }
 
 /// One line of standard output, at once.

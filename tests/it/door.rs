@@ -5,6 +5,7 @@ use std::{
     io::{Read, Write},
     net::{TcpListener, TcpStream},
     process::Command,
+    time::{Duration, Instant},
 };
 
 use serde_json::Value;
@@ -38,16 +39,48 @@ async fn who_calls_what_is_not_served_is_told_what_is() {
     let says = "\"/strata.v1.Stage/Describe\" is not served here: strata.v1.Inference has Generate, ";
     assert!(refused.message().starts_with(says), "{}", refused.message());
 
-    let address = cluster.address.trim_start_matches("http://").to_owned();
+    let answer = browse(cluster.address.clone()).await;
+    assert!(answer.starts_with("HTTP/1.1 400 ") && answer.contains("This port speaks gRPC"), "{answer}");
+}
+
+/// What a browser shows that is given this address.
+async fn browse(address: String) -> String {
     let browser = tokio::task::spawn_blocking(move || {
-        let mut stream = TcpStream::connect(&address).unwrap();
+        let address = address.trim_start_matches("http://");
+        let mut stream = TcpStream::connect(address).unwrap();
         write!(stream, "GET / HTTP/1.1\r\nHost: {address}\r\n\r\n").unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
         answer
     });
-    let answer = browser.await.unwrap();
-    assert!(answer.starts_with("HTTP/1.1 400 ") && answer.contains("This port speaks gRPC"), "{answer}");
+    browser.await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_says_what_it_is_to_clients_and_does_not_wait_for_them() {
+    let mut worker = workers(1).remove(0);
+    let channel = Channel::from_shared(worker.address.clone()).unwrap().connect_lazy();
+    let refused = InferenceClient::new(channel).tokenize(TokenizeRequest::default()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unimplemented);
+    let says =
+        "\"/strata.v1.Inference/Tokenize\" is not served here: strata.v1.Stage has Describe, ReadTokenizer, ";
+    assert!(refused.message().starts_with(says), "{}", refused.message());
+    assert!(refused.message().ends_with("ask the coordinator that it works for"), "{}", refused.message());
+
+    let answer = browse(worker.address.clone()).await;
+    assert!(
+        answer.starts_with("HTTP/1.1 400 ") && answer.contains("This is the port of a worker"),
+        "{answer}"
+    );
+
+    // A stranger that begins to speak and goes on no further: --grace is 30 s.
+    let mut stranger = TcpStream::connect(worker.address.trim_start_matches("http://")).unwrap();
+    stranger.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").unwrap();
+    stranger.read_exact(&mut [0; 9]).unwrap();
+    let begun = Instant::now();
+    worker.signal("-TERM");
+    assert!(worker.exited().success());
+    assert!(begun.elapsed() < Duration::from_secs(20), "it waited for a stranger: {:?}", begun.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
