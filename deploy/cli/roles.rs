@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, bail};
 use strata_coordinator::{
     Coordinator, CoordinatorConfig, Deployment, Limits,
     cluster::membership::{self, MemberEvent},
@@ -31,7 +31,8 @@ use crate::{
     VERSION,
     args::{CoordinatorArgs, DeploymentArgs, DryRunArgs, HereArgs, ListenArgs, ServeArgs, WorkerArgs},
     loading::Loading,
-    model_dir, plan, report,
+    model_dir, plan,
+    report::{self, misused},
     signals::{Signals, finish, stopping},
 };
 
@@ -64,7 +65,13 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
 /// `strata coordinator`
 pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
     warn_of_idle_json(&args.dry_run);
-    let members = membership::fixed(&args.workers).map_err(|why| anyhow!("--worker: {why}"))?;
+    if let Some(how) = model_dir::download(&args.model, "MODELS") {
+        return Err(misused(format!(
+            "--model {}: expected the name of a directory under each worker's --models; {how}",
+            args.model
+        )));
+    }
+    let members = membership::fixed(&args.workers).map_err(|why| misused(format!("--worker: {why}")))?;
     check_names(&args.listen.name)?;
     let timeout = Duration::from_secs(args.join_timeout);
     let mut config =
@@ -81,7 +88,15 @@ pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
 /// `strata worker`
 pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     if !args.models.is_dir() {
-        bail!("--models {}: no such directory", args.models.display());
+        let shown = args.models.display();
+        match args.models.to_str().and_then(|given| model_dir::download(given, "MODELS")) {
+            Some(how) => bail!(
+                "--models {shown}: no such directory; expected one whose subdirectories are models; {how}"
+            ),
+            None => {
+                bail!("--models {shown}: no such directory; expected one whose subdirectories are models")
+            }
+        }
     }
     let mut signals = Signals::new();
     let listener =
@@ -128,7 +143,7 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
 
 fn check_names(names: &[String]) -> anyhow::Result<()> {
     match names.iter().enumerate().find(|(at, name)| names[..*at].contains(name)) {
-        Some((_, name)) => bail!("--name {name} is given twice: expected each name once"),
+        Some((_, name)) => Err(misused(format!("--name {name} is given twice: expected each name once"))),
         None => Ok(()),
     }
 }
@@ -149,7 +164,7 @@ pub fn here(
 ) -> anyhow::Result<(CoordinatorConfig, mpsc::UnboundedReceiver<MemberEvent>)> {
     let (name, directory) = model_dir::open(&args.model)?;
     let (device_lists, split) = match (args.workers, args.devices.is_empty()) {
-        (Some(_), false) => bail!("give --workers or --devices, not both"),
+        (Some(_), false) => return Err(misused("give --workers or --devices, not both")),
         (None, false) => (vec![args.devices.clone()], Split::Auto),
         (None, true) => (vec![device::all()], Split::Auto),
         // Without a cap, so that weights which do not fit may stay memory-mapped.
@@ -190,15 +205,21 @@ fn processors(devices: &[DeviceSpec]) -> usize {
     devices.iter().filter(|d| d.kind == DeviceKind::Cpu).count()
 }
 
-/// Devices with the caps of `--max-memory`.
+/// Devices, each named once, with the caps of `--max-memory`.
 fn capped(mut devices: Vec<DeviceSpec>, caps: &[DeviceSpec]) -> anyhow::Result<Vec<DeviceSpec>> {
+    let twice =
+        devices.iter().enumerate().find(|(at, d)| devices[..*at].iter().any(|other| other.id == d.id));
+    if let Some((_, device)) = twice {
+        return Err(misused(format!("--devices {} is given twice: expected each device once", device.id)));
+    }
     for cap in caps {
         let Some(bytes) = cap.cap else {
-            bail!("--max-memory {}: expected a size, as in {}=24GiB", cap.id, cap.id)
+            return Err(misused(format!("--max-memory {0}: expected a size, as in {0}=24GiB", cap.id)));
         };
         let Some(device) = devices.iter_mut().find(|d| d.id == cap.id) else {
             let have: Vec<_> = devices.iter().map(|d| d.id.as_str()).collect();
-            bail!("--max-memory {}: no such device; there are {}", cap.id, have.join(", "));
+            let why = format!("--max-memory {}: no such device; there are {}", cap.id, have.join(", "));
+            return Err(misused(why));
         };
         device.cap = Some(bytes);
     }

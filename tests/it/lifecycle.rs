@@ -366,6 +366,27 @@ async fn a_worker_says_that_it_waits_for_its_coordinator_and_ends_when_it_is_tol
     assert!(!ended.success() && said.contains(says), "{said}");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_names_the_worker_that_was_lost_and_what_became_of_it() {
+    let workers: Vec<_> = (0..3).map(|_| worker("127.0.0.1:0")).collect();
+    let urls: Vec<_> = workers.iter().map(|worker| worker.address.as_str()).collect();
+    let address = free_address();
+    let server = coordinator(&address, &urls.join(","));
+    server.wait_for("ready http://");
+    let mut client = client(&format!("http://{address}")).await;
+    let mut answer = client.generate(greedy(&PROMPT, 250)).await.unwrap().into_inner();
+    answer.message().await.unwrap().expect("it has begun");
+    workers[1].signal("-KILL");
+    let (before, named) = server.wait_for("does not answer; planning without it");
+    let [first, victim, last] = [0, 1, 2].map(|at| workers[at].address.trim_start_matches("http://"));
+    assert!(named.contains(victim) && named.contains("Connection refused"), "{named}");
+    let said = before.join("\n");
+    for neighbour in [first, last] {
+        assert!(!said.contains(&format!("{neighbour} was lost")), "{said}");
+    }
+    assert!(said.contains("; planning anew") && !(said + &named).contains("tonic::"), "{before:?} {named}");
+}
+
 #[test]
 fn connections_without_a_request_keep_no_server_from_ending() {
     let mut server =

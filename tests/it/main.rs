@@ -21,3 +21,4 @@ mod serving;
 mod session;
 #[cfg(feature = "cuda")]
 mod start;
+mod usage;
