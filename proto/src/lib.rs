@@ -34,10 +34,9 @@ mod dtype;
 pub mod error;
 mod fence;
 mod layers;
-mod limits;
+pub mod limits;
 mod plan;
 mod profile;
-pub mod sampling;
 mod state;
 mod worker;
 

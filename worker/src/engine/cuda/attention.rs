@@ -4,15 +4,14 @@ use super::{
     pass::{Pass, raw_norm},
     state::Inputs,
     weights::Block,
-    workspace::{PARTIALS, Scratch},
+    workspace::Scratch,
 };
 use crate::{
     engine::StepError,
     kernels::{
         cuda::{
-            launch::{
-                Attend, Heads, Kernels, MAX_SPLITS, Places, RawCache, RawNorm, attention_bytes, follow,
-            },
+            launch::{Attend, Heads, Kernels, Places, RawCache, RawNorm, attention_bytes, follow},
+            limits::{MAX_SPLITS, PARTIALS},
             memory::Ptr,
         },
         ops::AttentionMask,
