@@ -14,10 +14,8 @@ use tokio::net::TcpListener;
 use tonic::{codec::CompressionEncoding::Gzip, service::Routes};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-use crate::coordinator::Coordinator;
+use crate::{coordinator::Coordinator, request::bounds::MAX_REQUEST_BYTES};
 
-/// Largest request: the longest text that is tokenized, or as many ids, and some air.
-const MAX_REQUEST: usize = 8 << 20;
 /// Clients may be far away.
 const PINGS: Pings = Pings { every: Duration::from_secs(10), timeout: Duration::from_secs(5) };
 
@@ -60,7 +58,7 @@ pub async fn serve(
     // Answers of Inference are not compressed: single tokens grow by it, and vectors hardly shrink.
     let inference = InferenceServer::new(inference::InferenceService(coordinator.session().clone()))
         .accept_compressed(Gzip)
-        .max_decoding_message_size(MAX_REQUEST);
+        .max_decoding_message_size(MAX_REQUEST_BYTES);
     let cluster = ClusterServer::new(cluster::ClusterService::new(coordinator.clone()))
         .accept_compressed(Gzip)
         .send_compressed(Gzip);
