@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, anyhow, bail};
 use strata_coordinator::{
     Coordinator, CoordinatorConfig, Deployment, Limits,
-    cluster::membership::{self, MemberEvent},
+    cluster::membership::{self, MemberEvent, Source},
     config::{MAX_STEP_ROWS, PREFILL_CHUNK},
     engine::{Notice, Observer},
     front::grpc,
@@ -26,6 +26,7 @@ use tokio::{
     sync::{mpsc, watch},
 };
 use tonic::transport::Server;
+use uuid::Uuid;
 
 use crate::{
     VERSION,
@@ -64,7 +65,8 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
 /// `strata coordinator`
 pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
     warn_of_idle_json(&args.dry_run);
-    let members = membership::fixed(&args.workers).map_err(|why| anyhow!("--worker: {why}"))?;
+    let members =
+        membership::fixed(&args.workers, &name_of(&args.listen)).map_err(|why| anyhow!("--worker: {why}"))?;
     check_names(&args.listen.name)?;
     let timeout = Duration::from_secs(args.join_timeout);
     let mut config =
@@ -257,6 +259,13 @@ fn coordinator_config(
     }
 }
 
+/// A coordinator's name among those that want its workers: where it is, and a part that no other one has.
+fn name_of(args: &ListenArgs) -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_else(|_| args.host.clone());
+    let own = Uuid::new_v4().simple().to_string();
+    format!("{}:{} ({})", host.trim(), args.port, &own[..8])
+}
+
 async fn listen(args: &ListenArgs) -> anyhow::Result<TcpListener> {
     let address = (args.host.as_str(), args.port);
     TcpListener::bind(address).await.with_context(|| format!("listening on {}:{}", args.host, args.port))
@@ -266,7 +275,7 @@ async fn listen(args: &ListenArgs) -> anyhow::Result<TcpListener> {
 /// beginning on.
 async fn answer(
     config: CoordinatorConfig,
-    members: mpsc::UnboundedReceiver<MemberEvent>,
+    members: impl Into<Source>,
     (listener, grace): (TcpListener, u64),
     mut signals: Signals,
 ) -> anyhow::Result<()> {
