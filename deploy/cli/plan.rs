@@ -15,12 +15,12 @@ use strata_proto::{Device, DeviceKind, Plan};
 use crate::{
     args::{ImaginedDevices, PlanArgs},
     loading::Loading,
-    roles, show, terminal,
+    local, show, terminal,
 };
 
 /// `strata plan`
 pub async fn plan(args: PlanArgs) -> anyhow::Result<()> {
-    let (mut config, members) = roles::here(&args.here, &args.deployment)?;
+    let (mut config, members) = local::here(&args.here, &args.deployment)?;
     if args.imagined.is_empty() {
         return preview_plan(&config, members, args.json).await;
     }

@@ -63,6 +63,8 @@ pub(crate) struct Engine {
     deposed: Option<String>,
     /// Never empty once the engine runs.
     replicas: Vec<Replica>,
+    /// Somebody joined for whom no further replica was tried yet.
+    joined: bool,
     /// Of the last pipeline that was begun, of whichever replica.
     incarnation: u64,
     last_id: SequenceId,
@@ -152,6 +154,7 @@ impl Engine {
             look_again: Instant::now() + LOOK_AGAIN_EVERY,
             deposed: None,
             replicas: Vec::new(),
+            joined: false,
             incarnation: 0,
             last_id: 0,
             live: HashMap::new(),
@@ -220,7 +223,10 @@ impl Engine {
             Event::Pipeline(incarnation, event) => self.pipeline_event(incarnation, event),
             Event::Planned(incarnation, planned) => self.planned(incarnation, &planned),
             Event::Loading(incarnation, update) => self.loading(incarnation, update),
-            Event::BroughtUp(incarnation, outcome) => self.brought_up(incarnation, *outcome),
+            Event::BroughtUp(incarnation, outcome) => {
+                self.brought_up(incarnation, *outcome);
+                self.try_another();
+            }
             Event::Member(event) => self.member_event(&event),
             Event::Depose(why) => self.deposed = Some(why),
         }
@@ -235,9 +241,9 @@ impl Engine {
                 let down = |replica: &Replica| matches!(replica.state, State::Down { .. });
                 if let Some(at) = self.replicas.iter().position(down) {
                     self.bring_up(at, None, None);
-                } else if self.deployment.split == Split::Auto && self.replicas.iter().all(Replica::is_up) {
-                    // Its devices may hold another copy; if not, the replica goes again.
-                    self.add_replica(None);
+                } else if self.deployment.split == Split::Auto {
+                    self.joined = true;
+                    self.try_another();
                 }
             }
             MemberEvent::Left(name) => {
@@ -265,11 +271,12 @@ impl Engine {
         while let Some(at) = self.replicas.iter().position(due) {
             self.bring_up(at, None, None);
         }
-        if self.replicas.iter().all(Replica::is_up) && Instant::now() >= self.look_again {
+        if Instant::now() >= self.look_again {
             self.look_again = Instant::now() + LOOK_AGAIN_EVERY;
             let some = self.left_out.any_due(Instant::now()) || !self.undescribed.is_empty();
             if some && self.deployment.split == Split::Auto {
-                self.add_replica(None);
+                self.joined = true;
+                self.try_another();
             }
         }
         if self.turned_away() {

@@ -22,6 +22,7 @@ use crate::{
         replica::{self, Replica, State},
         snapshot::Loading,
     },
+    planner::Offer,
 };
 
 /// How long workers have to describe the model again, if what the others have is enough.
@@ -54,6 +55,15 @@ impl Engine {
         self.bring_up(self.replicas.len() - 1, None, known);
     }
 
+    /// Adds a replica over what has joined since devices were last looked for: they may hold another copy. If not, it
+    /// goes again. It waits until all others are up, as they may be looking for devices.
+    pub(super) fn try_another(&mut self) {
+        if self.joined && self.replicas.iter().all(Replica::is_up) {
+            self.joined = false;
+            self.add_replica(None);
+        }
+    }
+
     /// Starts a task that ends `old`, of which a worker was lost, and brings a new incarnation of a replica up: by a plan,
     /// or by one that it makes over the devices that no other replica has.
     pub(super) fn bring_up(&mut self, at: usize, old: Option<(Pipeline, String)>, known: Option<Planned>) {
@@ -70,6 +80,8 @@ impl Engine {
         let incarnation = self.incarnation;
         let taken: Vec<_> = self.replicas.iter().filter_map(|replica| replica.plan.clone()).collect();
         let replica = &mut self.replicas[at];
+        // Whose sequences no other replica can run takes whatever holds the model.
+        let further = !taken.is_empty() && replica.load() == 0;
         replica.state = State::BringingUp { incarnation, lost: false };
         let fence = Fence { term: self.term, pipeline: replica.number, incarnation };
         if let Some(known) = &known {
@@ -96,14 +108,20 @@ impl Engine {
                 let planned = match known {
                     Some(known) => known,
                     None => {
-                        let fits = |mut found: Discovery| {
+                        let mine = |found: &mut Discovery| {
                             found.leave_out(&taken);
+                            if further {
+                                found.offers.retain(Offer::may_hold_further);
+                            }
+                        };
+                        let fits = |mut found: Discovery| {
+                            mine(&mut found);
                             found.plan(&deployment).is_ok()
                         };
                         let asked =
                             discover_enough(&members, &deployment.model, Some(&profile), PATIENCE, fits);
                         let mut found = asked.await?;
-                        found.leave_out(&taken);
+                        mine(&mut found);
                         let plan = found.plan(&deployment).map_err(|e| e.without(found.left_out.clone()))?;
                         let plan = plan.into();
                         let planned = Planned { plan, found: found.into() };
