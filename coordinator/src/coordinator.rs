@@ -30,6 +30,7 @@ use crate::{
     engine::{self, Engine, EngineError, Notice, Observer, Snapshot, State},
     front::session::{Served, Session, SessionError},
     preflight::{self, Check, Finding},
+    request::Limit,
 };
 
 /// Alternatives that the output check compares.
@@ -52,6 +53,14 @@ pub enum StartError {
         expected: usize,
         /// How long they had.
         timeout: Duration,
+    },
+    /// Two of those that are listed are one.
+    #[error("workers {worker} and {again} are one process: expected each worker once")]
+    Twice {
+        /// One of its names.
+        worker: String,
+        /// The other one.
+        again: String,
     },
     /// No pipeline.
     #[error(transparent)]
@@ -252,6 +261,7 @@ impl Coordinator {
         self.show(State::Starting, "checking the tokenizer");
         let files = found.tokenizer_files(&plan).await?;
         let mut profile = found.profile.clone();
+        let longest = Limit::of_context(profile.context_length, config.deployment.context);
         profile.context_length = config.deployment.context_of(&profile);
         let profile = Arc::new(profile);
         let (checked, skip) = (profile.clone(), config.skip_checks.clone());
@@ -278,9 +288,15 @@ impl Coordinator {
             planned: Planned { found, plan },
             counters: engine::counters(&snapshot.borrow().load),
         });
-        let longest_input = profile.context_length.min(config.deployment.max_step_tokens);
         let handle = engine.handle().clone();
-        session.open(Served { profile: profile.clone(), tokenizer, engine: handle.clone(), longest_input });
+        session.open(Served {
+            profile: profile.clone(),
+            tokenizer,
+            engine: handle.clone(),
+            longest,
+            longest_input: longest.within_step(config.deployment.max_step_tokens),
+            is_cache_chosen: config.deployment.kv_tokens.is_some(),
+        });
         tokio::spawn(pass_on(events, handle));
         match engine.up().await {
             Some(up) => up?,
@@ -372,6 +388,9 @@ async fn gather(
     let mut look = Instant::now() + ENOUGH_AFTER.min(config.join_timeout);
     let mut told = None;
     loop {
+        if let Some((worker, again)) = members.twice() {
+            return Err(StartError::Twice { worker, again });
+        }
         let joined = members.list().len();
         if joined >= expected {
             return Ok(None);

@@ -7,7 +7,7 @@ use std::{
 };
 
 use futures::{StreamExt, stream::FuturesUnordered};
-use strata_proto::{Device, Files, LinkChoice, LinkKind, ModelProfile, Plan, StagePlan, v1};
+use strata_proto::{Device, Files, LinkChoice, LinkKind, ModelProfile, Plan, StagePlan, error::words, v1};
 use tonic::{Code, Status};
 
 use super::{
@@ -134,7 +134,7 @@ fn discovery(
             Ok((described, profile)) => good.push((member, described, profile)),
             // Membership may not have noticed yet that it is gone.
             Err(PipelineError::Call { status, .. }) if absent(&status) => {
-                left_out.insert(member.name.clone(), format!("it does not answer: {}", status.message()));
+                left_out.insert(member.name.clone(), format!("it does not answer: {}", words(&status)));
             }
             Err(error) => bad.push((member, error)),
         }

@@ -1,12 +1,12 @@
 //! Members from a list of URLs.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
-use strata_proto::{PROTOCOL, v1};
+use strata_proto::{PROTOCOL, error::words, v1};
 use tokio::sync::{mpsc, watch};
 use tonic::Code;
 
@@ -33,7 +33,7 @@ pub fn fixed(urls: &[String], coordinator: &str) -> Result<Source, String> {
     let claims = Claims::new(coordinator.to_owned(), urls.len());
     let why = format!("0 of {} workers are there", urls.len());
     let (decided, leadership) = watch::channel(Leadership::StandsBy { why });
-    let common = Arc::new(Common { events, claims: Mutex::new(claims), decided });
+    let common = Arc::new(Common { events, claims: Mutex::new(claims), boots: Boots::default(), decided });
     let mut names = HashSet::new();
     for (rank, url) in urls.iter().enumerate() {
         let (worker, name, host) = RemoteWorker::lazy(url)?;
@@ -52,10 +52,32 @@ pub fn fixed(urls: &[String], coordinator: &str) -> Result<Source, String> {
     Ok(Source { events: receiver, leadership })
 }
 
+/// Which of the names has a worker, by its boot id: `localhost` and `127.0.0.1` may be one.
+#[derive(Default)]
+struct Boots(Mutex<HashMap<String, String>>);
+
+impl Boots {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a worker for `name`; whose it is, if another one has it.
+    fn take(&self, boot: &str, name: &str) -> Option<String> {
+        let mut boots = self.lock();
+        let owner = boots.entry(boot.to_owned()).or_insert_with(|| name.to_owned());
+        (owner != name).then(|| owner.clone())
+    }
+
+    fn leave(&self, boot: &str) {
+        self.lock().remove(boot);
+    }
+}
+
 /// What the probes of all workers have in common.
 struct Common {
     events: mpsc::UnboundedSender<MemberEvent>,
     claims: Mutex<Claims>,
+    boots: Boots,
     decided: watch::Sender<Leadership>,
 }
 
@@ -96,26 +118,41 @@ async fn probe(member: Member, common: &Common) {
                 // Before anybody hears that it is there, and asks who leads.
                 common.decide();
                 let speaks = described.protocol_min <= PROTOCOL && PROTOCOL <= described.protocol_max;
-                if speaks && boot.as_ref() != Some(&described.boot_id) {
-                    if boot.replace(described.boot_id).is_some() {
-                        common.tell(MemberEvent::Left(member.name.clone()));
-                    }
-                    common.tell(MemberEvent::Joined(member.clone()));
-                    away.clear();
-                }
-                match speaks {
-                    true => String::new(),
-                    false => format!(
+                if !speaks {
+                    format!(
                         "it speaks protocol {}..={}, this coordinator {PROTOCOL}: upgrade one of them",
                         described.protocol_min, described.protocol_max
-                    ),
+                    )
+                } else if boot.as_ref() == Some(&described.boot_id) {
+                    String::new()
+                } else {
+                    if let Some(old) = boot.take() {
+                        common.boots.leave(&old);
+                        common.tell(MemberEvent::Left(member.name.clone()));
+                    }
+                    match common.boots.take(&described.boot_id, &member.name) {
+                        None => {
+                            boot = Some(described.boot_id);
+                            common.tell(MemberEvent::Joined(member.clone()));
+                            away.clear();
+                            String::new()
+                        }
+                        Some(worker) => {
+                            let why = format!("it is worker {worker} by another name");
+                            if why != away {
+                                common.tell(MemberEvent::Twice { worker, again: member.name.clone() });
+                            }
+                            why
+                        }
+                    }
                 }
             }
             outcome => {
                 misses += 1;
                 if misses >= MISSES {
                     common.claims().gone(&member.name);
-                    if boot.take().is_some() {
+                    if let Some(old) = boot.take() {
+                        common.boots.leave(&old);
                         common.tell(MemberEvent::Left(member.name.clone()));
                     }
                 }
@@ -124,8 +161,8 @@ async fn probe(member: Member, common: &Common) {
                         "no worker of Strata listens there".to_owned()
                     }
                     Ok(status) => {
-                        let status = status.map(|status| status.to_string());
-                        tracing::debug!(worker = member.name, status, "probe failed");
+                        let why = status.as_ref().map(words);
+                        tracing::debug!(worker = member.name, why, "probe failed");
                         "it does not answer".to_owned()
                     }
                     Err(_) => format!("it has not answered for {PROBE_TIMEOUT:?}"),

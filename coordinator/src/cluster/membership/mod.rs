@@ -46,6 +46,13 @@ pub enum MemberEvent {
     /// The named worker cannot be planned over, for this reason: it is not there, or is there and does not answer for
     /// the moment. What it computes goes on. An empty reason takes that back.
     Away(String, String),
+    /// What is listed as two workers is one, and takes part once.
+    Twice {
+        /// Its name, which joined.
+        worker: String,
+        /// Its other name, which does not.
+        again: String,
+    },
 }
 
 /// Where a coordinator's workers come from, and whether it may act upon them.
@@ -73,6 +80,8 @@ struct List {
     there: Vec<Member>,
     /// Why some of them, or others, cannot be planned over.
     away: BTreeMap<String, String>,
+    /// One that is listed as two.
+    twice: Option<(String, String)>,
     subscribers: Vec<mpsc::UnboundedSender<MemberEvent>>,
 }
 
@@ -91,6 +100,11 @@ impl Members {
     /// Those that cannot be planned over, and why.
     pub fn away(&self) -> BTreeMap<String, String> {
         self.lock().away.clone()
+    }
+
+    /// One that is listed as two, if any: both names.
+    pub(crate) fn twice(&self) -> Option<(String, String)> {
+        self.lock().twice.clone()
     }
 
     /// The changes from now on, as far as the list has taken note of them.
@@ -124,6 +138,7 @@ impl Members {
                 list.there.sort_by_key(|m| m.rank);
                 list.away.remove(&member.name);
             }
+            MemberEvent::Twice { worker, again } => list.twice = Some((worker.clone(), again.clone())),
             MemberEvent::Left(name) => list.there.retain(|m| m.name != *name),
             MemberEvent::Away(name, why) if why.is_empty() => drop(list.away.remove(name)),
             MemberEvent::Away(name, why) => drop(list.away.insert(name.clone(), why.clone())),
