@@ -3,6 +3,8 @@
 mod call;
 pub mod discovery;
 mod error;
+pub mod leadership;
+pub(crate) mod left_out;
 mod links;
 pub mod membership;
 pub mod pipeline;

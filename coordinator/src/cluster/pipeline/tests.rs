@@ -1,6 +1,7 @@
 //! Plans with links, and what workers are told of them.
 
 use std::{
+    collections::BTreeMap,
     collections::HashMap,
     sync::{Mutex, PoisonError},
 };
@@ -99,7 +100,7 @@ fn discovered(worker: Arc<Obedient>, nccl: bool) -> Discovery {
     gpus.for_each(|offer| offer.device.links = vec![LinkKind::Nccl]);
     let member = Member { name: "w".into(), worker, rank: 0, host: "h".into() };
     let members = HashMap::from([("w".to_owned(), (member, "hub".to_owned()))]);
-    Discovery { profile: profile(&[(100, 1); 6], 0, false), offers, members }
+    Discovery { profile: profile(&[(100, 1); 6], 0, false), offers, members, left_out: BTreeMap::new() }
 }
 
 fn deployment(links: Option<LinkKind>) -> Deployment {
@@ -201,7 +202,7 @@ async fn a_stage_whose_worker_drains_is_left_before_it_ends() {
         stage.try_send(v1::FromStage { message: Some(from_stage::Message::Health(health)) }).unwrap();
     }
     let sink: EventSink = Arc::new(|_, _| {});
-    assert_eq!(forward(0, 1, &mut from, &sink).await, "it is about to end");
+    assert_eq!(forward(0, 1, &mut from, &sink).await, "is about to end");
     assert!(!stage.is_closed() && from.try_recv().is_err(), "at the first word of it");
 }
 
