@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use strata_coordinator::{
     cluster::{
+        FailedLinks,
         discovery::discover,
         pipeline::{Pipeline, PipelineEvent},
     },
@@ -37,7 +38,16 @@ impl Driver {
         let (sink, events) = mpsc::unbounded_channel();
         let sink = Arc::new(move |_, event| drop(sink.send(event)));
         let fence = Fence { term: 1, pipeline: 0, incarnation: 1 };
-        let up = Pipeline::bring_up(&found, &plan, fence, Arc::new(|_| {}), sink, &deployment).await;
+        let up = Pipeline::bring_up(
+            &found,
+            &plan,
+            fence,
+            Arc::new(|_| {}),
+            sink,
+            FailedLinks::default(),
+            &deployment,
+        )
+        .await;
         let stages = plan.replicas[0].stages.len() as u32;
         let scheduler = Scheduler::new(Config {
             blocks: plan.replicas[0].kv_capacity_tokens as u32 / BLOCK_TOKENS,
@@ -108,7 +118,7 @@ impl Driver {
             {
                 PipelineEvent::Result(result) => return result,
                 PipelineEvent::Done { .. } => {}
-                PipelineEvent::Lost { worker, reason } => panic!("lost {worker}: {reason}"),
+                PipelineEvent::Lost { worker, reason, .. } => panic!("lost {worker}: {reason}"),
             }
         }
     }

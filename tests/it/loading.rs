@@ -9,7 +9,7 @@ use std::{
 
 use half::bf16;
 use safetensors::{Dtype, tensor::TensorView};
-use strata_coordinator::cluster::{RemoteWorker, discovery::discover, pipeline::Pipeline};
+use strata_coordinator::cluster::{FailedLinks, RemoteWorker, discovery::discover, pipeline::Pipeline};
 use strata_proto::{
     Format, LayerRange, ModelProfile, Worker,
     v1::{self, Fence},
@@ -142,8 +142,16 @@ async fn a_model_that_fits_no_memory_is_brought_up_memory_mapped() {
     assert!(stage.mapped && stage.weight_bytes > 8 << 20, "{stage:?}");
     assert!(plan.warnings[0].contains("memory-mapped"), "{:?}", plan.warnings);
     let fence = Fence { term: 1, pipeline: 0, incarnation: 1 };
-    let up =
-        Pipeline::bring_up(&found, &plan, fence, Arc::new(|_| {}), Arc::new(|_, _| {}), &deployment).await;
+    let up = Pipeline::bring_up(
+        &found,
+        &plan,
+        fence,
+        Arc::new(|_| {}),
+        Arc::new(|_, _| {}),
+        FailedLinks::default(),
+        &deployment,
+    )
+    .await;
     assert_eq!(up.unwrap().replica(), &plan.replicas[0]);
 }
 

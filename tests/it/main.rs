@@ -17,10 +17,12 @@ mod loading;
 mod map;
 mod parity;
 mod processes;
+mod proxy;
 mod replicas;
 mod run;
 mod serving;
 mod session;
+mod silence;
 #[cfg(feature = "cuda")]
 mod start;
 mod usage;

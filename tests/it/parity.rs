@@ -9,6 +9,7 @@ use std::{
 
 use strata_coordinator::{
     cluster::{
+        FailedLinks,
         discovery::discover,
         pipeline::{Pipeline, PipelineEvent},
     },
@@ -91,7 +92,16 @@ impl Driver {
             let _ = sink.send(event);
         });
         let switch = found.profile.recompute_at.map_or(usize::MAX, |n| n as usize);
-        let up = Pipeline::bring_up(&found, &plan, fence, Arc::new(|_| {}), sink, &deployment).await;
+        let up = Pipeline::bring_up(
+            &found,
+            &plan,
+            fence,
+            Arc::new(|_| {}),
+            sink,
+            FailedLinks::default(),
+            &deployment,
+        )
+        .await;
         Driver { pipeline: up.unwrap(), events, step: 0, switch, next_block: 0, next_sequence: 0 }
     }
 
@@ -184,7 +194,7 @@ impl Driver {
             {
                 PipelineEvent::Result(result) => return result,
                 PipelineEvent::Done { .. } => {}
-                PipelineEvent::Lost { worker, reason } => panic!("lost {worker}: {reason}"),
+                PipelineEvent::Lost { worker, reason, .. } => panic!("lost {worker}: {reason}"),
             }
         }
     }

@@ -50,7 +50,10 @@ pub fn frame(data: &[u8]) {
         {
             continue;
         }
-        assert_eq!(read, frame_of(activation), "reading and writing differ");
+        // Signs of life may come before it.
+        let written = frame_of(activation);
+        let signs = read.strip_suffix(&written[..]).map(<[u8]>::len);
+        assert!(signs.is_some_and(|n| n % tcp::HEARTBEAT_BYTES == 0), "reading and writing differ");
     }
 }
 

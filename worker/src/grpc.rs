@@ -1,6 +1,6 @@
 //! The worker's calls over gRPC: an adapter, no logic.
 
-use std::{future::Future, pin::Pin, sync::Arc};
+use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt};
 use strata_proto::{
@@ -48,6 +48,10 @@ pub fn service(worker: Arc<dyn Worker>) -> stage_server::StageServer<StageServic
 /// Adapter of a [`Worker`] to tonic.
 pub struct StageService {
     worker: Arc<dyn Worker>,
+}
+
+fn is_heartbeat(order: &v1::ToStage) -> bool {
+    matches!(order.message, Some(to_stage::Message::Heartbeat(_)))
 }
 
 type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -106,12 +110,23 @@ impl stage_server::Stage for StageService {
         else {
             return Err(Status::invalid_argument("the first message of a run must be `open`"));
         };
+        let silence = Duration::from_millis(open.heartbeat_timeout_ms.into());
         let channel = self.worker.run(open).await?;
-        // When the coordinator goes away, its half ends or breaks; dropping `to` then ends the run.
+        // When the coordinator goes away, its half ends, breaks or is silent; dropping `to` then ends the run.
         tokio::spawn(async move {
-            while let Ok(Some(order)) = orders.message().await {
-                if channel.to.send(order).await.is_err() {
-                    break;
+            loop {
+                match tokio::time::timeout(silence, orders.message()).await {
+                    Ok(Ok(Some(order))) if is_heartbeat(&order) => {}
+                    Ok(Ok(Some(order))) => {
+                        if channel.to.send(order).await.is_err() {
+                            break;
+                        }
+                    }
+                    Ok(_) => break,
+                    Err(_) => {
+                        tracing::warn!("the coordinator has been silent for {silence:?}; its run ends");
+                        break;
+                    }
                 }
             }
         });

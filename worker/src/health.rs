@@ -76,7 +76,9 @@ impl Progress {
 
     /// A run begins.
     pub fn restart(&self) {
-        [&self.received, &self.finished, &self.sent].map(|count| count.store(0, Ordering::Relaxed));
+        for count in [&self.received, &self.finished, &self.sent] {
+            count.store(0, Ordering::Relaxed);
+        }
     }
 
     /// The activation of `step` has come: the stage waits no more, and computes.

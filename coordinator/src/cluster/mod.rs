@@ -1,5 +1,6 @@
 //! The workers: who is there, what they have, and the pipelines over them.
 
+mod blame;
 mod call;
 pub mod discovery;
 mod error;
@@ -10,5 +11,6 @@ pub mod membership;
 pub mod pipeline;
 mod remote;
 
+pub use blame::FailedLinks;
 pub use error::PipelineError;
 pub use remote::RemoteWorker;

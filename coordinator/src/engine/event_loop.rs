@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     cluster::{
-        PipelineError,
+        FailedLinks, PipelineError,
         discovery::Planned,
         left_out::LeftOut,
         membership::{MemberEvent, Members},
@@ -56,6 +56,8 @@ pub(crate) struct Engine {
     term: u64,
     /// Members on which something failed.
     left_out: LeftOut,
+    /// Links between them that failed.
+    failed_links: FailedLinks,
     /// Members that could not describe the model when they were last asked, and why.
     undescribed: BTreeMap<String, String>,
     look_again: Instant,
@@ -150,6 +152,7 @@ impl Engine {
             members: start.members,
             term: start.term,
             left_out: LeftOut::default(),
+            failed_links: FailedLinks::default(),
             undescribed: planned.found.left_out.clone(),
             look_again: Instant::now() + LOOK_AGAIN_EVERY,
             deposed: None,
@@ -367,6 +370,10 @@ impl Engine {
 
     fn pipeline_event(&mut self, incarnation: u64, event: PipelineEvent) {
         let Some(at) = self.replicas.iter().position(|replica| replica.has(incarnation)) else { return };
+        if let PipelineEvent::Lost { worker, reason, leave_out: true } = &event {
+            self.left_out.failed(worker, reason.clone(), Instant::now());
+            self.show_left_out();
+        }
         if let State::BringingUp { lost, .. } = &mut self.replicas[at].state {
             *lost |= matches!(event, PipelineEvent::Lost { .. });
             return;
@@ -377,7 +384,7 @@ impl Engine {
                 budget.done(stage, step, compute);
                 scheduler.limit_mixed_steps(budget.tokens());
             }
-            PipelineEvent::Lost { worker, reason } => self.lost(at, &worker, &reason),
+            PipelineEvent::Lost { worker, reason, .. } => self.lost(at, &worker, &reason),
             PipelineEvent::Result(result) => self.commit(at, result),
         }
     }

@@ -12,7 +12,7 @@ use std::{sync::Arc, time::Duration};
 
 use candle_core::Tensor;
 use strata_proto::{
-    LINK_TOKEN_BYTES, Side,
+    LINK_TOKEN_BYTES,
     v1::{self, Fence, LinkHealth, LinkKind},
 };
 
@@ -168,7 +168,6 @@ impl TryFrom<v1::Link> for Link {
 }
 
 /// What a stage knows of its own end of a link.
-#[derive(Debug)]
 pub(crate) struct End {
     /// Of the incarnation.
     pub fence: Fence,
@@ -189,26 +188,12 @@ pub(crate) struct End {
 }
 
 impl End {
-    /// The same error, if it is not only that this end was ended itself; the neighbour is missed then.
-    fn failed(&self, side: Side, error: LinkError) -> LinkError {
-        let error = if self.interrupt.is_tripped() { LinkError::Interrupted } else { error };
-        self.neighbours.failed(side, error.health());
-        error
-    }
-
     /// One of a test, which has no neighbours but those it makes up.
     #[cfg(test)]
     fn of(fence: Fence, interrupt: Interrupt) -> Self {
         let (hub, neighbours) = (Arc::default(), Neighbours::default());
         let timeout = Duration::from_secs(2);
         End { fence, interrupt, hub, pending: None, ordinal: 0, longest: Vec::new(), neighbours, timeout }
-    }
-
-    /// The same, for somebody else.
-    #[cfg(test)]
-    fn share(&self) -> Self {
-        let same = End::of(self.fence, self.interrupt.clone());
-        End { neighbours: self.neighbours.clone(), timeout: self.timeout, ..same }
     }
 
     /// The claim on the peer that shows `token`.

@@ -18,13 +18,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Downstream, End, Link, LinkError, LinkToken, Transport, Upstream};
 #[cfg(feature = "fuzzing")]
-pub(crate) use self::frame::{Frame, read_activation};
+pub(crate) use self::frame::{Frame, HEARTBEAT_BYTES, read_activation};
 use self::{
     ends::{TcpDownstream, TcpUpstream},
     frame::ended,
 };
+use super::{Downstream, End, Link, LinkError, LinkToken, Transport, Upstream};
 
 const HELLO: [u8; 8] = *b"strata\x00\x01";
 /// How long a stranger may take to say hello.
@@ -42,11 +42,11 @@ pub(super) struct Tcp;
 impl Transport for Tcp {
     fn upstream(&self, link: Link, mut end: End) -> Result<Box<dyn Upstream>, LinkError> {
         let socket = end.announced(link.token)?.accept(&end)?;
-        Ok(Box::new(TcpUpstream::start(socket, end)?))
+        Ok(Box::new(TcpUpstream::start(socket, &end)?))
     }
 
     fn downstream(&self, link: Link, end: End) -> Result<Box<dyn Downstream>, LinkError> {
-        Ok(Box::new(TcpDownstream::start(dial(&link.address, &link.token, &end)?, end)?))
+        Ok(Box::new(TcpDownstream::start(dial(&link.address, &link.token, &end)?, &end)?))
     }
 }
 
@@ -228,7 +228,7 @@ mod tests {
         let end = || End::of(fence(1), interrupt.clone());
         let down = dial(&listener.address().to_string(), &[7; 32], &end()).unwrap();
         let up = pending.accept(&end()).unwrap();
-        (TcpDownstream::start(down, end()).unwrap(), TcpUpstream::start(up, end()).unwrap())
+        (TcpDownstream::start(down, &end()).unwrap(), TcpUpstream::start(up, &end()).unwrap())
     }
 
     #[test]

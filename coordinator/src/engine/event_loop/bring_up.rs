@@ -96,6 +96,7 @@ impl Engine {
         let sink = Arc::new(move |incarnation, event| {
             let _ = sink_events.send(Event::Pipeline(incarnation, event));
         });
+        let failed_links = self.failed_links.clone();
         let progress_events = events.clone();
         let progress = Arc::new(move |update| {
             observer(Notice::Loading(update));
@@ -130,7 +131,16 @@ impl Engine {
                         planned
                     }
                 };
-                Pipeline::bring_up(&planned.found, &planned.plan, fence, progress, sink, &deployment).await
+                Pipeline::bring_up(
+                    &planned.found,
+                    &planned.plan,
+                    fence,
+                    progress,
+                    sink,
+                    failed_links,
+                    &deployment,
+                )
+                .await
             };
             let outcome = outcome.await;
             let _ = events.send(Event::BroughtUp(incarnation, Box::new(outcome)));

@@ -14,15 +14,15 @@ use std::{
         mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel},
     },
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use strata_proto::Side;
+use strata_proto::{Side, v1::Fence};
 
-use super::frame::{
-    Frame, HEARTBEAT_BYTES, ended, is_heartbeat, read_activation, read_heartbeat,
-};
+use super::frame::{Frame, HEARTBEAT_BYTES, ended, is_heartbeat, read_activation, read_heartbeat};
 use crate::{
+    health::Neighbours,
+    interrupt::Interrupt,
     kernels::ops::TensorSpec,
     transport::{Activation, Downstream, End, LinkError, Upstream, check_tensors},
 };
@@ -37,7 +37,10 @@ const HEARTBEATS: u32 = 4;
 /// What the threads of one end have in common.
 struct Shared {
     side: Side,
-    end: End,
+    fence: Fence,
+    interrupt: Interrupt,
+    neighbours: Neighbours,
+    timeout: Duration,
     /// For closing; who reads or writes has its own handle.
     socket: TcpStream,
     /// What ended the link first: what follows is a consequence.
@@ -45,15 +48,20 @@ struct Shared {
 }
 
 impl Shared {
-    fn new(socket: &TcpStream, side: Side, end: End) -> Result<Arc<Self>, LinkError> {
+    fn new(socket: &TcpStream, side: Side, end: &End) -> Result<Arc<Self>, LinkError> {
         // Of all handles: a read or write that has to wait longer is in vain.
         socket.set_read_timeout(Some(end.timeout))?;
-        Ok(Arc::new(Shared { side, end, socket: socket.try_clone()?, failure: Mutex::default() }))
+        let End { fence, timeout, .. } = *end;
+        let (interrupt, neighbours) = (end.interrupt.clone(), end.neighbours.clone());
+        let (socket, failure) = (socket.try_clone()?, Mutex::default());
+        Ok(Arc::new(Shared { side, fence, interrupt, neighbours, timeout, socket, failure }))
     }
 
     /// The link has failed: whoever waits for it is woken.
     fn fail(&self, error: LinkError) {
-        let error = self.end.failed(self.side, error);
+        // Not if it is only that this end was ended itself.
+        let error = if self.interrupt.is_tripped() { LinkError::Interrupted } else { error };
+        self.neighbours.failed(self.side, error.health());
         lock(&self.failure).get_or_insert(error);
         // A socket that is closed already is as good.
         let _ = self.socket.shutdown(Shutdown::Both);
@@ -61,7 +69,7 @@ impl Shared {
 
     /// What ended the link.
     fn why(&self) -> LinkError {
-        if self.end.interrupt.is_tripped() {
+        if self.interrupt.is_tripped() {
             return LinkError::Interrupted;
         }
         lock(&self.failure).take().unwrap_or_else(|| LinkError::Closed("the link has failed before".into()))
@@ -83,7 +91,7 @@ impl TcpDownstream {
     ///
     /// # Errors
     /// If there can be no threads.
-    pub fn start(socket: TcpStream, end: End) -> Result<Self, LinkError> {
+    pub fn start(socket: TcpStream, end: &End) -> Result<Self, LinkError> {
         let shared = Shared::new(&socket, Side::Downstream, end)?;
         let (queue, activations) = sync_channel(IN_FLIGHT);
         let writer = Arc::new(Mutex::new(BufWriter::with_capacity(WRITE_BUFFER, socket.try_clone()?)));
@@ -115,7 +123,7 @@ type Writer = Mutex<BufWriter<TcpStream>>;
 fn send(shared: &Shared, writer: &Writer, activations: &Receiver<Activation>) -> Result<(), LinkError> {
     while let Ok(activation) = activations.recv() {
         // May take as long as a step, which is no silence: the writer is free meanwhile.
-        let frame = Frame::of(&shared.end.fence, activation)?;
+        let frame = Frame::of(&shared.fence, activation)?;
         frame.write(&mut *lock(writer)).map_err(ended)?;
     }
     Ok(())
@@ -123,9 +131,9 @@ fn send(shared: &Shared, writer: &Writer, activations: &Receiver<Activation>) ->
 
 /// Answers signs of life until they stay away; never returns `Ok`.
 fn hear(shared: &Shared, mut socket: TcpStream, writer: &Writer) -> Result<(), LinkError> {
-    let answer = Frame::heartbeat(&shared.end.fence);
+    let answer = Frame::heartbeat(&shared.fence);
     loop {
-        read_heartbeat(&mut socket, &shared.end.fence)?;
+        read_heartbeat(&mut socket, &shared.fence)?;
         match writer.try_lock() {
             Ok(mut writer) => answer.write(&mut *writer).map_err(ended)?,
             // An activation is as good a sign.
@@ -150,7 +158,7 @@ impl TcpUpstream {
     ///
     /// # Errors
     /// If there can be no thread.
-    pub fn start(socket: TcpStream, end: End) -> Result<Self, LinkError> {
+    pub fn start(socket: TcpStream, end: &End) -> Result<Self, LinkError> {
         let shared = Shared::new(&socket, Side::Upstream, end)?;
         let (ends, ended) = channel();
         let socket = Arc::new(Mutex::new(socket));
@@ -166,7 +174,7 @@ impl TcpUpstream {
 
 impl Upstream for TcpUpstream {
     fn receive(&mut self, step: u64, expected: &[TensorSpec]) -> Result<Activation, LinkError> {
-        let read = read_activation(&mut *lock(&self.socket), &self.shared.end.fence, step, expected);
+        let read = read_activation(&mut *lock(&self.socket), &self.shared.fence, step, expected);
         read.map_err(|error| {
             self.shared.fail(error);
             self.shared.why()
@@ -176,16 +184,16 @@ impl Upstream for TcpUpstream {
 
 /// Gives signs of life, and reads those of the sending end while nobody else reads, until the end is dropped.
 fn watch(shared: &Shared, socket: &Mutex<TcpStream>, ends: &Receiver<()>) -> Result<(), LinkError> {
-    let sign = Frame::heartbeat(&shared.end.fence);
+    let sign = Frame::heartbeat(&shared.fence);
     let mut writer = BufWriter::new(shared.socket.try_clone()?);
     let mut heard = Instant::now();
-    while ends.recv_timeout(shared.end.timeout / HEARTBEATS) == Err(RecvTimeoutError::Timeout) {
+    while ends.recv_timeout(shared.timeout / HEARTBEATS) == Err(RecvTimeoutError::Timeout) {
         sign.write(&mut writer).map_err(ended)?;
         match socket.try_lock() {
             Ok(mut socket) => {
                 if read_heartbeats(shared, &mut socket)? {
                     heard = Instant::now();
-                } else if heard.elapsed() > shared.end.timeout {
+                } else if heard.elapsed() > shared.timeout {
                     return Err(LinkError::Silent);
                 }
             }
@@ -207,7 +215,7 @@ fn read_heartbeats(shared: &Shared, socket: &mut TcpStream) -> Result<bool, Link
         match come {
             Ok(0) => return Err(LinkError::Closed("it closed the link".into())),
             Ok(HEARTBEAT_BYTES) if is_heartbeat(&begin) => {
-                read_heartbeat(socket, &shared.end.fence)?;
+                read_heartbeat(socket, &shared.fence)?;
                 heard = true;
             }
             Ok(_) => return Ok(true),
@@ -220,17 +228,14 @@ fn read_heartbeats(shared: &Shared, socket: &mut TcpStream) -> Result<bool, Link
 
 #[cfg(test)]
 mod tests {
-    use std::{net::TcpListener, time::Duration};
+    use std::net::TcpListener;
 
     use strata_proto::v1::LinkHealth;
 
     use super::*;
-    use crate::{
-        interrupt::Interrupt,
-        transport::{
-            Payload, Tensors,
-            tcp::frame::tests::{fence, tensor},
-        },
+    use crate::transport::{
+        Payload, Tensors,
+        tcp::frame::tests::{fence, tensor},
     };
 
     const TIMEOUT: Duration = Duration::from_millis(200);
@@ -261,8 +266,8 @@ mod tests {
     #[test]
     fn a_long_step_and_a_long_pause_are_no_silence() {
         let (down, up) = sockets();
-        let mut down = TcpDownstream::start(down, end()).unwrap();
-        let mut up = TcpUpstream::start(up, end()).unwrap();
+        let mut down = TcpDownstream::start(down, &end()).unwrap();
+        let mut up = TcpUpstream::start(up, &end()).unwrap();
         for step in 0..3 {
             // The second activation waits while the first one is computed.
             let (first, shape) = activation(2 * step);
@@ -281,20 +286,20 @@ mod tests {
         // The peer is a socket that nobody reads or writes, as of a process that is stopped.
         let (silent, socket) = sockets();
         let idle = end();
-        let _up = TcpUpstream::start(socket, idle.share()).unwrap();
+        let _up = TcpUpstream::start(socket, &idle).unwrap();
         assert_eq!(health(&idle, Side::Upstream), LinkHealth::Silent);
         drop(silent);
 
         let (_silent, socket) = sockets();
         let waiting = end();
-        let mut up = TcpUpstream::start(socket, waiting.share()).unwrap();
+        let mut up = TcpUpstream::start(socket, &waiting).unwrap();
         let (_, shape) = activation(0);
         assert!(matches!(up.receive(0, &[shape]), Err(LinkError::Silent)));
         assert_eq!(health(&waiting, Side::Upstream), LinkHealth::Silent);
 
         let (socket, _silent) = sockets();
         let sending = end();
-        let mut down = TcpDownstream::start(socket, sending.share()).unwrap();
+        let mut down = TcpDownstream::start(socket, &sending).unwrap();
         assert_eq!(health(&sending, Side::Downstream), LinkHealth::Silent);
         let refused = (0..=IN_FLIGHT as u64 + 1).find_map(|step| {
             let (activation, shape) = activation(step);
@@ -307,7 +312,7 @@ mod tests {
     fn a_peer_that_closes_is_told_from_one_that_is_silent() {
         let (gone, socket) = sockets();
         let idle = end();
-        let _up = TcpUpstream::start(socket, idle.share()).unwrap();
+        let _up = TcpUpstream::start(socket, &idle).unwrap();
         drop(gone);
         assert_eq!(health(&idle, Side::Upstream), LinkHealth::Broken);
     }

@@ -27,7 +27,7 @@ const HEARTBEAT: u8 = 254;
 /// Where that number is in a head.
 const COUNT_AT: usize = 32;
 /// Bytes of a frame without a payload.
-pub(super) const HEARTBEAT_BYTES: usize = HEAD_BYTES + 4;
+pub(crate) const HEARTBEAT_BYTES: usize = HEAD_BYTES + 4;
 
 /// A frame that is ready to be written.
 pub(crate) struct Frame {
@@ -49,8 +49,8 @@ impl Frame {
             Payload::Tensors(tensors) => {
                 let tensors = tensors.into_host()?;
                 let count = u8::try_from(tensors.len()).ok().filter(|count| *count < HEARTBEAT);
-                let count = count
-                    .ok_or_else(|| LinkError::Protocol("an activation has too many tensors".into()))?;
+                let count =
+                    count.ok_or_else(|| LinkError::Protocol("an activation has too many tensors".into()))?;
                 let (mut shapes, mut body) = (Vec::new(), Vec::new());
                 for tensor in &tensors {
                     let spec = spec_of(tensor).ok_or_else(|| {
@@ -322,7 +322,10 @@ pub(super) mod tests {
         for at in 0..beat.len() {
             let mut bad = beat.clone();
             bad[at] ^= 0x40;
-            assert!(read_heartbeat(&mut &bad[..], &fence(1)).is_err(), "flipping a bit of byte {at} went unnoticed");
+            assert!(
+                read_heartbeat(&mut &bad[..], &fence(1)).is_err(),
+                "flipping a bit of byte {at} went unnoticed"
+            );
         }
     }
 }
