@@ -30,6 +30,7 @@
 
 mod address;
 mod device;
+mod digest;
 mod dtype;
 pub mod error;
 mod fence;
@@ -42,6 +43,7 @@ mod worker;
 
 pub use address::http_url;
 pub use device::{Device, DeviceKind, Library, Rate, rate_at};
+pub use digest::{Digest, ModuleId, WeightDigests, root};
 pub use dtype::{DType, Format, Quantization};
 pub use limits::{
     BLOCK_TOKENS, LINK_TOKEN_BYTES, MAX_HEADER_LIST, MAX_MODEL_FILES, MAX_STAGE_MESSAGE, NCCL_ID_BYTES,

@@ -19,7 +19,7 @@ use crate::{
     error::WorkerError,
     incarnation::StepHook,
     model,
-    stage::{Connect, Prepare, StageThread},
+    stage::{Connect, Load, Prepare, StageThread},
     transport::{Link, link_token, loopback::Hub, nccl, tcp::Listener},
     weights::describe_file,
 };
@@ -246,7 +246,7 @@ impl Worker for LocalWorker {
         let spec = spec_of(request.spec)?;
         let (_, stage) = self.admit(request.fence, &spec.device)?;
         let directory = self.config.models.resolve(&spec.model)?;
-        Ok(stage.load(spec, directory))
+        Ok(stage.load(Load { spec, directory, reread: request.reread }))
     }
 
     async fn prepare(&self, request: v1::PrepareRequest) -> Result<v1::Prepared, Status> {

@@ -1,7 +1,7 @@
 //! Why no pipeline could be brought up.
 
 use strata_proto::{
-    LinkKind,
+    Digest, LinkKind, ModuleId,
     error::{Classify, Kind},
 };
 use tonic::Status;
@@ -62,6 +62,24 @@ pub enum PipelineError {
         worker: String,
         /// What is wrong with its model.
         why: String,
+    },
+    /// The weights that a worker has read are not those that another one has.
+    #[error(
+        "worker {worker}: its copy of the model is not that of worker {first}: the digest of {module} is {found:.16} where \
+         {expected:.16} was loaded first; run `strata verify` on both copies, copy the model again where it is damaged, and \
+         restart that worker"
+    )]
+    Weights {
+        /// The worker that is refused.
+        worker: String,
+        /// The first module that differs.
+        module: ModuleId,
+        /// What it has read.
+        found: Digest,
+        /// What it should have been.
+        expected: Digest,
+        /// Who loaded that.
+        first: String,
     },
     /// A call failed.
     #[error("worker {worker}: {doing} failed: {}", status.message())]

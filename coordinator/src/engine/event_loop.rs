@@ -5,7 +5,7 @@ mod commit;
 
 use std::{
     collections::HashMap,
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     cluster::{
-        PipelineError,
+        PipelineError, WeightRecord,
         discovery::Planned,
         membership::{MemberEvent, Members},
         pipeline::PipelineEvent,
@@ -55,6 +55,8 @@ pub(crate) struct Engine {
     members: Members,
     /// Never empty once the engine runs.
     replicas: Vec<Replica>,
+    /// What the weights of the model are.
+    weights: Arc<Mutex<WeightRecord>>,
     /// Of the last pipeline that was begun, of whichever replica.
     incarnation: u64,
     last_id: SequenceId,
@@ -101,6 +103,7 @@ impl Engine {
             snapshot: start.snapshot,
             members: start.members,
             replicas: Vec::new(),
+            weights: Arc::default(),
             incarnation: 0,
             last_id: 0,
             live: HashMap::new(),

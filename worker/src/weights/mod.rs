@@ -3,6 +3,7 @@
 mod fingerprint;
 pub(crate) mod header;
 mod recognize;
+mod stream;
 
 use std::{
     collections::BTreeMap,
@@ -19,6 +20,7 @@ use std::{
 
 pub(crate) use header::{TensorDType, TensorInfo};
 pub use recognize::describe_file;
+pub(crate) use stream::stream;
 
 /// Largest piece of a tensor that is read at once.
 pub(crate) const PIECE: usize = 8 << 20;

@@ -1,6 +1,9 @@
 //! How replicas get their pipelines: what is planned once, brought up, lost, and brought up again.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{Arc, PoisonError},
+    time::Instant,
+};
 
 use strata_proto::{Plan, error::Kind, v1::Fence};
 
@@ -69,7 +72,7 @@ impl Engine {
             self.takes(at, known.plan.clone());
         }
         let (members, deployment) = (self.members.list(), self.deployment.clone());
-        let (events, observer) = (self.handle.clone(), self.observer.clone());
+        let (events, observer, weights) = (self.handle.clone(), self.observer.clone(), self.weights.clone());
         let sink_events = events.clone();
         let sink = Arc::new(move |incarnation, event| {
             let _ = sink_events.send(Event::Pipeline(incarnation, event));
@@ -95,7 +98,8 @@ impl Engine {
                         planned
                     }
                 };
-                Pipeline::bring_up(&planned.found, &planned.plan, fence, progress, sink, &deployment).await
+                let Planned { found, plan } = &planned;
+                Pipeline::bring_up(found, plan, fence, progress, sink, &deployment, &weights).await
             };
             let outcome = outcome.await;
             let _ = events.send(Event::BroughtUp(incarnation, Box::new(outcome)));
@@ -229,6 +233,7 @@ impl Engine {
             s.down.clear();
             s.plan = Some(Arc::new(Plan { replicas, ..Plan::clone(plan) }));
             s.fence = pipeline.fence();
+            s.weights = self.weights.lock().unwrap_or_else(PoisonError::into_inner).root();
         });
     }
 }

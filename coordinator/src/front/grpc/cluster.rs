@@ -61,6 +61,7 @@ impl Cluster for ClusterService {
             load: Some(snapshot.load),
             members: futures::future::join_all(described).await,
             version: self.coordinator.config().version.clone(),
+            weights: snapshot.weights.map(|digest| digest.to_string()).unwrap_or_default(),
             requests: Some(self.coordinator.session().requests()),
         }))
     }
