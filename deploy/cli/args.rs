@@ -9,13 +9,15 @@ mod tools;
 
 use std::path::PathBuf;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand};
 
 pub use clients::*;
 pub use deployment::*;
 pub use devices::*;
 pub use servers::*;
 pub use tools::*;
+
+use crate::report::LogFormat;
 
 /// Serves one transformer model across many devices.
 #[derive(Debug, Parser)]
@@ -33,12 +35,6 @@ pub struct Cli {
     /// What to do
     #[command(subcommand)]
     pub command: Command,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub enum LogFormat {
-    Text,
-    Json,
 }
 
 #[derive(Debug, Subcommand)]

@@ -5,6 +5,7 @@
 
 mod args;
 mod bench;
+mod call_error;
 mod check;
 mod client;
 mod config_file;
@@ -12,6 +13,7 @@ mod encode;
 mod generate;
 mod kernels;
 mod loading;
+mod local;
 mod model_dir;
 mod origin;
 mod plan;
