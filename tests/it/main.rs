@@ -22,3 +22,4 @@ mod serving;
 mod session;
 #[cfg(feature = "cuda")]
 mod start;
+mod usage;

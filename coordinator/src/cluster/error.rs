@@ -2,7 +2,7 @@
 
 use strata_proto::{
     Digest, LinkKind, ModuleId,
-    error::{Classify, Kind},
+    error::{Classify, Kind, words},
 };
 use tonic::Status;
 
@@ -66,8 +66,8 @@ pub enum PipelineError {
     /// The weights that a worker has read are not those that another one has.
     #[error(
         "worker {worker}: its copy of the model is not that of worker {first}: the digest of {module} is {found:.16} where \
-         {expected:.16} was loaded first; run `strata verify` on both copies, copy the model again where it is damaged, and \
-         restart that worker"
+         {expected:.16} was loaded first; run `strata verify` on both copies, and copy the model again where it is damaged; if \
+         that is on {first}, restart it and the coordinator too"
     )]
     Weights {
         /// The worker that is refused.
@@ -82,7 +82,7 @@ pub enum PipelineError {
         first: String,
     },
     /// A call failed.
-    #[error("worker {worker}: {doing} failed: {}", status.message())]
+    #[error("worker {worker}: {doing} failed: {}", words(status))]
     Call {
         /// The worker.
         worker: String,
