@@ -23,3 +23,4 @@ mod session;
 #[cfg(feature = "cuda")]
 mod start;
 mod usage;
+mod weights;
