@@ -5,7 +5,6 @@ use std::{
     fmt,
     fs::File,
     io::{Read, Write},
-    ops::ControlFlow,
     path::Path,
 };
 
@@ -113,8 +112,7 @@ pub fn verify(args: &VerifyArgs) -> anyhow::Result<()> {
 /// Reads the model in a directory.
 fn read(directory: &Path) -> anyhow::Result<Report> {
     let (_, directory) = model_dir::open(directory)?;
-    let modules = model::digests(&directory, &mut |_| ControlFlow::Continue(()))
-        .with_context(|| format!("model {}", directory.display()))?;
+    let modules = model::digests(&directory).with_context(|| format!("model {}", directory.display()))?;
     let digest = root(modules.iter().map(|module| (module.id, module.digest))).to_string();
     Ok(Report { digest, modules: modules.into_iter().map(Module::from).collect() })
 }

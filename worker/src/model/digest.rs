@@ -2,13 +2,12 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    ops::ControlFlow,
     path::Path,
 };
 
 use strata_proto::{DType, Digest, ModuleId, WeightDigests};
 
-use super::{LoadedBytes, Model, ModelError, RangeSpec, architecture::Site, range};
+use super::{Model, ModelError, RangeSpec, architecture::Site, range};
 use crate::weights::{Checkpoint, TensorDType, TensorInfo, stream};
 
 /// A tensor as the checkpoint has it.
@@ -55,15 +54,11 @@ impl ModuleDigest {
     }
 }
 
-/// Reads the whole model in `dir`, without keeping anything of it, and returns every module's digest, in order. `progress` is
-/// called after each piece and may stop it.
+/// Reads the whole model in `dir`, without keeping anything of it, and returns every module's digest, in order.
 ///
 /// # Errors
 /// If the model could not be loaded either, or a file cannot be read.
-pub fn digests(
-    dir: &Path,
-    progress: &mut dyn FnMut(LoadedBytes) -> ControlFlow<()>,
-) -> Result<Vec<ModuleDigest>, ModelError> {
+pub fn digests(dir: &Path) -> Result<Vec<ModuleDigest>, ModelError> {
     let (checkpoint, model) = Model::open_dir(dir)?;
     let names: BTreeSet<&str> = model.tower.sites().flat_map(|site| tensors(&model, site)).collect();
     let mut found: Vec<(&str, &TensorInfo)> = Vec::with_capacity(names.len());
@@ -72,16 +67,7 @@ pub fn digests(
     }
     found.sort_by_key(|(_, tensor)| tensor.place());
     let infos: Vec<&TensorInfo> = found.iter().map(|(_, tensor)| *tensor).collect();
-    let total = infos.iter().map(|tensor| tensor.bytes).sum();
-    let mut read = 0;
-    let mut each = |_, _, data: &[u8]| {
-        read += data.len() as u64;
-        match progress(LoadedBytes { read, total }) {
-            ControlFlow::Continue(()) => Ok(()),
-            ControlFlow::Break(()) => Err(ModelError::Cancelled),
-        }
-    };
-    let digests = stream(&checkpoint, &infos, &mut each)?;
+    let digests = stream(&checkpoint, &infos, |_, _, _| Ok::<_, ModelError>(()))?;
     let digests = found.iter().map(|(name, _)| *name).zip(digests).collect();
     model.tower.sites().map(|site| module(&checkpoint, &model, site, &digests)).collect()
 }

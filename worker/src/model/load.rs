@@ -118,7 +118,7 @@ pub(crate) fn read_tensors(
     let tensors: Vec<_> = jobs.iter().map(|job| job.tensor).collect();
     let total = tensors.iter().map(|tensor| tensor.bytes).sum();
     let mut read = 0;
-    let digests = stream(checkpoint, &tensors, &mut |number, offset, data| {
+    let digests = stream(checkpoint, &tensors, |number, offset, data| {
         let job = &jobs[number];
         put(&job.piece(offset, data)).map_err(|error| job.refused(error, spec))?;
         read += data.len() as u64;

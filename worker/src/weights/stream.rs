@@ -20,7 +20,7 @@ type Read = Result<(usize, u64, Vec<u8>), WeightsError>;
 pub(crate) fn stream<E: From<WeightsError>>(
     checkpoint: &Checkpoint,
     tensors: &[&TensorInfo],
-    each: &mut dyn FnMut(usize, u64, &[u8]) -> Result<(), E>,
+    mut each: impl FnMut(usize, u64, &[u8]) -> Result<(), E>,
 ) -> Result<Vec<Digest>, E> {
     let (filled, unhashed) = mpsc::sync_channel(1);
     let (hashed, pieces) = mpsc::sync_channel(1);

@@ -167,7 +167,7 @@ fn tensors_are_streamed_whole_and_hashed_as_they_are() {
     let dir = tempfile::tempdir().unwrap();
     // Longer than two pieces, of one piece exactly, and empty; in the file in this order.
     let lengths = [2 * PIECE + 12, PIECE, 0, 8];
-    let data: Vec<u8> = (0..lengths.iter().sum()).map(|i: usize| (i * 31 >> 4) as u8).collect();
+    let data: Vec<u8> = (0..lengths.iter().sum()).map(|i: usize| ((i * 31) >> 4) as u8).collect();
     let mut header = serde_json::Map::new();
     let mut begin = 0;
     for (name, length) in ["a", "b", "c", "d"].into_iter().zip(lengths) {
@@ -180,7 +180,7 @@ fn tensors_are_streamed_whole_and_hashed_as_they_are() {
     let names = ["d", "a", "c", "b"];
     let tensors = names.map(|name| checkpoint.tensor(name).unwrap());
     let mut read = vec![Vec::new(); names.len()];
-    let digests = stream(&checkpoint, &tensors, &mut |number, offset, bytes| {
+    let digests = stream(&checkpoint, &tensors, |number, offset, bytes| {
         assert_eq!(offset, read[number].len() as u64);
         read[number].extend_from_slice(bytes);
         Ok::<_, WeightsError>(())
@@ -193,6 +193,6 @@ fn tensors_are_streamed_whole_and_hashed_as_they_are() {
         assert_eq!(digest, blake3::hash(read).into());
     }
     // Whoever has enough ends it.
-    let enough = stream(&checkpoint, &tensors, &mut |_, _, _| Err(WeightsError::file(SINGLE, "enough")));
+    let enough = stream(&checkpoint, &tensors, |_, _, _| Err(WeightsError::file(SINGLE, "enough")));
     assert!(enough.unwrap_err().to_string().contains("enough"));
 }

@@ -15,7 +15,7 @@ fn fixtures() -> Vec<PathBuf> {
 }
 
 fn digests(dir: &Path) -> Vec<ModuleDigest> {
-    read_digests(dir, &mut |_| ControlFlow::Continue(())).unwrap()
+    read_digests(dir).unwrap()
 }
 
 fn ids(digests: &[ModuleDigest]) -> Vec<(ModuleId, strata_proto::Digest)> {
