@@ -5,7 +5,7 @@ use std::{io::Write, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 use anyhow::{Context, bail};
 use strata_coordinator::{
     Coordinator, CoordinatorConfig,
-    cluster::membership::{self, MemberEvent},
+    cluster::membership::{self, Source},
     engine::{Notice, Observer},
     front::grpc,
     planner::Split,
@@ -14,10 +14,8 @@ use strata_worker::{
     LocalWorker, Models, WorkerConfig,
     device::{self, Directories},
 };
-use tokio::{
-    net::TcpListener,
-    sync::{mpsc, watch},
-};
+use tokio::{net::TcpListener, sync::watch};
+use uuid::Uuid;
 
 use crate::{
     args::{CoordinatorArgs, DryRunArgs, ListenArgs, ServeArgs, WorkerArgs},
@@ -61,7 +59,8 @@ pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
             args.model
         )));
     }
-    let members = membership::fixed(&args.workers).map_err(|why| misused(format!("--worker: {why}")))?;
+    let members = membership::fixed(&args.workers, &name_of(&args.listen))
+        .map_err(|why| misused(format!("--worker: {why}")))?;
     check_names(&args.listen.name)?;
     let timeout = Duration::from_secs(args.join_timeout);
     let mut config =
@@ -147,6 +146,13 @@ fn warn_of_idle_json(args: &DryRunArgs) {
     }
 }
 
+/// A coordinator's name among those that want its workers: where it is, and a part that no other one has.
+fn name_of(args: &ListenArgs) -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_else(|_| args.host.clone());
+    let own = Uuid::new_v4().simple().to_string();
+    format!("{}:{} ({})", host.trim(), args.port, &own[..8])
+}
+
 async fn listen(args: &ListenArgs) -> anyhow::Result<TcpListener> {
     let address = (args.host.as_str(), args.port);
     TcpListener::bind(address).await.with_context(|| format!("listening on {}:{}", args.host, args.port))
@@ -156,7 +162,7 @@ async fn listen(args: &ListenArgs) -> anyhow::Result<TcpListener> {
 /// beginning on.
 async fn answer(
     config: CoordinatorConfig,
-    members: mpsc::UnboundedReceiver<MemberEvent>,
+    members: impl Into<Source>,
     (listener, grace): (TcpListener, u64),
     mut signals: Signals,
 ) -> anyhow::Result<()> {

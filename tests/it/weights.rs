@@ -59,51 +59,82 @@ async fn wait_for(
     tokio::time::timeout(PATIENCE, wait).await.unwrap_or_else(|_| panic!("{what} does not come"))
 }
 
-/// The spare takes the last layers over when a stage is lost, and one bit of them is not what it was.
+/// Four or five workers of which the first three hold the stages, and a coordinator over them.
+fn cluster(models: &[&Path]) -> (Vec<Process>, Process) {
+    let start =
+        |models: &&Path| Process::start(&["worker", "--models", models.to_str().unwrap()], "listening ");
+    let workers: Vec<_> = models.iter().map(start).collect();
+    let urls: Vec<_> = workers.iter().map(|w| w.address.clone()).collect();
+    let urls = urls.join(",");
+    let args = ["coordinator", "--worker", &urls, "--model", "shakespeare", "--dtype", "f32", "--port", "0"];
+    let coordinator = Process::start(&[&args[..], &["--split", "2,2,2"]].concat(), "ready ");
+    (workers, coordinator)
+}
+
+fn name(worker: &Process) -> String {
+    worker.address.trim_start_matches("http://").to_owned()
+}
+
+fn serves(status: &v1::StatusResponse, worker: &str) -> bool {
+    status.plan.as_ref().unwrap().replicas[0].stages.iter().any(|stage| stage.worker == worker)
+}
+
+/// An answer of 200 tokens, in the midst of which something happens.
+async fn disturbed(address: &str, disturb: impl AsyncFnOnce()) {
+    let client = client(address).await;
+    let expected = expectations(&model("shakespeare")).remove(0);
+    let undisturbed = ask(&client, greedy(&expected.ids, 200)).await.unwrap().ids;
+    let mut stream = client.clone().generate(greedy(&expected.ids, 200)).await.unwrap().into_inner();
+    let mut got = Vec::new();
+    let mut disturb = Some(disturb);
+    while let Some(event) = stream.message().await.unwrap() {
+        let Some(generate_event::Event::Tokens(tokens)) = event.event else { continue };
+        assert_eq!(tokens.index as usize, got.len(), "an index is missing or repeated");
+        got.extend(tokens.token_ids);
+        if let Some(disturb) = disturb.take() {
+            disturb().await;
+        }
+    }
+    assert_eq!(got, undisturbed, "an answer changed");
+}
+
+/// The only spare is to take layers over when a stage is lost, and one bit of them is not what it was.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_spare_with_a_damaged_copy_is_refused_by_name_until_it_is_mended() {
     let damaged = copy();
     flip_a_bit(damaged.path());
     let (good, damaged) = (model(""), damaged.path());
-    let start =
-        |models: &Path| Process::start(&["worker", "--models", models.to_str().unwrap()], "listening ");
-    let mut workers: Vec<_> = [&good, &good, &good, damaged].map(start).into_iter().collect();
-    let urls: Vec<_> = workers.iter().map(|w| w.address.clone()).collect();
-    let urls = urls.join(",");
-    let args = ["coordinator", "--worker", &urls, "--model", "shakespeare", "--dtype", "f32", "--port", "0"];
-    let coordinator = Process::start(&[&args[..], &["--split", "2,2,2"]].concat(), "ready ");
-    let before = status(&coordinator.address).await;
+    let (mut workers, coordinator) = cluster(&[&good, &good, &good, damaged]);
+    let (address, spare) = (&coordinator.address, name(&workers[3]));
+    let before = status(address).await;
     assert_eq!(before.weights.len(), 64, "every part was loaded");
-    let spare = workers[3].address.trim_start_matches("http://").to_owned();
-    let stages = &before.plan.unwrap().replicas[0].stages;
-    assert!(stages.iter().all(|stage| stage.worker != spare), "the spare is none: {stages:?}");
-
-    let client = client(&coordinator.address).await;
-    let expected = expectations(&model("shakespeare")).remove(0);
-    let undisturbed = ask(&client, greedy(&expected.ids, 200)).await.unwrap().ids;
-    let mut stream = client.clone().generate(greedy(&expected.ids, 200)).await.unwrap().into_inner();
-    let mut got = Vec::new();
-    let mut refused = None;
-    while let Some(event) = stream.message().await.unwrap() {
-        let Some(generate_event::Event::Tokens(tokens)) = event.event else { continue };
-        assert_eq!(tokens.index as usize, got.len(), "an index is missing or repeated");
-        got.extend(tokens.token_ids);
-        if refused.is_none() {
-            workers.remove(1).signal("-KILL");
-            let says = |s: &v1::StatusResponse| s.reason.contains("its copy of the model is not that of");
-            let status = wait_for(&coordinator.address, "the refusal", says).await;
-            assert!(!status.ready);
-            flip_a_bit(damaged);
-            refused = Some(status.reason);
-        }
-    }
-    let refused = refused.unwrap();
-    assert!(refused.contains(&spare) && refused.contains("layer 5"), "{refused}");
-    assert_eq!(got, undisturbed, "an answer changed");
-    let after = wait_for(&coordinator.address, "readiness", |s| s.ready).await;
+    assert!(!serves(&before, &spare), "the spare is none: {before:?}");
+    disturbed(address, async || {
+        workers.remove(1).signal("-KILL");
+        let says = |s: &v1::StatusResponse| s.reason.contains("its copy of the model is not that of");
+        let refused = wait_for(address, "the refusal", says).await.reason;
+        assert!(refused.contains(&spare) && refused.contains("layer 5"), "{refused}");
+        flip_a_bit(damaged);
+    })
+    .await;
+    let after = wait_for(address, "readiness", |s| s.ready).await;
     assert_eq!(after.weights, before.weights);
-    let stages = &after.plan.unwrap().replicas[0].stages;
-    assert!(stages.iter().any(|stage| stage.worker == spare), "its mended copy is not used: {stages:?}");
+    assert!(serves(&after, &spare), "its mended copy is not used: {after:?}");
+}
+
+/// Of two spares, the first one is damaged.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_good_spare_serves_in_the_place_of_a_damaged_one() {
+    let damaged = copy();
+    flip_a_bit(damaged.path());
+    let good = model("");
+    let (mut workers, coordinator) = cluster(&[&good, &good, &good, damaged.path(), &good]);
+    let (address, bad, spare) = (&coordinator.address, name(&workers[3]), name(&workers[4]));
+    disturbed(address, async || workers.remove(2).signal("-KILL")).await;
+    let after = wait_for(address, "readiness", |s| s.ready).await;
+    assert!(serves(&after, &spare) && !serves(&after, &bad), "{after:?}");
+    let refused = &after.members.iter().find(|member| member.worker == bad).unwrap().reason;
+    assert!(refused.contains("its copy of the model is not that of"), "{refused:?}");
 }
 
 #[test]

@@ -1,15 +1,18 @@
 //! Why no pipeline could be brought up.
 
+use std::collections::BTreeMap;
+
 use strata_proto::{
-    Digest, LinkKind, ModuleId,
+    LinkKind,
     error::{Classify, Kind, words},
 };
 use tonic::Status;
 
+use super::weights::WeightDifference;
 use crate::planner::PlanError;
 
 /// Why no pipeline could be brought up.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum PipelineError {
     /// No member has answered.
     #[error("no worker is available")]
@@ -64,22 +67,12 @@ pub enum PipelineError {
         why: String,
     },
     /// The weights that a worker has read are not those that another one has.
-    #[error(
-        "worker {worker}: its copy of the model is not that of worker {first}: the digest of {module} is {found:.16} where \
-         {expected:.16} was loaded first; run `strata verify` on both copies, and copy the model again where it is damaged; if \
-         that is on {first}, restart it and the coordinator too"
-    )]
+    #[error("worker {worker}: {difference}")]
     Weights {
         /// The worker that is refused.
         worker: String,
-        /// The first module that differs.
-        module: ModuleId,
-        /// What it has read.
-        found: Digest,
-        /// What it should have been.
-        expected: Digest,
-        /// Who loaded that.
-        first: String,
+        /// What differs.
+        difference: WeightDifference,
     },
     /// A call failed.
     #[error("worker {worker}: {doing} failed: {}", words(status))]
@@ -91,12 +84,65 @@ pub enum PipelineError {
         /// Its answer.
         status: Status,
     },
+    /// It cannot be planned over the members that are left.
+    #[error("{error}; left out: {}", listed(left_out))]
+    Without {
+        /// What is wrong with a plan over the others.
+        error: Box<PipelineError>,
+        /// Who was left out, and why.
+        left_out: BTreeMap<String, String>,
+    },
+}
+
+fn listed(left_out: &BTreeMap<String, String>) -> String {
+    let each = left_out.iter().map(|(worker, why)| format!("worker {worker} ({why})"));
+    each.collect::<Vec<_>>().join(", ")
+}
+
+impl PipelineError {
+    /// The worker whose fault it is, if it is one's.
+    pub fn worker(&self) -> Option<&str> {
+        match self {
+            PipelineError::Nonsense { worker, .. }
+            | PipelineError::ModelOf { worker, .. }
+            | PipelineError::Weights { worker, .. }
+            | PipelineError::Call { worker, .. } => Some(worker),
+            _ => None,
+        }
+    }
+
+    /// What went wrong, said of the worker whose fault it is.
+    pub fn reason(&self) -> String {
+        match self {
+            PipelineError::Nonsense { why, .. } | PipelineError::ModelOf { why, .. } => why.clone(),
+            PipelineError::Weights { difference, .. } => difference.to_string(),
+            PipelineError::Call { doing, status, .. } => format!("{doing} failed: {}", status.message()),
+            error => error.to_string(),
+        }
+    }
+
+    /// The term of the leader that a worker follows instead of this one.
+    pub fn newest_term(&self) -> Option<u64> {
+        match self {
+            PipelineError::Call { status, .. } => strata_proto::error::newest_term(status),
+            _ => None,
+        }
+    }
+
+    /// The same, where those were left out over whom it could have been planned.
+    pub(crate) fn without(self, left_out: BTreeMap<String, String>) -> Self {
+        match left_out.is_empty() {
+            true => self,
+            false => PipelineError::Without { error: Box::new(self), left_out },
+        }
+    }
 }
 
 impl Classify for PipelineError {
     fn kind(&self) -> Kind {
         match self {
             PipelineError::Plan(error) => error.kind(),
+            PipelineError::Without { error, .. } => error.kind(),
             _ => Kind::NoCapacity,
         }
     }

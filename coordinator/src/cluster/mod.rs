@@ -3,6 +3,8 @@
 mod call;
 pub mod discovery;
 mod error;
+pub mod leadership;
+pub(crate) mod left_out;
 mod links;
 pub mod membership;
 pub mod pipeline;
@@ -11,4 +13,4 @@ mod weights;
 
 pub use error::PipelineError;
 pub use remote::RemoteWorker;
-pub use weights::WeightRecord;
+pub use weights::{WeightDifference, WeightRecord};

@@ -4,7 +4,23 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use strata_proto::{Digest, ModuleId, root};
 
-use super::error::PipelineError;
+/// A module that a worker has read otherwise than another one did.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "its copy of the model is not that of worker {first}: the digest of {module} is {found:.16} where {expected:.16} was \
+     loaded first; run `strata verify` on both copies, and copy the model again where it is damaged; if that is on {first}, \
+     restart it and the coordinator too"
+)]
+pub struct WeightDifference {
+    /// The first module that differs.
+    pub module: ModuleId,
+    /// What was read.
+    pub found: Digest,
+    /// What it should have been.
+    pub expected: Digest,
+    /// The worker that loaded that.
+    pub first: String,
+}
 
 /// The digest of each module of a model: the first load of a module says what it is, each later one must say the same. So a
 /// worker whose files are damaged where the fingerprint does not look cannot take a stage over from one whose files are
@@ -30,7 +46,7 @@ impl WeightRecord {
         fingerprint: &str,
         worker: &str,
         modules: impl Iterator<Item = (ModuleId, Digest)> + Clone,
-    ) -> Result<(), PipelineError> {
+    ) -> Result<(), WeightDifference> {
         if self.fingerprint != fingerprint {
             *self = WeightRecord { fingerprint: fingerprint.to_owned(), ..WeightRecord::default() };
         }
@@ -38,13 +54,8 @@ impl WeightRecord {
             match self.modules.get(&module) {
                 Some((expected, first)) if *expected != found => {
                     self.refused.insert(worker.to_owned());
-                    return Err(PipelineError::Weights {
-                        worker: worker.to_owned(),
-                        module,
-                        found,
-                        expected: *expected,
-                        first: first.clone(),
-                    });
+                    let (expected, first) = (*expected, first.clone());
+                    return Err(WeightDifference { module, found, expected, first });
                 }
                 _ => {}
             }
@@ -102,9 +113,7 @@ mod tests {
         let mut damaged = whole.clone();
         damaged[2].1 = digest(9);
         let refused = load(&mut record, "c", &damaged).unwrap_err();
-        for part in
-            ["worker c: ", "worker b", "layer 1 is 0909090909090909", "0303030303030303", "`strata verify`"]
-        {
+        for part in ["worker b", "layer 1 is 0909090909090909", "0303030303030303", "`strata verify`"] {
             assert!(refused.contains(part), "{part} is not in: {refused}");
         }
         assert!(record.has_refused("c") && !record.has_refused("b"));
