@@ -21,7 +21,7 @@ use tokio::{
 
 use crate::{
     cluster::{
-        PipelineError,
+        History, PipelineError,
         discovery::{Discovery, Planned, discover},
         leadership::Leadership,
         membership::{MemberEvent, Members, Source},
@@ -114,6 +114,8 @@ struct Shared {
     snapshot: watch::Sender<Snapshot>,
     session: Session,
     started: AtomicBool,
+    /// What earlier pipelines have shown, whoever led when they were brought up.
+    history: Arc<History>,
 }
 
 impl Coordinator {
@@ -127,7 +129,8 @@ impl Coordinator {
         };
         let session = Session::new(names.into(), config.limits.max_requests, view);
         let (members, started) = (Members::default(), AtomicBool::new(false));
-        let shared = Shared { config, members, snapshot, session, started };
+        let history = Arc::default();
+        let shared = Shared { config, members, snapshot, session, started, history };
         Coordinator { shared: Arc::new(shared) }
     }
 
@@ -247,7 +250,7 @@ impl Coordinator {
     }
 
     async fn bring_up(&self, term: u64, observer: &Observer) -> Result<engine::Running, StartError> {
-        let Shared { config, members, session, snapshot, .. } = &*self.shared;
+        let Shared { config, members, session, snapshot, history, .. } = &*self.shared;
         let events = members.subscribe();
         let found = self.gather(observer).await?;
         self.show(State::Starting, "asking the workers for the model");
@@ -286,6 +289,7 @@ impl Coordinator {
             term,
             snapshot: snapshot.clone(),
             planned: Planned { found, plan },
+            history: history.clone(),
             counters: engine::counters(&snapshot.borrow().load),
         });
         let handle = engine.handle().clone();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use strata_coordinator::{
     cluster::{
-        FailedLinks,
+        History,
         discovery::discover,
         pipeline::{Pipeline, PipelineEvent},
     },
@@ -44,8 +44,8 @@ impl Driver {
             fence,
             Arc::new(|_| {}),
             sink,
-            FailedLinks::default(),
             &deployment,
+            &History::default(),
         )
         .await;
         let stages = plan.replicas[0].stages.len() as u32;

@@ -9,7 +9,7 @@ use std::{
 
 use half::bf16;
 use safetensors::{Dtype, tensor::TensorView};
-use strata_coordinator::cluster::{FailedLinks, RemoteWorker, discovery::discover, pipeline::Pipeline};
+use strata_coordinator::cluster::{History, RemoteWorker, discovery::discover, pipeline::Pipeline};
 use strata_proto::{
     Format, LayerRange, ModelProfile, Worker,
     v1::{self, Fence},
@@ -97,7 +97,8 @@ async fn a_third_of_the_layers_costs_a_third_of_the_bytes_and_of_the_memory() {
     };
     let load = async |spec: v1::StageSpec| {
         let fence = Some(Fence { term: 1, pipeline: 0, incarnation: 1 });
-        let mut progress = worker.load(v1::LoadRequest { fence, spec: Some(spec) }).await.unwrap();
+        let mut progress =
+            worker.load(v1::LoadRequest { fence, spec: Some(spec), reread: false }).await.unwrap();
         let mut last = v1::LoadProgress::default();
         while let Some(update) = progress.recv().await {
             last = update.unwrap();
@@ -121,7 +122,7 @@ async fn a_third_of_the_layers_costs_a_third_of_the_bytes_and_of_the_memory() {
     let mapped = load(v1::StageSpec { mapped: true, ..spec }).await;
     assert_eq!(mapped.resident_bytes, last.resident_bytes);
     let more = anonymous_bytes(process.id()).saturating_sub(idle);
-    assert!(more < file / 10, "{more} bytes of anonymous memory beside mapped weights");
+    assert!(more < file / 8, "{more} bytes of anonymous memory beside mapped weights");
 }
 
 /// A discovery of too little memory: then the weights stay memory-mapped, and answers are the same.
@@ -148,8 +149,8 @@ async fn a_model_that_fits_no_memory_is_brought_up_memory_mapped() {
         fence,
         Arc::new(|_| {}),
         Arc::new(|_, _| {}),
-        FailedLinks::default(),
         &deployment,
+        &History::default(),
     )
     .await;
     assert_eq!(up.unwrap().replica(), &plan.replicas[0]);

@@ -26,3 +26,4 @@ mod silence;
 #[cfg(feature = "cuda")]
 mod start;
 mod usage;
+mod weights;

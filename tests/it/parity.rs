@@ -9,7 +9,7 @@ use std::{
 
 use strata_coordinator::{
     cluster::{
-        FailedLinks,
+        History,
         discovery::discover,
         pipeline::{Pipeline, PipelineEvent},
     },
@@ -98,8 +98,8 @@ impl Driver {
             fence,
             Arc::new(|_| {}),
             sink,
-            FailedLinks::default(),
             &deployment,
+            &History::default(),
         )
         .await;
         Driver { pipeline: up.unwrap(), events, step: 0, switch, next_block: 0, next_sequence: 0 }

@@ -70,7 +70,7 @@ impl Proxy {
                 };
                 // Who listens there may have ended.
                 let Ok(server) = TcpStream::connect(target).await else { continue };
-                [&client, &server].map(|socket| socket.set_nodelay(true).unwrap());
+                [&client, &server].iter().for_each(|socket| socket.set_nodelay(true).unwrap());
                 let (from_client, to_client) = client.into_split();
                 let (from_server, to_server) = server.into_split();
                 let ([forth, back], count, ended) = (ways_here.clone(), count.clone(), ended.clone());

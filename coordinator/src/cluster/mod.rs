@@ -10,7 +10,10 @@ mod links;
 pub mod membership;
 pub mod pipeline;
 mod remote;
+mod weights;
 
 pub use blame::FailedLinks;
 pub use error::PipelineError;
+pub use pipeline::History;
 pub use remote::RemoteWorker;
+pub use weights::{WeightDifference, WeightRecord};

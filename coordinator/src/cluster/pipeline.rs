@@ -4,24 +4,28 @@
 mod tests;
 mod watch;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use futures::future::try_join_all;
 use strata_proto::{
     BLOCK_TOKENS, LINK_TOKEN_BYTES, LinkKind, NCCL_ID_BYTES, Plan, Quantization, Replica, StagePlan,
-    StateBytes,
+    StateBytes, WeightDigests,
     v1::{self, Fence, from_stage, to_stage},
 };
 use tokio::sync::mpsc;
 use tonic::Status;
 
-use self::watch::{Watch, connect_all};
+use self::watch::Watch;
 use super::{
     blame::FailedLinks,
     call::{CALL_TIMEOUT, call},
     discovery::Discovery,
     error::PipelineError,
     membership::Member,
+    weights::WeightRecord,
 };
 use crate::config::Deployment;
 
@@ -31,6 +35,15 @@ const PREPARE_TIMEOUT: Duration = Duration::from_secs(600);
 const ABORT_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long one has whose worker counts as lost: it frees its memory at once, if it is there after all.
 const ABORT_LOST_TIMEOUT: Duration = Duration::from_millis(250);
+/// What earlier pipelines have shown, whatever their plans and whoever led.
+#[derive(Debug, Default)]
+pub struct History {
+    /// What the weights of the model are, as far as it is known.
+    pub weights: Mutex<WeightRecord>,
+    /// Links that failed lately.
+    pub failed_links: FailedLinks,
+}
+
 /// How far a stage has loaded.
 #[derive(Debug, Clone, Copy)]
 pub struct LoadUpdate {
@@ -82,18 +95,19 @@ pub struct Pipeline {
 pub type EventSink = Arc<dyn Fn(u64, PipelineEvent) + Send + Sync>;
 
 impl Pipeline {
-    /// Loads, prepares, connects and opens every stage of the plan's first replica.
+    /// Loads, prepares, connects and opens every stage of the plan's first replica. What a stage has read must be what
+    /// `history` says of the model's weights, which learns what it did not know.
     ///
     /// # Errors
-    /// The first call that fails; the stages that were up are aborted.
+    /// The first call that fails, or weights that differ; the stages that were up are aborted.
     pub async fn bring_up(
         found: &Discovery,
         plan: &Plan,
         fence: Fence,
         progress: Arc<dyn Fn(LoadUpdate) + Send + Sync>,
         sink: EventSink,
-        failed_links: FailedLinks,
         deployment: &Deployment,
+        history: &History,
     ) -> Result<Pipeline, PipelineError> {
         let replica = plan.replicas.first().cloned().ok_or(PipelineError::NoWorkers)?;
         let setups = setups(found, plan, &replica, fence);
@@ -102,9 +116,14 @@ impl Pipeline {
             stages: setups.iter().map(|s| (s.member.clone(), s.spec.device.clone())).collect(),
         };
         let workers = setups.iter().map(|setup| setup.member.name.clone());
-        let watch = Watch::new(workers, deployment.heartbeat_timeout, failed_links.clone());
-        let running = Running { watch, failed_links, sink };
-        match open(&setups, &replica, progress, running, deployment).await {
+        let watch = Watch::new(workers, deployment.heartbeat_timeout, history.failed_links.clone());
+        let opened = async {
+            let loads = setups.iter().enumerate();
+            let loads = loads.map(|(index, setup)| setup.load(index, &*progress, &history.weights));
+            try_join_all(loads).await?;
+            open(&setups, &replica, Running { watch, sink }, deployment).await
+        };
+        match opened.await {
             Ok(stages) => Ok(Pipeline { fence, replica, stages, abort }),
             Err(error) => {
                 abort.abort(error.worker()).await;
@@ -196,19 +215,16 @@ fn setups(found: &Discovery, plan: &Plan, replica: &Replica, fence: Fence) -> Ve
 /// Where what happens on running stages goes.
 struct Running {
     watch: Arc<Watch>,
-    failed_links: FailedLinks,
     sink: EventSink,
 }
 
+/// Prepares, connects and runs stages whose weights are loaded.
 async fn open(
     setups: &[Setup],
     replica: &Replica,
-    progress: Arc<dyn Fn(LoadUpdate) + Send + Sync>,
     running: Running,
     deployment: &Deployment,
 ) -> Result<Vec<mpsc::Sender<v1::ToStage>>, PipelineError> {
-    try_join_all(setups.iter().enumerate().map(|(index, setup)| setup.load(index, &*progress))).await?;
-
     // Secrets of the links, minted anew for each incarnation.
     let tokens: Vec<[u8; LINK_TOKEN_BYTES]> = (1..setups.len()).map(|_| mint_token()).collect();
     let blocks = u32::try_from(replica.kv_capacity_tokens / u64::from(BLOCK_TOKENS)).unwrap_or(u32::MAX);
@@ -230,8 +246,7 @@ async fn open(
         setup.connect(upstream, downstream)
     });
     // All at once: neither end of a link is up before the other.
-    let workers: Vec<_> = setups.iter().map(|setup| setup.member.name.as_str()).collect();
-    connect_all(&workers, connected, &running.failed_links).await?;
+    running.watch.connected(connected).await?;
     let runs = setups.iter().enumerate().map(|(index, setup)| setup.run(index, &running, deployment));
     try_join_all(runs).await
 }
@@ -254,11 +269,17 @@ impl Setup {
         &self,
         stage: usize,
         progress: &(dyn Fn(LoadUpdate) + Send + Sync),
+        weights: &Mutex<WeightRecord>,
     ) -> Result<(), PipelineError> {
+        let lock = || weights.lock().unwrap_or_else(PoisonError::into_inner);
         let failed = |status| PipelineError::Call { worker: self.member.name.clone(), doing: "Load", status };
-        let request = v1::LoadRequest { fence: Some(self.fence), spec: Some(self.spec.clone()) };
+        let request = v1::LoadRequest {
+            fence: Some(self.fence),
+            spec: Some(self.spec.clone()),
+            reread: lock().has_refused(&self.member.name),
+        };
         let mut updates = self.member.worker.load(request).await.map_err(failed)?;
-        let mut resident = None;
+        let mut last = v1::LoadProgress::default();
         while let Some(update) = updates.recv().await {
             let update = update.map_err(failed)?;
             let pipeline = self.fence.pipeline;
@@ -268,16 +289,25 @@ impl Setup {
                 bytes_read: update.bytes_read,
                 bytes_total: update.bytes_total,
             });
-            resident = update.resident_bytes;
+            last = update;
         }
-        match resident {
-            Some(bytes) if bytes == self.plan.weight_bytes => Ok(()),
-            Some(bytes) => Err(self.nonsense(format!(
-                "its weights take {bytes} bytes where {} were planned",
-                self.plan.weight_bytes
-            ))),
-            None => Err(failed(Status::unavailable("the load broke off"))),
+        match last.resident_bytes {
+            Some(bytes) if bytes == self.plan.weight_bytes => {}
+            Some(bytes) => {
+                let planned = self.plan.weight_bytes;
+                return Err(
+                    self.nonsense(format!("its weights take {bytes} bytes where {planned} were planned"))
+                );
+            }
+            None => return Err(failed(Status::unavailable("the load broke off"))),
         }
+        let v1::StageSpec { fingerprint, embedding, head, .. } = &self.spec;
+        let layers = self.plan.layers;
+        let digests = WeightDigests::of_stage(last.digests, layers, *embedding, *head);
+        let digests = digests.map_err(|why| self.nonsense(why))?;
+        let worker = &self.member.name;
+        let checked = lock().check(fingerprint, worker, digests.modules(layers.first));
+        checked.map_err(|difference| PipelineError::Weights { worker: worker.clone(), difference })
     }
 
     /// Allocates what the plan says; returns where the stage takes activations, and the id of its NCCL link if it has

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     cluster::{
-        FailedLinks, PipelineError,
+        History, PipelineError,
         discovery::Planned,
         left_out::LeftOut,
         membership::{MemberEvent, Members},
@@ -56,8 +56,6 @@ pub(crate) struct Engine {
     term: u64,
     /// Members on which something failed.
     left_out: LeftOut,
-    /// Links between them that failed.
-    failed_links: FailedLinks,
     /// Members that could not describe the model when they were last asked, and why.
     undescribed: BTreeMap<String, String>,
     look_again: Instant,
@@ -65,6 +63,8 @@ pub(crate) struct Engine {
     deposed: Option<String>,
     /// Never empty once the engine runs.
     replicas: Vec<Replica>,
+    /// What earlier pipelines have shown.
+    history: Arc<History>,
     /// Somebody joined for whom no further replica was tried yet.
     joined: bool,
     /// Of the last pipeline that was begun, of whichever replica.
@@ -92,6 +92,8 @@ pub(crate) struct Start {
     pub snapshot: watch::Sender<Snapshot>,
     /// What the first pipelines are brought up by.
     pub planned: Planned,
+    /// What earlier pipelines have shown.
+    pub history: Arc<History>,
     /// What was counted before.
     pub counters: v1::Load,
 }
@@ -152,11 +154,11 @@ impl Engine {
             members: start.members,
             term: start.term,
             left_out: LeftOut::default(),
-            failed_links: FailedLinks::default(),
             undescribed: planned.found.left_out.clone(),
             look_again: Instant::now() + LOOK_AGAIN_EVERY,
             deposed: None,
             replicas: Vec::new(),
+            history: start.history,
             joined: false,
             incarnation: 0,
             last_id: 0,

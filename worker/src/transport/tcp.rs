@@ -242,7 +242,7 @@ mod tests {
             down.send(Activation { step, payload }, &[shape]).unwrap();
             let got = up.receive(step, &[shape]).unwrap();
             let Payload::Tensors(got) = got.payload else { panic!("poisoned") };
-            let flat = |t: Tensor| {
+            let flat = |t: candle_core::Tensor| {
                 t.to_dtype(candle_core::DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
             };
             assert_eq!(flat(got.into_host().unwrap().remove(0)), flat(sent));

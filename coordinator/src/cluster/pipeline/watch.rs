@@ -108,11 +108,47 @@ impl Watch {
         // Nobody has to have last words.
         let _ = tokio::time::timeout(LAST_WORDS, settled).await;
         let reports = self.reports();
-        let blamed = blame(&reports, &self.failed_links.lately(), self.timeout);
-        if !reports.iter().any(|report| report.ended) {
-            self.failed_links.note(&reports);
+        self.blame(&reports).map(|at| (reports[at].worker.clone(), reports[at].ended))
+    }
+
+    /// Waits until all links are up, or it is known who is to blame that one is not: of two ends that miss each other one may be
+    /// cut off. The calls are those of the stages, in order.
+    ///
+    /// # Errors
+    /// What is wrong with the worker to blame.
+    pub async fn connected(
+        &self,
+        calls: impl Iterator<Item = impl Future<Output = Result<(), PipelineError>>>,
+    ) -> Result<(), PipelineError> {
+        let calls = calls.enumerate().map(|(stage, call)| async move { (stage, call.await) });
+        let mut calls: FuturesUnordered<_> = calls.collect();
+        let mut errors: Vec<Option<PipelineError>> = self.lock().iter().map(|_| None).collect();
+        let mut wait = Duration::MAX;
+        while let Ok(Some((stage, result))) = tokio::time::timeout(wait, calls.next()).await {
+            if let Err(error) = result {
+                errors[stage] = Some(error);
+                wait = LAST_WORDS;
+            }
         }
-        blamed.map(|at| (reports[at].worker.clone(), reports[at].ended))
+        let first = errors.iter().enumerate().find_map(|(stage, error)| Some((stage, error.clone()?)));
+        let Some((complains, why)) = first else { return Ok(()) };
+        let reports: Vec<_> =
+            self.lock().iter().zip(&errors).map(|(stage, error)| unconnected(&stage.worker, error)).collect();
+        let blamed = self.blame(&reports).unwrap_or(complains);
+        Err(errors.swap_remove(blamed).unwrap_or_else(|| {
+            let status =
+                Status::unavailable(format!("worker {}: {}", reports[complains].worker, why.reason()));
+            PipelineError::Call { worker: reports[blamed].worker.clone(), doing: "Connect", status }
+        }))
+    }
+
+    /// The stage to blame, if it is one's fault. Links that failed though nobody is gone are remembered.
+    fn blame(&self, reports: &[Report]) -> Option<usize> {
+        let blamed = blame(reports, &self.failed_links.lately(), self.timeout);
+        if !reports.iter().any(|report| report.ended) {
+            self.failed_links.note(reports);
+        }
+        blamed
     }
 
     fn reports(&self) -> Vec<Report> {
@@ -173,43 +209,6 @@ impl Watch {
     }
 }
 
-/// Waits until all links are up, or knows the worker to blame that one is not: of two ends that miss each other one may be
-/// cut off.
-///
-/// # Errors
-/// What is wrong with the worker to blame.
-pub(super) async fn connect_all(
-    workers: &[&str],
-    calls: impl Iterator<Item = impl Future<Output = Result<(), PipelineError>>>,
-    failed_links: &FailedLinks,
-) -> Result<(), PipelineError> {
-    let calls = calls.enumerate().map(|(stage, call)| async move { (stage, call.await) });
-    let mut calls: FuturesUnordered<_> = calls.collect();
-    let mut errors: Vec<Option<PipelineError>> = workers.iter().map(|_| None).collect();
-    let mut wait = Duration::MAX;
-    while let Ok(Some((stage, result))) = tokio::time::timeout(wait, calls.next()).await {
-        if let Err(error) = result {
-            errors[stage] = Some(error);
-            wait = LAST_WORDS;
-        }
-    }
-    let Some((complains, why)) =
-        errors.iter().enumerate().find_map(|(stage, error)| Some((stage, error.clone()?)))
-    else {
-        return Ok(());
-    };
-    let reports: Vec<_> =
-        workers.iter().zip(&errors).map(|(worker, error)| unconnected(worker, error)).collect();
-    let blamed = blame(&reports, &failed_links.lately(), Duration::MAX).unwrap_or(complains);
-    if !reports.iter().any(|report| report.ended) {
-        failed_links.note(&reports);
-    }
-    Err(errors.swap_remove(blamed).unwrap_or_else(|| {
-        let status = Status::unavailable(format!("worker {}: {}", workers[complains], why.reason()));
-        PipelineError::Call { worker: workers[blamed].to_owned(), doing: "Connect", status }
-    }))
-}
-
 /// A stage as its call of Connect shows it.
 fn unconnected(worker: &str, error: &Option<PipelineError>) -> Report {
     let side = match error {
@@ -266,6 +265,10 @@ mod tests {
     use super::*;
 
     const TIMEOUT: Duration = Duration::from_secs(2);
+
+    fn watched(workers: [&str; 3], links: FailedLinks) -> Arc<Watch> {
+        Watch::new(workers.map(str::to_owned).into_iter(), TIMEOUT, links)
+    }
 
     /// A pipeline over workers `a`, `b` and `c`: what each of its stages says goes in, what is told to the engine comes
     /// out.
@@ -334,26 +337,23 @@ mod tests {
             side.iter().for_each(|side| strata_proto::error::miss(&mut status, *side));
             Err(PipelineError::Call { worker: worker.into(), doing: "Connect", status })
         };
-        let connect = async |workers: [&str; 3],
-                             results: [Option<Result<(), PipelineError>>; 3],
-                             links: &FailedLinks| {
-            let calls = results.into_iter().map(|result| async {
-                match result {
+        let connect =
+            async |workers, results: [Option<Result<(), PipelineError>>; 3], links: &FailedLinks| {
+                let calls = results.into_iter().map(async |result| match result {
                     Some(result) => result,
                     None => std::future::pending().await,
-                }
-            });
-            connect_all(&workers, calls, links).await.unwrap_err().to_string()
-        };
+                });
+                watched(workers, links.clone()).connected(calls).await.unwrap_err().to_string()
+            };
         let (abc, links) = (["a", "b", "c"], FailedLinks::default());
-        let said = connect(abc, [Some(fails("a", Some(Side::Downstream))), None, Some(Ok(()))], &links).await;
+        let misses = |worker| Some(fails(worker, Some(Side::Downstream)));
+        let said = connect(abc, [misses("a"), None, Some(Ok(()))], &links).await;
         assert_eq!(said, "worker b: Connect failed: worker a: Connect failed: no answer");
         // The one in the place of `b` is not reached either.
-        let said =
-            connect(["a", "s", "c"], [Some(fails("a", Some(Side::Downstream))), None, None], &links).await;
+        let said = connect(["a", "s", "c"], [misses("a"), None, None], &links).await;
         assert_eq!(said, "worker a: Connect failed: no answer");
         // Who fails by itself is to blame, whoever complains.
-        let results = [Some(fails("a", Some(Side::Downstream))), None, Some(fails("c", None))];
+        let results = [misses("a"), None, Some(fails("c", None))];
         let said = connect(abc, results, &FailedLinks::default()).await;
         assert_eq!(said, "worker c: Connect failed: no answer");
     }
