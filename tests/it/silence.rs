@@ -17,7 +17,7 @@ use crate::{
     proxy::{Fault, Proxy, Way},
 };
 
-const TOKENS: u32 = 250;
+const TOKENS: u32 = 200;
 const STREAMS: usize = 8;
 /// The gap that a fault may cause, by the issue: what it takes to notice, and two seconds. Three times as long on machines
 /// that others use, too.

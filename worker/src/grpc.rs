@@ -15,7 +15,7 @@ use tonic::{Request, Response, Status, Streaming, async_trait, service::Routes};
 /// Pieces in which small files travel.
 const CHUNK: usize = 256 << 10;
 
-/// A coordinator that goes away without a word is noticed, and its incarnation's memory freed.
+/// A coordinator that goes away without a word is noticed, whatever it has asked for. A run hears its heartbeats besides.
 const PINGS: Pings = Pings { every: PING_EVERY, timeout: PING_TIMEOUT };
 
 const SERVED: Served = Served {

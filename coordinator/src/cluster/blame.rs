@@ -2,14 +2,11 @@
 
 use std::{
     collections::HashSet,
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use strata_proto::v1::{LinkHealth, StageHealth};
-
-/// How long a link that failed is remembered.
-const LATELY: Duration = Duration::from_secs(60);
 
 /// What is known of a stage whose pipeline broke.
 #[derive(Debug, Clone, Default)]
@@ -23,6 +20,13 @@ pub(super) struct Report {
     pub health: StageHealth,
 }
 
+impl Report {
+    /// Whether it ended, or has missed two reports, each of which is due after a quarter of `timeout`.
+    pub fn is_gone(&self, timeout: Duration) -> bool {
+        self.ended || self.silent > timeout / 2
+    }
+}
+
 /// The stage that the next plan had better do without, and the link that it is about if it is about one; none if all are
 /// well, as far as they say, and only a connection broke.
 ///
@@ -31,68 +35,66 @@ pub(super) struct Report {
 /// who has trouble with more than one neighbour, now or `lately`; and of a link that is silent, though both of its ends
 /// are well, the end that is dialled, as whoever comes in the place of the other one would dial it, too. Of several silent links
 /// the one counts on which something was lost: its upstream stage has sent what never came.
-pub(super) fn blame(stages: &[Report], lately: &[Pair], timeout: Duration) -> Option<usize> {
+fn blame(stages: &[Report], before: &[Pair], timeout: Duration) -> Option<usize> {
     if let Some(gone) = stages.iter().position(|stage| stage.ended) {
         return Some(gone);
     }
     let (quietest, stage) = stages.iter().enumerate().max_by_key(|(_, stage)| stage.silent)?;
-    if stage.silent > timeout / 2 {
+    if stage.is_gone(timeout) {
         return Some(quietest);
     }
-    let links = failed_links(stages);
-    let now = links.iter().map(|link| pair(&stages[link.at].worker, &stages[link.at + 1].worker));
-    let all: HashSet<Pair> = now.chain(lately.iter().cloned()).collect();
+    let links = silent_links(stages);
+    let now = links.iter().map(|at| pair(stages, *at));
+    let all: HashSet<Pair> = now.chain(before.iter().cloned()).collect();
     let trouble = |at: &usize| all.iter().filter(|(a, b)| [a, b].contains(&&stages[*at].worker)).count();
-    let ends = links.iter().flat_map(|link| [link.at, link.at + 1]);
+    let ends = links.iter().flat_map(|at| [*at, at + 1]);
     // Of equals the last one: it is dialled.
     if let Some(common) = ends.max_by_key(trouble).filter(|at| trouble(at) > 1) {
         return Some(common);
     }
-    let silent = || links.iter().filter(|link| link.silent);
-    let lossy = silent().find(|link| stages[link.at].health.sent > stages[link.at + 1].health.received);
-    lossy.or(silent().next()).map(|link| link.at + 1)
+    let lossy = links.iter().find(|at| stages[**at].health.sent > stages[**at + 1].health.received);
+    lossy.or(links.first()).map(|at| at + 1)
 }
 
-/// A link that one of its ends says has failed.
-struct Link {
-    /// Its upstream stage.
-    at: usize,
-    silent: bool,
-}
-
-fn failed_links(stages: &[Report]) -> Vec<Link> {
+/// Links that one of their ends hears nothing of, by their upstream stages. Others may have been closed only since a stage
+/// ended that misses a neighbour.
+fn silent_links(stages: &[Report]) -> Vec<usize> {
     let said = stages.windows(2).map(|ends| [ends[0].health.downstream(), ends[1].health.upstream()]);
-    let failed = said.enumerate().filter(|(_, said)| *said != [LinkHealth::Unspecified; 2]);
-    failed.map(|(at, said)| Link { at, silent: said.contains(&LinkHealth::Silent) }).collect()
+    let silent = said.enumerate().filter(|(_, said)| said.contains(&LinkHealth::Silent));
+    silent.map(|(at, _)| at).collect()
 }
 
 /// Two workers, in the order of their names.
-pub(super) type Pair = (String, String);
+type Pair = (String, String);
 
-fn pair(a: &str, b: &str) -> Pair {
-    (a.min(b).to_owned(), a.max(b).to_owned())
+/// The ends of the link behind a stage.
+fn pair(stages: &[Report], at: usize) -> Pair {
+    let (a, b) = (&stages[at].worker, &stages[at + 1].worker);
+    (a.min(b).clone(), a.max(b).clone())
 }
 
-/// Links between workers that failed lately, whatever the pipeline.
+/// Links between workers that were silent since a pipeline last came up.
 #[derive(Debug, Clone, Default)]
-pub struct FailedLinks(Arc<Mutex<Vec<(Instant, Pair)>>>);
+pub struct SilentLinks(Arc<Mutex<Vec<Pair>>>);
 
-impl FailedLinks {
-    /// Those of the last minute.
-    pub(super) fn lately(&self) -> Vec<Pair> {
-        let mut links = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        links.retain(|(at, _)| at.elapsed() < LATELY);
-        links.iter().map(|(_, pair)| pair.clone()).collect()
+impl SilentLinks {
+    fn lock(&self) -> MutexGuard<'_, Vec<Pair>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Remembers the links that `stages` say have failed, unless it is because one of them is gone.
-    pub(super) fn note(&self, stages: &[Report]) {
-        let failed = failed_links(stages).into_iter();
-        let pairs = failed.map(|link| pair(&stages[link.at].worker, &stages[link.at + 1].worker));
-        let now = Instant::now();
-        let mut links = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        links.retain(|(at, _)| at.elapsed() < LATELY);
-        links.extend(pairs.map(|pair| (now, pair)));
+    /// Blames somebody, and remembers the links that are silent though all stages are heard.
+    pub(super) fn blame(&self, stages: &[Report], timeout: Duration) -> Option<usize> {
+        let mut before = self.lock();
+        let blamed = blame(stages, &before, timeout);
+        if !stages.iter().any(|stage| stage.is_gone(timeout)) {
+            before.extend(silent_links(stages).into_iter().map(|at| pair(stages, at)));
+        }
+        blamed
+    }
+
+    /// A pipeline is up: who was to blame was found.
+    pub(super) fn forget(&self) {
+        self.lock().clear();
     }
 }
 
@@ -179,19 +181,23 @@ mod tests {
         // A spare that came in the place of `c`, and that `a` does not reach either.
         let mut stages = well(3);
         misses(&mut stages, 0, [SILENT, WELL]);
-        let lately = [pair("c", "a")];
-        assert_eq!(blame(&stages, &lately, TIMEOUT), Some(0));
+        let before = [("a".to_owned(), "c".to_owned())];
+        assert_eq!(blame(&stages, &before, TIMEOUT), Some(0));
     }
 
     #[test]
-    fn a_connection_that_broke_between_stages_that_are_well_is_nobodys_fault_the_first_time() {
+    fn a_connection_that_broke_between_stages_that_are_well_is_nobodys_fault() {
         let mut stages = well(3);
         misses(&mut stages, 1, [BROKEN, BROKEN]);
         assert_eq!(blamed(&stages), None);
         assert_eq!(blame(&well(3), &[], TIMEOUT), None);
         assert_eq!(blame(&[], &[], TIMEOUT), None);
-        let links = FailedLinks::default();
-        links.note(&stages);
-        assert_eq!(links.lately(), [pair("b", "c")]);
+        let links = SilentLinks::default();
+        assert_eq!((links.blame(&stages, TIMEOUT), links.lock().len()), (None, 0));
+        misses(&mut stages, 1, [BROKEN, SILENT]);
+        assert_eq!((links.blame(&stages, TIMEOUT), links.lock().len()), (Some(2), 1));
+        links.forget();
+        stages[1].silent = TIMEOUT;
+        assert_eq!((links.blame(&stages, TIMEOUT), links.lock().len()), (Some(1), 0));
     }
 }

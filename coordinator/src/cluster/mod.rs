@@ -12,7 +12,7 @@ pub mod pipeline;
 mod remote;
 mod weights;
 
-pub use blame::FailedLinks;
+pub use blame::SilentLinks;
 pub use error::PipelineError;
 pub use pipeline::History;
 pub use remote::RemoteWorker;

@@ -20,7 +20,7 @@ use tonic::Status;
 
 use self::watch::Watch;
 use super::{
-    blame::FailedLinks,
+    blame::SilentLinks,
     call::{CALL_TIMEOUT, call},
     discovery::Discovery,
     error::PipelineError,
@@ -40,8 +40,8 @@ const ABORT_LOST_TIMEOUT: Duration = Duration::from_millis(250);
 pub struct History {
     /// What the weights of the model are, as far as it is known.
     pub weights: Mutex<WeightRecord>,
-    /// Links that failed lately.
-    pub failed_links: FailedLinks,
+    /// Links that were silent since a pipeline last came up.
+    pub silent_links: SilentLinks,
 }
 
 /// How far a stage has loaded.
@@ -116,7 +116,7 @@ impl Pipeline {
             stages: setups.iter().map(|s| (s.member.clone(), s.spec.device.clone())).collect(),
         };
         let workers = setups.iter().map(|setup| setup.member.name.clone());
-        let watch = Watch::new(workers, deployment.heartbeat_timeout, history.failed_links.clone());
+        let watch = Watch::new(workers, deployment.heartbeat_timeout, history.silent_links.clone());
         let opened = async {
             let loads = setups.iter().enumerate();
             let loads = loads.map(|(index, setup)| setup.load(index, &*progress, &history.weights));
@@ -124,7 +124,10 @@ impl Pipeline {
             open(&setups, &replica, Running { watch, sink }, deployment).await
         };
         match opened.await {
-            Ok(stages) => Ok(Pipeline { fence, replica, stages, abort }),
+            Ok(stages) => {
+                history.silent_links.forget();
+                Ok(Pipeline { fence, replica, stages, abort })
+            }
             Err(error) => {
                 abort.abort(error.worker()).await;
                 Err(error)

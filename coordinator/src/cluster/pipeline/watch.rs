@@ -17,7 +17,7 @@ use tonic::Status;
 use super::{EventSink, PipelineEvent};
 use crate::cluster::{
     PipelineError,
-    blame::{FailedLinks, Report, blame},
+    blame::{Report, SilentLinks},
 };
 
 /// Longest time a stage may compute one step.
@@ -31,7 +31,7 @@ pub(super) struct Watch {
     stages: Mutex<Vec<Stage>>,
     /// Changes when a stage ends or misses a neighbour.
     worse: watch::Sender<()>,
-    failed_links: FailedLinks,
+    silent_links: SilentLinks,
     timeout: Duration,
 }
 
@@ -61,12 +61,12 @@ impl Watch {
     pub fn new(
         workers: impl Iterator<Item = String>,
         timeout: Duration,
-        failed_links: FailedLinks,
+        silent_links: SilentLinks,
     ) -> Arc<Self> {
         let heard = Instant::now();
         let stage = |worker| Stage { worker, ended: false, heard, health: StageHealth::default() };
         let stages = Mutex::new(workers.map(stage).collect());
-        Arc::new(Watch { stages, worse: watch::Sender::default(), failed_links, timeout })
+        Arc::new(Watch { stages, worse: watch::Sender::default(), silent_links, timeout })
     }
 
     /// Forwards a stage's messages to `sink` until it runs no more, and then says who is to blame.
@@ -108,7 +108,9 @@ impl Watch {
         // Nobody has to have last words.
         let _ = tokio::time::timeout(LAST_WORDS, settled).await;
         let reports = self.reports();
-        self.blame(&reports).map(|at| (reports[at].worker.clone(), reports[at].ended))
+        self.silent_links
+            .blame(&reports, self.timeout)
+            .map(|at| (reports[at].worker.clone(), reports[at].ended))
     }
 
     /// Waits until all links are up, or it is known who is to blame that one is not: of two ends that miss each other one may be
@@ -134,21 +136,12 @@ impl Watch {
         let Some((complains, why)) = first else { return Ok(()) };
         let reports: Vec<_> =
             self.lock().iter().zip(&errors).map(|(stage, error)| unconnected(&stage.worker, error)).collect();
-        let blamed = self.blame(&reports).unwrap_or(complains);
+        let blamed = self.silent_links.blame(&reports, self.timeout).unwrap_or(complains);
         Err(errors.swap_remove(blamed).unwrap_or_else(|| {
             let status =
                 Status::unavailable(format!("worker {}: {}", reports[complains].worker, why.reason()));
             PipelineError::Call { worker: reports[blamed].worker.clone(), doing: "Connect", status }
         }))
-    }
-
-    /// The stage to blame, if it is one's fault. Links that failed though nobody is gone are remembered.
-    fn blame(&self, reports: &[Report]) -> Option<usize> {
-        let blamed = blame(reports, &self.failed_links.lately(), self.timeout);
-        if !reports.iter().any(|report| report.ended) {
-            self.failed_links.note(reports);
-        }
-        blamed
     }
 
     fn reports(&self) -> Vec<Report> {
@@ -224,13 +217,13 @@ fn unconnected(worker: &str, error: &Option<PipelineError>) -> Report {
 
 /// Whether there is nothing to wait for before somebody is blamed.
 fn is_settled(reports: &[Report], timeout: Duration) -> bool {
-    let quiet = reports.iter().any(|report| report.ended || report.silent > timeout / 2);
+    let gone = reports.iter().any(|report| report.is_gone(timeout));
     let well = LinkHealth::Unspecified;
     let both = reports.windows(2).any(|ends| {
         let said = [ends[0].health.downstream(), ends[1].health.upstream()];
         said.contains(&LinkHealth::Silent) || !said.contains(&well)
     });
-    quiet || both
+    gone || both
 }
 
 /// What the health of a stage says that makes its run be over.
@@ -266,7 +259,7 @@ mod tests {
 
     const TIMEOUT: Duration = Duration::from_secs(2);
 
-    fn watched(workers: [&str; 3], links: FailedLinks) -> Arc<Watch> {
+    fn watched(workers: [&str; 3], links: SilentLinks) -> Arc<Watch> {
         Watch::new(workers.map(str::to_owned).into_iter(), TIMEOUT, links)
     }
 
@@ -274,7 +267,7 @@ mod tests {
     /// out.
     fn followed() -> (Vec<mpsc::Sender<v1::FromStage>>, mpsc::UnboundedReceiver<PipelineEvent>) {
         let watch =
-            Watch::new(["a", "b", "c"].map(str::to_owned).into_iter(), TIMEOUT, FailedLinks::default());
+            Watch::new(["a", "b", "c"].map(str::to_owned).into_iter(), TIMEOUT, SilentLinks::default());
         let (events, told) = mpsc::unbounded_channel();
         let sink: EventSink = Arc::new(move |_, event| drop(events.send(event)));
         let follow = |stage| {
@@ -338,14 +331,14 @@ mod tests {
             Err(PipelineError::Call { worker: worker.into(), doing: "Connect", status })
         };
         let connect =
-            async |workers, results: [Option<Result<(), PipelineError>>; 3], links: &FailedLinks| {
+            async |workers, results: [Option<Result<(), PipelineError>>; 3], links: &SilentLinks| {
                 let calls = results.into_iter().map(async |result| match result {
                     Some(result) => result,
                     None => std::future::pending().await,
                 });
                 watched(workers, links.clone()).connected(calls).await.unwrap_err().to_string()
             };
-        let (abc, links) = (["a", "b", "c"], FailedLinks::default());
+        let (abc, links) = (["a", "b", "c"], SilentLinks::default());
         let misses = |worker| Some(fails(worker, Some(Side::Downstream)));
         let said = connect(abc, [misses("a"), None, Some(Ok(()))], &links).await;
         assert_eq!(said, "worker b: Connect failed: worker a: Connect failed: no answer");
@@ -354,7 +347,7 @@ mod tests {
         assert_eq!(said, "worker a: Connect failed: no answer");
         // Who fails by itself is to blame, whoever complains.
         let results = [misses("a"), None, Some(fails("c", None))];
-        let said = connect(abc, results, &FailedLinks::default()).await;
+        let said = connect(abc, results, &SilentLinks::default()).await;
         assert_eq!(said, "worker c: Connect failed: no answer");
     }
 
