@@ -161,18 +161,16 @@ async fn probe(member: Member, common: &Common) {
                     Ok(Some(status)) if status.code() == Code::Unimplemented => {
                         "no worker of Strata listens there".to_owned()
                     }
-                    Ok(status) => {
-                        let why = status.as_ref().map(words);
-                        tracing::debug!(worker = member.name, why, "probe failed");
-                        "it does not answer".to_owned()
-                    }
+                    Ok(Some(status)) => format!("it does not answer: {}", words(&status)),
+                    // An answer is handled above.
+                    Ok(None) => String::new(),
                     Err(_) => format!("it has not answered for {PROBE_TIMEOUT:?}"),
                 }
             }
         };
         if why != away {
             if !why.is_empty() {
-                tracing::warn!(worker = member.name, "left out of plans: {why}");
+                tracing::warn!(worker = member.name, "{why}; planning without it");
             }
             common.tell(MemberEvent::Away(member.name.clone(), why.clone()));
             away = why;
