@@ -93,7 +93,9 @@ impl Secret {
         let mac = blake3::Hash::from_hex(mac).map_err(|_| bad())?;
         // In constant time.
         if mac != self.mac(time, method, fence) {
-            return Err(refused("the caller has another cluster secret than this worker; give both the same --secret-file"));
+            return Err(refused(
+                "the caller has another cluster secret than this worker; give both the same --secret-file",
+            ));
         }
         let apart = Duration::from_millis(now.abs_diff(time));
         if apart > TOLERANCE {

@@ -1,17 +1,24 @@
 //! The worker's calls over gRPC: an adapter, no logic.
 
-use std::{future::Future, pin::Pin, sync::Arc};
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use futures::{Stream, StreamExt};
 use strata_proto::{
-    MAX_STAGE_MESSAGE, PING_EVERY, PING_TIMEOUT, STAGE_METHODS, Worker,
+    MAX_STAGE_MESSAGE, PING_EVERY, PING_TIMEOUT, STAGE_METHODS, Secret, Worker,
     port::{self, Pings, Served},
     v1::{self, stage_server, to_stage},
 };
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming, async_trait, service::Routes};
+use tonic::{Request, Response, Status, Streaming, async_trait, metadata::MetadataMap, service::Routes};
 
+/// Shortest time from one refused call that the log tells of to the next.
+const TELL_EVERY: Duration = Duration::from_secs(10);
 /// Pieces in which small files travel.
 const CHUNK: usize = 256 << 10;
 
@@ -40,11 +47,8 @@ pub async fn serve(
 }
 
 /// The service `strata.v1.Stage` over any worker, for whoever has the secret, if there is one.
-pub fn service(
-    worker: Arc<dyn Worker>,
-    secret: Option<Secret>,
-) -> stage_server::StageServer<StageService> {
-    stage_server::StageServer::new(StageService { worker, secret })
+pub fn service(worker: Arc<dyn Worker>, secret: Option<Secret>) -> stage_server::StageServer<StageService> {
+    stage_server::StageServer::new(StageService { worker, secret, told: Mutex::default() })
         .max_decoding_message_size(MAX_STAGE_MESSAGE)
         .max_encoding_message_size(MAX_STAGE_MESSAGE)
 }
@@ -53,6 +57,8 @@ pub fn service(
 pub struct StageService {
     worker: Arc<dyn Worker>,
     secret: Option<Secret>,
+    /// When a refused call was last told in the log.
+    told: Mutex<Option<Instant>>,
 }
 
 impl StageService {
@@ -71,7 +77,12 @@ impl StageService {
     fn check(&self, metadata: &MetadataMap, method: &str, fence: Option<&v1::Fence>) -> Result<(), Status> {
         let Some(secret) = &self.secret else { return Ok(()) };
         secret.check(metadata, method, fence).inspect_err(|status| {
-            tracing::warn!("refused a call: {}", status.message());
+            // A stranger is not to fill the log.
+            let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+            if told.is_none_or(|told| told.elapsed() > TELL_EVERY) {
+                *told = Some(Instant::now());
+                tracing::warn!("refused a call: {}", status.message());
+            }
         })
     }
 }
@@ -112,7 +123,9 @@ impl stage_server::Stage for StageService {
     }
 
     async fn load(&self, request: Request<v1::LoadRequest>) -> Result<Response<Self::LoadStream>, Status> {
-        Ok(Response::new(ReceiverStream::new(self.worker.load(self.admit(request, "Load", |r| r.fence.as_ref())?).await?)))
+        Ok(Response::new(ReceiverStream::new(
+            self.worker.load(self.admit(request, "Load", |r| r.fence.as_ref())?).await?,
+        )))
     }
 
     async fn prepare(&self, request: Request<v1::PrepareRequest>) -> Result<Response<v1::Prepared>, Status> {

@@ -68,11 +68,20 @@ impl RemoteWorker {
 #[async_trait]
 impl Worker for RemoteWorker {
     async fn describe(&self, request: v1::DescribeRequest) -> Result<v1::Described, Status> {
-        self.client.clone().describe(self.signed(request, "Describe", None)).await.map(tonic::Response::into_inner)
+        self.client
+            .clone()
+            .describe(self.signed(request, "Describe", None))
+            .await
+            .map(tonic::Response::into_inner)
     }
 
     async fn read_tokenizer(&self, request: v1::ReadTokenizerRequest) -> Result<Files, Status> {
-        let mut chunks = self.client.clone().read_tokenizer(self.signed(request, "ReadTokenizer", None)).await?.into_inner();
+        let mut chunks = self
+            .client
+            .clone()
+            .read_tokenizer(self.signed(request, "ReadTokenizer", None))
+            .await?
+            .into_inner();
         let mut files = Files::new();
         let mut total = 0;
         while let Some(chunk) = chunks.message().await? {
@@ -103,7 +112,11 @@ impl Worker for RemoteWorker {
 
     async fn prepare(&self, request: v1::PrepareRequest) -> Result<v1::Prepared, Status> {
         let fence = request.fence;
-        self.client.clone().prepare(self.signed(request, "Prepare", fence)).await.map(tonic::Response::into_inner)
+        self.client
+            .clone()
+            .prepare(self.signed(request, "Prepare", fence))
+            .await
+            .map(tonic::Response::into_inner)
     }
 
     async fn connect(&self, request: v1::ConnectRequest) -> Result<(), Status> {
