@@ -46,7 +46,7 @@ async fn whoever_lacks_the_secret_is_refused_by_every_call_and_disturbs_nobody()
         let refused = [
             stranger.describe(DescribeRequest { claim, ..DescribeRequest::default() }).await.err(),
             stranger.read_tokenizer(Default::default()).await.err(),
-            stranger.load(LoadRequest { fence, spec: spec.clone() }).await.err(),
+            stranger.load(LoadRequest { fence, spec: spec.clone(), ..LoadRequest::default() }).await.err(),
             stranger
                 .prepare(strata_proto::v1::PrepareRequest { fence, spec, ..Default::default() })
                 .await
