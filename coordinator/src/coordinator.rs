@@ -2,6 +2,7 @@
 //! serves, and drains.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -45,7 +46,10 @@ const TAKE_OVER_AGAIN: Duration = Duration::from_secs(2);
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// Some workers did not come.
-    #[error("{joined} of {expected} workers answered within {timeout:?}; start the others, or list fewer")]
+    #[error(
+        "{joined} of {expected} workers answered within {timeout:?}{}; start the others, or list fewer",
+        because(away)
+    )]
     Members {
         /// How many came.
         joined: usize,
@@ -53,6 +57,8 @@ pub enum StartError {
         expected: usize,
         /// How long they had.
         timeout: Duration,
+        /// What is known of those that did not come.
+        away: BTreeMap<String, String>,
     },
     /// Two of those that are listed are one.
     #[error("workers {worker} and {again} are one process: expected each worker once")]
@@ -89,6 +95,10 @@ impl StartError {
         };
         outbid.then(|| self.to_string())
     }
+}
+
+fn because(away: &BTreeMap<String, String>) -> String {
+    away.iter().map(|(worker, why)| format!("; worker {worker}: {why}")).collect()
 }
 
 fn refusals(findings: &[Finding]) -> String {
@@ -419,7 +429,8 @@ async fn gather(
             return Ok(Some(found));
         }
         if look >= deadline {
-            return Err(StartError::Members { joined, expected, timeout: config.join_timeout });
+            let (timeout, away) = (config.join_timeout, members.away());
+            return Err(StartError::Members { joined, expected, timeout, away });
         }
         look = (Instant::now() + ENOUGH_AFTER).min(deadline);
     }

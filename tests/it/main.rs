@@ -20,6 +20,7 @@ mod processes;
 mod proxy;
 mod replicas;
 mod run;
+mod secrets;
 mod serving;
 mod session;
 mod silence;
