@@ -9,6 +9,7 @@ mod check;
 mod client;
 mod config_file;
 mod encode;
+mod etcd;
 mod generate;
 mod kernels;
 mod loading;

@@ -30,6 +30,7 @@ use tonic::transport::Server;
 use crate::{
     VERSION,
     args::{CoordinatorArgs, DeploymentArgs, DryRunArgs, HereArgs, ListenArgs, ServeArgs, WorkerArgs},
+    etcd,
     loading::Loading,
     model_dir, plan, report,
     signals::{Signals, stopping, until_terminated},
@@ -83,6 +84,7 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     if !args.models.is_dir() {
         bail!("--models {}: no such directory", args.models.display());
     }
+    let etcd = etcd::of(&args.etcd)?;
     let signals = Signals::new();
     let listener =
         TcpListener::bind(args.listen).await.with_context(|| format!("--listen {}", args.listen))?;
@@ -108,13 +110,28 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         tokio_stream::StreamExt::map(tokio_stream::wrappers::TcpListenerStream::new(listener), |stream| {
             stream.and_then(|s| s.set_nodelay(true).map(|()| s))
         });
+    let registration = match &etcd {
+        Some(etcd) => Some(etcd::register(etcd, &worker, address, &args.member).await?),
+        None => None,
+    };
+    let (out, refused) = watch::channel(None);
     // The coordinators of what runs here plan without this worker; their calls are answered until they have.
     let drained = |stop| async move {
-        stopping(stop).await;
-        worker.drain().await;
+        let Some(mut registration) = registration else {
+            stopping(stop).await;
+            return worker.drain().await;
+        };
+        tokio::select! {
+            () = stopping(stop) => {}
+            error = registration.refused() => {
+                out.send_replace(Some(error));
+                return;
+            }
+        }
+        tokio::join!(registration.end(), worker.drain());
     };
     let serve = |stop| async move {
-        Server::builder()
+        let served = Server::builder()
             // A coordinator that goes away without a word is noticed, and its incarnation's memory freed.
             .http2_keepalive_interval(Some(PING_EVERY))
             .http2_keepalive_timeout(Some(PING_TIMEOUT))
@@ -122,7 +139,11 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
             .add_service(strata_worker::grpc::service(service))
             .serve_with_incoming_shutdown(incoming, drained(stop))
             .await
-            .context("serving the coordinator")
+            .context("serving the coordinator");
+        match refused.borrow().as_ref() {
+            Some(why) => Err(anyhow!("{why}")),
+            None => served,
+        }
     };
     until_terminated(serve, Duration::from_secs(args.grace), signals).await
 }

@@ -3,6 +3,8 @@
 mod call;
 pub mod discovery;
 mod error;
+pub mod etcd;
+pub mod leadership;
 mod links;
 pub mod membership;
 pub mod pipeline;

@@ -7,7 +7,7 @@ use strata_coordinator::config;
 use strata_proto::DEFAULT_PORT;
 use strata_worker::device::DeviceSpec;
 
-use super::{ComputeArgs, DeploymentArgs, HereArgs, ImaginedDevices, KernelCacheArgs, SpillArgs};
+use super::{ComputeArgs, DeploymentArgs, EtcdArgs, HereArgs, ImaginedDevices, KernelCacheArgs, SpillArgs};
 
 /// Where clients are answered.
 #[derive(Debug, Clone, Args)]
@@ -92,7 +92,12 @@ pub struct CheckArgs {
 #[derive(Debug, Args)]
 pub struct CoordinatorArgs {
     /// URL of a worker; repeat, or separate by commas
-    #[arg(long = "worker", env = "STRATA_WORKER_URLS", value_delimiter = ',', required = true)]
+    #[arg(
+        long = "worker",
+        env = "STRATA_WORKER_URLS",
+        value_delimiter = ',',
+        required_unless_present = "etcd"
+    )]
     pub workers: Vec<String>,
     /// Name of the model: a directory under each worker's --models
     #[arg(long, env = "STRATA_MODEL")]
@@ -134,6 +139,26 @@ pub struct WorkerArgs {
     pub spill: SpillArgs,
     #[command(flatten)]
     pub kernel_cache: KernelCacheArgs,
+    #[command(flatten)]
+    pub etcd: EtcdArgs,
+    #[command(flatten)]
+    pub member: MemberArgs,
+}
+
+/// What a worker says of itself in etcd.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Cluster by etcd")]
+pub struct MemberArgs {
+    /// Where coordinators and other workers reach this one: HOST:PORT [default: --listen, or, if that is every address,
+    /// the one by which this machine reaches etcd]
+    #[arg(long, env = "STRATA_ADVERTISE", value_name = "HOST:PORT", requires = "etcd")]
+    pub advertise: Option<String>,
+    /// This worker's name in plans, the same after a restart [default: where it is reached]
+    #[arg(long, env = "STRATA_WORKER_NAME", requires = "etcd")]
+    pub name: Option<String>,
+    /// Seconds after which etcd forgets a worker that is silent
+    #[arg(long, env = "STRATA_LEASE_TTL", default_value_t = 5, requires = "etcd", value_parser = clap::value_parser!(u64).range(2..=3600))]
+    pub lease_ttl: u64,
 }
 
 #[cfg(test)]

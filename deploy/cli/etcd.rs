@@ -1,0 +1,75 @@
+//! A cluster by etcd, as its flags say.
+
+use std::{net::SocketAddr, path::Path, time::Duration};
+
+use anyhow::{Context, bail};
+use strata_coordinator::cluster::etcd::{self, Credentials, Etcd, Registrant, Registration, TlsFiles};
+use strata_proto::{Worker, v1::DescribeRequest};
+use strata_worker::LocalWorker;
+
+use crate::args::{EtcdArgs, MemberArgs};
+
+/// Where a password is that no file has: not a flag, as whoever lists processes would see it.
+const PASSWORD: &str = "STRATA_ETCD_PASSWORD";
+
+/// The etcd that is meant, if one is.
+pub fn of(args: &EtcdArgs) -> anyhow::Result<Option<Etcd>> {
+    if args.etcd.is_empty() {
+        return Ok(None);
+    }
+    let read =
+        |flag: &str, path: &Path| std::fs::read(path).with_context(|| format!("{flag} {}", path.display()));
+    let credentials = match &args.etcd_user {
+        Some(user) => Some(Credentials { user: user.clone(), password: password(args)? }),
+        None => None,
+    };
+    let ca = args.etcd_ca.as_deref().map(|path| read("--etcd-ca", path)).transpose()?;
+    let identity = match (&args.etcd_cert, &args.etcd_key) {
+        (Some(cert), Some(key)) => Some((read("--etcd-cert", cert)?, read("--etcd-key", key)?)),
+        _ => None,
+    };
+    Ok(Some(Etcd::new(&args.etcd, &args.cluster, credentials, TlsFiles { ca, identity })?))
+}
+
+fn password(args: &EtcdArgs) -> anyhow::Result<String> {
+    if let Some(path) = &args.etcd_password_file {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("--etcd-password-file {}", path.display()))?;
+        return Ok(text.lines().next().unwrap_or_default().to_owned());
+    }
+    match std::env::var(PASSWORD) {
+        Ok(password) => Ok(password),
+        Err(_) => bail!("--etcd-user: give its password by --etcd-password-file, or in {PASSWORD}"),
+    }
+}
+
+/// Registers a worker that answers at `listen`.
+pub async fn register(
+    etcd: &Etcd,
+    worker: &LocalWorker,
+    listen: SocketAddr,
+    args: &MemberArgs,
+) -> anyhow::Result<Registration> {
+    let address = match &args.advertise {
+        Some(address) => address.clone(),
+        None => {
+            let address = etcd::advertised(etcd, listen).await?;
+            if address.ip().is_loopback() && !listen.ip().is_loopback() {
+                tracing::warn!(
+                    "other machines do not reach {address}: give --advertise HOST:PORT, unless there are none"
+                );
+            }
+            address.to_string()
+        }
+    };
+    let described = worker.describe(DescribeRequest::default()).await?;
+    let registrant = Registrant {
+        name: args.name.clone().unwrap_or_else(|| address.clone()),
+        address,
+        boot_id: described.boot_id,
+        devices: described.devices,
+        resident: worker.resident(),
+        ttl: Duration::from_secs(args.lease_ttl),
+    };
+    Ok(etcd::register(etcd, registrant)?)
+}
