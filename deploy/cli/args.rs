@@ -10,7 +10,7 @@ mod tools;
 
 use std::path::PathBuf;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand};
 
 pub use clients::*;
 pub use deployment::*;
@@ -18,6 +18,8 @@ pub use devices::*;
 pub use etcd::*;
 pub use servers::*;
 pub use tools::*;
+
+use crate::report::LogFormat;
 
 /// Serves one transformer model across many devices.
 #[derive(Debug, Parser)]
@@ -35,12 +37,6 @@ pub struct Cli {
     /// What to do
     #[command(subcommand)]
     pub command: Command,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub enum LogFormat {
-    Text,
-    Json,
 }
 
 #[derive(Debug, Subcommand)]

@@ -11,11 +11,11 @@ use strata_coordinator::{
     preflight::Finding,
 };
 
-use crate::{args::CheckArgs, loading::Loading, roles};
+use crate::{args::CheckArgs, loading::Loading, local};
 
 /// `strata check`
 pub async fn check(args: CheckArgs) -> anyhow::Result<()> {
-    let (config, members) = roles::here(&args.here, &args.deployment)?;
+    let (config, members) = local::here(&args.here, &args.deployment)?;
     let findings = Arc::<Mutex<Vec<Finding>>>::default();
     let loading = Arc::new(Loading::default());
     let observer: Observer = {

@@ -1,6 +1,6 @@
 //! Reaching a server.
 
-use std::{error::Error, fmt, future::Future, time::Duration};
+use std::{error::Error, future::Future, time::Duration};
 
 use anyhow::{Context, anyhow};
 use strata_proto::{MAX_HEADER_LIST, http_url};
@@ -9,44 +9,13 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use crate::args::AddressArgs;
+use crate::{args::AddressArgs, call_error::CallError};
 
 /// How long connecting may take, unless told otherwise.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// A server that computes for long still answers HTTP/2's pings; one that is gone without a word does not.
 const PING_EVERY: Duration = Duration::from_secs(10);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// A call that has no answer.
-#[derive(Debug)]
-pub struct CallError {
-    /// What it means, to a program.
-    pub code: Code,
-    text: String,
-}
-
-impl CallError {
-    /// The code as gRPC writes it: `NOT_FOUND`.
-    pub fn name(&self) -> String {
-        let name = format!("{:?}", self.code);
-        let mut out = String::new();
-        for (at, letter) in name.char_indices() {
-            if at > 0 && letter.is_uppercase() {
-                out.push('_');
-            }
-            out.push(letter.to_ascii_uppercase());
-        }
-        out
-    }
-}
-
-impl fmt::Display for CallError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
-    }
-}
-
-impl Error for CallError {}
 
 /// A server that was reached.
 #[derive(Debug, Clone)]
@@ -136,16 +105,4 @@ fn root(error: &(dyn Error + 'static)) -> String {
         error = cause;
     }
     error.to_string()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn codes_have_grpcs_names() {
-        let name = |code| CallError { code, text: String::new() }.name();
-        assert_eq!(name(Code::NotFound), "NOT_FOUND");
-        assert_eq!(name(Code::Unavailable), "UNAVAILABLE");
-    }
 }

@@ -5,6 +5,7 @@
 
 mod args;
 mod bench;
+mod call_error;
 mod check;
 mod client;
 mod config_file;
@@ -13,6 +14,7 @@ mod etcd;
 mod generate;
 mod kernels;
 mod loading;
+mod local;
 mod model_dir;
 mod origin;
 mod plan;

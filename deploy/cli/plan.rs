@@ -16,12 +16,12 @@ use tokio::sync::mpsc;
 use crate::{
     args::{ImaginedDevices, PlanArgs},
     loading::Loading,
-    roles, show, terminal,
+    local, show, terminal,
 };
 
 /// `strata plan`
 pub async fn plan(args: PlanArgs) -> anyhow::Result<()> {
-    let (mut config, mut members) = roles::here(&args.here, &args.deployment)?;
+    let (mut config, mut members) = local::here(&args.here, &args.deployment)?;
     if args.imagined.is_empty() {
         return preview_plan(&config, members, args.json).await;
     }

@@ -19,7 +19,7 @@ use tracing_subscriber::{
     },
 };
 
-use crate::{args::LogFormat, client::CallError};
+use crate::call_error::CallError;
 
 /// Exit code of a command that failed by itself.
 const FAILED: i32 = 1;
@@ -33,6 +33,13 @@ const UNAVAILABLE: i32 = 4;
 /// For the end of the help, where they are promised.
 pub const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 a wrong command line, 3 refused by the server, 4 no answer from a \
                               server: try again.\nWith --json, an error is one JSON object on standard error: error, code, exit_code.";
+
+/// What standard error is made of.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
 
 /// Lines are JSON.
 static JSON_LINES: AtomicBool = AtomicBool::new(false);

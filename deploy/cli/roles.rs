@@ -1,25 +1,19 @@
 //! The servers: everything in one process, a coordinator, a worker.
 
-use std::{
-    io::Write,
-    net::{IpAddr, SocketAddr},
-    sync::Arc,
-    time::Duration,
-};
+use std::{io::Write, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, anyhow, bail};
 use strata_coordinator::{
-    Coordinator, CoordinatorConfig, Deployment, Limits,
+    Coordinator, CoordinatorConfig,
     cluster::membership::{self, MemberEvent},
-    config::{MAX_STEP_ROWS, PREFILL_CHUNK},
     engine::{Notice, Observer},
     front::grpc,
     planner::Split,
 };
-use strata_proto::{DeviceKind, MAX_HEADER_LIST, PING_EVERY, PING_TIMEOUT, Worker};
+use strata_proto::{MAX_HEADER_LIST, PING_EVERY, PING_TIMEOUT, Worker};
 use strata_worker::{
-    Hub, LocalWorker, Models, WorkerConfig,
-    device::{self, DeviceSpec, Directories, available_memory},
+    LocalWorker, Models, WorkerConfig,
+    device::{self, Directories},
 };
 use tokio::{
     net::TcpListener,
@@ -28,18 +22,16 @@ use tokio::{
 use tonic::transport::Server;
 
 use crate::{
-    VERSION,
-    args::{CoordinatorArgs, DeploymentArgs, DryRunArgs, HereArgs, ListenArgs, ServeArgs, WorkerArgs},
+    args::{CoordinatorArgs, DryRunArgs, ListenArgs, ServeArgs, WorkerArgs},
     etcd,
     loading::Loading,
-    model_dir, plan, report,
+    local::{capped, coordinator_config, here, processors},
+    plan, report,
     signals::{Signals, stopping, until_terminated},
 };
 
 /// What a server says that is told to stop while it starts.
 const STOPPED_EARLY: &str = "stopped before the model was served";
-/// How long local workers have to join: they are there already.
-const LOCAL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// `strata serve`
 pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
@@ -161,120 +153,6 @@ fn warn_of_idle_json(args: &DryRunArgs) {
         report::warn(
             "--json: only the plan of --dry-run is printed as JSON; for the log there is --log-format json",
         );
-    }
-}
-
-/// A configuration and workers of this process for a model directory.
-pub fn here(
-    args: &HereArgs,
-    deployment: &DeploymentArgs,
-) -> anyhow::Result<(CoordinatorConfig, mpsc::UnboundedReceiver<MemberEvent>)> {
-    let (name, directory) = model_dir::open(&args.model)?;
-    let (device_lists, split) = match (args.workers, args.devices.is_empty()) {
-        (Some(_), false) => bail!("give --workers or --devices, not both"),
-        (None, false) => (vec![args.devices.clone()], Split::Auto),
-        (None, true) => (vec![device::all()], Split::Auto),
-        // Without a cap, so that weights which do not fit may stay memory-mapped.
-        (Some(1), true) => (vec![vec![DeviceSpec::cpu(None)]], Split::Balanced),
-        (Some(workers), true) => {
-            let share = available_memory() / 10 * 9 / u64::from(workers);
-            (vec![vec![DeviceSpec::cpu(Some(share))]; workers as usize], Split::Balanced)
-        }
-    };
-    let compute = args.compute.resolve(device_lists.iter().map(|devices| processors(devices)).sum());
-    let device_lists: Vec<_> = device_lists
-        .into_iter()
-        .map(|devices| capped(devices, &args.max_memory))
-        .collect::<Result<_, _>>()?;
-    let all = || device_lists.iter().flatten();
-    let directories =
-        Directories { spill: args.spill.resolve(all())?, kernels: args.kernel_cache.resolve(all()) };
-    let hub = Arc::<Hub>::default();
-    let mut workers: Vec<(String, Arc<dyn Worker>)> = Vec::new();
-    for (index, devices) in device_lists.into_iter().enumerate() {
-        let worker = LocalWorker::start(WorkerConfig {
-            models: Models::One { name: name.clone(), directory: directory.clone() },
-            devices,
-            compute,
-            link_address: SocketAddr::new(IpAddr::from([127, 0, 0, 1]), 0),
-            hub: hub.clone(),
-            step_hook: None,
-            directories: directories.clone(),
-        })?;
-        workers.push((format!("worker-{index}"), Arc::new(worker)));
-    }
-    let config = coordinator_config(deployment, name, split, workers.len(), LOCAL_TIMEOUT);
-    Ok((config, membership::local(workers)))
-}
-
-/// CPU devices among these, which share the cores.
-fn processors(devices: &[DeviceSpec]) -> usize {
-    devices.iter().filter(|d| d.kind == DeviceKind::Cpu).count()
-}
-
-/// Devices with the caps of `--max-memory`.
-fn capped(mut devices: Vec<DeviceSpec>, caps: &[DeviceSpec]) -> anyhow::Result<Vec<DeviceSpec>> {
-    for cap in caps {
-        let Some(bytes) = cap.cap else {
-            bail!("--max-memory {}: expected a size, as in {}=24GiB", cap.id, cap.id)
-        };
-        let Some(device) = devices.iter_mut().find(|d| d.id == cap.id) else {
-            let have: Vec<_> = devices.iter().map(|d| d.id.as_str()).collect();
-            bail!("--max-memory {}: no such device; there are {}", cap.id, have.join(", "));
-        };
-        device.cap = Some(bytes);
-    }
-    Ok(devices)
-}
-
-/// Warns of bounds that a step's tokens bound already. Defaults are not what somebody asked for.
-fn warn_of_idle_bounds(args: &DeploymentArgs) {
-    let most = args.max_step_tokens;
-    for (flag, value, default) in [
-        ("--max-step-rows", args.max_step_rows, MAX_STEP_ROWS),
-        ("--prefill-chunk", args.prefill_chunk, PREFILL_CHUNK),
-    ] {
-        if value > most && value != default {
-            report::warn(&format!(
-                "{flag} {value} is never reached: a step has at most {most} (--max-step-tokens)"
-            ));
-        }
-    }
-}
-
-fn coordinator_config(
-    args: &DeploymentArgs,
-    model: String,
-    split: Split,
-    expected_members: usize,
-    join_timeout: Duration,
-) -> CoordinatorConfig {
-    warn_of_idle_bounds(args);
-    CoordinatorConfig {
-        deployment: Deployment {
-            model,
-            split: args.split.clone().unwrap_or(split),
-            dtype: args.dtype.0,
-            quantization: args.quantize.0,
-            kv_tokens: args.kv_tokens,
-            max_sequences: args.max_sequences,
-            context: args.context,
-            links: args.links.0,
-            max_step_tokens: args.max_step_tokens,
-            // A row has a token at least.
-            max_step_rows: args.max_step_rows.min(args.max_step_tokens),
-        },
-        limits: Limits {
-            prefill_chunk: args.prefill_chunk,
-            inter_token: Duration::from_millis(args.inter_token_ms),
-            prefix_cache: !args.no_prefix_cache,
-            max_requests: args.max_requests as usize,
-        },
-        expected_members,
-        join_timeout,
-        skip_checks: args.skip_check.clone(),
-        names: Vec::new(),
-        version: VERSION.into(),
     }
 }
 

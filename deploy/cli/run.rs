@@ -23,7 +23,7 @@ use tokio::{
 use crate::{
     args::{AnswerArgs, RunArgs},
     loading::Loading,
-    model_dir, prompt, report, roles,
+    local, model_dir, prompt, report,
 };
 
 const HELP: &str = "/exit or Ctrl-D ends, /clear forgets what was said, Ctrl-C stops an answer";
@@ -55,7 +55,7 @@ fn must_generate(given: &Path) -> anyhow::Result<()> {
 
 /// Loads the model.
 async fn start(args: &RunArgs) -> anyhow::Result<Model> {
-    let (config, members) = roles::here(&args.here, &args.deployment)?;
+    let (config, members) = local::here(&args.here, &args.deployment)?;
     let loading = Arc::new(Loading::quiet());
     let observer: Observer = {
         let loading = loading.clone();

@@ -15,7 +15,8 @@ use tokio::time::MissedTickBehavior;
 
 use crate::{
     args::StatusArgs,
-    client::{CallError, Server, unavailable},
+    call_error::CallError,
+    client::{Server, unavailable},
     report, show,
     signals::Signals,
     terminal,

@@ -33,21 +33,22 @@ mod device;
 mod dtype;
 pub mod error;
 mod fence;
-mod limits;
+mod layers;
+pub mod limits;
 mod plan;
 mod profile;
-pub mod sampling;
 mod state;
 mod worker;
 
 pub use address::http_url;
 pub use device::{Device, DeviceKind, Library, Rate, rate_at};
 pub use dtype::{DType, Format, Quantization};
+pub use layers::LayerRange;
 pub use limits::{
     BLOCK_TOKENS, LINK_TOKEN_BYTES, MAX_HEADER_LIST, MAX_MODEL_FILES, MAX_STAGE_MESSAGE, NCCL_ID_BYTES,
     PING_EVERY, PING_TIMEOUT,
 };
-pub use plan::{Forecast, LayerRange, LinkChoice, LinkKind, MapDevice, Offload, Plan, Replica, StagePlan};
+pub use plan::{Forecast, LinkChoice, LinkKind, MapDevice, Offload, Plan, Replica, StagePlan};
 pub use profile::{Experts, FormatBytes, ModelProfile, Module};
 pub use state::{LayerState, Stack, StateBytes, StateKind, StateRoom};
 pub use worker::{Files, Progress, StageChannel, Worker};

@@ -7,8 +7,13 @@ use std::{
 };
 
 use futures::future::join_all;
-use strata_coordinator::{cluster::membership::MemberEvent, planner::Split};
+use strata_coordinator::{
+    cluster::membership::{Member, MemberEvent},
+    engine::Snapshot,
+    planner::Split,
+};
 use strata_proto::v1;
+use strata_worker::device::DeviceSpec;
 
 use crate::cluster::{Cluster, Options, ask, expectations, greedy, model};
 
@@ -25,6 +30,14 @@ fn options(workers: usize) -> (Options, Steps) {
         Ok(())
     };
     (Options { workers, split: Split::Auto, hook: Some(Arc::new(hook)), ..Options::default() }, steps)
+}
+
+/// A worker with a CPU that may have so much memory.
+fn another(name: &str, cap: Option<u64>) -> Member {
+    let (options, _) = options(1);
+    let mut member = Options { devices: vec![DeviceSpec::cpu(cap)], ..options }.members().remove(0);
+    member.name = name.into();
+    member
 }
 
 async fn wait_for_replicas(cluster: &Cluster, count: usize) {
@@ -72,10 +85,29 @@ async fn what_a_lost_copy_was_answering_goes_on_in_another() {
     cluster.wait_idle().await;
 
     // A worker that comes becomes a copy without anybody waiting.
-    let (another, _) = self::options(1);
-    let mut member = another.members().remove(0);
-    member.name = "worker-2".into();
-    cluster.members.send(MemberEvent::Joined(member)).unwrap();
+    cluster.members.send(MemberEvent::Joined(another("worker-2", Some(1 << 30)))).unwrap();
     wait_for_replicas(&cluster, 2).await;
     assert_eq!(ask(&client, greedy(&expected[0].ids, 48)).await.unwrap().ids, expected[0].greedy);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_joins_becomes_a_copy_by_the_rule_of_the_start() {
+    let (options, _) = options(1);
+    let cluster = Cluster::start(&options).await;
+    // A CPU without a cap is for what fits nowhere else. The next worker comes while that is being found out.
+    for (name, cap) in [("uncapped", None), ("capped", Some(1 << 30))] {
+        cluster.members.send(MemberEvent::Joined(another(name, cap))).unwrap();
+    }
+    wait_for_replicas(&cluster, 2).await;
+    let status = cluster.coordinator.watch().borrow().clone();
+    let stages = status.plan.iter().flat_map(|plan| &plan.replicas).flat_map(|replica| &replica.stages);
+    assert_eq!(stages.map(|stage| stage.worker.as_str()).collect::<Vec<_>>(), ["worker-0", "capped"]);
+    // Where nothing else is left, it holds the model.
+    for name in ["worker-0", "capped"] {
+        cluster.members.send(MemberEvent::Left(name.into())).unwrap();
+    }
+    let on = |s: &Snapshot, worker: &str| {
+        s.plan.as_ref().is_some_and(|p| p.replicas.len() == 1 && p.replicas[0].stages[0].worker == worker)
+    };
+    cluster.wait_for("the model on what is left", |s| s.up && on(s, "uncapped")).await;
 }

@@ -12,7 +12,7 @@
 use std::{cmp::Ordering, collections::BTreeMap};
 
 use strata_proto::{
-    sampling::{self, Bounds, MAX_BIASES, MAX_CANDIDATES, MAX_LOGPROBS},
+    limits::{self, Bounds, MAX_BIASES, MAX_CANDIDATES, MAX_LOGPROBS},
     v1,
 };
 
@@ -74,28 +74,28 @@ impl TryFrom<&v1::Sampling> for SamplingParams {
             x => Err(error(field, x.to_string(), bounds.to_string())),
         };
         let biases = &s.logit_bias;
-        if biases.len() > MAX_BIASES || !biases.values().all(|bias| sampling::BIAS.contains(*bias)) {
-            let expected = format!("at most {MAX_BIASES} entries within {}", sampling::BIAS);
+        if biases.len() > MAX_BIASES || !biases.values().all(|bias| limits::BIAS.contains(*bias)) {
+            let expected = format!("at most {MAX_BIASES} entries within {}", limits::BIAS);
             return Err(error("logit_bias", format!("a map of {} entries", biases.len()), expected));
         }
         Ok(SamplingParams {
-            temperature: check("temperature", s.temperature, 0.0, sampling::TEMPERATURE)?,
+            temperature: check("temperature", s.temperature, 0.0, limits::TEMPERATURE)?,
             top_k: s.top_k.unwrap_or(0) as usize,
-            top_p: check("top_p", s.top_p, 1.0, sampling::TOP_P)?,
-            min_p: check("min_p", s.min_p, 0.0, sampling::MIN_P)?,
+            top_p: check("top_p", s.top_p, 1.0, limits::TOP_P)?,
+            min_p: check("min_p", s.min_p, 0.0, limits::MIN_P)?,
             repetition_penalty: check(
                 "repetition_penalty",
                 s.repetition_penalty,
                 1.0,
-                sampling::REPETITION_PENALTY,
+                limits::REPETITION_PENALTY,
             )?,
             frequency_penalty: check(
                 "frequency_penalty",
                 s.frequency_penalty,
                 0.0,
-                sampling::FREQUENCY_PENALTY,
+                limits::FREQUENCY_PENALTY,
             )?,
-            presence_penalty: check("presence_penalty", s.presence_penalty, 0.0, sampling::PRESENCE_PENALTY)?,
+            presence_penalty: check("presence_penalty", s.presence_penalty, 0.0, limits::PRESENCE_PENALTY)?,
             logit_bias: s.logit_bias.iter().map(|(id, b)| (*id, *b)).collect(),
         })
     }

@@ -55,6 +55,8 @@ pub(crate) struct Engine {
     members: Members,
     /// Never empty once the engine runs.
     replicas: Vec<Replica>,
+    /// Somebody joined for whom no further replica was tried yet.
+    joined: bool,
     /// Of the last pipeline that was begun, of whichever replica.
     incarnation: u64,
     last_id: SequenceId,
@@ -101,6 +103,7 @@ impl Engine {
             snapshot: start.snapshot,
             members: start.members,
             replicas: Vec::new(),
+            joined: false,
             incarnation: 0,
             last_id: 0,
             live: HashMap::new(),
@@ -162,7 +165,10 @@ impl Engine {
             Event::Pipeline(incarnation, event) => self.pipeline_event(incarnation, event),
             Event::Planned(incarnation, planned) => self.planned(incarnation, &planned),
             Event::Loading(incarnation, update) => self.loading(incarnation, update),
-            Event::BroughtUp(incarnation, outcome) => self.brought_up(incarnation, *outcome),
+            Event::BroughtUp(incarnation, outcome) => {
+                self.brought_up(incarnation, *outcome);
+                self.try_another();
+            }
             Event::Member(event) => self.member_event(&event),
         }
     }
@@ -174,9 +180,9 @@ impl Engine {
                 let down = |replica: &Replica| matches!(replica.state, State::Down { .. });
                 if let Some(at) = self.replicas.iter().position(down) {
                     self.bring_up(at, None, None);
-                } else if self.deployment.split == Split::Auto && self.replicas.iter().all(Replica::is_up) {
-                    // Its devices may hold another copy; if not, the replica goes again.
-                    self.add_replica(None);
+                } else if self.deployment.split == Split::Auto {
+                    self.joined = true;
+                    self.try_another();
                 }
             }
             MemberEvent::Left(name) => {

@@ -191,7 +191,7 @@ impl Session {
             model: request.model,
             task: Task::FillMask,
             inputs: request.inputs,
-            candidates: Some(request.top_k.unwrap_or(encode::DEFAULT_CANDIDATES)),
+            candidates: Some(request.top_k.unwrap_or(bounds::DEFAULT_CANDIDATES)),
             deadline_ms: request.deadline_ms,
         };
         let results = self.encode(asked, "FillMask", |served, input, reply| {

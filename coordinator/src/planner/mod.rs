@@ -43,6 +43,14 @@ pub struct Offer {
     pub device: Device,
 }
 
+impl Offer {
+    /// Whether a copy of the model beyond the first may be here. Not on a CPU without a cap: what fits nowhere else is for
+    /// it, and copies on those of one host would only take each other's time.
+    pub(crate) fn may_hold_further(&self) -> bool {
+        self.device.kind != DeviceKind::Cpu || self.device.capped
+    }
+}
+
 /// How layers are split.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Split {
@@ -215,16 +223,16 @@ fn warnings(problem: &Problem<'_>, replica: &Replica) -> Vec<String> {
     replica.stages.iter().filter_map(of).collect()
 }
 
-/// Copies of the model on the devices that `taken` leaves over. CPUs that nobody capped never hold one: those of one
-/// host would only take each other's time.
+/// Copies of the model on the devices that `taken` leaves over.
 ///
 /// Each is made of the next devices that hold the model together, and split over them as if there were no others: exact
 /// within a copy, though not over all of them.
 fn further_replicas(problem: &Problem<'_>, taken: &[Share]) -> Vec<Replica> {
-    let free = problem.offers.iter().enumerate().filter(|(i, offer)| {
-        let gpu_like = offer.device.kind != DeviceKind::Cpu || offer.device.capped;
-        gpu_like && !taken.iter().any(|share| share.offer == *i)
-    });
+    let free = problem
+        .offers
+        .iter()
+        .enumerate()
+        .filter(|(i, offer)| offer.may_hold_further() && !taken.iter().any(|share| share.offer == *i));
     let mut left: Vec<Offer> = free.map(|(_, offer)| offer.clone()).collect();
     let mut replicas = Vec::new();
     while replicas.len() + 1 < MAX_REPLICAS && !left.is_empty() {

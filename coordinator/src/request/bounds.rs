@@ -1,4 +1,6 @@
-//! Bounds that calls share: the model's name and task, texts, deadlines.
+//! What a request may ask for: every limit that is the coordinator's own, and the checks that calls share.
+//!
+//! What workers check too, such as sampling, is in `strata_proto::limits`.
 
 use std::time::Duration;
 
@@ -6,12 +8,27 @@ use strata_proto::{ModelProfile, v1::Task};
 
 use super::error::{AdmissionError, field};
 
-/// Largest text that is tokenized, in bytes.
-pub(crate) const MAX_TEXT: usize = 1 << 20;
+/// Largest request, in bytes: the longest text that is tokenized, or as many ids, and some air.
+pub(crate) const MAX_REQUEST_BYTES: usize = 8 << 20;
+/// Largest text that is tokenized, in bytes; of a call's inputs, or messages, all together.
+pub(crate) const MAX_TEXT_BYTES: usize = 1 << 20;
 /// Most token ids in a Detokenize.
 pub(crate) const MAX_IDS: usize = 1 << 20;
+/// Most inputs of one call.
+pub(crate) const MAX_INPUTS: usize = 1024;
+/// Candidates for a mask unless asked for otherwise.
+pub(crate) const DEFAULT_CANDIDATES: u32 = 5;
+/// Most messages of a chat.
+pub(super) const MAX_MESSAGES: usize = 1024;
+/// Most stop strings, and bytes of each.
+pub(super) const MAX_STOPS: usize = 16;
+pub(super) const MAX_STOP_BYTES: usize = 1024;
+/// Longest name of a tenant, in bytes.
+pub(super) const MAX_TENANT_BYTES: usize = 256;
 /// Longest deadline.
 pub(crate) const MAX_DEADLINE: Duration = Duration::from_secs(24 * 3600);
+/// Most devices of a preview: a plan costs time in proportion.
+pub(crate) const MAX_IMAGINED_DEVICES: usize = 1024;
 
 /// Refuses a name that is none of those served. No name is whichever model there is.
 ///
@@ -28,10 +45,13 @@ pub(crate) fn check_model(asked: &str, served: &[String]) -> Result<(), Admissio
 /// Refuses a text that is too long to tokenize.
 ///
 /// # Errors
-/// If it is longer than [`MAX_TEXT`].
+/// If it is longer than [`MAX_TEXT_BYTES`].
 pub(crate) fn check_text(name: &'static str, text: &str) -> Result<(), AdmissionError> {
-    if text.len() > MAX_TEXT {
-        return Err(field(name, format!("{} bytes are too long: at most {MAX_TEXT} are taken", text.len())));
+    if text.len() > MAX_TEXT_BYTES {
+        return Err(field(
+            name,
+            format!("{} bytes are too long: at most {MAX_TEXT_BYTES} are taken", text.len()),
+        ));
     }
     Ok(())
 }

@@ -4,21 +4,16 @@ use std::time::Duration;
 
 use strata_proto::{
     ModelProfile,
-    sampling::MAX_CANDIDATES,
+    limits::MAX_CANDIDATES,
     v1::{self, Scoring, Task, Truncation},
 };
 
 use super::{
-    bounds::{MAX_TEXT, check_deadline, check_task},
+    bounds::{DEFAULT_CANDIDATES, MAX_INPUTS, MAX_TEXT_BYTES, check_deadline, check_task},
     error::{AdmissionError, field},
     tokenizer::{Encoded, Tokenizer},
 };
 use crate::scheduler::Encode;
-
-/// Most inputs of one call.
-pub(crate) const MAX_INPUTS: usize = 1024;
-/// Candidates for a mask unless asked for otherwise.
-pub(crate) const DEFAULT_CANDIDATES: u32 = 5;
 
 /// What is asked of an encoder, whichever call it came by.
 #[derive(Debug)]
@@ -72,8 +67,11 @@ pub(crate) fn check(
     let bytes =
         |i: &v1::Input| i.text.as_ref().map_or(0, String::len) + i.pair.as_ref().map_or(0, String::len);
     let bytes: usize = request.inputs.iter().map(bytes).sum();
-    if bytes > MAX_TEXT {
-        return Err(field("inputs", format!("{bytes} bytes are too long: at most {MAX_TEXT} are taken")));
+    if bytes > MAX_TEXT_BYTES {
+        return Err(field(
+            "inputs",
+            format!("{bytes} bytes are too long: at most {MAX_TEXT_BYTES} are taken"),
+        ));
     }
     let one = |(index, input)| {
         let encoded = encode(input, request.truncation, tokenizer, profile, longest)

@@ -2,20 +2,18 @@
 
 use std::{sync::Arc, time::Duration};
 
-use strata_proto::{ModelProfile, sampling::MAX_LOGPROBS, v1};
+use strata_proto::{ModelProfile, limits::MAX_LOGPROBS, v1};
 
 use super::{
-    bounds::{MAX_TEXT, check_deadline, check_task, check_text},
+    bounds::{
+        MAX_MESSAGES, MAX_STOP_BYTES, MAX_STOPS, MAX_TENANT_BYTES, MAX_TEXT_BYTES, check_deadline,
+        check_task, check_text,
+    },
     chat::Message,
     error::{AdmissionError, field},
     sampling,
     tokenizer::Tokenizer,
 };
-
-const MAX_MESSAGES: usize = 1024;
-const MAX_STOPS: usize = 16;
-const MAX_STOP_BYTES: usize = 1024;
-const MAX_TENANT_BYTES: usize = 256;
 
 /// A request whose every field is within its bounds.
 #[derive(Debug, Clone, PartialEq)]
@@ -134,8 +132,11 @@ fn chat_ids(messages: Vec<v1::ChatMessage>, tokenizer: &Tokenizer) -> Result<Vec
         return Err(field("messages", why));
     }
     let bytes: usize = messages.iter().map(|m| m.role.len() + m.content.len()).sum();
-    if bytes > MAX_TEXT {
-        return Err(field("messages", format!("{bytes} bytes are too long: at most {MAX_TEXT} are taken")));
+    if bytes > MAX_TEXT_BYTES {
+        return Err(field(
+            "messages",
+            format!("{bytes} bytes are too long: at most {MAX_TEXT_BYTES} are taken"),
+        ));
     }
     let messages = messages.into_iter().map(|m| Message { role: m.role, content: m.content });
     let ids = tokenizer.encode_chat(&messages.collect::<Vec<_>>())?;

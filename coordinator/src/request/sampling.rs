@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 use strata_proto::{
-    sampling::{self, Bounds, MAX_BIASES},
+    limits::{self, Bounds, MAX_BIASES},
     v1,
 };
 
@@ -51,7 +51,7 @@ pub(super) fn check(
         }
         _ => Ok(()),
     };
-    for (name, value, bounds) in sampling::numbers(&s) {
+    for (name, value, bounds) in limits::sampling_numbers(&s) {
         within(name, value, bounds)?;
     }
     if s.top_k.is_some_and(|k| k > vocab) {
@@ -67,7 +67,7 @@ pub(super) fn check(
                 format!("id {id} is unknown: expected less than {vocab}"),
             ));
         }
-        within("sampling.logit_bias", Some(*bias), sampling::BIAS)?;
+        within("sampling.logit_bias", Some(*bias), limits::BIAS)?;
     }
     Ok(s)
 }

@@ -12,7 +12,8 @@ use super::{DeviceSpec, Held};
 use crate::{
     error::WorkerError,
     kernels::cuda::{
-        self, CudaError, Gpu, GpuInfo, RESERVE,
+        self, CudaError, Gpu, GpuInfo,
+        limits::RESERVE,
         measure::{self, Pool, Product, Room},
         product::Epilogue,
     },

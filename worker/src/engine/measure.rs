@@ -19,7 +19,7 @@ use crate::{
     error::WorkerError,
     kernels::{
         measure::Random,
-        ops::{Act, Span, held_format},
+        ops::{Act, AttentionMask, held_format},
     },
     model::{
         Model,
@@ -374,8 +374,8 @@ impl Work {
         let attend = |tokens: f64, positions: f64, pairs: f64| {
             (size * (2.0 * tokens * q + 2.0 * positions * kv), 4.0 * pairs * q)
         };
-        let seen = |positions: u32| match attention.span {
-            Span::Window(window) => f64::from(positions).min(window as f64),
+        let seen = |positions: u32| match attention.mask {
+            AttentionMask::Window(window) => f64::from(positions).min(window as f64),
             _ => f64::from(positions),
         };
         let named = |name: &str, shape: &dyn fmt::Display, rows, (bytes, flops)| Work {

@@ -39,7 +39,7 @@ pub(crate) enum Act {
 
 /// The positions that a query sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Span {
+pub(crate) enum AttentionMask {
     /// All of its sequence, which must be computed whole, in one step.
     Full,
     /// Its own and all before.
@@ -48,14 +48,14 @@ pub(crate) enum Span {
     Window(usize),
 }
 
-impl Span {
+impl AttentionMask {
     /// What the query at `position` sees of a sequence that ends at `end`.
     #[inline(always)]
     pub(crate) fn seen(self, position: usize, end: usize) -> Range<usize> {
         match self {
-            Span::Full => 0..end,
-            Span::Causal => 0..position + 1,
-            Span::Window(window) => (position + 1).saturating_sub(window)..position + 1,
+            AttentionMask::Full => 0..end,
+            AttentionMask::Causal => 0..position + 1,
+            AttentionMask::Window(window) => (position + 1).saturating_sub(window)..position + 1,
         }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use strata_proto::{DType, LayerState, StateKind, v1};
 
-pub(crate) use crate::kernels::ops::{Act, Norm, Span};
+pub(crate) use crate::kernels::ops::{Act, AttentionMask, Norm};
 use crate::kernels::ops::{TensorSpec, kv_elements};
 
 /// A stack of layers between an embedding and a head.
@@ -147,7 +147,7 @@ pub(crate) struct Attention {
     /// The earlier layer of the same stage whose keys and values this one reads, having none of its own.
     pub shares: Option<usize>,
     /// Which positions are seen.
-    pub span: Span,
+    pub mask: AttentionMask,
     /// How positions enter.
     pub position: Position,
     /// On every head of queries and keys, before positions enter.

@@ -18,6 +18,7 @@ use crate::{
         replica::{self, Replica, State},
         snapshot::Loading,
     },
+    planner::Offer,
 };
 
 impl Engine {
@@ -47,6 +48,15 @@ impl Engine {
         self.bring_up(self.replicas.len() - 1, None, known);
     }
 
+    /// Adds a replica over what has joined since devices were last looked for: they may hold another copy. If not, it
+    /// goes again. It waits until all others are up, as they may be looking for devices.
+    pub(super) fn try_another(&mut self) {
+        if self.joined && self.replicas.iter().all(Replica::is_up) {
+            self.joined = false;
+            self.add_replica(None);
+        }
+    }
+
     /// Starts a task that ends `old` and brings a new incarnation of a replica up: by a plan, or by one that it makes
     /// over the devices that no other replica has.
     pub(super) fn bring_up(&mut self, at: usize, old: Option<Pipeline>, known: Option<Planned>) {
@@ -63,6 +73,8 @@ impl Engine {
         let incarnation = self.incarnation;
         let taken: Vec<_> = self.replicas.iter().filter_map(|replica| replica.plan.clone()).collect();
         let replica = &mut self.replicas[at];
+        // Whose sequences no other replica can run takes whatever holds the model.
+        let further = !taken.is_empty() && replica.load() == 0;
         replica.state = State::BringingUp { incarnation, lost: false };
         let fence = Fence { term: FIXED_TERM, pipeline: replica.number, incarnation };
         if let Some(known) = &known {
@@ -89,6 +101,9 @@ impl Engine {
                     None => {
                         let mut found = discover(&members, &deployment.model).await?;
                         found.leave_out(&taken);
+                        if further {
+                            found.offers.retain(Offer::may_hold_further);
+                        }
                         let plan = found.plan(&deployment)?.into();
                         let planned = Planned { plan, found: found.into() };
                         let _ = events.send(Event::Planned(incarnation, planned.clone()));

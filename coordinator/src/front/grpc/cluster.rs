@@ -13,6 +13,7 @@ use crate::{
     coordinator::Coordinator,
     engine::{Loading, State},
     planner::{IMAGINED, Offer, Split},
+    request::bounds::MAX_IMAGINED_DEVICES,
 };
 
 pub(super) struct ClusterService {
@@ -105,13 +106,13 @@ fn loading(loading: Loading) -> v1::StageLoading {
     }
 }
 
-/// Most devices of a preview: a plan costs time in proportion.
-const MAX_IMAGINED: usize = 1024;
-
 /// Devices that a preview is to plan over.
 fn imagined(devices: Vec<v1::Device>) -> Result<Vec<Offer>, BadField> {
-    if devices.len() > MAX_IMAGINED {
-        return Err(BadField(format!("devices: {} are too many: at most {MAX_IMAGINED}", devices.len())));
+    if devices.len() > MAX_IMAGINED_DEVICES {
+        return Err(BadField(format!(
+            "devices: {} are too many: at most {MAX_IMAGINED_DEVICES}",
+            devices.len()
+        )));
     }
     let offer = |device: v1::Device| {
         let device = Device::try_from(device).map_err(|e| BadField(format!("devices: {e}")))?;

@@ -15,10 +15,8 @@ use tokio::{net::TcpListener, sync::oneshot};
 use tonic::{codec::CompressionEncoding::Gzip, service::Routes, transport::Server};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-use crate::coordinator::Coordinator;
+use crate::{coordinator::Coordinator, request::bounds::MAX_REQUEST_BYTES};
 
-/// Largest request: the longest text that is tokenized, or as many ids, and some air.
-const MAX_REQUEST: usize = 8 << 20;
 /// HTTP/2 pings find clients that went away without a word.
 const PING_EVERY: Duration = Duration::from_secs(10);
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
@@ -55,7 +53,7 @@ pub async fn serve(
     // Answers of Inference are not compressed: single tokens grow by it, and vectors hardly shrink.
     let inference = InferenceServer::new(inference::InferenceService(coordinator.session().clone()))
         .accept_compressed(Gzip)
-        .max_decoding_message_size(MAX_REQUEST);
+        .max_decoding_message_size(MAX_REQUEST_BYTES);
     let cluster = ClusterServer::new(cluster::ClusterService::new(coordinator.clone()))
         .accept_compressed(Gzip)
         .send_compressed(Gzip);

@@ -88,7 +88,7 @@ impl CpuBench {
                     heads: a.heads,
                     scale: a.scale,
                     softcap: a.softcap,
-                    span: a.span,
+                    mask: a.mask,
                 }),
             }
         })))

@@ -306,7 +306,7 @@ impl Operations for Pass<'_> {
                 heads: attention.heads,
                 scale: attention.scale,
                 softcap: attention.softcap,
-                span: attention.span,
+                mask: attention.mask,
             });
         };
         let Some(sequence) = sequence else {

@@ -4,18 +4,17 @@ use super::{
     pass::{Pass, raw_norm},
     state::Inputs,
     weights::Block,
-    workspace::{PARTIALS, Scratch},
+    workspace::Scratch,
 };
 use crate::{
     engine::StepError,
     kernels::{
         cuda::{
-            launch::{
-                Attend, Heads, Kernels, MAX_SPLITS, Places, RawCache, RawNorm, attention_bytes, follow,
-            },
+            launch::{Attend, Heads, Kernels, Places, RawCache, RawNorm, attention_bytes, follow},
+            limits::{MAX_SPLITS, PARTIALS},
             memory::Ptr,
         },
-        ops::Span,
+        ops::AttentionMask,
     },
     model::architecture::{Attention, Position, Slot},
 };
@@ -79,10 +78,10 @@ impl Pass<'_> {
             kv_heads: kv_heads as i32,
             scale: attention.scale,
             softcap: attention.softcap.unwrap_or(0.0),
-            window: match attention.span {
-                Span::Full => -1,
-                Span::Causal => 0,
-                Span::Window(window) => window as i32,
+            window: match attention.mask {
+                AttentionMask::Full => -1,
+                AttentionMask::Causal => 0,
+                AttentionMask::Window(window) => window as i32,
             },
             splits: 1,
             partial: partials,

@@ -14,6 +14,7 @@ use crate::{
         cuda::{
             CudaError, Doing, Gpu,
             gate::{self, Handle},
+            limits::RECORDED,
         },
         ops::BatchRow,
     },
@@ -21,8 +22,6 @@ use crate::{
 
 /// The numbers of rows that are recorded.
 const ROWS: [usize; 11] = [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64];
-/// Bytes of a GPU after which nothing more is recorded; they are within its `RESERVE`. What a graph takes is measured.
-const MOST_BYTES: u64 = 256 << 20;
 
 /// The block of a row that stands for nothing: kernels write no key and no value there.
 const NO_BLOCK: u32 = u32::MAX;
@@ -53,7 +52,7 @@ pub(super) struct Recordings {
 impl Recordings {
     /// For steps of at most `room` rows.
     pub fn new(room: usize) -> Self {
-        Recordings { room, most_bytes: MOST_BYTES, ..Recordings::default() }
+        Recordings { room, most_bytes: RECORDED, ..Recordings::default() }
     }
 
     /// How many rows a step is given, for it to be recorded; none if it has too many.

@@ -2,7 +2,7 @@
 //! depends on is sent once per step; the kernels are started one by one behind the step, which has long begun, and only
 //! those that a draw of the step needs.
 
-use strata_proto::sampling::MAX_LOGPROBS;
+use strata_proto::limits::MAX_LOGPROBS;
 
 use crate::{
     kernels::cuda::{

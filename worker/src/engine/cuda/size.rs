@@ -2,12 +2,9 @@
 
 use crate::{
     engine::Size,
-    kernels::ops::BLOCK_TOKENS,
+    kernels::{cuda::limits::GRID, ops::BLOCK_TOKENS},
     model::{ModelError, architecture::Tower, widths::Widths},
 };
-
-/// Blocks of a grid along its second and third dimension, where some kernels have rows.
-const GRID: usize = 65_535;
 
 /// Checks that kernels can take the longest step of a stage, with `outputs` rows of logits.
 ///

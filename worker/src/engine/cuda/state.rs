@@ -13,7 +13,8 @@ use crate::{
         cuda::{
             self, CudaError, DeviceTensors, Gpu,
             activations::Slots,
-            launch::{Kernels, MAX_ACTIVE, RawCache},
+            launch::{Kernels, RawCache},
+            limits::{ENTRIES, LONG_ROWS, MAX_ACTIVE, SLOTS},
             memory::{self, Arena, Memory, Pinned, Ptr},
         },
         ops::{BLOCK_TOKENS, BatchRow, kv_elements},
@@ -28,13 +29,6 @@ use crate::{
     sampler::Draw,
     transport::Tensors,
 };
-
-/// Activations that can be under way to the next stage without another allocation.
-const SLOTS: usize = 4;
-/// Biases and tokens of histories that a step has room for; rows beyond are sampled by the host.
-const ENTRIES: usize = 1 << 18;
-/// Sequences that a step has room for whose contexts are as long as the model's.
-const LONG_ROWS: usize = 256;
 
 /// The words of a step's inputs, one after the other in one buffer, so that they travel in one copy and lie at the same
 /// places whenever a step has as many tokens, rows and outputs.

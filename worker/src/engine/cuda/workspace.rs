@@ -5,6 +5,7 @@ use crate::{
     kernels::cuda::{
         CudaError, Gpu,
         launch::Bytes,
+        limits::PARTIALS,
         memory::{self, Arena, Memory, Ptr},
         product::{RowBytes, TASK_BYTES},
     },
@@ -14,9 +15,6 @@ use crate::{
         widths::{self, Widths},
     },
 };
-
-/// Bytes for what attention puts together.
-pub(super) const PARTIALS: u64 = 16 << 20;
 
 /// Scratch of a stage.
 pub(super) struct Scratch {

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::kernels::{
     buffer::Values,
-    ops::{BLOCK_TOKENS, BatchRow, Span},
+    ops::{AttentionMask, BLOCK_TOKENS, BatchRow},
 };
 
 const _: () = assert!(BLOCK_TOKENS == LANES, "a block of keys is one tile of the product kernel");
@@ -40,7 +40,7 @@ pub(crate) struct Attention<'a> {
     /// Scores become `cap * tanh(score / cap)`.
     pub softcap: Option<f32>,
     /// The positions that a query sees.
-    pub span: Span,
+    pub mask: AttentionMask,
 }
 
 impl Attention<'_> {
@@ -56,7 +56,7 @@ impl Attention<'_> {
                 let at = token - first;
                 if at < row.count as usize {
                     let position = row.start as usize + at;
-                    let seen = self.span.seen(position, (row.start + row.count) as usize);
+                    let seen = self.mask.seen(position, (row.start + row.count) as usize);
                     let q = &self.q[token * self.stride + kv_head * group * d..][..group * d];
                     let scores = Scores { scale: self.scale, softcap: self.softcap };
                     cpu.isa.run(Heads {
@@ -307,7 +307,7 @@ mod tests {
     }
 
     /// What a query sees, and the bound on its scores.
-    type Look = (Span, Option<f32>);
+    type Look = (AttentionMask, Option<f32>);
 
     /// A sequence, its first position in the step, how many, and its blocks.
     type Part<'a> = (usize, usize, usize, &'a [u32]);
@@ -343,7 +343,7 @@ mod tests {
             heads: HEADS,
             scale: 0.2,
             softcap: look.1,
-            span: look.0,
+            mask: look.0,
         });
         for ((s, _), row) in tokens.zip(out.chunks(HEADS * D)) {
             seen[s].extend(row.iter().map(|x| x.to_bits()));
@@ -351,7 +351,7 @@ mod tests {
     }
 
     /// Softmax over all positions at once, in f64, over the rounded keys and values.
-    fn plain(dtype: DType, (span, cap): Look, position: usize, head: usize, column: usize) -> f64 {
+    fn plain(dtype: DType, (mask, cap): Look, position: usize, head: usize, column: usize) -> f64 {
         let kv = |p, c| f64::from(round_to(dtype, value(0, p, c)));
         let kv_head = head / (HEADS / KV_HEADS);
         let score = |p| -> f64 {
@@ -359,7 +359,7 @@ mod tests {
             let s = (0..D).map(|i| q(i) * kv(p, (HEADS + kv_head) * D + i)).sum::<f64>() * 0.2;
             cap.map_or(s, |c| f64::from(c) * (s / f64::from(c)).tanh())
         };
-        let Range { start: first, end } = span.seen(position, LEN);
+        let Range { start: first, end } = mask.seen(position, LEN);
         let weights: Vec<f64> = (first..end).map(|p| score(p).exp()).collect();
         let at = |p| kv(p, (HEADS + KV_HEADS + kv_head) * D + column);
         weights.iter().enumerate().map(|(i, w)| w * at(first + i)).sum::<f64>() / weights.iter().sum::<f64>()
@@ -368,11 +368,11 @@ mod tests {
     #[test]
     fn chunks_blocks_neighbours_and_instruction_sets_change_no_bit() {
         let looks = [
-            (Span::Causal, None),
-            (Span::Causal, Some(1.5)),
-            (Span::Window(19), None),
-            (Span::Window(1), None),
-            (Span::Full, Some(3.0)),
+            (AttentionMask::Causal, None),
+            (AttentionMask::Causal, Some(1.5)),
+            (AttentionMask::Window(19), None),
+            (AttentionMask::Window(1), None),
+            (AttentionMask::Full, Some(3.0)),
         ];
         let cases = DType::ALL.into_iter().flat_map(|d| looks.map(|l| (d, l)));
         for ((dtype, look), isa) in cases.flat_map(|c| Isa::available().into_iter().map(move |i| (c, i))) {
@@ -394,7 +394,7 @@ mod tests {
                 (2, 16, [[8, 7, 9, 6], [0, 1, 2, 3]]),
                 (1, LEN, [[12, 0, 4, 8], [15, 11, 7, 3]]),
             ] {
-                if look.0 == Span::Full && chunk < LEN {
+                if look.0 == AttentionMask::Full && chunk < LEN {
                     continue;
                 }
                 let cpu = Cpu::new(isa, Pool::new(threads).into());

@@ -3,9 +3,13 @@
 use std::sync::Arc;
 
 use cudarc::driver::{CudaFunction, CudaModule, DeviceRepr, DriverError, sys, sys::CUfunction_attribute};
-use strata_proto::{DType, sampling::MAX_LOGPROBS};
+use strata_proto::{DType, limits::MAX_LOGPROBS};
 
-use super::{CudaError, Doing, Gpu, memory::Ptr};
+use super::{
+    CudaError, Doing, Gpu,
+    limits::{MAX_ACTIVE, MAX_SPLITS},
+    memory::Ptr,
+};
 use crate::kernels::ops::{BLOCK_TOKENS, GROUP};
 
 /// One translation unit, in this order.
@@ -20,10 +24,6 @@ pub(super) const SOURCES: [&str; 8] = [
     include_str!("source/sample.cu"),
 ];
 
-/// Most experts per token.
-pub(crate) const MAX_ACTIVE: usize = 32;
-/// Most parts that one row's attention is split into.
-pub(crate) const MAX_SPLITS: usize = 64;
 /// Threads of a block that draws tokens, and the logits that it takes.
 pub(crate) const SAMPLE_THREADS: usize = 256;
 pub(crate) const SLICE: usize = 2048;

@@ -9,6 +9,7 @@ mod disk;
 pub(crate) mod gate;
 pub(crate) mod launch;
 mod library;
+pub(crate) mod limits;
 pub(crate) mod measure;
 pub(crate) mod memory;
 pub(crate) mod product;
@@ -35,6 +36,7 @@ use self::{
     gate::Handle,
     launch::Kernels,
     library::{Cuda, cuda, cuda_version, has_driver},
+    limits::BLAS_WORKSPACE,
     memory::{Memory, Ptr},
 };
 
@@ -275,13 +277,6 @@ pub(crate) fn context(ordinal: usize) -> Result<Arc<CudaContext>, CudaError> {
     open.push(context.clone());
     Ok(context)
 }
-
-/// Bytes of a GPU that no stage is given: cuBLAS's workspace, what attention puts together, activations on their way,
-/// what tokens are drawn by, recorded steps, and what CUDA and NCCL take for themselves when they are first used.
-pub(crate) const RESERVE: u64 = 1 << 30;
-
-/// Where cuBLAS may work; 32 MiB is what NVIDIA recommends for Hopper.
-const BLAS_WORKSPACE: u64 = 32 << 20;
 
 /// A GPU in use by one stage.
 pub(crate) struct Gpu {

@@ -14,6 +14,7 @@ use super::{
         Bytes, Kernels, Meeting, ONE_ROW_STATIC, RawMatrix, RawNorm, RawProduct, TILE_OUTPUTS, TILE_THREADS,
         TileFormat, element_number, follow, launch, one_row_rings, tile_bytes,
     },
+    limits::UNPACKED,
     memory::Ptr,
 };
 use crate::kernels::ops::{Act, GROUP};
@@ -32,8 +33,6 @@ const DEQUANTIZE_TURNS: usize = 4;
 const TILE_ROWS: usize = 64;
 /// Blocks of `tile_*` for a multiprocessor.
 const TILE_BLOCKS: u32 = 2;
-/// Bytes of one turn of quantized weights into elements: small enough to be read again before it has left the cache.
-const UNPACKED: u64 = 64 << 20;
 
 /// Most rows by which a product of weights in a format is one of `matvec_*`, rather than one on the tensor cores, where
 /// there are any for it. Measured on an H200 (tests/gpu/results): tensor cores take as long for eight rows as for two;

@@ -7,8 +7,8 @@ use super::Description;
 use crate::model::{
     ModelError,
     architecture::{
-        Act, Attention, Ffn, Flow, Head, Input, Layer, Learned, Mlp, Names, Norm, Pool, Position, Slot,
-        Source, Span, Tower,
+        Act, Attention, AttentionMask, Ffn, Flow, Head, Input, Layer, Learned, Mlp, Names, Norm, Pool,
+        Position, Slot, Source, Tower,
     },
     config::Config,
 };
@@ -186,7 +186,7 @@ fn describe_as(config: &Config, dialect: Dialect) -> Result<Description, ModelEr
             head_dim,
             scale: (head_dim as f64).powf(-0.5) as f32,
             shares: None,
-            span: Span::Full,
+            mask: AttentionMask::Full,
             position: Position::None,
             qk_norm: None,
             softcap: None,

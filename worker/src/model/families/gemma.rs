@@ -5,7 +5,7 @@
 use super::{Description, llama, qwen};
 use crate::model::{
     ModelError,
-    architecture::{Act, Ffn, Flow, Head, Mlp, Position, Slot, Source, Span},
+    architecture::{Act, AttentionMask, Ffn, Flow, Head, Mlp, Position, Slot, Source},
     config::Config,
     rope,
 };
@@ -45,7 +45,7 @@ pub(super) fn describe_3(config: &Config) -> Result<Description, ModelError> {
     };
     tower.ropes = vec![rope(global, "rope_theta", 1e6)?, rope(local, "rope_local_base_freq", 1e4)?];
     for layer in &mut tower.layers {
-        if matches!(layer.attention.span, Span::Window(_)) {
+        if matches!(layer.attention.mask, AttentionMask::Window(_)) {
             layer.attention.position = Position::Rope(1);
         }
     }
@@ -79,7 +79,7 @@ fn describe(
         layer.attention.scale = scale;
         layer.attention.softcap = scores;
         if slides {
-            layer.attention.span = Span::Window(window);
+            layer.attention.mask = AttentionMask::Window(window);
         }
     }
     tower.input.scale = (tower.width as f64).sqrt() as f32;

@@ -6,8 +6,8 @@ use super::Description;
 use crate::model::{
     ModelError,
     architecture::{
-        Act, Attention, Ffn, Flow, Head, Input, Layer, Learned, Mlp, Names, Norm, Position, Slot, Source,
-        Span, Tower,
+        Act, Attention, AttentionMask, Ffn, Flow, Head, Input, Layer, Learned, Mlp, Names, Norm, Position,
+        Slot, Source, Tower,
     },
     config::Config,
     rope,
@@ -132,7 +132,7 @@ fn attention(heads: usize, head_dim: usize, scale: f32, position: Position) -> A
         head_dim,
         scale,
         shares: None,
-        span: Span::Causal,
+        mask: AttentionMask::Causal,
         position,
         qk_norm: None,
         softcap: None,

@@ -4,7 +4,8 @@ use super::Description;
 use crate::model::{
     ModelError,
     architecture::{
-        Act, Attention, Ffn, Flow, Head, Input, Layer, Mlp, Names, Norm, Position, Slot, Source, Span, Tower,
+        Act, Attention, AttentionMask, Ffn, Flow, Head, Input, Layer, Mlp, Names, Norm, Position, Slot,
+        Source, Tower,
     },
     config::Config,
     rope,
@@ -65,7 +66,7 @@ pub(super) fn plain(config: &Config) -> Result<Description, ModelError> {
             head_dim,
             scale: (head_dim as f64).powf(-0.5) as f32,
             shares: None,
-            span: Span::Causal,
+            mask: AttentionMask::Causal,
             position: Position::Rope(0),
             qk_norm: None,
             softcap: None,

@@ -4,7 +4,7 @@
 use super::{Description, llama};
 use crate::model::{
     ModelError,
-    architecture::{Ffn, Moe, Slot, Source, Span},
+    architecture::{AttentionMask, Ffn, Moe, Slot, Source},
     config::Config,
     rope,
 };
@@ -44,6 +44,6 @@ pub(super) fn describe_mixtral(config: &Config) -> Result<Description, ModelErro
 /// Gives every layer the same window.
 pub(super) fn slide(description: &mut Description, window: Option<usize>) {
     for layer in &mut description.tower.layers {
-        layer.attention.span = window.map_or(Span::Causal, Span::Window);
+        layer.attention.mask = window.map_or(AttentionMask::Causal, AttentionMask::Window);
     }
 }

@@ -4,7 +4,7 @@
 use super::{Description, llama, mistral};
 use crate::model::{
     ModelError,
-    architecture::{Ffn, Mlp, Moe, Slot, Source, Span},
+    architecture::{AttentionMask, Ffn, Mlp, Moe, Slot, Source},
     config::Config,
 };
 
@@ -21,7 +21,7 @@ pub(super) fn describe_2(config: &Config) -> Result<Description, ModelError> {
     let slides = super::sliding_layers(config, layers.len(), |layer| layer >= first)?;
     for (layer, slides) in layers.iter_mut().zip(slides) {
         if slides {
-            layer.attention.span = Span::Window(window);
+            layer.attention.mask = AttentionMask::Window(window);
         }
     }
     Ok(description)
