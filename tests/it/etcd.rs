@@ -60,8 +60,9 @@ fn cluster(url: &str) -> Etcd {
 fn worker(url: &str, name: &str, more: &[&str]) -> Process {
     let models = model("");
     let args =
-        ["worker", "--models", models.to_str().unwrap(), "--etcd", url, "--name", name, "--lease-ttl", "2"];
-    Process::start(&[&args[..], more].concat(), "listening ")
+        ["worker", "--models", models.to_str().unwrap(), "--etcd", url, "--name", name];
+    // Unless a test says otherwise.
+    Process::start_with(&[("STRATA_LEASE_TTL", "2")], &[&args[..], more].concat(), "listening ")
 }
 
 async fn next(events: &mut mpsc::UnboundedReceiver<MemberEvent>) -> MemberEvent {

@@ -133,7 +133,7 @@ fn run(program: &PathBuf, arguments: &[String]) -> Child {
     thread::spawn(move || {
         // To its end, so that the pipe stays empty.
         for line in log.lines().map_while(Result::ok) {
-            if line.contains("ready to serve client requests") {
+            if line.contains("serving client traffic") {
                 let _ = sender.send(());
             }
         }
