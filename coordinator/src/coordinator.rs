@@ -26,6 +26,7 @@ use crate::{
     engine::{self, Engine, EngineError, Notice, Observer, Snapshot, State},
     front::session::{Served, Session, SessionError},
     preflight::{self, Check, Finding},
+    request::Limit,
 };
 
 /// Alternatives that the output check compares.
@@ -43,6 +44,14 @@ pub enum StartError {
         expected: usize,
         /// How long they had.
         timeout: Duration,
+    },
+    /// Two of those that are listed are one.
+    #[error("workers {worker} and {again} are one process: expected each worker once")]
+    Twice {
+        /// One of its names.
+        worker: String,
+        /// The other one.
+        again: String,
     },
     /// No pipeline.
     #[error(transparent)]
@@ -135,6 +144,7 @@ impl Coordinator {
         self.show(State::Starting, "checking the tokenizer");
         let files = found.tokenizer_files(&plan).await?;
         let mut profile = found.profile.clone();
+        let longest = Limit::of_context(profile.context_length, config.deployment.context);
         profile.context_length = config.deployment.context_of(&profile);
         let profile = Arc::new(profile);
         let (checked, skip) = (profile.clone(), config.skip_checks.clone());
@@ -159,8 +169,14 @@ impl Coordinator {
             snapshot: snapshot.clone(),
             planned: Planned { found, plan },
         });
-        let longest_input = profile.context_length.min(config.deployment.max_step_tokens);
-        session.open(Served { profile: profile.clone(), tokenizer, engine: engine.clone(), longest_input });
+        session.open(Served {
+            profile: profile.clone(),
+            tokenizer,
+            engine: engine.clone(),
+            longest,
+            longest_input: longest.within_step(config.deployment.max_step_tokens),
+            is_cache_chosen: config.deployment.kv_tokens.is_some(),
+        });
         tokio::spawn(follow(events, members.clone(), engine));
         up.await.map_err(|_| StartError::Engine)??;
         self.show(State::Starting, "checking the model's output");
@@ -229,13 +245,19 @@ async fn gather(
                 }
             };
             match event {
+                Some(MemberEvent::Twice { worker, again }) => {
+                    return Err(StartError::Twice { worker, again });
+                }
                 Some(event) => joined = members.note(&event),
                 None => break,
             }
         }
+        Ok(())
     };
     // A timeout is told by the count below.
-    let _ = tokio::time::timeout(config.join_timeout, all_joined).await;
+    if let Ok(Err(twice)) = tokio::time::timeout(config.join_timeout, all_joined).await {
+        return Err(twice);
+    }
     if joined < expected {
         return Err(StartError::Members { joined, expected, timeout: config.join_timeout });
     }

@@ -6,7 +6,7 @@ use strata_proto::{
     v1::{self, Task},
 };
 
-use crate::request::{Tokenizer, chat, encode, generate};
+use crate::request::{Limit, Tokenizer, chat, encode, generate};
 
 /// Text that has everything which tokenizers treat in a way of its own.
 const TEXT: &str =
@@ -55,7 +55,11 @@ pub fn template(data: &[u8]) {
 
 /// A GenerateRequest: it is refused, or within what the model can do.
 pub fn generate(request: v1::GenerateRequest, reader: &Reader, profile: &ModelProfile) {
-    let Ok(checked) = generate::check(request, &reader.0, profile, 1 << 20) else { return };
+    let Ok(checked) =
+        generate::check(request, &reader.0, profile, Limit::of_context(profile.context_length, None))
+    else {
+        return;
+    };
     assert!(!checked.prompt.is_empty() && checked.max_tokens > 0);
     assert!(checked.prompt.iter().all(|id| *id < profile.vocab_size));
     assert!(checked.prompt.len() + checked.max_tokens as usize <= profile.context_length as usize);
@@ -72,7 +76,9 @@ pub fn encode(request: v1::FillMaskRequest, reader: &Reader, profile: &ModelProf
         candidates: request.top_k,
         deadline_ms: request.deadline_ms,
     };
-    let Ok((inputs, _)) = encode::check(request, &reader.0, profile, LONGEST) else { return };
+    let Ok((inputs, _)) = encode::check(request, &reader.0, profile, Limit::of_context(LONGEST, None)) else {
+        return;
+    };
     for input in inputs {
         let tokens = input.ids.len() as u32;
         assert!((1..=LONGEST).contains(&tokens), "{tokens} tokens");

@@ -62,13 +62,14 @@ impl Percentiles {
 pub async fn bench(args: BenchArgs) -> anyhow::Result<()> {
     if args.shared_prefix > args.prompt_tokens {
         let (shared, all) = (args.shared_prefix, args.prompt_tokens);
-        bail!(
+        return Err(report::misused(format!(
             "--shared-prefix {shared}: a prompt has {all} tokens (--prompt-tokens): expected at most as many"
-        );
+        )));
     }
     let most = args.concurrency.iter().max().copied().unwrap_or_default();
     if let Some(requests) = args.requests.filter(|n| *n < most) {
-        bail!("--requests {requests}: {most} at once (--concurrency) need at least as many");
+        let why = format!("--requests {requests}: {most} at once (--concurrency) need at least as many");
+        return Err(report::misused(why));
     }
     if args.temperature == 0.0 && (args.top_k != 0 || args.top_p != 1.0) {
         report::warn(

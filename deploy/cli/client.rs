@@ -2,14 +2,13 @@
 
 use std::{error::Error, future::Future, time::Duration};
 
-use anyhow::{Context, anyhow};
-use strata_proto::{MAX_HEADER_LIST, http_url};
+use strata_proto::{MAX_HEADER_LIST, error::root, http_url};
 use tonic::{
     Code, Status,
     transport::{Channel, Endpoint},
 };
 
-use crate::{args::AddressArgs, call_error::CallError};
+use crate::{args::AddressArgs, call_error::CallError, report::misused};
 
 /// How long connecting may take, unless told otherwise.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -33,8 +32,9 @@ impl Server {
     /// A [`CallError`] if nobody answers in time; something else if the address cannot be one.
     pub async fn connect(args: &AddressArgs) -> anyhow::Result<Self> {
         let address = args.address.as_str();
-        let url = http_url(address).map_err(|why| anyhow!("--address {address}: {why}"))?;
-        let endpoint = Endpoint::from_shared(url).with_context(|| format!("--address {address:?}"))?;
+        let url = http_url(address).map_err(|why| misused(format!("--address {address}: {why}")))?;
+        let endpoint = Endpoint::from_shared(url)
+            .map_err(|why| misused(format!("--address {address:?}: {}", root(&why))))?;
         let timeout = args.timeout.map(Duration::from_secs);
         let limit = timeout.unwrap_or(CONNECT_TIMEOUT);
         let endpoint = endpoint
@@ -96,13 +96,4 @@ impl Server {
 /// A server that does not answer, or not yet.
 pub fn unavailable(text: String) -> anyhow::Error {
     CallError { code: Code::Unavailable, text }.into()
-}
-
-/// What is at the bottom of an error.
-fn root(error: &(dyn Error + 'static)) -> String {
-    let mut error = error;
-    while let Some(cause) = error.source() {
-        error = cause;
-    }
-    error.to_string()
 }

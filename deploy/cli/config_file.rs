@@ -86,6 +86,7 @@ fn set(command: Command, (id, values): (Id, Vec<String>)) -> Command {
 #[cfg(test)]
 mod tests {
     use clap::FromArgMatches;
+    use proptest::{prelude::*, sample::Index};
 
     use super::*;
     use crate::args::Command as Role;
@@ -112,6 +113,64 @@ mod tests {
         assert!(error("[serve]\nprot = 1").contains("unknown key \"prot\""));
         assert!(error("config = 'other.toml'").contains("config: a file names no other"));
         assert!(error("[serve]\nport = {a = 1}").contains("port: expected a string"));
+    }
+
+    proptest! {
+        /// Whatever the file says, it is understood or refused by an error.
+        #[test]
+        fn any_text_is_read_or_refused(text in "(?s).{0,200}") {
+            let _ = apply(Cli::command(), &text);
+        }
+
+        /// Values of any kind at any known place: what the file gives is refused here, refused by clap, or read.
+        #[test]
+        fn any_value_of_any_flag_is_read_or_refused(place in any::<Index>(), value in value()) {
+            let cli = Cli::command();
+            let places = cli.get_subcommands().flat_map(|sub| {
+                let keys = sub.get_arguments().filter(|arg| !arg.is_global_set());
+                keys.map(|arg| (sub.get_name(), arg.get_long().unwrap_or(arg.get_id().as_str())))
+            });
+            let places: Vec<_> = places.collect();
+            let (sub, key) = places[place.index(places.len())];
+            let file = Table::from_iter([(sub.to_owned(), Table::from_iter([(key.to_owned(), value)]).into())]);
+            if let Ok(command) = apply(cli.clone(), &file.to_string()) {
+                let matches = command.try_get_matches_from(["strata", sub]);
+                let _ = matches.map(|matches| Cli::from_arg_matches(&matches));
+            }
+        }
+    }
+
+    fn value() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            any::<String>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            any::<f64>().prop_map(Value::from),
+            any::<bool>().prop_map(Value::from),
+        ];
+        leaf.prop_recursive(2, 8, 3, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(Value::Array),
+                prop::collection::btree_map("[a-z-]{0,6}", inner, 0..3)
+                    .prop_map(|map| Value::Table(map.into_iter().collect())),
+            ]
+        })
+    }
+
+    #[test]
+    fn what_is_required_may_come_from_the_file() {
+        for (file, args) in [
+            ("[generate]\nprompt = 'x'", &["strata", "generate"][..]),
+            ("[generate]\ntext = 'x'", &["strata", "generate"]),
+            ("[tokenize]\ntext = 'x'", &["strata", "tokenize"]),
+            ("[detokenize]\ntoken_ids = [1, 2]", &["strata", "detokenize"]),
+            ("[embed]\ntext = ['a']\npair = ['b']", &["strata", "embed"]),
+            ("[embed]\ntext = ['a']", &["strata", "embed", "--pair", "b"]),
+            ("[coordinator]\nworker = ['a:1']\nmodel = 'm'", &["strata", "coordinator"]),
+            ("[worker]\nmodels = '/m'", &["strata", "worker"]),
+            ("[run]\nmodel = '/m'\nprompt = 'x'", &["strata", "run"]),
+        ] {
+            parse(file, args);
+        }
     }
 
     #[test]

@@ -2,7 +2,6 @@
 
 use std::io::Write;
 
-use anyhow::bail;
 use serde_json::{Value, json};
 use strata_proto::v1::{
     ClassifyRequest, EmbedRequest, FillMaskRequest, Input, Truncation, inference_client::InferenceClient,
@@ -13,6 +12,7 @@ use crate::{
     args::{ClassifyArgs, EmbedArgs, FillMaskArgs, InputArgs},
     client::Server,
     prompt,
+    report::misused,
 };
 
 /// Largest answer that is taken: vectors of many inputs.
@@ -112,14 +112,23 @@ fn client(server: &Server) -> InferenceClient<Channel> {
 
 /// Each text with the pair at the same place, or the one input of token ids.
 fn inputs(args: &InputArgs) -> anyhow::Result<Vec<Input>> {
+    if args.text.is_empty() && !args.pair.is_empty() {
+        return Err(misused("--pair: there is no --text that it goes with: give one, or leave --pair out"));
+    }
+    if args.text.is_empty() && args.token_ids.is_empty() {
+        return Err(misused("there is no input: give a --text, or --token-ids"));
+    }
     if !args.token_ids.is_empty() {
+        if !args.text.is_empty() {
+            return Err(misused("--text is given together with --token-ids: give one of them"));
+        }
         return Ok(vec![Input { token_ids: args.token_ids.clone(), ..Input::default() }]);
     }
     let (texts, pairs) = (args.text.len(), args.pair.len());
     if pairs > texts {
-        bail!(
+        return Err(misused(format!(
             "--pair: {pairs} for {texts} of --text: the first goes with the first, and so on; leave the others out"
-        );
+        )));
     }
     let read = |text: &String| prompt::read(text.clone());
     let input = |(i, text): (usize, &String)| -> anyhow::Result<Input> {
@@ -130,7 +139,9 @@ fn inputs(args: &InputArgs) -> anyhow::Result<Vec<Input>> {
         })
     };
     if args.text.iter().chain(&args.pair).filter(|text| *text == "-").count() > 1 {
-        bail!("-: standard input is read once: give other texts as they are, or as @FILE");
+        return Err(misused(
+            "--text, --pair: standard input (-) is read once: give other texts as they are, or as @FILE",
+        ));
     }
     args.text.iter().enumerate().map(input).collect()
 }

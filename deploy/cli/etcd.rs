@@ -3,7 +3,9 @@
 use std::{net::SocketAddr, path::Path, time::Duration};
 
 use anyhow::{Context, bail};
-use strata_coordinator::cluster::etcd::{self, Credentials, Etcd, Registrant, Registration, TlsFiles};
+use strata_coordinator::cluster::etcd::{
+    self, Credentials, Etcd, EtcdError, Registrant, Registration, TlsFiles,
+};
 use strata_proto::{Worker, v1::DescribeRequest};
 use strata_worker::LocalWorker;
 
@@ -43,13 +45,34 @@ fn password(args: &EtcdArgs) -> anyhow::Result<String> {
     }
 }
 
-/// Registers a worker that answers at `listen`.
+/// A worker's entry in etcd, if it has one.
+pub struct Entry(Option<Registration>);
+
+impl Entry {
+    /// Resolves when the worker may not be a part of the cluster.
+    pub async fn refused(&mut self) -> EtcdError {
+        match &mut self.0 {
+            Some(registration) => registration.refused().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Takes it out.
+    pub async fn end(self) {
+        if let Some(registration) = self.0 {
+            registration.end().await;
+        }
+    }
+}
+
+/// Registers a worker that answers at `listen`, if there is an etcd.
 pub async fn register(
-    etcd: &Etcd,
+    etcd: Option<&Etcd>,
     worker: &LocalWorker,
     listen: SocketAddr,
     args: &MemberArgs,
-) -> anyhow::Result<Registration> {
+) -> anyhow::Result<Entry> {
+    let Some(etcd) = etcd else { return Ok(Entry(None)) };
     let address = match &args.advertise {
         Some(address) => address.clone(),
         None => {
@@ -71,5 +94,5 @@ pub async fn register(
         resident: worker.resident(),
         ttl: Duration::from_secs(args.lease_ttl),
     };
-    Ok(etcd::register(etcd, registrant)?)
+    Ok(Entry(Some(etcd::register(etcd, registrant)?)))
 }

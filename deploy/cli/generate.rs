@@ -9,14 +9,24 @@ use strata_proto::v1::{
     inference_client::InferenceClient,
 };
 
-use crate::{args::GenerateArgs, client::Server, prompt};
+use crate::{args::GenerateArgs, client::Server, prompt, report::misused};
 
 /// `strata generate`
 pub async fn generate(args: GenerateArgs) -> anyhow::Result<()> {
     let json = args.json;
     let prompt = prompt::only(args.text.clone(), args.prompt.clone())?;
     if args.logprobs.is_some() && !json {
-        bail!("--logprobs: only --json shows them: add it, or leave --logprobs out");
+        return Err(misused("--logprobs: only --json shows them: add it, or leave --logprobs out"));
+    }
+    let given = [prompt.is_some(), !args.token_ids.is_empty(), !args.message.is_empty()];
+    match given.iter().filter(|given| **given).count() {
+        0 => return Err(misused("there is nothing to continue: give a PROMPT, a --message, or --token-ids")),
+        1 => {}
+        _ => {
+            return Err(misused(
+                "a --prompt, --message and --token-ids exclude each other: give one of them",
+            ));
+        }
     }
     args.answer.warn_of_idle_flags();
     let server = Server::connect(&args.address).await?;

@@ -2,7 +2,7 @@
 
 use std::{fs, io::Write, path::Path, time::Duration};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::ValueEnum;
 use strata_proto::{DeviceKind, Format, Quantization};
 use strata_worker::{
@@ -14,7 +14,7 @@ use strata_worker::{
 
 use crate::{
     args::{KernelsArgs, Shape},
-    random_model,
+    random_model, report,
 };
 
 /// `strata kernels`
@@ -76,7 +76,10 @@ fn model(name: &str) -> anyhow::Result<Model> {
         Err(_) => {
             let shapes = Shape::value_variants().iter().filter_map(ValueEnum::to_possible_value);
             let shapes: Vec<_> = shapes.map(|value| value.get_name().to_owned()).collect();
-            bail!("model {name}: expected a directory with a config.json, or one of {}", shapes.join(", "));
+            return Err(report::misused(format!(
+                "model {name}: expected a directory with a config.json, or one of {}",
+                shapes.join(", ")
+            )));
         }
     };
     Model::without_checkpoint(config).with_context(|| format!("model {name}"))

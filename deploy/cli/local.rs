@@ -6,7 +6,6 @@ use std::{
     time::Duration,
 };
 
-use anyhow::bail;
 use strata_coordinator::{
     CoordinatorConfig, Deployment, Limits,
     cluster::membership::{self, MemberEvent},
@@ -23,7 +22,8 @@ use tokio::sync::mpsc;
 use crate::{
     VERSION,
     args::{DeploymentArgs, HereArgs},
-    model_dir, report,
+    model_dir,
+    report::{self, misused},
 };
 
 /// How long local workers have to join: they are there already.
@@ -36,7 +36,7 @@ pub fn here(
 ) -> anyhow::Result<(CoordinatorConfig, mpsc::UnboundedReceiver<MemberEvent>)> {
     let (name, directory) = model_dir::open(&args.model)?;
     let (device_lists, split) = match (args.workers, args.devices.is_empty()) {
-        (Some(_), false) => bail!("give --workers or --devices, not both"),
+        (Some(_), false) => return Err(misused("give --workers or --devices, not both")),
         (None, false) => (vec![args.devices.clone()], Split::Auto),
         (None, true) => (vec![device::all()], Split::Auto),
         // Without a cap, so that weights which do not fit may stay memory-mapped.
@@ -114,15 +114,24 @@ pub fn processors(devices: &[DeviceSpec]) -> usize {
     devices.iter().filter(|d| d.kind == DeviceKind::Cpu).count()
 }
 
-/// Devices with the caps of `--max-memory`.
+/// Devices, each named once, with the caps of `--max-memory`.
+///
+/// # Errors
+/// If one is named twice, or a cap has no size or no device.
 pub fn capped(mut devices: Vec<DeviceSpec>, caps: &[DeviceSpec]) -> anyhow::Result<Vec<DeviceSpec>> {
+    let twice =
+        devices.iter().enumerate().find(|(at, d)| devices[..*at].iter().any(|other| other.id == d.id));
+    if let Some((_, device)) = twice {
+        return Err(misused(format!("--devices {} is given twice: expected each device once", device.id)));
+    }
     for cap in caps {
         let Some(bytes) = cap.cap else {
-            bail!("--max-memory {}: expected a size, as in {}=24GiB", cap.id, cap.id)
+            return Err(misused(format!("--max-memory {0}: expected a size, as in {0}=24GiB", cap.id)));
         };
         let Some(device) = devices.iter_mut().find(|d| d.id == cap.id) else {
             let have: Vec<_> = devices.iter().map(|d| d.id.as_str()).collect();
-            bail!("--max-memory {}: no such device; there are {}", cap.id, have.join(", "));
+            let why = format!("--max-memory {}: no such device; there are {}", cap.id, have.join(", "));
+            return Err(misused(why));
         };
         device.cap = Some(bytes);
     }

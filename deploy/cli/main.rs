@@ -42,8 +42,8 @@ fn main() -> ! {
     report::look_ahead();
     let code = match command() {
         Ok(()) => 0,
-        Err(error) if is_broken_pipe(&error) => 0,
-        Err(error) => report::failure(&error),
+        Err(Failure { error, .. }) if is_broken_pipe(&error) => 0,
+        Err(Failure { error, note }) => report::failure(&error, note),
     };
     end(code)
 }
@@ -59,16 +59,33 @@ fn end(code: i32) -> ! {
     _exit(code)
 }
 
-fn command() -> anyhow::Result<()> {
+/// Why a command failed.
+struct Failure {
+    error: anyhow::Error,
+    /// Where values come from that the error names.
+    note: Option<String>,
+}
+
+fn command() -> Result<(), Failure> {
     let given: Vec<_> = std::env::args_os().collect();
     let command = config_file::with_defaults(given.iter().cloned());
     let command = command.unwrap_or_else(|e| end(report::misconfigured(&e)));
     if origin::asks_for_json(&command, &given) {
         report::errors_as_json();
     }
-    let mut command = origin::given_first(origin::without_foreign_variables(command), &given);
+    let command = origin::without_foreign_variables(command);
+    let given = origin::with_dashed_prompt(&command, given);
+    let mut command = origin::given_first(command, &given);
     let matches = command.try_get_matches_from_mut(given).unwrap_or_else(|e| origin::exit(&e, &command));
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
+    let failure = |error: anyhow::Error| {
+        let note = origin::of_named(&report::in_one_line(&error), &matches, &command);
+        Failure { error, note }
+    };
+    run(cli).map_err(failure)
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
     // An answer on a terminal should have nothing in between.
     let quiet = if matches!(cli.command, Command::Run(_)) { "error" } else { "warn" };
     report::start(cli.log.as_deref().unwrap_or(quiet), cli.log_format, cli.command.is_json())?;

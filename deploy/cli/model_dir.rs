@@ -10,12 +10,8 @@ use anyhow::{Context, bail};
 /// If there is no such directory, with what to do about it. What is in it is for the worker to judge.
 pub fn open(given: &Path) -> anyhow::Result<(String, PathBuf)> {
     let shown = given.display();
-    let directory = match (given.canonicalize(), given.to_str().and_then(hub_id)) {
-        (Err(_), Some(id)) => bail!(
-            "model {shown}: no such directory; if it is the id of a model on the Hugging Face hub, download it first: `hf download \
-             {id} --local-dir {name}`, and give that directory",
-            name = id.rsplit('/').next().unwrap_or_default()
-        ),
+    let directory = match (given.canonicalize(), given.to_str().and_then(|given| download(given, "."))) {
+        (Err(_), Some(how)) => bail!("model {shown}: no such directory; {how}"),
         (found, _) => found.with_context(|| format!("model {shown}"))?,
     };
     if !directory.is_dir() {
@@ -23,6 +19,24 @@ pub fn open(given: &Path) -> anyhow::Result<(String, PathBuf)> {
     }
     let name = directory.file_name().context("the model directory has no name")?;
     Ok((name.to_string_lossy().into_owned(), directory))
+}
+
+/// How to get a model whose id on the hub, or whose page there, is given in the place of a directory: into one in `parent`,
+/// `.` or, for a worker, the one of its models.
+pub fn download(given: &str, parent: &str) -> Option<String> {
+    let id = hub_id(given)?;
+    let name = id.rsplit('/').next().unwrap_or_default();
+    let (directory, give) = match parent {
+        "." => (name.to_owned(), "that directory".to_owned()),
+        parent => (
+            format!("{parent}/{name}"),
+            format!("--models {parent} to workers and --model {name} to the coordinator"),
+        ),
+    };
+    Some(format!(
+        "if it is the id of a model on the Hugging Face hub, download it first: `hf download {id} --local-dir {directory}`, and \
+         give {give}"
+    ))
 }
 
 /// The id of a model on the hub, given as `OWNER/NAME` or as an address of one of its pages.

@@ -3,13 +3,13 @@
 use std::ffi::OsString;
 
 use clap::{
-    Arg, Command, Error,
+    Arg, ArgMatches, Command, CommandFactory, Error,
     builder::Resettable,
     error::{ContextKind, ContextValue},
     parser::ValueSource,
 };
 
-use crate::report;
+use crate::{args::Cli, report};
 
 /// Kubernetes describes a Service named `strata` to every container by variables, of which one is ours by name:
 /// `STRATA_PORT=tcp://10.0.0.1:7717`. It is ignored with a word.
@@ -69,6 +69,28 @@ pub fn given_first(mut command: Command, args: &[OsString]) -> Command {
     command
 }
 
+/// The command line with a prompt such as "-5 degrees" moved to its end, behind `--`, if it cannot be understood as it
+/// is. No flag begins with a dash and neither a letter nor a dash, so a misspelt one never becomes a prompt.
+pub fn with_dashed_prompt(command: &Command, given: Vec<OsString>) -> Vec<OsString> {
+    let is_text = |word: &OsString| {
+        let word = word.to_string_lossy();
+        let second = word.strip_prefix('-').and_then(|rest| rest.chars().next());
+        second.is_some_and(|c| c != '-' && !c.is_alphabetic())
+    };
+    let understands = |words: &[OsString]| {
+        let outcome = command.clone().try_get_matches_from(words);
+        outcome.is_ok_and(|matches| matches.subcommand().is_some())
+    };
+    let Some(at) = given.iter().position(is_text) else { return given };
+    if understands(&given) || given.iter().any(|word| word == "--") {
+        return given;
+    }
+    let mut moved = given.clone();
+    let text = moved.remove(at);
+    moved.extend(["--".into(), text]);
+    if understands(&moved) { moved } else { given }
+}
+
 /// An argument without values that are not on the command line.
 fn unset(arg: Arg) -> Arg {
     arg.required(false).env(Resettable::Reset).default_value(Resettable::Reset)
@@ -93,6 +115,35 @@ fn is_of_kubernetes(arg: &Arg, value: &str) -> bool {
 pub fn exit(error: &Error, command: &Command) -> ! {
     let note = origin(error, command).map(|origin| format!("the value comes from {origin}"));
     crate::end(report::usage(error, note))
+}
+
+/// Where the values of flags come from that `text` names, those on the command line aside.
+pub fn of_named(text: &str, matches: &ArgMatches, command: &Command) -> Option<String> {
+    let (name, given) = matches.subcommand()?;
+    let plain = Cli::command();
+    let plain = plain.find_subcommand(name)?;
+    let words: Vec<_> = text.split(|c: char| !c.is_alphanumeric() && !"-_".contains(c)).collect();
+    let origin = |arg: &Arg| {
+        let flag = format!("--{}", arg.get_long()?);
+        if !words.contains(&flag.as_str()) {
+            return None;
+        }
+        let is_of_file = || {
+            let own = plain.get_arguments().find(|own| own.get_id() == arg.get_id());
+            own.is_some_and(|own| own.get_default_values() != arg.get_default_values())
+        };
+        match given.value_source(arg.get_id().as_str())? {
+            ValueSource::EnvVariable => {
+                Some(format!("{flag} comes from the environment variable {}", arg.get_env()?.display()))
+            }
+            ValueSource::DefaultValue if is_of_file() => {
+                Some(format!("{flag} comes from the file of --config"))
+            }
+            _ => None,
+        }
+    };
+    let origins: Vec<_> = command.find_subcommand(name)?.get_arguments().filter_map(origin).collect();
+    (!origins.is_empty()).then(|| origins.join(", "))
 }
 
 fn origin(error: &Error, command: &Command) -> Option<String> {
@@ -122,10 +173,10 @@ fn origin(error: &Error, command: &Command) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use clap::{CommandFactory, FromArgMatches};
+    use clap::FromArgMatches;
 
     use super::*;
-    use crate::args::{Cli, Command as Role};
+    use crate::args::Command as Role;
 
     #[test]
     fn a_prompt_on_the_command_line_comes_before_those_of_the_file() {
@@ -145,5 +196,30 @@ mod tests {
         assert_eq!(prompts(&["--prompt", "def"]), (None, text("def"), vec![]));
         assert_eq!(prompts(&["--token-ids", "1,2"]), (None, None, vec![1, 2]));
         assert_eq!(prompts(&["a", "--prompt", "b"]), (text("a"), text("b"), vec![]));
+    }
+
+    #[test]
+    fn a_prompt_that_no_flag_can_be_may_begin_with_a_dash() {
+        let moved = |words: &[&str]| {
+            let given: Vec<OsString> = words.iter().map(Into::into).collect();
+            let moved = with_dashed_prompt(&Cli::command(), given.clone());
+            let text: Vec<_> = moved.iter().map(|word| word.to_str().unwrap().to_owned()).collect();
+            (moved != given).then(|| text.join(" "))
+        };
+        let said = moved(&["strata", "run", "m", "-5 degrees", "--max-tokens", "3"]);
+        assert_eq!(said.as_deref(), Some("strata run m --max-tokens 3 -- -5 degrees"));
+        assert_eq!(moved(&["strata", "generate", "- a"]).as_deref(), Some("strata generate -- - a"));
+        for as_it_is in [
+            // What could be a flag that is misspelt, or is the value of one.
+            &["strata", "run", "m", "--tmep", "3"][..],
+            &["strata", "run", "m", "-x y"],
+            &["strata", "run", "m", "x", "--temperature", "-1"],
+            &["strata", "run", "m", "x", "--seed", "-1"],
+            &["strata", "run", "m", "--stop", "- a"],
+            &["strata", "run", "m", "--", "-5 degrees"],
+            &["strata", "generate", "-"],
+        ] {
+            assert_eq!(moved(as_it_is), None, "{as_it_is:?}");
+        }
     }
 }

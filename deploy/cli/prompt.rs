@@ -2,7 +2,9 @@
 
 use std::io::Read;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
+
+use crate::report::misused;
 
 /// The text of a prompt: `-` is standard input, `@FILE` a file, and `@@` an `@`; each is taken as it is, to its last
 /// newline.
@@ -28,7 +30,7 @@ pub fn only(place: Option<String>, flag: Option<String>) -> anyhow::Result<Optio
     match (place, flag) {
         // Both come from one environment variable, too.
         (Some(place), Some(flag)) if place != flag => {
-            bail!("there are two prompts, {place:?} and --prompt {flag:?}: give one")
+            Err(misused(format!("there are two prompts, {place:?} and --prompt {flag:?}: give one")))
         }
         (place, flag) => flag.or(place).map(read).transpose(),
     }

@@ -3,13 +3,16 @@
 #![allow(clippy::print_stderr, reason = "the one place for it")]
 
 use std::{
+    error::Error,
+    fmt,
     io::IsTerminal,
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use anyhow::Context;
 use clap::ValueEnum;
 use serde_json::{Map, Value, json};
+use strata_coordinator::{SessionError, StartError};
+use strata_proto::error::{Classify, Kind};
 use tonic::Code;
 use tracing_subscriber::{
     EnvFilter,
@@ -65,6 +68,24 @@ pub fn errors_as_json() {
     JSON_ERROR.store(true, Ordering::Relaxed);
 }
 
+/// Something is wrong with what was asked for on the command line, in the environment or in the file.
+#[derive(Debug)]
+struct Usage(String);
+
+impl fmt::Display for Usage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl Error for Usage {}
+
+/// An error of whoever wrote the command line, which flags alone cannot tell. It names them, so that it can be said
+/// where a value comes from.
+pub fn misused(text: impl Into<String>) -> anyhow::Error {
+    Usage(text.into()).into()
+}
+
 /// Starts the log. `json` is whether the command was asked for JSON.
 ///
 /// # Errors
@@ -72,8 +93,9 @@ pub fn errors_as_json() {
 pub fn start(filter: &str, format: LogFormat, json: bool) -> anyhow::Result<()> {
     JSON_LINES.store(matches!(format, LogFormat::Json), Ordering::Relaxed);
     JSON_ERROR.store(json, Ordering::Relaxed);
-    let levels = EnvFilter::try_new(filter)
-        .with_context(|| format!("--log {filter:?}: expected a level such as info, or target=level"))?;
+    let levels = EnvFilter::try_new(filter).map_err(|why| {
+        misused(format!("--log {filter:?}: expected a level such as info, or target=level: {why}"))
+    })?;
     let builder = tracing_subscriber::fmt().with_env_filter(levels).with_writer(std::io::stderr);
     match format {
         // By itself it would leave colours out only where NO_COLOR says so.
@@ -137,14 +159,29 @@ fn line(level: &str, message: &str, more: Map<String, Value>) -> String {
     json!({"timestamp": timestamp, "level": level, "fields": fields, "target": "strata"}).to_string()
 }
 
-/// Says why a command failed; its exit code.
-pub fn failure(error: &anyhow::Error) -> i32 {
+/// Says why a command failed, and where values come from that it names; its exit code.
+pub fn failure(error: &anyhow::Error, note: Option<String>) -> i32 {
     let (exit_code, code) = match error.chain().find_map(|cause| cause.downcast_ref::<CallError>()) {
-        None => (FAILED, "FAILED".to_owned()),
         Some(call) => (exit_code(call.code), call.name()),
+        None if is_misused(error) => (USAGE, "USAGE".to_owned()),
+        None => (FAILED, "FAILED".to_owned()),
     };
-    last_words(&in_one_line(error), &code, exit_code);
+    let note = note.map_or(String::new(), |note| format!("\nnote: {note}"));
+    last_words(&(in_one_line(error) + &note), &code, exit_code);
     exit_code
+}
+
+/// Whether what was asked for is wrong: flags, a split that the model cannot have, a prompt that is too long.
+fn is_misused(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let planned = match cause.downcast_ref() {
+            Some(StartError::Pipeline(error)) => error.kind() == Kind::BadInput,
+            Some(StartError::Twice { .. }) => true,
+            _ => false,
+        };
+        let asked = cause.downcast_ref::<SessionError>().is_some_and(|error| error.kind() == Kind::BadInput);
+        cause.is::<Usage>() || planned || asked
+    })
 }
 
 /// Says what is wrong with the command line; its exit code, which is 0 where help was asked for.

@@ -1,8 +1,8 @@
 //! The servers: everything in one process, a coordinator, a worker.
 
-use std::{io::Write, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io::Write, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, bail};
 use strata_coordinator::{
     Coordinator, CoordinatorConfig,
     cluster::membership::{self, MemberEvent},
@@ -10,7 +10,6 @@ use strata_coordinator::{
     front::grpc,
     planner::Split,
 };
-use strata_proto::{MAX_HEADER_LIST, PING_EVERY, PING_TIMEOUT, Worker};
 use strata_worker::{
     LocalWorker, Models, WorkerConfig,
     device::{self, Directories},
@@ -19,15 +18,15 @@ use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
 };
-use tonic::transport::Server;
 
 use crate::{
     args::{CoordinatorArgs, DryRunArgs, ListenArgs, ServeArgs, WorkerArgs},
     etcd,
     loading::Loading,
     local::{capped, coordinator_config, here, processors},
-    plan, report,
-    signals::{Signals, stopping, until_terminated},
+    model_dir, plan,
+    report::{self, misused},
+    signals::{Signals, finish, stopping},
 };
 
 /// What a server says that is told to stop while it starts.
@@ -57,7 +56,13 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
 /// `strata coordinator`
 pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
     warn_of_idle_json(&args.dry_run);
-    let members = membership::fixed(&args.workers).map_err(|why| anyhow!("--worker: {why}"))?;
+    if let Some(how) = model_dir::download(&args.model, "MODELS") {
+        return Err(misused(format!(
+            "--model {}: expected the name of a directory under each worker's --models; {how}",
+            args.model
+        )));
+    }
+    let members = membership::fixed(&args.workers).map_err(|why| misused(format!("--worker: {why}")))?;
     check_names(&args.listen.name)?;
     let timeout = Duration::from_secs(args.join_timeout);
     let mut config =
@@ -74,10 +79,18 @@ pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
 /// `strata worker`
 pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     if !args.models.is_dir() {
-        bail!("--models {}: no such directory", args.models.display());
+        let shown = args.models.display();
+        match args.models.to_str().and_then(|given| model_dir::download(given, "MODELS")) {
+            Some(how) => bail!(
+                "--models {shown}: no such directory; expected one whose subdirectories are models; {how}"
+            ),
+            None => {
+                bail!("--models {shown}: no such directory; expected one whose subdirectories are models")
+            }
+        }
     }
     let etcd = etcd::of(&args.etcd)?;
-    let signals = Signals::new();
+    let mut signals = Signals::new();
     let listener =
         TcpListener::bind(args.listen).await.with_context(|| format!("--listen {}", args.listen))?;
     let address = listener.local_addr()?;
@@ -96,53 +109,36 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         directories,
     })?;
     let worker = Arc::new(worker);
-    let service: Arc<dyn Worker> = worker.clone();
-    say(&format!("listening http://{address}"))?;
-    let incoming =
-        tokio_stream::StreamExt::map(tokio_stream::wrappers::TcpListenerStream::new(listener), |stream| {
-            stream.and_then(|s| s.set_nodelay(true).map(|()| s))
-        });
-    let registration = match &etcd {
-        Some(etcd) => Some(etcd::register(etcd, &worker, address, &args.member).await?),
-        None => None,
-    };
-    let (out, refused) = watch::channel(None);
+    let (stop, stopped) = watch::channel(false);
     // The coordinators of what runs here plan without this worker; their calls are answered until they have.
-    let drained = |stop| async move {
-        let Some(mut registration) = registration else {
-            stopping(stop).await;
-            return worker.drain().await;
-        };
-        tokio::select! {
-            () = stopping(stop) => {}
-            error = registration.refused() => {
-                out.send_replace(Some(error));
-                return;
-            }
-        }
-        tokio::join!(registration.end(), worker.drain());
-    };
-    let serve = |stop| async move {
-        let served = Server::builder()
-            // A coordinator that goes away without a word is noticed, and its incarnation's memory freed.
-            .http2_keepalive_interval(Some(PING_EVERY))
-            .http2_keepalive_timeout(Some(PING_TIMEOUT))
-            .http2_max_header_list_size(MAX_HEADER_LIST)
-            .add_service(strata_worker::grpc::service(service))
-            .serve_with_incoming_shutdown(incoming, drained(stop))
-            .await
-            .context("serving the coordinator");
-        match refused.borrow().as_ref() {
-            Some(why) => Err(anyhow!("{why}")),
-            None => served,
+    let drained = {
+        let worker = worker.clone();
+        async move {
+            stopping(stopped).await;
+            worker.drain().await;
         }
     };
-    until_terminated(serve, Duration::from_secs(args.grace), signals).await
+    say(&format!("listening http://{address}"))?;
+    let serving = tokio::spawn(strata_worker::grpc::serve(worker.clone(), listener, drained));
+    let mut serving = pin!(async { serving.await?.context("serving the coordinator") });
+    let mut entry = etcd::register(etcd.as_ref(), &worker, address, &args.member).await?;
+    tokio::select! {
+        ended = &mut serving => return ended,
+        why = entry.refused() => return Err(why.into()),
+        () = signals.next() => {}
+    }
+    stop.send_replace(true);
+    let serving = async { tokio::join!(serving, entry.end()).0 };
+    let left = || {
+        let busy = worker.occupied().join(", ");
+        (!busy.is_empty()).then(|| format!("its coordinator's pipeline over {busy}"))
+    };
+    finish(serving, &mut signals, args.grace, left).await
 }
 
 fn check_names(names: &[String]) -> anyhow::Result<()> {
     match names.iter().enumerate().find(|(at, name)| names[..*at].contains(name)) {
-        Some((_, name)) => bail!("--name {name} is given twice: expected each name once"),
+        Some((_, name)) => Err(misused(format!("--name {name} is given twice: expected each name once"))),
         None => Ok(()),
     }
 }
@@ -197,23 +193,7 @@ async fn answer(
         1 => Some("1 request".to_owned()),
         count => Some(format!("{count} requests")),
     };
-    if let Some(requests) = in_progress() {
-        tracing::warn!("waiting for {requests} to end, {grace} s at most; a second signal ends at once");
-    }
-    tokio::select! {
-        ended = &mut serving => ended?,
-        () = signals.next() => match in_progress() {
-            // Connections alone are left, on which nobody waits for an answer.
-            None => Ok(()),
-            Some(requests) => bail!("ended at once, as asked, without an answer to {requests}"),
-        },
-        () = tokio::time::sleep(Duration::from_secs(grace)) => {
-            if let Some(requests) = in_progress() {
-                tracing::warn!("the {grace} s of --grace are over; ended without an answer to {requests}");
-            }
-            Ok(())
-        }
-    }
+    finish(async { serving.await? }, &mut signals, grace, in_progress).await
 }
 
 /// One line of standard output, at once.

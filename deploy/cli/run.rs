@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use futures::StreamExt;
 use strata_coordinator::{
     Coordinator, Session,
@@ -50,7 +50,9 @@ fn must_generate(given: &Path) -> anyhow::Result<()> {
         Task::Embed => "embed",
         Task::FillMask => "fill-mask",
     };
-    bail!("{name} does not generate text: serve it with `strata serve`, and ask it with `strata {command}`")
+    Err(report::misused(format!(
+        "{name} does not generate text: serve it with `strata serve`, and ask it with `strata {command}`"
+    )))
 }
 
 /// Loads the model.
@@ -68,7 +70,9 @@ async fn start(args: &RunArgs) -> anyhow::Result<Model> {
     let session = coordinator.session().clone();
     let chat = session.has_chat_template() && !args.complete;
     if !chat && !args.message.is_empty() {
-        bail!("--message: the model has no chat template; give it a --prompt to continue");
+        return Err(report::misused(
+            "--message: the model has no chat template; give it a --prompt to continue",
+        ));
     }
     let beginning = args.message.clone();
     Ok(Model { session, chat, said: beginning.clone(), beginning, answer: args.answer.clone() })

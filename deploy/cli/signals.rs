@@ -2,6 +2,7 @@
 
 use std::{future::Future, time::Duration};
 
+use anyhow::bail;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::watch,
@@ -29,29 +30,31 @@ impl Signals {
     }
 }
 
-/// Runs a server that is given a future to stop at; after that it has `grace` to finish, or until it is asked again.
-pub async fn until_terminated<F>(
-    serve: impl FnOnce(watch::Receiver<bool>) -> F,
-    grace: Duration,
-    mut signals: Signals,
-) -> F::Output
-where
-    F: Future<Output = anyhow::Result<()>>,
-{
-    let (stop, stopped) = watch::channel(false);
-    let running = serve(stopped);
-    tokio::pin!(running);
-    tokio::select! {
-        ended = &mut running => return ended,
-        () = signals.next() => {}
+/// Waits for a server that was told to stop: for `grace` seconds, or until it is told again. Says what it waits for,
+/// which `left` names, and whether that is lost.
+///
+/// # Errors
+/// If the server fails, or something is left when it is told again.
+pub async fn finish(
+    running: impl Future<Output = anyhow::Result<()>>,
+    signals: &mut Signals,
+    grace: u64,
+    left: impl Fn() -> Option<String>,
+) -> anyhow::Result<()> {
+    if let Some(left) = left() {
+        tracing::warn!("waiting for {left} to end, {grace} s at most; a second signal ends at once");
     }
-    tracing::info!(?grace, "asked to stop; finishing what is in progress");
-    stop.send_replace(true);
     tokio::select! {
         ended = running => ended,
-        () = signals.next() => anyhow::bail!("asked again to stop: what was in progress is lost"),
-        () = tokio::time::sleep(grace) => {
-            tracing::warn!(?grace, "not all was finished within the grace period");
+        () = signals.next() => match left() {
+            // Connections alone are left, on which nobody waits for an answer.
+            None => Ok(()),
+            Some(left) => bail!("ended at once, as asked, before {left} did"),
+        },
+        () = tokio::time::sleep(Duration::from_secs(grace)) => {
+            if let Some(left) = left() {
+                tracing::warn!("the {grace} s of --grace are over; ended before {left} did");
+            }
             Ok(())
         }
     }

@@ -86,6 +86,20 @@ pub fn quoted(text: &str) -> String {
     }
 }
 
+/// What a status says, in words for people: the callee's, or what became of the connection.
+pub fn words(status: &Status) -> String {
+    std::error::Error::source(status).map_or_else(|| status.message().to_owned(), root)
+}
+
+/// What is at the bottom of an error: of a connection, what the system said of it.
+pub fn root(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut error = error;
+    while let Some(cause) = error.source() {
+        error = cause;
+    }
+    error.to_string()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -120,6 +134,14 @@ mod tests {
         }
         let whole = "x".repeat(MAX_MESSAGE);
         assert_eq!(status(&Long(whole.clone())).message(), whole);
+    }
+
+    #[test]
+    fn words_are_those_of_the_cause() {
+        assert_eq!(words(&Status::not_found("no model")), "no model");
+        let refused = std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
+        let status = Status::from_error(Box::new(std::io::Error::other(refused)));
+        assert_eq!(words(&status), "connection refused");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What a coordinator and its workers must agree on: messages ([`v1`]), a [`Plan`] over [`Device`]s, a
 //! [`ModelProfile`], the calls of a [`Worker`], and the [`error::Kind`]s.
 //!
-//! No IO and no tensors. The `.proto` files under `strata/v1` are the documentation of the wire; the types
+//! No tensors, and no IO but what both do with a connection that comes to their [`port`]. The `.proto` files under `strata/v1` are the documentation of the wire; the types
 //! here are the validated forms that the planner and the scheduler compute with.
 //!
 //! ```
@@ -36,6 +36,7 @@ mod fence;
 mod layers;
 pub mod limits;
 mod plan;
+pub mod port;
 mod profile;
 mod state;
 mod worker;
@@ -64,6 +65,9 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descrip
 
 /// What clients call: each service, with its methods.
 pub const METHODS: &[(&str, &[&str])] = include!(concat!(env!("OUT_DIR"), "/methods.rs"));
+
+/// What a coordinator calls on a worker: the service, with its methods.
+pub const STAGE_METHODS: &[(&str, &[&str])] = include!(concat!(env!("OUT_DIR"), "/stage_methods.rs"));
 
 /// Version of the coordinator-worker protocol that this build speaks.
 pub const PROTOCOL: u32 = 1;

@@ -1,10 +1,11 @@
-//! What new users meet: the client port, when they come with another client or ask for what is not there; flags, and
-//! what is said of them.
+//! What new users meet: the ports, when they come with another client or ask for what is not there, and what every
+//! client is told.
 
 use std::{
     io::{Read, Write},
     net::{TcpListener, TcpStream},
     process::Command,
+    time::{Duration, Instant},
 };
 
 use serde_json::Value;
@@ -19,8 +20,8 @@ use strata_proto::{
 use tonic::{Code, Request, codec::CompressionEncoding::Gzip, transport::Channel};
 
 use crate::{
-    cluster::{Cluster, Options, model},
-    processes::{Process, free_dir, workers},
+    cluster::{Cluster, Options, ask, client, greedy, model, status},
+    processes::{Process, workers},
 };
 
 async fn one_worker() -> (Cluster, Channel) {
@@ -38,16 +39,48 @@ async fn who_calls_what_is_not_served_is_told_what_is() {
     let says = "\"/strata.v1.Stage/Describe\" is not served here: strata.v1.Inference has Generate, ";
     assert!(refused.message().starts_with(says), "{}", refused.message());
 
-    let address = cluster.address.trim_start_matches("http://").to_owned();
+    let answer = browse(cluster.address.clone()).await;
+    assert!(answer.starts_with("HTTP/1.1 400 ") && answer.contains("This port speaks gRPC"), "{answer}");
+}
+
+/// What a browser shows that is given this address.
+async fn browse(address: String) -> String {
     let browser = tokio::task::spawn_blocking(move || {
-        let mut stream = TcpStream::connect(&address).unwrap();
+        let address = address.trim_start_matches("http://");
+        let mut stream = TcpStream::connect(address).unwrap();
         write!(stream, "GET / HTTP/1.1\r\nHost: {address}\r\n\r\n").unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
         answer
     });
-    let answer = browser.await.unwrap();
-    assert!(answer.starts_with("HTTP/1.1 400 ") && answer.contains("This port speaks gRPC"), "{answer}");
+    browser.await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_says_what_it_is_to_clients_and_does_not_wait_for_them() {
+    let mut worker = workers(1).remove(0);
+    let channel = Channel::from_shared(worker.address.clone()).unwrap().connect_lazy();
+    let refused = InferenceClient::new(channel).tokenize(TokenizeRequest::default()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unimplemented);
+    let says =
+        "\"/strata.v1.Inference/Tokenize\" is not served here: strata.v1.Stage has Describe, ReadTokenizer, ";
+    assert!(refused.message().starts_with(says), "{}", refused.message());
+    assert!(refused.message().ends_with("ask the coordinator that it works for"), "{}", refused.message());
+
+    let answer = browse(worker.address.clone()).await;
+    assert!(
+        answer.starts_with("HTTP/1.1 400 ") && answer.contains("This is the port of a worker"),
+        "{answer}"
+    );
+
+    // A stranger that begins to speak and goes on no further: --grace is 30 s.
+    let mut stranger = TcpStream::connect(worker.address.trim_start_matches("http://")).unwrap();
+    stranger.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").unwrap();
+    stranger.read_exact(&mut [0; 9]).unwrap();
+    let begun = Instant::now();
+    worker.signal("-TERM");
+    assert!(worker.exited().success());
+    assert!(begun.elapsed() < Duration::from_secs(20), "it waited for a stranger: {:?}", begun.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -85,13 +118,13 @@ async fn compressed_requests_are_taken_and_answers_compressed_for_those_who_ask(
 }
 
 /// Runs `strata ARGS`: its exit code, and what it said on standard output and standard error.
-fn strata(args: &[&str]) -> (i32, String, String) {
+pub fn strata(args: &[&str]) -> (i32, String, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_strata")).args(args).output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
     (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
 }
 
-fn shakespeare() -> String {
+pub fn shakespeare() -> String {
     model("shakespeare").to_str().unwrap().to_owned()
 }
 
@@ -184,7 +217,11 @@ fn a_coordinator_shows_its_plan_and_loads_nothing() {
     assert!(code == 0 && out.contains("weights of"), "{out}");
     let twice = format!("{0},{0}", workers[0].address);
     let (code, _, said) = strata(&["coordinator", "--worker", &twice, "--model", "x", "--dry-run"]);
-    assert!(code == 1 && said.contains("is listed twice"), "{said}");
+    assert!(code == 2 && said.contains("is listed twice"), "{said}");
+    let port = workers[0].address.rsplit(':').next().unwrap();
+    let alias = format!("localhost:{port},{}", workers[0].address);
+    let (code, _, said) = strata(&["coordinator", "--worker", &alias, "--model", "shakespeare", "--dry-run"]);
+    assert!(code == 2 && said.contains("are one process: expected each worker once"), "{said}");
 }
 
 #[test]
@@ -219,105 +256,11 @@ fn json_logs_are_json_in_every_line_and_nothing_has_colours() {
     assert!(said.contains(" INFO ") && !said.contains('\x1b'), "{said}");
 }
 
-#[test]
-fn nothing_that_is_given_is_ignored_in_silence() {
-    let demo = shakespeare();
-    let nobody = ["--address", "127.0.0.1:1"];
-    for (args, code, says) in [
-        (&["embed", "--text", "a", "--pair", "b", "--pair", "c"][..], 1, "--pair: 2 for 1 of --text"),
-        (&["generate", "x", "--logprobs", "2"], 1, "--logprobs: only --json shows them"),
-        (&["generate", "x", "--top-k", "5"], 4, "warning: --top-k: without --temperature"),
-        (
-            &["generate", "x", "--temperature", "0", "--top-p", "0.5", "--seed", "1"],
-            4,
-            "warning: --top-p, --seed: ",
-        ),
-        (&["bench", "--requests", "2", "--concurrency", "1,8"], 1, "--requests 2: 8 at once"),
-        (
-            &["bench", "--prompt-tokens", "4", "--shared-prefix", "8"],
-            1,
-            "--shared-prefix 8: a prompt has 4 tokens",
-        ),
-        (&["bench", "--top-k", "8"], 4, "warning: --top-k and --top-p choose nothing"),
-        (&["status", "--timeout", "0"], 2, "0 is not in 1.."),
-    ] {
-        let (exited, _, said) = match args.contains(&"--timeout") {
-            true => strata(args),
-            false => strata(&[args, &nobody].concat()),
-        };
-        assert!(exited == code && said.contains(says), "{args:?} ended with {exited}: {said}");
-    }
-    for (args, code, says) in [
-        (&["--threads", "1000"][..], 0, "warning: --threads 1000: this machine has "),
-        (&["--threads", "0"], 2, "0 is not in 1.."),
-        (
-            &["--spill-dir", "/tmp", "--max-memory", "cpu=1GiB"],
-            0,
-            "--spill-dir /tmp is not used: no device is",
-        ),
-        (&["--prefill-chunk", "500", "--max-step-tokens", "100"], 0, "--prefill-chunk 500 is never reached"),
-        (&["--kernel-cache", "/tmp"], 0, "--kernel-cache /tmp is not used: none of the devices is a GPU"),
-        (&["--device", "80GiB@3.3"], 2, "3 B/s: expected a unit, as in 3.3TB/s"),
-    ] {
-        let devices: &[&str] = if args.contains(&"--device") { &[] } else { &["--devices", "cpu"] };
-        let (exited, _, said) = strata(&[&["plan", &demo], devices, args].concat());
-        assert!(exited == code && said.contains(says), "{args:?} ended with {exited}: {said}");
-    }
-    let encoder = model("bert-embed-f32");
-    for (args, says) in [
-        (&[&demo, "--context", "999999"][..], "warning: a context of 999999 is more than the model's"),
-        (
-            &[&demo, "--devices", "cpu", "--links", "tcp"],
-            "warning: nothing is linked by tcp: there is one stage",
-        ),
-        (&[encoder.to_str().unwrap(), "--kv-tokens", "100"], "warning: the size of a cache was given"),
-    ] {
-        let (code, out, said) = strata(&[&["plan"], args].concat());
-        assert!(code == 0 && out.contains(says), "{args:?}: {out}{said}");
-    }
-    let directory = free_dir();
-    let file = directory.path().join("strata.toml");
-    std::fs::write(&file, "[plan]\nworker = 3\n").unwrap();
-    let (code, _, said) = strata(&["--config", file.to_str().unwrap(), "plan", &demo]);
-    assert!(code == 2 && said.contains("[plan]: unknown key \"worker\""), "{said}");
-}
-
-#[test]
-fn the_command_line_comes_before_the_environment_and_usage_errors_are_json_for_both() {
-    let nowhere = ["generate", "--address", "http://127.0.0.1:1"];
-    let run = |environment: &[(&str, &str)], args: &[&str]| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_strata"));
-        let output = command.args(nowhere).args(args).envs(environment.iter().copied()).output().unwrap();
-        (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
-    };
-    let prompt = [("STRATA_PROMPT", "abc")];
-    for args in [&["def"][..], &["--prompt", "def"], &["--token-ids", "1"], &["--message", "user=x"], &[]] {
-        let (code, said) = run(&prompt, args);
-        assert!(code == 4 && said.contains("no server answers"), "{args:?}: {said}");
-    }
-    assert_eq!(run(&prompt, &["a", "--prompt", "b"]).0, 1, "two prompts");
-
-    let wrong = ["x", "--max-tokens", "some"];
-    let directory = free_dir();
-    let file = directory.path().join("strata.toml");
-    std::fs::write(&file, "[generate]\njson = true\n").unwrap();
-    for environment in [("STRATA_JSON", "true"), ("STRATA_CONFIG", file.to_str().unwrap())] {
-        let (code, said) = run(&[environment], &wrong);
-        let error: Value = serde_json::from_str(&said).unwrap();
-        assert_eq!((code, &error["code"]), (2, &"USAGE".into()));
-    }
-    assert!(run(&[("STRATA_JSON", "false")], &wrong).1.starts_with("error: "));
-}
-
-#[test]
-fn names_are_given_once_and_texts_of_encoders_may_be_files() {
-    let twice = strata(&["serve", &shakespeare(), "--name", "a,b,a"]);
-    assert!(twice.0 == 1 && twice.2.contains("--name a is given twice"), "{}", twice.2);
-    let blank = strata(&["serve", &shakespeare(), "--name", " "]);
-    assert!(blank.0 == 2 && blank.2.contains("expected a name"), "{}", blank.2);
-    let embed = |text: &[&str]| strata(&[&["embed", "--address", "http://127.0.0.1:1"], text].concat());
-    let missing = embed(&["--text", "@/nowhere"]);
-    assert!(missing.0 == 1 && missing.2.contains("prompt @/nowhere: reading the file"), "{}", missing.2);
-    let both = embed(&["--text", "-", "--pair", "-"]);
-    assert!(both.0 == 1 && both.2.contains("standard input is read once"), "{}", both.2);
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tokens_so_far_are_those_of_clients() {
+    let cluster = Cluster::start(&Options { workers: 1, ..Options::default() }).await;
+    let load = status(&cluster.address).await.load.unwrap();
+    assert_eq!((load.prompt_tokens, load.generated_tokens), (0, 0), "the coordinator's own questions count");
+    ask(&client(&cluster.address).await, greedy(&[0, 842, 28, 201], 3)).await.unwrap();
+    cluster.wait_for("its tokens", |s| (s.load.prompt_tokens, s.load.generated_tokens) == (4, 3)).await;
 }

@@ -153,7 +153,7 @@ async fn long_inputs_are_refused_or_cut_where_the_caller_says() {
         client.embed(embed(vec![text("x"), text(&long)], Truncation::Unspecified)).await.unwrap_err();
     assert_eq!(refused.code(), Code::InvalidArgument);
     // Its sentence_bert_config.json says 100, its table of positions 128.
-    let says = ["inputs: input 1", "100 is the most", "ask for truncation"];
+    let says = ["inputs: input 1", "the model takes 100 tokens at most", "ask for truncation"];
     assert!(says.iter().all(|s| refused.message().contains(s)), "{}", refused.message());
 
     let head = client.embed(embed(vec![text(&long)], Truncation::KeepHead)).await.unwrap().into_inner();

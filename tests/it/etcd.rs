@@ -59,8 +59,7 @@ fn cluster(url: &str) -> Etcd {
 /// A worker process in the cluster.
 fn worker(url: &str, name: &str, more: &[&str]) -> Process {
     let models = model("");
-    let args =
-        ["worker", "--models", models.to_str().unwrap(), "--etcd", url, "--name", name];
+    let args = ["worker", "--models", models.to_str().unwrap(), "--etcd", url, "--name", name];
     // Unless a test says otherwise.
     Process::start_with(&[("STRATA_LEASE_TTL", "2")], &[&args[..], more].concat(), "listening ")
 }

@@ -13,7 +13,9 @@ use std::{
 };
 
 use futures::StreamExt;
-use strata_coordinator::{SessionError, cluster::membership::MemberEvent, engine::State, planner::Split};
+use strata_coordinator::{
+    RemoteWorker, SessionError, cluster::membership::MemberEvent, engine::State, planner::Split,
+};
 use strata_proto::{
     Files, Progress, StageChannel, Worker,
     error::{Classify, Kind},
@@ -338,11 +340,51 @@ async fn the_first_signal_says_what_is_waited_for_and_the_second_ends_at_once() 
     assert_eq!((shown.state(), shown.requests.unwrap().in_progress), (CoordinatorState::Draining, 1));
     server.signal("-INT");
     let (ended, said) = server.exited();
-    assert!(
-        !ended.success() && said.contains("ended at once, as asked, without an answer to 1 request"),
-        "{said}"
-    );
+    assert!(!ended.success() && said.contains("ended at once, as asked, before 1 request did"), "{said}");
     only.signal("-CONT");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_says_that_it_waits_for_its_coordinator_and_ends_when_it_is_told_twice() {
+    let models = model("");
+    let mut worker = Lines::start(&["worker", "--models", models.to_str().unwrap(), "--devices", "cpu"]);
+    let (_, listening) = worker.wait_for("listening http://");
+    let url = listening.trim_start_matches("listening ");
+    let server = coordinator(&free_address(), url);
+    server.wait_for("ready http://");
+    // Whoever is stopped cannot plan anew.
+    server.signal("-STOP");
+    worker.signal("-TERM");
+    worker.wait_for(
+        "waiting for its coordinator's pipeline over cpu to end, 30 s at most; a second signal ends at once",
+    );
+    let (remote, ..) = RemoteWorker::lazy(url).unwrap();
+    assert!(remote.describe(v1::DescribeRequest::default()).await.expect("it still answers").draining);
+    worker.signal("-TERM");
+    let (ended, said) = worker.exited();
+    let says = "ended at once, as asked, before its coordinator's pipeline over cpu did";
+    assert!(!ended.success() && said.contains(says), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_names_the_worker_that_was_lost_and_what_became_of_it() {
+    let workers: Vec<_> = (0..3).map(|_| worker("127.0.0.1:0")).collect();
+    let urls: Vec<_> = workers.iter().map(|worker| worker.address.as_str()).collect();
+    let address = free_address();
+    let server = coordinator(&address, &urls.join(","));
+    server.wait_for("ready http://");
+    let mut client = client(&format!("http://{address}")).await;
+    let mut answer = client.generate(greedy(&PROMPT, 250)).await.unwrap().into_inner();
+    answer.message().await.unwrap().expect("it has begun");
+    workers[1].signal("-KILL");
+    let (before, named) = server.wait_for("does not answer; planning without it");
+    let [first, victim, last] = [0, 1, 2].map(|at| workers[at].address.trim_start_matches("http://"));
+    assert!(named.contains(victim) && named.contains("Connection refused"), "{named}");
+    let said = before.join("\n");
+    for neighbour in [first, last] {
+        assert!(!said.contains(&format!("{neighbour} was lost")), "{said}");
+    }
+    assert!(said.contains("; planning anew") && !(said + &named).contains("tonic::"), "{before:?} {named}");
 }
 
 #[test]

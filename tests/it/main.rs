@@ -23,3 +23,4 @@ mod serving;
 mod session;
 #[cfg(feature = "cuda")]
 mod start;
+mod usage;

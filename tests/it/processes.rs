@@ -13,11 +13,7 @@ use std::{
 };
 
 use serde_json::Value;
-use strata_coordinator::RemoteWorker;
-use strata_proto::{
-    Worker,
-    v1::{DescribeRequest, generate_event},
-};
+use strata_proto::v1::generate_event;
 
 use crate::cluster::{PATIENCE, ask, client, expectations, greedy, model, status};
 
@@ -70,6 +66,7 @@ impl Process {
         self::signal(self.id(), signal);
     }
 
+    /// How it ended, once it has.
     pub fn exited(&mut self) -> std::process::ExitStatus {
         let begun = Instant::now();
         loop {
@@ -202,23 +199,6 @@ async fn a_worker_that_is_told_to_end_hands_its_layers_over_first() {
     let stages = &status.plan.unwrap().replicas[0].stages;
     let left = [&workers[0], &workers[2]].map(|w| w.address.trim_start_matches("http://"));
     assert_eq!(stages.iter().map(|s| s.worker.as_str()).collect::<Vec<_>>(), left);
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_worker_waits_for_its_coordinator_unless_it_is_told_twice_to_end() {
-    let mut workers = workers(1);
-    let coordinator = coordinator(&workers);
-    // Whoever is stopped cannot plan anew.
-    coordinator.signal("-STOP");
-    workers[0].signal("-TERM");
-    let (worker, ..) = RemoteWorker::lazy(&workers[0].address).unwrap();
-    let describe = || worker.describe(DescribeRequest::default());
-    let begun = Instant::now();
-    while !describe().await.expect("it still answers").draining {
-        assert!(begun.elapsed() < PATIENCE, "it does not drain");
-    }
-    workers[0].signal("-TERM");
-    assert!(!workers[0].exited().success(), "it lost something, and says so");
 }
 
 /// FAULTS 10: readiness goes, the answer waits, and all comes back by itself when a worker joins.

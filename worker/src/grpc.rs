@@ -1,17 +1,42 @@
 //! The worker's calls over gRPC: an adapter, no logic.
 
-use std::{pin::Pin, sync::Arc};
+use std::{future::Future, pin::Pin, sync::Arc};
 
 use futures::{Stream, StreamExt};
 use strata_proto::{
-    MAX_STAGE_MESSAGE, Worker,
+    MAX_STAGE_MESSAGE, PING_EVERY, PING_TIMEOUT, STAGE_METHODS, Worker,
+    port::{self, Pings, Served},
     v1::{self, stage_server, to_stage},
 };
+use tokio::net::TcpListener;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming, async_trait};
+use tonic::{Request, Response, Status, Streaming, async_trait, service::Routes};
 
 /// Pieces in which small files travel.
 const CHUNK: usize = 256 << 10;
+
+/// A coordinator that goes away without a word is noticed, and its incarnation's memory freed.
+const PINGS: Pings = Pings { every: PING_EVERY, timeout: PING_TIMEOUT };
+
+const SERVED: Served = Served {
+    methods: STAGE_METHODS,
+    standard: &[],
+    http1: "This is the port of a worker, which a coordinator calls by gRPC (HTTP/2 without TLS): give its address to \
+            `strata coordinator --worker http://HOST:PORT`, and ask the coordinator's port.\n",
+    elsewhere: Some("this is the port of a worker: ask the coordinator that it works for"),
+};
+
+/// Answers a coordinator's calls until `drained` resolves, which is when the worker has no incarnation left.
+///
+/// # Errors
+/// If the transport fails.
+pub async fn serve(
+    worker: Arc<dyn Worker>,
+    listener: TcpListener,
+    drained: impl Future<Output = ()>,
+) -> Result<(), tonic::transport::Error> {
+    port::serve(listener, Routes::new(service(worker)), &SERVED, PINGS, drained).await
+}
 
 /// The service `strata.v1.Stage` over any worker.
 pub fn service(worker: Arc<dyn Worker>) -> stage_server::StageServer<StageService> {

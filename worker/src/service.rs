@@ -177,6 +177,12 @@ impl LocalWorker {
         }
     }
 
+    /// Devices on which an incarnation runs.
+    pub fn occupied(&self) -> Vec<&str> {
+        let occupied = self.stages.iter().filter(|(_, stage)| stage.is_occupied());
+        occupied.map(|(id, _)| id.as_str()).collect()
+    }
+
     /// Refuses what would begin an incarnation, once it is draining.
     fn check_not_draining(&self) -> Result<(), WorkerError> {
         if *self.draining.borrow() { Err(WorkerError::Draining) } else { Ok(()) }

@@ -185,6 +185,11 @@ impl StageThread {
         done.await.unwrap_or_else(|_| Err(gone()))
     }
 
+    /// Whether there is an incarnation.
+    pub fn is_occupied(&self) -> bool {
+        *self.shared.occupied.borrow()
+    }
+
     /// Returns when there is no incarnation.
     pub async fn vacant(&self) {
         // The sender lives in `self`, so the wait cannot fail.

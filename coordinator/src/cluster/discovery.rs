@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use futures::future::join_all;
-use strata_proto::{Device, Files, LinkChoice, LinkKind, ModelProfile, Plan, StagePlan, v1};
+use strata_proto::{Device, Files, LinkChoice, LinkKind, ModelProfile, Plan, StagePlan, error::words, v1};
 use tonic::{Code, Status};
 
 use super::{
@@ -59,7 +59,8 @@ pub async fn discover(members: &[Member], model: &str) -> Result<Discovery, Pipe
             Ok(described) => Ok(Some((member, described))),
             // Membership may not have noticed yet that it is gone.
             Err(PipelineError::Call { status, .. }) if absent(&status) => {
-                tracing::warn!(worker = member.name, %status, "does not answer; planning without it");
+                let why = words(&status);
+                tracing::warn!(worker = member.name, why, "does not answer; planning without it");
                 Ok(None)
             }
             Err(error) => Err(error),

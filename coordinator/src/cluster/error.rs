@@ -2,7 +2,7 @@
 
 use strata_proto::{
     LinkKind,
-    error::{Classify, Kind},
+    error::{Classify, Kind, words},
 };
 use tonic::Status;
 
@@ -64,7 +64,7 @@ pub enum PipelineError {
         why: String,
     },
     /// A call failed.
-    #[error("worker {worker}: {doing} failed: {}", status.message())]
+    #[error("worker {worker}: {doing} failed: {}", words(status))]
     Call {
         /// The worker.
         worker: String,

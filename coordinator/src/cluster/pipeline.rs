@@ -58,11 +58,11 @@ pub enum PipelineEvent {
         /// Time it computed.
         compute: Duration,
     },
-    /// A stage is gone; the incarnation is over.
+    /// A stage runs no more; the incarnation is over.
     Lost {
         /// Name of its worker.
         worker: String,
-        /// What happened.
+        /// What became of it, to be read behind the name. A stage that failed may only have lost its neighbour.
         reason: String,
     },
 }
@@ -348,7 +348,7 @@ impl Setup {
     }
 }
 
-/// Forwards a stage's messages until it is lost; says why.
+/// Forwards a stage's messages until it runs no more; says what became of it.
 async fn forward(
     stage: usize,
     incarnation: u64,
@@ -358,8 +358,8 @@ async fn forward(
     loop {
         let message = match tokio::time::timeout(SILENCE, from.recv()).await {
             Ok(Some(message)) => message.message,
-            Ok(None) => return "its stream ended".into(),
-            Err(_) => return format!("it was silent for {SILENCE:?}"),
+            Ok(None) => return "was lost: its stream ended".into(),
+            Err(_) => return format!("was lost: it was silent for {SILENCE:?}"),
         };
         match message {
             Some(from_stage::Message::Result(result)) => sink(incarnation, PipelineEvent::Result(result)),
@@ -369,15 +369,15 @@ async fn forward(
             }
             Some(from_stage::Message::Health(health)) => {
                 if health.draining {
-                    return "it is about to end".into();
+                    return "is about to end".into();
                 }
                 let busy = Duration::from_millis(health.busy_ms);
                 if health.phase() == v1::StagePhase::Step && busy > STEP_TIMEOUT {
-                    return format!("it has been in one step for {busy:?}");
+                    return format!("has been in one step for {busy:?}");
                 }
             }
-            Some(from_stage::Message::Fatal(why)) => return why,
-            Some(from_stage::Message::Opened(_)) | None => return "it sent a message out of order".into(),
+            Some(from_stage::Message::Fatal(why)) => return format!("ended its stage: {why}"),
+            Some(from_stage::Message::Opened(_)) | None => return "sent a message out of order".into(),
         }
     }
 }

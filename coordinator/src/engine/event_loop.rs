@@ -17,7 +17,7 @@ use super::{
     error::EngineError,
     messages::{Asked, Event, Observer, Reply, Submission},
     replica::{Replica, State},
-    snapshot::Snapshot,
+    snapshot::{self, Snapshot},
 };
 use crate::{
     cluster::{
@@ -185,10 +185,13 @@ impl Engine {
                     self.try_another();
                 }
             }
+            MemberEvent::Twice { worker, again } => {
+                tracing::warn!("workers {worker} and {again} are one process, which takes part once");
+            }
             MemberEvent::Left(name) => {
                 tracing::warn!(worker = name, "left");
                 while let Some(at) = self.replicas.iter().position(|replica| replica.uses(name)) {
-                    self.lost(at, name, "it left");
+                    self.lost(at, name, "left");
                 }
             }
         }
@@ -245,7 +248,7 @@ impl Engine {
         match self.place(id, asked) {
             Ok(()) => {
                 let live = Live { reply: reply.clone(), answer, begun: false };
-                self.counters.prompt_tokens += prompt_tokens;
+                self.counters.prompt_tokens += self.counted(prompt_tokens);
                 self.live.insert(id, live);
                 if reply.send(Reply::Accepted(id)).is_err() {
                     self.live.remove(&id);
@@ -257,6 +260,11 @@ impl Engine {
                 let _ = reply.send(Reply::Failed(refused));
             }
         }
+    }
+
+    /// So many tokens, or none of the coordinator's own questions: it asks them before it serves, and nobody else does.
+    pub(super) fn counted(&self, tokens: u64) -> u64 {
+        if self.snapshot.borrow().state == snapshot::State::Starting { 0 } else { tokens }
     }
 
     /// Gives a request to the least busy replica that is up and has room for it; to the first while none is up.
@@ -334,7 +342,7 @@ impl Engine {
                     }
                 }
                 if let Err(worker) = pipeline.issue(meta) {
-                    self.lost(at, &worker, "it takes no steps");
+                    self.lost(at, &worker, "takes no steps");
                 }
             }
         }

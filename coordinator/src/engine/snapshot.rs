@@ -135,9 +135,9 @@ mod tests {
         assert_eq!((snapshot.ready(), snapshot.reason().as_str()), (false, "checking the model's output"));
         (snapshot.state, snapshot.doing) = (State::Serving, String::new());
         assert_eq!((snapshot.ready(), snapshot.reason().as_str()), (true, ""));
-        (snapshot.up, snapshot.down) = (false, "worker worker-1 was lost: it left".into());
+        (snapshot.up, snapshot.down) = (false, "worker worker-1 left".into());
         snapshot.loading = vec![stage(0, 0)];
-        let reason = "worker worker-1 was lost: it left; loading layers 0..12 on worker-0/cpu, 0 %";
+        let reason = "worker worker-1 left; loading layers 0..12 on worker-0/cpu, 0 %";
         assert_eq!((snapshot.ready(), snapshot.reason().as_str()), (false, reason));
         snapshot.state = State::Draining;
         assert_eq!(snapshot.reason(), "the server is shutting down");

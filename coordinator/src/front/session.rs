@@ -21,7 +21,7 @@ use self::{pending::Pending, record::Record};
 use crate::{
     engine::{Asked, EngineError, Event, Reply, Snapshot, State},
     request::{
-        AdmissionError, Gate, Tokenizer,
+        AdmissionError, Gate, Limit, Tokenizer,
         bounds::{self, MAX_IDS},
         encode, generate,
     },
@@ -33,8 +33,12 @@ pub(crate) struct Served {
     pub profile: Arc<ModelProfile>,
     pub tokenizer: Arc<Tokenizer>,
     pub engine: mpsc::UnboundedSender<Event>,
+    /// Most tokens of a sequence, whatever the cache holds.
+    pub longest: Limit,
     /// Most tokens of an input that is computed in one step.
-    pub longest_input: u32,
+    pub longest_input: Limit,
+    /// Somebody chose how much the cache holds.
+    pub is_cache_chosen: bool,
 }
 
 /// A way to ask the model; cheap to clone. It bounds requests in progress, tokenizes off the async threads, keeps
@@ -304,7 +308,8 @@ impl Session {
             capacity => capacity,
         };
         let checking = self.let_in(record, move |served| {
-            generate::check(request, &served.tokenizer, &served.profile, capacity)
+            let limit = served.longest.within_cache(capacity, served.is_cache_chosen);
+            generate::check(request, &served.tokenizer, &served.profile, limit)
         });
         let (served, checked) = checking.await?;
         record.tenant = checked.tenant.clone();

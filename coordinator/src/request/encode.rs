@@ -11,6 +11,7 @@ use strata_proto::{
 use super::{
     bounds::{DEFAULT_CANDIDATES, MAX_INPUTS, MAX_TEXT_BYTES, check_deadline, check_task},
     error::{AdmissionError, field},
+    limit::Limit,
     tokenizer::{Encoded, Tokenizer},
 };
 use crate::scheduler::Encode;
@@ -43,7 +44,7 @@ pub(crate) struct CheckedInput {
     pub dropped: u32,
 }
 
-/// Checks and tokenizes the inputs of a call; `longest` is the most tokens that one may have. Heavy: not for an async
+/// Checks and tokenizes the inputs of a call, each of at most `limit` tokens. Heavy: not for an async
 /// thread.
 ///
 /// # Errors
@@ -52,7 +53,7 @@ pub(crate) fn check(
     request: Request,
     tokenizer: &Tokenizer,
     profile: &ModelProfile,
-    longest: u32,
+    limit: Limit,
 ) -> Result<(Vec<CheckedInput>, Option<Duration>), AdmissionError> {
     check_task(request.task, profile)?;
     let deadline = check_deadline(request.deadline_ms)?;
@@ -74,7 +75,7 @@ pub(crate) fn check(
         ));
     }
     let one = |(index, input)| {
-        let encoded = encode(input, request.truncation, tokenizer, profile, longest)
+        let encoded = encode(input, request.truncation, tokenizer, profile, limit)
             .map_err(|why| field("inputs", format!("input {index}: {why}")))?;
         let masked = match request.task {
             Task::FillMask => masks(&encoded.ids, tokenizer)
@@ -95,9 +96,10 @@ fn encode(
     truncation: Truncation,
     tokenizer: &Tokenizer,
     profile: &ModelProfile,
-    longest: u32,
+    limit: Limit,
 ) -> Result<Encoded, String> {
     let v1::Input { text, pair, token_ids } = input;
+    let longest = u32::try_from(limit.tokens).unwrap_or(u32::MAX);
     let mut encoded = match (text, pair) {
         (None, None) if token_ids.is_empty() => return Err("is empty: expected text or token_ids".into()),
         (None, None) => Encoded { ids: token_ids, segments: Vec::new(), dropped: 0 },
@@ -117,8 +119,7 @@ fn encode(
         _ if excess == 0 => {}
         Truncation::Unspecified => {
             return Err(format!(
-                "{} tokens are too many: {longest} is the most that this deployment takes; shorten the input, or ask for \
-                 truncation",
+                "{} tokens are too many: {limit}; shorten the input, or ask for truncation",
                 encoded.ids.len()
             ));
         }

@@ -11,6 +11,7 @@ use super::{
     },
     chat::Message,
     error::{AdmissionError, field},
+    limit::Limit,
     sampling,
     tokenizer::Tokenizer,
 };
@@ -46,7 +47,7 @@ pub(crate) fn check(
     request: v1::GenerateRequest,
     tokenizer: &Tokenizer,
     profile: &ModelProfile,
-    kv_capacity: u64,
+    limit: Limit,
 ) -> Result<Checked, AdmissionError> {
     check_task(v1::Task::Generate, profile)?;
     let defaults = request.model_defaults.then(|| tokenizer.defaults());
@@ -81,7 +82,7 @@ pub(crate) fn check(
         }
         false => chat_ids(request.messages, tokenizer)?,
     };
-    let max_tokens = check_length(prompt.len(), request.max_tokens, profile, kv_capacity)?;
+    let max_tokens = check_length(prompt.len(), request.max_tokens, limit)?;
     Ok(Checked {
         prompt,
         max_tokens,
@@ -147,33 +148,22 @@ fn chat_ids(messages: Vec<v1::ChatMessage>, tokenizer: &Tokenizer) -> Result<Vec
 }
 
 /// The number of new tokens that a prompt of this length may have.
-fn check_length(
-    prompt: usize,
-    max_tokens: Option<u32>,
-    profile: &ModelProfile,
-    kv_capacity: u64,
-) -> Result<u32, AdmissionError> {
-    let context = u64::from(profile.context_length);
+fn check_length(prompt: usize, max_tokens: Option<u32>, limit: Limit) -> Result<u32, AdmissionError> {
     let prompt = prompt as u64;
-    let room = context.min(kv_capacity);
-    let bound = match room < context {
-        true => "what the cache of this deployment holds",
-        false => "the longest sequence served here (--context, or the model's context)",
-    };
-    if prompt >= room {
+    if prompt >= limit.tokens {
         return Err(field(
             "prompt",
-            format!("{prompt} tokens leave no room for an answer: {bound} is {room} tokens"),
+            format!("{prompt} tokens leave no room for an answer: {limit}; shorten the prompt"),
         ));
     }
-    let rest = u32::try_from(room - prompt).unwrap_or(u32::MAX);
+    let rest = u32::try_from(limit.tokens - prompt).unwrap_or(u32::MAX);
     match max_tokens {
         None => Ok(rest),
         Some(wanted) if wanted <= rest => Ok(wanted),
         Some(wanted) => Err(field(
             "max_tokens",
             format!(
-                "{wanted} on top of {prompt} prompt tokens is too large: {bound} is {room} tokens, so at most {rest}"
+                "{wanted} on top of {prompt} prompt tokens is too large: {limit}; ask for at most {rest}"
             ),
         )),
     }

@@ -6,11 +6,13 @@ pub(crate) mod encode;
 mod error;
 mod gate;
 pub(crate) mod generate;
+mod limit;
 mod sampling;
 mod text_stream;
 mod tokenizer;
 
 pub use error::{AdmissionError, TokenizerError};
 pub(crate) use gate::{Gate, Permit};
+pub(crate) use limit::Limit;
 pub(crate) use text_stream::TextStream;
 pub(crate) use tokenizer::Tokenizer;

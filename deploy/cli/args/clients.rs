@@ -177,7 +177,7 @@ pub struct RunArgs {
 #[derive(Debug, Args)]
 pub struct GenerateArgs {
     /// Text to continue; - is standard input, @FILE a file, and @@ an @
-    #[arg(env = "STRATA_PROMPT", value_name = "PROMPT", required_unless_present_any = ["prompt", "token_ids", "message"])]
+    #[arg(env = "STRATA_PROMPT", value_name = "PROMPT")]
     pub text: Option<String>,
     /// The same as PROMPT; here it may begin with -
     #[arg(long, env = "STRATA_PROMPT", allow_hyphen_values = true)]
@@ -256,10 +256,10 @@ impl From<Keep> for Truncation {
 #[derive(Debug, Args)]
 pub struct InputArgs {
     /// A text; - is standard input, @FILE a file, and @@ an @; may be repeated
-    #[arg(long, env = "STRATA_TEXT", required_unless_present = "token_ids", allow_hyphen_values = true)]
+    #[arg(long, env = "STRATA_TEXT", allow_hyphen_values = true)]
     pub text: Vec<String>,
     /// The second text of a pair: the first --pair goes with the first --text, and so on
-    #[arg(long, env = "STRATA_PAIR", requires = "text", allow_hyphen_values = true)]
+    #[arg(long, env = "STRATA_PAIR", allow_hyphen_values = true)]
     pub pair: Vec<String>,
     /// Token ids, taken as they are
     #[arg(long, env = "STRATA_TOKEN_IDS", value_delimiter = ',', conflicts_with = "text")]

@@ -1,8 +1,12 @@
 //! Members from a list of URLs.
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
-use strata_proto::{PROTOCOL, v1};
+use strata_proto::{PROTOCOL, error::words, v1};
 use tokio::sync::mpsc;
 
 use super::{Member, MemberEvent};
@@ -22,16 +26,17 @@ const MISSES: u32 = 3;
 pub fn fixed(urls: &[String]) -> Result<mpsc::UnboundedReceiver<MemberEvent>, String> {
     let (events, receiver) = mpsc::unbounded_channel();
     let mut names = HashSet::new();
+    let boots = Boots::default();
     for (rank, url) in urls.iter().enumerate() {
         let (worker, name, host) = RemoteWorker::lazy(url)?;
         if !names.insert(name.to_lowercase()) {
             return Err(format!("worker {url} is listed twice: expected each worker once"));
         }
         let member = Member { name, worker: Arc::new(worker), rank, host };
-        let events = events.clone();
+        let (events, boots) = (events.clone(), boots.clone());
         tokio::spawn(async move {
             tokio::select! {
-                () = probe(member, &events) => {}
+                () = probe(member, &events, &boots) => {}
                 () = events.closed() => {}
             }
         });
@@ -39,9 +44,31 @@ pub fn fixed(urls: &[String]) -> Result<mpsc::UnboundedReceiver<MemberEvent>, St
     Ok(receiver)
 }
 
+/// Which of the names has a worker, by its boot id: `localhost` and `127.0.0.1` may be one.
+#[derive(Clone, Default)]
+struct Boots(Arc<Mutex<HashMap<String, String>>>);
+
+impl Boots {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a worker for `name`; whose it is, if another one has it.
+    fn take(&self, boot: &str, name: &str) -> Option<String> {
+        let mut boots = self.lock();
+        let owner = boots.entry(boot.to_owned()).or_insert_with(|| name.to_owned());
+        (owner != name).then(|| owner.clone())
+    }
+
+    fn leave(&self, boot: &str) {
+        self.lock().remove(boot);
+    }
+}
+
 /// Reports joins and losses of one worker, for ever.
-async fn probe(member: Member, events: &mpsc::UnboundedSender<MemberEvent>) {
+async fn probe(member: Member, events: &mpsc::UnboundedSender<MemberEvent>, boots: &Boots) {
     let mut boot: Option<String> = None;
+    let mut told = false;
     let mut misses = 0;
     loop {
         let described = member.worker.describe(v1::DescribeRequest::default());
@@ -57,18 +84,32 @@ async fn probe(member: Member, events: &mpsc::UnboundedSender<MemberEvent>) {
                         described.protocol_max
                     );
                 } else if boot.as_ref() != Some(&described.boot_id) {
-                    if boot.replace(described.boot_id).is_some() {
+                    if let Some(old) = boot.take() {
+                        boots.leave(&old);
                         let _ = events.send(MemberEvent::Left(member.name.clone()));
                     }
-                    let _ = events.send(MemberEvent::Joined(member.clone()));
+                    match boots.take(&described.boot_id, &member.name) {
+                        None => {
+                            boot = Some(described.boot_id);
+                            let _ = events.send(MemberEvent::Joined(member.clone()));
+                        }
+                        Some(worker) if !std::mem::replace(&mut told, true) => {
+                            let again = member.name.clone();
+                            let _ = events.send(MemberEvent::Twice { worker, again });
+                        }
+                        Some(_) => {}
+                    }
                 }
             }
             outcome => {
                 if let Ok(Err(status)) = outcome {
-                    tracing::debug!(worker = member.name, %status, "probe failed");
+                    tracing::debug!(worker = member.name, why = words(&status), "probe failed");
                 }
                 misses += 1;
-                if misses >= MISSES && boot.take().is_some() {
+                if misses >= MISSES
+                    && let Some(old) = boot.take()
+                {
+                    boots.leave(&old);
                     let _ = events.send(MemberEvent::Left(member.name.clone()));
                 }
             }

@@ -39,6 +39,13 @@ pub enum MemberEvent {
     Joined(Member),
     /// The named worker is gone.
     Left(String),
+    /// What is listed as two workers is one, and takes part once.
+    Twice {
+        /// Its name, which joined.
+        worker: String,
+        /// Its other name, which does not.
+        again: String,
+    },
 }
 
 /// The workers that are there, in order of rank: the one list, which everything reads.
@@ -60,6 +67,7 @@ impl Members {
                 members.push(member.clone());
             }
             MemberEvent::Left(name) => members.retain(|m| m.name != *name),
+            MemberEvent::Twice { .. } => {}
         }
         members.sort_by_key(|m| m.rank);
         members.len()

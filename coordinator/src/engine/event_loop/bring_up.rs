@@ -23,8 +23,9 @@ use crate::{
 
 impl Engine {
     /// The live incarnation of a replica is over: its sequences go to other replicas, or wait for its next one.
-    pub(super) fn lost(&mut self, at: usize, worker: &str, reason: &str) {
-        tracing::warn!(worker, reason, "lost a stage; planning anew");
+    /// `what` became of a worker, or of its stage.
+    pub(super) fn lost(&mut self, at: usize, worker: &str, what: &str) {
+        tracing::warn!("worker {worker} {what}; planning anew");
         let replica = &mut self.replicas[at];
         let down = State::Down { retry: Instant::now() };
         let State::Up(pipeline) = std::mem::replace(&mut replica.state, down) else { return };
@@ -33,7 +34,7 @@ impl Engine {
         if !self.replicas.iter().any(Replica::is_up) {
             self.down_since = Some(Instant::now());
         }
-        self.show_replicas(format!("worker {worker} was lost: {reason}"));
+        self.show_replicas(format!("worker {worker} {what}"));
         self.bring_up(at, Some(pipeline), None);
     }
 
@@ -202,7 +203,7 @@ impl Engine {
                     let _ = first.send(Ok(()));
                 }
                 if lost {
-                    self.lost(at, "of the new pipeline", "it broke as it came up");
+                    self.lost(at, "of the new pipeline", "broke as it came up");
                 }
             }
             Err(error) => {

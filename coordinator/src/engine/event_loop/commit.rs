@@ -21,7 +21,7 @@ impl Engine {
             tracing::warn!(step = result.step, failure, "a step was poisoned; its batch is replayed");
             match scheduler.fail(result.step) {
                 Ok(given_up) => given_up.into_iter().for_each(|id| self.fail(id, EngineError::Poisoned)),
-                Err(error) => self.lost(replica, "the last stage", &error.to_string()),
+                Err(error) => self.lost(replica, "of the last stage", &format!("broke the order: {error}")),
             }
             return;
         }
@@ -44,13 +44,14 @@ impl Engine {
                     }
                 }
             }
-            Err(error) => self.lost(replica, "the last stage", &error.to_string()),
+            Err(error) => self.lost(replica, "of the last stage", &format!("broke the order: {error}")),
         }
     }
 
     /// Sends a committed token on, and ends the answer where it ends.
     fn emit(&mut self, committed: scheduler::Committed, id: u32, logprobs: Option<v1::TokenLogprobs>) {
         let scheduler::Committed { sequence, finished, cached_prompt, .. } = committed;
+        let counted = self.counted(1);
         let Some(live) = self.live.get_mut(&sequence) else { return };
         let Some(answer) = &mut live.answer else { return };
         let piece = match answer.text.push(id, &self.tokenizer) {
@@ -69,7 +70,7 @@ impl Engine {
         };
         answer.generated += 1;
         answer.cached = cached_prompt;
-        self.counters.generated_tokens += 1;
+        self.counters.generated_tokens += counted;
         let gone = live.reply.send(Reply::Event(generate_event::Event::Tokens(tokens))).is_err();
         let finish = match finished {
             _ if piece.stopped => Some(FinishReason::Stop),

@@ -1,30 +1,35 @@
 //! The client port: `Inference`, `Cluster`, health and reflection.
 
 mod cluster;
-mod connections;
 mod inference;
-mod methods;
 
 use std::{future::Future, time::Duration};
 
 use strata_proto::{
-    DESCRIPTORS, MAX_HEADER_LIST, METHODS,
+    DESCRIPTORS, METHODS,
+    port::{self, Pings, Served},
     v1::{cluster_server::ClusterServer, inference_server::InferenceServer},
 };
-use tokio::{net::TcpListener, sync::oneshot};
-use tonic::{codec::CompressionEncoding::Gzip, service::Routes, transport::Server};
+use tokio::net::TcpListener;
+use tonic::{codec::CompressionEncoding::Gzip, service::Routes};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{coordinator::Coordinator, request::bounds::MAX_REQUEST_BYTES};
 
-/// HTTP/2 pings find clients that went away without a word.
-const PING_EVERY: Duration = Duration::from_secs(10);
-const PING_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long connections may stay open once no request is in progress any more and the port closes: enough to read
-/// the end of an answer. Longer only stays what nobody is waiting for, such as a request that was never sent whole.
-const CLOSING_TIMEOUT: Duration = Duration::from_secs(5);
-/// Streams of one connection that may be open at once.
-const MAX_STREAMS: u32 = 1024;
+/// Clients may be far away.
+const PINGS: Pings = Pings { every: Duration::from_secs(10), timeout: Duration::from_secs(5) };
+
+const SERVED: Served = Served {
+    methods: METHODS,
+    standard: &[
+        tonic_health::pb::health_server::SERVICE_NAME,
+        tonic_reflection::pb::v1::server_reflection_server::SERVICE_NAME,
+        tonic_reflection::pb::v1alpha::server_reflection_server::SERVICE_NAME,
+    ],
+    http1: "This port speaks gRPC (HTTP/2 without TLS), which this client does not: use a gRPC client, such as \
+            `strata status --address http://HOST:PORT` or `grpcurl -plaintext HOST:PORT list`.\n",
+    elsewhere: None,
+};
 
 const SERVICES: [&str; 3] = ["", "strata.v1.Inference", "strata.v1.Cluster"];
 
@@ -42,7 +47,7 @@ pub async fn serve(
     report(&coordinator, &reporter).await;
     let watching = tokio::spawn(watch_health(coordinator.clone(), reporter.clone()));
     let descriptors = || {
-        let services = METHODS.iter().map(|(service, _)| *service).chain(methods::STANDARD);
+        let services = METHODS.iter().map(|(service, _)| *service).chain(SERVED.standard.iter().copied());
         services
             .fold(tonic_reflection::server::Builder::configure(), |builder, service| {
                 builder.with_service_name(service)
@@ -62,7 +67,6 @@ pub async fn serve(
         .add_service(descriptors().build_v1alpha()?)
         .add_service(inference)
         .add_service(cluster);
-    let (idle, is_idle) = oneshot::channel();
     let draining = async move {
         shutdown.await;
         coordinator.drain().await;
@@ -73,31 +77,8 @@ pub async fn serve(
             // Whoever watches would keep the port open.
             reporter.clear_service_status(service).await;
         }
-        // Who waits for it may have ended.
-        let _ = idle.send(());
     };
-    let serving = Server::builder()
-        .http2_keepalive_interval(Some(PING_EVERY))
-        .http2_keepalive_timeout(Some(PING_TIMEOUT))
-        .max_concurrent_streams(Some(MAX_STREAMS))
-        .http2_max_header_list_size(MAX_HEADER_LIST)
-        .serve_with_incoming_shutdown(
-            methods::Explained(routes.prepare()),
-            connections::accept(listener),
-            draining,
-        );
-    let closing = async {
-        match is_idle.await {
-            Ok(()) => tokio::time::sleep(CLOSING_TIMEOUT).await,
-            // The server ended by itself.
-            Err(_) => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        ended = serving => ended?,
-        () = closing => tracing::debug!("connections are closed on which no request is in progress"),
-    }
-    Ok(())
+    Ok(port::serve(listener, routes, &SERVED, PINGS, draining).await?)
 }
 
 /// Health: `Inference` serves while requests are computed, `Cluster` always.

@@ -1,4 +1,4 @@
-//! Connections to the client port: HTTP/2 goes on to the server, and who speaks something else is told.
+//! Connections to a port: HTTP/2 goes on to the server, and who speaks something else is told.
 
 use std::{io, net::SocketAddr, time::Duration};
 
@@ -22,16 +22,17 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// What every TLS connection begins with: a record of a handshake (RFC 8446, section 5.1).
 const TLS_HANDSHAKE: u8 = 22;
 
-const HTTP1_ANSWER: &str = "This port speaks gRPC (HTTP/2 without TLS), which this client does not: use a gRPC client, such as \
-                            `strata status --address http://HOST:PORT` or `grpcurl -plaintext HOST:PORT list`.\n";
-
 /// Connections whose client begins to speak HTTP/2. Clients take as long as they like to begin, up to a limit, and none
-/// of them keeps others waiting. Ends when the receiver is dropped.
-pub(super) fn accept(listener: TcpListener) -> ReceiverStream<io::Result<TcpStream>> {
-    accept_within(listener, OPENING_TIMEOUT)
+/// of them keeps others waiting. One that speaks HTTP/1 gets `refusal`. Ends when the receiver is dropped.
+pub(super) fn accept(listener: TcpListener, refusal: &'static str) -> ReceiverStream<io::Result<TcpStream>> {
+    accept_within(listener, refusal, OPENING_TIMEOUT)
 }
 
-fn accept_within(listener: TcpListener, limit: Duration) -> ReceiverStream<io::Result<TcpStream>> {
+fn accept_within(
+    listener: TcpListener,
+    refusal: &'static str,
+    limit: Duration,
+) -> ReceiverStream<io::Result<TcpStream>> {
     let (opened, connections) = mpsc::channel(1);
     tokio::spawn(async move {
         loop {
@@ -43,7 +44,7 @@ fn accept_within(listener: TcpListener, limit: Duration) -> ReceiverStream<io::R
                 Ok((stream, peer)) => {
                     let opened = opened.clone();
                     tokio::spawn(async move {
-                        match timeout(limit, open(stream, peer)).await {
+                        match timeout(limit, open(stream, peer, refusal)).await {
                             // A server that is gone takes no more.
                             Ok(Some(stream)) => drop(opened.send(Ok(stream)).await),
                             Ok(None) => {}
@@ -62,7 +63,7 @@ fn accept_within(listener: TcpListener, limit: Duration) -> ReceiverStream<io::R
 }
 
 /// The connection, if its client begins to speak HTTP/2; anyone else is told.
-async fn open(stream: TcpStream, peer: SocketAddr) -> Option<TcpStream> {
+async fn open(stream: TcpStream, peer: SocketAddr, refusal: &str) -> Option<TcpStream> {
     // As many as tell the preface from the methods of HTTP/1.
     let mut first = [0; 3];
     let said = stream.peek(&mut first).await.ok()?;
@@ -81,7 +82,7 @@ async fn open(stream: TcpStream, peer: SocketAddr) -> Option<TcpStream> {
         begin => {
             if begin.iter().all(u8::is_ascii_uppercase) {
                 // Whoever does not read it cannot be told.
-                let _ = refuse_http1(stream).await;
+                let _ = refuse_http1(stream, refusal).await;
             }
             tracing::debug!(%peer, "closed: does not speak HTTP/2");
             None
@@ -89,13 +90,13 @@ async fn open(stream: TcpStream, peer: SocketAddr) -> Option<TcpStream> {
     }
 }
 
-async fn refuse_http1(mut stream: TcpStream) -> io::Result<()> {
-    let length = HTTP1_ANSWER.len();
+async fn refuse_http1(mut stream: TcpStream, refusal: &str) -> io::Result<()> {
+    let length = refusal.len();
     let head = format!(
         "HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {length}\r\n\
          Connection: close\r\n\r\n"
     );
-    stream.write_all((head + HTTP1_ANSWER).as_bytes()).await?;
+    stream.write_all((head + refusal).as_bytes()).await?;
     stream.shutdown().await?;
     // Closed with bytes unread, the connection would be reset, and the answer lost with it.
     tokio::io::copy(&mut stream.take(MAX_UNREAD), &mut tokio::io::sink()).await?;
@@ -108,12 +109,13 @@ mod tests {
 
     use super::*;
 
+    const REFUSAL: &str = "This port speaks something else.\n";
     const LONG: Duration = Duration::from_secs(60);
 
     async fn listening(limit: Duration) -> (ReceiverStream<io::Result<TcpStream>>, SocketAddr) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        (accept_within(listener, limit), address)
+        (accept_within(listener, REFUSAL, limit), address)
     }
 
     /// Sends this, and reads until the connection is closed, be it by a reset: what was sent may be unread.
@@ -135,7 +137,7 @@ mod tests {
             let (head, body) = answer.split_once("\r\n\r\n").unwrap();
             assert!(head.starts_with("HTTP/1.1 400 ") && head.contains("text/plain"), "{head}");
             assert!(head.contains(&format!("Content-Length: {}\r\n", body.len())), "{head}");
-            assert!(body.contains("gRPC (HTTP/2") && body.lines().count() == 1, "{body}");
+            assert_eq!(body, REFUSAL);
         }
         assert_eq!(say(address, &[TLS_HANDSHAKE, 3, 1, 2, 0, 1, 0, 1, 252, 3]).await, "");
         assert_eq!(say(address, b"\0\0").await, "");
