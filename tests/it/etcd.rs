@@ -374,7 +374,8 @@ async fn etcd_may_ask_for_a_password(version: Version) {
 
     let credentials = Credentials { user: "strata".into(), password: "secret".into() };
     let by_password =
-        Etcd::new(&[etcd.url.clone()], "default", Some(credentials), TlsFiles::default()).unwrap();
+        Etcd::new(std::slice::from_ref(&etcd.url), "default", Some(credentials), TlsFiles::default())
+            .unwrap();
     let mut events = members(&by_password);
     let _a = worker(&etcd.url, "a", &user[2..]);
     joins(&mut events, "a").await;
@@ -411,7 +412,7 @@ async fn etcd_may_speak_tls(version: Version) {
 
     let read = |name: &str| std::fs::read(path(name)).unwrap();
     let tls = TlsFiles { ca: Some(read("ca")), identity: Some((read("client.crt"), read("client.key"))) };
-    let by_tls = Etcd::new(&[etcd.url.clone()], "default", None, tls).unwrap();
+    let by_tls = Etcd::new(std::slice::from_ref(&etcd.url), "default", None, tls).unwrap();
     let mut events = members(&by_tls);
     let files = ["ca", "client.crt", "client.key"].map(path);
     let flags = ["--etcd-ca", &files[0], "--etcd-cert", &files[1], "--etcd-key", &files[2]];

@@ -92,12 +92,7 @@ pub struct CheckArgs {
 #[derive(Debug, Args)]
 pub struct CoordinatorArgs {
     /// URL of a worker; repeat, or separate by commas
-    #[arg(
-        long = "worker",
-        env = "STRATA_WORKER_URLS",
-        value_delimiter = ',',
-        required_unless_present = "etcd"
-    )]
+    #[arg(long = "worker", env = "STRATA_WORKER_URLS", value_delimiter = ',', required = true)]
     pub workers: Vec<String>,
     /// Name of the model: a directory under each worker's --models
     #[arg(long, env = "STRATA_MODEL")]

@@ -134,7 +134,8 @@ mod tests {
     async fn what_was_tried_is_said_of_each_endpoint() {
         // A port that nobody listens on.
         let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-        let etcd = Etcd::new(&[free.clone()], "default", None, super::super::TlsFiles::default()).unwrap();
+        let etcd = Etcd::new(std::slice::from_ref(&free), "default", None, super::super::TlsFiles::default())
+            .unwrap();
         let said = connect(&etcd).await.err().unwrap().to_string();
         assert!(said.contains(&format!("http://{free}: Connection refused")), "{said}");
     }
