@@ -14,13 +14,17 @@ use strata_proto::{
     ModelProfile, Plan,
     v1::{self, Task, generate_event::Event},
 };
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
 
 use crate::{
     cluster::{
         PipelineError,
         discovery::{Discovery, Planned, discover},
-        membership::{MemberEvent, Members},
+        leadership::Leadership,
+        membership::{MemberEvent, Members, Source},
     },
     config::CoordinatorConfig,
     engine::{self, Engine, EngineError, Notice, Observer, Snapshot, State},
@@ -31,6 +35,13 @@ use crate::{
 
 /// Alternatives that the output check compares.
 const PROBE_LOGPROBS: u32 = 20;
+
+/// How long listed workers have to come, before those that are there are enough if they can hold the model.
+const ENOUGH_AFTER: Duration = Duration::from_secs(5);
+/// How long nobody may have joined, where nobody knows how many will, before those that are there may do.
+const SETTLED_AFTER: Duration = Duration::from_secs(1);
+/// Pause after a coordinator could not take over from another one.
+const TAKE_OVER_AGAIN: Duration = Duration::from_secs(2);
 
 /// Why a coordinator did not start.
 #[derive(Debug, thiserror::Error)]
@@ -62,9 +73,24 @@ pub enum StartError {
     /// It was started before.
     #[error("this coordinator was started before; make another one")]
     Again,
+    /// Another coordinator has taken the workers over.
+    #[error("another coordinator leads: {0}")]
+    Outbid(String),
     /// The engine ended before it began.
     #[error("the engine ended unexpectedly")]
     Engine,
+}
+
+impl StartError {
+    /// What to say if the reason is a leader of a later term than this one.
+    fn outbid(&self, term: u64) -> Option<String> {
+        let outbid = match self {
+            StartError::Outbid(_) => true,
+            StartError::Pipeline(error) => error.newest_term().is_some_and(|newest| newest > term),
+            _ => false,
+        };
+        outbid.then(|| self.to_string())
+    }
 }
 
 fn refusals(findings: &[Finding]) -> String {
@@ -107,40 +133,135 @@ impl Coordinator {
         Coordinator { shared: Arc::new(shared) }
     }
 
-    /// Waits for the expected workers, plans, loads, checks, and returns once requests are answered. To be called once.
+    /// Waits for its turn and for workers, plans, loads, checks, and returns once requests are answered. To be called
+    /// once: when another coordinator leads, this one stands by, and serves again when it is its turn.
     ///
     /// # Errors
     /// If workers stay away, the model does not fit, the tokenizer is not the model's, or this was called before.
-    pub async fn start(
-        &self,
-        events: mpsc::UnboundedReceiver<MemberEvent>,
-        observer: Observer,
-    ) -> Result<(), StartError> {
+    pub async fn start(&self, source: impl Into<Source>, observer: Observer) -> Result<(), StartError> {
         if self.shared.started.swap(true, Ordering::Relaxed) {
             return Err(StartError::Again);
         }
-        let started = self.bring_up(events, observer).await;
-        if let Err(error) = &started {
-            self.show(State::Standby, error.to_string());
+        let Source { events, mut leadership } = source.into();
+        self.shared.members.follow(events);
+        let started = async {
+            // Who has none of the workers that are listed has nothing to wait for a turn with.
+            if self.shared.config.expected_members.is_some() {
+                self.gather(&observer).await?;
+            }
+            self.take_over(&mut leadership, 0, &observer).await
+        };
+        match started.await {
+            Ok(reign) => {
+                tokio::spawn(self.clone().go_on(reign, leadership, observer));
+                Ok(())
+            }
+            Err(error) => {
+                self.show(State::Standby, error.to_string());
+                Err(error)
+            }
         }
-        started
     }
 
-    async fn bring_up(
+    /// Stands by when it leads no more, and serves again when it does.
+    async fn go_on(self, mut reign: Reign, mut leadership: watch::Receiver<Leadership>, observer: Observer) {
+        loop {
+            let why = reign.ended(&mut leadership).await;
+            let Some(why) = why else { return };
+            tracing::warn!("stands by: {why}");
+            self.shared.session.close();
+            self.show(State::Standby, why.clone());
+            reign.engine.depose(why);
+            let outbid = reign.term;
+            reign = loop {
+                match self.take_over(&mut leadership, outbid, &observer).await {
+                    Ok(reign) => break reign,
+                    Err(error) => {
+                        tracing::error!(%error, "cannot take over; trying again");
+                        self.show(State::Standby, error.to_string());
+                        tokio::time::sleep(TAKE_OVER_AGAIN).await;
+                    }
+                }
+            };
+        }
+    }
+
+    /// Waits for its turn, by another term than the one that was `outbid`, and brings the deployment up; begins anew if
+    /// another coordinator takes over meanwhile.
+    async fn take_over(
         &self,
-        mut events: mpsc::UnboundedReceiver<MemberEvent>,
-        observer: Observer,
-    ) -> Result<(), StartError> {
-        let Shared { config, members, session, snapshot, .. } = &*self.shared;
+        leadership: &mut watch::Receiver<Leadership>,
+        mut outbid: u64,
+        observer: &Observer,
+    ) -> Result<Reign, StartError> {
+        loop {
+            let term = self.turn(leadership, outbid, observer).await?;
+            let mut theirs = leadership.clone();
+            let deposed = theirs.wait_for(|now| now.term() != Some(term));
+            tokio::select! {
+                brought_up = self.bring_up(term, observer) => match brought_up {
+                    Ok(engine) => return Ok(Reign { term, engine }),
+                    Err(error) => match error.outbid(term) {
+                        // A worker has heard of the other coordinator before this one has.
+                        Some(why) => self.show(State::Standby, why),
+                        None => return Err(error),
+                    }
+                },
+                Ok(_) = deposed => {}
+            }
+            self.shared.session.close();
+            outbid = term;
+        }
+    }
+
+    /// Waits until it leads, by another term than the one that was `outbid`.
+    async fn turn(
+        &self,
+        leadership: &mut watch::Receiver<Leadership>,
+        outbid: u64,
+        observer: &Observer,
+    ) -> Result<u64, StartError> {
+        let mut told = String::new();
+        loop {
+            match &*leadership.borrow_and_update() {
+                Leadership::Leads { term } if *term != outbid => return Ok(*term),
+                // Workers say that somebody else leads; whoever decides here is about to hear of it.
+                Leadership::Leads { .. } => {}
+                Leadership::StandsBy { why } if *why != told => {
+                    told.clone_from(why);
+                    self.show(State::Standby, why.as_str());
+                    observer(Notice::StandingBy(why.clone()));
+                }
+                Leadership::StandsBy { .. } => {}
+            }
+            // Who never leads is not to wait for ever.
+            if leadership.changed().await.is_err() {
+                return Err(StartError::Engine);
+            }
+        }
+    }
+
+    /// Waits for workers; what they said of the model, if some are missing and it had to be asked.
+    async fn gather(&self, observer: &Observer) -> Result<Option<Discovery>, StartError> {
         let waiting = |joined, expected| {
-            self.show(State::Standby, format!("{joined} of {expected} workers are there"));
+            self.show(State::Standby, counted(joined, expected));
             observer(Notice::Waiting(joined, expected));
         };
-        gather(config, &mut events, members, waiting).await?;
+        gather(&self.shared.config, &self.shared.members, waiting).await
+    }
+
+    async fn bring_up(&self, term: u64, observer: &Observer) -> Result<engine::Running, StartError> {
+        let Shared { config, members, session, snapshot, .. } = &*self.shared;
+        let events = members.subscribe();
+        let found = self.gather(observer).await?;
         self.show(State::Starting, "asking the workers for the model");
-        let found = Arc::new(discover(&members.list(), &config.deployment.model).await?);
+        let found = Arc::new(match found {
+            Some(found) => found,
+            None => discover(&members.answering(), &config.deployment.model).await?,
+        });
         self.show(State::Starting, "planning");
-        let plan = Arc::new(found.plan(&config.deployment)?);
+        let plan = found.plan(&config.deployment).map_err(|error| error.without(found.left_out.clone()))?;
+        let plan = Arc::new(plan);
         self.show(State::Starting, "checking the tokenizer");
         let files = found.tokenizer_files(&plan).await?;
         let mut profile = found.profile.clone();
@@ -159,26 +280,32 @@ impl Coordinator {
         };
 
         self.show(State::Starting, "loading");
-        let (engine, up) = Engine::spawn(engine::Start {
+        let mut engine = Engine::spawn(engine::Start {
             deployment: config.deployment.clone(),
             limits: config.limits.clone(),
             profile: profile.clone(),
             tokenizer: tokenizer.clone(),
             observer: observer.clone(),
             members: members.clone(),
+            term,
             snapshot: snapshot.clone(),
             planned: Planned { found, plan },
+            counters: engine::counters(&snapshot.borrow().load),
         });
+        let handle = engine.handle().clone();
         session.open(Served {
             profile: profile.clone(),
             tokenizer,
-            engine: engine.clone(),
+            engine: handle.clone(),
             longest,
             longest_input: longest.within_step(config.deployment.max_step_tokens),
             is_cache_chosen: config.deployment.kv_tokens.is_some(),
         });
-        tokio::spawn(follow(events, members.clone(), engine));
-        up.await.map_err(|_| StartError::Engine)??;
+        tokio::spawn(pass_on(events, handle));
+        match engine.up().await {
+            Some(up) => up?,
+            None => return Err(engine.ended().await.map_or(StartError::Engine, StartError::Outbid)),
+        }
         self.show(State::Starting, "checking the model's output");
         let output = probe(&session.probing(), &profile).await;
         findings.push(Finding::new(Check::Output, output, &config.skip_checks));
@@ -187,7 +314,7 @@ impl Coordinator {
             return Err(StartError::Preflight(findings));
         }
         self.show(State::Serving, "");
-        Ok(())
+        Ok(engine)
     }
 
     /// Takes no more requests, and waits until those in progress have ended.
@@ -226,52 +353,105 @@ impl Coordinator {
     }
 }
 
-/// Waits until the expected number of workers is there, and calls `waiting` whenever that is to be waited for.
-async fn gather(
-    config: &CoordinatorConfig,
-    events: &mut mpsc::UnboundedReceiver<MemberEvent>,
-    members: &Members,
-    waiting: impl Fn(usize, usize),
-) -> Result<(), StartError> {
-    let expected = config.expected_members;
-    let mut joined = members.list().len();
-    let all_joined = async {
-        while joined < expected {
-            let event = match events.try_recv() {
-                Ok(event) => Some(event),
-                Err(_) => {
-                    waiting(joined, expected);
-                    events.recv().await
-                }
-            };
-            match event {
-                Some(MemberEvent::Twice { worker, again }) => {
-                    return Err(StartError::Twice { worker, again });
-                }
-                Some(event) => joined = members.note(&event),
-                None => break,
-            }
-        }
-        Ok(())
-    };
-    // A timeout is told by the count below.
-    if let Ok(Err(twice)) = tokio::time::timeout(config.join_timeout, all_joined).await {
-        return Err(twice);
-    }
-    if joined < expected {
-        return Err(StartError::Members { joined, expected, timeout: config.join_timeout });
-    }
-    Ok(())
+/// While a coordinator leads.
+struct Reign {
+    term: u64,
+    engine: engine::Running,
 }
 
-/// Keeps the list of members, and tells the engine, until that is gone.
-async fn follow(
+impl Reign {
+    /// Returns when it is over, with why; `None` when there is nobody any more to serve.
+    async fn ended(&mut self, leadership: &mut watch::Receiver<Leadership>) -> Option<String> {
+        let term = self.term;
+        let deposed = async {
+            let now = leadership.wait_for(|now| now.term() != Some(term)).await.map(|now| now.clone());
+            match now {
+                Ok(Leadership::StandsBy { why }) => why,
+                Ok(Leadership::Leads { term }) => format!("it leads anew, by term {term}"),
+                // Who decided is gone, so what was decided holds.
+                Err(_) => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            why = deposed => Some(why),
+            why = self.engine.ended() => why,
+        }
+    }
+}
+
+/// Waits until the expected number of workers is there, and calls `waiting` whenever that is to be waited for. After a
+/// moment those are enough over which it can be planned; then what they said is returned. Where no number is expected, that
+/// is waited for as long as it takes.
+async fn gather(
+    config: &CoordinatorConfig,
+    members: &Members,
+    waiting: impl Fn(usize, Option<usize>),
+) -> Result<Option<Discovery>, StartError> {
+    let expected = config.expected_members;
+    let mut events = members.subscribe();
+    let begun = Instant::now();
+    let deadline = expected.map(|_| begun + config.join_timeout);
+    let mut look = begun + ENOUGH_AFTER.min(config.join_timeout);
+    let mut failed = false;
+    let mut told = None;
+    loop {
+        if let Some((worker, again)) = members.twice() {
+            return Err(StartError::Twice { worker, again });
+        }
+        let joined = members.list().len();
+        if expected.is_some_and(|expected| joined >= expected) {
+            return Ok(None);
+        }
+        if told != Some(joined) {
+            waiting(joined, expected);
+            told = Some(joined);
+            failed = false;
+        }
+        if expected.is_none() && !failed {
+            look = members.joined_last().unwrap_or(begun) + SETTLED_AFTER;
+        }
+        let mut nobody_comes = false;
+        match tokio::time::timeout_at(look, events.recv()).await {
+            Ok(Some(_)) => continue,
+            Ok(None) => nobody_comes = true,
+            Err(_) => {}
+        }
+        // Those that are there may do.
+        let found = discover(&members.answering(), &config.deployment.model).await;
+        if let Ok(found) = found
+            && found.plan(&config.deployment).is_ok()
+        {
+            if let Some(expected) = expected {
+                tracing::warn!(
+                    "{joined} of {expected} workers are there, which is enough; starting without the others"
+                );
+            }
+            return Ok(Some(found));
+        }
+        if nobody_comes || deadline.is_some_and(|deadline| look >= deadline) {
+            let expected = expected.unwrap_or(joined);
+            return Err(StartError::Members { joined, expected, timeout: config.join_timeout });
+        }
+        failed = true;
+        look = Instant::now() + ENOUGH_AFTER;
+        look = deadline.map_or(look, |deadline| look.min(deadline));
+    }
+}
+
+/// How many workers are there, in words.
+fn counted(joined: usize, expected: Option<usize>) -> String {
+    match expected {
+        Some(expected) => format!("{joined} of {expected} workers are there"),
+        None => format!("{joined} workers are there, over which the model cannot be planned yet"),
+    }
+}
+
+/// Tells the engine about members, until that is gone.
+async fn pass_on(
     mut events: mpsc::UnboundedReceiver<MemberEvent>,
-    members: Members,
     engine: mpsc::UnboundedSender<engine::Event>,
 ) {
     while let Some(event) = events.recv().await {
-        members.note(&event);
         if engine.send(engine::Event::Member(event)).is_err() {
             break;
         }
@@ -351,12 +531,16 @@ async fn answer(session: &Session, task: Task, token: u32) -> Result<Vec<f32>, S
 /// If workers stay away, or the model cannot be described.
 pub async fn discover_members(
     config: &CoordinatorConfig,
-    events: &mut mpsc::UnboundedReceiver<MemberEvent>,
+    source: impl Into<Source>,
     observer: &Observer,
 ) -> Result<Discovery, StartError> {
-    let members = Members::default();
-    gather(config, events, &members, |joined, expected| observer(Notice::Waiting(joined, expected))).await?;
-    Ok(discover(&members.list(), &config.deployment.model).await?)
+    let (source, members) = (source.into(), Members::default());
+    members.follow(source.events);
+    let waiting = |joined, expected| observer(Notice::Waiting(joined, expected));
+    match gather(config, &members, waiting).await? {
+        Some(found) => Ok(found),
+        None => Ok(discover(&members.answering(), &config.deployment.model).await?),
+    }
 }
 
 /// Waits for the expected workers, asks them, and plans, without loading anything.
@@ -365,10 +549,10 @@ pub async fn discover_members(
 /// As for [`Coordinator::start`].
 pub async fn preview(
     config: &CoordinatorConfig,
-    events: &mut mpsc::UnboundedReceiver<MemberEvent>,
+    source: impl Into<Source>,
     observer: &Observer,
 ) -> Result<(Discovery, Plan), StartError> {
-    let found = discover_members(config, events, observer).await?;
+    let found = discover_members(config, source, observer).await?;
     let plan = found.plan(&config.deployment)?;
     Ok((found, plan))
 }

@@ -2,14 +2,19 @@
 
 use std::{net::SocketAddr, path::Path, time::Duration};
 
-use anyhow::{Context, bail};
-use strata_coordinator::cluster::etcd::{
-    self, Credentials, Etcd, EtcdError, Registrant, Registration, TlsFiles,
+use anyhow::Context;
+use strata_coordinator::cluster::{
+    etcd::{self, Candidate, Credentials, Election, Etcd, EtcdError, Registrant, Registration, TlsFiles},
+    membership::Source,
 };
 use strata_proto::{Worker, v1::DescribeRequest};
 use strata_worker::LocalWorker;
+use uuid::Uuid;
 
-use crate::args::{EtcdArgs, MemberArgs};
+use crate::{
+    args::{EtcdArgs, MemberArgs},
+    report::misused,
+};
 
 /// Where a password is that no file has: not a flag, as whoever lists processes would see it.
 const PASSWORD: &str = "STRATA_ETCD_PASSWORD";
@@ -30,7 +35,14 @@ pub fn of(args: &EtcdArgs) -> anyhow::Result<Option<Etcd>> {
         (Some(cert), Some(key)) => Some((read("--etcd-cert", cert)?, read("--etcd-key", key)?)),
         _ => None,
     };
-    Ok(Some(Etcd::new(&args.etcd, &args.cluster, credentials, TlsFiles { ca, identity })?))
+    let etcd = Etcd::new(&args.etcd, &args.cluster, credentials, TlsFiles { ca, identity });
+    Ok(Some(etcd.map_err(|error| misused(error.to_string()))?))
+}
+
+/// The workers of a cluster for a coordinator of this name, and its candidacy for the lead of them.
+pub fn stand(etcd: &Etcd, name: String, ttl: u64) -> (Source, Election) {
+    let id = Uuid::new_v4().simple().to_string();
+    etcd::source(etcd, Candidate { id, name, ttl: Duration::from_secs(ttl) })
 }
 
 fn password(args: &EtcdArgs) -> anyhow::Result<String> {
@@ -41,7 +53,9 @@ fn password(args: &EtcdArgs) -> anyhow::Result<String> {
     }
     match std::env::var(PASSWORD) {
         Ok(password) => Ok(password),
-        Err(_) => bail!("--etcd-user: give its password by --etcd-password-file, or in {PASSWORD}"),
+        Err(_) => {
+            Err(misused(format!("--etcd-user: give its password by --etcd-password-file, or in {PASSWORD}")))
+        }
     }
 }
 
@@ -94,5 +108,6 @@ pub async fn register(
         resident: worker.resident(),
         ttl: Duration::from_secs(args.lease_ttl),
     };
-    Ok(Entry(Some(etcd::register(etcd, registrant)?)))
+    let registration = etcd::register(etcd, registrant).map_err(|error| misused(error.to_string()))?;
+    Ok(Entry(Some(registration)))
 }

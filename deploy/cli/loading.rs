@@ -36,9 +36,11 @@ impl Loading {
     pub fn show(&self, notice: Notice) {
         let mut bars = self.bars.lock().unwrap_or_else(PoisonError::into_inner);
         match notice {
-            Notice::Waiting(..) if self.quiet => {}
+            Notice::Waiting(..) | Notice::StandingBy(_) if self.quiet => {}
+            Notice::StandingBy(why) => report::tell(&format!("standing by: {why}")),
             Notice::Waiting(joined, expected) => {
-                report::tell_with(&format!("{joined} of {expected} workers are there"), |fields| {
+                let of = expected.map(|expected| format!(" of {expected}")).unwrap_or_default();
+                report::tell_with(&format!("{joined}{of} workers are there"), |fields| {
                     fields.extend([("joined".into(), joined.into()), ("expected".into(), expected.into())]);
                 });
             }

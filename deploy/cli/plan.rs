@@ -4,14 +4,13 @@ use std::{io::Write, sync::Arc};
 
 use strata_coordinator::{
     CoordinatorConfig,
-    cluster::membership::MemberEvent,
+    cluster::membership::Source,
     discover_members,
     engine::Observer,
     planner::{IMAGINED, Offer, Split},
     preview,
 };
 use strata_proto::{Device, DeviceKind, Plan};
-use tokio::sync::mpsc;
 
 use crate::{
     args::{ImaginedDevices, PlanArgs},
@@ -21,26 +20,26 @@ use crate::{
 
 /// `strata plan`
 pub async fn plan(args: PlanArgs) -> anyhow::Result<()> {
-    let (mut config, mut members) = local::here(&args.here, &args.deployment)?;
+    let (mut config, members) = local::here(&args.here, &args.deployment)?;
     if args.imagined.is_empty() {
         return preview_plan(&config, members, args.json).await;
     }
     // The default for devices of one's own list is what GPUs get.
     config.deployment.split = args.deployment.split.clone().unwrap_or(Split::Auto);
     let silent: Observer = Arc::new(|_| {});
-    let found = discover_members(&config, &mut members, &silent).await?;
+    let found = discover_members(&config, members, &silent).await?;
     print(&found.plan_over(&offers(&args.imagined), &config.deployment)?, args.json)
 }
 
 /// Prints the plan that a server of this configuration would follow; loads nothing.
 pub async fn preview_plan(
     config: &CoordinatorConfig,
-    mut members: mpsc::UnboundedReceiver<MemberEvent>,
+    members: impl Into<Source>,
     json: bool,
 ) -> anyhow::Result<()> {
     let loading = Loading::default();
     let observer: Observer = Arc::new(move |notice| loading.show(notice));
-    let (_, plan) = preview(config, &mut members, &observer).await?;
+    let (_, plan) = preview(config, members, &observer).await?;
     print(&plan, json)
 }
 

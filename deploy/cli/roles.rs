@@ -5,7 +5,10 @@ use std::{io::Write, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 use anyhow::{Context, bail};
 use strata_coordinator::{
     Coordinator, CoordinatorConfig,
-    cluster::membership::{self, MemberEvent},
+    cluster::{
+        etcd::members,
+        membership::{self, Source},
+    },
     engine::{Notice, Observer},
     front::grpc,
     planner::Split,
@@ -14,10 +17,8 @@ use strata_worker::{
     LocalWorker, Models, WorkerConfig,
     device::{self, Directories},
 };
-use tokio::{
-    net::TcpListener,
-    sync::{mpsc, watch},
-};
+use tokio::{net::TcpListener, sync::watch};
+use uuid::Uuid;
 
 use crate::{
     args::{CoordinatorArgs, DryRunArgs, ListenArgs, ServeArgs, WorkerArgs},
@@ -62,18 +63,36 @@ pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
             args.model
         )));
     }
-    let members = membership::fixed(&args.workers).map_err(|why| misused(format!("--worker: {why}")))?;
+    let etcd = etcd::of(&args.etcd)?;
+    let name = name_of(&args.listen);
+    let (source, election) = match &etcd {
+        None => {
+            let listed = membership::fixed(&args.workers, &name);
+            (listed.map_err(|why| misused(format!("--worker: {why}")))?, None)
+        }
+        // Who only looks does not stand for election.
+        Some(etcd) if args.dry_run.dry_run => (Source::from(members(etcd)), None),
+        Some(etcd) => {
+            let (source, election) = etcd::stand(etcd, name, args.leader_ttl);
+            (source, Some(election))
+        }
+    };
     check_names(&args.listen.name)?;
     let timeout = Duration::from_secs(args.join_timeout);
-    let mut config =
-        coordinator_config(&args.deployment, args.model, Split::Auto, args.workers.len(), timeout);
+    let expected = etcd.is_none().then_some(args.workers.len());
+    let mut config = coordinator_config(&args.deployment, args.model, Split::Auto, expected, timeout);
     if args.dry_run.dry_run {
-        return plan::preview_plan(&config, members, args.dry_run.json).await;
+        return plan::preview_plan(&config, source, args.dry_run.json).await;
     }
     let signals = Signals::new();
     let listener = listen(&args.listen).await?;
     config.names = args.listen.name;
-    answer(config, members, (listener, args.listen.grace), signals).await
+    let answered = answer(config, source, (listener, args.listen.grace), signals).await;
+    // The next one leads at once.
+    if let Some(election) = election {
+        election.resign().await;
+    }
+    answered
 }
 
 /// `strata worker`
@@ -152,6 +171,13 @@ fn warn_of_idle_json(args: &DryRunArgs) {
     }
 }
 
+/// A coordinator's name among those that want its workers: where it is, and a part that no other one has.
+fn name_of(args: &ListenArgs) -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_else(|_| args.host.clone());
+    let own = Uuid::new_v4().simple().to_string();
+    format!("{}:{} ({})", host.trim(), args.port, &own[..8])
+}
+
 async fn listen(args: &ListenArgs) -> anyhow::Result<TcpListener> {
     let address = (args.host.as_str(), args.port);
     TcpListener::bind(address).await.with_context(|| format!("listening on {}:{}", args.host, args.port))
@@ -161,7 +187,7 @@ async fn listen(args: &ListenArgs) -> anyhow::Result<TcpListener> {
 /// beginning on.
 async fn answer(
     config: CoordinatorConfig,
-    members: mpsc::UnboundedReceiver<MemberEvent>,
+    members: impl Into<Source>,
     (listener, grace): (TcpListener, u64),
     mut signals: Signals,
 ) -> anyhow::Result<()> {

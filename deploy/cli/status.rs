@@ -154,7 +154,12 @@ fn as_text(status: &StatusResponse) -> anyhow::Result<String> {
         let devices: Vec<_> =
             member.devices.iter().map(|d| format!("{} {}", d.id, show::bytes(d.budget_bytes))).collect();
         let live = if member.live { devices.join(", ") } else { "does not answer".to_owned() };
-        out += &format!("worker    {}: {live}\n", member.worker);
+        let said = match member.reason.as_str() {
+            "" => live,
+            reason if member.live => format!("{live}; left out: {reason}"),
+            reason => format!("left out: {reason}"),
+        };
+        out += &format!("worker    {}: {said}\n", member.worker);
         // GPUs of one worker are used by the same ones.
         let libraries = member.devices.iter().find(|d| !d.libraries.is_empty());
         for library in libraries.iter().flat_map(|d| &d.libraries) {
@@ -171,7 +176,8 @@ fn as_json(status: &StatusResponse) -> anyhow::Result<String> {
     let fence = status.fence.unwrap_or_default();
     let members = status.members.iter().map(|m| {
         let devices: Result<Vec<_>, _> = m.devices.iter().cloned().map(Device::try_from).collect();
-        Ok(json!({"worker": m.worker, "live": m.live, "devices": devices.map_err(anyhow::Error::msg)?}))
+        let devices = devices.map_err(anyhow::Error::msg)?;
+        Ok(json!({"worker": m.worker, "live": m.live, "reason": m.reason, "devices": devices}))
     });
     let loading = status.loading.iter().map(|stage| {
         let layers = stage.layers.unwrap_or_default();

@@ -18,12 +18,17 @@ pub enum Kind {
         /// When to try again.
         retry_after: Duration,
     },
-    /// Nothing can serve this now.
+    /// Nothing can serve this now; try again in a moment.
     NoCapacity,
     /// There is no such model.
     WrongModel,
-    /// The call does not fit the state of the callee, such as a stale fence.
+    /// The call does not fit the state of the callee.
     WrongState,
+    /// The caller leads no more, or calls for an incarnation that was followed by another one.
+    Stale {
+        /// The highest term that the callee has heard of.
+        term: u64,
+    },
     /// The caller's deadline passed.
     Deadline,
     /// A defect of ours; details are in the log.
@@ -38,6 +43,10 @@ const MAX_QUOTED: usize = 200;
 
 /// Metadata key of the retry hint, in milliseconds.
 pub const RETRY_AFTER: &str = "retry-after-ms";
+/// When to try again what nothing could serve.
+const RETRY_UNAVAILABLE: Duration = Duration::from_secs(1);
+/// Metadata key of the term that a stale call meets.
+const NEWEST_TERM: &str = "newest-term";
 
 /// An error that knows what it means to the caller.
 pub trait Classify: std::fmt::Display {
@@ -52,16 +61,25 @@ pub fn status(error: &(impl Classify + ?Sized)) -> Status {
         Kind::Overload { .. } => Code::ResourceExhausted,
         Kind::NoCapacity => Code::Unavailable,
         Kind::WrongModel => Code::NotFound,
-        Kind::WrongState => Code::FailedPrecondition,
+        Kind::WrongState | Kind::Stale { .. } => Code::FailedPrecondition,
         Kind::Deadline => Code::DeadlineExceeded,
         Kind::Internal => Code::Internal,
     };
     let mut status = Status::new(code, clipped(error.to_string()));
-    if let Kind::Overload { retry_after } = error.kind() {
-        let millis = u64::try_from(retry_after.as_millis()).unwrap_or(u64::MAX);
-        status.metadata_mut().insert(RETRY_AFTER, millis.into());
-    }
+    let retry = |after: Duration| u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
+    let (key, value) = match error.kind() {
+        Kind::Overload { retry_after } => (RETRY_AFTER, retry(retry_after)),
+        Kind::NoCapacity => (RETRY_AFTER, retry(RETRY_UNAVAILABLE)),
+        Kind::Stale { term } => (NEWEST_TERM, term),
+        _ => return status,
+    };
+    status.metadata_mut().insert(key, value.into());
     status
+}
+
+/// The highest term that a worker has heard of, if it refused a call as stale.
+pub fn newest_term(status: &Status) -> Option<u64> {
+    status.metadata().get(NEWEST_TERM)?.to_str().ok()?.parse().ok()
 }
 
 /// A message of at most [`MAX_MESSAGE`] bytes, that says so if it was longer.

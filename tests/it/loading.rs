@@ -79,7 +79,8 @@ async fn a_third_of_the_layers_costs_a_third_of_the_bytes_and_of_the_memory() {
 
     let process = Process::start(&["worker", "--models", models.path().to_str().unwrap()], "listening ");
     let (worker, _, _) = RemoteWorker::lazy(&process.address).unwrap();
-    let described = worker.describe(v1::DescribeRequest { model: "large".into() }).await.unwrap();
+    let described =
+        worker.describe(v1::DescribeRequest { model: "large".into(), claim: None }).await.unwrap();
     let profile = ModelProfile::try_from(described.profile.unwrap()).unwrap();
     let idle = anonymous_bytes(process.id());
 

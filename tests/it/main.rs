@@ -12,6 +12,7 @@ mod foreign_client;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod kernels;
+mod leaders;
 mod lifecycle;
 mod loading;
 mod map;

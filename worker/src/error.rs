@@ -83,9 +83,8 @@ impl Classify for WorkerError {
             WorkerError::NoModel { .. } => Kind::WrongModel,
             WorkerError::Model(_) | WorkerError::Io { .. } => Kind::WrongState,
             WorkerError::BadMessage(_) | WorkerError::NoDevice { .. } => Kind::BadInput,
-            WorkerError::Stale { .. } | WorkerError::WrongState(_) | WorkerError::OverBudget { .. } => {
-                Kind::WrongState
-            }
+            WorkerError::Stale { newest, .. } => Kind::Stale { term: newest.term },
+            WorkerError::WrongState(_) | WorkerError::OverBudget { .. } => Kind::WrongState,
             WorkerError::Draining | WorkerError::Aborted | WorkerError::Link(_) => Kind::NoCapacity,
             WorkerError::Internal(_) => Kind::Internal,
         }

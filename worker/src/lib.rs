@@ -29,6 +29,7 @@ pub mod grpc;
 mod incarnation;
 mod interrupt;
 pub mod kernels;
+mod lead;
 pub mod model;
 mod sampler;
 mod service;

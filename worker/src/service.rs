@@ -3,7 +3,8 @@
 use std::{
     net::SocketAddr,
     path::{Component, Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
 };
 
 use strata_proto::{
@@ -18,6 +19,7 @@ use crate::{
     device::{self, Compute, DeviceSpec, Directories, Held},
     error::WorkerError,
     incarnation::StepHook,
+    lead::Lead,
     model,
     stage::{Connect, Prepare, Resident, StageThread},
     transport::{Link, link_token, loopback::Hub, nccl, tcp::Listener},
@@ -115,7 +117,7 @@ pub struct LocalWorker {
     boot_id: String,
     stages: Vec<(String, StageThread)>,
     listener: Listener,
-    newest: Mutex<Vec<Fence>>,
+    lead: Mutex<Lead>,
     /// Whether it is about to end.
     draining: watch::Sender<bool>,
     resident: Resident,
@@ -153,7 +155,7 @@ impl LocalWorker {
             boot_id: Uuid::new_v4().to_string(),
             stages,
             listener,
-            newest: Mutex::default(),
+            lead: Mutex::default(),
             draining: watch::Sender::default(),
             resident,
             config,
@@ -200,16 +202,13 @@ impl LocalWorker {
     fn admit(&self, fence: Option<Fence>, device: &str) -> Result<(Fence, &StageThread), WorkerError> {
         let fence = fence.ok_or_else(|| WorkerError::BadMessage("the call carries no fence".into()))?;
         let stage = self.stage(device)?;
-        {
-            let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(newest) = newest.iter().find(|newest| fence.is_stale(newest)) {
-                return Err(WorkerError::Stale { got: fence, newest: *newest });
-            }
-            newest.retain(|old| old.term == fence.term && old.pipeline != fence.pipeline);
-            newest.push(fence);
-        }
+        self.lead().admit(fence, Instant::now())?;
         stage.supersede(&fence);
         Ok((fence, stage))
+    }
+
+    fn lead(&self) -> MutexGuard<'_, Lead> {
+        self.lead.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn offers(&self) -> Result<Vec<strata_proto::Device>, WorkerError> {
@@ -233,6 +232,9 @@ async fn blocking<T: Send + 'static>(
 #[async_trait]
 impl Worker for LocalWorker {
     async fn describe(&self, request: v1::DescribeRequest) -> Result<v1::Described, Status> {
+        if let Some(claim) = request.claim {
+            self.lead().claim(claim, Instant::now());
+        }
         let profile = if request.model.is_empty() {
             None
         } else {
@@ -248,6 +250,7 @@ impl Worker for LocalWorker {
             devices: offers.into_iter().map(Into::into).collect(),
             profile: profile.map(Into::into),
             draining: *self.draining.borrow(),
+            lead: Some(self.lead().told(Instant::now())),
         })
     }
 

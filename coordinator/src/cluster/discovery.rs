@@ -1,8 +1,12 @@
 //! What the members said of themselves and of the model, and what can be planned over them.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
-use futures::future::join_all;
+use futures::{StreamExt, stream::FuturesUnordered};
 use strata_proto::{Device, Files, LinkChoice, LinkKind, ModelProfile, Plan, StagePlan, error::words, v1};
 use tonic::{Code, Status};
 
@@ -26,6 +30,8 @@ pub struct Discovery {
     pub offers: Vec<Offer>,
     /// Members by name, with their hub.
     pub(crate) members: HashMap<String, (Member, String)>,
+    /// Members that nothing can be planned over, and why.
+    pub left_out: BTreeMap<String, String>,
 }
 
 /// A plan, and what it was made over.
@@ -47,75 +53,177 @@ impl Planned {
     }
 }
 
-/// Asks every member for its devices and for the model.
+/// Asks members for their devices and for the model. Whoever cannot describe it, or has another version of it than most, is
+/// left out.
 ///
 /// # Errors
-/// If no member answers, one has no such model, or two disagree about it.
+/// If nobody is left, or as many have one version as have another.
 pub async fn discover(members: &[Member], model: &str) -> Result<Discovery, PipelineError> {
-    let described = members.iter().map(|member| async move {
-        let request = v1::DescribeRequest { model: model.to_owned() };
-        // Reading headers and sampling bytes of a large checkpoint takes its time.
-        match call(&member.name, "Describe", CALL_TIMEOUT, member.worker.describe(request)).await {
-            Ok(described) => Ok(Some((member, described))),
-            // Membership may not have noticed yet that it is gone.
-            Err(PipelineError::Call { status, .. }) if absent(&status) => {
-                let why = words(&status);
-                tracing::warn!(worker = member.name, why, "does not answer; planning without it");
-                Ok(None)
-            }
-            Err(error) => Err(error),
-        }
-    });
-    let mut profile: Option<(String, ModelProfile)> = None;
-    let mut offers = Vec::new();
-    let mut found = HashMap::new();
-    let described = models(join_all(described).await)?;
-    for (member, described) in described.into_iter().flatten() {
-        let nonsense = |why| PipelineError::Nonsense { worker: member.name.clone(), why };
-        if described.draining {
-            continue;
-        }
-        let theirs = described.profile.ok_or_else(|| nonsense("it described no model".into()))?;
-        let theirs = ModelProfile::try_from(theirs).map_err(nonsense)?;
-        match &profile {
-            Some((a, ours)) if ours.fingerprint != theirs.fingerprint => {
-                let (a, b) = (a.clone(), member.name.clone());
-                return Err(PipelineError::Fingerprints { a, b, model: model.to_owned() });
-            }
-            Some(_) => {}
-            None => profile = Some((member.name.clone(), theirs)),
-        }
-        for device in described.devices {
-            let device = Device::try_from(device).map_err(nonsense)?;
-            let (worker, host) = (member.name.clone(), member.host.clone());
-            offers.push(Offer { worker, host, device });
-        }
-        found.insert(member.name.clone(), (member.clone(), described.hub_id));
-    }
-    let (_, profile) = profile.ok_or(PipelineError::NoWorkers)?;
-    Ok(Discovery { profile, offers, members: found })
+    discover_enough(members, model, None, Duration::MAX, |_| false).await
 }
 
-/// The answers, or what is wrong with the model: said without a worker's name if all say the same, as it is then no worker's
-/// fault.
-fn models<T>(answers: Vec<Result<Option<T>, PipelineError>>) -> Result<Vec<Option<T>>, PipelineError> {
-    let refusal = |answer: &Result<Option<T>, PipelineError>| match answer {
-        Err(PipelineError::Call { status, .. }) if is_of_model(status) => Some(status.message().to_owned()),
+/// The same, but who has another version than the one that is `served` is left out, and who has not answered after
+/// `patience` if what the others said is `enough`.
+///
+/// # Errors
+/// As above.
+pub(crate) async fn discover_enough(
+    members: &[Member],
+    model: &str,
+    served: Option<&ModelProfile>,
+    patience: Duration,
+    enough: impl Fn(Discovery) -> bool,
+) -> Result<Discovery, PipelineError> {
+    let ask = |(index, member): (usize, &Member)| {
+        let (member, request) =
+            (member.clone(), v1::DescribeRequest { model: model.to_owned(), claim: None });
+        async move {
+            // Reading headers and sampling bytes of a large checkpoint takes its time.
+            let described = member.worker.describe(request);
+            (index, call(&member.name, "Describe", CALL_TIMEOUT, described).await)
+        }
+    };
+    let mut asked: FuturesUnordered<_> = members.iter().enumerate().map(ask).collect();
+    let mut answers: Vec<Option<Answer>> = members.iter().map(|_| None).collect();
+    let hurry = tokio::time::sleep(patience);
+    tokio::pin!(hurry);
+    let mut hurried = false;
+    loop {
+        tokio::select! {
+            answer = asked.next() => match answer {
+                Some((index, answer)) => answers[index] = Some(answer),
+                None => break,
+            },
+            () = &mut hurry, if !hurried => hurried = true,
+        }
+        if hurried && discovery(members, answers.clone(), model, served).is_ok_and(&enough) {
+            break;
+        }
+    }
+    discovery(members, answers, model, served)
+}
+
+type Answer = Result<v1::Described, PipelineError>;
+
+/// What the answers say together; `None` has not come yet.
+fn discovery(
+    members: &[Member],
+    answers: Vec<Option<Answer>>,
+    model: &str,
+    served: Option<&ModelProfile>,
+) -> Result<Discovery, PipelineError> {
+    let mut left_out = BTreeMap::new();
+    let mut good: Vec<(&Member, v1::Described, ModelProfile)> = Vec::new();
+    let mut bad = Vec::new();
+    for (member, answer) in members.iter().zip(answers) {
+        let nonsense = |why| PipelineError::Nonsense { worker: member.name.clone(), why };
+        let described = match answer {
+            None => {
+                left_out.insert(member.name.clone(), "it has not described the model in time".to_owned());
+                continue;
+            }
+            // It ends by itself.
+            Some(Ok(described)) if described.draining => continue,
+            Some(Ok(described)) => match described.profile.clone() {
+                Some(profile) => ModelProfile::try_from(profile).map_err(nonsense).map(|p| (described, p)),
+                None => Err(nonsense("it described no model".into())),
+            },
+            Some(Err(error)) => Err(error),
+        };
+        match described {
+            Ok((described, profile)) => good.push((member, described, profile)),
+            // Membership may not have noticed yet that it is gone.
+            Err(PipelineError::Call { status, .. }) if absent(&status) => {
+                left_out.insert(member.name.clone(), format!("it does not answer: {}", words(&status)));
+            }
+            Err(error) => bad.push((member, error)),
+        }
+    }
+    if good.is_empty() {
+        return Err(common(bad.into_iter().map(|(_, error)| error).collect()));
+    }
+    for (member, error) in bad {
+        left_out.insert(member.name.clone(), error.reason());
+    }
+    let version = match served {
+        Some(served) => served.fingerprint.clone(),
+        None => version(&good).ok_or_else(|| {
+            let (a, b) = (good[0].0.name.clone(), other(&good).to_owned());
+            PipelineError::Fingerprints { a, b, model: model.to_owned() }
+        })?,
+    };
+    let mut found: Option<Discovery> = None;
+    for (member, described, profile) in good {
+        if profile.fingerprint != version {
+            let why = format!("it holds another version of model {model:?}; make the directories equal");
+            left_out.insert(member.name.clone(), why);
+            continue;
+        }
+        let devices: Result<Vec<_>, _> = described.devices.into_iter().map(Device::try_from).collect();
+        let devices = match devices {
+            Ok(devices) => devices,
+            Err(why) => {
+                left_out.insert(member.name.clone(), why);
+                continue;
+            }
+        };
+        let found = found.get_or_insert_with(|| Discovery {
+            profile,
+            offers: Vec::new(),
+            members: HashMap::new(),
+            left_out: BTreeMap::new(),
+        });
+        found.offers.extend(devices.into_iter().map(|device| {
+            let (worker, host) = (member.name.clone(), member.host.clone());
+            Offer { worker, host, device }
+        }));
+        found.members.insert(member.name.clone(), (member.clone(), described.hub_id));
+    }
+    let mut found = found.ok_or(PipelineError::NoWorkers)?;
+    found.left_out = left_out;
+    Ok(found)
+}
+
+/// The version of the model that most of the members have; none if two versions have as many.
+fn version(good: &[(&Member, v1::Described, ModelProfile)]) -> Option<String> {
+    let mut votes: BTreeMap<&str, usize> = BTreeMap::new();
+    for (_, _, profile) in good {
+        *votes.entry(&profile.fingerprint).or_default() += 1;
+    }
+    let most = votes.values().copied().max()?;
+    let mut winners = votes.iter().filter(|(_, count)| **count == most);
+    let (winner, _) = winners.next()?;
+    winners.next().is_none().then(|| (*winner).to_owned())
+}
+
+/// A member that has another version than the first one.
+fn other<'a>(good: &[(&'a Member, v1::Described, ModelProfile)]) -> &'a str {
+    let differs = |(_, _, profile): &&(&Member, v1::Described, ModelProfile)| {
+        good.first().is_none_or(|(_, _, first)| first.fingerprint != profile.fingerprint)
+    };
+    good.iter().find(differs).map_or("", |(member, _, _)| &member.name)
+}
+
+/// What is wrong where no member described the model: said without a worker's name if all say the same, as it is then no
+/// worker's fault. Of those that are merely not there nothing is said.
+fn common(errors: Vec<PipelineError>) -> PipelineError {
+    let refusal = |error: &PipelineError| match error {
+        PipelineError::Call { status, .. } if is_of_model(status) => Some(status.message().to_owned()),
         _ => None,
     };
-    let mut said = answers.iter().filter(|answer| !matches!(answer, Ok(None))).map(refusal);
+    let mut said = errors.iter().map(refusal);
     if let Some(Some(why)) = said.next()
         && said.all(|other| other.as_ref() == Some(&why))
     {
-        return Err(PipelineError::Model(why));
+        return PipelineError::Model(why);
     }
-    let one = |error| match error {
-        PipelineError::Call { worker, status, .. } if is_of_model(&status) => {
+    match errors.into_iter().next() {
+        Some(PipelineError::Call { worker, status, .. }) if is_of_model(&status) => {
             PipelineError::ModelOf { worker, why: status.message().to_owned() }
         }
-        error => error,
-    };
-    answers.into_iter().map(|answer| answer.map_err(one)).collect()
+        Some(error) => error,
+        None => PipelineError::NoWorkers,
+    }
 }
 
 /// Whether a worker refused to describe a model because of the model.
@@ -235,15 +343,14 @@ mod tests {
     fn what_all_workers_say_of_a_model_needs_no_name() {
         let call =
             |worker: &str, status| PipelineError::Call { worker: worker.into(), doing: "Describe", status };
-        let refused = |worker: &str, why: &str| Err(call(worker, Status::failed_precondition(why)));
-        let said = |answers: Vec<Result<Option<()>, _>>| models(answers).unwrap_err().to_string();
+        let refused = |worker: &str, why: &str| call(worker, Status::failed_precondition(why));
+        let said = |errors| common(errors).to_string();
         assert_eq!(said(vec![refused("a", "no model")]), "no model");
-        assert_eq!(said(vec![refused("a", "no model"), Ok(None), refused("b", "no model")]), "no model");
-        assert_eq!(said(vec![Ok(Some(())), refused("b", "no model")]), "worker b: no model");
+        assert_eq!(said(vec![refused("a", "no model"), refused("b", "no model")]), "no model");
         assert_eq!(said(vec![refused("a", "cut off"), refused("b", "no model")]), "worker a: cut off");
         // What is no model's fault says what was done.
-        let internal = said(vec![Err(call("a", Status::internal("defect"))), refused("b", "no model")]);
+        let internal = said(vec![call("a", Status::internal("defect")), refused("b", "no model")]);
         assert_eq!(internal, "worker a: Describe failed: defect");
-        assert_eq!(models(vec![Ok(Some(1)), Ok(None)]).unwrap(), [Some(1), None]);
+        assert_eq!(said(Vec::new()), "no worker is available");
     }
 }

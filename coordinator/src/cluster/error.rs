@@ -1,5 +1,7 @@
 //! Why no pipeline could be brought up.
 
+use std::collections::BTreeMap;
+
 use strata_proto::{
     LinkKind,
     error::{Classify, Kind, words},
@@ -9,7 +11,7 @@ use tonic::Status;
 use crate::planner::PlanError;
 
 /// Why no pipeline could be brought up.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum PipelineError {
     /// No member has answered.
     #[error("no worker is available")]
@@ -73,12 +75,63 @@ pub enum PipelineError {
         /// Its answer.
         status: Status,
     },
+    /// It cannot be planned over the members that are left.
+    #[error("{error}; left out: {}", listed(left_out))]
+    Without {
+        /// What is wrong with a plan over the others.
+        error: Box<PipelineError>,
+        /// Who was left out, and why.
+        left_out: BTreeMap<String, String>,
+    },
+}
+
+fn listed(left_out: &BTreeMap<String, String>) -> String {
+    let each = left_out.iter().map(|(worker, why)| format!("worker {worker} ({why})"));
+    each.collect::<Vec<_>>().join(", ")
+}
+
+impl PipelineError {
+    /// The worker whose fault it is, if it is one's.
+    pub fn worker(&self) -> Option<&str> {
+        match self {
+            PipelineError::Nonsense { worker, .. }
+            | PipelineError::ModelOf { worker, .. }
+            | PipelineError::Call { worker, .. } => Some(worker),
+            _ => None,
+        }
+    }
+
+    /// What went wrong, said of the worker whose fault it is.
+    pub fn reason(&self) -> String {
+        match self {
+            PipelineError::Nonsense { why, .. } | PipelineError::ModelOf { why, .. } => why.clone(),
+            PipelineError::Call { doing, status, .. } => format!("{doing} failed: {}", status.message()),
+            error => error.to_string(),
+        }
+    }
+
+    /// The term of the leader that a worker follows instead of this one.
+    pub fn newest_term(&self) -> Option<u64> {
+        match self {
+            PipelineError::Call { status, .. } => strata_proto::error::newest_term(status),
+            _ => None,
+        }
+    }
+
+    /// The same, where those were left out over whom it could have been planned.
+    pub(crate) fn without(self, left_out: BTreeMap<String, String>) -> Self {
+        match left_out.is_empty() {
+            true => self,
+            false => PipelineError::Without { error: Box::new(self), left_out },
+        }
+    }
 }
 
 impl Classify for PipelineError {
     fn kind(&self) -> Kind {
         match self {
             PipelineError::Plan(error) => error.kind(),
+            PipelineError::Without { error, .. } => error.kind(),
             _ => Kind::NoCapacity,
         }
     }

@@ -1,4 +1,19 @@
-//! Whether this coordinator may act, and by which term.
+//! Whether this coordinator may act, and by which term: who leads the workers.
+
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use strata_proto::v1;
+use tokio::sync::watch;
+
+/// How long a claim on workers holds after it was last renewed. Members are probed, and claims renewed, several times as
+/// often.
+pub(crate) const CLAIM_TTL: Duration = Duration::from_secs(3);
+/// How long to wait for the other listed workers before the word of those that answered counts.
+const LISTEN: Duration = Duration::from_secs(1);
 
 /// Whether this coordinator may act.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,4 +28,218 @@ pub enum Leadership {
         /// What it waits for.
         why: String,
     },
+}
+
+impl Leadership {
+    /// The term, if it leads.
+    pub fn term(&self) -> Option<u64> {
+        match self {
+            Leadership::Leads { term } => Some(*term),
+            Leadership::StandsBy { .. } => None,
+        }
+    }
+}
+
+/// The leadership of a coordinator that has its workers to itself.
+pub fn unrivalled() -> watch::Receiver<Leadership> {
+    // The value outlives its sender.
+    watch::Sender::new(Leadership::Leads { term: next_term(0) }).subscribe()
+}
+
+/// A term above `seen`, and above every one that came before on this machine as far as its clock is right: microseconds
+/// since 1970. Without an election, terms are comparable because clocks are.
+pub(crate) fn next_term(seen: u64) -> u64 {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    let clock = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64);
+    let next = |last: u64| clock.max(last.saturating_add(1));
+    let last = LAST.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |last| Some(next(last)));
+    next(last.unwrap_or_else(|last| last)).max(seen.saturating_add(1))
+}
+
+/// Leadership without an election: coordinators over one list of workers claim them, and workers tell everybody who asks
+/// about the latest claim. Pure: what was heard and when are arguments.
+///
+/// A claim outranks those with lower terms. Nobody claims workers that somebody else has claimed within [`CLAIM_TTL`], so
+/// of two coordinators that start together the one with the higher term leads, and one that starts later waits until
+/// the leader is silent. A leader that hears of a higher term stands by.
+#[derive(Debug)]
+pub(crate) struct Claims {
+    me: String,
+    listed: usize,
+    term: Option<u64>,
+    heard: BTreeMap<String, Heard>,
+    first_heard: Option<Instant>,
+}
+
+/// What a worker said last.
+#[derive(Debug)]
+struct Heard {
+    lead: v1::Lead,
+    at: Instant,
+}
+
+impl Claims {
+    /// Of a coordinator by this name, over so many workers. Names of coordinators differ.
+    pub fn new(me: String, listed: usize) -> Self {
+        Claims { me, listed, term: None, heard: BTreeMap::new(), first_heard: None }
+    }
+
+    /// What to tell workers.
+    pub fn claim(&self) -> Option<v1::Claim> {
+        self.term.map(|term| v1::Claim { term, coordinator: self.me.clone() })
+    }
+
+    /// A worker said whom it follows.
+    pub fn heard(&mut self, worker: &str, lead: v1::Lead, now: Instant) {
+        self.first_heard.get_or_insert(now);
+        self.heard.insert(worker.to_owned(), Heard { lead, at: now });
+    }
+
+    /// A worker is gone; what it said holds no more.
+    pub fn gone(&mut self, worker: &str) {
+        self.heard.remove(worker);
+    }
+
+    /// Whether to act, by what was heard so far.
+    pub fn decide(&mut self, now: Instant) -> Leadership {
+        let highest = self.heard.iter().max_by_key(|(_, heard)| heard.lead.term);
+        if let Some(term) = self.term {
+            match highest {
+                Some((worker, heard)) if heard.lead.term > term => {
+                    let why = format!("{} has taken worker {worker} over", named(&heard.lead));
+                    self.term = None;
+                    return Leadership::StandsBy { why };
+                }
+                _ => return Leadership::Leads { term },
+            }
+        }
+        let fresh = |heard: &Heard| {
+            let age = Duration::from_millis(heard.lead.age_ms) + now.saturating_duration_since(heard.at);
+            heard.lead.term > 0 && heard.lead.coordinator != self.me && age < CLAIM_TTL
+        };
+        if let Some((worker, heard)) = self.heard.iter().find(|(_, heard)| fresh(heard)) {
+            let why = format!(
+                "{} leads worker {worker}; this coordinator takes over when that one is silent for {CLAIM_TTL:?}",
+                named(&heard.lead)
+            );
+            return Leadership::StandsBy { why };
+        }
+        let listened = self.first_heard.is_some_and(|first| now.saturating_duration_since(first) >= LISTEN);
+        if self.heard.is_empty() || (self.heard.len() < self.listed && !listened) {
+            let why = format!("{} of {} workers are there", self.heard.len(), self.listed);
+            return Leadership::StandsBy { why };
+        }
+        let term = next_term(highest.map_or(0, |(_, heard)| heard.lead.term));
+        self.term = Some(term);
+        Leadership::Leads { term }
+    }
+}
+
+fn named(lead: &v1::Lead) -> String {
+    match lead.coordinator.is_empty() {
+        true => format!("a coordinator of term {}", lead.term),
+        false => format!("coordinator {}", lead.coordinator),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn lead(term: u64, coordinator: &str, age_ms: u64) -> v1::Lead {
+        v1::Lead { term, coordinator: coordinator.into(), age_ms }
+    }
+
+    fn waits(leadership: &Leadership) -> &str {
+        match leadership {
+            Leadership::StandsBy { why } => why,
+            leads => panic!("{leads:?}"),
+        }
+    }
+
+    #[test]
+    fn terms_only_rise() {
+        let first = next_term(0);
+        assert!(next_term(0) > first);
+        assert_eq!(next_term(u64::MAX - 1), u64::MAX);
+    }
+
+    #[test]
+    fn who_starts_later_waits_until_the_leader_is_silent() {
+        let begun = Instant::now();
+        let mut claims = Claims::new("b".into(), 2);
+        assert_eq!(waits(&claims.decide(begun)), "0 of 2 workers are there");
+        claims.heard("w1", lead(7, "a", 100), begun);
+        assert!(waits(&claims.decide(begun)).starts_with("coordinator a leads worker w1; "));
+        claims.heard("w2", lead(7, "a", 400), begun);
+        assert!(claims.claim().is_none());
+        let later = begun + CLAIM_TTL - Duration::from_millis(101);
+        waits(&claims.decide(later));
+        let term = claims.decide(begun + CLAIM_TTL - Duration::from_millis(100)).term().unwrap();
+        assert_eq!(claims.claim(), Some(v1::Claim { term, coordinator: "b".into() }));
+        // Its own claim, seen again, changes nothing; a higher one ends its turn.
+        claims.heard("w1", lead(term, "b", 0), later);
+        assert_eq!(claims.decide(later).term(), Some(term));
+        claims.heard("w2", lead(term + 1, "c", 0), later);
+        assert_eq!(waits(&claims.decide(later)), "coordinator c has taken worker w2 over");
+        // And when that one is gone, it leads by a term of its own.
+        assert!(claims.decide(later + CLAIM_TTL).term().unwrap() > term + 1);
+    }
+
+    #[test]
+    fn who_has_acted_and_not_said_its_name_yet_leads_too() {
+        let now = Instant::now();
+        let mut claims = Claims::new("b".into(), 1);
+        claims.heard("w1", lead(u64::MAX / 2, "", 0), now);
+        assert!(waits(&claims.decide(now)).starts_with("a coordinator of term 9223372036854775807 leads"));
+        assert!(claims.decide(now + CLAIM_TTL).term().unwrap() > u64::MAX / 2);
+    }
+
+    #[test]
+    fn workers_that_stay_away_are_waited_for_a_moment() {
+        let now = Instant::now();
+        let mut claims = Claims::new("b".into(), 2);
+        claims.heard("w1", v1::Lead::default(), now);
+        assert_eq!(waits(&claims.decide(now)), "1 of 2 workers are there");
+        claims.decide(now + LISTEN).term().unwrap();
+    }
+
+    proptest! {
+        /// Coordinators that probe two workers in any order, with pauses: in the end one leads, and each time somebody
+        /// is told to act its term is the highest that the workers it heard of had seen.
+        #[test]
+        fn one_leads_in_the_end(turns in prop::collection::vec((0usize..3, 0usize..2, 0u64..900), 0..60)) {
+            let mut now = Instant::now();
+            let mut coordinators = ["a", "b", "c"].map(|name| Claims::new(name.into(), 2));
+            let mut workers = [(v1::Lead::default(), now), (v1::Lead::default(), now)];
+            let mut probe = |who: &mut Claims, worker: usize, now: Instant| {
+                let (lead, at) = &mut workers[worker];
+                if let Some(claim) = who.claim().filter(|claim| claim.term >= lead.term) {
+                    *lead = v1::Lead { term: claim.term, coordinator: claim.coordinator, age_ms: 0 };
+                    *at = now;
+                }
+                let age_ms = now.duration_since(*at).as_millis() as u64;
+                who.heard(["w0", "w1"][worker], v1::Lead { age_ms, ..lead.clone() }, now);
+                if let Some(term) = who.decide(now).term() {
+                    assert!(term >= lead.term);
+                }
+            };
+            for (who, worker, pause) in turns {
+                now += Duration::from_millis(pause);
+                probe(&mut coordinators[who], worker, now);
+            }
+            for _ in 0..40 {
+                for coordinator in &mut coordinators {
+                    for worker in 0..2 {
+                        now += Duration::from_millis(50);
+                        probe(coordinator, worker, now);
+                    }
+                }
+            }
+            let leading = coordinators.iter().filter(|c| c.claim().is_some()).count();
+            prop_assert_eq!(leading, 1);
+        }
+    }
 }

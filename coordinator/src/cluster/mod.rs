@@ -5,6 +5,7 @@ pub mod discovery;
 mod error;
 pub mod etcd;
 pub mod leadership;
+pub(crate) mod left_out;
 mod links;
 pub mod membership;
 pub mod pipeline;

@@ -26,6 +26,8 @@ use crate::config::Deployment;
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(600);
 /// How long an aborted stage has to acknowledge.
 const ABORT_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long one has whose worker counts as lost: it frees its memory at once, if it is there after all.
+const ABORT_LOST_TIMEOUT: Duration = Duration::from_millis(250);
 /// Stages report their health twice a second; after this much silence one counts as lost.
 const SILENCE: Duration = Duration::from_secs(3);
 /// Longest time a stage may spend on one step.
@@ -101,7 +103,7 @@ impl Pipeline {
         match open(&setups, &replica, progress, sink, deployment).await {
             Ok(stages) => Ok(Pipeline { fence, replica, stages, abort }),
             Err(error) => {
-                abort.abort().await;
+                abort.abort(error.worker()).await;
                 Err(error)
             }
         }
@@ -145,12 +147,13 @@ pub struct AbortHandle {
 }
 
 impl AbortHandle {
-    /// Tells every stage, waiting a second at most: a stage that is silent is dead or will find its stream closed.
-    pub async fn abort(&self) {
+    /// Tells every stage, and waits a second at most: a stage that is silent is dead or will find its stream closed. The
+    /// worker that was `lost` is likely to be silent, and has less time.
+    pub async fn abort(&self, lost: Option<&str>) {
         let aborts = self.stages.iter().map(|(member, device)| async move {
             let request = v1::AbortRequest { fence: Some(self.fence), device: device.clone() };
-            if !matches!(tokio::time::timeout(ABORT_TIMEOUT, member.worker.abort(request)).await, Ok(Ok(())))
-            {
+            let timeout = if lost == Some(&member.name) { ABORT_LOST_TIMEOUT } else { ABORT_TIMEOUT };
+            if !matches!(tokio::time::timeout(timeout, member.worker.abort(request)).await, Ok(Ok(()))) {
                 tracing::info!(worker = member.name, fence = %self.fence, "did not acknowledge an abort");
             }
         });

@@ -28,6 +28,9 @@ pub enum EngineError {
     /// A defect of ours.
     #[error("internal error; the server's log has the reason")]
     Internal,
+    /// Another coordinator leads.
+    #[error("this coordinator leads no more: {0}; ask again, and the one that leads answers")]
+    Deposed(String),
     /// The coordinator is going down.
     #[error("the server is shutting down")]
     ShuttingDown,
@@ -38,7 +41,9 @@ impl Classify for EngineError {
         match self {
             EngineError::Refused { kind, .. } => *kind,
             EngineError::Deadline { .. } => Kind::Deadline,
-            EngineError::NoPipeline(_) | EngineError::ShuttingDown => Kind::NoCapacity,
+            EngineError::NoPipeline(_) | EngineError::Deposed(_) | EngineError::ShuttingDown => {
+                Kind::NoCapacity
+            }
             EngineError::Poisoned | EngineError::Internal => Kind::Internal,
         }
     }

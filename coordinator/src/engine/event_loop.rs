@@ -4,7 +4,7 @@ mod bring_up;
 mod commit;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -23,6 +23,7 @@ use crate::{
     cluster::{
         PipelineError,
         discovery::Planned,
+        left_out::LeftOut,
         membership::{MemberEvent, Members},
         pipeline::PipelineEvent,
     },
@@ -34,14 +35,12 @@ use crate::{
 
 /// How often deadlines are checked.
 const TICK: Duration = Duration::from_millis(50);
-/// How long requests wait while what is left of the members cannot hold the model.
-const CAPACITY_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long they wait in all for a pipeline, loading included.
-const OUTAGE_TIMEOUT: Duration = Duration::from_secs(600);
+/// How long requests wait while no pipeline is up.
+const OUTAGE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Pause between attempts to bring a pipeline up.
 const RETRY_EVERY: Duration = Duration::from_secs(1);
-/// Term of a coordinator without an election.
-const FIXED_TERM: u64 = 1;
+/// How often members that were left out of plans are looked at again while all goes well.
+const LOOK_AGAIN_EVERY: Duration = Duration::from_secs(60);
 
 pub(crate) struct Engine {
     deployment: Deployment,
@@ -53,6 +52,15 @@ pub(crate) struct Engine {
     events: mpsc::UnboundedReceiver<Event>,
     snapshot: watch::Sender<Snapshot>,
     members: Members,
+    /// Of the leader that this engine works for.
+    term: u64,
+    /// Members on which something failed.
+    left_out: LeftOut,
+    /// Members that could not describe the model when they were last asked, and why.
+    undescribed: BTreeMap<String, String>,
+    look_again: Instant,
+    /// Why it is to end.
+    deposed: Option<String>,
     /// Never empty once the engine runs.
     replicas: Vec<Replica>,
     /// Somebody joined for whom no further replica was tried yet.
@@ -64,7 +72,6 @@ pub(crate) struct Engine {
     begun: Instant,
     /// Since when no pipeline is up.
     down_since: Option<Instant>,
-    no_capacity_since: Option<Instant>,
     first: Option<oneshot::Sender<Result<(), PipelineError>>>,
     counters: v1::Load,
 }
@@ -77,20 +84,59 @@ pub(crate) struct Start {
     pub tokenizer: Arc<Tokenizer>,
     pub observer: Observer,
     pub members: Members,
+    /// Of the leader that it works for.
+    pub term: u64,
     /// Where it shows itself.
     pub snapshot: watch::Sender<Snapshot>,
     /// What the first pipelines are brought up by.
     pub planned: Planned,
+    /// What was counted before.
+    pub counters: v1::Load,
+}
+
+/// An engine that runs, for as long as this is kept.
+pub(crate) struct Running {
+    handle: mpsc::UnboundedSender<Event>,
+    up: oneshot::Receiver<Result<(), PipelineError>>,
+    ended: oneshot::Receiver<String>,
+}
+
+impl Running {
+    /// Takes its events.
+    pub fn handle(&self) -> &mpsc::UnboundedSender<Event> {
+        &self.handle
+    }
+
+    /// The outcome of the first attempts to bring a pipeline up: when one is up, or when none came. To be asked once;
+    /// `None` if the engine is gone.
+    pub async fn up(&mut self) -> Option<Result<(), PipelineError>> {
+        (&mut self.up).await.ok()
+    }
+
+    /// Returns when it has ended, with why, once; `None` if that is not known.
+    pub async fn ended(&mut self) -> Option<String> {
+        (&mut self.ended).await.ok()
+    }
+
+    /// Ends it: its coordinator leads no more.
+    pub fn depose(&self, why: String) {
+        // One that is gone has ended already.
+        let _ = self.handle.send(Event::Depose(why));
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.depose("it gave up".into());
+    }
 }
 
 impl Engine {
-    /// Starts an engine. The outcome of the first attempts to bring a pipeline up is reported once: when one is up, or
-    /// when none came.
-    pub fn spawn(
-        start: Start,
-    ) -> (mpsc::UnboundedSender<Event>, oneshot::Receiver<Result<(), PipelineError>>) {
+    /// Starts an engine.
+    pub fn spawn(start: Start) -> Running {
         let (handle, events) = mpsc::unbounded_channel();
         let (first, up) = oneshot::channel();
+        let (end, ended) = oneshot::channel();
         let (planned, snapshot) = (start.planned, start.snapshot.clone());
         let engine = Engine {
             deployment: start.deployment,
@@ -102,6 +148,11 @@ impl Engine {
             events,
             snapshot: start.snapshot,
             members: start.members,
+            term: start.term,
+            left_out: LeftOut::default(),
+            undescribed: planned.found.left_out.clone(),
+            look_again: Instant::now() + LOOK_AGAIN_EVERY,
+            deposed: None,
             replicas: Vec::new(),
             joined: false,
             incarnation: 0,
@@ -109,29 +160,31 @@ impl Engine {
             live: HashMap::new(),
             begun: Instant::now(),
             down_since: Some(Instant::now()),
-            no_capacity_since: None,
             first: Some(first),
-            counters: v1::Load::default(),
+            counters: start.counters,
         };
         tokio::spawn(async move {
-            let ended = tokio::spawn(engine.run(planned)).await;
-            let why =
-                ended.map_or_else(|error| error.to_string(), |()| "it has nothing to do any more".into());
-            snapshot.send_modify(|s| {
-                (s.up, s.down) = (false, format!("the engine ended: {why}; start the server again"));
+            let why = tokio::spawn(engine.run(planned)).await.unwrap_or_else(|error| {
+                tracing::error!(%error, "the engine ended");
+                format!("the engine ended: {error}; start the server again")
             });
+            snapshot.send_modify(|s| (s.up, s.down) = (false, why.clone()));
+            // Nobody may wait for its end.
+            let _ = end.send(why);
         });
-        (handle, up)
+        Running { handle, up, ended }
     }
 
-    async fn run(mut self, planned: Planned) {
+    /// Runs until it is deposed, or nobody looks any more; says why.
+    async fn run(mut self, planned: Planned) -> String {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         self.show_plan(&planned.plan);
         for replica in planned.replicas() {
             self.add_replica(Some(replica));
         }
-        while !self.snapshot.is_closed() {
+        self.show_left_out();
+        while self.deposed.is_none() && !self.snapshot.is_closed() {
             tokio::select! {
                 event = self.events.recv() => match event {
                     Some(event) => self.react(event),
@@ -145,14 +198,19 @@ impl Engine {
             self.issue();
             self.publish();
         }
+        let failed = match &self.deposed {
+            Some(why) => EngineError::Deposed(why.clone()),
+            None => EngineError::ShuttingDown,
+        };
         for (_, live) in self.live.drain() {
-            let _ = live.reply.send(Reply::Failed(EngineError::ShuttingDown));
+            let _ = live.reply.send(Reply::Failed(failed.clone()));
         }
         let pipelines = self.replicas.into_iter().filter_map(|replica| match replica.state {
             State::Up(pipeline) => Some(pipeline.abort()),
             _ => None,
         });
-        futures::future::join_all(pipelines.map(|abort| async move { abort.abort().await })).await;
+        futures::future::join_all(pipelines.map(|abort| async move { abort.abort(None).await })).await;
+        self.deposed.unwrap_or_else(|| "it has nothing to do any more".into())
     }
 
     fn react(&mut self, event: Event) {
@@ -170,6 +228,7 @@ impl Engine {
                 self.try_another();
             }
             Event::Member(event) => self.member_event(&event),
+            Event::Depose(why) => self.deposed = Some(why),
         }
     }
 
@@ -177,6 +236,8 @@ impl Engine {
         match event {
             MemberEvent::Joined(member) => {
                 tracing::info!(worker = member.name, "joined");
+                self.left_out.forgive(&member.name);
+                self.show_left_out();
                 let down = |replica: &Replica| matches!(replica.state, State::Down { .. });
                 if let Some(at) = self.replicas.iter().position(down) {
                     self.bring_up(at, None, None);
@@ -194,6 +255,8 @@ impl Engine {
                     self.lost(at, name, "left");
                 }
             }
+            // It counts when the next plan is made.
+            MemberEvent::Away(..) => {}
         }
     }
 
@@ -211,6 +274,14 @@ impl Engine {
         while let Some(at) = self.replicas.iter().position(due) {
             self.bring_up(at, None, None);
         }
+        if Instant::now() >= self.look_again {
+            self.look_again = Instant::now() + LOOK_AGAIN_EVERY;
+            let some = self.left_out.any_due(Instant::now()) || !self.undescribed.is_empty();
+            if some && self.deployment.split == Split::Auto {
+                self.joined = true;
+                self.try_another();
+            }
+        }
         if self.turned_away() {
             let reason = self.snapshot.borrow().reason();
             for id in self.live.keys().copied().collect::<Vec<_>>() {
@@ -222,8 +293,7 @@ impl Engine {
 
     /// Whether the outage has lasted so long that nobody should wait for its end.
     fn turned_away(&self) -> bool {
-        let longer = |since: Option<Instant>, timeout| since.is_some_and(|s| s.elapsed() > timeout);
-        longer(self.no_capacity_since, CAPACITY_TIMEOUT) || longer(self.down_since, OUTAGE_TIMEOUT)
+        self.down_since.is_some_and(|since| since.elapsed() > OUTAGE_TIMEOUT)
     }
 
     fn submit(&mut self, submission: Submission) {

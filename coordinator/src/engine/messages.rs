@@ -90,6 +90,8 @@ pub(crate) enum Event {
     BroughtUp(u64, Box<Result<Pipeline, PipelineError>>),
     /// Membership changed.
     Member(MemberEvent),
+    /// The coordinator leads no more, for this reason.
+    Depose(String),
 }
 
 /// Told about what happens while a deployment comes up.
@@ -98,8 +100,10 @@ pub type Observer = Arc<dyn Fn(Notice) + Send + Sync>;
 /// Something a person waiting for the server wants to see.
 #[derive(Debug)]
 pub enum Notice {
-    /// Still waiting for workers: how many of how many have joined.
-    Waiting(usize, usize),
+    /// It stands by, for this reason.
+    StandingBy(String),
+    /// Still waiting for workers: how many have joined, and of how many, if that is known.
+    Waiting(usize, Option<usize>),
     /// This plan is about to be loaded.
     Planned(Arc<Plan>),
     /// A stage reads its weights.

@@ -9,7 +9,8 @@ mod replica;
 mod snapshot;
 
 pub use error::EngineError;
-pub(crate) use event_loop::{Engine, Start};
+pub(crate) use event_loop::{Engine, Running, Start};
 pub(crate) use messages::{Asked, Event, Reply, Submission};
 pub use messages::{Notice, Observer};
+pub(crate) use snapshot::counters;
 pub use snapshot::{Loading, Snapshot, State};

@@ -1,6 +1,6 @@
 //! What a coordinator shows of itself, from its first moment on.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use strata_proto::{
     LayerRange, Plan,
@@ -65,6 +65,8 @@ pub struct Snapshot {
     pub down: String,
     /// Stages of pipelines that are coming up.
     pub loading: Vec<Loading>,
+    /// Workers that are left out of plans, or were when something failed on them, and why.
+    pub left_out: BTreeMap<String, String>,
     /// The live plan, or the last one.
     pub plan: Option<Arc<Plan>>,
     /// The live incarnation, or the last one.
@@ -103,6 +105,19 @@ impl Snapshot {
             true => "setting the stages up".into(),
             false => format!("loading layers {layers} on {worker}/{device}, {} %", last.percent()),
         })
+    }
+}
+
+/// What an engine counts, without what it shows of the moment.
+pub(crate) fn counters(load: &v1::Load) -> v1::Load {
+    v1::Load {
+        prompt_tokens: load.prompt_tokens,
+        generated_tokens: load.generated_tokens,
+        preemptions: load.preemptions,
+        steps: load.steps,
+        prefix_queries: load.prefix_queries,
+        prefix_hits: load.prefix_hits,
+        ..v1::Load::default()
     }
 }
 

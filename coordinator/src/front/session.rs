@@ -5,7 +5,7 @@ mod generation;
 mod pending;
 mod record;
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use strata_proto::{
     ModelProfile,
@@ -56,8 +56,8 @@ struct Shared {
     /// The first of its names.
     model: Arc<str>,
     names: Arc<[String]>,
-    /// Once there is a tokenizer and an engine.
-    served: OnceLock<Arc<Served>>,
+    /// While there is a tokenizer and an engine.
+    served: RwLock<Option<Arc<Served>>>,
     snapshot: watch::Receiver<Snapshot>,
     gate: Gate,
     counts: Arc<Counts>,
@@ -70,7 +70,7 @@ impl Session {
         max_requests: usize,
         snapshot: watch::Receiver<Snapshot>,
     ) -> Self {
-        let (gate, served) = (Gate::new(max_requests), OnceLock::new());
+        let (gate, served) = (Gate::new(max_requests), RwLock::default());
         let model = names.first().map_or("", String::as_str).into();
         let shared = Shared { model, names, served, snapshot, gate, counts: Arc::default() };
         Session { shared: Arc::new(shared), probes: false }
@@ -78,8 +78,20 @@ impl Session {
 
     /// There is something to ask from now on.
     pub(crate) fn open(&self, served: Served) {
-        // A coordinator starts once.
-        let _ = self.shared.served.set(Arc::new(served));
+        self.set(Some(Arc::new(served)));
+    }
+
+    /// There is nothing to ask from now on.
+    pub(crate) fn close(&self) {
+        self.set(None);
+    }
+
+    fn set(&self, served: Option<Arc<Served>>) {
+        *self.shared.served.write().unwrap_or_else(PoisonError::into_inner) = served;
+    }
+
+    fn get(&self) -> Option<Arc<Served>> {
+        self.shared.served.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Waits until no request is in progress.
@@ -119,12 +131,12 @@ impl Session {
 
     /// Whether the model is known, and has a template for chats.
     pub fn has_chat_template(&self) -> bool {
-        self.shared.served.get().is_some_and(|served| served.tokenizer.has_chat_template())
+        self.get().is_some_and(|served| served.tokenizer.has_chat_template())
     }
 
     /// The token that stands for a guess, if the model's tokenizer has one.
     pub(crate) fn mask_token(&self) -> Option<u32> {
-        self.shared.served.get()?.tokenizer.mask().map(|(_, id)| id)
+        self.get()?.tokenizer.mask().map(|(_, id)| id)
     }
 
     /// Continues a prompt: the answer as it comes.
@@ -287,9 +299,9 @@ impl Session {
     /// What is served, if requests are taken.
     fn served(&self) -> Result<Arc<Served>, SessionError> {
         let snapshot = self.shared.snapshot.borrow();
-        match (snapshot.state, self.shared.served.get()) {
-            (State::Serving, Some(served)) => Ok(served.clone()),
-            (State::Starting, Some(served)) if self.probes => Ok(served.clone()),
+        match (snapshot.state, self.get()) {
+            (State::Serving, Some(served)) => Ok(served),
+            (State::Starting, Some(served)) if self.probes => Ok(served),
             (State::Draining, _) => Err(SessionError::Draining),
             _ => Err(SessionError::NotYet(snapshot.reason())),
         }

@@ -91,15 +91,26 @@ pub struct CheckArgs {
 
 #[derive(Debug, Args)]
 pub struct CoordinatorArgs {
-    /// URL of a worker; repeat, or separate by commas
-    #[arg(long = "worker", env = "STRATA_WORKER_URLS", value_delimiter = ',', required = true)]
+    /// URL of a worker; repeat, or separate by commas. Or give --etcd
+    #[arg(
+        long = "worker",
+        env = "STRATA_WORKER_URLS",
+        value_delimiter = ',',
+        required_unless_present = "etcd",
+        conflicts_with = "etcd"
+    )]
     pub workers: Vec<String>,
     /// Name of the model: a directory under each worker's --models
     #[arg(long, env = "STRATA_MODEL")]
     pub model: String,
-    /// Seconds to wait for the workers
-    #[arg(long, env = "STRATA_JOIN_TIMEOUT", default_value_t = config::JOIN_TIMEOUT.as_secs())]
+    /// Seconds to wait for the workers; with --etcd it is waited for as long as it takes
+    #[arg(long, env = "STRATA_JOIN_TIMEOUT", default_value_t = config::JOIN_TIMEOUT.as_secs(), conflicts_with = "etcd")]
     pub join_timeout: u64,
+    #[command(flatten)]
+    pub etcd: EtcdArgs,
+    /// Seconds after which another coordinator takes over from one that is silent
+    #[arg(long, env = "STRATA_LEADER_TTL", default_value_t = 5, requires = "etcd", value_parser = clap::value_parser!(u64).range(2..=3600), help_heading = "Cluster by etcd")]
+    pub leader_ttl: u64,
     #[command(flatten)]
     pub deployment: DeploymentArgs,
     #[command(flatten)]

@@ -44,6 +44,11 @@ pub struct Election {
 
 /// Stands for election, whatever etcd does meanwhile.
 pub fn election(etcd: &Etcd, candidate: Candidate) -> Election {
+    election_above(etcd, candidate, watch::Sender::new(0).subscribe())
+}
+
+/// The same, by terms above those that workers have `seen`: they may have had other leaders than this etcd's.
+pub(super) fn election_above(etcd: &Etcd, candidate: Candidate, seen: watch::Receiver<u64>) -> Election {
     let (leadership, decided) =
         watch::channel(Leadership::StandsBy { why: "it is connecting to etcd".into() });
     let (stop, stopped) = watch::channel(false);
@@ -54,6 +59,7 @@ pub fn election(etcd: &Etcd, candidate: Candidate) -> Election {
         etcd: etcd.clone(),
         candidate,
         leadership,
+        seen,
         renewed: None,
     };
     Election { leadership: decided, stop, task: tokio::spawn(candidacy.stand(stopped)) }
@@ -88,6 +94,8 @@ struct Candidacy {
     prefix: String,
     led_key: String,
     leadership: watch::Sender<Leadership>,
+    /// The highest term that workers have heard of.
+    seen: watch::Receiver<u64>,
     /// When the lease was last known to live.
     renewed: Option<Instant>,
 }
@@ -148,6 +156,7 @@ impl Candidacy {
             tokio::select! {
                 error = lease.ended() => return Err(error),
                 changed = watcher.next() => drop(changed?),
+                () = outbid(&mut self.seen, &self.leadership) => {}
             }
         }
     }
@@ -188,11 +197,13 @@ impl Candidacy {
     ) -> Result<(), EtcdError> {
         let created = u64::try_from(ours.create_revision()).unwrap_or(0);
         let last: Option<Led> = led.and_then(|kv| serde_json::from_slice(kv.value()).ok());
+        let seen = *self.seen.borrow();
         let term = match last {
-            Some(last) if last.id == self.candidate.id => last.term,
+            Some(last) if last.id == self.candidate.id && last.term >= seen => last.term,
             last => {
-                // Should etcd have been set up anew from an older copy, its revisions are lower than terms that were seen.
-                let term = created.max(last.map_or(0, |last| last.term.saturating_add(1)));
+                // Where etcd was set up anew, its revisions are lower than the terms that it, or workers, have seen.
+                let above = last.map_or(0, |last| last.term).max(seen);
+                let term = created.max(above.saturating_add(1));
                 let led =
                     serde_json::to_vec(&Led { id: self.candidate.id.clone(), term }).unwrap_or_default();
                 let still_first =
@@ -236,5 +247,15 @@ impl Candidacy {
             }
             changed
         });
+    }
+}
+
+/// Resolves when a worker has heard of a higher term than that of this leader, whoever had it.
+async fn outbid(seen: &mut watch::Receiver<u64>, leadership: &watch::Sender<Leadership>) {
+    let term = leadership.borrow().term();
+    let heard = seen.wait_for(|seen| term.is_some_and(|term| *seen > term)).await.is_ok();
+    if !heard {
+        // Nobody listens to workers here.
+        std::future::pending::<()>().await;
     }
 }

@@ -1,9 +1,9 @@
 //! Workers that have registered, as members: who is there is what etcd says, or what answers.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc};
 
 use etcd_client::{Client, EventType, GetOptions};
-use strata_proto::{PROTOCOL, v1};
+use strata_proto::v1;
 use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
@@ -17,16 +17,13 @@ use super::{
     watch::Watcher,
 };
 use crate::cluster::{
-    membership::{Member, MemberEvent},
+    leadership::Leadership,
+    membership::{
+        Member, MemberEvent,
+        probe::{MISSES, PROBE_EVERY, ask, speaks},
+    },
     remote::RemoteWorker,
 };
-
-/// How often a worker is asked whether it is there.
-const PROBE_EVERY: Duration = Duration::from_millis(500);
-/// How long it may take to answer.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
-/// Unanswered probes in a row after which a worker counts as gone that etcd still lists.
-const MISSES: u32 = 3;
 
 /// The registered workers of a cluster, until the receiver is dropped.
 ///
@@ -34,8 +31,13 @@ const MISSES: u32 = 3;
 /// So an entry that is gone while its worker computes changes nothing, and while etcd is away, the members are those that
 /// were known and answer.
 pub fn members(etcd: &Etcd) -> mpsc::UnboundedReceiver<MemberEvent> {
+    follow(etcd, None)
+}
+
+/// The same, where workers are told who leads them, and tell by whom they are led.
+pub(super) fn follow(etcd: &Etcd, follower: Option<Follower>) -> mpsc::UnboundedReceiver<MemberEvent> {
     let (events, receiver) = mpsc::unbounded_channel();
-    let mut known = Known { events, entries: HashMap::new(), probes: JoinSet::new() };
+    let mut known = Known { events, follower, entries: HashMap::new(), probes: JoinSet::new() };
     let etcd = etcd.clone();
     tokio::spawn(async move {
         let gone = known.events.clone();
@@ -47,9 +49,38 @@ pub fn members(etcd: &Etcd) -> mpsc::UnboundedReceiver<MemberEvent> {
     receiver
 }
 
+/// A coordinator that stands for election, as workers see it.
+#[derive(Debug, Clone)]
+pub(super) struct Follower {
+    /// Its name.
+    pub coordinator: String,
+    /// Whether it leads.
+    pub leadership: watch::Receiver<Leadership>,
+    /// The highest term that any worker has heard of.
+    pub seen: watch::Sender<u64>,
+}
+
+impl Follower {
+    /// What to tell workers.
+    fn claim(&self) -> Option<v1::Claim> {
+        let term = self.leadership.borrow().term()?;
+        Some(v1::Claim { term, coordinator: self.coordinator.clone() })
+    }
+
+    /// A worker said which term it has heard of.
+    fn heard(&self, term: u64) {
+        self.seen.send_if_modified(|seen| {
+            let is_news = term > *seen;
+            *seen = term.max(*seen);
+            is_news
+        });
+    }
+}
+
 /// Every worker that was registered since this coordinator began, each with a probe of its own.
 struct Known {
     events: mpsc::UnboundedSender<MemberEvent>,
+    follower: Option<Follower>,
     /// What etcd says of each; `None` once the entry is gone.
     entries: HashMap<String, watch::Sender<Option<WorkerRecord>>>,
     /// Ended with this.
@@ -116,7 +147,9 @@ impl Known {
             None => {
                 let (entry, changes) = watch::channel(Some(record.clone()));
                 self.entries.insert(record.name.clone(), entry);
-                self.probes.spawn(probe(record, changes, self.events.clone()));
+                let probe =
+                    Probe { follower: self.follower.clone(), events: self.events.clone(), entry: changes };
+                self.probes.spawn(probe.run(record));
             }
         }
     }
@@ -130,58 +163,91 @@ impl Known {
 }
 
 /// Tells when a worker joins and leaves.
-async fn probe(
-    mut record: WorkerRecord,
-    mut entry: watch::Receiver<Option<WorkerRecord>>,
+struct Probe {
+    follower: Option<Follower>,
     events: mpsc::UnboundedSender<MemberEvent>,
-) {
-    let name = record.name.clone();
-    let left = || drop(events.send(MemberEvent::Left(name.clone())));
-    let mut member = member(&record);
-    let mut joined: Option<(String, String)> = None;
-    let mut misses = 0;
-    let mut said = String::new();
-    loop {
-        let now = entry.borrow_and_update().clone();
-        let registered = now.is_some();
-        if let Some(now) = now {
-            if now.address != record.address {
-                member = self::member(&now);
+    entry: watch::Receiver<Option<WorkerRecord>>,
+}
+
+impl Probe {
+    /// Asks the worker of a record, and of every one that takes its place, until nobody wants to know.
+    async fn run(mut self, mut record: WorkerRecord) {
+        let name = record.name.clone();
+        let mut member = member(&record);
+        let mut joined: Option<(String, String)> = None;
+        let mut misses = 0;
+        let mut away = String::new();
+        loop {
+            let now = self.entry.borrow_and_update().clone();
+            let registered = now.is_some();
+            if let Some(now) = now {
+                if now.address != record.address {
+                    member = self::member(&now);
+                }
+                record = now;
             }
-            record = now;
-        }
-        let why = match described(&member, &record).await {
-            Ok(member) => {
-                misses = 0;
-                let process = (record.boot_id.clone(), record.address.clone());
-                if joined.as_ref() != Some(&process) {
-                    if joined.replace(process).is_some() {
-                        left();
+            let why = match self.answers(&member, &record).await {
+                Ok(member) => {
+                    misses = 0;
+                    let process = (record.boot_id.clone(), record.address.clone());
+                    if joined.as_ref() != Some(&process) {
+                        if joined.replace(process).is_some() {
+                            self.tell(MemberEvent::Left(name.clone()));
+                        }
+                        self.tell(MemberEvent::Joined(member));
+                        away.clear();
                     }
-                    drop(events.send(MemberEvent::Joined(member)));
+                    String::new()
                 }
-                String::new()
-            }
-            Err(why) => {
-                misses += 1;
-                // Both say that it is gone, or it has been silent for long enough.
-                if (!registered || misses >= MISSES) && joined.take().is_some() {
-                    left();
+                Err(why) => {
+                    misses += 1;
+                    // Both say that it is gone, or it has been silent for long enough.
+                    if (!registered || misses >= MISSES) && joined.take().is_some() {
+                        self.tell(MemberEvent::Left(name.clone()));
+                    }
+                    why
                 }
-                why
+            };
+            let is_known = registered || joined.is_some();
+            let why = if is_known { why } else { String::new() };
+            if why != away {
+                if !why.is_empty() {
+                    tracing::warn!(worker = name, "left out of plans: {why}");
+                }
+                self.tell(MemberEvent::Away(name.clone(), why.clone()));
+                away = why;
             }
-        };
-        if registered && why != said {
-            tracing::debug!(worker = name, "probe: {why}");
-            said = why;
+            let changed = match is_known {
+                true => tokio::time::timeout(PROBE_EVERY, self.entry.changed()).await.unwrap_or(Ok(())),
+                false => self.entry.changed().await,
+            };
+            if changed.is_err() {
+                return;
+            }
         }
-        let changed = match registered || joined.is_some() {
-            true => tokio::time::timeout(PROBE_EVERY, entry.changed()).await.unwrap_or(Ok(())),
-            false => entry.changed().await,
-        };
-        if changed.is_err() {
-            return;
+    }
+
+    /// The member, if it answers and is the one that wrote the record; why not.
+    async fn answers(
+        &self,
+        member: &Result<Member, String>,
+        record: &WorkerRecord,
+    ) -> Result<Member, String> {
+        let member = member.clone()?;
+        let described = ask(&member, self.follower.as_ref().and_then(Follower::claim)).await?;
+        if described.boot_id != record.boot_id {
+            return Err("another worker answers at its address".into());
         }
+        if let Some(follower) = &self.follower {
+            follower.heard(described.lead.as_ref().map_or(0, |lead| lead.term));
+        }
+        speaks(&described)?;
+        Ok(member)
+    }
+
+    fn tell(&self, event: MemberEvent) {
+        // A receiver that is gone ends this.
+        let _ = self.events.send(event);
     }
 }
 
@@ -190,24 +256,4 @@ fn member(record: &WorkerRecord) -> Result<Member, String> {
     let (worker, _, host) = RemoteWorker::lazy(&record.address)?;
     let rank = usize::try_from(record.rank).unwrap_or(usize::MAX);
     Ok(Member { name: record.name.clone(), worker: Arc::new(worker), rank, host })
-}
-
-/// The member, if it answers and is the one that wrote the record.
-async fn described(member: &Result<Member, String>, record: &WorkerRecord) -> Result<Member, String> {
-    let member = member.clone()?;
-    let answer =
-        tokio::time::timeout(PROBE_TIMEOUT, member.worker.describe(v1::DescribeRequest::default())).await;
-    let described = answer
-        .map_err(|_| format!("it has not answered for {PROBE_TIMEOUT:?}"))?
-        .map_err(|status| format!("it does not answer: {}", status.message()))?;
-    if !(described.protocol_min..=described.protocol_max).contains(&PROTOCOL) {
-        return Err(format!(
-            "it speaks protocol {}..={}, this coordinator {PROTOCOL}: upgrade one of them",
-            described.protocol_min, described.protocol_max
-        ));
-    }
-    match described.boot_id == record.boot_id {
-        true => Ok(member),
-        false => Err("another worker answers at its address".into()),
-    }
 }

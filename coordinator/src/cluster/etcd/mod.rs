@@ -25,6 +25,8 @@ mod record;
 mod registry;
 mod watch;
 
+use crate::cluster::membership::Source;
+
 pub use advertise::advertised;
 pub use config::{Credentials, Etcd, TlsFiles, check_name};
 pub use election::{Candidate, Election, election};
@@ -32,3 +34,13 @@ pub use error::EtcdError;
 pub use members::members;
 pub use record::{DeviceRecord, Resident, WorkerRecord};
 pub use registry::{Registrant, Registration, register};
+
+/// The workers of a cluster for a coordinator that leads them when it is its turn.
+pub fn source(etcd: &Etcd, candidate: Candidate) -> (Source, Election) {
+    let (seen, highest) = tokio::sync::watch::channel(0);
+    let coordinator = candidate.name.clone();
+    let election = election::election_above(etcd, candidate, highest);
+    let leadership = election.leadership();
+    let follower = members::Follower { coordinator, leadership: leadership.clone(), seen };
+    (Source { events: members::follow(etcd, Some(follower)), leadership }, election)
+}

@@ -3,50 +3,52 @@
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::Instant,
 };
 
-use strata_proto::{PROTOCOL, error::words, v1};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
-use super::{Member, MemberEvent};
-use crate::cluster::remote::RemoteWorker;
+use super::{
+    Member, MemberEvent, Source,
+    probe::{MISSES, PROBE_EVERY, ask, speaks},
+};
+use crate::cluster::{
+    leadership::{Claims, Leadership},
+    remote::RemoteWorker,
+};
 
-/// How often a listed worker is asked whether it is there.
-const PROBE_EVERY: Duration = Duration::from_millis(500);
-/// How long it may take to answer.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
-/// Unanswered probes in a row after which a worker counts as gone.
-const MISSES: u32 = 3;
-
-/// Workers at fixed URLs, each probed until the receiver is dropped.
+/// Workers at fixed URLs, each probed until the receiver is dropped. Of the coordinators that have workers in common one
+/// leads: `coordinator` is this one's name, which no other has.
 ///
 /// # Errors
 /// If a URL is not usable as an address, or two are of one worker.
-pub fn fixed(urls: &[String]) -> Result<mpsc::UnboundedReceiver<MemberEvent>, String> {
+pub fn fixed(urls: &[String], coordinator: &str) -> Result<Source, String> {
     let (events, receiver) = mpsc::unbounded_channel();
+    let claims = Claims::new(coordinator.to_owned(), urls.len());
+    let why = format!("0 of {} workers are there", urls.len());
+    let (decided, leadership) = watch::channel(Leadership::StandsBy { why });
+    let common = Arc::new(Common { events, claims: Mutex::new(claims), boots: Boots::default(), decided });
     let mut names = HashSet::new();
-    let boots = Boots::default();
     for (rank, url) in urls.iter().enumerate() {
         let (worker, name, host) = RemoteWorker::lazy(url)?;
         if !names.insert(name.to_lowercase()) {
             return Err(format!("worker {url} is listed twice: expected each worker once"));
         }
         let member = Member { name, worker: Arc::new(worker), rank, host };
-        let (events, boots) = (events.clone(), boots.clone());
+        let common = common.clone();
         tokio::spawn(async move {
             tokio::select! {
-                () = probe(member, &events, &boots) => {}
-                () = events.closed() => {}
+                () = probe(member, &common) => {}
+                () = common.events.closed() => {}
             }
         });
     }
-    Ok(receiver)
+    Ok(Source { events: receiver, leadership })
 }
 
 /// Which of the names has a worker, by its boot id: `localhost` and `127.0.0.1` may be one.
-#[derive(Clone, Default)]
-struct Boots(Arc<Mutex<HashMap<String, String>>>);
+#[derive(Default)]
+struct Boots(Mutex<HashMap<String, String>>);
 
 impl Boots {
     fn lock(&self) -> MutexGuard<'_, HashMap<String, String>> {
@@ -65,55 +67,99 @@ impl Boots {
     }
 }
 
+/// What the probes of all workers have in common.
+struct Common {
+    events: mpsc::UnboundedSender<MemberEvent>,
+    claims: Mutex<Claims>,
+    boots: Boots,
+    decided: watch::Sender<Leadership>,
+}
+
+impl Common {
+    fn claims(&self) -> MutexGuard<'_, Claims> {
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Decides anew who leads, by what was heard and by the time.
+    fn decide(&self) {
+        let mut claims = self.claims();
+        self.decided.send_if_modified(|decided| {
+            let now = claims.decide(Instant::now());
+            let changed = *decided != now;
+            *decided = now;
+            changed
+        });
+    }
+
+    fn tell(&self, event: MemberEvent) {
+        // A receiver that is gone ends the probes.
+        let _ = self.events.send(event);
+    }
+}
+
 /// Reports joins and losses of one worker, for ever.
-async fn probe(member: Member, events: &mpsc::UnboundedSender<MemberEvent>, boots: &Boots) {
+async fn probe(member: Member, common: &Common) {
     let mut boot: Option<String> = None;
-    let mut told = false;
     let mut misses = 0;
+    let mut away = String::new();
     loop {
-        let described = member.worker.describe(v1::DescribeRequest::default());
-        match tokio::time::timeout(PROBE_TIMEOUT, described).await {
-            Ok(Ok(described)) => {
+        let claim = common.claims().claim();
+        let why = match ask(&member, claim).await {
+            Ok(mut described) => {
                 misses = 0;
-                let speaks = described.protocol_min <= PROTOCOL && PROTOCOL <= described.protocol_max;
-                if !speaks {
-                    tracing::error!(
-                        worker = member.name,
-                        "speaks protocol {}..={}, this coordinator {PROTOCOL}: upgrade one of them",
-                        described.protocol_min,
-                        described.protocol_max
-                    );
-                } else if boot.as_ref() != Some(&described.boot_id) {
+                common.claims().heard(
+                    &member.name,
+                    described.lead.take().unwrap_or_default(),
+                    Instant::now(),
+                );
+                // Before anybody hears that it is there, and asks who leads.
+                common.decide();
+                if let Err(why) = speaks(&described) {
+                    why
+                } else if boot.as_ref() == Some(&described.boot_id) {
+                    String::new()
+                } else {
                     if let Some(old) = boot.take() {
-                        boots.leave(&old);
-                        let _ = events.send(MemberEvent::Left(member.name.clone()));
+                        common.boots.leave(&old);
+                        common.tell(MemberEvent::Left(member.name.clone()));
                     }
-                    match boots.take(&described.boot_id, &member.name) {
+                    match common.boots.take(&described.boot_id, &member.name) {
                         None => {
                             boot = Some(described.boot_id);
-                            let _ = events.send(MemberEvent::Joined(member.clone()));
+                            common.tell(MemberEvent::Joined(member.clone()));
+                            away.clear();
+                            String::new()
                         }
-                        Some(worker) if !std::mem::replace(&mut told, true) => {
-                            let again = member.name.clone();
-                            let _ = events.send(MemberEvent::Twice { worker, again });
+                        Some(worker) => {
+                            let why = format!("it is worker {worker} by another name");
+                            if why != away {
+                                common.tell(MemberEvent::Twice { worker, again: member.name.clone() });
+                            }
+                            why
                         }
-                        Some(_) => {}
                     }
                 }
             }
-            outcome => {
-                if let Ok(Err(status)) = outcome {
-                    tracing::debug!(worker = member.name, why = words(&status), "probe failed");
-                }
+            Err(why) => {
                 misses += 1;
-                if misses >= MISSES
-                    && let Some(old) = boot.take()
-                {
-                    boots.leave(&old);
-                    let _ = events.send(MemberEvent::Left(member.name.clone()));
+                if misses >= MISSES {
+                    common.claims().gone(&member.name);
+                    if let Some(old) = boot.take() {
+                        common.boots.leave(&old);
+                        common.tell(MemberEvent::Left(member.name.clone()));
+                    }
                 }
+                why
             }
+        };
+        if why != away {
+            if !why.is_empty() {
+                tracing::warn!(worker = member.name, "left out of plans: {why}");
+            }
+            common.tell(MemberEvent::Away(member.name.clone(), why.clone()));
+            away = why;
         }
+        common.decide();
         tokio::time::sleep(PROBE_EVERY).await;
     }
 }
@@ -124,12 +170,12 @@ mod tests {
 
     #[tokio::test]
     async fn a_worker_is_listed_once_whatever_its_spelling() {
-        let refused = |urls: [&str; 2]| fixed(&urls.map(str::to_owned)).unwrap_err();
+        let refused = |urls: [&str; 2]| fixed(&urls.map(str::to_owned), "me").unwrap_err();
         for other in ["127.0.0.1:7801", "http://127.0.0.1:7801/", "HTTP://127.0.0.1:7801"] {
             let said = refused(["http://127.0.0.1:7801", other]);
             assert_eq!(said, format!("worker {other} is listed twice: expected each worker once"));
         }
         assert!(refused(["a:1", "HTTPS://b:1"]).starts_with("worker HTTPS://b:1: Strata has no TLS yet"));
-        assert!(fixed(&["a:1".to_owned(), "a:2".to_owned()]).is_ok());
+        assert!(fixed(&["a:1".to_owned(), "a:2".to_owned()], "me").is_ok());
     }
 }

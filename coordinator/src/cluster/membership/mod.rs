@@ -2,16 +2,24 @@
 
 mod fixed;
 mod local;
+pub(crate) mod probe;
 
 use std::{
+    collections::BTreeMap,
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use strata_proto::Worker;
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
 
 pub use fixed::fixed;
 pub use local::local;
+
+use super::leadership::{Leadership, unrivalled};
 
 /// A worker that can be planned over.
 #[derive(Clone)]
@@ -33,12 +41,15 @@ impl fmt::Debug for Member {
 }
 
 /// A change of the membership.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum MemberEvent {
     /// A worker is there, or is there again under a new boot id.
     Joined(Member),
     /// The named worker is gone.
     Left(String),
+    /// The named worker cannot be planned over, for this reason: it is not there, or is there and does not answer for
+    /// the moment. What it computes goes on. An empty reason takes that back.
+    Away(String, String),
     /// What is listed as two workers is one, and takes part once.
     Twice {
         /// Its name, which joined.
@@ -48,28 +59,106 @@ pub enum MemberEvent {
     },
 }
 
+/// Where a coordinator's workers come from, and whether it may act upon them.
+#[derive(Debug)]
+pub struct Source {
+    /// Who comes and goes.
+    pub events: mpsc::UnboundedReceiver<MemberEvent>,
+    /// Whether it may act.
+    pub leadership: watch::Receiver<Leadership>,
+}
+
+impl From<mpsc::UnboundedReceiver<MemberEvent>> for Source {
+    /// Workers that nobody else has.
+    fn from(events: mpsc::UnboundedReceiver<MemberEvent>) -> Self {
+        Source { events, leadership: unrivalled() }
+    }
+}
+
 /// The workers that are there, in order of rank: the one list, which everything reads.
 #[derive(Debug, Clone, Default)]
-pub struct Members(Arc<Mutex<Vec<Member>>>);
+pub struct Members(Arc<Mutex<List>>);
+
+#[derive(Debug, Default)]
+struct List {
+    there: Vec<Member>,
+    /// Why some of them, or others, cannot be planned over.
+    away: BTreeMap<String, String>,
+    /// One that is listed as two.
+    twice: Option<(String, String)>,
+    subscribers: Vec<mpsc::UnboundedSender<MemberEvent>>,
+    /// When one last joined.
+    joined_last: Option<Instant>,
+}
 
 impl Members {
     /// Those that are there now.
     pub fn list(&self) -> Vec<Member> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.lock().there.clone()
     }
 
-    /// Takes note of a change; returns how many are there.
-    pub(crate) fn note(&self, event: &MemberEvent) -> usize {
-        let mut members = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match event {
-            MemberEvent::Joined(member) => {
-                members.retain(|m| m.name != member.name);
-                members.push(member.clone());
-            }
-            MemberEvent::Left(name) => members.retain(|m| m.name != *name),
-            MemberEvent::Twice { .. } => {}
+    /// Those of them that answer.
+    pub fn answering(&self) -> Vec<Member> {
+        let list = self.lock();
+        list.there.iter().filter(|member| !list.away.contains_key(&member.name)).cloned().collect()
+    }
+
+    /// Those that cannot be planned over, and why.
+    pub fn away(&self) -> BTreeMap<String, String> {
+        self.lock().away.clone()
+    }
+
+    /// When one last joined, if any has.
+    pub(crate) fn joined_last(&self) -> Option<Instant> {
+        self.lock().joined_last
+    }
+
+    /// One that is listed as two, if any: both names.
+    pub(crate) fn twice(&self) -> Option<(String, String)> {
+        self.lock().twice.clone()
+    }
+
+    /// The changes from now on, as far as the list has taken note of them.
+    pub(crate) fn subscribe(&self) -> mpsc::UnboundedReceiver<MemberEvent> {
+        let (subscriber, events) = mpsc::unbounded_channel();
+        self.lock().subscribers.push(subscriber);
+        events
+    }
+
+    /// Takes note of every change: of those that have come at once, of others until there will be none.
+    pub(crate) fn follow(&self, mut events: mpsc::UnboundedReceiver<MemberEvent>) {
+        while let Ok(event) = events.try_recv() {
+            self.note(event);
         }
-        members.sort_by_key(|m| m.rank);
-        members.len()
+        let members = self.clone();
+        tokio::spawn(async move {
+            while let Some(event) = events.recv().await {
+                members.note(event);
+            }
+            // Whoever waits for workers is to know that none will come.
+            members.lock().subscribers.clear();
+        });
+    }
+
+    fn note(&self, event: MemberEvent) {
+        let mut list = self.lock();
+        match &event {
+            MemberEvent::Joined(member) => {
+                list.there.retain(|m| m.name != member.name);
+                list.there.push(member.clone());
+                list.there.sort_by_key(|m| m.rank);
+                list.away.remove(&member.name);
+                list.joined_last = Some(Instant::now());
+            }
+            MemberEvent::Twice { worker, again } => list.twice = Some((worker.clone(), again.clone())),
+            MemberEvent::Left(name) => list.there.retain(|m| m.name != *name),
+            MemberEvent::Away(name, why) if why.is_empty() => drop(list.away.remove(name)),
+            MemberEvent::Away(name, why) => drop(list.away.insert(name.clone(), why.clone())),
+        }
+        list.subscribers.retain(|subscriber| subscriber.send(event.clone()).is_ok());
+    }
+
+    fn lock(&self) -> MutexGuard<'_, List> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,6 +1,7 @@
 //! Plans with links, and what workers are told of them.
 
 use std::{
+    collections::BTreeMap,
     collections::HashMap,
     sync::{Mutex, PoisonError},
 };
@@ -99,7 +100,7 @@ fn discovered(worker: Arc<Obedient>, nccl: bool) -> Discovery {
     gpus.for_each(|offer| offer.device.links = vec![LinkKind::Nccl]);
     let member = Member { name: "w".into(), worker, rank: 0, host: "h".into() };
     let members = HashMap::from([("w".to_owned(), (member, "hub".to_owned()))]);
-    Discovery { profile: profile(&[(100, 1); 6], 0, false), offers, members }
+    Discovery { profile: profile(&[(100, 1); 6], 0, false), offers, members, left_out: BTreeMap::new() }
 }
 
 fn deployment(links: Option<LinkKind>) -> Deployment {

@@ -1,14 +1,18 @@
 //! How replicas get their pipelines: what is planned once, brought up, lost, and brought up again.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use strata_proto::{Plan, error::Kind, v1::Fence};
 
-use super::{Engine, FIXED_TERM, RETRY_EVERY, TICK};
+use super::{Engine, RETRY_EVERY, TICK};
 use crate::{
     cluster::{
         PipelineError,
-        discovery::{Planned, discover},
+        discovery::{Discovery, Planned, discover_enough},
         pipeline::{LoadUpdate, Pipeline},
     },
     engine::{
@@ -20,6 +24,9 @@ use crate::{
     },
     planner::Offer,
 };
+
+/// How long workers have to describe the model again, if what the others have is enough.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 impl Engine {
     /// The live incarnation of a replica is over: its sequences go to other replicas, or wait for its next one.
@@ -35,7 +42,7 @@ impl Engine {
             self.down_since = Some(Instant::now());
         }
         self.show_replicas(format!("worker {worker} {what}"));
-        self.bring_up(at, Some(pipeline), None);
+        self.bring_up(at, Some((pipeline, worker.to_owned())), None);
     }
 
     /// Adds a replica and tries to bring a pipeline up for it, over devices that it has by a plan, or is to find.
@@ -58,15 +65,15 @@ impl Engine {
         }
     }
 
-    /// Starts a task that ends `old` and brings a new incarnation of a replica up: by a plan, or by one that it makes
-    /// over the devices that no other replica has.
-    pub(super) fn bring_up(&mut self, at: usize, old: Option<Pipeline>, known: Option<Planned>) {
+    /// Starts a task that ends `old`, of which a worker was lost, and brings a new incarnation of a replica up: by a plan,
+    /// or by one that it makes over the devices that no other replica has.
+    pub(super) fn bring_up(&mut self, at: usize, old: Option<(Pipeline, String)>, known: Option<Planned>) {
         let others_plan = || self.replicas.iter().enumerate().any(|(i, r)| i != at && r.is_planning());
         if known.is_none() && others_plan() {
             // Two that look for devices at once might find the same.
             self.replicas[at].state = State::Down { retry: Instant::now() + TICK };
-            if let Some(old) = old {
-                tokio::spawn(async move { old.abort().abort().await });
+            if let Some((old, lost)) = old {
+                tokio::spawn(async move { old.abort().abort(Some(&lost)).await });
             }
             return;
         }
@@ -77,11 +84,13 @@ impl Engine {
         // Whose sequences no other replica can run takes whatever holds the model.
         let further = !taken.is_empty() && replica.load() == 0;
         replica.state = State::BringingUp { incarnation, lost: false };
-        let fence = Fence { term: FIXED_TERM, pipeline: replica.number, incarnation };
+        let fence = Fence { term: self.term, pipeline: replica.number, incarnation };
         if let Some(known) = &known {
             self.takes(at, known.plan.clone());
         }
-        let (members, deployment) = (self.members.list(), self.deployment.clone());
+        let mut members = self.members.answering();
+        members.retain(|member| !self.left_out.has(&member.name, Instant::now()));
+        let (profile, deployment) = (self.profile.clone(), self.deployment.clone());
         let (events, observer) = (self.handle.clone(), self.observer.clone());
         let sink_events = events.clone();
         let sink = Arc::new(move |incarnation, event| {
@@ -93,19 +102,29 @@ impl Engine {
             let _ = progress_events.send(Event::Loading(incarnation, update));
         });
         tokio::spawn(async move {
-            if let Some(old) = old {
-                old.abort().abort().await;
+            if let Some((old, lost)) = old {
+                old.abort().abort(Some(&lost)).await;
             }
             let outcome = async {
                 let planned = match known {
                     Some(known) => known,
                     None => {
-                        let mut found = discover(&members, &deployment.model).await?;
-                        found.leave_out(&taken);
-                        if further {
-                            found.offers.retain(Offer::may_hold_further);
-                        }
-                        let plan = found.plan(&deployment)?.into();
+                        let mine = |found: &mut Discovery| {
+                            found.leave_out(&taken);
+                            if further {
+                                found.offers.retain(Offer::may_hold_further);
+                            }
+                        };
+                        let fits = |mut found: Discovery| {
+                            mine(&mut found);
+                            found.plan(&deployment).is_ok()
+                        };
+                        let asked =
+                            discover_enough(&members, &deployment.model, Some(&profile), PATIENCE, fits);
+                        let mut found = asked.await?;
+                        mine(&mut found);
+                        let plan = found.plan(&deployment).map_err(|e| e.without(found.left_out.clone()))?;
+                        let plan = plan.into();
                         let planned = Planned { plan, found: found.into() };
                         let _ = events.send(Event::Planned(incarnation, planned.clone()));
                         planned
@@ -121,7 +140,8 @@ impl Engine {
     /// A replica has found devices. What the same plan makes of those that are left over becomes replicas that wait for
     /// devices, or further ones.
     pub(super) fn planned(&mut self, incarnation: u64, planned: &Planned) {
-        self.no_capacity_since = None;
+        self.undescribed.clone_from(&planned.found.left_out);
+        self.show_left_out();
         let Some(at) = self.replicas.iter().position(|replica| replica.has(incarnation)) else { return };
         if self.replicas.len() == 1 {
             self.show_plan(&planned.plan);
@@ -197,7 +217,10 @@ impl Engine {
                 self.replicas[at].state = State::Up(pipeline);
                 self.replicas[at].budget = PrefillBudget::new(self.limits.inter_token);
                 self.down_since = None;
-                self.no_capacity_since = None;
+                let serving = self.replicas[at].plan.iter().flat_map(|plan| &plan.replicas);
+                let serving: Vec<_> = serving.flat_map(|r| &r.stages).map(|s| s.worker.clone()).collect();
+                serving.iter().for_each(|worker| self.left_out.forgive(worker));
+                self.show_left_out();
                 self.show_replicas(String::new());
                 if let Some(first) = self.first.take() {
                     let _ = first.send(Ok(()));
@@ -206,25 +229,61 @@ impl Engine {
                     self.lost(at, "of the new pipeline", "broke as it came up");
                 }
             }
-            Err(error) => {
-                let replica = &mut self.replicas[at];
-                replica.plan = None;
-                replica.state = State::Down { retry: Instant::now() + RETRY_EVERY };
-                if replica.load() == 0 && self.replicas.iter().any(Replica::is_up_or_coming) {
-                    tracing::info!(%error, "a replica less than there might be");
-                    self.replicas.remove(at);
-                    return;
-                }
-                tracing::warn!(%error, "no pipeline came up");
-                if !self.replicas.iter().any(Replica::is_up) {
-                    self.show_replicas(error.to_string());
-                    self.no_capacity_since.get_or_insert_with(Instant::now);
-                }
-                if let Some(first) = self.first.take() {
-                    let _ = first.send(Err(error));
-                }
+            Err(error) => self.failed(at, error),
+        }
+    }
+
+    /// A replica has no pipeline, for this reason. What failed on one worker is tried at once without it.
+    fn failed(&mut self, at: usize, error: PipelineError) {
+        let now = Instant::now();
+        let stale = error.newest_term().filter(|term| *term > self.term);
+        if let (Some(term), Some(worker)) = (stale, error.worker()) {
+            self.deposed = Some(format!("worker {worker} follows a leader of a later term, {term}"));
+            return;
+        }
+        let mut retry = RETRY_EVERY;
+        if let Some(worker) = error.worker() {
+            tracing::warn!(worker, "left out of plans: {}", error.reason());
+            self.left_out.failed(worker, error.reason(), now);
+            self.show_left_out();
+            if self.members.answering().iter().any(|member| !self.left_out.has(&member.name, now)) {
+                retry = Duration::ZERO;
             }
         }
+        let left_out = match error.worker() {
+            Some(_) => BTreeMap::new(),
+            None => self.left_out.reasons(),
+        };
+        let error = error.without(left_out);
+        let replica = &mut self.replicas[at];
+        replica.plan = None;
+        replica.state = State::Down { retry: now + retry };
+        if replica.load() == 0 && self.replicas.iter().any(Replica::is_up_or_coming) && retry > Duration::ZERO
+        {
+            tracing::info!(%error, "a replica less than there might be");
+            self.replicas.remove(at);
+            return;
+        }
+        tracing::warn!(%error, "no pipeline came up");
+        if !self.replicas.iter().any(Replica::is_up) {
+            self.show_replicas(error.to_string());
+        }
+        if retry > Duration::ZERO
+            && let Some(first) = self.first.take()
+        {
+            let _ = first.send(Err(error));
+        }
+    }
+
+    /// Shows which members are left out of plans, and why.
+    pub(super) fn show_left_out(&self) {
+        let mut left_out = self.undescribed.clone();
+        left_out.extend(self.left_out.reasons());
+        self.snapshot.send_if_modified(|s| {
+            let changed = s.left_out != left_out;
+            s.left_out = left_out;
+            changed
+        });
     }
 
     /// Shows which pipelines are up, and why none is.

@@ -1,5 +1,7 @@
 //! `strata.v1.Cluster`: status and plan previews.
 
+use std::time::Duration;
+
 use strata_proto::{
     DType, Device,
     error::{Classify, Kind, status},
@@ -40,16 +42,29 @@ impl Classify for BadField {
 #[async_trait]
 impl Cluster for ClusterService {
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
-        let snapshot = self.coordinator.watch().borrow().clone();
-        let described = self.coordinator.members().list().into_iter().map(|member| async move {
-            let answer = member.worker.describe(v1::DescribeRequest::default());
-            let answer = tokio::time::timeout(std::time::Duration::from_secs(1), answer).await;
-            let devices = match answer {
-                Ok(Ok(described)) => Some(described.devices),
-                _ => None,
-            };
-            v1::Member { worker: member.name, live: devices.is_some(), devices: devices.unwrap_or_default() }
+        let mut snapshot = self.coordinator.watch().borrow().clone();
+        let mut reasons = std::mem::take(&mut snapshot.left_out);
+        reasons.extend(self.coordinator.members().away());
+        let described = self.coordinator.members().list().into_iter().map(|member| {
+            let reason = reasons.remove(&member.name).unwrap_or_default();
+            async move {
+                let answer = member.worker.describe(v1::DescribeRequest::default());
+                let devices = match tokio::time::timeout(Duration::from_secs(1), answer).await {
+                    Ok(Ok(described)) => Some(described.devices),
+                    _ => None,
+                };
+                let live = devices.is_some();
+                v1::Member { worker: member.name, live, devices: devices.unwrap_or_default(), reason }
+            }
         });
+        let described: Vec<_> = described.collect();
+        let mut members = futures::future::join_all(described).await;
+        // Those that are not there at all.
+        members.extend(reasons.into_iter().map(|(worker, reason)| v1::Member {
+            worker,
+            reason,
+            ..v1::Member::default()
+        }));
         Ok(Response::new(v1::StatusResponse {
             model: self.coordinator.session().model().to_owned(),
             names: self.coordinator.session().names().to_vec(),
@@ -60,7 +75,7 @@ impl Cluster for ClusterService {
             plan: snapshot.plan.as_deref().map(Into::into),
             fence: Some(snapshot.fence),
             load: Some(snapshot.load),
-            members: futures::future::join_all(described).await,
+            members,
             version: self.coordinator.config().version.clone(),
             requests: Some(self.coordinator.session().requests()),
         }))
@@ -73,8 +88,9 @@ impl Cluster for ClusterService {
         let mut request = request.into_inner();
         let devices = std::mem::take(&mut request.devices);
         let deployment = changed(&self.coordinator.config().deployment, request).map_err(|e| status(&e))?;
-        let found =
-            discover(&self.coordinator.members().list(), &deployment.model).await.map_err(|e| status(&e))?;
+        let found = discover(&self.coordinator.members().answering(), &deployment.model)
+            .await
+            .map_err(|e| status(&e))?;
         let plan = if devices.is_empty() {
             found.plan(&deployment).map_err(|e| status(&e))?
         } else {

@@ -93,7 +93,7 @@ impl Outcome {
             Kind::Overload { .. } => Outcome::Overload,
             Kind::NoCapacity => Outcome::Unavailable,
             Kind::Deadline => Outcome::Deadline,
-            Kind::WrongState | Kind::Internal => Outcome::Internal,
+            Kind::WrongState | Kind::Stale { .. } | Kind::Internal => Outcome::Internal,
         }
     }
 }
