@@ -154,7 +154,7 @@ async fn probe(member: Member, common: &Common) {
         };
         if why != away {
             if !why.is_empty() {
-                tracing::warn!(worker = member.name, "left out of plans: {why}");
+                tracing::warn!(worker = member.name, "{why}; planning without it");
             }
             common.tell(MemberEvent::Away(member.name.clone(), why.clone()));
             away = why;

@@ -22,10 +22,7 @@ pub(crate) async fn ask(member: &Member, claim: Option<v1::Claim>) -> Result<v1:
         Ok(Err(status)) if status.code() == Code::Unimplemented => {
             Err("no worker of Strata listens there".to_owned())
         }
-        Ok(Err(status)) => {
-            tracing::debug!(worker = member.name, why = words(&status), "probe failed");
-            Err("it does not answer".to_owned())
-        }
+        Ok(Err(status)) => Err(format!("it does not answer: {}", words(&status))),
         Err(_) => Err(format!("it has not answered for {PROBE_TIMEOUT:?}")),
     }
 }

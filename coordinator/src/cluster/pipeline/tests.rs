@@ -202,7 +202,7 @@ async fn a_stage_whose_worker_drains_is_left_before_it_ends() {
         stage.try_send(v1::FromStage { message: Some(from_stage::Message::Health(health)) }).unwrap();
     }
     let sink: EventSink = Arc::new(|_, _| {});
-    assert_eq!(forward(0, 1, &mut from, &sink).await, "it is about to end");
+    assert_eq!(forward(0, 1, &mut from, &sink).await, "is about to end");
     assert!(!stage.is_closed() && from.try_recv().is_err(), "at the first word of it");
 }
 

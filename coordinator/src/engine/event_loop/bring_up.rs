@@ -140,6 +140,9 @@ impl Engine {
     /// A replica has found devices. What the same plan makes of those that are left over becomes replicas that wait for
     /// devices, or further ones.
     pub(super) fn planned(&mut self, incarnation: u64, planned: &Planned) {
+        for (worker, why) in &planned.found.left_out {
+            tracing::warn!(worker, "{why}; planning without it");
+        }
         self.undescribed.clone_from(&planned.found.left_out);
         self.show_left_out();
         let Some(at) = self.replicas.iter().position(|replica| replica.has(incarnation)) else { return };
