@@ -3,7 +3,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -21,7 +21,7 @@ use tokio::{
 
 use crate::{
     cluster::{
-        PipelineError,
+        PipelineError, WeightRecord,
         discovery::{Discovery, Planned, discover},
         leadership::Leadership,
         membership::{MemberEvent, Members, Source},
@@ -116,6 +116,8 @@ struct Shared {
     snapshot: watch::Sender<Snapshot>,
     session: Session,
     started: AtomicBool,
+    /// What the weights of the model are, whoever led when they were loaded.
+    weights: Arc<Mutex<WeightRecord>>,
 }
 
 impl Coordinator {
@@ -129,7 +131,8 @@ impl Coordinator {
         };
         let session = Session::new(names.into(), config.limits.max_requests, view);
         let (members, started) = (Members::default(), AtomicBool::new(false));
-        let shared = Shared { config, members, snapshot, session, started };
+        let weights = Arc::default();
+        let shared = Shared { config, members, snapshot, session, started, weights };
         Coordinator { shared: Arc::new(shared) }
     }
 
@@ -251,7 +254,7 @@ impl Coordinator {
     }
 
     async fn bring_up(&self, term: u64, observer: &Observer) -> Result<engine::Running, StartError> {
-        let Shared { config, members, session, snapshot, .. } = &*self.shared;
+        let Shared { config, members, session, snapshot, weights, .. } = &*self.shared;
         let events = members.subscribe();
         let found = self.gather(observer).await?;
         self.show(State::Starting, "asking the workers for the model");
@@ -290,6 +293,7 @@ impl Coordinator {
             term,
             snapshot: snapshot.clone(),
             planned: Planned { found, plan },
+            weights: weights.clone(),
             counters: engine::counters(&snapshot.borrow().load),
         });
         let handle = engine.handle().clone();

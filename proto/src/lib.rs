@@ -30,6 +30,7 @@
 
 mod address;
 mod device;
+mod digest;
 mod dtype;
 pub mod error;
 mod fence;
@@ -43,6 +44,7 @@ mod worker;
 
 pub use address::http_url;
 pub use device::{Device, DeviceKind, Library, Rate, rate_at};
+pub use digest::{Digest, ModuleId, WeightDigests, root};
 pub use dtype::{DType, Format, Quantization};
 pub use layers::LayerRange;
 pub use limits::{

@@ -56,7 +56,7 @@ impl Worker for Held {
         let (sender, progress) = tokio::sync::mpsc::channel(1);
         let mut may_load = self.may_load.clone();
         tokio::spawn(async move {
-            let part = v1::LoadProgress { bytes_read: 409, bytes_total: 1000, resident_bytes: None };
+            let part = v1::LoadProgress { bytes_read: 409, bytes_total: 1000, ..v1::LoadProgress::default() };
             let _ = sender.send(Ok(part)).await;
             let _ = may_load.wait_for(|may| *may).await;
             while let Some(update) = updates.recv().await {

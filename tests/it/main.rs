@@ -25,3 +25,4 @@ mod session;
 #[cfg(feature = "cuda")]
 mod start;
 mod usage;
+mod weights;
