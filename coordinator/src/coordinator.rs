@@ -2,6 +2,7 @@
 //! serves, and drains.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -47,7 +48,10 @@ const TAKE_OVER_AGAIN: Duration = Duration::from_secs(2);
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// Some workers did not come.
-    #[error("{joined} of {expected} workers answered within {timeout:?}; start the others, or list fewer")]
+    #[error(
+        "{joined} of {expected} workers answered within {timeout:?}{}; start the others, or list fewer",
+        because(away)
+    )]
     Members {
         /// How many came.
         joined: usize,
@@ -55,6 +59,8 @@ pub enum StartError {
         expected: usize,
         /// How long they had.
         timeout: Duration,
+        /// What is known of those that did not come.
+        away: BTreeMap<String, String>,
     },
     /// Two of those that are listed are one.
     #[error("workers {worker} and {again} are one process: expected each worker once")]
@@ -91,6 +97,10 @@ impl StartError {
         };
         outbid.then(|| self.to_string())
     }
+}
+
+fn because(away: &BTreeMap<String, String>) -> String {
+    away.iter().map(|(worker, why)| format!("; worker {worker}: {why}")).collect()
 }
 
 fn refusals(findings: &[Finding]) -> String {
@@ -433,8 +443,8 @@ async fn gather(
             return Ok(Some(found));
         }
         if nobody_comes || deadline.is_some_and(|deadline| look >= deadline) {
-            let expected = expected.unwrap_or(joined);
-            return Err(StartError::Members { joined, expected, timeout: config.join_timeout });
+            let (expected, timeout, away) = (expected.unwrap_or(joined), config.join_timeout, members.away());
+            return Err(StartError::Members { joined, expected, timeout, away });
         }
         failed = true;
         look = Instant::now() + ENOUGH_AFTER;

@@ -7,7 +7,7 @@ use strata_coordinator::cluster::{
     etcd::{self, Candidate, Credentials, Election, Etcd, EtcdError, Registrant, Registration, TlsFiles},
     membership::Source,
 };
-use strata_proto::{Worker, v1::DescribeRequest};
+use strata_proto::{Secret, Worker, v1::DescribeRequest};
 use strata_worker::LocalWorker;
 use uuid::Uuid;
 
@@ -20,9 +20,17 @@ use crate::{
 const PASSWORD: &str = "STRATA_ETCD_PASSWORD";
 
 /// The etcd that is meant, if one is.
-pub fn of(args: &EtcdArgs) -> anyhow::Result<Option<Etcd>> {
+///
+/// # Errors
+/// If flags do not fit each other, a file cannot be read, or there is no `secret`: whoever registers is called.
+pub fn of(args: &EtcdArgs, secret: Option<&Secret>) -> anyhow::Result<Option<Etcd>> {
     if args.etcd.is_empty() {
         return Ok(None);
+    }
+    if secret.is_none() {
+        let why =
+            "--etcd: give --secret-file, with a secret that all workers and coordinators of the cluster have";
+        return Err(misused(why));
     }
     let read =
         |flag: &str, path: &Path| std::fs::read(path).with_context(|| format!("{flag} {}", path.display()));
@@ -36,7 +44,7 @@ pub fn of(args: &EtcdArgs) -> anyhow::Result<Option<Etcd>> {
         _ => None,
     };
     let etcd = Etcd::new(&args.etcd, &args.cluster, credentials, TlsFiles { ca, identity });
-    Ok(Some(etcd.map_err(|error| misused(error.to_string()))?))
+    Ok(Some(etcd.map_err(|error| misused(error.to_string()))?.with_secret(secret.cloned())))
 }
 
 /// The workers of a cluster for a coordinator of this name, and its candidacy for the lead of them.

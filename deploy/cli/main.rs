@@ -23,6 +23,7 @@ mod random_model;
 mod report;
 mod roles;
 mod run;
+mod secret;
 mod show;
 mod signals;
 mod status;

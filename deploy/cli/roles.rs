@@ -7,7 +7,7 @@ use strata_coordinator::{
     Coordinator, CoordinatorConfig,
     cluster::{
         etcd::members,
-        membership::{self, Source},
+        membership::{self, Caller, Source},
     },
     engine::{Notice, Observer},
     front::grpc,
@@ -21,12 +21,13 @@ use tokio::{net::TcpListener, sync::watch};
 use uuid::Uuid;
 
 use crate::{
-    args::{CoordinatorArgs, DryRunArgs, ListenArgs, ServeArgs, WorkerArgs},
+    args::{CoordinatorArgs, DryRunArgs, ListenArgs, SecretArgs, ServeArgs, WorkerArgs},
     etcd,
     loading::Loading,
     local::{capped, coordinator_config, here, processors},
     model_dir, plan,
     report::{self, misused},
+    secret,
     signals::{Signals, finish, stopping},
 };
 
@@ -63,17 +64,17 @@ pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
             args.model
         )));
     }
-    let etcd = etcd::of(&args.etcd)?;
-    let name = name_of(&args.listen);
+    let caller = caller(&args.listen, &args.secret)?;
+    let etcd = etcd::of(&args.etcd, caller.secret.as_ref())?;
     let (source, election) = match &etcd {
         None => {
-            let listed = membership::fixed(&args.workers, &name);
+            let listed = membership::fixed(&args.workers, &caller);
             (listed.map_err(|why| misused(format!("--worker: {why}")))?, None)
         }
         // Who only looks does not stand for election.
         Some(etcd) if args.dry_run.dry_run => (Source::from(members(etcd)), None),
         Some(etcd) => {
-            let (source, election) = etcd::stand(etcd, name, args.leader_ttl);
+            let (source, election) = etcd::stand(etcd, caller.name, args.leader_ttl);
             (source, Some(election))
         }
     };
@@ -108,7 +109,8 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
             }
         }
     }
-    let etcd = etcd::of(&args.etcd)?;
+    let secret = secret::read(&args.secret)?;
+    let etcd = etcd::of(&args.etcd, secret.as_ref())?;
     let mut signals = Signals::new();
     let listener =
         TcpListener::bind(args.listen).await.with_context(|| format!("--listen {}", args.listen))?;
@@ -137,8 +139,9 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
             worker.drain().await;
         }
     };
+    secret::warn_of_none(secret.as_ref(), address.ip());
     say(&format!("listening http://{address}"))?;
-    let serving = tokio::spawn(strata_worker::grpc::serve(worker.clone(), listener, drained));
+    let serving = tokio::spawn(strata_worker::grpc::serve(worker.clone(), secret, listener, drained));
     let mut serving = pin!(async { serving.await?.context("serving the coordinator") });
     let mut entry = etcd::register(etcd.as_ref(), &worker, address, &args.member).await?;
     tokio::select! {
@@ -171,11 +174,12 @@ fn warn_of_idle_json(args: &DryRunArgs) {
     }
 }
 
-/// A coordinator's name among those that want its workers: where it is, and a part that no other one has.
-fn name_of(args: &ListenArgs) -> String {
+/// A coordinator as its workers know it: by where it is, and a part that no other one has.
+fn caller(args: &ListenArgs, secret: &SecretArgs) -> anyhow::Result<Caller> {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_else(|_| args.host.clone());
     let own = Uuid::new_v4().simple().to_string();
-    format!("{}:{} ({})", host.trim(), args.port, &own[..8])
+    let name = format!("{}:{} ({})", host.trim(), args.port, &own[..8]);
+    Ok(Caller { name, secret: secret::read(secret)? })
 }
 
 async fn listen(args: &ListenArgs) -> anyhow::Result<TcpListener> {

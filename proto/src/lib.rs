@@ -39,6 +39,7 @@ pub mod limits;
 mod plan;
 pub mod port;
 mod profile;
+mod secret;
 mod state;
 mod worker;
 
@@ -53,6 +54,7 @@ pub use limits::{
 };
 pub use plan::{Forecast, LinkChoice, LinkKind, MapDevice, Offload, Plan, Replica, StagePlan};
 pub use profile::{Experts, FormatBytes, ModelProfile, Module};
+pub use secret::{BadSecret, Secret};
 pub use state::{LayerState, Stack, StateBytes, StateKind, StateRoom};
 pub use worker::{Files, Progress, StageChannel, Worker};
 

@@ -10,6 +10,7 @@ use strata_coordinator::cluster::{
     leadership::Leadership,
     membership::{Member, MemberEvent},
 };
+use strata_proto::Secret;
 use tokio::sync::mpsc;
 
 use self::server::{Server, Version, Wire};
@@ -56,15 +57,22 @@ over_both! {
 const TTL: Duration = Duration::from_secs(2);
 
 fn cluster(url: &str) -> Etcd {
-    Etcd::new(&[url.to_owned()], "default", None, TlsFiles::default()).unwrap()
+    Etcd::new(&[url.to_owned()], "default", None, TlsFiles::default()).unwrap().with_secret(secret())
+}
+
+const SECRET: &str = "a secret that nobody guesses";
+/// What processes of a test have in their environment.
+const ENVIRONMENT: [(&str, &str); 2] = [("STRATA_SECRET", SECRET), ("STRATA_LEASE_TTL", "2")];
+
+fn secret() -> Option<Secret> {
+    Some(Secret::new(SECRET).unwrap())
 }
 
 /// A worker process in the cluster.
 fn worker(url: &str, name: &str, more: &[&str]) -> Process {
     let models = model("");
     let args = ["worker", "--models", models.to_str().unwrap(), "--etcd", url, "--name", name];
-    // Unless a test says otherwise.
-    Process::start_with(&[("STRATA_LEASE_TTL", "2")], &[&args[..], more].concat(), "listening ")
+    Process::start_with(&ENVIRONMENT, &[&args[..], more].concat(), "listening ")
 }
 
 /// The next that comes or goes, whoever does not answer for a moment.
@@ -414,7 +422,8 @@ async fn etcd_may_speak_tls(version: Version) {
 
     let read = |name: &str| std::fs::read(path(name)).unwrap();
     let tls = TlsFiles { ca: Some(read("ca")), identity: Some((read("client.crt"), read("client.key"))) };
-    let by_tls = Etcd::new(std::slice::from_ref(&etcd.url), "default", None, tls).unwrap();
+    let by_tls =
+        Etcd::new(std::slice::from_ref(&etcd.url), "default", None, tls).unwrap().with_secret(secret());
     let mut events = members(&by_tls);
     let files = ["ca", "client.crt", "client.key"].map(path);
     let flags = ["--etcd-ca", &files[0], "--etcd-cert", &files[1], "--etcd-key", &files[2]];
@@ -430,7 +439,7 @@ fn coordinator(url: &str, port: u16) -> std::thread::JoinHandle<Process> {
     std::thread::spawn(move || {
         let args = ["coordinator", "--etcd", &url, "--leader-ttl", "2", "--port", &port];
         let deployment = ["--model", "shakespeare", "--dtype", "f32", "--split", "balanced"];
-        Process::start(&[&args[..], &deployment].concat(), "ready ")
+        Process::start_with(&ENVIRONMENT[..1], &[&args[..], &deployment].concat(), "ready ")
     })
 }
 

@@ -20,6 +20,7 @@ mod parity;
 mod processes;
 mod replicas;
 mod run;
+mod secrets;
 mod serving;
 mod session;
 #[cfg(feature = "cuda")]

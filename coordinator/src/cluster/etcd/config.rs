@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use etcd_client::{Certificate, ConnectOptions, Identity, TlsOptions};
 
+use strata_proto::Secret;
+
 use super::error::EtcdError;
+use crate::cluster::remote::RemoteWorker;
 
 /// Longest name of a cluster or of a worker, in bytes.
 const MAX_NAME: usize = 200;
@@ -37,6 +40,7 @@ pub struct Etcd {
     cluster: String,
     credentials: Option<Credentials>,
     tls: Option<TlsOptions>,
+    secret: Option<Secret>,
 }
 
 impl std::fmt::Debug for Etcd {
@@ -104,7 +108,21 @@ impl Etcd {
                 None => options,
             }
         });
-        Ok(Etcd { endpoints, cluster: cluster.to_owned(), credentials, tls })
+        Ok(Etcd { endpoints, cluster: cluster.to_owned(), credentials, tls, secret: None })
+    }
+
+    /// The same, where calls on workers prove this secret.
+    pub fn with_secret(self, secret: Option<Secret>) -> Self {
+        Etcd { secret, ..self }
+    }
+
+    /// A worker at an address that etcd has; also returns its host.
+    ///
+    /// # Errors
+    /// If it is no address.
+    pub(super) fn worker(&self, address: &str) -> Result<(RemoteWorker, String), String> {
+        let (worker, _, host) = RemoteWorker::lazy(address)?;
+        Ok((worker.with_secret(self.secret.clone()), host))
     }
 
     /// How to connect.

@@ -22,7 +22,6 @@ use crate::cluster::{
         Member, MemberEvent,
         probe::{MISSES, PROBE_EVERY, ask, speaks},
     },
-    remote::RemoteWorker,
 };
 
 /// The registered workers of a cluster, until the receiver is dropped.
@@ -37,12 +36,12 @@ pub fn members(etcd: &Etcd) -> mpsc::UnboundedReceiver<MemberEvent> {
 /// The same, where workers are told who leads them, and tell by whom they are led.
 pub(super) fn follow(etcd: &Etcd, follower: Option<Follower>) -> mpsc::UnboundedReceiver<MemberEvent> {
     let (events, receiver) = mpsc::unbounded_channel();
-    let mut known = Known { events, follower, entries: HashMap::new(), probes: JoinSet::new() };
-    let etcd = etcd.clone();
+    let (etcd, entries, probes) = (etcd.clone(), HashMap::new(), JoinSet::new());
+    let mut known = Known { etcd, events, follower, entries, probes };
     tokio::spawn(async move {
         let gone = known.events.clone();
         tokio::select! {
-            () = known.follow(&etcd) => {}
+            () = known.follow() => {}
             () = gone.closed() => {}
         }
     });
@@ -79,6 +78,7 @@ impl Follower {
 
 /// Every worker that was registered since this coordinator began, each with a probe of its own.
 struct Known {
+    etcd: Etcd,
     events: mpsc::UnboundedSender<MemberEvent>,
     follower: Option<Follower>,
     /// What etcd says of each; `None` once the entry is gone.
@@ -89,22 +89,18 @@ struct Known {
 
 impl Known {
     /// Reads and watches, and does so again after whatever ended that.
-    async fn follow(&mut self, etcd: &Etcd) {
+    async fn follow(&mut self) {
         let mut retry = Retry::default();
         loop {
-            let Err(error) = self.session(etcd, &mut retry).await;
+            let Err(error) = self.session(&mut retry).await;
             retry.failed("workers that register are not seen; those that are known stay", &error).await;
         }
     }
 
     /// Takes note of what changes for as long as a connection lasts.
-    async fn session(
-        &mut self,
-        etcd: &Etcd,
-        retry: &mut Retry,
-    ) -> Result<std::convert::Infallible, EtcdError> {
-        let mut client = connect(etcd).await?;
-        let prefix = etcd.key("workers/");
+    async fn session(&mut self, retry: &mut Retry) -> Result<std::convert::Infallible, EtcdError> {
+        let mut client = connect(&self.etcd).await?;
+        let prefix = self.etcd.key("workers/");
         let revision = self.list(&mut client, &prefix).await?;
         let mut watcher = Watcher::start(&mut client, prefix.clone(), revision).await?;
         retry.succeeded();
@@ -147,8 +143,12 @@ impl Known {
             None => {
                 let (entry, changes) = watch::channel(Some(record.clone()));
                 self.entries.insert(record.name.clone(), entry);
-                let probe =
-                    Probe { follower: self.follower.clone(), events: self.events.clone(), entry: changes };
+                let probe = Probe {
+                    etcd: self.etcd.clone(),
+                    follower: self.follower.clone(),
+                    events: self.events.clone(),
+                    entry: changes,
+                };
                 self.probes.spawn(probe.run(record));
             }
         }
@@ -164,6 +164,7 @@ impl Known {
 
 /// Tells when a worker joins and leaves.
 struct Probe {
+    etcd: Etcd,
     follower: Option<Follower>,
     events: mpsc::UnboundedSender<MemberEvent>,
     entry: watch::Receiver<Option<WorkerRecord>>,
@@ -173,7 +174,7 @@ impl Probe {
     /// Asks the worker of a record, and of every one that takes its place, until nobody wants to know.
     async fn run(mut self, mut record: WorkerRecord) {
         let name = record.name.clone();
-        let mut member = member(&record);
+        let mut member = self.member(&record);
         let mut joined: Option<(String, String)> = None;
         let mut misses = 0;
         let mut away = String::new();
@@ -182,7 +183,7 @@ impl Probe {
             let registered = now.is_some();
             if let Some(now) = now {
                 if now.address != record.address {
-                    member = self::member(&now);
+                    member = self.member(&now);
                 }
                 record = now;
             }
@@ -249,11 +250,11 @@ impl Probe {
         // A receiver that is gone ends this.
         let _ = self.events.send(event);
     }
-}
 
-/// A worker at the address of a record.
-fn member(record: &WorkerRecord) -> Result<Member, String> {
-    let (worker, _, host) = RemoteWorker::lazy(&record.address)?;
-    let rank = usize::try_from(record.rank).unwrap_or(usize::MAX);
-    Ok(Member { name: record.name.clone(), worker: Arc::new(worker), rank, host })
+    /// A worker at the address of a record.
+    fn member(&self, record: &WorkerRecord) -> Result<Member, String> {
+        let (worker, host) = self.etcd.worker(&record.address)?;
+        let rank = usize::try_from(record.rank).unwrap_or(usize::MAX);
+        Ok(Member { name: record.name.clone(), worker: Arc::new(worker), rank, host })
+    }
 }

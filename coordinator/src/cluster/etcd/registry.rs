@@ -14,7 +14,6 @@ use super::{
     record::{DeviceRecord, Resident, WorkerRecord},
     watch::Watcher,
 };
-use crate::cluster::remote::RemoteWorker;
 
 /// A worker that wants to be found.
 #[derive(Debug)]
@@ -46,7 +45,7 @@ pub struct Registration {
 /// If name or address cannot be used. All else is told by [`Registration::refused`].
 pub fn register(etcd: &Etcd, worker: Registrant) -> Result<Registration, EtcdError> {
     check_name(&worker.name).map_err(|why| EtcdError::Config(format!("--name {:?}: {why}", worker.name)))?;
-    RemoteWorker::lazy(&worker.address).map_err(|why| EtcdError::Config(format!("--advertise: {why}")))?;
+    etcd.worker(&worker.address).map_err(|why| EtcdError::Config(format!("--advertise: {why}")))?;
     let (stop, stopped) = watch::channel(false);
     let entry = Entry {
         key: etcd.key(&format!("workers/{}", worker.name)),
@@ -165,7 +164,7 @@ impl Entry {
     /// Whoever answers at the address that is advertised must be this worker.
     async fn check_address(&self) -> Result<(), EtcdError> {
         let Registrant { address, boot_id, .. } = &self.worker;
-        match boot_at(address).await {
+        match self.boot_at(address).await {
             Some(other) if other != *boot_id => Err(EtcdError::Taken(format!(
                 "--advertise {address}: another worker answers there, and not this one; give the address of this one"
             ))),
@@ -208,7 +207,7 @@ impl Entry {
                     "worker {name} is registered already, at {other}, {what}: give another --name"
                 )))
             };
-            match boot_at(&other.address).await {
+            match self.boot_at(&other.address).await {
                 // Where it was, there is this worker now.
                 Some(boot) if boot == *boot_id => return self.write(client, rank, lease, modified).await,
                 Some(boot) if boot == other.boot_id => return taken("and answers there"),
@@ -275,6 +274,13 @@ impl Entry {
         }
     }
 
+    /// The boot id of the worker that answers at an address, if one does.
+    async fn boot_at(&self, address: &str) -> Option<String> {
+        let (worker, _) = self.etcd.worker(address).ok()?;
+        let described = tokio::time::timeout(CALL_TIMEOUT, worker.describe(v1::DescribeRequest::default()));
+        Some(described.await.ok()?.ok()?.boot_id)
+    }
+
     fn record(&self, rank: u64) -> WorkerRecord {
         let Registrant { name, address, boot_id, devices, resident, .. } = &self.worker;
         WorkerRecord {
@@ -290,11 +296,4 @@ impl Entry {
 
 fn revision(header: Option<&etcd_client::ResponseHeader>) -> i64 {
     header.map_or(0, etcd_client::ResponseHeader::revision)
-}
-
-/// The boot id of the worker that answers at an address, if one does.
-async fn boot_at(address: &str) -> Option<String> {
-    let (worker, ..) = RemoteWorker::lazy(address).ok()?;
-    let described = tokio::time::timeout(CALL_TIMEOUT, worker.describe(v1::DescribeRequest::default())).await;
-    Some(described.ok()?.ok()?.boot_id)
 }

@@ -19,6 +19,7 @@ pub(crate) async fn ask(member: &Member, claim: Option<v1::Claim>) -> Result<v1:
     let request = v1::DescribeRequest { claim, ..v1::DescribeRequest::default() };
     match tokio::time::timeout(PROBE_TIMEOUT, member.worker.describe(request)).await {
         Ok(Ok(described)) => Ok(described),
+        Ok(Err(status)) if status.code() == Code::Unauthenticated => Err(status.message().to_owned()),
         Ok(Err(status)) if status.code() == Code::Unimplemented => {
             Err("no worker of Strata listens there".to_owned())
         }
