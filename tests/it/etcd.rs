@@ -249,9 +249,9 @@ async fn a_worker_that_is_cut_off_from_etcd_stays(version: Version) {
 /// What a worker says that may not be a part of the cluster.
 fn refusal(url: &str, more: &[&str]) -> String {
     let models = model("");
-    let args = ["worker", "--models", models.to_str().unwrap(), "--etcd", url, "--lease-ttl", "2"];
-    let output =
-        Command::new(env!("CARGO_BIN_EXE_strata")).args([&args[..], more].concat()).output().unwrap();
+    let args = ["worker", "--models", models.to_str().unwrap(), "--etcd", url];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_strata"));
+    let output = command.envs(ENVIRONMENT).args(args).args(more).output().unwrap();
     assert!(!output.status.success(), "it was let in");
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
