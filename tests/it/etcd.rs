@@ -383,9 +383,9 @@ async fn etcd_may_ask_for_a_password(version: Version) {
     assert!(said.contains("etcd refuses: ") && said.contains("permission denied"), "{said}");
 
     let credentials = Credentials { user: "strata".into(), password: "secret".into() };
-    let by_password =
-        Etcd::new(std::slice::from_ref(&etcd.url), "default", Some(credentials), TlsFiles::default())
-            .unwrap();
+    let urls = std::slice::from_ref(&etcd.url);
+    let by_password = Etcd::new(urls, "default", Some(credentials), TlsFiles::default()).unwrap();
+    let by_password = by_password.with_secret(secret());
     let mut events = members(&by_password);
     let _a = worker(&etcd.url, "a", &user[2..]);
     joins(&mut events, "a").await;
