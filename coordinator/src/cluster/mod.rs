@@ -4,6 +4,7 @@ mod blame;
 mod call;
 pub mod discovery;
 mod error;
+pub mod etcd;
 pub mod leadership;
 pub(crate) mod left_out;
 mod links;
