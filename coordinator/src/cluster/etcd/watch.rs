@@ -94,7 +94,7 @@ mod tests {
         assert!(log.any(|line| line.contains("serving client traffic")), "etcd does not start");
 
         let etcd = Etcd::new(&[url], "default", None, TlsFiles::default()).unwrap();
-        let mut client = connect(&etcd).await.ok().expect("etcd answers");
+        let Ok(mut client) = connect(&etcd).await else { panic!("etcd does not answer") };
         let mut last = 0;
         for _ in 0..3 {
             last = client.put("/a", "", None).await.unwrap().header().unwrap().revision();
