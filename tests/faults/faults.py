@@ -11,13 +11,14 @@ import collections
 import json
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 
-from cluster import MODEL, MODELS, ROOT, Cluster, Load, damaged_models, generate
+from cluster import MODEL, MODELS, ROOT, Cluster, Etcd, Load, damaged_models, generate
 
 
 def kill(cluster, chance):
@@ -115,11 +116,27 @@ def coordinator_stop(cluster, _):
     leader.signal(signal.SIGCONT)
 
 
+def etcd_stop(cluster, _):
+    """As a machine that hangs, for longer than leases live."""
+    cluster.etcd.signal(signal.SIGSTOP)
+    time.sleep(5)
+    cluster.etcd.signal(signal.SIGCONT)
+    cluster.healthy()
+
+
+def etcd_kill(cluster, _):
+    cluster.etcd.kill()
+    time.sleep(2)
+    cluster.etcd.start()
+    cluster.healthy()
+
+
 FAULTS = {
     "kill": kill, "kill-two": kill_two, "stop": stop, "stop-spare": stop_spare, "restart": restart,
     "cut": once("cut"), "flip": once("flip"), "truncate": once("truncate"),
     "half-open-forth": half_open("forth"), "half-open-back": half_open("back"), "half-open": half_open("forth", "back"),
     "bad-spare": bad_spare, "coordinator-kill": coordinator_kill, "coordinator-stop": coordinator_stop,
+    "etcd-stop": etcd_stop, "etcd-kill": etcd_kill,
 }
 
 
@@ -168,16 +185,20 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--heartbeat-timeout", type=int, default=2)
+    parser.add_argument("--etcd", action="store_true", help="a cluster by etcd, and faults of it [default: a list of workers]")
     parser.add_argument("--binary", default=str(ROOT / "target" / "debug" / "strata"))
     arguments = parser.parse_args()
-    unknown = [name for name in arguments.faults if name not in FAULTS]
+    names = [name for name in FAULTS if arguments.etcd or not name.startswith("etcd")]
+    unknown = [name for name in arguments.faults if name not in names]
     if unknown:
-        parser.error(f"no fault {unknown[0]!r}: expected one of {', '.join(FAULTS)}")
+        parser.error(f"no fault {unknown[0]!r}: expected one of {', '.join(names)}; those of etcd need --etcd")
+    if arguments.etcd and not shutil.which("etcd"):
+        parser.error("--etcd: there is no etcd; install it (Debian and Ubuntu: apt-get install etcd-server)")
     chance = random.Random(arguments.seed)
     expected = json.loads((MODELS / MODEL / "expected.json").read_text())
     prompts = [prompt["ids"] for prompt in expected["prompts"]]
     answers = undisturbed(arguments.binary, prompts)
-    cluster = Cluster(arguments.binary, 2, arguments.heartbeat_timeout)
+    cluster = Cluster(arguments.binary, Etcd() if arguments.etcd else None, arguments.heartbeat_timeout)
     load = Load(cluster, prompts, answers, arguments.streams)
     begun, gaps, memory = time.monotonic(), collections.defaultdict(list), []
     allowed, refused = collections.Counter(), collections.Counter()
@@ -186,7 +207,7 @@ def main():
     try:
         load.flows(begun)
         while (count is None or done < count) and time.monotonic() - begun < (arguments.seconds or float("inf")):
-            name = arguments.faults[done % len(arguments.faults)] if arguments.faults else chance.choice(list(FAULTS))
+            name = arguments.faults[done % len(arguments.faults)] if arguments.faults else chance.choice(names)
             since, errors = time.monotonic(), len(load.errors)
             FAULTS[name](cluster, chance)
             load.flows(time.monotonic())
@@ -194,7 +215,9 @@ def main():
             for worker in cluster.workers:
                 worker.wait()
             time.sleep(1.5)
-            gap = load.longest(since, time.monotonic())
+            # Streams end with their coordinator: then it is what the service was away.
+            measure = load.outage if name.startswith("coordinator") else load.longest
+            gap = measure(since, time.monotonic())
             gaps[name].append(gap)
             memory.append(cluster.resident())
             for _, said in load.errors[errors:]:
