@@ -132,6 +132,11 @@ class Cluster:
         except (ValueError, subprocess.TimeoutExpired):
             return None
 
+    def turn_from(self, coordinator):
+        """The next request goes to the other one, unless it does already."""
+        if self.leader is coordinator:
+            self.leader = next(other for other in self.coordinators if other is not coordinator)
+
     def stages(self):
         """Workers of the plan that is served, in order; none while nothing is."""
         for coordinator in sorted(self.coordinators, key=lambda c: c is not self.leader):
@@ -197,7 +202,8 @@ class Load:
             self._answer(which)
 
     def _answer(self, which):
-        command = generate(self.cluster.binary, self.cluster.leader.address, self.prompts[which])
+        asked = self.cluster.leader
+        command = generate(self.cluster.binary, asked.address, self.prompts[which])
         client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         got, last = [], None
         for line in client.stdout:
@@ -226,6 +232,7 @@ class Load:
             elif not self.ends.is_set():
                 self.errors.append((now, said.strip()))
         if client.returncode != 0:
+            self.cluster.turn_from(asked)
             time.sleep(0.1)
 
     def flows(self, since):

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 
-from cluster import MODEL, MODELS, ROOT, Cluster, Etcd, Load, damaged_models, generate
+from cluster import LEASE, MODEL, MODELS, ROOT, Cluster, Etcd, Load, damaged_models, generate
 
 
 def kill(cluster, chance):
@@ -103,7 +103,7 @@ def bad_spare(cluster, chance):
 def coordinator_kill(cluster, _):
     leader = cluster.leader
     leader.kill()
-    cluster.leader = next(c for c in cluster.coordinators if c is not leader)
+    cluster.turn_from(leader)
     cluster.healthy()
     leader.start()
 
@@ -111,7 +111,7 @@ def coordinator_kill(cluster, _):
 def coordinator_stop(cluster, _):
     leader = cluster.leader
     leader.signal(signal.SIGSTOP)
-    cluster.leader = next(c for c in cluster.coordinators if c is not leader)
+    cluster.turn_from(leader)
     cluster.healthy()
     leader.signal(signal.SIGCONT)
 
@@ -121,6 +121,8 @@ def etcd_stop(cluster, _):
     cluster.etcd.signal(signal.SIGSTOP)
     time.sleep(5)
     cluster.etcd.signal(signal.SIGCONT)
+    # A lease that is lost is noticed by then.
+    time.sleep(2 * LEASE)
     cluster.healthy()
 
 
@@ -128,6 +130,7 @@ def etcd_kill(cluster, _):
     cluster.etcd.kill()
     time.sleep(2)
     cluster.etcd.start()
+    time.sleep(2 * LEASE)
     cluster.healthy()
 
 
@@ -224,7 +227,8 @@ def main():
                 lost = name.startswith("coordinator") and kind(said) == "UNAVAILABLE"
                 (allowed if lost else refused)[(name, kind(said))] += 1
             done += 1
-            print(f"{done:4} {name:16} gap {gap:6.2f} s, errors {len(load.errors) - errors}, wrong {len(load.wrong)}", flush=True)
+            print(f"{done:4} {name:16} gap {gap:6.2f} s, errors {len(load.errors) - errors}, wrong {len(load.wrong)}",
+                  flush=True)
     finally:
         load.close()
         cluster.close()
