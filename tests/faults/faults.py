@@ -22,14 +22,14 @@ from cluster import LEASE, MODEL, MODELS, ROOT, Cluster, Etcd, Load, damaged_mod
 
 
 def kill(cluster, chance):
-    victim = chance.choice(cluster.stages())
+    victim = chance.choice(cluster.healthy())
     victim.kill()
     cluster.healthy(without=[victim])
     victim.start()
 
 
 def kill_two(cluster, chance):
-    victims = chance.sample(cluster.stages(), 2)
+    victims = chance.sample(cluster.healthy(), 2)
     for victim in victims:
         victim.kill()
     cluster.healthy(without=victims)
@@ -38,7 +38,7 @@ def kill_two(cluster, chance):
 
 
 def stop(cluster, chance):
-    victim = chance.choice(cluster.stages())
+    victim = chance.choice(cluster.healthy())
     victim.signal(signal.SIGSTOP)
     cluster.healthy(without=[victim])
     victim.signal(signal.SIGCONT)
@@ -46,7 +46,7 @@ def stop(cluster, chance):
 
 def stop_spare(cluster, chance):
     """A stage is killed while a spare is stopped."""
-    stages = cluster.stages()
+    stages = cluster.healthy()
     spare = chance.choice([worker for worker in cluster.workers if worker not in stages])
     victim = chance.choice(stages)
     spare.signal(signal.SIGSTOP)
@@ -58,7 +58,7 @@ def stop_spare(cluster, chance):
 
 def restart(cluster, chance):
     """A worker is told to end, hands its layers over, and is started again."""
-    victim = chance.choice(cluster.stages())
+    victim = chance.choice(cluster.healthy())
     victim.signal(signal.SIGTERM)
     victim.process.wait(60)
     cluster.healthy(without=[victim])
@@ -67,7 +67,7 @@ def restart(cluster, chance):
 
 def once(fault):
     def break_link(cluster, chance):
-        target = chance.choice(cluster.stages()[1:])
+        target = chance.choice(cluster.healthy()[1:])
         target.proxy.set(fault, chance.choice(["forth", "back"]))
         time.sleep(0.5)
         target.proxy.set(None, "forth", "back")
@@ -77,7 +77,7 @@ def once(fault):
 
 def half_open(*ways):
     def fall_silent(cluster, chance):
-        target = chance.choice(cluster.stages()[1:])
+        target = chance.choice(cluster.healthy()[1:])
         target.proxy.set("blackhole", *ways)
         cluster.healthy(without=[target])
         target.proxy.set(None, "forth", "back")
@@ -86,7 +86,7 @@ def half_open(*ways):
 
 def bad_spare(cluster, chance):
     """Both spares: one holds damaged weights. A stage is killed."""
-    stages = cluster.stages()
+    stages = cluster.healthy()
     spare = chance.choice([worker for worker in cluster.workers if worker not in stages])
     with tempfile.TemporaryDirectory() as folder:
         spare.kill()
