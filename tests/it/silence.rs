@@ -33,8 +33,8 @@ use crate::{
 
 const TOKENS: u32 = 200;
 const STREAMS: usize = 8;
-/// The gap that a fault may cause, by the issue: what it takes to notice, and two seconds. Three times as long on machines
-/// that others use, too.
+/// The gap that a fault may cause, by the issue: what it takes to notice, and two seconds. Three times as long on
+/// machines that others use, too.
 const GAP: Duration = Duration::from_secs(3 * (HEARTBEAT_TIMEOUT.as_secs() + 2));
 
 fn free_address() -> SocketAddr {
@@ -90,8 +90,8 @@ async fn answer(
     (got, longest)
 }
 
-/// Streams that are disturbed once they run; each answer is exact, whatever the disturbance. Returns the longest gap, and what
-/// the server says then.
+/// Streams that are disturbed once they run; each answer is exact, whatever the disturbance. Returns the longest gap,
+/// and what the server says then.
 async fn disturbed(coordinator: &Process, disturb: impl FnOnce()) -> (Duration, v1::StatusResponse) {
     let client = client(&coordinator.address).await;
     let prompts: Vec<_> = expectations(&model("shakespeare")).into_iter().map(|e| e.ids).collect();
@@ -121,7 +121,8 @@ fn stages(status: &v1::StatusResponse) -> Vec<String> {
     stages.iter().map(|stage| format!("http://{}", stage.worker)).collect()
 }
 
-/// FAULTS 19, measured failure 4: bytes stop, sockets stay open. The spare takes the range of the stage that is not reached.
+/// FAULTS 19, measured failure 4: bytes stop, sockets stay open. The spare takes the range of the stage that is not
+/// reached.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_half_open_link_is_noticed_whichever_way_is_cut_and_the_spare_takes_over() {
     for way in [Way::Forth, Way::Back, Way::Both] {

@@ -109,7 +109,8 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    /// Says it again and again, and at once when the worker begins to drain or a neighbour is missed, until the run is over.
+    /// Says it again and again, and at once when the worker begins to drain or a neighbour is missed, until the run
+    /// is over.
     pub async fn repeat(mut self, interrupt: Interrupt, answers: mpsc::Sender<v1::FromStage>) {
         let mut links = self.neighbours.0.subscribe();
         let report = async {

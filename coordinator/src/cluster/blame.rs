@@ -27,13 +27,13 @@ impl Report {
     }
 }
 
-/// The stage that the next plan had better do without, and the link that it is about if it is about one; none if all are
-/// well, as far as they say, and only a connection broke.
+/// The stage that the next plan had better do without; none if all are well, as far as they say, and only a
+/// connection broke.
 ///
-/// A neighbour of a stage that is gone says that its link failed, which is no fault of its own. So what counts is, in this
-/// order: who is gone or failed by itself; who has missed two reports, of which each is due after a quarter of `timeout`;
-/// who has trouble with more than one neighbour, now or `lately`; and of a link that is silent, though both of its ends
-/// are well, the end that is dialled, as whoever comes in the place of the other one would dial it, too. Of several silent links
+/// A neighbour of a stage that is gone says that its link failed, which is no fault of its own. So what counts is, in
+/// this order: who ended by itself; who has missed two reports; who has trouble with more than one neighbour, now or
+/// in `before`, the silent links of pipelines since; and of a link that is silent, though both of its ends are well,
+/// the end that is dialled, as whoever comes in the place of the other one would dial it, too. Of several silent links
 /// the one counts on which something was lost: its upstream stage has sent what never came.
 fn blame(stages: &[Report], before: &[Pair], timeout: Duration) -> Option<usize> {
     if let Some(gone) = stages.iter().position(|stage| stage.ended) {
@@ -56,8 +56,8 @@ fn blame(stages: &[Report], before: &[Pair], timeout: Duration) -> Option<usize>
     lossy.or(links.first()).map(|at| at + 1)
 }
 
-/// Links that one of their ends hears nothing of, by their upstream stages. Others may have been closed only since a stage
-/// ended that misses a neighbour.
+/// Links that one of their ends hears nothing of, by their upstream stages. Others may have been closed only since a
+/// stage ended that misses a neighbour.
 fn silent_links(stages: &[Report]) -> Vec<usize> {
     let said = stages.windows(2).map(|ends| [ends[0].health.downstream(), ends[1].health.upstream()]);
     let silent = said.enumerate().filter(|(_, said)| said.contains(&LinkHealth::Silent));

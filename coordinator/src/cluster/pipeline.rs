@@ -173,8 +173,8 @@ pub struct AbortHandle {
 }
 
 impl AbortHandle {
-    /// Tells every stage, and waits a second at most: a stage that is silent is dead or will find its stream closed. The
-    /// worker that was `lost` is likely to be silent, and has less time.
+    /// Tells every stage, and waits a second at most: a stage that is silent is dead or will find its stream closed.
+    /// The worker that was `lost` is likely to be silent, and has less time.
     pub async fn abort(&self, lost: Option<&str>) {
         let aborts = self.stages.iter().map(|(member, device)| async move {
             let request = v1::AbortRequest { fence: Some(self.fence), device: device.clone() };

@@ -99,8 +99,8 @@ impl Watch {
         sink(incarnation, event);
     }
 
-    /// Who is to blame, and whether that is known for sure: once somebody is gone, both ends of a link have missed each other,
-    /// or no more comes.
+    /// Who is to blame, and whether that is known for sure: once somebody is gone, both ends of a link have missed
+    /// each other, or no more comes.
     async fn last_words(&self) -> Option<(String, bool)> {
         let mut worse = self.worse.subscribe();
         let settled =
@@ -113,8 +113,8 @@ impl Watch {
             .map(|at| (reports[at].worker.clone(), reports[at].ended))
     }
 
-    /// Waits until all links are up, or it is known who is to blame that one is not: of two ends that miss each other one may be
-    /// cut off. The calls are those of the stages, in order.
+    /// Waits until all links are up, or it is known who is to blame that one is not: of two ends that miss each other
+    /// one may be cut off. The calls are those of the stages, in order.
     ///
     /// # Errors
     /// What is wrong with the worker to blame.
@@ -133,7 +133,11 @@ impl Watch {
             }
         }
         let first = errors.iter().enumerate().find_map(|(stage, error)| Some((stage, error.clone()?)));
-        let Some((complains, why)) = first else { return Ok(()) };
+        let Some((complains, why)) = first else {
+            // Nobody is missed for what came before.
+            self.lock().iter_mut().for_each(|stage| stage.heard = Instant::now());
+            return Ok(());
+        };
         let reports: Vec<_> =
             self.lock().iter().zip(&errors).map(|(stage, error)| unconnected(&stage.worker, error)).collect();
         let blamed = self.silent_links.blame(&reports, self.timeout).unwrap_or(complains);

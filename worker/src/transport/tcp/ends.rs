@@ -1,10 +1,10 @@
 //! The two ends of a TCP link, which notice that the other one is silent.
 //!
-//! A stage may compute for minutes, and one may have nothing to do for days; neither is silence. So the receiving end sends a sign of life
-//! four times in the time after which it would be missed, and the sending end answers each by one, unless it is about to
-//! send an activation anyway. Both on threads of their own, so that no computation delays them. Keepalives and timeouts of
-//! TCP do not see what is to be seen here: the system acknowledges for a process that is stopped, and so does whatever
-//! stands between two machines and forwards no more.
+//! A stage may compute for minutes, and one may have nothing to do for days; neither is silence. So the receiving end
+//! sends a sign of life four times in the time after which it would be missed, and the sending end answers each by
+//! one, unless it is about to send an activation anyway. Both on threads of their own, so that no computation delays
+//! them. Keepalives and timeouts of TCP do not see what is to be seen here: the system acknowledges for a process
+//! that is stopped, and so does whatever stands between two machines and forwards no more.
 
 use std::{
     io::{BufWriter, ErrorKind},

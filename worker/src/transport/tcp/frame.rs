@@ -1,9 +1,9 @@
-//! What travels over a TCP link: frames of one form, with an activation, the reason why there is none, or nothing but a sign of
-//! life.
+//! What travels over a TCP link: frames of one form, with an activation, the reason why there is none, or nothing but
+//! a sign of life.
 //!
-//! A frame is a head (magic, fence, step, number of tensors, poison or heartbeat), a shape line per tensor, a payload, and a
-//! CRC-32C over all of it. Shapes are compared with what the step announced before anything is allocated. All integers are
-//! little-endian.
+//! A frame is a head (magic, fence, step, number of tensors, poison or heartbeat), a shape line per tensor, a
+//! payload, and a CRC-32C over all of it. Shapes are compared with what the step announced before anything is
+//! allocated. All integers are little-endian.
 
 use std::io::{ErrorKind, Read, Write};
 
