@@ -26,9 +26,9 @@ pub struct CoordinatorConfig {
     pub deployment: Deployment,
     /// Bounds on requests.
     pub limits: Limits,
-    /// Workers to wait for before the first plan.
-    pub expected_members: usize,
-    /// How long to wait for them.
+    /// Workers to wait for before the first plan; none: as many as come, over whom it can be planned.
+    pub expected_members: Option<usize>,
+    /// How long to wait for them, if so many are expected.
     pub join_timeout: Duration,
     /// Checks whose failure does not keep the deployment from serving.
     pub skip_checks: Vec<Check>,
@@ -55,7 +55,7 @@ impl CoordinatorConfig {
                 max_step_rows: MAX_STEP_ROWS,
             },
             limits: Limits::default(),
-            expected_members: workers,
+            expected_members: Some(workers),
             join_timeout: JOIN_TIMEOUT,
             skip_checks: Vec::new(),
             names: Vec::new(),

@@ -68,7 +68,7 @@ pub fn here(
         })?;
         workers.push((format!("worker-{index}"), Arc::new(worker)));
     }
-    let config = coordinator_config(deployment, name, split, workers.len(), LOCAL_TIMEOUT);
+    let config = coordinator_config(deployment, name, split, Some(workers.len()), LOCAL_TIMEOUT);
     Ok((config, membership::local(workers)))
 }
 
@@ -77,7 +77,7 @@ pub fn coordinator_config(
     args: &DeploymentArgs,
     model: String,
     split: Split,
-    expected_members: usize,
+    expected_members: Option<usize>,
     join_timeout: Duration,
 ) -> CoordinatorConfig {
     warn_of_idle_bounds(args);

@@ -209,7 +209,7 @@ impl Cluster {
                 prefix_cache: options.prefix_cache,
                 max_requests: options.max_requests,
             },
-            expected_members: options.workers,
+            expected_members: Some(options.workers),
             join_timeout: PATIENCE,
             skip_checks: Vec::new(),
             names: Vec::new(),

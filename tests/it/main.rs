@@ -5,6 +5,7 @@ mod cluster;
 mod door;
 mod drafts;
 mod encoders;
+mod etcd;
 mod examples;
 mod faults;
 mod foreign_client;

@@ -22,7 +22,7 @@ use crate::{
     incarnation::StepHook,
     lead::Lead,
     model::{self, ModelError},
-    stage::{Connect, Load, Prepare, StageThread},
+    stage::{Connect, Load, Prepare, Resident, StageThread},
     transport::{Link, link_token, loopback::Hub, nccl, tcp::Listener},
     weights::{ModelDir, describe_file},
 };
@@ -131,6 +131,7 @@ pub struct LocalWorker {
     lead: Mutex<Lead>,
     /// Whether it is about to end.
     draining: watch::Sender<bool>,
+    resident: Resident,
 }
 
 impl LocalWorker {
@@ -151,12 +152,14 @@ impl LocalWorker {
         };
         let listener = Listener::bind(config.link_address)
             .map_err(io(&format!("listening on {}", config.link_address)))?;
+        let resident = Resident::default();
         let stages = config
             .devices
             .iter()
             .map(|d| {
                 let (hook, directories) = (config.step_hook.clone(), config.directories.clone());
-                Ok((d.id.clone(), StageThread::spawn(d, config.compute, hook, directories)?))
+                let stage = StageThread::spawn(d, config.compute, hook, directories, resident.clone())?;
+                Ok((d.id.clone(), stage))
             })
             .collect::<Result<_, WorkerError>>()?;
         let worker = LocalWorker {
@@ -165,11 +168,17 @@ impl LocalWorker {
             listener,
             lead: Mutex::default(),
             draining: watch::Sender::default(),
+            resident,
             config,
         };
         // Speeds are measured once, which takes seconds on a GPU: before anybody waits for them.
         worker.offers()?;
         Ok(worker)
+    }
+
+    /// The weights that its devices hold, now and whenever that changes.
+    pub fn resident(&self) -> watch::Receiver<Vec<v1::StageSpec>> {
+        self.resident.subscribe()
     }
 
     /// Takes no new incarnation from now on, and says so to the coordinators of those that run; returns when none is

@@ -92,7 +92,12 @@ struct Shared {
     /// Whether there is an incarnation.
     occupied: watch::Sender<bool>,
     current: Mutex<Option<(Fence, Interrupt)>>,
+    /// Weights of all stages of the worker.
+    resident: Resident,
 }
+
+/// The weights that a worker holds, which whoever lists its workers is told of.
+pub(crate) type Resident = Arc<watch::Sender<Vec<v1::StageSpec>>>;
 
 /// Handle of the thread that serves one device.
 pub(crate) struct StageThread {
@@ -111,10 +116,11 @@ impl StageThread {
         compute: Compute,
         hook: Option<StepHook>,
         directories: Directories,
+        resident: Resident,
     ) -> Result<Self, WorkerError> {
         let (commands, orders) = std_mpsc::channel();
         let (report, started) = std_mpsc::channel();
-        let shared = Arc::<Shared>::default();
+        let shared = Arc::new(Shared { resident, ..Shared::default() });
         let begun = Instant::now();
         let cores = compute.take_cores();
         let (device, theirs) = (device.clone(), shared.clone());
@@ -344,7 +350,9 @@ impl Stage {
     }
 
     fn drop_weights(&mut self) {
-        self.spec = None;
+        if let Some(spec) = self.spec.take() {
+            self.shared.resident.send_modify(|all| all.retain(|other| other.device != spec.device));
+        }
         self.engine.unload();
         *lock(&self.shared.weights) = (0, false);
     }
@@ -398,6 +406,7 @@ impl Stage {
             self.engine.load(spill, &checkpoint, &model, &range_spec(&spec)?, &mut report)?;
             let bytes = self.engine.loaded().map_or(0, |loaded| loaded.bytes);
             *lock(&self.shared.weights) = (bytes, spec.mapped);
+            self.shared.resident.send_modify(|all| all.push(spec.clone()));
             self.spec = Some(spec);
         }
         if let Some(loaded) = self.engine.loaded() {

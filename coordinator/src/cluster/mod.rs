@@ -3,6 +3,7 @@
 mod call;
 pub mod discovery;
 mod error;
+pub mod etcd;
 pub mod leadership;
 pub(crate) mod left_out;
 mod links;

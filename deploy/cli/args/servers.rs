@@ -7,7 +7,7 @@ use strata_coordinator::config;
 use strata_proto::DEFAULT_PORT;
 use strata_worker::device::DeviceSpec;
 
-use super::{ComputeArgs, DeploymentArgs, HereArgs, ImaginedDevices, KernelCacheArgs, SpillArgs};
+use super::{ComputeArgs, DeploymentArgs, EtcdArgs, HereArgs, ImaginedDevices, KernelCacheArgs, SpillArgs};
 
 /// Where clients are answered.
 #[derive(Debug, Clone, Args)]
@@ -100,15 +100,26 @@ pub struct SecretArgs {
 
 #[derive(Debug, Args)]
 pub struct CoordinatorArgs {
-    /// URL of a worker; repeat, or separate by commas
-    #[arg(long = "worker", env = "STRATA_WORKER_URLS", value_delimiter = ',', required = true)]
+    /// URL of a worker; repeat, or separate by commas. Or give --etcd
+    #[arg(
+        long = "worker",
+        env = "STRATA_WORKER_URLS",
+        value_delimiter = ',',
+        required_unless_present = "etcd",
+        conflicts_with = "etcd"
+    )]
     pub workers: Vec<String>,
     /// Name of the model: a directory under each worker's --models
     #[arg(long, env = "STRATA_MODEL")]
     pub model: String,
-    /// Seconds to wait for the workers
-    #[arg(long, env = "STRATA_JOIN_TIMEOUT", default_value_t = config::JOIN_TIMEOUT.as_secs())]
+    /// Seconds to wait for the workers; with --etcd it is waited for as long as it takes
+    #[arg(long, env = "STRATA_JOIN_TIMEOUT", default_value_t = config::JOIN_TIMEOUT.as_secs(), conflicts_with = "etcd")]
     pub join_timeout: u64,
+    #[command(flatten)]
+    pub etcd: EtcdArgs,
+    /// Seconds after which another coordinator takes over from one that is silent
+    #[arg(long, env = "STRATA_LEADER_TTL", default_value_t = 5, requires = "etcd", value_parser = clap::value_parser!(u64).range(2..=3600), help_heading = "Cluster by etcd")]
+    pub leader_ttl: u64,
     #[command(flatten)]
     pub secret: SecretArgs,
     #[command(flatten)]
@@ -147,6 +158,26 @@ pub struct WorkerArgs {
     pub spill: SpillArgs,
     #[command(flatten)]
     pub kernel_cache: KernelCacheArgs,
+    #[command(flatten)]
+    pub etcd: EtcdArgs,
+    #[command(flatten)]
+    pub member: MemberArgs,
+}
+
+/// What a worker says of itself in etcd.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Cluster by etcd")]
+pub struct MemberArgs {
+    /// Where coordinators and other workers reach this one: HOST:PORT [default: --listen, or, if that is every address,
+    /// the one by which this machine reaches etcd]
+    #[arg(long, env = "STRATA_ADVERTISE", value_name = "HOST:PORT", requires = "etcd")]
+    pub advertise: Option<String>,
+    /// This worker's name in plans, the same after a restart [default: where it is reached]
+    #[arg(long, env = "STRATA_WORKER_NAME", requires = "etcd")]
+    pub name: Option<String>,
+    /// Seconds after which etcd forgets a worker that is silent
+    #[arg(long, env = "STRATA_LEASE_TTL", default_value_t = 5, requires = "etcd", value_parser = clap::value_parser!(u64).range(2..=3600))]
+    pub lease_ttl: u64,
 }
 
 #[cfg(test)]
