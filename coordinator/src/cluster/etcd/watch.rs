@@ -60,3 +60,56 @@ impl Watcher {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{BufRead, BufReader},
+        net::TcpListener,
+        process::{Command, Stdio},
+    };
+
+    use super::*;
+    use crate::cluster::etcd::{Etcd, TlsFiles, connection::connect};
+
+    #[tokio::test]
+    async fn a_revision_that_etcd_has_forgotten_ends_a_watch_at_once() {
+        let directory = std::env::temp_dir().join(format!("strata-watch-{}", uuid::Uuid::new_v4()));
+        let ports = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+        let [url, peer] = ports.each_ref().map(|port| format!("http://{}", port.local_addr().unwrap()));
+        drop(ports);
+        let started = Command::new("etcd")
+            .arg("--data-dir")
+            .arg(&directory)
+            .args(["--listen-client-urls", &url, "--advertise-client-urls", &url])
+            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
+            .args(["--initial-cluster", &format!("default={peer}"), "--logger", "zap", "--unsafe-no-fsync"])
+            .stderr(Stdio::piped())
+            .spawn();
+        let Ok(mut server) = started else {
+            assert!(std::env::var_os("CI").is_none(), "in CI nothing is skipped: etcd is needed");
+            return eprintln!("SKIPPED: etcd is needed; tests/run installs it");
+        };
+        let mut log = BufReader::new(server.stderr.take().unwrap()).lines().map_while(Result::ok);
+        assert!(log.any(|line| line.contains("serving client traffic")), "etcd does not start");
+
+        let etcd = Etcd::new(&[url], "default", None, TlsFiles::default()).unwrap();
+        let Ok(mut client) = connect(&etcd).await else { panic!("etcd does not answer") };
+        let mut last = 0;
+        for _ in 0..3 {
+            last = client.put("/a", "", None).await.unwrap().header().unwrap().revision();
+        }
+        client.compact(last, None).await.unwrap();
+        let ended = Watcher::start(&mut client, "/".into(), 1).await.unwrap().next().await.unwrap_err();
+        assert_eq!(
+            ended.to_string(),
+            format!("etcd has ended a watch: revision {last} is the oldest that it remembers")
+        );
+        // Silence is asked about, and an answer to that is no end: longer than two silences nothing happens.
+        let mut watcher = Watcher::start(&mut client, "/".into(), last).await.unwrap();
+        tokio::time::timeout(3 * SILENCE, watcher.next()).await.expect_err("nothing has changed");
+        let _ = server.kill();
+        let _ = server.wait();
+        let _ = std::fs::remove_dir_all(directory);
+    }
+}
