@@ -126,6 +126,8 @@ struct Shared {
     snapshot: watch::Sender<Snapshot>,
     session: Session,
     started: AtomicBool,
+    /// Counts pipelines that were begun, whoever led then.
+    incarnations: Arc<AtomicU64>,
     /// What the weights of the model are, whoever led when they were loaded.
     weights: Arc<Mutex<WeightRecord>>,
 }
