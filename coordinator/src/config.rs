@@ -19,6 +19,9 @@ pub const MAX_REQUESTS: u32 = 512;
 /// How long workers have to join, unless told otherwise.
 pub const JOIN_TIMEOUT: Duration = Duration::from_secs(120);
 
+/// Silence after which somebody counts as lost, unless told otherwise.
+pub const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// Everything a coordinator needs to know.
 #[derive(Debug, Clone)]
 pub struct CoordinatorConfig {
@@ -53,6 +56,7 @@ impl CoordinatorConfig {
                 links: None,
                 max_step_tokens: MAX_STEP_TOKENS,
                 max_step_rows: MAX_STEP_ROWS,
+                heartbeat_timeout: HEARTBEAT_TIMEOUT,
             },
             limits: Limits::default(),
             expected_members: Some(workers),
@@ -88,9 +92,17 @@ pub struct Deployment {
     /// Most rows in one step, each counted by its outputs: one, or as many as it has masks, and one more for each
     /// draft.
     pub max_step_rows: u32,
+    /// Silence after which a stage counts as lost, and a stage's neighbour or coordinator to the stage. Of whole
+    /// milliseconds.
+    pub heartbeat_timeout: Duration,
 }
 
 impl Deployment {
+    /// The heartbeat timeout as calls carry it.
+    pub(crate) fn heartbeat_timeout_ms(&self) -> u32 {
+        u32::try_from(self.heartbeat_timeout.as_millis()).unwrap_or(u32::MAX)
+    }
+
     /// The longest sequence that is served.
     pub(crate) fn context_of(&self, profile: &ModelProfile) -> u32 {
         self.context.map_or(profile.context_length, |c| c.min(profile.context_length))

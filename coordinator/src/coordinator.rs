@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
@@ -22,7 +22,7 @@ use tokio::{
 
 use crate::{
     cluster::{
-        PipelineError, WeightRecord,
+        History, PipelineError,
         discovery::{Discovery, Planned, discover},
         leadership::Leadership,
         membership::{MemberEvent, Members, Source},
@@ -128,8 +128,8 @@ struct Shared {
     started: AtomicBool,
     /// Counts pipelines that were begun, whoever led then.
     incarnations: Arc<AtomicU64>,
-    /// What the weights of the model are, whoever led when they were loaded.
-    weights: Arc<Mutex<WeightRecord>>,
+    /// What earlier pipelines have shown, whoever led when they were brought up.
+    history: Arc<History>,
 }
 
 impl Coordinator {
@@ -143,9 +143,8 @@ impl Coordinator {
         };
         let session = Session::new(names.into(), config.limits.max_requests, view);
         let (members, started) = (Members::default(), AtomicBool::new(false));
-        let weights = Arc::default();
-        let incarnations = Arc::default();
-        let shared = Shared { config, members, snapshot, session, started, weights, incarnations };
+        let (history, incarnations) = (Arc::default(), Arc::default());
+        let shared = Shared { config, members, snapshot, session, started, history, incarnations };
         Coordinator { shared: Arc::new(shared) }
     }
 
@@ -275,7 +274,7 @@ impl Coordinator {
     }
 
     async fn bring_up(&self, term: u64, observer: &Observer) -> Result<engine::Running, StartError> {
-        let Shared { config, members, session, snapshot, incarnations, weights, .. } = &*self.shared;
+        let Shared { config, members, session, snapshot, incarnations, history, .. } = &*self.shared;
         let events = members.subscribe();
         let found = self.gather(observer).await?;
         self.show(State::Starting, "asking the workers for the model");
@@ -314,7 +313,7 @@ impl Coordinator {
             term,
             snapshot: snapshot.clone(),
             planned: Planned { found, plan },
-            weights: weights.clone(),
+            history: history.clone(),
             counters: engine::counters(&snapshot.borrow().load),
             incarnations: incarnations.clone(),
         });

@@ -62,6 +62,7 @@ pub fn here(
             devices,
             compute,
             link_address: SocketAddr::new(IpAddr::from([127, 0, 0, 1]), 0),
+            link_advertise: None,
             hub: hub.clone(),
             step_hook: None,
             directories: directories.clone(),
@@ -94,6 +95,7 @@ pub fn coordinator_config(
             max_step_tokens: args.max_step_tokens,
             // A row has a token at least.
             max_step_rows: args.max_step_rows.min(args.max_step_tokens),
+            heartbeat_timeout: Duration::from_secs(args.heartbeat_timeout),
         },
         limits: Limits {
             prefill_chunk: args.prefill_chunk,

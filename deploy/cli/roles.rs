@@ -135,6 +135,7 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         devices,
         compute,
         link_address: args.link_listen.unwrap_or(SocketAddr::new(address.ip(), 0)),
+        link_advertise: args.link_advertise,
         hub: Arc::default(),
         step_hook: None,
         directories,

@@ -18,11 +18,13 @@ mod loading;
 mod map;
 mod parity;
 mod processes;
+mod proxy;
 mod replicas;
 mod run;
 mod secrets;
 mod serving;
 mod session;
+mod silence;
 #[cfg(feature = "cuda")]
 mod start;
 mod usage;

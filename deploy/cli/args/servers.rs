@@ -140,6 +140,10 @@ pub struct WorkerArgs {
     /// Address for activations of other workers; port 0 picks a free one [default: the host of --listen, port 0]
     #[arg(long, env = "STRATA_LINK_LISTEN")]
     pub link_listen: Option<SocketAddr>,
+    /// HOST:PORT where other workers reach --link-listen, if it is another address for them, as behind NAT [default: the
+    /// address itself]
+    #[arg(long, env = "STRATA_LINK_ADVERTISE", requires = "link_listen", value_parser = parse_host_port)]
+    pub link_advertise: Option<String>,
     /// Directory whose subdirectories are models
     #[arg(long, env = "STRATA_MODELS")]
     pub models: PathBuf,
@@ -180,9 +184,27 @@ pub struct MemberArgs {
     pub lease_ttl: u64,
 }
 
+fn parse_host_port(s: &str) -> Result<String, String> {
+    let parts = s.rsplit_once(':').filter(|(host, _)| !host.is_empty());
+    match parts.and_then(|(_, port)| port.parse::<u16>().ok()) {
+        None | Some(0) => Err("expected HOST:PORT, as in 203.0.113.7:7802".into()),
+        Some(_) => Ok(s.to_owned()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_advertised_address_has_a_host_and_a_port() {
+        for good in ["203.0.113.7:7802", "node-3:1", "[2001:db8::1]:65535"] {
+            assert_eq!(parse_host_port(good).as_deref(), Ok(good));
+        }
+        for bad in ["", ":7802", "node-3", "node-3:", "node-3:0", "node-3:65536", "http://node-3:x"] {
+            assert!(parse_host_port(bad).unwrap_err().contains("HOST:PORT"), "{bad:?}");
+        }
+    }
 
     #[test]
     fn a_name_is_short_and_not_blank() {
