@@ -9,7 +9,7 @@ mod replica;
 mod snapshot;
 
 pub use error::EngineError;
-pub(crate) use event_loop::{Engine, Running, Start};
+pub(crate) use event_loop::{Ended, Engine, Running, Start};
 pub(crate) use messages::{Asked, Event, Reply, Submission};
 pub use messages::{Notice, Observer};
 pub(crate) use snapshot::counters;
