@@ -21,7 +21,7 @@ use crate::{
     args::{CoordinatorArgs, DryRunArgs, ListenArgs, ServeArgs, WorkerArgs},
     loading::Loading,
     local::{capped, coordinator_config, here, processors},
-    model_dir, plan,
+    model_dir, open_files, plan,
     report::{self, misused},
     signals::{Signals, finish, stopping},
 };
@@ -46,6 +46,7 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         started = started => started.context("starting the workers")??,
         () = signals.next() => bail!(STOPPED_EARLY),
     };
+    config.clients = args.listen.limits();
     config.names = args.listen.name;
     answer(config, members, (listener, args.listen.grace), signals).await
 }
@@ -70,6 +71,7 @@ pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
     }
     let signals = Signals::new();
     let listener = listen(&args.listen).await?;
+    config.clients = args.listen.limits();
     config.names = args.listen.name;
     answer(config, members, (listener, args.listen.grace), signals).await
 }
@@ -167,6 +169,7 @@ async fn answer(
     mut signals: Signals,
 ) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
+    open_files::raise(config.clients.connections as u64);
     let coordinator = Coordinator::new(config);
     let (stop, stopped) = watch::channel(false);
     let serving = grpc::serve(coordinator.clone(), listener, stopping(stopped));

@@ -9,7 +9,7 @@ use std::{
 use serde::Deserialize;
 use serde_json::Value;
 use strata_coordinator::{
-    Coordinator, CoordinatorConfig, Deployment, Limits, StartError,
+    ClientLimits, Coordinator, CoordinatorConfig, Deployment, Limits, StartError,
     cluster::membership::{Member, MemberEvent},
     engine::Snapshot,
     front::grpc,
@@ -111,6 +111,7 @@ pub struct Options {
     pub inter_token: Duration,
     pub prefix_cache: bool,
     pub max_requests: usize,
+    pub clients: ClientLimits,
     pub hook: Option<StepHook>,
 }
 
@@ -131,6 +132,7 @@ impl Default for Options {
             inter_token: Duration::ZERO,
             prefix_cache: true,
             max_requests: 256,
+            clients: ClientLimits::default(),
             hook: None,
         }
     }
@@ -209,6 +211,7 @@ impl Cluster {
                 prefix_cache: options.prefix_cache,
                 max_requests: options.max_requests,
             },
+            clients: options.clients.clone(),
             expected_members: options.workers,
             join_timeout: PATIENCE,
             skip_checks: Vec::new(),

@@ -5,7 +5,7 @@ use std::{future::Future, pin::Pin, sync::Arc};
 use futures::{Stream, StreamExt};
 use strata_proto::{
     MAX_STAGE_MESSAGE, PING_EVERY, PING_TIMEOUT, STAGE_METHODS, Worker,
-    port::{self, Pings, Served},
+    port::{self, Limits, Pings, Served},
     v1::{self, stage_server, to_stage},
 };
 use tokio::net::TcpListener;
@@ -17,6 +17,9 @@ const CHUNK: usize = 256 << 10;
 
 /// A coordinator that goes away without a word is noticed, and its incarnation's memory freed.
 const PINGS: Pings = Pings { every: PING_EVERY, timeout: PING_TIMEOUT };
+
+/// A coordinator has few, and its calls are streams of messages that go on for ever.
+const LIMITS: Limits = Limits { pings: PINGS, connections: 256, bodies: None };
 
 const SERVED: Served = Served {
     methods: STAGE_METHODS,
@@ -35,7 +38,7 @@ pub async fn serve(
     listener: TcpListener,
     drained: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
-    port::serve(listener, Routes::new(service(worker)), &SERVED, PINGS, drained).await
+    port::serve(listener, Routes::new(service(worker)), &SERVED, LIMITS, drained).await
 }
 
 /// The service `strata.v1.Stage` over any worker.

@@ -7,7 +7,7 @@ use std::{future::Future, time::Duration};
 
 use strata_proto::{
     DESCRIPTORS, METHODS,
-    port::{self, Pings, Served},
+    port::{self, Bodies, Limits, Pings, Served},
     v1::{cluster_server::ClusterServer, inference_server::InferenceServer},
 };
 use tokio::net::TcpListener;
@@ -67,6 +67,17 @@ pub async fn serve(
         .add_service(descriptors().build_v1alpha()?)
         .add_service(inference)
         .add_service(cluster);
+    let clients = &coordinator.config().clients;
+    let limits = Limits {
+        pings: PINGS,
+        connections: clients.connections,
+        bodies: Some(Bodies {
+            total: clients.unfinished_bytes,
+            // As many as one client may well send at once, and a part of what all may.
+            per_connection: clients.unfinished_bytes / 4,
+            within: clients.request_timeout,
+        }),
+    };
     let draining = async move {
         shutdown.await;
         coordinator.drain().await;
@@ -78,7 +89,7 @@ pub async fn serve(
             reporter.clear_service_status(service).await;
         }
     };
-    Ok(port::serve(listener, routes, &SERVED, PINGS, draining).await?)
+    Ok(port::serve(listener, routes, &SERVED, limits, draining).await?)
 }
 
 /// Health: `Inference` serves while requests are computed, `Cluster` always.
