@@ -71,8 +71,12 @@ pub(crate) fn outputs(
     (outputs, results)
 }
 
-/// A generation as the scheduler sees it, and its answer; it arrived at `arrived` on the engine's clock.
-pub(crate) fn generation(request: Checked, arrived: Duration) -> (scheduler::Request, Option<Answer>) {
+/// A generation as the scheduler sees it, and its answer; it came by a connection and arrived at `arrived` on the engine's clock.
+pub(crate) fn generation(
+    request: Checked,
+    connection: u64,
+    arrived: Duration,
+) -> (scheduler::Request, Option<Answer>) {
     let prompt_tokens = request.prompt.len() as u32;
     let sampling = v1::RowSampling {
         sampling: Some(request.sampling),
@@ -83,7 +87,8 @@ pub(crate) fn generation(request: Checked, arrived: Duration) -> (scheduler::Req
     };
     let work = scheduler::Work::Generate { max_tokens: request.max_tokens, eos: request.eos, sampling };
     let deadline = request.deadline.map(|d| arrived + d);
-    let asked = scheduler::Request { prompt: request.prompt, tenant: request.tenant, deadline, work };
+    let (prompt, tenant) = (request.prompt, request.tenant);
+    let asked = scheduler::Request { prompt, tenant, connection, deadline, work };
     (asked, Some(Answer { text: TextStream::new(request.stop), prompt_tokens, generated: 0, cached: 0 }))
 }
 

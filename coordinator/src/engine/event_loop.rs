@@ -297,7 +297,7 @@ impl Engine {
     }
 
     fn submit(&mut self, submission: Submission) {
-        let Submission { request, arrived, reply } = submission;
+        let Submission { request, connection, arrived, reply } = submission;
         if self.turned_away() {
             let reason = self.snapshot.borrow().reason();
             let _ = reply.send(Reply::Failed(EngineError::NoPipeline(reason)));
@@ -305,11 +305,12 @@ impl Engine {
         }
         let arrived = arrived.duration_since(self.begun);
         let (asked, answer) = match request {
-            Asked::Generate(request) => answer::generation(*request, arrived),
+            Asked::Generate(request) => answer::generation(*request, connection, arrived),
             Asked::Encode(input, deadline) => {
                 let work = scheduler::Work::Encode(input.encode);
                 let deadline = deadline.map(|d| arrived + d);
-                (scheduler::Request { prompt: input.ids, tenant: "".into(), deadline, work }, None)
+                let (prompt, tenant) = (input.ids, "".into());
+                (scheduler::Request { prompt, tenant, connection, deadline, work }, None)
             }
         };
         let prompt_tokens = asked.prompt.len() as u64;

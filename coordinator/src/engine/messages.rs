@@ -67,6 +67,8 @@ pub(crate) enum Asked {
 pub(crate) struct Submission {
     /// The request.
     pub request: Asked,
+    /// Which of its tenant's connections it came by.
+    pub connection: u64,
     /// When it arrived.
     pub arrived: Instant,
     /// Where its answer goes.

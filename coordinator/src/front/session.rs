@@ -19,7 +19,7 @@ pub use record::{Counts, Outcome};
 
 use self::{pending::Pending, record::Record};
 use crate::{
-    engine::{Asked, EngineError, Event, Reply, Snapshot, State},
+    engine::{Asked, EngineError, Event, Reply, Snapshot, State, Submission},
     request::{
         AdmissionError, Gate, Limit, Tokenizer,
         bounds::{self, MAX_IDS},
@@ -49,6 +49,8 @@ pub struct Session {
     shared: Arc<Shared>,
     /// The coordinator's own questions before it serves, which count nowhere.
     probes: bool,
+    /// Which of a tenant's connections its requests come by.
+    connection: u64,
 }
 
 #[derive(Debug)]
@@ -73,7 +75,7 @@ impl Session {
         let (gate, served) = (Gate::new(max_requests), RwLock::default());
         let model = names.first().map_or("", String::as_str).into();
         let shared = Shared { model, names, served, snapshot, gate, counts: Arc::default() };
-        Session { shared: Arc::new(shared), probes: false }
+        Session { shared: Arc::new(shared), probes: false, connection: 0 }
     }
 
     /// There is something to ask from now on.
@@ -102,6 +104,12 @@ impl Session {
     /// The same for the coordinator's own questions.
     pub(crate) fn probing(&self) -> Self {
         Session { probes: true, ..self.clone() }
+    }
+
+    /// The same for requests that come by a connection of this number, whatever it stands for: the connections of a
+    /// tenant take turns, and share its places.
+    pub fn over(&self, connection: u64) -> Self {
+        Session { connection, ..self.clone() }
     }
 
     /// Name of the model that answers.
@@ -285,7 +293,7 @@ impl Session {
         work: impl FnOnce(&Served) -> Result<T, AdmissionError> + Send + 'static,
     ) -> Result<(Arc<Served>, T), SessionError> {
         let served = self.served()?;
-        record.permit = Some(self.shared.gate.enter()?);
+        record.permit = Some(self.shared.gate.enter(&record.tenant, self.connection)?);
         let at_work = served.clone();
         match tokio::task::spawn_blocking(move || work(&at_work)).await {
             Ok(outcome) => Ok((served, outcome?)),
@@ -314,6 +322,8 @@ impl Session {
         record: &mut Record,
     ) -> Result<(v1::Started, Pending), SessionError> {
         bounds::check_model(&request.model, &self.shared.names)?;
+        bounds::check_tenant(&request.tenant)?;
+        record.tenant = request.tenant.as_str().into();
         // While no pipeline is up its capacity is unknown; the scheduler checks again when there is one.
         let capacity = match self.shared.snapshot.borrow().capacity {
             0 => u64::MAX,
@@ -324,7 +334,6 @@ impl Session {
             generate::check(request, &served.tokenizer, &served.profile, limit)
         });
         let (served, checked) = checking.await?;
-        record.tenant = checked.tenant.clone();
         record.prompt_tokens = checked.prompt.len() as u32;
         let started = v1::Started {
             request_id: record.id.to_string(),
@@ -333,11 +342,16 @@ impl Session {
             seed: checked.seed,
         };
         let asked = Asked::Generate(Box::new(checked));
-        let mut pending = Pending::submit(&served.engine, asked, record.arrived)?;
+        let mut pending = self.submit(&served, asked, record)?;
         match pending.next().await? {
             Reply::Accepted(_) => Ok((started, pending)),
             _ => Err(EngineError::Internal.into()),
         }
+    }
+
+    fn submit(&self, served: &Served, request: Asked, record: &Record) -> Result<Pending, EngineError> {
+        let (connection, arrived) = (self.connection, record.arrived);
+        Pending::submit(&served.engine, |reply| Submission { request, connection, arrived, reply })
     }
 
     /// Has every input computed, and makes an answer of each with `answer`.
@@ -372,7 +386,7 @@ impl Session {
             };
             record.prompt_tokens += sent.tokens;
             let asked = Asked::Encode(input, deadline);
-            waiting.push((sent, Pending::submit(&served.engine, asked, record.arrived)?));
+            waiting.push((sent, self.submit(&served, asked, record)?));
         }
         let mut answers = Vec::with_capacity(waiting.len());
         for (sent, mut pending) in waiting {

@@ -44,6 +44,19 @@ pub enum AdmissionError {
         /// The bound.
         limit: usize,
     },
+    /// As many requests of one tenant, or connection, as are let in beside those of others.
+    #[error(
+        "{taken} requests of this {whose} are in progress or waiting, its share of the {limit} that this server takes; \
+         try again later"
+    )]
+    Share {
+        /// "tenant" or "connection".
+        whose: &'static str,
+        /// Those it has.
+        taken: usize,
+        /// The bound on those of everybody.
+        limit: usize,
+    },
     /// The tokenizer failed.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
@@ -56,7 +69,9 @@ impl Classify for AdmissionError {
             | AdmissionError::WrongTask { .. }
             | AdmissionError::Tokenizer(_) => Kind::BadInput,
             AdmissionError::WrongModel { .. } => Kind::WrongModel,
-            AdmissionError::Overload { .. } => Kind::Overload { retry_after: RETRY_AFTER },
+            AdmissionError::Overload { .. } | AdmissionError::Share { .. } => {
+                Kind::Overload { retry_after: RETRY_AFTER }
+            }
         }
     }
 }

@@ -6,8 +6,8 @@ use strata_proto::{ModelProfile, limits::MAX_LOGPROBS, v1};
 
 use super::{
     bounds::{
-        MAX_MESSAGES, MAX_STOP_BYTES, MAX_STOPS, MAX_TENANT_BYTES, MAX_TEXT_BYTES, check_deadline,
-        check_task, check_text,
+        MAX_MESSAGES, MAX_STOP_BYTES, MAX_STOPS, MAX_TEXT_BYTES, check_deadline, check_task, check_tenant,
+        check_text,
     },
     chat::Message,
     error::{AdmissionError, field},
@@ -67,10 +67,7 @@ pub(crate) fn check(
     if let Some(n) = request.logprobs.filter(|n| *n > MAX_LOGPROBS) {
         return Err(field("logprobs", format!("{n} is too large: at most {MAX_LOGPROBS}")));
     }
-    if request.tenant.len() > MAX_TENANT_BYTES {
-        let why = format!("{} bytes are too long: at most {MAX_TENANT_BYTES}", request.tenant.len());
-        return Err(field("tenant", why));
-    }
+    check_tenant(&request.tenant)?;
     let deadline = check_deadline(request.deadline_ms)?;
     if request.max_tokens == Some(0) {
         return Err(field("max_tokens", "0 asks for nothing: expected at least 1"));

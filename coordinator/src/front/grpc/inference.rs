@@ -5,6 +5,7 @@ use std::time::Duration;
 use futures::{StreamExt, stream::Map};
 use strata_proto::{
     error::status,
+    port::Peer,
     v1::{self, generate_event::Event, inference_server::Inference},
 };
 use tonic::{Request, Response, Status, async_trait, metadata::MetadataMap};
@@ -16,6 +17,15 @@ use crate::{
 
 pub(super) struct InferenceService(pub Session);
 
+impl InferenceService {
+    /// The session for a call's connection, what came with the call, and its message.
+    fn parts<T>(&self, request: Request<T>) -> (Session, MetadataMap, T) {
+        let (metadata, extensions, message) = request.into_parts();
+        let connection = extensions.get::<Peer>().map_or(0, |peer| peer.connection);
+        (self.0.over(connection), metadata, message)
+    }
+}
+
 #[async_trait]
 impl Inference for InferenceService {
     type GenerateStream =
@@ -25,9 +35,9 @@ impl Inference for InferenceService {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let (metadata, _, mut request) = request.into_parts();
+        let (session, metadata, mut request) = self.parts(request);
         request.deadline_ms = sooner(request.deadline_ms, &metadata);
-        let answer = self.0.generate(request).await.map_err(|e| status(&e))?;
+        let answer = session.generate(request).await.map_err(|e| status(&e))?;
         Ok(Response::new(answer.map(|event| match event {
             Ok(event) => Ok(v1::GenerateEvent { event: Some(event) }),
             Err(error) => Err(status(&error)),
@@ -38,38 +48,40 @@ impl Inference for InferenceService {
         &self,
         request: Request<v1::ClassifyRequest>,
     ) -> Result<Response<v1::ClassifyResponse>, Status> {
-        let (metadata, _, mut request) = request.into_parts();
+        let (session, metadata, mut request) = self.parts(request);
         request.deadline_ms = sooner(request.deadline_ms, &metadata);
-        response(self.0.classify(request).await)
+        response(session.classify(request).await)
     }
 
     async fn embed(&self, request: Request<v1::EmbedRequest>) -> Result<Response<v1::EmbedResponse>, Status> {
-        let (metadata, _, mut request) = request.into_parts();
+        let (session, metadata, mut request) = self.parts(request);
         request.deadline_ms = sooner(request.deadline_ms, &metadata);
-        response(self.0.embed(request).await)
+        response(session.embed(request).await)
     }
 
     async fn fill_mask(
         &self,
         request: Request<v1::FillMaskRequest>,
     ) -> Result<Response<v1::FillMaskResponse>, Status> {
-        let (metadata, _, mut request) = request.into_parts();
+        let (session, metadata, mut request) = self.parts(request);
         request.deadline_ms = sooner(request.deadline_ms, &metadata);
-        response(self.0.fill_masks(request).await)
+        response(session.fill_masks(request).await)
     }
 
     async fn tokenize(
         &self,
         request: Request<v1::TokenizeRequest>,
     ) -> Result<Response<v1::TokenizeResponse>, Status> {
-        response(self.0.tokenize(request.into_inner()).await)
+        let (session, _, request) = self.parts(request);
+        response(session.tokenize(request).await)
     }
 
     async fn detokenize(
         &self,
         request: Request<v1::DetokenizeRequest>,
     ) -> Result<Response<v1::DetokenizeResponse>, Status> {
-        response(self.0.detokenize(request.into_inner()).await)
+        let (session, _, request) = self.parts(request);
+        response(session.detokenize(request).await)
     }
 }
 

@@ -1,14 +1,11 @@
 //! A request that the engine has.
 
-use std::{
-    task::{Context, Poll},
-    time::Instant,
-};
+use std::task::{Context, Poll};
 
 use tokio::sync::mpsc;
 
 use crate::{
-    engine::{Asked, EngineError, Event, Reply, Submission},
+    engine::{EngineError, Event, Reply, Submission},
     scheduler::SequenceId,
 };
 
@@ -28,12 +25,10 @@ impl Pending {
     /// If the engine has ended.
     pub fn submit(
         engine: &mpsc::UnboundedSender<Event>,
-        request: Asked,
-        arrived: Instant,
+        submission: impl FnOnce(mpsc::UnboundedSender<Reply>) -> Submission,
     ) -> Result<Self, EngineError> {
         let (reply, replies) = mpsc::unbounded_channel();
-        let submission = Box::new(Submission { request, arrived, reply });
-        engine.send(Event::Submit(submission)).map_err(|_| EngineError::ShuttingDown)?;
+        engine.send(Event::Submit(Box::new(submission(reply)))).map_err(|_| EngineError::ShuttingDown)?;
         Ok(Pending { replies, engine: engine.clone(), cancel: None })
     }
 
