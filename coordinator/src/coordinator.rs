@@ -2,8 +2,9 @@
 //! serves, and drains.
 
 use std::{
+    collections::BTreeMap,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -21,7 +22,7 @@ use tokio::{
 
 use crate::{
     cluster::{
-        PipelineError,
+        PipelineError, WeightRecord,
         discovery::{Discovery, Planned, discover},
         leadership::Leadership,
         membership::{MemberEvent, Members, Source},
@@ -45,7 +46,10 @@ const TAKE_OVER_AGAIN: Duration = Duration::from_secs(2);
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// Some workers did not come.
-    #[error("{joined} of {expected} workers answered within {timeout:?}; start the others, or list fewer")]
+    #[error(
+        "{joined} of {expected} workers answered within {timeout:?}{}; start the others, or list fewer",
+        because(away)
+    )]
     Members {
         /// How many came.
         joined: usize,
@@ -53,6 +57,8 @@ pub enum StartError {
         expected: usize,
         /// How long they had.
         timeout: Duration,
+        /// What is known of those that did not come.
+        away: BTreeMap<String, String>,
     },
     /// Two of those that are listed are one.
     #[error("workers {worker} and {again} are one process: expected each worker once")]
@@ -91,6 +97,10 @@ impl StartError {
     }
 }
 
+fn because(away: &BTreeMap<String, String>) -> String {
+    away.iter().map(|(worker, why)| format!("; worker {worker}: {why}")).collect()
+}
+
 fn refusals(findings: &[Finding]) -> String {
     let refusing = || findings.iter().filter(|f| f.refuses());
     let all: Vec<_> = refusing().map(|f| format!("{}: {}", f.check, f.detail)).collect();
@@ -114,6 +124,8 @@ struct Shared {
     snapshot: watch::Sender<Snapshot>,
     session: Session,
     started: AtomicBool,
+    /// What the weights of the model are, whoever led when they were loaded.
+    weights: Arc<Mutex<WeightRecord>>,
 }
 
 impl Coordinator {
@@ -127,7 +139,8 @@ impl Coordinator {
         };
         let session = Session::new(names.into(), config.limits.max_requests, view);
         let (members, started) = (Members::default(), AtomicBool::new(false));
-        let shared = Shared { config, members, snapshot, session, started };
+        let weights = Arc::default();
+        let shared = Shared { config, members, snapshot, session, started, weights };
         Coordinator { shared: Arc::new(shared) }
     }
 
@@ -247,7 +260,7 @@ impl Coordinator {
     }
 
     async fn bring_up(&self, term: u64, observer: &Observer) -> Result<engine::Running, StartError> {
-        let Shared { config, members, session, snapshot, .. } = &*self.shared;
+        let Shared { config, members, session, snapshot, weights, .. } = &*self.shared;
         let events = members.subscribe();
         let found = self.gather(observer).await?;
         self.show(State::Starting, "asking the workers for the model");
@@ -286,6 +299,7 @@ impl Coordinator {
             term,
             snapshot: snapshot.clone(),
             planned: Planned { found, plan },
+            weights: weights.clone(),
             counters: engine::counters(&snapshot.borrow().load),
         });
         let handle = engine.handle().clone();
@@ -415,7 +429,8 @@ async fn gather(
             return Ok(Some(found));
         }
         if look >= deadline {
-            return Err(StartError::Members { joined, expected, timeout: config.join_timeout });
+            let (timeout, away) = (config.join_timeout, members.away());
+            return Err(StartError::Members { joined, expected, timeout, away });
         }
         look = (Instant::now() + ENOUGH_AFTER).min(deadline);
     }

@@ -57,6 +57,9 @@ pub enum Command {
     /// Load a model, check that it and its tokenizer belong together, and report
     #[command(after_help = examples::CHECK)]
     Check(CheckArgs),
+    /// Show digests of a model's weights, and compare two copies
+    #[command(after_help = examples::VERIFY)]
+    Verify(VerifyArgs),
     /// Continue a prompt
     #[command(after_help = examples::GENERATE)]
     Generate(GenerateArgs),
@@ -100,6 +103,7 @@ impl Command {
             Command::Coordinator(args) => args.dry_run.json,
             Command::Plan(args) => args.json,
             Command::Check(args) => args.json,
+            Command::Verify(args) => args.json,
             Command::Generate(args) => args.json,
             Command::Classify(ClassifyArgs { input })
             | Command::Embed(EmbedArgs { input })

@@ -23,11 +23,13 @@ mod random_model;
 mod report;
 mod roles;
 mod run;
+mod secret;
 mod show;
 mod signals;
 mod status;
 mod terminal;
 mod tokenize;
+mod verify;
 
 use std::io::Write;
 
@@ -99,6 +101,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             Command::Worker(args) => roles::worker(args).await,
             Command::Plan(args) => plan::plan(args).await,
             Command::Check(args) => check::check(args).await,
+            Command::Verify(args) => verify::verify(&args),
             Command::Generate(args) => generate::generate(args).await,
             Command::Classify(args) => encode::classify(args).await,
             Command::Embed(args) => encode::embed(args).await,

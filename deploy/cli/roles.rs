@@ -5,7 +5,7 @@ use std::{io::Write, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 use anyhow::{Context, bail};
 use strata_coordinator::{
     Coordinator, CoordinatorConfig,
-    cluster::membership::{self, Source},
+    cluster::membership::{self, Caller, Source},
     engine::{Notice, Observer},
     front::grpc,
     planner::Split,
@@ -18,11 +18,12 @@ use tokio::{net::TcpListener, sync::watch};
 use uuid::Uuid;
 
 use crate::{
-    args::{CoordinatorArgs, DryRunArgs, ListenArgs, ServeArgs, WorkerArgs},
+    args::{CoordinatorArgs, DryRunArgs, ListenArgs, SecretArgs, ServeArgs, WorkerArgs},
     loading::Loading,
     local::{capped, coordinator_config, here, processors},
     model_dir, open_files, plan,
     report::{self, misused},
+    secret,
     signals::{Signals, finish, stopping},
 };
 
@@ -60,7 +61,7 @@ pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
             args.model
         )));
     }
-    let members = membership::fixed(&args.workers, &name_of(&args.listen))
+    let members = membership::fixed(&args.workers, &caller(&args.listen, &args.secret)?)
         .map_err(|why| misused(format!("--worker: {why}")))?;
     check_names(&args.listen.name)?;
     let timeout = Duration::from_secs(args.join_timeout);
@@ -89,6 +90,7 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
             }
         }
     }
+    let secret = secret::read(&args.secret)?;
     let mut signals = Signals::new();
     let listener =
         TcpListener::bind(args.listen).await.with_context(|| format!("--listen {}", args.listen))?;
@@ -117,8 +119,9 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
             worker.drain().await;
         }
     };
+    secret::warn_of_none(secret.as_ref(), address.ip());
     say(&format!("listening http://{address}"))?;
-    let serving = tokio::spawn(strata_worker::grpc::serve(worker.clone(), listener, drained));
+    let serving = tokio::spawn(strata_worker::grpc::serve(worker.clone(), secret, listener, drained));
     let mut serving = pin!(async { serving.await?.context("serving the coordinator") });
     tokio::select! {
         ended = &mut serving => return ended,
@@ -148,11 +151,12 @@ fn warn_of_idle_json(args: &DryRunArgs) {
     }
 }
 
-/// A coordinator's name among those that want its workers: where it is, and a part that no other one has.
-fn name_of(args: &ListenArgs) -> String {
+/// A coordinator as its workers know it: by where it is, and a part that no other one has.
+fn caller(args: &ListenArgs, secret: &SecretArgs) -> anyhow::Result<Caller> {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_else(|_| args.host.clone());
     let own = Uuid::new_v4().simple().to_string();
-    format!("{}:{} ({})", host.trim(), args.port, &own[..8])
+    let name = format!("{}:{} ({})", host.trim(), args.port, &own[..8]);
+    Ok(Caller { name, secret: secret::read(secret)? })
 }
 
 async fn listen(args: &ListenArgs) -> anyhow::Result<TcpListener> {

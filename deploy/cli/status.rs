@@ -147,6 +147,9 @@ fn as_text(status: &StatusResponse) -> anyhow::Result<String> {
         let place = format!("{}/{}", stage.worker, stage.device);
         out += &format!("loading   layers {}..{} on {place}: {read} of {total}\n", layers.first, layers.end);
     }
+    if !status.weights.is_empty() {
+        out += &format!("weights   {}\n", status.weights);
+    }
     if status.names.len() > 1 {
         out += &format!("names     {}\n", status.names.join(", "));
     }
@@ -196,6 +199,7 @@ fn as_json(status: &StatusResponse) -> anyhow::Result<String> {
         "version": status.version,
         "model": status.model,
         "names": status.names,
+        "weights": status.weights,
         "state": state_name(status.state()),
         "ready": status.ready,
         "reason": status.reason,

@@ -30,6 +30,7 @@
 
 mod address;
 mod device;
+mod digest;
 mod dtype;
 pub mod error;
 mod fence;
@@ -38,11 +39,13 @@ pub mod limits;
 mod plan;
 pub mod port;
 mod profile;
+mod secret;
 mod state;
 mod worker;
 
 pub use address::http_url;
 pub use device::{Device, DeviceKind, Library, Rate, rate_at};
+pub use digest::{Digest, ModuleId, WeightDigests, root};
 pub use dtype::{DType, Format, Quantization};
 pub use layers::LayerRange;
 pub use limits::{
@@ -51,6 +54,7 @@ pub use limits::{
 };
 pub use plan::{Forecast, LinkChoice, LinkKind, MapDevice, Offload, Plan, Replica, StagePlan};
 pub use profile::{Experts, FormatBytes, ModelProfile, Module};
+pub use secret::{BadSecret, Secret};
 pub use state::{LayerState, Stack, StateBytes, StateKind, StateRoom};
 pub use worker::{Files, Progress, StageChannel, Worker};
 

@@ -1,7 +1,7 @@
 //! Drafts over real stages, by the scheduler that the engine uses: whatever is guessed, the answers are those of plain
 //! decoding, to the bits of their log-probabilities.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use strata_coordinator::{
     cluster::{
@@ -37,7 +37,9 @@ impl Driver {
         let (sink, events) = mpsc::unbounded_channel();
         let sink = Arc::new(move |_, event| drop(sink.send(event)));
         let fence = Fence { term: 1, pipeline: 0, incarnation: 1 };
-        let up = Pipeline::bring_up(&found, &plan, fence, Arc::new(|_| {}), sink, &deployment).await;
+        let up =
+            Pipeline::bring_up(&found, &plan, fence, Arc::new(|_| {}), sink, &deployment, &Mutex::default())
+                .await;
         let stages = plan.replicas[0].stages.len() as u32;
         let scheduler = Scheduler::new(Config {
             blocks: plan.replicas[0].kv_capacity_tokens as u32 / BLOCK_TOKENS,

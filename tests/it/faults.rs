@@ -98,7 +98,7 @@ async fn workers_refuse_stale_fences_on_every_call() {
         mapped: false,
     };
     let fence = |term, incarnation| Some(Fence { term, pipeline: 0, incarnation });
-    let load = |fence| v1::LoadRequest { fence, spec: Some(spec.clone()) };
+    let load = |fence| v1::LoadRequest { fence, spec: Some(spec.clone()), reread: false };
     let mut progress = worker.load(load(fence(2, 5))).await.unwrap();
     while let Some(update) = progress.recv().await {
         update.unwrap();
@@ -127,7 +127,10 @@ async fn workers_refuse_stale_fences_on_every_call() {
             assert!(status.message().contains("is stale"), "{status:?}");
         }
     }
-    let none = worker.load(v1::LoadRequest { fence: None, spec: Some(spec.clone()) }).await.unwrap_err();
+    let none = worker
+        .load(v1::LoadRequest { fence: None, spec: Some(spec.clone()), reread: false })
+        .await
+        .unwrap_err();
     assert_eq!(none.code(), Code::InvalidArgument);
     let unopened = worker.run(v1::Open { fence: fence(2, 6), device: "cpu".into() }).await.unwrap_err();
     assert!(unopened.message().contains("not prepared"), "{unopened:?}");

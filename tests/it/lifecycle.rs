@@ -56,7 +56,7 @@ impl Worker for Held {
         let (sender, progress) = tokio::sync::mpsc::channel(1);
         let mut may_load = self.may_load.clone();
         tokio::spawn(async move {
-            let part = v1::LoadProgress { bytes_read: 409, bytes_total: 1000, resident_bytes: None };
+            let part = v1::LoadProgress { bytes_read: 409, bytes_total: 1000, ..v1::LoadProgress::default() };
             let _ = sender.send(Ok(part)).await;
             let _ = may_load.wait_for(|may| *may).await;
             while let Some(update) = updates.recv().await {
@@ -377,7 +377,7 @@ async fn the_log_names_the_worker_that_was_lost_and_what_became_of_it() {
     let mut answer = client.generate(greedy(&PROMPT, 250)).await.unwrap().into_inner();
     answer.message().await.unwrap().expect("it has begun");
     workers[1].signal("-KILL");
-    let (before, named) = server.wait_for("does not answer; planning without it");
+    let (before, named) = server.wait_for("; planning without it");
     let [first, victim, last] = [0, 1, 2].map(|at| workers[at].address.trim_start_matches("http://"));
     assert!(named.contains(victim) && named.contains("Connection refused"), "{named}");
     let said = before.join("\n");

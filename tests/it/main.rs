@@ -19,8 +19,10 @@ mod parity;
 mod processes;
 mod replicas;
 mod run;
+mod secrets;
 mod serving;
 mod session;
 #[cfg(feature = "cuda")]
 mod start;
 mod usage;
+mod weights;

@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex},
 };
 
 use strata_coordinator::{
@@ -91,7 +91,9 @@ impl Driver {
             let _ = sink.send(event);
         });
         let switch = found.profile.recompute_at.map_or(usize::MAX, |n| n as usize);
-        let up = Pipeline::bring_up(&found, &plan, fence, Arc::new(|_| {}), sink, &deployment).await;
+        let up =
+            Pipeline::bring_up(&found, &plan, fence, Arc::new(|_| {}), sink, &deployment, &Mutex::default())
+                .await;
         Driver { pipeline: up.unwrap(), events, step: 0, switch, next_block: 0, next_sequence: 0 }
     }
 

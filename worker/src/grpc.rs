@@ -1,17 +1,24 @@
 //! The worker's calls over gRPC: an adapter, no logic.
 
-use std::{future::Future, pin::Pin, sync::Arc};
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use futures::{Stream, StreamExt};
 use strata_proto::{
-    MAX_STAGE_MESSAGE, PING_EVERY, PING_TIMEOUT, STAGE_METHODS, Worker,
+    MAX_STAGE_MESSAGE, PING_EVERY, PING_TIMEOUT, STAGE_METHODS, Secret, Worker,
     port::{self, Limits, Pings, Served},
     v1::{self, stage_server, to_stage},
 };
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming, async_trait, service::Routes};
+use tonic::{Request, Response, Status, Streaming, async_trait, metadata::MetadataMap, service::Routes};
 
+/// Shortest time from one refused call that the log tells of to the next.
+const TELL_EVERY: Duration = Duration::from_secs(10);
 /// Pieces in which small files travel.
 const CHUNK: usize = 256 << 10;
 
@@ -35,15 +42,16 @@ const SERVED: Served = Served {
 /// If the transport fails.
 pub async fn serve(
     worker: Arc<dyn Worker>,
+    secret: Option<Secret>,
     listener: TcpListener,
     drained: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
-    port::serve(listener, Routes::new(service(worker)), &SERVED, LIMITS, drained).await
+    port::serve(listener, Routes::new(service(worker, secret)), &SERVED, LIMITS, drained).await
 }
 
-/// The service `strata.v1.Stage` over any worker.
-pub fn service(worker: Arc<dyn Worker>) -> stage_server::StageServer<StageService> {
-    stage_server::StageServer::new(StageService { worker })
+/// The service `strata.v1.Stage` over any worker, for whoever has the secret, if there is one.
+pub fn service(worker: Arc<dyn Worker>, secret: Option<Secret>) -> stage_server::StageServer<StageService> {
+    stage_server::StageServer::new(StageService { worker, secret, told: Mutex::default() })
         .max_decoding_message_size(MAX_STAGE_MESSAGE)
         .max_encoding_message_size(MAX_STAGE_MESSAGE)
 }
@@ -51,6 +59,35 @@ pub fn service(worker: Arc<dyn Worker>) -> stage_server::StageServer<StageServic
 /// Adapter of a [`Worker`] to tonic.
 pub struct StageService {
     worker: Arc<dyn Worker>,
+    secret: Option<Secret>,
+    /// When a refused call was last told in the log.
+    told: Mutex<Option<Instant>>,
+}
+
+impl StageService {
+    /// The message of a call, if the caller has the secret.
+    fn admit<T>(
+        &self,
+        request: Request<T>,
+        method: &str,
+        fence: impl Fn(&T) -> Option<&v1::Fence>,
+    ) -> Result<T, Status> {
+        let (metadata, _, message) = request.into_parts();
+        self.check(&metadata, method, fence(&message))?;
+        Ok(message)
+    }
+
+    fn check(&self, metadata: &MetadataMap, method: &str, fence: Option<&v1::Fence>) -> Result<(), Status> {
+        let Some(secret) = &self.secret else { return Ok(()) };
+        secret.check(metadata, method, fence).inspect_err(|status| {
+            // A stranger is not to fill the log.
+            let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+            if told.is_none_or(|told| told.elapsed() > TELL_EVERY) {
+                *told = Some(Instant::now());
+                tracing::warn!("refused a call: {}", status.message());
+            }
+        })
+    }
 }
 
 type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -69,14 +106,14 @@ impl stage_server::Stage for StageService {
         &self,
         request: Request<v1::DescribeRequest>,
     ) -> Result<Response<v1::Described>, Status> {
-        self.worker.describe(request.into_inner()).await.map(Response::new)
+        self.worker.describe(self.admit(request, "Describe", |_| None)?).await.map(Response::new)
     }
 
     async fn read_tokenizer(
         &self,
         request: Request<v1::ReadTokenizerRequest>,
     ) -> Result<Response<Self::ReadTokenizerStream>, Status> {
-        let files = self.worker.read_tokenizer(request.into_inner()).await?;
+        let files = self.worker.read_tokenizer(self.admit(request, "ReadTokenizer", |_| None)?).await?;
         let chunks = files.into_iter().flat_map(|(name, data)| {
             // An empty file is one empty chunk.
             let count = data.len().div_ceil(CHUNK).max(1);
@@ -89,26 +126,29 @@ impl stage_server::Stage for StageService {
     }
 
     async fn load(&self, request: Request<v1::LoadRequest>) -> Result<Response<Self::LoadStream>, Status> {
-        Ok(Response::new(ReceiverStream::new(self.worker.load(request.into_inner()).await?)))
+        Ok(Response::new(ReceiverStream::new(
+            self.worker.load(self.admit(request, "Load", |r| r.fence.as_ref())?).await?,
+        )))
     }
 
     async fn prepare(&self, request: Request<v1::PrepareRequest>) -> Result<Response<v1::Prepared>, Status> {
-        self.worker.prepare(request.into_inner()).await.map(Response::new)
+        self.worker.prepare(self.admit(request, "Prepare", |r| r.fence.as_ref())?).await.map(Response::new)
     }
 
     async fn connect(&self, request: Request<v1::ConnectRequest>) -> Result<Response<v1::Ack>, Status> {
-        self.worker.connect(request.into_inner()).await.map(ack)
+        self.worker.connect(self.admit(request, "Connect", |r| r.fence.as_ref())?).await.map(ack)
     }
 
     async fn run(
         &self,
         request: Request<Streaming<v1::ToStage>>,
     ) -> Result<Response<Self::RunStream>, Status> {
-        let mut orders = request.into_inner();
+        let (metadata, _, mut orders) = request.into_parts();
         let Some(v1::ToStage { message: Some(to_stage::Message::Open(open)) }) = orders.message().await?
         else {
             return Err(Status::invalid_argument("the first message of a run must be `open`"));
         };
+        self.check(&metadata, "Run", open.fence.as_ref())?;
         let channel = self.worker.run(open).await?;
         // When the coordinator goes away, its half ends or breaks; dropping `to` then ends the run.
         tokio::spawn(async move {
@@ -122,6 +162,6 @@ impl stage_server::Stage for StageService {
     }
 
     async fn abort(&self, request: Request<v1::AbortRequest>) -> Result<Response<v1::Ack>, Status> {
-        self.worker.abort(request.into_inner()).await.map(ack)
+        self.worker.abort(self.admit(request, "Abort", |r| r.fence.as_ref())?).await.map(ack)
     }
 }

@@ -1,6 +1,7 @@
 //! A worker: its devices' stage threads behind the calls of `strata_proto::Worker`.
 
 use std::{
+    io::Read,
     net::SocketAddr,
     path::{Component, Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -20,10 +21,10 @@ use crate::{
     error::WorkerError,
     incarnation::StepHook,
     lead::Lead,
-    model,
-    stage::{Connect, Prepare, StageThread},
+    model::{self, ModelError},
+    stage::{Connect, Load, Prepare, StageThread},
     transport::{Link, link_token, loopback::Hub, nccl, tcp::Listener},
-    weights::describe_file,
+    weights::{ModelDir, describe_file},
 };
 
 /// Small files that travel with a model.
@@ -65,10 +66,20 @@ impl Models {
                     _ => return Err(no("a model name is a plain directory name")),
                 }
                 let directory = root.join(name);
-                match directory.metadata() {
-                    Ok(found) if found.is_dir() => Ok(directory),
-                    Ok(_) => Err(no(&format!("{} is {}", directory.display(), describe_file(&directory)))),
-                    Err(_) => Err(no(&format!("there is no directory {}", directory.display()))),
+                let real = directory.canonicalize().and_then(|real| Ok((real, root.canonicalize()?)));
+                let Ok((real, root)) = real else {
+                    return Err(no(&format!("there is no directory {}", directory.display())));
+                };
+                if !real.starts_with(&root) {
+                    return Err(no(&format!(
+                        "{} is a symbolic link to {}, outside --models: give --models the directory that holds the model",
+                        directory.display(),
+                        real.display()
+                    )));
+                }
+                match real.is_dir() {
+                    true => Ok(directory),
+                    false => Err(no(&format!("{} is {}", directory.display(), describe_file(&directory)))),
                 }
             }
         }
@@ -255,7 +266,7 @@ impl Worker for LocalWorker {
         let spec = spec_of(request.spec)?;
         let (_, stage) = self.admit(request.fence, &spec.device)?;
         let directory = self.config.models.resolve(&spec.model)?;
-        Ok(stage.load(spec, directory))
+        Ok(stage.load(Load { spec, directory, reread: request.reread }))
     }
 
     async fn prepare(&self, request: v1::PrepareRequest) -> Result<v1::Prepared, Status> {
@@ -318,25 +329,24 @@ impl Worker for LocalWorker {
 }
 
 fn read_files(directory: &Path) -> Result<Files, WorkerError> {
+    let directory = ModelDir::open(directory).map_err(ModelError::from)?;
     let mut files = Files::new();
     let mut total = 0;
     for name in TOKENIZER_FILES {
-        let path = directory.join(name);
-        let io = |source| WorkerError::Io { path: path.display().to_string(), source };
-        let size = match path.metadata() {
-            Ok(metadata) => metadata.len(),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
-            Err(e) => return Err(io(e)),
-        };
+        let path = directory.path().join(name).display().to_string();
+        let io = |source| WorkerError::Io { path: path.clone(), source };
+        let Some(file) = directory.file(name).map_err(ModelError::from)? else { continue };
+        let size = file.metadata().map_err(io)?.len();
         total += size;
         if total > MAX_MODEL_FILES {
             let why = format!(
-                "{} has {size} bytes: the files of a tokenizer may have {MAX_MODEL_FILES} together",
-                path.display()
+                "{path} has {size} bytes: the files of a tokenizer may have {MAX_MODEL_FILES} together"
             );
             return Err(WorkerError::WrongState(why));
         }
-        files.insert(name.to_owned(), std::fs::read(&path).map_err(io)?);
+        let mut bytes = Vec::new();
+        file.take(size).read_to_end(&mut bytes).map_err(io)?;
+        files.insert(name.to_owned(), bytes);
     }
     Ok(files)
 }
@@ -354,5 +364,25 @@ mod tests {
         for bad in ["", ".", "..", "../good", "good/", "good/../good", "/etc", "a\\b", "missing"] {
             assert!(models.resolve(bad).is_err(), "{bad:?} was resolved");
         }
+        let elsewhere = tempfile::tempdir().unwrap();
+        let link = |to: &Path, name: &str| std::os::unix::fs::symlink(to, root.path().join(name)).unwrap();
+        link(Path::new("good"), "alias");
+        link(elsewhere.path(), "away");
+        models.resolve("alias").unwrap();
+        let refused = models.resolve("away").unwrap_err().to_string();
+        assert!(refused.contains("outside --models"), "{refused}");
+    }
+
+    #[test]
+    fn files_of_a_tokenizer_come_from_its_directory() {
+        let root = tempfile::tempdir().unwrap();
+        let model = root.path().join("model");
+        std::fs::create_dir(&model).unwrap();
+        std::fs::write(root.path().join("secret"), "secret").unwrap();
+        std::fs::write(model.join("config.json"), "{}").unwrap();
+        assert_eq!(read_files(&model).unwrap(), Files::from([("config.json".to_owned(), b"{}".to_vec())]));
+        std::os::unix::fs::symlink("../secret", model.join("tokenizer.json")).unwrap();
+        let refused = read_files(&model).unwrap_err().to_string();
+        assert!(refused.contains("tokenizer.json: it is a symbolic link to"), "{refused}");
     }
 }

@@ -42,11 +42,20 @@ const HEALTH_EVERY: Duration = Duration::from_millis(500);
 
 /// Orders to the stage thread. Replies that nobody waits for are dropped.
 enum Command {
-    Load { spec: v1::StageSpec, directory: PathBuf, progress: mpsc::Sender<Result<v1::LoadProgress, Status>> },
+    Load { load: Load, progress: mpsc::Sender<Result<v1::LoadProgress, Status>> },
     Prepare { request: Box<Prepare>, reply: oneshot::Sender<Result<v1::Prepared, WorkerError>> },
     Connect { request: Box<Connect>, reply: oneshot::Sender<Result<(), WorkerError>> },
     Run { fence: Fence, steps: mpsc::Receiver<v1::ToStage>, answers: mpsc::Sender<v1::FromStage> },
     Release { reply: oneshot::Sender<()> },
+}
+
+/// Weights to make resident.
+pub(crate) struct Load {
+    pub spec: v1::StageSpec,
+    /// Where the model is.
+    pub directory: PathBuf,
+    /// Even if they are resident.
+    pub reread: bool,
 }
 
 /// Validated form of a `PrepareRequest`.
@@ -160,9 +169,9 @@ impl StageThread {
         }
     }
 
-    pub fn load(&self, spec: v1::StageSpec, directory: PathBuf) -> strata_proto::Progress {
+    pub fn load(&self, load: Load) -> strata_proto::Progress {
         let (progress, receiver) = mpsc::channel(16);
-        self.order(Command::Load { spec, directory, progress });
+        self.order(Command::Load { load, progress });
         receiver
     }
 
@@ -303,9 +312,9 @@ struct Stage {
 impl Stage {
     fn obey(&mut self, command: Command) {
         match command {
-            Command::Load { spec, directory, progress } => {
+            Command::Load { load, progress } => {
                 self.enter(StagePhase::Loading);
-                if let Err(error) = self.load(spec, directory, &progress) {
+                if let Err(error) = self.load(load, &progress) {
                     let _ = progress.blocking_send(Err(error.into()));
                 }
                 self.enter(StagePhase::Idle);
@@ -352,13 +361,12 @@ impl Stage {
 
     fn load(
         &mut self,
-        spec: v1::StageSpec,
-        directory: PathBuf,
+        Load { spec, directory, reread }: Load,
         progress: &mpsc::Sender<Result<v1::LoadProgress, Status>>,
     ) -> Result<(), WorkerError> {
         // A new range means a new incarnation: the old one's cache would only be in the way.
         self.drop_incarnation();
-        if self.spec.as_ref() != Some(&spec) {
+        if reread || self.spec.as_ref() != Some(&spec) {
             self.drop_weights();
             let (checkpoint, model) = Model::open_dir(&directory)?;
             if checkpoint.fingerprint() != spec.fingerprint {
@@ -369,8 +377,11 @@ impl Stage {
             }
             let mut report = |done: LoadedBytes| {
                 self.bytes_read = done.total;
-                let update =
-                    v1::LoadProgress { bytes_read: done.read, bytes_total: done.total, resident_bytes: None };
+                let update = v1::LoadProgress {
+                    bytes_read: done.read,
+                    bytes_total: done.total,
+                    ..v1::LoadProgress::default()
+                };
                 // Progress is for show: a slow reader must not slow the load. One that is gone ends it.
                 match progress.try_send(Ok(update)) {
                     Err(TrySendError::Closed(_)) => ControlFlow::Break(()),
@@ -394,6 +405,7 @@ impl Stage {
                 bytes_read: self.bytes_read,
                 bytes_total: self.bytes_read,
                 resident_bytes: Some(loaded.bytes),
+                digests: Some(loaded.digests.into()),
             };
             let _ = progress.blocking_send(Ok(done));
         }

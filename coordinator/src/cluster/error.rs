@@ -8,6 +8,7 @@ use strata_proto::{
 };
 use tonic::Status;
 
+use super::weights::WeightDifference;
 use crate::planner::PlanError;
 
 /// Why no pipeline could be brought up.
@@ -65,6 +66,14 @@ pub enum PipelineError {
         /// What is wrong with its model.
         why: String,
     },
+    /// The weights that a worker has read are not those that another one has.
+    #[error("worker {worker}: {difference}")]
+    Weights {
+        /// The worker that is refused.
+        worker: String,
+        /// What differs.
+        difference: WeightDifference,
+    },
     /// A call failed.
     #[error("worker {worker}: {doing} failed: {}", words(status))]
     Call {
@@ -96,6 +105,7 @@ impl PipelineError {
         match self {
             PipelineError::Nonsense { worker, .. }
             | PipelineError::ModelOf { worker, .. }
+            | PipelineError::Weights { worker, .. }
             | PipelineError::Call { worker, .. } => Some(worker),
             _ => None,
         }
@@ -105,6 +115,7 @@ impl PipelineError {
     pub fn reason(&self) -> String {
         match self {
             PipelineError::Nonsense { why, .. } | PipelineError::ModelOf { why, .. } => why.clone(),
+            PipelineError::Weights { difference, .. } => difference.to_string(),
             PipelineError::Call { doing, status, .. } => format!("{doing} failed: {}", status.message()),
             error => error.to_string(),
         }

@@ -9,6 +9,8 @@ mod links;
 pub mod membership;
 pub mod pipeline;
 mod remote;
+mod weights;
 
 pub use error::PipelineError;
 pub use remote::RemoteWorker;
+pub use weights::{WeightDifference, WeightRecord};

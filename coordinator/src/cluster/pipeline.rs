@@ -3,12 +3,15 @@
 #[cfg(test)]
 mod tests;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use futures::future::try_join_all;
 use strata_proto::{
     BLOCK_TOKENS, LINK_TOKEN_BYTES, LinkKind, NCCL_ID_BYTES, Plan, Quantization, Replica, StagePlan,
-    StateBytes,
+    StateBytes, WeightDigests,
     v1::{self, Fence, from_stage, to_stage},
 };
 use tokio::sync::mpsc;
@@ -19,6 +22,7 @@ use super::{
     discovery::Discovery,
     error::PipelineError,
     membership::Member,
+    weights::WeightRecord,
 };
 use crate::config::Deployment;
 
@@ -82,10 +86,11 @@ pub struct Pipeline {
 pub type EventSink = Arc<dyn Fn(u64, PipelineEvent) + Send + Sync>;
 
 impl Pipeline {
-    /// Loads, prepares, connects and opens every stage of the plan's first replica.
+    /// Loads, prepares, connects and opens every stage of the plan's first replica. What a stage has read must be what
+    /// `weights` says of the model, which learns what it did not know.
     ///
     /// # Errors
-    /// The first call that fails; the stages that were up are aborted.
+    /// The first call that fails, or weights that differ; the stages that were up are aborted.
     pub async fn bring_up(
         found: &Discovery,
         plan: &Plan,
@@ -93,6 +98,7 @@ impl Pipeline {
         progress: Arc<dyn Fn(LoadUpdate) + Send + Sync>,
         sink: EventSink,
         deployment: &Deployment,
+        weights: &Mutex<WeightRecord>,
     ) -> Result<Pipeline, PipelineError> {
         let replica = plan.replicas.first().cloned().ok_or(PipelineError::NoWorkers)?;
         let setups = setups(found, plan, &replica, fence);
@@ -100,7 +106,14 @@ impl Pipeline {
             fence,
             stages: setups.iter().map(|s| (s.member.clone(), s.spec.device.clone())).collect(),
         };
-        match open(&setups, &replica, progress, sink, deployment).await {
+        let opened = async {
+            try_join_all(
+                setups.iter().enumerate().map(|(index, setup)| setup.load(index, &*progress, weights)),
+            )
+            .await?;
+            open(&setups, &replica, sink, deployment).await
+        };
+        match opened.await {
             Ok(stages) => Ok(Pipeline { fence, replica, stages, abort }),
             Err(error) => {
                 abort.abort(error.worker()).await;
@@ -189,15 +202,13 @@ fn setups(found: &Discovery, plan: &Plan, replica: &Replica, fence: Fence) -> Ve
     replica.stages.iter().enumerate().filter_map(setup).collect()
 }
 
+/// Prepares, connects and runs stages whose weights are loaded.
 async fn open(
     setups: &[Setup],
     replica: &Replica,
-    progress: Arc<dyn Fn(LoadUpdate) + Send + Sync>,
     sink: EventSink,
     deployment: &Deployment,
 ) -> Result<Vec<mpsc::Sender<v1::ToStage>>, PipelineError> {
-    try_join_all(setups.iter().enumerate().map(|(index, setup)| setup.load(index, &*progress))).await?;
-
     // Secrets of the links, minted anew for each incarnation.
     let tokens: Vec<[u8; LINK_TOKEN_BYTES]> = (1..setups.len()).map(|_| mint_token()).collect();
     let blocks = u32::try_from(replica.kv_capacity_tokens / u64::from(BLOCK_TOKENS)).unwrap_or(u32::MAX);
@@ -242,11 +253,17 @@ impl Setup {
         &self,
         stage: usize,
         progress: &(dyn Fn(LoadUpdate) + Send + Sync),
+        weights: &Mutex<WeightRecord>,
     ) -> Result<(), PipelineError> {
+        let lock = || weights.lock().unwrap_or_else(PoisonError::into_inner);
         let failed = |status| PipelineError::Call { worker: self.member.name.clone(), doing: "Load", status };
-        let request = v1::LoadRequest { fence: Some(self.fence), spec: Some(self.spec.clone()) };
+        let request = v1::LoadRequest {
+            fence: Some(self.fence),
+            spec: Some(self.spec.clone()),
+            reread: lock().has_refused(&self.member.name),
+        };
         let mut updates = self.member.worker.load(request).await.map_err(failed)?;
-        let mut resident = None;
+        let mut last = v1::LoadProgress::default();
         while let Some(update) = updates.recv().await {
             let update = update.map_err(failed)?;
             let pipeline = self.fence.pipeline;
@@ -256,16 +273,25 @@ impl Setup {
                 bytes_read: update.bytes_read,
                 bytes_total: update.bytes_total,
             });
-            resident = update.resident_bytes;
+            last = update;
         }
-        match resident {
-            Some(bytes) if bytes == self.plan.weight_bytes => Ok(()),
-            Some(bytes) => Err(self.nonsense(format!(
-                "its weights take {bytes} bytes where {} were planned",
-                self.plan.weight_bytes
-            ))),
-            None => Err(failed(Status::unavailable("the load broke off"))),
+        match last.resident_bytes {
+            Some(bytes) if bytes == self.plan.weight_bytes => {}
+            Some(bytes) => {
+                let planned = self.plan.weight_bytes;
+                return Err(
+                    self.nonsense(format!("its weights take {bytes} bytes where {planned} were planned"))
+                );
+            }
+            None => return Err(failed(Status::unavailable("the load broke off"))),
         }
+        let v1::StageSpec { fingerprint, embedding, head, .. } = &self.spec;
+        let layers = self.plan.layers;
+        let digests = WeightDigests::of_stage(last.digests, layers, *embedding, *head);
+        let digests = digests.map_err(|why| self.nonsense(why))?;
+        let worker = &self.member.name;
+        let checked = lock().check(fingerprint, worker, digests.modules(layers.first));
+        checked.map_err(|difference| PipelineError::Weights { worker: worker.clone(), difference })
     }
 
     /// Allocates what the plan says; returns where the stage takes activations, and the id of its NCCL link if it has

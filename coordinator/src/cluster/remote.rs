@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use strata_proto::{
-    Files, MAX_HEADER_LIST, MAX_MODEL_FILES, MAX_STAGE_MESSAGE, PING_EVERY, PING_TIMEOUT, Progress,
+    Files, MAX_HEADER_LIST, MAX_MODEL_FILES, MAX_STAGE_MESSAGE, PING_EVERY, PING_TIMEOUT, Progress, Secret,
     StageChannel, Worker, http_url,
     v1::{self, stage_client::StageClient, to_stage},
 };
@@ -22,6 +22,7 @@ const QUEUE: usize = 64;
 #[derive(Debug, Clone)]
 pub struct RemoteWorker {
     client: StageClient<Channel>,
+    secret: Option<Secret>,
 }
 
 impl RemoteWorker {
@@ -46,18 +47,41 @@ impl RemoteWorker {
         let client = StageClient::new(channel)
             .max_decoding_message_size(MAX_STAGE_MESSAGE)
             .max_encoding_message_size(MAX_STAGE_MESSAGE);
-        Ok((RemoteWorker { client }, format!("{host}:{port}"), host))
+        Ok((RemoteWorker { client, secret: None }, format!("{host}:{port}"), host))
+    }
+
+    /// The same, whose calls prove this secret.
+    pub fn with_secret(self, secret: Option<Secret>) -> Self {
+        RemoteWorker { secret, ..self }
+    }
+
+    /// A call with its proof.
+    fn signed<T>(&self, message: T, method: &str, fence: Option<v1::Fence>) -> Request<T> {
+        let mut request = Request::new(message);
+        if let Some(secret) = &self.secret {
+            secret.sign(request.metadata_mut(), method, fence.as_ref());
+        }
+        request
     }
 }
 
 #[async_trait]
 impl Worker for RemoteWorker {
     async fn describe(&self, request: v1::DescribeRequest) -> Result<v1::Described, Status> {
-        self.client.clone().describe(request).await.map(tonic::Response::into_inner)
+        self.client
+            .clone()
+            .describe(self.signed(request, "Describe", None))
+            .await
+            .map(tonic::Response::into_inner)
     }
 
     async fn read_tokenizer(&self, request: v1::ReadTokenizerRequest) -> Result<Files, Status> {
-        let mut chunks = self.client.clone().read_tokenizer(request).await?.into_inner();
+        let mut chunks = self
+            .client
+            .clone()
+            .read_tokenizer(self.signed(request, "ReadTokenizer", None))
+            .await?
+            .into_inner();
         let mut files = Files::new();
         let mut total = 0;
         while let Some(chunk) = chunks.message().await? {
@@ -73,7 +97,8 @@ impl Worker for RemoteWorker {
     }
 
     async fn load(&self, request: v1::LoadRequest) -> Result<Progress, Status> {
-        let mut updates = self.client.clone().load(request).await?.into_inner();
+        let fence = request.fence;
+        let mut updates = self.client.clone().load(self.signed(request, "Load", fence)).await?.into_inner();
         let (sender, receiver) = mpsc::channel(QUEUE);
         tokio::spawn(async move {
             while let Some(update) = updates.next().await {
@@ -86,18 +111,25 @@ impl Worker for RemoteWorker {
     }
 
     async fn prepare(&self, request: v1::PrepareRequest) -> Result<v1::Prepared, Status> {
-        self.client.clone().prepare(request).await.map(tonic::Response::into_inner)
+        let fence = request.fence;
+        self.client
+            .clone()
+            .prepare(self.signed(request, "Prepare", fence))
+            .await
+            .map(tonic::Response::into_inner)
     }
 
     async fn connect(&self, request: v1::ConnectRequest) -> Result<(), Status> {
-        self.client.clone().connect(request).await.map(drop)
+        let fence = request.fence;
+        self.client.clone().connect(self.signed(request, "Connect", fence)).await.map(drop)
     }
 
     async fn run(&self, open: v1::Open) -> Result<StageChannel, Status> {
         let (to, orders) = mpsc::channel(QUEUE);
+        let fence = open.fence;
         let open = v1::ToStage { message: Some(to_stage::Message::Open(open)) };
         let stream = tokio_stream::once(open).chain(ReceiverStream::new(orders));
-        let mut answers = self.client.clone().run(Request::new(stream)).await?.into_inner();
+        let mut answers = self.client.clone().run(self.signed(stream, "Run", fence)).await?.into_inner();
         let (sender, from) = mpsc::channel(QUEUE);
         tokio::spawn(async move {
             while let Some(Ok(answer)) = answers.next().await {
@@ -110,6 +142,7 @@ impl Worker for RemoteWorker {
     }
 
     async fn abort(&self, request: v1::AbortRequest) -> Result<(), Status> {
-        self.client.clone().abort(request).await.map(drop)
+        let fence = request.fence;
+        self.client.clone().abort(self.signed(request, "Abort", fence)).await.map(drop)
     }
 }

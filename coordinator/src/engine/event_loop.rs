@@ -5,7 +5,7 @@ mod commit;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     cluster::{
-        PipelineError,
+        PipelineError, WeightRecord,
         discovery::Planned,
         left_out::LeftOut,
         membership::{MemberEvent, Members},
@@ -63,6 +63,8 @@ pub(crate) struct Engine {
     deposed: Option<String>,
     /// Never empty once the engine runs.
     replicas: Vec<Replica>,
+    /// What the weights of the model are.
+    weights: Arc<Mutex<WeightRecord>>,
     /// Somebody joined for whom no further replica was tried yet.
     joined: bool,
     /// Of the last pipeline that was begun, of whichever replica.
@@ -90,6 +92,8 @@ pub(crate) struct Start {
     pub snapshot: watch::Sender<Snapshot>,
     /// What the first pipelines are brought up by.
     pub planned: Planned,
+    /// What the weights of the model are, as far as it is known.
+    pub weights: Arc<Mutex<WeightRecord>>,
     /// What was counted before.
     pub counters: v1::Load,
 }
@@ -154,6 +158,7 @@ impl Engine {
             look_again: Instant::now() + LOOK_AGAIN_EVERY,
             deposed: None,
             replicas: Vec::new(),
+            weights: start.weights,
             joined: false,
             incarnation: 0,
             last_id: 0,

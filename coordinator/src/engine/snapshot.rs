@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use strata_proto::{
-    LayerRange, Plan,
+    Digest, LayerRange, Plan,
     v1::{self, Fence},
 };
 
@@ -71,6 +71,8 @@ pub struct Snapshot {
     pub plan: Option<Arc<Plan>>,
     /// The live incarnation, or the last one.
     pub fence: Fence,
+    /// Digest of the model's weights, once every part of it was loaded.
+    pub weights: Option<Digest>,
     /// Positions that the largest cache of a pipeline holds; 0 while there is none.
     pub capacity: u64,
     /// Counters and gauges, of all pipelines together.

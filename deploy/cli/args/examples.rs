@@ -26,6 +26,11 @@ pub const CHECK: &str = "Examples:
   strata check MODEL_DIR
   strata check MODEL_DIR --quantize int4 --json";
 
+pub const VERIFY: &str = "Examples:
+  strata verify MODEL_DIR
+  strata verify MODEL_DIR --against /mnt/other/MODEL_DIR
+  strata verify MODEL_DIR --against digests.json --json";
+
 pub const GENERATE: &str = "Examples:
   strata generate 'Once upon a time' --max-tokens 60
   strata generate --message 'user=Who is there?' --temperature 0.8 --top-p 0.95 --seed 7

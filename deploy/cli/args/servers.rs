@@ -106,6 +106,15 @@ pub struct CheckArgs {
     pub deployment: DeploymentArgs,
 }
 
+/// What coordinators and workers of a cluster have in common.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Cluster")]
+pub struct SecretArgs {
+    /// File with the cluster's secret, at least 16 bytes of text that nobody guesses: workers refuse calls without it
+    #[arg(long, env = "STRATA_SECRET_FILE", value_name = "FILE")]
+    pub secret_file: Option<PathBuf>,
+}
+
 #[derive(Debug, Args)]
 pub struct CoordinatorArgs {
     /// URL of a worker; repeat, or separate by commas
@@ -118,6 +127,8 @@ pub struct CoordinatorArgs {
     #[arg(long, env = "STRATA_JOIN_TIMEOUT", default_value_t = config::JOIN_TIMEOUT.as_secs())]
     pub join_timeout: u64,
     #[command(flatten)]
+    pub secret: SecretArgs,
+    #[command(flatten)]
     pub deployment: DeploymentArgs,
     #[command(flatten)]
     pub listen: ListenArgs,
@@ -127,6 +138,8 @@ pub struct CoordinatorArgs {
 
 #[derive(Debug, Args)]
 pub struct WorkerArgs {
+    #[command(flatten)]
+    pub secret: SecretArgs,
     /// Address for the coordinator's calls; port 0 picks a free one
     #[arg(long, env = "STRATA_LISTEN", default_value = "127.0.0.1:0")]
     pub listen: SocketAddr,

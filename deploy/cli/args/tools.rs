@@ -42,6 +42,19 @@ pub struct RandomModelArgs {
 }
 
 #[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// Model directory in Hugging Face layout
+    #[arg(env = "STRATA_MODEL_DIR")]
+    pub model: PathBuf,
+    /// Another copy, or a file of what --json printed: what differs is named, and the exit code is 1
+    #[arg(long, env = "STRATA_AGAINST")]
+    pub against: Option<PathBuf>,
+    /// Print JSON: every tensor's digest too
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
 pub struct KernelsArgs {
     /// Whose shapes: a model directory, of which only config.json is read, or a name that `strata random-model` knows
     #[arg(env = "STRATA_MODEL_DIR")]

@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use strata_proto::DeviceKind;
+use strata_proto::{DeviceKind, WeightDigests};
 
 pub use self::step::StepError;
 pub(crate) use self::{states::Caches, step::Limits};
@@ -64,6 +64,8 @@ pub(crate) struct Loaded<'a> {
     pub spec: &'a RangeSpec,
     /// Bytes they occupy: exactly what the model's profile says.
     pub bytes: u64,
+    /// What was read from the files.
+    pub digests: &'a WeightDigests,
 }
 
 /// What a stage is prepared for.

@@ -3,7 +3,7 @@
 use std::{ops::ControlFlow, path::Path, sync::Barrier, thread};
 
 use candle_core::{Device, Tensor};
-use strata_proto::{LayerRange, v1::LinkKind};
+use strata_proto::{LayerRange, WeightDigests, v1::LinkKind};
 
 use super::*;
 use crate::{
@@ -42,6 +42,7 @@ fn model() -> Model {
 struct Fake {
     model: Model,
     spec: RangeSpec,
+    digests: WeightDigests,
     /// Tensors that it leaves out.
     missing: usize,
     step: u64,
@@ -57,7 +58,16 @@ impl Fake {
         let spec = RangeSpec { layers, embedding: !head, head, dtype: DType::BF16, quantization: None };
         let vocab = model.tower.vocab;
         let cpu = Cpu::on(Isa::detect());
-        Fake { model, spec, missing, step: 0, values: vec![0.0; vocab], order: vec![0; vocab], cpu }
+        Fake {
+            model,
+            spec,
+            digests: WeightDigests::default(),
+            missing,
+            step: 0,
+            values: vec![0.0; vocab],
+            order: vec![0; vocab],
+            cpu,
+        }
     }
 
     fn sent(&self, tokens: usize) -> Vec<Tensor> {
@@ -87,7 +97,7 @@ impl Engine for Fake {
     fn unload(&mut self) {}
 
     fn loaded(&self) -> Option<Loaded<'_>> {
-        Some(Loaded { model: &self.model, spec: &self.spec, bytes: 0 })
+        Some(Loaded { model: &self.model, spec: &self.spec, bytes: 0, digests: &self.digests })
     }
 
     fn prepare(&mut self, _: Size) -> Result<Allocated, ModelError> {

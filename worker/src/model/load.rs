@@ -1,17 +1,18 @@
-//! Reads the tensors of a stage, one piece while the one before is being put where it belongs.
+//! Reads the tensors of a stage, one piece while the ones before are hashed and put where they belong.
 
-use std::{ops::ControlFlow, sync::mpsc, thread};
+use std::ops::ControlFlow;
 
-use strata_proto::DType;
+use strata_proto::{DType, WeightDigests};
 
 use super::{
     Model, ModelError, RangeSpec,
     architecture::{Site, Slot},
+    digest,
     names::{Bound, Layout},
 };
 use crate::{
     kernels::cpu::packed::Unrepresentable,
-    weights::{Checkpoint, PIECE, TensorDType, TensorInfo, WeightsError},
+    weights::{Checkpoint, TensorDType, TensorInfo, stream},
 };
 
 /// Progress of a load, in bytes of tensors.
@@ -70,93 +71,64 @@ impl Piece<'_> {
 struct Job<'a> {
     name: &'a str,
     tensor: &'a TensorInfo,
+    from: DType,
     bound: &'a Bound,
     is_bias: bool,
     site: Site,
     key: (Slot, usize),
 }
 
-/// A piece of a tensor that was read: the tensor's number, the offset in it, and the bytes.
-type Read = Result<(usize, u64, Vec<u8>), WeightsError>;
+impl Job<'_> {
+    /// The bytes of the tensor that begin at `offset`, on their way.
+    fn piece<'a>(&'a self, offset: u64, data: &'a [u8]) -> Piece<'a> {
+        let &Job { tensor, from, bound, is_bias, site, key, .. } = self;
+        let rows = match (bound.layout, &tensor.shape[..]) {
+            (Layout::Columns, [_, rows]) | (_, [rows, ..]) => *rows,
+            _ => 0,
+        };
+        let [first, total] = [offset, tensor.bytes].map(|bytes| (bytes / from.size()) as usize);
+        Piece { site, key, bound, is_bias, rows, from, first, total, data }
+    }
 
-/// Hands the tensors of a range, and no others, to `put`, in the order of the files. `progress` is called after each
-/// piece and may stop the load. There are two pieces in memory: one that was handed out, and the next one.
+    /// Why a piece of it could not be written.
+    fn refused(&self, error: PieceError, spec: &RangeSpec) -> ModelError {
+        match error {
+            PieceError::Value(Unrepresentable(x)) if x.is_nan() => {
+                ModelError::NotANumber(self.name.to_owned())
+            }
+            PieceError::Value(Unrepresentable(value)) => {
+                ModelError::Unrepresentable { tensor: self.name.to_owned(), value, format: spec.format() }
+            }
+            PieceError::Other(error) => error,
+        }
+    }
+}
+
+/// Hands the tensors of a range, and no others, to `put`, in the order of the files; returns the digests of the range's
+/// modules. `progress` is called after each piece and may stop the load. There are three pieces in memory: one that was
+/// handed out, and two on their way.
 pub(crate) fn read_tensors(
     checkpoint: &Checkpoint,
     model: &Model,
     spec: &RangeSpec,
     put: &mut dyn FnMut(&Piece<'_>) -> Result<(), PieceError>,
     progress: &mut dyn FnMut(LoadedBytes) -> ControlFlow<()>,
-) -> Result<(), ModelError> {
+) -> Result<WeightDigests, ModelError> {
     let jobs = jobs(checkpoint, model, spec)?;
-    let total = jobs.iter().map(|j| j.tensor.bytes).sum();
-    let formats = jobs.iter().map(|job| match job.tensor.dtype {
-        TensorDType::Float(from) => Ok(from),
-        _ => Err(ModelError::Format(job.name.to_owned())),
-    });
-    let formats = formats.collect::<Result<Vec<_>, _>>()?;
-    let (filled, pieces) = mpsc::sync_channel::<Read>(1);
-    let (emptied, buffers) = mpsc::channel();
-    for _ in 0..2 {
-        // The receiver is here.
-        let _ = emptied.send(Vec::new());
-    }
-    thread::scope(|scope| {
-        let tensors: Vec<_> = jobs.iter().map(|job| job.tensor).collect();
-        // Ends when the receivers are gone, too.
-        let reader = move || read_pieces(checkpoint, &tensors, &buffers, &filled);
-        let started = thread::Builder::new().name("strata-read".into()).spawn_scoped(scope, reader);
-        started.map_err(|source| WeightsError::Io { file: "starting a thread".into(), source })?;
-        // Moved here, so that they are gone before the thread is waited for.
-        let (pieces, emptied) = (pieces, emptied);
-        let mut read = 0;
-        for piece in &pieces {
-            let (number, offset, data) = piece?;
-            let (&Job { name, tensor, bound, is_bias, site, key }, from) = (&jobs[number], formats[number]);
-            let rows = match (bound.layout, &tensor.shape[..]) {
-                (Layout::Columns, [_, rows]) | (_, [rows, ..]) => *rows,
-                _ => 0,
-            };
-            let [first, elements] = [offset, tensor.bytes].map(|bytes| (bytes / from.size()) as usize);
-            let piece = Piece { site, key, bound, is_bias, rows, from, first, total: elements, data: &data };
-            put(&piece).map_err(|error| match error {
-                PieceError::Value(Unrepresentable(x)) if x.is_nan() => {
-                    ModelError::NotANumber(name.to_owned())
-                }
-                PieceError::Value(Unrepresentable(value)) => {
-                    ModelError::Unrepresentable { tensor: name.to_owned(), value, format: spec.format() }
-                }
-                PieceError::Other(error) => error,
-            })?;
-            read += data.len() as u64;
-            // When all is read, nobody waits for it.
-            let _ = emptied.send(data);
-            if progress(LoadedBytes { read, total }).is_break() {
-                return Err(ModelError::Cancelled);
-            }
+    let tensors: Vec<_> = jobs.iter().map(|job| job.tensor).collect();
+    let total = tensors.iter().map(|tensor| tensor.bytes).sum();
+    let mut read = 0;
+    let digests = stream(checkpoint, &tensors, |number, offset, data| {
+        let job = &jobs[number];
+        put(&job.piece(offset, data)).map_err(|error| job.refused(error, spec))?;
+        read += data.len() as u64;
+        match progress(LoadedBytes { read, total }) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(ModelError::Cancelled),
         }
-        Ok(())
-    })
-}
-
-/// Reads tensors into the buffers that come, and hands them on in order; ends at an error, or if nobody is there any
-/// more.
-fn read_pieces(
-    checkpoint: &Checkpoint,
-    tensors: &[&TensorInfo],
-    buffers: &mpsc::Receiver<Vec<u8>>,
-    filled: &mpsc::SyncSender<Read>,
-) {
-    for (number, tensor) in tensors.iter().enumerate() {
-        for offset in (0..tensor.bytes).step_by(PIECE) {
-            let Ok(mut buffer) = buffers.recv() else { return };
-            let read = checkpoint.read(tensor, offset, &mut buffer).map(|()| (number, offset, buffer));
-            let failed = read.is_err();
-            if filled.send(read).is_err() || failed {
-                return;
-            }
-        }
-    }
+    })?;
+    let digests = jobs.iter().map(|job| job.name).zip(digests).collect();
+    digest::of_range(checkpoint, model, spec, &digests)
 }
 
 /// The tensors of a stage, as they lie in the files.
@@ -173,7 +145,10 @@ fn jobs<'a>(
                     let Some(name) = name else { continue };
                     let tensor =
                         checkpoint.tensor(name).ok_or_else(|| ModelError::MissingTensor(name.clone()))?;
-                    jobs.push(Job { name, tensor, bound, is_bias, site, key });
+                    let TensorDType::Float(from) = tensor.dtype else {
+                        return Err(ModelError::Format(name.clone()));
+                    };
+                    jobs.push(Job { name, tensor, from, bound, is_bias, site, key });
                 }
             }
         }

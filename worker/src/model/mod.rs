@@ -3,6 +3,7 @@
 pub(crate) mod architecture;
 pub(crate) mod bytes;
 pub(crate) mod config;
+mod digest;
 mod families;
 pub(crate) mod layer;
 pub(crate) mod load;
@@ -24,7 +25,12 @@ use self::{
     config::{Config, ConfigError},
     names::{Bindings, Bound},
 };
-pub use self::{load::LoadedBytes, profile::describe, range::RangeSpec};
+pub use self::{
+    digest::{ModuleDigest, TensorDigest, digests},
+    load::LoadedBytes,
+    profile::describe,
+    range::RangeSpec,
+};
 pub use crate::kernels::ops::{BLOCK_TOKENS, BatchRow};
 use crate::{
     kernels::buffer::{OutOfMemory, SpillError},

@@ -1,6 +1,7 @@
 //! Whole models against transformers, and against themselves under every split, chunking and batch.
 
 mod bind;
+mod digests;
 mod encoders;
 mod invariance;
 mod mutations;

@@ -4,7 +4,7 @@ use std::{fmt::Write, io::Read};
 
 use sha2::{Digest, Sha256};
 
-use super::{Checkpoint, WeightsError, open_regular};
+use super::{Checkpoint, WeightsError};
 
 /// Bytes taken at each sampled place of a tensor.
 const SAMPLE: u64 = 64;
@@ -51,12 +51,10 @@ fn frame(hash: &mut Sha256, name: &str, len: u64) {
 }
 
 fn add_file(checkpoint: &Checkpoint, name: &str, hash: &mut Sha256) -> Result<(), WeightsError> {
-    let path = checkpoint.dir.join(name);
-    if !path.exists() {
+    let Some(mut file) = checkpoint.dir.file(name)? else {
         frame(hash, name, u64::MAX);
         return Ok(());
-    }
-    let mut file = open_regular(&path, name)?;
+    };
     let io = |e| WeightsError::io(name, e);
     frame(hash, name, file.metadata().map_err(io)?.len());
     let mut buffer = vec![0; 1 << 16];

@@ -1,24 +1,28 @@
 //! A checkpoint on disk: safetensors headers, validated, and positioned reads of tensors.
 
+mod files;
 mod fingerprint;
 pub(crate) mod header;
 mod recognize;
+mod stream;
 
 use std::{
     collections::BTreeMap,
     ffi::OsStr,
     fs::File,
-    io::{self, Read},
+    io,
     os::unix::fs::FileExt,
-    path::{Component, Path, PathBuf},
+    path::{Component, Path},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
 };
 
+pub(crate) use files::ModelDir;
 pub(crate) use header::{TensorDType, TensorInfo};
 pub use recognize::describe_file;
+pub(crate) use stream::stream;
 
 /// Largest piece of a tensor that is read at once.
 pub(crate) const PIECE: usize = 8 << 20;
@@ -104,7 +108,7 @@ struct Shard {
 
 /// An opened checkpoint: every header read and validated, no weights read but for a few sampled bytes.
 pub struct Checkpoint {
-    dir: PathBuf,
+    dir: ModelDir,
     shards: Vec<Shard>,
     tensors: BTreeMap<String, TensorInfo>,
     fingerprint: String,
@@ -117,20 +121,20 @@ impl Checkpoint {
     /// # Errors
     /// If `dir` is something else than a model, or a file of weights is missing, cut off or malformed.
     pub fn open(dir: &Path) -> Result<Self, WeightsError> {
-        if let Some(what) = recognize::unusable(dir) {
-            return Err(WeightsError::NotAModel { dir: dir.display().to_string(), what });
+        let dir = ModelDir::open(dir)?;
+        if let Some(what) = recognize::unusable(&dir) {
+            return Err(WeightsError::NotAModel { dir: dir.path().display().to_string(), what });
         }
         let mut checkpoint = Checkpoint {
-            dir: dir.to_owned(),
+            dir,
             shards: Vec::new(),
             tensors: BTreeMap::new(),
             fingerprint: String::new(),
             bytes_read: Arc::default(),
         };
-        if dir.join(SINGLE).exists() {
-            checkpoint.add_shard(SINGLE)?;
-        } else if dir.join(INDEX).exists() {
-            let index = read_index(dir)?;
+        if let Some(file) = checkpoint.dir.file(SINGLE)? {
+            checkpoint.add_shard(SINGLE, file)?;
+        } else if let Some(index) = read_index(&checkpoint.dir)? {
             let mut names: Vec<&String> = index.values().collect();
             names.sort();
             names.dedup();
@@ -138,14 +142,13 @@ impl Checkpoint {
                 return Err(WeightsError::file(INDEX, format!("names more than {MAX_SHARDS} files")));
             }
             for name in names {
-                if !dir.join(name).exists() {
-                    return Err(missing_shard(dir, name));
-                }
-                checkpoint.add_shard(name)?;
+                let file = checkpoint.dir.file(name)?;
+                let file = file.ok_or_else(|| missing_shard(checkpoint.dir(), name))?;
+                checkpoint.add_shard(name, file)?;
             }
             checkpoint.check_index(&index)?;
         } else {
-            return Err(WeightsError::NoWeights { dir: dir.display().to_string() });
+            return Err(WeightsError::NoWeights { dir: checkpoint.dir().display().to_string() });
         }
         checkpoint.fingerprint = fingerprint::compute(&checkpoint)?;
         // The headers are needed no longer.
@@ -155,7 +158,7 @@ impl Checkpoint {
 
     /// The directory it was opened in.
     pub fn dir(&self) -> &Path {
-        &self.dir
+        self.dir.path()
     }
 
     /// Every tensor by name.
@@ -188,11 +191,11 @@ impl Checkpoint {
         if !directory.is_empty() && !is_plain(directory) {
             return Err(WeightsError::file(directory, "not a plain directory name beside the weights"));
         }
-        let path = self.dir.join(directory).join(name);
-        if !path.exists() {
-            return Ok(None);
-        }
-        let bytes = read_small(&path, name, MAX_CONFIG)?;
+        let path = match directory {
+            "" => name.to_owned(),
+            directory => format!("{directory}/{name}"),
+        };
+        let Some(bytes) = self.dir.read(&path, MAX_CONFIG)? else { return Ok(None) };
         let value =
             serde_json::from_slice(&bytes).map_err(|e| WeightsError::file(name, format!("not JSON: {e}")))?;
         Ok(Some(value))
@@ -211,9 +214,8 @@ impl Checkpoint {
         Ok(())
     }
 
-    fn add_shard(&mut self, name: &str) -> Result<(), WeightsError> {
+    fn add_shard(&mut self, name: &str, file: File) -> Result<(), WeightsError> {
         let io = |e| WeightsError::io(name, e);
-        let file = open_regular(&self.dir.join(name), name)?;
         let length = file.metadata().map_err(io)?.len();
         let mut size = [0; 8];
         if length < 8 {
@@ -276,13 +278,13 @@ fn missing_shard(dir: &Path, name: &str) -> WeightsError {
     WeightsError::file(name, format!("{INDEX} lists it, but it is not in {}: {remedy}", dir.display()))
 }
 
-/// `weight_map` of the index: tensor to file name, names checked to stay in the directory.
-fn read_index(dir: &Path) -> Result<BTreeMap<String, String>, WeightsError> {
+/// `weight_map` of the index, if there is one: tensor to file name, names checked to stay in the directory.
+fn read_index(dir: &ModelDir) -> Result<Option<BTreeMap<String, String>>, WeightsError> {
     #[derive(serde::Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
-    let bytes = read_small(&dir.join(INDEX), INDEX, MAX_HEADER)?;
+    let Some(bytes) = dir.read(INDEX, MAX_HEADER)? else { return Ok(None) };
     let index: Index = serde_json::from_slice(&bytes)
         .map_err(|e| WeightsError::file(INDEX, format!("not an index with a weight_map: {e}")))?;
     for (tensor, shard) in &index.weight_map {
@@ -294,33 +296,13 @@ fn read_index(dir: &Path) -> Result<BTreeMap<String, String>, WeightsError> {
     if index.weight_map.is_empty() {
         return Err(WeightsError::file(INDEX, "weight_map names no tensor"));
     }
-    Ok(index.weight_map)
+    Ok(Some(index.weight_map))
 }
 
 /// Whether `name` is one component of a path, and no way out of a directory.
 fn is_plain(name: &str) -> bool {
     let mut parts = Path::new(name).components();
     matches!((parts.next(), parts.next()), (Some(Component::Normal(p)), None) if p == OsStr::new(name))
-}
-
-/// Opens a file for reading, if it is a regular one (a pipe would block, a device never end).
-fn open_regular(path: &Path, name: &str) -> Result<File, WeightsError> {
-    let io = |e| WeightsError::io(name, e);
-    if !std::fs::metadata(path).map_err(io)?.is_file() {
-        return Err(WeightsError::file(name, "not a regular file"));
-    }
-    File::open(path).map_err(io)
-}
-
-/// A whole file of at most `limit` bytes.
-fn read_small(path: &Path, name: &str, limit: u64) -> Result<Vec<u8>, WeightsError> {
-    let mut bytes = Vec::new();
-    let file = open_regular(path, name)?;
-    file.take(limit + 1).read_to_end(&mut bytes).map_err(|e| WeightsError::io(name, e))?;
-    if bytes.len() as u64 > limit {
-        return Err(WeightsError::file(name, format!("larger than {limit} bytes")));
-    }
-    Ok(bytes)
 }
 
 #[cfg(test)]

@@ -1,14 +1,10 @@
 //! What people have in the place of a checkpoint: told apart before anything is read.
 
-use std::{
-    fs::{self, File},
-    io::Read,
-    path::Path,
-};
+use std::{fs, io::Read, path::Path};
 
 use strata_proto::error::quoted;
 
-use super::{INDEX, SINGLE};
+use super::{INDEX, ModelDir, SINGLE};
 
 /// Bytes at the beginning of a file by which it is told what it is.
 const BEGINNING: u64 = 256;
@@ -49,7 +45,8 @@ fn onnx(what: &str) -> String {
 }
 
 /// What a directory is, and what to do about it, if it cannot be a model.
-pub(super) fn unusable(directory: &Path) -> Option<String> {
+pub(super) fn unusable(dir: &ModelDir) -> Option<String> {
+    let directory = dir.path();
     let names = names(directory);
     let has = |name: &str| names.iter().any(|n| n == name);
     if let Some(what) = hub_cache(directory, &names) {
@@ -64,7 +61,7 @@ pub(super) fn unusable(directory: &Path) -> Option<String> {
         );
     }
     for name in names.iter().filter(|name| name.ends_with(".json") || name.ends_with(".safetensors")) {
-        if let Some(what) = not_the_file(&directory.join(name)) {
+        if let Some(what) = not_the_file(dir, name) {
             return Some(format!("{name} is {what}"));
         }
     }
@@ -168,13 +165,10 @@ pub(super) fn unfinished(directory: &Path) -> String {
 }
 
 /// What lies in the place of a file: a pointer of Git LFS, a page, or an answer of the hub.
-fn not_the_file(path: &Path) -> Option<String> {
-    // A pipe would block.
-    if !path.is_file() {
-        return None;
-    }
+fn not_the_file(dir: &ModelDir, name: &str) -> Option<String> {
     let mut beginning = Vec::new();
-    File::open(path).ok()?.take(BEGINNING).read_to_end(&mut beginning).ok()?;
+    // What may not be opened is refused when it is needed.
+    dir.file(name).ok()??.take(BEGINNING).read_to_end(&mut beginning).ok()?;
     // The length of a safetensors header has zeros in front; text has none.
     if beginning.contains(&0) {
         return None;
@@ -293,7 +287,7 @@ mod tests {
         let mut file = u64::from(b'<').to_le_bytes().to_vec();
         file.extend(format!("{:60}", "{}").bytes());
         fs::write(&path, file).unwrap();
-        assert_eq!(not_the_file(&path), None);
+        assert_eq!(not_the_file(&ModelDir::open(directory.path()).unwrap(), "model.safetensors"), None);
     }
 
     #[test]

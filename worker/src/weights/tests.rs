@@ -161,3 +161,38 @@ fn a_file_that_was_cut_off_is_told_with_its_bytes() {
     let e = open_error(&json!({"a": entry(&[4], 0, u64::MAX)}), &[0; 16]);
     assert!(e.contains(&u64::MAX.to_string()), "{e}");
 }
+
+#[test]
+fn tensors_are_streamed_whole_and_hashed_as_they_are() {
+    let dir = tempfile::tempdir().unwrap();
+    // Longer than two pieces, of one piece exactly, and empty; in the file in this order.
+    let lengths = [2 * PIECE + 12, PIECE, 0, 8];
+    let data: Vec<u8> = (0..lengths.iter().sum()).map(|i: usize| ((i * 31) >> 4) as u8).collect();
+    let mut header = serde_json::Map::new();
+    let mut begin = 0;
+    for (name, length) in ["a", "b", "c", "d"].into_iter().zip(lengths) {
+        header.insert(name.into(), entry(&[length as u64 / 4], begin as u64, (begin + length) as u64));
+        begin += length;
+    }
+    write(dir.path(), SINGLE, &header.into(), &data);
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    // Not all of them, and not in order.
+    let names = ["d", "a", "c", "b"];
+    let tensors = names.map(|name| checkpoint.tensor(name).unwrap());
+    let mut read = vec![Vec::new(); names.len()];
+    let digests = stream(&checkpoint, &tensors, |number, offset, bytes| {
+        assert_eq!(offset, read[number].len() as u64);
+        read[number].extend_from_slice(bytes);
+        Ok::<_, WeightsError>(())
+    })
+    .unwrap();
+    for ((tensor, read), digest) in tensors.iter().zip(&read).zip(digests) {
+        let begin = tensor.offset as usize
+            - (fs::metadata(dir.path().join(SINGLE)).unwrap().len() as usize - data.len());
+        assert!(*read == data[begin..begin + tensor.bytes as usize]);
+        assert_eq!(digest, blake3::hash(read).into());
+    }
+    // Whoever has enough ends it.
+    let enough = stream(&checkpoint, &tensors, |_, _, _| Err(WeightsError::file(SINGLE, "enough")));
+    assert!(enough.unwrap_err().to_string().contains("enough"));
+}

@@ -10,7 +10,7 @@ use strata_proto::{PROTOCOL, error::words, v1};
 use tokio::sync::{mpsc, watch};
 use tonic::Code;
 
-use super::{Member, MemberEvent, Source};
+use super::{Caller, Member, MemberEvent, Source};
 use crate::cluster::{
     leadership::{Claims, Leadership},
     remote::RemoteWorker,
@@ -24,13 +24,13 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 const MISSES: u32 = 3;
 
 /// Workers at fixed URLs, each probed until the receiver is dropped. Of the coordinators that have workers in common one
-/// leads: `coordinator` is this one's name, which no other has.
+/// leads; `caller` is this one.
 ///
 /// # Errors
 /// If a URL is not usable as an address, or two are of one worker.
-pub fn fixed(urls: &[String], coordinator: &str) -> Result<Source, String> {
+pub fn fixed(urls: &[String], caller: &Caller) -> Result<Source, String> {
     let (events, receiver) = mpsc::unbounded_channel();
-    let claims = Claims::new(coordinator.to_owned(), urls.len());
+    let claims = Claims::new(caller.name.clone(), urls.len());
     let why = format!("0 of {} workers are there", urls.len());
     let (decided, leadership) = watch::channel(Leadership::StandsBy { why });
     let common = Arc::new(Common { events, claims: Mutex::new(claims), boots: Boots::default(), decided });
@@ -40,7 +40,7 @@ pub fn fixed(urls: &[String], coordinator: &str) -> Result<Source, String> {
         if !names.insert(name.to_lowercase()) {
             return Err(format!("worker {url} is listed twice: expected each worker once"));
         }
-        let member = Member { name, worker: Arc::new(worker), rank, host };
+        let member = Member { name, worker: Arc::new(worker.with_secret(caller.secret.clone())), rank, host };
         let common = common.clone();
         tokio::spawn(async move {
             tokio::select! {
@@ -157,21 +157,20 @@ async fn probe(member: Member, common: &Common) {
                     }
                 }
                 match outcome.map(Result::err) {
+                    Ok(Some(status)) if status.code() == Code::Unauthenticated => status.message().to_owned(),
                     Ok(Some(status)) if status.code() == Code::Unimplemented => {
                         "no worker of Strata listens there".to_owned()
                     }
-                    Ok(status) => {
-                        let why = status.as_ref().map(words);
-                        tracing::debug!(worker = member.name, why, "probe failed");
-                        "it does not answer".to_owned()
-                    }
+                    Ok(Some(status)) => format!("it does not answer: {}", words(&status)),
+                    // An answer is handled above.
+                    Ok(None) => String::new(),
                     Err(_) => format!("it has not answered for {PROBE_TIMEOUT:?}"),
                 }
             }
         };
         if why != away {
             if !why.is_empty() {
-                tracing::warn!(worker = member.name, "left out of plans: {why}");
+                tracing::warn!(worker = member.name, "{why}; planning without it");
             }
             common.tell(MemberEvent::Away(member.name.clone(), why.clone()));
             away = why;
@@ -187,12 +186,12 @@ mod tests {
 
     #[tokio::test]
     async fn a_worker_is_listed_once_whatever_its_spelling() {
-        let refused = |urls: [&str; 2]| fixed(&urls.map(str::to_owned), "me").unwrap_err();
+        let refused = |urls: [&str; 2]| fixed(&urls.map(str::to_owned), &Caller::default()).unwrap_err();
         for other in ["127.0.0.1:7801", "http://127.0.0.1:7801/", "HTTP://127.0.0.1:7801"] {
             let said = refused(["http://127.0.0.1:7801", other]);
             assert_eq!(said, format!("worker {other} is listed twice: expected each worker once"));
         }
         assert!(refused(["a:1", "HTTPS://b:1"]).starts_with("worker HTTPS://b:1: Strata has no TLS yet"));
-        assert!(fixed(&["a:1".to_owned(), "a:2".to_owned()], "me").is_ok());
+        assert!(fixed(&["a:1".to_owned(), "a:2".to_owned()], &Caller::default()).is_ok());
     }
 }

@@ -9,7 +9,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use strata_proto::Worker;
+use strata_proto::{Secret, Worker};
 use tokio::sync::{mpsc, watch};
 
 pub use fixed::fixed;
@@ -53,6 +53,15 @@ pub enum MemberEvent {
         /// Its other name, which does not.
         again: String,
     },
+}
+
+/// A coordinator as its workers know it.
+#[derive(Debug, Clone, Default)]
+pub struct Caller {
+    /// Its name, which no other coordinator has.
+    pub name: String,
+    /// What its calls prove.
+    pub secret: Option<Secret>,
 }
 
 /// Where a coordinator's workers come from, and whether it may act upon them.

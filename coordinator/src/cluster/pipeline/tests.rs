@@ -6,7 +6,7 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use strata_proto::{DeviceKind, Files, LayerRange, Progress, StageChannel, Worker};
+use strata_proto::{DeviceKind, Digest, Files, LayerRange, Progress, StageChannel, Worker};
 use tonic::async_trait;
 
 use super::*;
@@ -49,8 +49,16 @@ impl Worker for Obedient {
 
     async fn load(&self, request: v1::LoadRequest) -> Result<Progress, Status> {
         let (progress, receiver) = mpsc::channel(1);
-        let bytes = self.stage(&request.spec.unwrap().device).weight_bytes;
-        let done = v1::LoadProgress { resident_bytes: Some(bytes), ..v1::LoadProgress::default() };
+        let spec = request.spec.unwrap();
+        let stage = self.stage(&spec.device);
+        let digest = |module: u32| vec![module as u8; Digest::BYTES].into();
+        let digests = v1::WeightDigests {
+            embedding: spec.embedding.then(|| digest(100)),
+            layers: (stage.layers.first..stage.layers.end).map(digest).collect(),
+            head: spec.head.then(|| digest(101)),
+        };
+        let (resident_bytes, digests) = (Some(stage.weight_bytes), Some(digests));
+        let done = v1::LoadProgress { resident_bytes, digests, ..v1::LoadProgress::default() };
         progress.try_send(Ok(done)).unwrap();
         Ok(receiver)
     }
@@ -127,7 +135,16 @@ async fn bring_up(found: &Discovery, worker: &Obedient) -> Result<Pipeline, Pipe
     let stages = plan.replicas[0].stages.iter();
     *lock(&worker.plan) = stages.map(|stage| (stage.device.clone(), stage.clone())).collect();
     let deployment = deployment(None);
-    Pipeline::bring_up(found, &plan, fence(), Arc::new(|_| {}), Arc::new(|_, _| {}), &deployment).await
+    Pipeline::bring_up(
+        found,
+        &plan,
+        fence(),
+        Arc::new(|_| {}),
+        Arc::new(|_, _| {}),
+        &deployment,
+        &Mutex::default(),
+    )
+    .await
 }
 
 #[tokio::test]
@@ -202,7 +219,7 @@ async fn a_stage_whose_worker_drains_is_left_before_it_ends() {
         stage.try_send(v1::FromStage { message: Some(from_stage::Message::Health(health)) }).unwrap();
     }
     let sink: EventSink = Arc::new(|_, _| {});
-    assert_eq!(forward(0, 1, &mut from, &sink).await, "it is about to end");
+    assert_eq!(forward(0, 1, &mut from, &sink).await, "is about to end");
     assert!(!stage.is_closed() && from.try_recv().is_err(), "at the first word of it");
 }
 

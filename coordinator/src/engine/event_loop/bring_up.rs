@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    sync::Arc,
+    sync::{Arc, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -91,7 +91,7 @@ impl Engine {
         let mut members = self.members.answering();
         members.retain(|member| !self.left_out.has(&member.name, Instant::now()));
         let (profile, deployment) = (self.profile.clone(), self.deployment.clone());
-        let (events, observer) = (self.handle.clone(), self.observer.clone());
+        let (events, observer, weights) = (self.handle.clone(), self.observer.clone(), self.weights.clone());
         let sink_events = events.clone();
         let sink = Arc::new(move |incarnation, event| {
             let _ = sink_events.send(Event::Pipeline(incarnation, event));
@@ -130,7 +130,8 @@ impl Engine {
                         planned
                     }
                 };
-                Pipeline::bring_up(&planned.found, &planned.plan, fence, progress, sink, &deployment).await
+                let Planned { found, plan } = &planned;
+                Pipeline::bring_up(found, plan, fence, progress, sink, &deployment, &weights).await
             };
             let outcome = outcome.await;
             let _ = events.send(Event::BroughtUp(incarnation, Box::new(outcome)));
@@ -140,6 +141,9 @@ impl Engine {
     /// A replica has found devices. What the same plan makes of those that are left over becomes replicas that wait for
     /// devices, or further ones.
     pub(super) fn planned(&mut self, incarnation: u64, planned: &Planned) {
+        for (worker, why) in &planned.found.left_out {
+            tracing::warn!(worker, "{why}; planning without it");
+        }
         self.undescribed.clone_from(&planned.found.left_out);
         self.show_left_out();
         let Some(at) = self.replicas.iter().position(|replica| replica.has(incarnation)) else { return };
@@ -304,6 +308,7 @@ impl Engine {
             s.down.clear();
             s.plan = Some(Arc::new(Plan { replicas, ..Plan::clone(plan) }));
             s.fence = pipeline.fence();
+            s.weights = self.weights.lock().unwrap_or_else(PoisonError::into_inner).root();
         });
     }
 }

@@ -77,6 +77,7 @@ impl Cluster for ClusterService {
             load: Some(snapshot.load),
             members,
             version: self.coordinator.config().version.clone(),
+            weights: snapshot.weights.map(|digest| digest.to_string()).unwrap_or_default(),
             requests: Some(self.coordinator.session().requests()),
         }))
     }

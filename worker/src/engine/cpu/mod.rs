@@ -49,7 +49,12 @@ impl Engine for CpuEngine {
 
     fn loaded(&self) -> Option<Loaded<'_>> {
         let weights = self.weights.as_ref()?;
-        Some(Loaded { model: weights.model(), spec: weights.spec(), bytes: weights.resident_bytes() })
+        Some(Loaded {
+            model: weights.model(),
+            spec: weights.spec(),
+            bytes: weights.resident_bytes(),
+            digests: weights.digests(),
+        })
     }
 
     fn prepare(&mut self, Size { kv_blocks, tokens, outputs }: Size) -> Result<Allocated, ModelError> {

@@ -7,7 +7,7 @@
 
 use std::{collections::BTreeMap, ops::ControlFlow, path::Path};
 
-use strata_proto::Format;
+use strata_proto::{Format, WeightDigests};
 
 use crate::{
     engine::StepError,
@@ -147,12 +147,13 @@ pub struct Weights {
     pub(super) input: Option<Block>,
     pub(super) layers: Vec<Block>,
     pub(super) output: Option<Block>,
+    digests: WeightDigests,
 }
 
 impl Weights {
     /// Reads the tensors of a range, and no others, in the order of the files. `progress` is called after each piece
-    /// and may stop the load. Beside the weights, one piece is in memory at a time, and the next one as it is read; of
-    /// a transposed tensor that is quantized, all of it. `cpu` quantizes, on all its threads.
+    /// and may stop the load. Beside the weights, three pieces are in memory; of a transposed tensor that is
+    /// quantized, all of it. `cpu` quantizes, on all its threads.
     pub fn load(
         checkpoint: &Checkpoint,
         model: &Model,
@@ -181,7 +182,7 @@ impl Weights {
             let elements = Elements { first: piece.first, total: piece.total, values: &values, cpu };
             Ok(part.write(piece, &elements)?)
         };
-        read_tensors(checkpoint, model, spec, &mut put, progress)?;
+        weights.digests = read_tensors(checkpoint, model, spec, &mut put, progress)?;
         Ok(weights)
     }
 
@@ -193,6 +194,11 @@ impl Weights {
     /// The model it is a part of.
     pub fn model(&self) -> &Model {
         &self.model
+    }
+
+    /// What was read from the files.
+    pub fn digests(&self) -> &WeightDigests {
+        &self.digests
     }
 
     /// Bytes of memory it occupies: exactly what the model's profile says.
@@ -215,6 +221,7 @@ impl Weights {
             input: spec.embedding.then(|| block(Site::Input)).transpose()?,
             layers: layers.map(|l| block(Site::Layer(l))).collect::<Result<_, _>>()?,
             output: spec.head.then(|| block(Site::Output)).transpose()?,
+            digests: WeightDigests::default(),
         })
     }
 

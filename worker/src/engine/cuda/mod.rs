@@ -107,7 +107,12 @@ impl Engine for CudaEngine {
 
     fn loaded(&self) -> Option<Loaded<'_>> {
         let weights = self.weights.as_ref()?;
-        Some(Loaded { model: &weights.model, spec: &weights.spec, bytes: weights.bytes })
+        Some(Loaded {
+            model: &weights.model,
+            spec: &weights.spec,
+            bytes: weights.bytes,
+            digests: &weights.digests,
+        })
     }
 
     fn prepare(&mut self, size: Size) -> Result<Allocated, ModelError> {

@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, ops::ControlFlow};
 
 use cudarc::driver::CudaEvent;
 use half::{bf16, f16};
-use strata_proto::{DType, Format, Quantization};
+use strata_proto::{DType, Format, Quantization, WeightDigests};
 
 use crate::{
     engine::StepError,
@@ -93,6 +93,7 @@ pub(super) struct Weights {
     pub layers: Vec<Block>,
     pub output: Option<Block>,
     pub bytes: u64,
+    pub digests: WeightDigests,
     _memory: Arena,
 }
 
@@ -107,7 +108,7 @@ impl Weights {
         progress: &mut dyn FnMut(LoadedBytes) -> ControlFlow<()>,
     ) -> Result<Self, ModelError> {
         spec.check(model)?;
-        let weights = Self::empty(gpu, model, spec)?;
+        let mut weights = Self::empty(gpu, model, spec)?;
         let mut loader = Loader::new(gpu, cpu)?;
         let mut put = |piece: &Piece<'_>| {
             let part = weights.part(piece.site, piece.key).ok_or_else(|| piece.misplaced())?;
@@ -116,7 +117,8 @@ impl Weights {
         let read = read_tensors(checkpoint, model, spec, &mut put, progress);
         // Also after an error: what was sent still uses the loader's memory.
         gpu.wait()?;
-        read.map(|()| weights)
+        weights.digests = read?;
+        Ok(weights)
     }
 
     /// Zeros in place of the tensors of a range.
@@ -150,6 +152,7 @@ impl Weights {
             layers: layers.map(|layer| block(Site::Layer(layer))).collect::<Result<_, _>>()?,
             output: spec.head.then(|| block(Site::Output)).transpose()?,
             bytes,
+            digests: WeightDigests::default(),
             _memory: memory,
         })
     }

@@ -1,0 +1,167 @@
+//! Weights are what they claim: damaged copies are refused by name, and told apart by `strata verify`.
+
+use std::{fs, os::unix::fs::FileExt, path::Path, time::Duration};
+
+use serde_json::Value;
+use strata_proto::v1::{self, generate_event};
+
+use crate::{
+    cluster::{PATIENCE, ask, client, expectations, greedy, model, status},
+    processes::{Process, free_dir, run},
+};
+
+const TENSOR: &str = "model.layers.5.mlp.up_proj.weight";
+
+/// A directory with a copy of the demo model.
+fn copy() -> tempfile::TempDir {
+    let models = free_dir();
+    let directory = models.path().join("shakespeare");
+    fs::create_dir(&directory).unwrap();
+    for entry in fs::read_dir(model("shakespeare")).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, directory.join(path.file_name().unwrap())).unwrap();
+    }
+    models
+}
+
+/// Flips one bit in the last layer, where the fingerprint does not look: a quarter into a tensor. Doing so again mends it.
+fn flip_a_bit(models: &Path) {
+    let path = models.join("shakespeare/model.safetensors");
+    let file = fs::File::options().read(true).write(true).open(&path).unwrap();
+    let mut size = [0; 8];
+    file.read_exact_at(&mut size, 0).unwrap();
+    let size = u64::from_le_bytes(size);
+    let mut header = vec![0; size as usize];
+    file.read_exact_at(&mut header, 8).unwrap();
+    let header: Value = serde_json::from_slice(&header).unwrap();
+    let offsets = &header[TENSOR]["data_offsets"];
+    let [begin, end] = [0, 1].map(|i| offsets[i].as_u64().unwrap());
+    let mut byte = [0];
+    let at = 8 + size + begin + (end - begin) / 4;
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+}
+
+async fn wait_for(
+    address: &str,
+    what: &str,
+    holds: impl Fn(&v1::StatusResponse) -> bool,
+) -> v1::StatusResponse {
+    let wait = async {
+        loop {
+            let status = status(address).await;
+            if holds(&status) {
+                return status;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, wait).await.unwrap_or_else(|_| panic!("{what} does not come"))
+}
+
+/// Four or five workers of which the first three hold the stages, and a coordinator over them.
+fn cluster(models: &[&Path]) -> (Vec<Process>, Process) {
+    let start =
+        |models: &&Path| Process::start(&["worker", "--models", models.to_str().unwrap()], "listening ");
+    let workers: Vec<_> = models.iter().map(start).collect();
+    let urls: Vec<_> = workers.iter().map(|w| w.address.clone()).collect();
+    let urls = urls.join(",");
+    let args = ["coordinator", "--worker", &urls, "--model", "shakespeare", "--dtype", "f32", "--port", "0"];
+    let coordinator = Process::start(&[&args[..], &["--split", "2,2,2"]].concat(), "ready ");
+    (workers, coordinator)
+}
+
+fn name(worker: &Process) -> String {
+    worker.address.trim_start_matches("http://").to_owned()
+}
+
+fn serves(status: &v1::StatusResponse, worker: &str) -> bool {
+    status.plan.as_ref().unwrap().replicas[0].stages.iter().any(|stage| stage.worker == worker)
+}
+
+/// An answer of 200 tokens, in the midst of which something happens.
+async fn disturbed(address: &str, disturb: impl AsyncFnOnce()) {
+    let client = client(address).await;
+    let expected = expectations(&model("shakespeare")).remove(0);
+    let undisturbed = ask(&client, greedy(&expected.ids, 200)).await.unwrap().ids;
+    let mut stream = client.clone().generate(greedy(&expected.ids, 200)).await.unwrap().into_inner();
+    let mut got = Vec::new();
+    let mut disturb = Some(disturb);
+    while let Some(event) = stream.message().await.unwrap() {
+        let Some(generate_event::Event::Tokens(tokens)) = event.event else { continue };
+        assert_eq!(tokens.index as usize, got.len(), "an index is missing or repeated");
+        got.extend(tokens.token_ids);
+        if let Some(disturb) = disturb.take() {
+            disturb().await;
+        }
+    }
+    assert_eq!(got, undisturbed, "an answer changed");
+}
+
+/// The only spare is to take layers over when a stage is lost, and one bit of them is not what it was.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_spare_with_a_damaged_copy_is_refused_by_name_until_it_is_mended() {
+    let damaged = copy();
+    flip_a_bit(damaged.path());
+    let (good, damaged) = (model(""), damaged.path());
+    let (mut workers, coordinator) = cluster(&[&good, &good, &good, damaged]);
+    let (address, spare) = (&coordinator.address, name(&workers[3]));
+    let before = status(address).await;
+    assert_eq!(before.weights.len(), 64, "every part was loaded");
+    assert!(!serves(&before, &spare), "the spare is none: {before:?}");
+    disturbed(address, async || {
+        workers.remove(1).signal("-KILL");
+        let says = |s: &v1::StatusResponse| s.reason.contains("its copy of the model is not that of");
+        let refused = wait_for(address, "the refusal", says).await.reason;
+        assert!(refused.contains(&spare) && refused.contains("layer 5"), "{refused}");
+        flip_a_bit(damaged);
+    })
+    .await;
+    let after = wait_for(address, "readiness", |s| s.ready).await;
+    assert_eq!(after.weights, before.weights);
+    assert!(serves(&after, &spare), "its mended copy is not used: {after:?}");
+}
+
+/// Of two spares, the first one is damaged.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_good_spare_serves_in_the_place_of_a_damaged_one() {
+    let damaged = copy();
+    flip_a_bit(damaged.path());
+    let good = model("");
+    let (mut workers, coordinator) = cluster(&[&good, &good, &good, damaged.path(), &good]);
+    let (address, bad, spare) = (&coordinator.address, name(&workers[3]), name(&workers[4]));
+    disturbed(address, async || workers.remove(2).signal("-KILL")).await;
+    let after = wait_for(address, "readiness", |s| s.ready).await;
+    assert!(serves(&after, &spare) && !serves(&after, &bad), "{after:?}");
+    let refused = &after.members.iter().find(|member| member.worker == bad).unwrap().reason;
+    assert!(refused.contains("its copy of the model is not that of"), "{refused:?}");
+}
+
+#[test]
+fn verify_names_the_tensor_in_which_two_copies_differ() {
+    let (good, damaged) = (model("shakespeare"), copy());
+    let other = damaged.path().join("shakespeare");
+    let [good, other] = [&good, &other].map(|path| path.to_str().unwrap());
+    let same = run(&["verify", good, "--against", other]).unwrap();
+    // The whole, embedding, six layers, head.
+    assert_eq!(same.lines().count(), 9, "{same}");
+    assert!(same.lines().all(|line| line.split_whitespace().last().unwrap().len() == 64), "{same}");
+    let report = damaged.path().join("digests.json");
+    fs::write(&report, run(&["verify", good, "--json"]).unwrap()).unwrap();
+
+    flip_a_bit(damaged.path());
+    for against in [good, report.to_str().unwrap()] {
+        let refused = run(&["verify", other, "--against", against]).unwrap_err();
+        assert!(refused.contains("the weights are not those of"), "{refused}");
+    }
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_strata"))
+        .args(["verify", other, "--against", report.to_str().unwrap(), "--json"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let differences = found["differences"].as_array().unwrap();
+    assert_eq!((differences.len(), &differences[0]["tensor"]), (1, &Value::from(TENSOR)), "{found}");
+    assert_eq!(differences[0]["module"], "layer 5");
+    assert!(run(&["verify", report.to_str().unwrap()]).unwrap_err().contains("give the directory"));
+}
