@@ -111,6 +111,7 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     })?;
     let worker = Arc::new(worker);
     let (stop, stopped) = watch::channel(false);
+    let draining = stopping(stopped.clone());
     // The coordinators of what runs here plan without this worker; their calls are answered until they have.
     let drained = {
         let worker = worker.clone();
@@ -121,7 +122,8 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     };
     secret::warn_of_none(secret.as_ref(), address.ip());
     say(&format!("listening http://{address}"))?;
-    let serving = tokio::spawn(strata_worker::grpc::serve(worker.clone(), secret, listener, drained));
+    let serving = strata_worker::grpc::serve(worker.clone(), secret, listener, draining, drained);
+    let serving = tokio::spawn(serving);
     let mut serving = pin!(async { serving.await?.context("serving the coordinator") });
     tokio::select! {
         ended = &mut serving => return ended,
