@@ -3,9 +3,11 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use strata_proto::v1::{self, FinishReason, generate_event, step_result};
-use tokio::sync::mpsc;
 
-use super::{error::EngineError, messages::Reply};
+use super::{
+    error::EngineError,
+    replies::{Reply, ReplySender},
+};
 use crate::{
     request::{TextStream, Tokenizer, generate::Checked},
     scheduler::{self, SequenceId},
@@ -13,7 +15,7 @@ use crate::{
 
 /// A request in progress.
 pub(crate) struct Live {
-    pub reply: mpsc::UnboundedSender<Reply>,
+    pub reply: ReplySender,
     /// Of a generation.
     pub answer: Option<Answer>,
     /// Some of it went to a pipeline.
@@ -111,6 +113,5 @@ pub(crate) fn finish(live: Live, reason: FinishReason, tokenizer: &Tokenizer) {
             Reply::Failed(EngineError::Internal)
         }
     };
-    // A receiver that is gone needs no telling.
-    let _ = live.reply.send(reply);
+    live.reply.end(reply);
 }

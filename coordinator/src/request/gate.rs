@@ -4,9 +4,10 @@
 //! than sixteen times as many as are free, a connection while it has fewer than eight times as many. So whoever is alone
 //! has nearly all of them, and who has none finds one.
 
-use std::{collections::HashMap, sync::Arc};
-
-use tokio::sync::watch;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use super::error::AdmissionError;
 
@@ -18,14 +19,15 @@ const CONNECTION_SHARE: usize = 8;
 /// A place among the requests in progress; freed by dropping it.
 #[derive(Debug)]
 pub(crate) struct Permit {
-    inside: watch::Sender<Inside>,
+    inside: Arc<Mutex<Inside>>,
     tenant: Arc<str>,
     connection: u64,
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.inside.send_modify(|inside| inside.leave(&self.tenant, self.connection));
+        let mut inside = self.inside.lock().unwrap_or_else(PoisonError::into_inner);
+        inside.leave(&self.tenant, self.connection);
     }
 }
 
@@ -75,14 +77,14 @@ impl Inside {
 /// Bounds the number of requests in progress.
 #[derive(Debug, Clone)]
 pub(crate) struct Gate {
-    inside: watch::Sender<Inside>,
+    inside: Arc<Mutex<Inside>>,
     limit: usize,
 }
 
 impl Gate {
     /// A gate for `limit` requests at a time.
     pub fn new(limit: usize) -> Self {
-        Gate { inside: watch::Sender::default(), limit }
+        Gate { inside: Arc::default(), limit }
     }
 
     /// A place for a request of a tenant that came by a connection, or the answer that there is none.
@@ -91,29 +93,13 @@ impl Gate {
     /// [`AdmissionError::Overload`] at once if every place is taken, [`AdmissionError::Share`] if those that are left
     /// are for others.
     pub fn enter(&self, tenant: &Arc<str>, connection: u64) -> Result<Permit, AdmissionError> {
-        let mut entered = Ok(());
-        self.inside.send_if_modified(|inside| {
-            entered = inside.enter(self.limit, tenant, connection);
-            entered.is_ok()
-        });
-        entered.map(|()| Permit { inside: self.inside.clone(), tenant: tenant.clone(), connection })
-    }
-
-    /// Places that are taken.
-    pub fn inside(&self) -> usize {
-        self.inside.borrow().total
-    }
-
-    /// Waits until none is.
-    pub async fn empty(&self) {
-        // The sender is in hand, so this cannot fail.
-        let _ = self.inside.subscribe().wait_for(|inside| inside.total == 0).await;
+        self.inside.lock().unwrap_or_else(PoisonError::into_inner).enter(self.limit, tenant, connection)?;
+        Ok(Permit { inside: self.inside.clone(), tenant: tenant.clone(), connection })
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use futures::FutureExt;
     use strata_proto::error::{Classify, Kind};
 
     use super::*;
@@ -123,11 +109,9 @@ mod tests {
         let gate = Gate::new(1);
         let permit = gate.enter(&"".into(), 0).unwrap();
         assert!(matches!(gate.enter(&"".into(), 0).unwrap_err().kind(), Kind::Overload { .. }));
-        assert_eq!((gate.inside(), gate.empty().now_or_never()), (1, None));
         drop(permit);
-        assert_eq!((gate.inside(), gate.empty().now_or_never()), (0, Some(())));
         gate.enter(&"".into(), 0).unwrap();
-        assert!(gate.inside.borrow().tenants.is_empty(), "nobody who left is remembered");
+        assert!(gate.inside.lock().unwrap().tenants.is_empty(), "nobody who left is remembered");
     }
 
     #[test]

@@ -2,34 +2,36 @@
 
 use std::time::Duration;
 
-use futures::{StreamExt, stream::Map};
 use strata_proto::{
-    error::status,
     port::Peer,
-    v1::{self, generate_event::Event, inference_server::Inference},
+    v1::{self, inference_server::Inference},
 };
 use tonic::{Request, Response, Status, async_trait, metadata::MetadataMap};
 
+use super::{read::Read, told::told};
 use crate::{
-    front::session::{Generation, Session, SessionError},
+    front::session::{Session, SessionError},
     request::bounds::MAX_DEADLINE,
 };
 
-pub(super) struct InferenceService(pub Session);
+pub(super) struct InferenceService {
+    pub session: Session,
+    /// Longest that an answer waits for its client to read on.
+    pub slow_reader: Duration,
+}
 
 impl InferenceService {
     /// The session for a call's connection, what came with the call, and its message.
     fn parts<T>(&self, request: Request<T>) -> (Session, MetadataMap, T) {
         let (metadata, extensions, message) = request.into_parts();
         let connection = extensions.get::<Peer>().map_or(0, |peer| peer.connection);
-        (self.0.over(connection), metadata, message)
+        (self.session.over(connection), metadata, message)
     }
 }
 
 #[async_trait]
 impl Inference for InferenceService {
-    type GenerateStream =
-        Map<Generation, fn(Result<Event, SessionError>) -> Result<v1::GenerateEvent, Status>>;
+    type GenerateStream = Read;
 
     async fn generate(
         &self,
@@ -37,11 +39,8 @@ impl Inference for InferenceService {
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let (session, metadata, mut request) = self.parts(request);
         request.deadline_ms = sooner(request.deadline_ms, &metadata);
-        let answer = session.generate(request).await.map_err(|e| status(&e))?;
-        Ok(Response::new(answer.map(|event| match event {
-            Ok(event) => Ok(v1::GenerateEvent { event: Some(event) }),
-            Err(error) => Err(status(&error)),
-        })))
+        let answer = session.generate(request).await.map_err(|e| told(&e))?;
+        Ok(Response::new(Read::new(answer, self.slow_reader)))
     }
 
     async fn classify(
@@ -86,7 +85,7 @@ impl Inference for InferenceService {
 }
 
 fn response<T>(answer: Result<T, SessionError>) -> Result<Response<T>, Status> {
-    answer.map(Response::new).map_err(|error| status(&error))
+    answer.map(Response::new).map_err(|error| told(&error))
 }
 
 /// The sooner of the request's own deadline and of the one that gRPC clients send, in milliseconds.

@@ -2,6 +2,8 @@
 
 mod cluster;
 mod inference;
+mod read;
+mod told;
 
 use std::{future::Future, time::Duration};
 
@@ -56,9 +58,12 @@ pub async fn serve(
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
     // Answers of Inference are not compressed: single tokens grow by it, and vectors hardly shrink.
-    let inference = InferenceServer::new(inference::InferenceService(coordinator.session().clone()))
-        .accept_compressed(Gzip)
-        .max_decoding_message_size(MAX_REQUEST_BYTES);
+    let inference = InferenceServer::new(inference::InferenceService {
+        session: coordinator.session().clone(),
+        slow_reader: coordinator.config().clients.slow_reader,
+    })
+    .accept_compressed(Gzip)
+    .max_decoding_message_size(MAX_REQUEST_BYTES);
     let cluster = ClusterServer::new(cluster::ClusterService::new(coordinator.clone()))
         .accept_compressed(Gzip)
         .send_compressed(Gzip);
