@@ -19,6 +19,8 @@ pub const MAX_REQUESTS: u32 = 512;
 /// How long workers have to join, unless told otherwise.
 pub const JOIN_TIMEOUT: Duration = Duration::from_secs(120);
 
+/// Silence after which somebody counts as lost, unless told otherwise.
+pub const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Most connections of clients at a time, unless told otherwise.
 pub const MAX_CONNECTIONS: u32 = 1024;
 /// Longest that an answer waits for its client to read on, unless told otherwise.
@@ -37,9 +39,9 @@ pub struct CoordinatorConfig {
     pub limits: Limits,
     /// Bounds on clients of its port.
     pub clients: ClientLimits,
-    /// Workers to wait for before the first plan.
-    pub expected_members: usize,
-    /// How long to wait for them.
+    /// Workers to wait for before the first plan; none: as many as come, over whom it can be planned.
+    pub expected_members: Option<usize>,
+    /// How long to wait for them, if so many are expected.
     pub join_timeout: Duration,
     /// Checks whose failure does not keep the deployment from serving.
     pub skip_checks: Vec<Check>,
@@ -64,10 +66,11 @@ impl CoordinatorConfig {
                 links: None,
                 max_step_tokens: MAX_STEP_TOKENS,
                 max_step_rows: MAX_STEP_ROWS,
+                heartbeat_timeout: HEARTBEAT_TIMEOUT,
             },
             limits: Limits::default(),
             clients: ClientLimits::default(),
-            expected_members: workers,
+            expected_members: Some(workers),
             join_timeout: JOIN_TIMEOUT,
             skip_checks: Vec::new(),
             names: Vec::new(),
@@ -100,9 +103,17 @@ pub struct Deployment {
     /// Most rows in one step, each counted by its outputs: one, or as many as it has masks, and one more for each
     /// draft.
     pub max_step_rows: u32,
+    /// Silence after which a stage counts as lost, and a stage's neighbour or coordinator to the stage. Of whole
+    /// milliseconds.
+    pub heartbeat_timeout: Duration,
 }
 
 impl Deployment {
+    /// The heartbeat timeout as calls carry it.
+    pub(crate) fn heartbeat_timeout_ms(&self) -> u32 {
+        u32::try_from(self.heartbeat_timeout.as_millis()).unwrap_or(u32::MAX)
+    }
+
     /// The longest sequence that is served.
     pub(crate) fn context_of(&self, profile: &ModelProfile) -> u32 {
         self.context.map_or(profile.context_length, |c| c.min(profile.context_length))

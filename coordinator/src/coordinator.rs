@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -22,7 +22,7 @@ use tokio::{
 
 use crate::{
     cluster::{
-        PipelineError, WeightRecord,
+        History, PipelineError,
         discovery::{Discovery, Planned, discover},
         leadership::Leadership,
         membership::{MemberEvent, Members, Source},
@@ -39,6 +39,8 @@ const PROBE_LOGPROBS: u32 = 20;
 
 /// How long listed workers have to come, before those that are there are enough if they can hold the model.
 const ENOUGH_AFTER: Duration = Duration::from_secs(5);
+/// How long nobody may have joined, where nobody knows how many will, before those that are there may do.
+const SETTLED_AFTER: Duration = Duration::from_secs(1);
 /// Pause after a coordinator could not take over from another one.
 const TAKE_OVER_AGAIN: Duration = Duration::from_secs(2);
 
@@ -124,8 +126,8 @@ struct Shared {
     snapshot: watch::Sender<Snapshot>,
     session: Session,
     started: AtomicBool,
-    /// What the weights of the model are, whoever led when they were loaded.
-    weights: Arc<Mutex<WeightRecord>>,
+    /// What earlier pipelines have shown, whoever led when they were brought up.
+    history: Arc<History>,
 }
 
 impl Coordinator {
@@ -140,8 +142,8 @@ impl Coordinator {
         let session =
             Session::new(names.into(), config.limits.max_requests, config.clients.unread_bytes, view);
         let (members, started) = (Members::default(), AtomicBool::new(false));
-        let weights = Arc::default();
-        let shared = Shared { config, members, snapshot, session, started, weights };
+        let history = Arc::default();
+        let shared = Shared { config, members, snapshot, session, started, history };
         Coordinator { shared: Arc::new(shared) }
     }
 
@@ -157,8 +159,10 @@ impl Coordinator {
         let Source { events, mut leadership } = source.into();
         self.shared.members.follow(events);
         let started = async {
-            // Who has no workers has nothing to wait for a turn with.
-            self.gather(&observer).await?;
+            // Who has none of the workers that are listed has nothing to wait for a turn with.
+            if self.shared.config.expected_members.is_some() {
+                self.gather(&observer).await?;
+            }
             self.take_over(&mut leadership, 0, &observer).await
         };
         match started.await {
@@ -254,14 +258,14 @@ impl Coordinator {
     /// Waits for workers; what they said of the model, if some are missing and it had to be asked.
     async fn gather(&self, observer: &Observer) -> Result<Option<Discovery>, StartError> {
         let waiting = |joined, expected| {
-            self.show(State::Standby, format!("{joined} of {expected} workers are there"));
+            self.show(State::Standby, counted(joined, expected));
             observer(Notice::Waiting(joined, expected));
         };
         gather(&self.shared.config, &self.shared.members, waiting).await
     }
 
     async fn bring_up(&self, term: u64, observer: &Observer) -> Result<engine::Running, StartError> {
-        let Shared { config, members, session, snapshot, weights, .. } = &*self.shared;
+        let Shared { config, members, session, snapshot, history, .. } = &*self.shared;
         let events = members.subscribe();
         let found = self.gather(observer).await?;
         self.show(State::Starting, "asking the workers for the model");
@@ -300,7 +304,7 @@ impl Coordinator {
             term,
             snapshot: snapshot.clone(),
             planned: Planned { found, plan },
-            weights: weights.clone(),
+            history: history.clone(),
             counters: engine::counters(&snapshot.borrow().load),
         });
         let handle = engine.handle().clone();
@@ -391,32 +395,40 @@ impl Reign {
 }
 
 /// Waits until the expected number of workers is there, and calls `waiting` whenever that is to be waited for. After a
-/// moment those are enough over which it can be planned; then what they said is returned.
+/// moment those are enough over which it can be planned; then what they said is returned. Where no number is expected, that
+/// is waited for as long as it takes.
 async fn gather(
     config: &CoordinatorConfig,
     members: &Members,
-    waiting: impl Fn(usize, usize),
+    waiting: impl Fn(usize, Option<usize>),
 ) -> Result<Option<Discovery>, StartError> {
     let expected = config.expected_members;
     let mut events = members.subscribe();
-    let deadline = Instant::now() + config.join_timeout;
-    let mut look = Instant::now() + ENOUGH_AFTER.min(config.join_timeout);
+    let begun = Instant::now();
+    let deadline = expected.map(|_| begun + config.join_timeout);
+    let mut look = begun + ENOUGH_AFTER.min(config.join_timeout);
+    let mut failed = false;
     let mut told = None;
     loop {
         if let Some((worker, again)) = members.twice() {
             return Err(StartError::Twice { worker, again });
         }
         let joined = members.list().len();
-        if joined >= expected {
+        if expected.is_some_and(|expected| joined >= expected) {
             return Ok(None);
         }
         if told != Some(joined) {
             waiting(joined, expected);
             told = Some(joined);
+            failed = false;
         }
+        if expected.is_none() && !failed {
+            look = members.joined_last().unwrap_or(begun) + SETTLED_AFTER;
+        }
+        let mut nobody_comes = false;
         match tokio::time::timeout_at(look, events.recv()).await {
             Ok(Some(_)) => continue,
-            Ok(None) => look = deadline,
+            Ok(None) => nobody_comes = true,
             Err(_) => {}
         }
         // Those that are there may do.
@@ -424,16 +436,28 @@ async fn gather(
         if let Ok(found) = found
             && found.plan(&config.deployment).is_ok()
         {
-            tracing::warn!(
-                "{joined} of {expected} workers are there, which is enough; starting without the others"
-            );
+            if let Some(expected) = expected {
+                tracing::warn!(
+                    "{joined} of {expected} workers are there, which is enough; starting without the others"
+                );
+            }
             return Ok(Some(found));
         }
-        if look >= deadline {
-            let (timeout, away) = (config.join_timeout, members.away());
+        if nobody_comes || deadline.is_some_and(|deadline| look >= deadline) {
+            let (expected, timeout, away) = (expected.unwrap_or(joined), config.join_timeout, members.away());
             return Err(StartError::Members { joined, expected, timeout, away });
         }
-        look = (Instant::now() + ENOUGH_AFTER).min(deadline);
+        failed = true;
+        look = Instant::now() + ENOUGH_AFTER;
+        look = deadline.map_or(look, |deadline| look.min(deadline));
+    }
+}
+
+/// How many workers are there, in words.
+fn counted(joined: usize, expected: Option<usize>) -> String {
+    match expected {
+        Some(expected) => format!("{joined} of {expected} workers are there"),
+        None => format!("{joined} workers are there, over which the model cannot be planned yet"),
     }
 }
 

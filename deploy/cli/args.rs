@@ -3,6 +3,7 @@
 mod clients;
 mod deployment;
 mod devices;
+mod etcd;
 mod examples;
 mod servers;
 mod tools;
@@ -14,6 +15,7 @@ use clap::{Parser, Subcommand};
 pub use clients::*;
 pub use deployment::*;
 pub use devices::*;
+pub use etcd::*;
 pub use servers::*;
 pub use tools::*;
 

@@ -39,7 +39,8 @@ impl Loading {
             Notice::Waiting(..) | Notice::StandingBy(_) if self.quiet => {}
             Notice::StandingBy(why) => report::tell(&format!("standing by: {why}")),
             Notice::Waiting(joined, expected) => {
-                report::tell_with(&format!("{joined} of {expected} workers are there"), |fields| {
+                let of = expected.map(|expected| format!(" of {expected}")).unwrap_or_default();
+                report::tell_with(&format!("{joined}{of} workers are there"), |fields| {
                     fields.extend([("joined".into(), joined.into()), ("expected".into(), expected.into())]);
                 });
             }

@@ -62,13 +62,14 @@ pub fn here(
             devices,
             compute,
             link_address: SocketAddr::new(IpAddr::from([127, 0, 0, 1]), 0),
+            link_advertise: None,
             hub: hub.clone(),
             step_hook: None,
             directories: directories.clone(),
         })?;
         workers.push((format!("worker-{index}"), Arc::new(worker)));
     }
-    let config = coordinator_config(deployment, name, split, workers.len(), LOCAL_TIMEOUT);
+    let config = coordinator_config(deployment, name, split, Some(workers.len()), LOCAL_TIMEOUT);
     Ok((config, membership::local(workers)))
 }
 
@@ -77,7 +78,7 @@ pub fn coordinator_config(
     args: &DeploymentArgs,
     model: String,
     split: Split,
-    expected_members: usize,
+    expected_members: Option<usize>,
     join_timeout: Duration,
 ) -> CoordinatorConfig {
     warn_of_idle_bounds(args);
@@ -94,6 +95,7 @@ pub fn coordinator_config(
             max_step_tokens: args.max_step_tokens,
             // A row has a token at least.
             max_step_rows: args.max_step_rows.min(args.max_step_tokens),
+            heartbeat_timeout: Duration::from_secs(args.heartbeat_timeout),
         },
         limits: Limits {
             prefill_chunk: args.prefill_chunk,

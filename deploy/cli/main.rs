@@ -10,6 +10,7 @@ mod check;
 mod client;
 mod config_file;
 mod encode;
+mod etcd;
 mod generate;
 mod kernels;
 mod loading;

@@ -5,7 +5,10 @@ use std::{io::Write, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 use anyhow::{Context, bail};
 use strata_coordinator::{
     Coordinator, CoordinatorConfig,
-    cluster::membership::{self, Caller, Source},
+    cluster::{
+        etcd::members,
+        membership::{self, Caller, Source},
+    },
     engine::{Notice, Observer},
     front::grpc,
     planner::Split,
@@ -19,6 +22,7 @@ use uuid::Uuid;
 
 use crate::{
     args::{CoordinatorArgs, DryRunArgs, ListenArgs, SecretArgs, ServeArgs, WorkerArgs},
+    etcd,
     loading::Loading,
     local::{capped, coordinator_config, here, processors},
     model_dir, open_files, plan,
@@ -61,20 +65,37 @@ pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
             args.model
         )));
     }
-    let members = membership::fixed(&args.workers, &caller(&args.listen, &args.secret)?)
-        .map_err(|why| misused(format!("--worker: {why}")))?;
+    let caller = caller(&args.listen, &args.secret)?;
+    let etcd = etcd::of(&args.etcd, caller.secret.as_ref())?;
+    let (source, election) = match &etcd {
+        None => {
+            let listed = membership::fixed(&args.workers, &caller);
+            (listed.map_err(|why| misused(format!("--worker: {why}")))?, None)
+        }
+        // Who only looks does not stand for election.
+        Some(etcd) if args.dry_run.dry_run => (Source::from(members(etcd)), None),
+        Some(etcd) => {
+            let (source, election) = etcd::stand(etcd, caller.name, args.leader_ttl);
+            (source, Some(election))
+        }
+    };
     check_names(&args.listen.name)?;
     let timeout = Duration::from_secs(args.join_timeout);
-    let mut config =
-        coordinator_config(&args.deployment, args.model, Split::Auto, args.workers.len(), timeout);
+    let expected = etcd.is_none().then_some(args.workers.len());
+    let mut config = coordinator_config(&args.deployment, args.model, Split::Auto, expected, timeout);
     if args.dry_run.dry_run {
-        return plan::preview_plan(&config, members, args.dry_run.json).await;
+        return plan::preview_plan(&config, source, args.dry_run.json).await;
     }
     let signals = Signals::new();
     let listener = listen(&args.listen).await?;
     config.clients = args.listen.limits();
     config.names = args.listen.name;
-    answer(config, members, (listener, args.listen.grace), signals).await
+    let answered = answer(config, source, (listener, args.listen.grace), signals).await;
+    // The next one leads at once.
+    if let Some(election) = election {
+        election.resign().await;
+    }
+    answered
 }
 
 /// `strata worker`
@@ -91,6 +112,7 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         }
     }
     let secret = secret::read(&args.secret)?;
+    let etcd = etcd::of(&args.etcd, secret.as_ref())?;
     let mut signals = Signals::new();
     let listener =
         TcpListener::bind(args.listen).await.with_context(|| format!("--listen {}", args.listen))?;
@@ -105,6 +127,7 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         devices,
         compute,
         link_address: args.link_listen.unwrap_or(SocketAddr::new(address.ip(), 0)),
+        link_advertise: args.link_advertise,
         hub: Arc::default(),
         step_hook: None,
         directories,
@@ -125,11 +148,14 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     let serving = strata_worker::grpc::serve(worker.clone(), secret, listener, draining, drained);
     let serving = tokio::spawn(serving);
     let mut serving = pin!(async { serving.await?.context("serving the coordinator") });
+    let mut entry = etcd::register(etcd.as_ref(), &worker, address, &args.member).await?;
     tokio::select! {
         ended = &mut serving => return ended,
+        why = entry.refused() => return Err(why.into()),
         () = signals.next() => {}
     }
     stop.send_replace(true);
+    let serving = async { tokio::join!(serving, entry.end()).0 };
     let left = || {
         let busy = worker.occupied().join(", ");
         (!busy.is_empty()).then(|| format!("its coordinator's pipeline over {busy}"))

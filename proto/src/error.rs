@@ -6,7 +6,9 @@
 
 use std::time::Duration;
 
-use tonic::{Code, Status};
+use tonic::{Code, Status, metadata::MetadataValue};
+
+use crate::Side;
 
 /// What an error means to the caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +49,8 @@ pub const RETRY_AFTER: &str = "retry-after-ms";
 const RETRY_UNAVAILABLE: Duration = Duration::from_secs(1);
 /// Metadata key of the term that a stale call meets.
 const NEWEST_TERM: &str = "newest-term";
+/// Metadata key of the side on which a stage misses its neighbour.
+const MISSED: &str = "missed-neighbour";
 
 /// An error that knows what it means to the caller.
 pub trait Classify: std::fmt::Display {
@@ -80,6 +84,24 @@ pub fn status(error: &(impl Classify + ?Sized)) -> Status {
 /// The highest term that a worker has heard of, if it refused a call as stale.
 pub fn newest_term(status: &Status) -> Option<u64> {
     status.metadata().get(NEWEST_TERM)?.to_str().ok()?.parse().ok()
+}
+
+/// Notes in a status that a stage misses its neighbour on this side.
+pub fn miss(status: &mut Status, side: Side) {
+    let side = match side {
+        Side::Upstream => "upstream",
+        Side::Downstream => "downstream",
+    };
+    status.metadata_mut().insert(MISSED, MetadataValue::from_static(side));
+}
+
+/// The side on which a stage misses its neighbour, if a call failed for that.
+pub fn missed(status: &Status) -> Option<Side> {
+    match status.metadata().get(MISSED)?.to_str().ok()? {
+        "upstream" => Some(Side::Upstream),
+        "downstream" => Some(Side::Downstream),
+        _ => None,
+    }
 }
 
 /// A message of at most [`MAX_MESSAGE`] bytes, that says so if it was longer.

@@ -56,7 +56,7 @@ pub use plan::{Forecast, LinkChoice, LinkKind, MapDevice, Offload, Plan, Replica
 pub use profile::{Experts, FormatBytes, ModelProfile, Module};
 pub use secret::{BadSecret, Secret};
 pub use state::{LayerState, Stack, StateBytes, StateKind, StateRoom};
-pub use worker::{Files, Progress, StageChannel, Worker};
+pub use worker::{Files, Progress, Side, StageChannel, Worker};
 
 /// Generated messages and services of `strata.v1`.
 #[allow(missing_docs, clippy::all, clippy::pedantic)]

@@ -22,7 +22,8 @@ pub const LINK_TOKEN_BYTES: usize = 32;
 /// Bytes of an NCCL id.
 pub const NCCL_ID_BYTES: usize = 128;
 
-/// How often either end of a connection between coordinator and worker asks whether the other is there.
+/// How often either end of a connection between coordinator and worker asks whether the other is there, in the system or
+/// the process that has the connection. Stages that run are heard sooner, by heartbeats.
 pub const PING_EVERY: Duration = Duration::from_secs(2);
 /// How long the answer may take, before the connection counts as broken.
 pub const PING_TIMEOUT: Duration = Duration::from_secs(3);

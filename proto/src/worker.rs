@@ -13,6 +13,15 @@ pub type Files = BTreeMap<String, Vec<u8>>;
 /// Progress of a load; the last message has `resident_bytes`. Ends after it, or after an error.
 pub type Progress = mpsc::Receiver<Result<v1::LoadProgress, Status>>;
 
+/// A side of a stage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// Where its activations come from.
+    Upstream,
+    /// Where they go.
+    Downstream,
+}
+
 /// A running stage: a pair of message channels. Dropping `to` ends the incarnation.
 #[derive(Debug)]
 pub struct StageChannel {

@@ -11,6 +11,7 @@ use serde_json::Value;
 use strata_coordinator::{
     ClientLimits, Coordinator, CoordinatorConfig, Deployment, Limits, StartError,
     cluster::membership::{Member, MemberEvent},
+    config,
     engine::Snapshot,
     front::grpc,
     planner::Split,
@@ -151,6 +152,7 @@ impl Options {
             links: self.links,
             max_step_tokens: self.max_step_tokens,
             max_step_rows: self.max_step_tokens.min(64),
+            heartbeat_timeout: config::HEARTBEAT_TIMEOUT,
         }
     }
 
@@ -163,6 +165,7 @@ impl Options {
                 devices: self.devices.clone(),
                 compute: Compute { threads: self.threads, ..Compute::shared_by(1) },
                 link_address: "127.0.0.1:0".parse().unwrap(),
+                link_advertise: None,
                 hub: hub.clone(),
                 step_hook: self.hook.clone(),
                 directories: Directories { spill: Some(std::env::temp_dir()), kernels: None },
@@ -212,7 +215,7 @@ impl Cluster {
                 max_requests: options.max_requests,
             },
             clients: options.clients.clone(),
-            expected_members: options.workers,
+            expected_members: Some(options.workers),
             join_timeout: PATIENCE,
             skip_checks: Vec::new(),
             names: Vec::new(),

@@ -1,10 +1,11 @@
 //! Drafts over real stages, by the scheduler that the engine uses: whatever is guessed, the answers are those of plain
 //! decoding, to the bits of their log-probabilities.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use strata_coordinator::{
     cluster::{
+        History,
         discovery::discover,
         pipeline::{Pipeline, PipelineEvent},
     },
@@ -37,9 +38,16 @@ impl Driver {
         let (sink, events) = mpsc::unbounded_channel();
         let sink = Arc::new(move |_, event| drop(sink.send(event)));
         let fence = Fence { term: 1, pipeline: 0, incarnation: 1 };
-        let up =
-            Pipeline::bring_up(&found, &plan, fence, Arc::new(|_| {}), sink, &deployment, &Mutex::default())
-                .await;
+        let up = Pipeline::bring_up(
+            &found,
+            &plan,
+            fence,
+            Arc::new(|_| {}),
+            sink,
+            &deployment,
+            &History::default(),
+        )
+        .await;
         let stages = plan.replicas[0].stages.len() as u32;
         let scheduler = Scheduler::new(Config {
             blocks: plan.replicas[0].kv_capacity_tokens as u32 / BLOCK_TOKENS,
@@ -111,7 +119,7 @@ impl Driver {
             {
                 PipelineEvent::Result(result) => return result,
                 PipelineEvent::Done { .. } => {}
-                PipelineEvent::Lost { worker, reason } => panic!("lost {worker}: {reason}"),
+                PipelineEvent::Lost { worker, reason, .. } => panic!("lost {worker}: {reason}"),
             }
         }
     }

@@ -98,6 +98,7 @@ async fn workers_refuse_stale_fences_on_every_call() {
         mapped: false,
     };
     let fence = |term, incarnation| Some(Fence { term, pipeline: 0, incarnation });
+    let open = || v1::Open { device: "cpu".into(), heartbeat_timeout_ms: 2000, ..v1::Open::default() };
     let load = |fence| v1::LoadRequest { fence, spec: Some(spec.clone()), reread: false };
     let mut progress = worker.load(load(fence(2, 5))).await.unwrap();
     while let Some(update) = progress.recv().await {
@@ -111,6 +112,7 @@ async fn workers_refuse_stale_fences_on_every_call() {
             block_tokens: 16,
             max_step_tokens: 16,
             max_step_rows: 4,
+            heartbeat_timeout_ms: 2000,
             ..v1::PrepareRequest::default()
         };
         let connect =
@@ -119,7 +121,7 @@ async fn workers_refuse_stale_fences_on_every_call() {
             worker.load(load(stale)).await.err(),
             worker.prepare(prepare).await.err(),
             worker.connect(connect).await.err(),
-            worker.run(v1::Open { fence: stale, device: "cpu".into() }).await.err(),
+            worker.run(v1::Open { fence: stale, ..open() }).await.err(),
         ];
         for status in refused {
             let status = status.expect("a stale call was taken");
@@ -132,7 +134,7 @@ async fn workers_refuse_stale_fences_on_every_call() {
         .await
         .unwrap_err();
     assert_eq!(none.code(), Code::InvalidArgument);
-    let unopened = worker.run(v1::Open { fence: fence(2, 6), device: "cpu".into() }).await.unwrap_err();
+    let unopened = worker.run(v1::Open { fence: fence(2, 6), ..open() }).await.unwrap_err();
     assert!(unopened.message().contains("not prepared"), "{unopened:?}");
 }
 

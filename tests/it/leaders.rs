@@ -23,7 +23,11 @@ fn coordinator(urls: &[&str]) -> Process {
 }
 
 /// Asks a server again and again until it says what the test waits for.
-async fn until(address: &str, what: &str, holds: impl Fn(&v1::StatusResponse) -> bool) -> v1::StatusResponse {
+pub async fn until(
+    address: &str,
+    what: &str,
+    holds: impl Fn(&v1::StatusResponse) -> bool,
+) -> v1::StatusResponse {
     let channel = Channel::from_shared(address.to_owned()).unwrap().connect_lazy();
     let mut client = ClusterClient::new(channel);
     let waited = tokio::time::timeout(PATIENCE, async {
@@ -41,7 +45,7 @@ async fn until(address: &str, what: &str, holds: impl Fn(&v1::StatusResponse) ->
     waited.await.unwrap_or_else(|_| panic!("waited in vain for {what}"))
 }
 
-async fn answers_exactly(address: &str) {
+pub async fn answers_exactly(address: &str) {
     let client = client(address).await;
     let expected = &expectations(&model("shakespeare"))[0];
     assert_eq!(ask(&client, greedy(&expected.ids, 48)).await.unwrap().ids, expected.greedy);

@@ -4,12 +4,12 @@ use std::{
     io::Write,
     path::Path,
     process::{Command, Output},
-    sync::{Arc, Mutex},
+    sync::Arc,
 };
 
 use half::bf16;
 use safetensors::{Dtype, tensor::TensorView};
-use strata_coordinator::cluster::{RemoteWorker, discovery::discover, pipeline::Pipeline};
+use strata_coordinator::cluster::{History, RemoteWorker, discovery::discover, pipeline::Pipeline};
 use strata_proto::{
     Format, LayerRange, ModelProfile, Worker,
     v1::{self, Fence},
@@ -150,7 +150,7 @@ async fn a_model_that_fits_no_memory_is_brought_up_memory_mapped() {
         Arc::new(|_| {}),
         Arc::new(|_, _| {}),
         &deployment,
-        &Mutex::default(),
+        &History::default(),
     )
     .await;
     assert_eq!(up.unwrap().replica(), &plan.replicas[0]);

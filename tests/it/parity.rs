@@ -4,11 +4,12 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::Arc,
 };
 
 use strata_coordinator::{
     cluster::{
+        History,
         discovery::discover,
         pipeline::{Pipeline, PipelineEvent},
     },
@@ -91,9 +92,16 @@ impl Driver {
             let _ = sink.send(event);
         });
         let switch = found.profile.recompute_at.map_or(usize::MAX, |n| n as usize);
-        let up =
-            Pipeline::bring_up(&found, &plan, fence, Arc::new(|_| {}), sink, &deployment, &Mutex::default())
-                .await;
+        let up = Pipeline::bring_up(
+            &found,
+            &plan,
+            fence,
+            Arc::new(|_| {}),
+            sink,
+            &deployment,
+            &History::default(),
+        )
+        .await;
         Driver { pipeline: up.unwrap(), events, step: 0, switch, next_block: 0, next_sequence: 0 }
     }
 
@@ -186,7 +194,7 @@ impl Driver {
             {
                 PipelineEvent::Result(result) => return result,
                 PipelineEvent::Done { .. } => {}
-                PipelineEvent::Lost { worker, reason } => panic!("lost {worker}: {reason}"),
+                PipelineEvent::Lost { worker, reason, .. } => panic!("lost {worker}: {reason}"),
             }
         }
     }

@@ -63,8 +63,7 @@ impl Process {
     }
 
     pub fn signal(&self, signal: &str) {
-        let pid = self.id().to_string();
-        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+        self::signal(self.id(), signal);
     }
 
     /// How it ended, once it has.
@@ -78,6 +77,11 @@ impl Process {
             thread::sleep(Duration::from_millis(10));
         }
     }
+}
+
+/// Sends a signal, as `-TERM`, to a process of the test's own.
+pub fn signal(process: u32, signal: &str) {
+    assert!(Command::new("kill").args([signal, &process.to_string()]).status().unwrap().success());
 }
 
 impl Drop for Process {

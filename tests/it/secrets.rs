@@ -55,7 +55,7 @@ async fn whoever_lacks_the_secret_is_refused_by_every_call_and_disturbs_nobody()
                 .connect(strata_proto::v1::ConnectRequest { fence, device: device(), ..Default::default() })
                 .await
                 .err(),
-            stranger.run(Open { fence, device: device() }).await.err(),
+            stranger.run(Open { fence, device: device(), ..Open::default() }).await.err(),
             stranger.abort(AbortRequest { fence: Some(before), device: device() }).await.err(),
         ];
         for status in refused {

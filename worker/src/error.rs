@@ -1,6 +1,7 @@
 //! What can go wrong in a worker, and what it means to the coordinator.
 
 use strata_proto::{
+    Side,
     error::{Classify, Kind},
     v1::Fence,
 };
@@ -56,6 +57,14 @@ pub enum WorkerError {
         needed: u64,
     },
     /// A link to a neighbour failed.
+    #[error("{error}")]
+    Neighbour {
+        /// Where it is.
+        side: Side,
+        /// How the link failed.
+        error: LinkError,
+    },
+    /// A call that describes a link wrongly, or asks for one that cannot be.
     #[error(transparent)]
     Link(#[from] LinkError),
     /// The worker is shutting down.
@@ -85,7 +94,8 @@ impl Classify for WorkerError {
             WorkerError::BadMessage(_) | WorkerError::NoDevice { .. } => Kind::BadInput,
             WorkerError::Stale { newest, .. } => Kind::Stale { term: newest.term },
             WorkerError::WrongState(_) | WorkerError::OverBudget { .. } => Kind::WrongState,
-            WorkerError::Draining | WorkerError::Aborted | WorkerError::Link(_) => Kind::NoCapacity,
+            WorkerError::Draining | WorkerError::Aborted => Kind::NoCapacity,
+            WorkerError::Link(_) | WorkerError::Neighbour { .. } => Kind::NoCapacity,
             WorkerError::Internal(_) => Kind::Internal,
         }
     }
@@ -93,6 +103,10 @@ impl Classify for WorkerError {
 
 impl From<WorkerError> for tonic::Status {
     fn from(error: WorkerError) -> Self {
-        strata_proto::error::status(&error)
+        let mut status = strata_proto::error::status(&error);
+        if let WorkerError::Neighbour { side, .. } = error {
+            strata_proto::error::miss(&mut status, side);
+        }
+        status
     }
 }

@@ -23,7 +23,7 @@ const TELL_EVERY: Duration = Duration::from_secs(10);
 /// Pieces in which small files travel.
 const CHUNK: usize = 256 << 10;
 
-/// A coordinator that goes away without a word is noticed, and its incarnation's memory freed.
+/// A coordinator that goes away without a word is noticed, whatever it has asked for. A run hears its heartbeats besides.
 const PINGS: Pings = Pings { every: PING_EVERY, timeout: PING_TIMEOUT };
 
 /// A coordinator has few, and its calls are streams of messages that go on for ever.
@@ -116,6 +116,10 @@ impl StageService {
     }
 }
 
+fn is_heartbeat(order: &v1::ToStage) -> bool {
+    matches!(order.message, Some(to_stage::Message::Heartbeat(_)))
+}
+
 type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 fn ack((): ()) -> Response<v1::Ack> {
@@ -175,12 +179,23 @@ impl stage_server::Stage for StageService {
             return Err(Status::invalid_argument("the first message of a run must be `open`"));
         };
         self.check(&metadata, "Run", open.fence.as_ref())?;
+        let silence = Duration::from_millis(open.heartbeat_timeout_ms.into());
         let channel = self.worker.run(open).await?;
-        // When the coordinator goes away, its half ends or breaks; dropping `to` then ends the run.
+        // When the coordinator goes away, its half ends, breaks or is silent; dropping `to` then ends the run.
         tokio::spawn(async move {
-            while let Ok(Some(order)) = orders.message().await {
-                if channel.to.send(order).await.is_err() {
-                    break;
+            loop {
+                match tokio::time::timeout(silence, orders.message()).await {
+                    Ok(Ok(Some(order))) if is_heartbeat(&order) => {}
+                    Ok(Ok(Some(order))) => {
+                        if channel.to.send(order).await.is_err() {
+                            break;
+                        }
+                    }
+                    Ok(_) => break,
+                    Err(_) => {
+                        tracing::warn!("the coordinator has been silent for {silence:?}; its run ends");
+                        break;
+                    }
                 }
             }
         });

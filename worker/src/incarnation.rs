@@ -11,7 +11,7 @@ use std::{
 };
 
 use strata_proto::{
-    DType,
+    DType, Side,
     v1::{self, Fence, RowOutput, step_result},
 };
 
@@ -19,6 +19,7 @@ use self::sequence::Sequence;
 use crate::{
     engine::{Engine, Input, Loaded, Output, Step},
     error::WorkerError,
+    health::{Neighbours, Progress},
     interrupt::Interrupt,
     kernels::ops::BatchRow,
     model::ModelError,
@@ -32,6 +33,12 @@ pub type StepHook = Arc<dyn Fn(&v1::StepMeta) -> Result<(), String> + Send + Syn
 pub(crate) struct Incarnation {
     pub fence: Fence,
     pub interrupt: Interrupt,
+    /// Which of them were missed.
+    pub neighbours: Neighbours,
+    /// How far the stage is.
+    pub progress: Arc<Progress>,
+    /// Silence after which a neighbour counts as lost.
+    pub heartbeat_timeout: Duration,
     pub dtype: DType,
     pub max_step_tokens: usize,
     pub pending: Option<Pending>,
@@ -51,7 +58,7 @@ pub(crate) enum RunEnd {
 impl<E: Into<WorkerError>> From<E> for RunEnd {
     fn from(error: E) -> Self {
         match error.into() {
-            WorkerError::Link(LinkError::Interrupted) => RunEnd::Quiet,
+            WorkerError::Neighbour { error: LinkError::Interrupted, .. } => RunEnd::Quiet,
             error => RunEnd::Broken(error),
         }
     }
@@ -110,11 +117,13 @@ impl Incarnation {
         let expected = loaded.model.tower.activation(meta.token_ids.len(), self.dtype);
         let hidden = match &mut self.upstream {
             None => Ok(None),
-            Some(upstream) => match upstream.receive(meta.step, &expected)?.payload {
-                Payload::Tensors(tensors) => Ok(Some(tensors)),
-                Payload::Poisoned(reason) => Err(reason),
+            Some(upstream) => match upstream.receive(meta.step, &expected) {
+                Ok(Activation { payload: Payload::Tensors(tensors), .. }) => Ok(Some(tensors)),
+                Ok(Activation { payload: Payload::Poisoned(reason), .. }) => Err(reason),
+                Err(error) => return Err(self.missed(Side::Upstream, error)),
             },
         };
+        self.progress.received(meta.step);
         let begun = Instant::now();
         let computed = hidden.and_then(|hidden| {
             // A defect met by one batch must not take the worker and everyone's cache with it.
@@ -138,7 +147,10 @@ impl Incarnation {
                 }
                 Err(reason) => Payload::Poisoned(reason),
             };
-            downstream.send(Activation { step: meta.step, payload }, &expected)?;
+            if let Err(error) = downstream.send(Activation { step: meta.step, payload }, &expected) {
+                return Err(self.missed(Side::Downstream, error));
+            }
+            self.progress.sent(meta.step);
             return Ok((None, compute));
         }
         let (output, failure) = match computed {
@@ -149,6 +161,12 @@ impl Incarnation {
             Err(reason) => (None, Some(reason)),
         };
         Ok((Some(v1::StepResult { step: meta.step, failure, output }), compute))
+    }
+
+    /// A link to a neighbour failed.
+    fn missed(&self, side: Side, error: LinkError) -> RunEnd {
+        self.neighbours.failed(side, error.health());
+        WorkerError::Neighbour { side, error }.into()
     }
 
     fn compute(

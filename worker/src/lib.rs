@@ -26,6 +26,7 @@ mod error;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod grpc;
+mod health;
 mod incarnation;
 mod interrupt;
 pub mod kernels;

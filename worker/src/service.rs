@@ -5,7 +5,7 @@ use std::{
     net::SocketAddr,
     path::{Component, Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use strata_proto::{
@@ -22,7 +22,7 @@ use crate::{
     incarnation::StepHook,
     lead::Lead,
     model::{self, ModelError},
-    stage::{Connect, Load, Prepare, StageThread},
+    stage::{Connect, Load, Prepare, Resident, StageThread},
     transport::{Link, link_token, loopback::Hub, nccl, tcp::Listener},
     weights::{ModelDir, describe_file},
 };
@@ -36,6 +36,9 @@ const TOKENIZER_FILES: [&str; 6] = [
     "generation_config.json",
     "config.json",
 ];
+
+/// Shortest silence after which somebody may count as lost.
+const MIN_HEARTBEAT_MS: u32 = 100;
 
 /// Where a worker finds models.
 #[derive(Debug, Clone)]
@@ -97,6 +100,8 @@ pub struct WorkerConfig {
     pub compute: Compute,
     /// Where to accept activations over TCP.
     pub link_address: SocketAddr,
+    /// Where others reach that, `HOST:PORT`, if it is somewhere else for them.
+    pub link_advertise: Option<String>,
     /// Shared by workers of one process.
     pub hub: Arc<Hub>,
     /// Fault injection for tests.
@@ -115,6 +120,7 @@ impl WorkerConfig {
             devices,
             compute: Compute::shared_by(processors),
             link_address: SocketAddr::from(([127, 0, 0, 1], 0)),
+            link_advertise: None,
             hub: Arc::default(),
             step_hook: None,
             directories: Directories::default(),
@@ -131,6 +137,7 @@ pub struct LocalWorker {
     lead: Mutex<Lead>,
     /// Whether it is about to end.
     draining: watch::Sender<bool>,
+    resident: Resident,
 }
 
 impl LocalWorker {
@@ -151,12 +158,14 @@ impl LocalWorker {
         };
         let listener = Listener::bind(config.link_address)
             .map_err(io(&format!("listening on {}", config.link_address)))?;
+        let resident = Resident::default();
         let stages = config
             .devices
             .iter()
             .map(|d| {
                 let (hook, directories) = (config.step_hook.clone(), config.directories.clone());
-                Ok((d.id.clone(), StageThread::spawn(d, config.compute, hook, directories)?))
+                let stage = StageThread::spawn(d, config.compute, hook, directories, resident.clone())?;
+                Ok((d.id.clone(), stage))
             })
             .collect::<Result<_, WorkerError>>()?;
         let worker = LocalWorker {
@@ -165,11 +174,17 @@ impl LocalWorker {
             listener,
             lead: Mutex::default(),
             draining: watch::Sender::default(),
+            resident,
             config,
         };
         // Speeds are measured once, which takes seconds on a GPU: before anybody waits for them.
         worker.offers()?;
         Ok(worker)
+    }
+
+    /// The weights that its devices hold, now and whenever that changes.
+    pub fn resident(&self) -> watch::Receiver<Vec<v1::StageSpec>> {
+        self.resident.subscribe()
     }
 
     /// Takes no new incarnation from now on, and says so to the coordinators of those that run; returns when none is
@@ -222,6 +237,16 @@ impl LocalWorker {
 
 fn spec_of(spec: Option<v1::StageSpec>) -> Result<v1::StageSpec, WorkerError> {
     spec.ok_or_else(|| WorkerError::BadMessage("the call names no stage".into()))
+}
+
+/// Silence after which somebody counts as lost, as a call says it.
+fn heartbeat_timeout(ms: u32) -> Result<Duration, WorkerError> {
+    match ms {
+        MIN_HEARTBEAT_MS.. => Ok(Duration::from_millis(ms.into())),
+        _ => Err(WorkerError::BadMessage(format!(
+            "a heartbeat timeout of {ms} ms is too short: expected at least {MIN_HEARTBEAT_MS} ms"
+        ))),
+    }
 }
 
 /// Runs file work off the async threads.
@@ -281,6 +306,7 @@ impl Worker for LocalWorker {
             let text = "this worker knows no model with states of fixed size: upgrade it".to_owned();
             return Err(WorkerError::BadMessage(text).into());
         }
+        let heartbeat_timeout = heartbeat_timeout(request.heartbeat_timeout_ms)?;
         let pending = match request.upstream_token.is_empty() {
             true => None,
             false => {
@@ -296,13 +322,15 @@ impl Worker for LocalWorker {
             max_step_rows: request.max_step_rows,
             budget,
             pending,
+            heartbeat_timeout,
         };
         let prepared = stage.prepare(prepare).await?;
         let nccl_id = match request.mint_nccl_id {
             true => nccl::mint_id().map_err(WorkerError::from)?.to_vec(),
             false => Vec::new(),
         };
-        let link_address = self.listener.address().to_string();
+        let advertised = self.config.link_advertise.clone();
+        let link_address = advertised.unwrap_or_else(|| self.listener.address().to_string());
         Ok(v1::Prepared { link_address, nccl_id: nccl_id.into(), ..prepared })
     }
 
@@ -316,6 +344,7 @@ impl Worker for LocalWorker {
     }
 
     async fn run(&self, open: v1::Open) -> Result<StageChannel, Status> {
+        heartbeat_timeout(open.heartbeat_timeout_ms)?;
         let (fence, stage) = self.admit(open.fence, &open.device)?;
         Ok(stage.run(fence, self.draining.subscribe())?)
     }

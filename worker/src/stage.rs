@@ -6,15 +6,15 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicI32, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
         mpsc as std_mpsc,
     },
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use strata_proto::{
-    LayerRange, Quantization,
+    LayerRange, Quantization, Side,
     v1::{self, Fence, StagePhase, from_stage, to_stage},
 };
 use tokio::sync::{
@@ -27,6 +27,7 @@ use crate::{
     device::{Compute, DeviceSpec, Directories, Held},
     engine::{self, Allocated, Engine, Size},
     error::WorkerError,
+    health::{Neighbours, Progress, Report, health},
     incarnation::{Incarnation, RunEnd, StepHook},
     interrupt::Interrupt,
     model::{LoadedBytes, Model, ModelError, RangeSpec, bytes},
@@ -37,8 +38,8 @@ use crate::{
 const STEP_QUEUE: usize = 64;
 /// Messages a stage may be ahead of the coordinator.
 const ANSWER_QUEUE: usize = 1024;
-/// How often a running stage reports its health.
-const HEALTH_EVERY: Duration = Duration::from_millis(500);
+/// Reports of its health that a running stage sends in the time after which it would be missed.
+const HEARTBEATS: u32 = 4;
 
 /// Orders to the stage thread. Replies that nobody waits for are dropped.
 enum Command {
@@ -67,6 +68,8 @@ pub(crate) struct Prepare {
     pub max_step_rows: u32,
     pub budget: u64,
     pub pending: Option<Pending>,
+    /// Silence after which a neighbour counts as lost.
+    pub heartbeat_timeout: Duration,
 }
 
 /// Links to bring up.
@@ -81,24 +84,41 @@ pub(crate) struct Connect {
 /// What others may see of a stage thread while it works.
 #[derive(Default)]
 struct Shared {
-    phase: AtomicI32,
-    steps: AtomicU64,
-    /// Milliseconds from the start of the thread to the start of the phase.
-    since: AtomicU64,
+    progress: Arc<Progress>,
     /// Bytes of the weights, and whether they are memory-mapped.
     weights: Mutex<(u64, bool)>,
     /// Cache and workspace bytes of the live incarnation.
     allocated: AtomicU64,
     /// Whether there is an incarnation.
     occupied: watch::Sender<bool>,
-    current: Mutex<Option<(Fence, Interrupt)>>,
+    current: Mutex<Option<Current>>,
+    /// Weights of all stages of the worker.
+    resident: Resident,
 }
+
+/// The incarnation that was last asked for.
+#[derive(Clone)]
+struct Current {
+    fence: Fence,
+    interrupt: Interrupt,
+    neighbours: Neighbours,
+    heartbeat_timeout: Duration,
+}
+
+impl Shared {
+    /// The incarnation that was last asked for, if it is this one.
+    fn current(&self, fence: &Fence) -> Option<Current> {
+        lock(&self.current).clone().filter(|current| current.fence == *fence)
+    }
+}
+
+/// The weights that a worker holds, which whoever lists its workers is told of.
+pub(crate) type Resident = Arc<watch::Sender<Vec<v1::StageSpec>>>;
 
 /// Handle of the thread that serves one device.
 pub(crate) struct StageThread {
     commands: std_mpsc::Sender<Command>,
     shared: Arc<Shared>,
-    begun: Instant,
 }
 
 impl StageThread {
@@ -111,11 +131,11 @@ impl StageThread {
         compute: Compute,
         hook: Option<StepHook>,
         directories: Directories,
+        resident: Resident,
     ) -> Result<Self, WorkerError> {
         let (commands, orders) = std_mpsc::channel();
         let (report, started) = std_mpsc::channel();
-        let shared = Arc::<Shared>::default();
-        let begun = Instant::now();
+        let shared = Arc::new(Shared { resident, ..Shared::default() });
         let cores = compute.take_cores();
         let (device, theirs) = (device.clone(), shared.clone());
         let name = format!("strata-{}", device.id);
@@ -130,7 +150,6 @@ impl StageThread {
             let mut stage = Stage {
                 shared: theirs,
                 ordinal: device.ordinal(),
-                begun,
                 engine,
                 hook,
                 spill: directories.spill,
@@ -145,7 +164,7 @@ impl StageThread {
         let io = |source| WorkerError::Io { path: "starting a stage thread".into(), source };
         thread::Builder::new().name(name).spawn(run).map_err(io)?;
         started.recv().unwrap_or_else(|_| Err(gone()))?;
-        Ok(StageThread { commands, shared, begun })
+        Ok(StageThread { commands, shared })
     }
 
     /// What this stage holds now.
@@ -161,11 +180,11 @@ impl StageThread {
     /// Ends the running incarnation if `newer` supersedes it.
     pub fn supersede(&self, newer: &Fence) {
         let current = lock(&self.shared.current);
-        if let Some((fence, interrupt)) = &*current
-            && fence != newer
-            && !newer.is_stale(fence)
+        if let Some(current) = &*current
+            && current.fence != *newer
+            && !newer.is_stale(&current.fence)
         {
-            interrupt.trip();
+            current.interrupt.trip();
         }
     }
 
@@ -177,7 +196,12 @@ impl StageThread {
 
     pub async fn prepare(&self, request: Prepare) -> Result<v1::Prepared, WorkerError> {
         let (reply, done) = oneshot::channel();
-        *lock(&self.shared.current) = Some((request.fence, Interrupt::default()));
+        *lock(&self.shared.current) = Some(Current {
+            fence: request.fence,
+            interrupt: Interrupt::default(),
+            neighbours: Neighbours::default(),
+            heartbeat_timeout: request.heartbeat_timeout,
+        });
         self.order(Command::Prepare { request: Box::new(request), reply });
         done.await.unwrap_or_else(|_| Err(gone()))
     }
@@ -206,29 +230,24 @@ impl StageThread {
         fence: Fence,
         draining: watch::Receiver<bool>,
     ) -> Result<strata_proto::StageChannel, WorkerError> {
-        let interrupt = match &*lock(&self.shared.current) {
-            Some((current, interrupt)) if *current == fence => interrupt.clone(),
-            _ => {
-                return Err(WorkerError::WrongState(format!(
-                    "incarnation {fence} is not prepared on this device"
-                )));
-            }
-        };
+        let current = self.shared.current(&fence).ok_or_else(|| not_prepared(&fence))?;
         let (to, steps) = mpsc::channel(STEP_QUEUE);
         let (answers, from) = mpsc::channel(ANSWER_QUEUE);
-        let report = Report { shared: self.shared.clone(), begun: self.begun, draining };
-        tokio::spawn(report.repeat(interrupt, answers.clone()));
+        let report = Report {
+            progress: self.shared.progress.clone(),
+            neighbours: current.neighbours,
+            draining,
+            every: current.heartbeat_timeout / HEARTBEATS,
+        };
+        tokio::spawn(report.repeat(current.interrupt, answers.clone()));
         self.order(Command::Run { fence, steps, answers });
         Ok(strata_proto::StageChannel { to, from })
     }
 
     /// Ends the incarnation `fence` if it is the current one, and waits until its memory is free.
     pub async fn abort(&self, fence: &Fence) {
-        let interrupt = match &*lock(&self.shared.current) {
-            Some((current, interrupt)) if current == fence => interrupt.clone(),
-            _ => return,
-        };
-        interrupt.trip();
+        let Some(current) = self.shared.current(fence) else { return };
+        current.interrupt.trip();
         let (reply, done) = oneshot::channel();
         self.order(Command::Release { reply });
         let _ = done.await;
@@ -248,46 +267,6 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What a running stage says of its health.
-struct Report {
-    shared: Arc<Shared>,
-    begun: Instant,
-    draining: watch::Receiver<bool>,
-}
-
-impl Report {
-    /// Sends it twice a second, and at once when the worker begins to drain, until the run is over.
-    async fn repeat(mut self, interrupt: Interrupt, answers: mpsc::Sender<v1::FromStage>) {
-        let report = async {
-            let mut told = false;
-            loop {
-                tokio::select! {
-                    () = tokio::time::sleep(HEALTH_EVERY) => {}
-                    Ok(_) = self.draining.wait_for(|draining| *draining), if !told => told = true,
-                }
-                let health = from_stage::Message::Health(self.now());
-                if answers.send(message(health)).await.is_err() {
-                    return;
-                }
-            }
-        };
-        tokio::select! {
-            () = report => {}
-            () = interrupt.tripped() => {}
-        }
-    }
-
-    fn now(&self) -> v1::StageHealth {
-        let now = self.begun.elapsed().as_millis() as u64;
-        v1::StageHealth {
-            phase: self.shared.phase.load(Ordering::Relaxed),
-            steps: self.shared.steps.load(Ordering::Relaxed),
-            busy_ms: now.saturating_sub(self.shared.since.load(Ordering::Relaxed)),
-            draining: *self.draining.borrow(),
-        }
-    }
-}
-
 fn message(message: from_stage::Message) -> v1::FromStage {
     v1::FromStage { message: Some(message) }
 }
@@ -297,7 +276,6 @@ struct Stage {
     shared: Arc<Shared>,
     /// The device's number.
     ordinal: usize,
-    begun: Instant,
     engine: Box<dyn Engine>,
     hook: Option<StepHook>,
     /// Directory of weights that stay memory-mapped.
@@ -313,11 +291,11 @@ impl Stage {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Load { load, progress } => {
-                self.enter(StagePhase::Loading);
+                self.shared.progress.enter(StagePhase::Loading);
                 if let Err(error) = self.load(load, &progress) {
                     let _ = progress.blocking_send(Err(error.into()));
                 }
-                self.enter(StagePhase::Idle);
+                self.shared.progress.enter(StagePhase::Idle);
             }
             Command::Prepare { request, reply } => {
                 let _ = reply.send(self.prepare(*request));
@@ -338,13 +316,10 @@ impl Stage {
         }
     }
 
-    fn enter(&self, phase: StagePhase) {
-        self.shared.phase.store(phase as i32, Ordering::Relaxed);
-        self.shared.since.store(self.begun.elapsed().as_millis() as u64, Ordering::Relaxed);
-    }
-
     fn drop_weights(&mut self) {
-        self.spec = None;
+        if let Some(spec) = self.spec.take() {
+            self.shared.resident.send_modify(|all| all.retain(|other| other.device != spec.device));
+        }
         self.engine.unload();
         *lock(&self.shared.weights) = (0, false);
     }
@@ -398,6 +373,7 @@ impl Stage {
             self.engine.load(spill, &checkpoint, &model, &range_spec(&spec)?, &mut report)?;
             let bytes = self.engine.loaded().map_or(0, |loaded| loaded.bytes);
             *lock(&self.shared.weights) = (bytes, spec.mapped);
+            self.shared.resident.send_modify(|all| all.push(spec.clone()));
             self.spec = Some(spec);
         }
         if let Some(loaded) = self.engine.loaded() {
@@ -414,10 +390,7 @@ impl Stage {
 
     fn prepare(&mut self, request: Prepare) -> Result<v1::Prepared, WorkerError> {
         self.drop_incarnation();
-        let interrupt = match &*lock(&self.shared.current) {
-            Some((fence, interrupt)) if *fence == request.fence => interrupt.clone(),
-            _ => return Err(WorkerError::Aborted),
-        };
+        let current = self.shared.current(&request.fence).ok_or(WorkerError::Aborted)?;
         let loaded = match self.engine.loaded() {
             Some(loaded) if self.spec.as_ref() == Some(&request.spec) => loaded,
             _ => return Err(ModelError::NotLoaded.into()),
@@ -445,7 +418,10 @@ impl Stage {
         self.shared.allocated.store(kv_bytes + workspace_bytes, Ordering::Relaxed);
         self.incarnation = Some(Incarnation {
             fence: request.fence,
-            interrupt,
+            interrupt: current.interrupt,
+            neighbours: current.neighbours,
+            progress: self.shared.progress.clone(),
+            heartbeat_timeout: request.heartbeat_timeout,
             dtype,
             max_step_tokens: request.max_step_tokens as usize,
             pending: request.pending,
@@ -469,14 +445,19 @@ impl Stage {
             pending,
             ordinal,
             longest: longest.clone(),
+            neighbours: incarnation.neighbours.clone(),
+            timeout: incarnation.heartbeat_timeout,
         };
+        let missed = |side| move |error| WorkerError::Neighbour { side, error };
         // Down first: the next stage answers the hello without waiting for its own neighbours.
         if let Some(link) = request.downstream {
-            incarnation.downstream = Some(transport::open(link.kind)?.downstream(link, end(None))?);
+            let opened = transport::open(link.kind)?.downstream(link, end(None));
+            incarnation.downstream = Some(opened.map_err(missed(Side::Downstream))?);
         }
         if let Some(link) = request.upstream {
             let pending = incarnation.pending.take();
-            incarnation.upstream = Some(transport::open(link.kind)?.upstream(link, end(pending))?);
+            let opened = transport::open(link.kind)?.upstream(link, end(pending));
+            incarnation.upstream = Some(opened.map_err(missed(Side::Upstream))?);
         }
         Ok(())
     }
@@ -488,9 +469,14 @@ impl Stage {
         answers: &mpsc::Sender<v1::FromStage>,
     ) {
         let end = self.run_steps(&fence, &mut steps, answers);
-        self.enter(StagePhase::Idle);
+        self.shared.progress.enter(StagePhase::Idle);
         if let Err(RunEnd::Broken(error)) = end {
             tracing::warn!(%fence, %error, "the run of a stage broke");
+            if let Some(current) = self.shared.current(&fence) {
+                // A stage that only lost its neighbour is not to be taken for one that failed.
+                let last = health(&self.shared.progress, &current.neighbours, false);
+                let _ = answers.blocking_send(last);
+            }
             let _ = answers.blocking_send(message(from_stage::Message::Fatal(error.to_string())));
         }
     }
@@ -510,15 +496,14 @@ impl Stage {
             Some(Ok(())) => Ok(()),
             _ => Err(RunEnd::Quiet),
         };
-        shared.steps.store(0, Ordering::Relaxed);
+        shared.progress.restart();
         answer(from_stage::Message::Opened(v1::Opened { next_step: 0 }))?;
         for due in 0.. {
             let Some(Some(order)) = interrupt.block_on(steps.recv()) else { return Err(RunEnd::Quiet) };
             let Some(to_stage::Message::Step(meta)) = order.message else {
                 return Err(WorkerError::BadMessage("a running stage takes steps only".into()).into());
             };
-            shared.phase.store(StagePhase::Step as i32, Ordering::Relaxed);
-            shared.since.store(self.begun.elapsed().as_millis() as u64, Ordering::Relaxed);
+            shared.progress.enter(StagePhase::Step);
             let loaded = engine.loaded().ok_or_else(|| WorkerError::from(ModelError::NotLoaded))?;
             incarnation.accept(&meta, due, &loaded)?;
             let (result, compute) = incarnation.execute(&meta, engine, self.hook.as_ref())?;
@@ -527,8 +512,7 @@ impl Stage {
             }
             let compute_us = compute.as_micros() as u64;
             answer(from_stage::Message::Done(v1::StepDone { step: meta.step, compute_us }))?;
-            shared.steps.store(due + 1, Ordering::Relaxed);
-            shared.phase.store(StagePhase::Idle as i32, Ordering::Relaxed);
+            shared.progress.finished(due);
         }
         Ok(())
     }
@@ -540,8 +524,12 @@ fn current<'a>(
 ) -> Result<&'a mut Incarnation, WorkerError> {
     match incarnation {
         Some(g) if g.fence == *fence && !g.interrupt.is_tripped() => Ok(g),
-        _ => Err(WorkerError::WrongState(format!("incarnation {fence} is not prepared on this device"))),
+        _ => Err(not_prepared(fence)),
     }
+}
+
+fn not_prepared(fence: &Fence) -> WorkerError {
+    WorkerError::WrongState(format!("incarnation {fence} is not prepared on this device"))
 }
 
 /// The range of a stage as the model understands it.

@@ -2,6 +2,7 @@
 
 #[cfg(test)]
 mod tests;
+mod watch;
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -17,7 +18,9 @@ use strata_proto::{
 use tokio::sync::mpsc;
 use tonic::Status;
 
+use self::watch::Watch;
 use super::{
+    blame::SilentLinks,
     call::{CALL_TIMEOUT, call},
     discovery::Discovery,
     error::PipelineError,
@@ -32,10 +35,14 @@ const PREPARE_TIMEOUT: Duration = Duration::from_secs(600);
 const ABORT_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long one has whose worker counts as lost: it frees its memory at once, if it is there after all.
 const ABORT_LOST_TIMEOUT: Duration = Duration::from_millis(250);
-/// Stages report their health twice a second; after this much silence one counts as lost.
-const SILENCE: Duration = Duration::from_secs(3);
-/// Longest time a stage may spend on one step.
-const STEP_TIMEOUT: Duration = Duration::from_secs(120);
+/// What earlier pipelines have shown, whatever their plans and whoever led.
+#[derive(Debug, Default)]
+pub struct History {
+    /// What the weights of the model are, as far as it is known.
+    pub weights: Mutex<WeightRecord>,
+    /// Links that were silent since a pipeline last came up.
+    pub silent_links: SilentLinks,
+}
 
 /// How far a stage has loaded.
 #[derive(Debug, Clone, Copy)]
@@ -68,8 +75,10 @@ pub enum PipelineEvent {
     Lost {
         /// Name of its worker.
         worker: String,
-        /// What became of it, to be read behind the name. A stage that failed may only have lost its neighbour.
+        /// What became of it, to be read behind the name.
         reason: String,
+        /// Nothing should be planned over the worker for a while.
+        leave_out: bool,
     },
 }
 
@@ -87,7 +96,7 @@ pub type EventSink = Arc<dyn Fn(u64, PipelineEvent) + Send + Sync>;
 
 impl Pipeline {
     /// Loads, prepares, connects and opens every stage of the plan's first replica. What a stage has read must be what
-    /// `weights` says of the model, which learns what it did not know.
+    /// `history` says of the model's weights, which learns what it did not know.
     ///
     /// # Errors
     /// The first call that fails, or weights that differ; the stages that were up are aborted.
@@ -98,7 +107,7 @@ impl Pipeline {
         progress: Arc<dyn Fn(LoadUpdate) + Send + Sync>,
         sink: EventSink,
         deployment: &Deployment,
-        weights: &Mutex<WeightRecord>,
+        history: &History,
     ) -> Result<Pipeline, PipelineError> {
         let replica = plan.replicas.first().cloned().ok_or(PipelineError::NoWorkers)?;
         let setups = setups(found, plan, &replica, fence);
@@ -106,15 +115,19 @@ impl Pipeline {
             fence,
             stages: setups.iter().map(|s| (s.member.clone(), s.spec.device.clone())).collect(),
         };
+        let workers = setups.iter().map(|setup| setup.member.name.clone());
+        let watch = Watch::new(workers, deployment.heartbeat_timeout, history.silent_links.clone());
         let opened = async {
-            try_join_all(
-                setups.iter().enumerate().map(|(index, setup)| setup.load(index, &*progress, weights)),
-            )
-            .await?;
-            open(&setups, &replica, sink, deployment).await
+            let loads = setups.iter().enumerate();
+            let loads = loads.map(|(index, setup)| setup.load(index, &*progress, &history.weights));
+            try_join_all(loads).await?;
+            open(&setups, &replica, Running { watch, sink }, deployment).await
         };
         match opened.await {
-            Ok(stages) => Ok(Pipeline { fence, replica, stages, abort }),
+            Ok(stages) => {
+                history.silent_links.forget();
+                Ok(Pipeline { fence, replica, stages, abort })
+            }
             Err(error) => {
                 abort.abort(error.worker()).await;
                 Err(error)
@@ -202,11 +215,17 @@ fn setups(found: &Discovery, plan: &Plan, replica: &Replica, fence: Fence) -> Ve
     replica.stages.iter().enumerate().filter_map(setup).collect()
 }
 
+/// Where what happens on running stages goes.
+struct Running {
+    watch: Arc<Watch>,
+    sink: EventSink,
+}
+
 /// Prepares, connects and runs stages whose weights are loaded.
 async fn open(
     setups: &[Setup],
     replica: &Replica,
-    sink: EventSink,
+    running: Running,
     deployment: &Deployment,
 ) -> Result<Vec<mpsc::Sender<v1::ToStage>>, PipelineError> {
     // Secrets of the links, minted anew for each incarnation.
@@ -230,9 +249,9 @@ async fn open(
         setup.connect(upstream, downstream)
     });
     // All at once: neither end of a link is up before the other.
-    try_join_all(connected).await?;
-    let running = setups.iter().enumerate().map(|(index, setup)| setup.run(index, sink.clone()));
-    try_join_all(running).await
+    running.watch.connected(connected).await?;
+    let runs = setups.iter().enumerate().map(|(index, setup)| setup.run(index, &running, deployment));
+    try_join_all(runs).await
 }
 
 /// A secret of 244 random bits, by way of two UUIDs.
@@ -314,6 +333,7 @@ impl Setup {
             upstream_token: upstream_token.into(),
             mint_nccl_id,
             state_slots,
+            heartbeat_timeout_ms: deployment.heartbeat_timeout_ms(),
         };
         let mut prepared =
             call(&self.member.name, "Prepare", PREPARE_TIMEOUT, self.member.worker.prepare(request)).await?;
@@ -349,9 +369,16 @@ impl Setup {
         call(&self.member.name, "Connect", CALL_TIMEOUT, self.member.worker.connect(request)).await
     }
 
-    /// Opens the stream of steps and forwards what the stage says to `sink`.
-    async fn run(&self, stage: usize, sink: EventSink) -> Result<mpsc::Sender<v1::ToStage>, PipelineError> {
-        let open = v1::Open { fence: Some(self.fence), device: self.spec.device.clone() };
+    /// Opens the stream of steps and forwards what the stage says.
+    async fn run(
+        &self,
+        stage: usize,
+        running: &Running,
+        deployment: &Deployment,
+    ) -> Result<mpsc::Sender<v1::ToStage>, PipelineError> {
+        let heartbeat_timeout_ms = deployment.heartbeat_timeout_ms();
+        let open =
+            v1::Open { fence: Some(self.fence), device: self.spec.device.clone(), heartbeat_timeout_ms };
         let channel = call(&self.member.name, "Run", CALL_TIMEOUT, self.member.worker.run(open)).await?;
         let mut from = channel.from;
         match tokio::time::timeout(CALL_TIMEOUT, from.recv()).await {
@@ -363,51 +390,13 @@ impl Setup {
             }
             _ => return Err(self.nonsense("the run did not open".into())),
         }
-        let incarnation = self.fence.incarnation;
-        let worker = self.member.name.clone();
-        tokio::spawn(async move {
-            let reason = forward(stage, incarnation, &mut from, &sink).await;
-            sink(incarnation, PipelineEvent::Lost { worker, reason });
-        });
+        let (watch, sink) = (running.watch.clone(), running.sink.clone());
+        tokio::spawn(watch.follow(stage, self.fence.incarnation, from, sink));
         Ok(channel.to)
     }
 
     fn nonsense(&self, why: String) -> PipelineError {
         PipelineError::Nonsense { worker: self.member.name.clone(), why }
-    }
-}
-
-/// Forwards a stage's messages until it runs no more; says what became of it.
-async fn forward(
-    stage: usize,
-    incarnation: u64,
-    from: &mut mpsc::Receiver<v1::FromStage>,
-    sink: &EventSink,
-) -> String {
-    loop {
-        let message = match tokio::time::timeout(SILENCE, from.recv()).await {
-            Ok(Some(message)) => message.message,
-            Ok(None) => return "was lost: its stream ended".into(),
-            Err(_) => return format!("was lost: it was silent for {SILENCE:?}"),
-        };
-        match message {
-            Some(from_stage::Message::Result(result)) => sink(incarnation, PipelineEvent::Result(result)),
-            Some(from_stage::Message::Done(done)) => {
-                let compute = Duration::from_micros(done.compute_us);
-                sink(incarnation, PipelineEvent::Done { stage, step: done.step, compute });
-            }
-            Some(from_stage::Message::Health(health)) => {
-                if health.draining {
-                    return "is about to end".into();
-                }
-                let busy = Duration::from_millis(health.busy_ms);
-                if health.phase() == v1::StagePhase::Step && busy > STEP_TIMEOUT {
-                    return format!("has been in one step for {busy:?}");
-                }
-            }
-            Some(from_stage::Message::Fatal(why)) => return format!("ended its stage: {why}"),
-            Some(from_stage::Message::Opened(_)) | None => return "sent a message out of order".into(),
-        }
     }
 }
 

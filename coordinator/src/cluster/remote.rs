@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
+use futures::Stream;
 use strata_proto::{
     Files, MAX_HEADER_LIST, MAX_MODEL_FILES, MAX_STAGE_MESSAGE, PING_EVERY, PING_TIMEOUT, Progress, Secret,
     StageChannel, Worker, http_url,
     v1::{self, stage_client::StageClient, to_stage},
 };
 use tokio::sync::mpsc;
-use tokio_stream::{StreamExt, wrappers::ReceiverStream};
+use tokio_stream::StreamExt;
 use tonic::{
     Request, Status, async_trait,
     transport::{Channel, Endpoint},
@@ -17,6 +18,8 @@ use tonic::{
 /// How long a connection attempt may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const QUEUE: usize = 64;
+/// Signs of life in the time after which the coordinator would be missed.
+const HEARTBEATS: u32 = 4;
 
 /// A worker in another process.
 #[derive(Debug, Clone)]
@@ -63,6 +66,22 @@ impl RemoteWorker {
         }
         request
     }
+}
+
+fn message(message: to_stage::Message) -> v1::ToStage {
+    v1::ToStage { message: Some(message) }
+}
+
+/// Orders, with signs of life of the coordinator among them, until there will be no more orders.
+fn alive(orders: mpsc::Receiver<v1::ToStage>, every: Duration) -> impl Stream<Item = v1::ToStage> {
+    let ticks = tokio::time::interval(every.max(Duration::from_millis(1)));
+    futures::stream::unfold((orders, ticks), |(mut orders, mut ticks)| async move {
+        let next = tokio::select! {
+            order = orders.recv() => order?,
+            _ = ticks.tick() => message(to_stage::Message::Heartbeat(v1::Heartbeat {})),
+        };
+        Some((next, (orders, ticks)))
+    })
 }
 
 #[async_trait]
@@ -127,8 +146,8 @@ impl Worker for RemoteWorker {
     async fn run(&self, open: v1::Open) -> Result<StageChannel, Status> {
         let (to, orders) = mpsc::channel(QUEUE);
         let fence = open.fence;
-        let open = v1::ToStage { message: Some(to_stage::Message::Open(open)) };
-        let stream = tokio_stream::once(open).chain(ReceiverStream::new(orders));
+        let every = Duration::from_millis(open.heartbeat_timeout_ms.into()) / HEARTBEATS;
+        let stream = tokio_stream::once(message(to_stage::Message::Open(open))).chain(alive(orders, every));
         let mut answers = self.client.clone().run(self.signed(stream, "Run", fence)).await?.into_inner();
         let (sender, from) = mpsc::channel(QUEUE);
         tokio::spawn(async move {

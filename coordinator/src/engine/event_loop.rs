@@ -5,7 +5,7 @@ mod commit;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     cluster::{
-        PipelineError, WeightRecord,
+        History, PipelineError,
         discovery::Planned,
         left_out::LeftOut,
         membership::{MemberEvent, Members},
@@ -64,8 +64,8 @@ pub(crate) struct Engine {
     deposed: Option<String>,
     /// Never empty once the engine runs.
     replicas: Vec<Replica>,
-    /// What the weights of the model are.
-    weights: Arc<Mutex<WeightRecord>>,
+    /// What earlier pipelines have shown.
+    history: Arc<History>,
     /// Somebody joined for whom no further replica was tried yet.
     joined: bool,
     /// Of the last pipeline that was begun, of whichever replica.
@@ -93,8 +93,8 @@ pub(crate) struct Start {
     pub snapshot: watch::Sender<Snapshot>,
     /// What the first pipelines are brought up by.
     pub planned: Planned,
-    /// What the weights of the model are, as far as it is known.
-    pub weights: Arc<Mutex<WeightRecord>>,
+    /// What earlier pipelines have shown.
+    pub history: Arc<History>,
     /// What was counted before.
     pub counters: v1::Load,
 }
@@ -159,7 +159,7 @@ impl Engine {
             look_again: Instant::now() + LOOK_AGAIN_EVERY,
             deposed: None,
             replicas: Vec::new(),
-            weights: start.weights,
+            history: start.history,
             joined: false,
             incarnation: 0,
             last_id: 0,
@@ -372,6 +372,10 @@ impl Engine {
 
     fn pipeline_event(&mut self, incarnation: u64, event: PipelineEvent) {
         let Some(at) = self.replicas.iter().position(|replica| replica.has(incarnation)) else { return };
+        if let PipelineEvent::Lost { worker, reason, leave_out: true } = &event {
+            self.left_out.failed(worker, reason.clone(), Instant::now());
+            self.show_left_out();
+        }
         if let State::BringingUp { lost, .. } = &mut self.replicas[at].state {
             *lost |= matches!(event, PipelineEvent::Lost { .. });
             return;
@@ -382,7 +386,7 @@ impl Engine {
                 budget.done(stage, step, compute);
                 scheduler.limit_mixed_steps(budget.tokens());
             }
-            PipelineEvent::Lost { worker, reason } => self.lost(at, &worker, &reason),
+            PipelineEvent::Lost { worker, reason, .. } => self.lost(at, &worker, &reason),
             PipelineEvent::Result(result) => self.commit(at, result),
         }
     }

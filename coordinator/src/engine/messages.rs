@@ -71,8 +71,8 @@ pub type Observer = Arc<dyn Fn(Notice) + Send + Sync>;
 pub enum Notice {
     /// It stands by, for this reason.
     StandingBy(String),
-    /// Still waiting for workers: how many of how many have joined.
-    Waiting(usize, usize),
+    /// Still waiting for workers: how many have joined, and of how many, if that is known.
+    Waiting(usize, Option<usize>),
     /// This plan is about to be loaded.
     Planned(Arc<Plan>),
     /// A stage reads its weights.

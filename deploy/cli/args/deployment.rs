@@ -42,6 +42,9 @@ pub struct DeploymentArgs {
     /// Milliseconds that a long prompt may keep others waiting for their next token; 0 is as long as it takes
     #[arg(long, env = "STRATA_INTER_TOKEN_MS", default_value_t = config::INTER_TOKEN.as_millis() as u64)]
     pub inter_token_ms: u64,
+    /// Seconds of silence after which a worker counts as lost, and a worker's neighbour or coordinator to the worker
+    #[arg(long, env = "STRATA_HEARTBEAT_TIMEOUT", default_value_t = config::HEARTBEAT_TIMEOUT.as_secs(), value_parser = clap::value_parser!(u64).range(1..=5))]
+    pub heartbeat_timeout: u64,
     /// Compute every prompt from its beginning, even if an earlier one began alike
     #[arg(long, env = "STRATA_NO_PREFIX_CACHE")]
     pub no_prefix_cache: bool,

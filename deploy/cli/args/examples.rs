@@ -12,11 +12,13 @@ pub const SERVE: &str = "Examples:
 
 pub const COORDINATOR: &str = "Examples:
   strata coordinator --worker http://a:7801,http://b:7801 --model llama-8b
-  strata coordinator --worker http://a:7801 --worker http://b:7801 --model llama-8b --dry-run";
+  strata coordinator --worker http://a:7801 --worker http://b:7801 --model llama-8b --dry-run
+  strata coordinator --etcd http://e1:2379,http://e2:2379 --secret-file secret --model llama-8b";
 
 pub const WORKER: &str = "Examples:
   strata worker --listen 0.0.0.0:7801 --models /srv
-  strata worker --listen 0.0.0.0:7801 --models /srv --devices cpu=64GiB --threads 16";
+  strata worker --listen 0.0.0.0:7801 --models /srv --devices cpu=64GiB --threads 16
+  strata worker --etcd http://e1:2379 --secret-file secret --listen 0.0.0.0:7801 --models /srv";
 
 pub const PLAN: &str = "Examples:
   strata plan MODEL_DIR --workers 3

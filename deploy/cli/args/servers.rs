@@ -7,7 +7,7 @@ use strata_coordinator::{ClientLimits, config};
 use strata_proto::DEFAULT_PORT;
 use strata_worker::device::DeviceSpec;
 
-use super::{ComputeArgs, DeploymentArgs, HereArgs, ImaginedDevices, KernelCacheArgs, SpillArgs};
+use super::{ComputeArgs, DeploymentArgs, EtcdArgs, HereArgs, ImaginedDevices, KernelCacheArgs, SpillArgs};
 
 /// Where clients are answered.
 #[derive(Debug, Clone, Args)]
@@ -117,15 +117,26 @@ pub struct SecretArgs {
 
 #[derive(Debug, Args)]
 pub struct CoordinatorArgs {
-    /// URL of a worker; repeat, or separate by commas
-    #[arg(long = "worker", env = "STRATA_WORKER_URLS", value_delimiter = ',', required = true)]
+    /// URL of a worker; repeat, or separate by commas. Or give --etcd
+    #[arg(
+        long = "worker",
+        env = "STRATA_WORKER_URLS",
+        value_delimiter = ',',
+        required_unless_present = "etcd",
+        conflicts_with = "etcd"
+    )]
     pub workers: Vec<String>,
     /// Name of the model: a directory under each worker's --models
     #[arg(long, env = "STRATA_MODEL")]
     pub model: String,
-    /// Seconds to wait for the workers
-    #[arg(long, env = "STRATA_JOIN_TIMEOUT", default_value_t = config::JOIN_TIMEOUT.as_secs())]
+    /// Seconds to wait for the workers; with --etcd it is waited for as long as it takes
+    #[arg(long, env = "STRATA_JOIN_TIMEOUT", default_value_t = config::JOIN_TIMEOUT.as_secs(), conflicts_with = "etcd")]
     pub join_timeout: u64,
+    #[command(flatten)]
+    pub etcd: EtcdArgs,
+    /// Seconds after which another coordinator takes over from one that is silent
+    #[arg(long, env = "STRATA_LEADER_TTL", default_value_t = 5, requires = "etcd", value_parser = clap::value_parser!(u64).range(2..=3600), help_heading = "Cluster by etcd")]
+    pub leader_ttl: u64,
     #[command(flatten)]
     pub secret: SecretArgs,
     #[command(flatten)]
@@ -146,6 +157,10 @@ pub struct WorkerArgs {
     /// Address for activations of other workers; port 0 picks a free one [default: the host of --listen, port 0]
     #[arg(long, env = "STRATA_LINK_LISTEN")]
     pub link_listen: Option<SocketAddr>,
+    /// HOST:PORT where other workers reach --link-listen, if it is another address for them, as behind NAT [default: the
+    /// address itself]
+    #[arg(long, env = "STRATA_LINK_ADVERTISE", requires = "link_listen", value_parser = parse_host_port)]
+    pub link_advertise: Option<String>,
     /// Directory whose subdirectories are models
     #[arg(long, env = "STRATA_MODELS")]
     pub models: PathBuf,
@@ -164,11 +179,49 @@ pub struct WorkerArgs {
     pub spill: SpillArgs,
     #[command(flatten)]
     pub kernel_cache: KernelCacheArgs,
+    #[command(flatten)]
+    pub etcd: EtcdArgs,
+    #[command(flatten)]
+    pub member: MemberArgs,
+}
+
+/// What a worker says of itself in etcd.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Cluster by etcd")]
+pub struct MemberArgs {
+    /// Where coordinators and other workers reach this one: HOST:PORT [default: --listen, or, if that is every address,
+    /// the one by which this machine reaches etcd]
+    #[arg(long, env = "STRATA_ADVERTISE", value_name = "HOST:PORT", requires = "etcd")]
+    pub advertise: Option<String>,
+    /// This worker's name in plans, the same after a restart [default: where it is reached]
+    #[arg(long, env = "STRATA_WORKER_NAME", requires = "etcd")]
+    pub name: Option<String>,
+    /// Seconds after which etcd forgets a worker that is silent
+    #[arg(long, env = "STRATA_LEASE_TTL", default_value_t = 5, requires = "etcd", value_parser = clap::value_parser!(u64).range(2..=3600))]
+    pub lease_ttl: u64,
+}
+
+fn parse_host_port(s: &str) -> Result<String, String> {
+    let parts = s.rsplit_once(':').filter(|(host, _)| !host.is_empty());
+    match parts.and_then(|(_, port)| port.parse::<u16>().ok()) {
+        None | Some(0) => Err("expected HOST:PORT, as in 203.0.113.7:7802".into()),
+        Some(_) => Ok(s.to_owned()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_advertised_address_has_a_host_and_a_port() {
+        for good in ["203.0.113.7:7802", "node-3:1", "[2001:db8::1]:65535"] {
+            assert_eq!(parse_host_port(good).as_deref(), Ok(good));
+        }
+        for bad in ["", ":7802", "node-3", "node-3:", "node-3:0", "node-3:65536", "http://node-3:x"] {
+            assert!(parse_host_port(bad).unwrap_err().contains("HOST:PORT"), "{bad:?}");
+        }
+    }
 
     #[test]
     fn a_name_is_short_and_not_blank() {

@@ -127,6 +127,9 @@ fn incarnation() -> Incarnation {
     Incarnation {
         fence: FENCE,
         interrupt: Interrupt::default(),
+        neighbours: Neighbours::default(),
+        progress: Arc::default(),
+        heartbeat_timeout: Duration::from_secs(2),
         dtype: DType::BF16,
         max_step_tokens: 4,
         pending: None,
@@ -155,6 +158,8 @@ fn run(kind: LinkKind, missing: usize) -> Results {
         pending,
         ordinal,
         longest: model().tower.activation(incarnation.max_step_tokens, DType::BF16),
+        neighbours: incarnation.neighbours.clone(),
+        timeout: incarnation.heartbeat_timeout,
     };
     let hook: StepHook = Arc::new(|meta| if meta.step == 1 { Err("step 1 fails".into()) } else { Ok(()) });
     // Both ends are up before a step runs, and stay until the last stage has all that it gets, as in a pipeline.

@@ -8,15 +8,16 @@ pub(crate) mod loopback;
 pub(crate) mod nccl;
 pub(crate) mod tcp;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use candle_core::Tensor;
 use strata_proto::{
     LINK_TOKEN_BYTES,
-    v1::{self, Fence, LinkKind},
+    v1::{self, Fence, LinkHealth, LinkKind},
 };
 
 use crate::{
+    health::Neighbours,
     interrupt::Interrupt,
     kernels::{ops::TensorSpec, tensor::spec_of},
 };
@@ -180,9 +181,21 @@ pub(crate) struct End {
     pub ordinal: usize,
     /// The tensors of the longest step.
     pub longest: Vec<TensorSpec>,
+    /// Where it says that the neighbour is missed.
+    pub neighbours: Neighbours,
+    /// Silence after which the neighbour counts as lost.
+    pub timeout: Duration,
 }
 
 impl End {
+    /// One of a test, which has no neighbours but those it makes up.
+    #[cfg(test)]
+    fn of(fence: Fence, interrupt: Interrupt) -> Self {
+        let (hub, neighbours) = (Arc::default(), Neighbours::default());
+        let timeout = Duration::from_secs(2);
+        End { fence, interrupt, hub, pending: None, ordinal: 0, longest: Vec::new(), neighbours, timeout }
+    }
+
     /// The claim on the peer that shows `token`.
     fn announced(&mut self, token: LinkToken) -> Result<tcp::Pending, LinkError> {
         let error = || LinkError::Protocol("this link's token was not announced by Prepare".into());
@@ -204,13 +217,27 @@ pub enum LinkError {
     Protocol(String),
     /// The peer did not come or answer in time.
     #[error("no answer from the neighbouring stage within {0:?}")]
-    Timeout(std::time::Duration),
+    Timeout(Duration),
+    /// The peer gives no sign of life any more.
+    #[error("the neighbouring stage has been silent for longer than --heartbeat-timeout")]
+    Silent,
     /// The operating system refused.
     #[error("activation link: {0}")]
     Io(#[from] std::io::Error),
     /// A device failed.
     #[error("activation link: {0}")]
     Device(String),
+}
+
+impl LinkError {
+    /// What it says of the link.
+    pub(crate) fn health(&self) -> LinkHealth {
+        match self {
+            LinkError::Interrupted => LinkHealth::Unspecified,
+            LinkError::Timeout(_) | LinkError::Silent => LinkHealth::Silent,
+            _ => LinkHealth::Broken,
+        }
+    }
 }
 
 fn check_step(got: u64, want: u64) -> Result<(), LinkError> {

@@ -3,25 +3,19 @@
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
-use strata_proto::{PROTOCOL, error::words, v1};
 use tokio::sync::{mpsc, watch};
-use tonic::Code;
 
-use super::{Caller, Member, MemberEvent, Source};
+use super::{
+    Caller, Member, MemberEvent, Source,
+    probe::{MISSES, PROBE_EVERY, ask, speaks},
+};
 use crate::cluster::{
     leadership::{Claims, Leadership},
     remote::RemoteWorker,
 };
-
-/// How often a listed worker is asked whether it is there.
-const PROBE_EVERY: Duration = Duration::from_millis(500);
-/// How long it may take to answer, before nothing is planned over it.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
-/// Unanswered probes in a row after which a worker counts as gone.
-const MISSES: u32 = 3;
 
 /// Workers at fixed URLs, each probed until the receiver is dropped. Of the coordinators that have workers in common one
 /// leads; `caller` is this one.
@@ -110,19 +104,18 @@ async fn probe(member: Member, common: &Common) {
     let mut away = String::new();
     loop {
         let claim = common.claims().claim();
-        let request = v1::DescribeRequest { claim, ..v1::DescribeRequest::default() };
-        let why = match tokio::time::timeout(PROBE_TIMEOUT, member.worker.describe(request)).await {
-            Ok(Ok(described)) => {
+        let why = match ask(&member, claim).await {
+            Ok(mut described) => {
                 misses = 0;
-                common.claims().heard(&member.name, described.lead.unwrap_or_default(), Instant::now());
+                common.claims().heard(
+                    &member.name,
+                    described.lead.take().unwrap_or_default(),
+                    Instant::now(),
+                );
                 // Before anybody hears that it is there, and asks who leads.
                 common.decide();
-                let speaks = described.protocol_min <= PROTOCOL && PROTOCOL <= described.protocol_max;
-                if !speaks {
-                    format!(
-                        "it speaks protocol {}..={}, this coordinator {PROTOCOL}: upgrade one of them",
-                        described.protocol_min, described.protocol_max
-                    )
+                if let Err(why) = speaks(&described) {
+                    why
                 } else if boot.as_ref() == Some(&described.boot_id) {
                     String::new()
                 } else {
@@ -147,7 +140,7 @@ async fn probe(member: Member, common: &Common) {
                     }
                 }
             }
-            outcome => {
+            Err(why) => {
                 misses += 1;
                 if misses >= MISSES {
                     common.claims().gone(&member.name);
@@ -156,16 +149,7 @@ async fn probe(member: Member, common: &Common) {
                         common.tell(MemberEvent::Left(member.name.clone()));
                     }
                 }
-                match outcome.map(Result::err) {
-                    Ok(Some(status)) if status.code() == Code::Unauthenticated => status.message().to_owned(),
-                    Ok(Some(status)) if status.code() == Code::Unimplemented => {
-                        "no worker of Strata listens there".to_owned()
-                    }
-                    Ok(Some(status)) => format!("it does not answer: {}", words(&status)),
-                    // An answer is handled above.
-                    Ok(None) => String::new(),
-                    Err(_) => format!("it has not answered for {PROBE_TIMEOUT:?}"),
-                }
+                why
             }
         };
         if why != away {

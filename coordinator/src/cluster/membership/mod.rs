@@ -2,6 +2,7 @@
 
 mod fixed;
 mod local;
+pub(crate) mod probe;
 
 use std::{
     collections::BTreeMap,
@@ -10,7 +11,10 @@ use std::{
 };
 
 use strata_proto::{Secret, Worker};
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
 
 pub use fixed::fixed;
 pub use local::local;
@@ -92,6 +96,8 @@ struct List {
     /// One that is listed as two.
     twice: Option<(String, String)>,
     subscribers: Vec<mpsc::UnboundedSender<MemberEvent>>,
+    /// When one last joined.
+    joined_last: Option<Instant>,
 }
 
 impl Members {
@@ -109,6 +115,11 @@ impl Members {
     /// Those that cannot be planned over, and why.
     pub fn away(&self) -> BTreeMap<String, String> {
         self.lock().away.clone()
+    }
+
+    /// When one last joined, if any has.
+    pub(crate) fn joined_last(&self) -> Option<Instant> {
+        self.lock().joined_last
     }
 
     /// One that is listed as two, if any: both names.
@@ -146,6 +157,7 @@ impl Members {
                 list.there.push(member.clone());
                 list.there.sort_by_key(|m| m.rank);
                 list.away.remove(&member.name);
+                list.joined_last = Some(Instant::now());
             }
             MemberEvent::Twice { worker, again } => list.twice = Some((worker.clone(), again.clone())),
             MemberEvent::Left(name) => list.there.retain(|m| m.name != *name),

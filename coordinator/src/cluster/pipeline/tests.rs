@@ -123,6 +123,7 @@ fn deployment(links: Option<LinkKind>) -> Deployment {
         links,
         max_step_tokens: 4,
         max_step_rows: 2,
+        heartbeat_timeout: Duration::from_secs(2),
     }
 }
 
@@ -142,7 +143,7 @@ async fn bring_up(found: &Discovery, worker: &Obedient) -> Result<Pipeline, Pipe
         Arc::new(|_| {}),
         Arc::new(|_, _| {}),
         &deployment,
-        &Mutex::default(),
+        &History::default(),
     )
     .await
 }
@@ -209,18 +210,6 @@ fn unspecified_hosts_become_the_workers_own() {
     assert_eq!(reachable("0.0.0.0:71", "10.0.0.2"), "10.0.0.2:71");
     assert_eq!(reachable("127.0.0.1:71", "10.0.0.2"), "127.0.0.1:71");
     assert_eq!(reachable("[::]:71", "node-3"), "node-3:71");
-}
-
-#[tokio::test]
-async fn a_stage_whose_worker_drains_is_left_before_it_ends() {
-    let (stage, mut from) = mpsc::channel(2);
-    for draining in [false, true] {
-        let health = v1::StageHealth { draining, ..v1::StageHealth::default() };
-        stage.try_send(v1::FromStage { message: Some(from_stage::Message::Health(health)) }).unwrap();
-    }
-    let sink: EventSink = Arc::new(|_, _| {});
-    assert_eq!(forward(0, 1, &mut from, &sink).await, "is about to end");
-    assert!(!stage.is_closed() && from.try_recv().is_err(), "at the first word of it");
 }
 
 #[test]

@@ -91,7 +91,7 @@ impl Engine {
         let mut members = self.members.answering();
         members.retain(|member| !self.left_out.has(&member.name, Instant::now()));
         let (profile, deployment) = (self.profile.clone(), self.deployment.clone());
-        let (events, observer, weights) = (self.handle.clone(), self.observer.clone(), self.weights.clone());
+        let (events, observer, history) = (self.handle.clone(), self.observer.clone(), self.history.clone());
         let sink_events = events.clone();
         let sink = Arc::new(move |incarnation, event| {
             let _ = sink_events.send(Event::Pipeline(incarnation, event));
@@ -131,7 +131,7 @@ impl Engine {
                     }
                 };
                 let Planned { found, plan } = &planned;
-                Pipeline::bring_up(found, plan, fence, progress, sink, &deployment, &weights).await
+                Pipeline::bring_up(found, plan, fence, progress, sink, &deployment, &history).await
             };
             let outcome = outcome.await;
             let _ = events.send(Event::BroughtUp(incarnation, Box::new(outcome)));
@@ -308,7 +308,7 @@ impl Engine {
             s.down.clear();
             s.plan = Some(Arc::new(Plan { replicas, ..Plan::clone(plan) }));
             s.fence = pipeline.fence();
-            s.weights = self.weights.lock().unwrap_or_else(PoisonError::into_inner).root();
+            s.weights = self.history.weights.lock().unwrap_or_else(PoisonError::into_inner).root();
         });
     }
 }

@@ -66,12 +66,12 @@ impl Nccl {
 
 impl Transport for Nccl {
     fn upstream(&self, link: Link, mut end: End) -> Result<Box<dyn Upstream>, LinkError> {
-        let peer = end.announced(link.token)?.accept_stream(&end.interrupt)?;
+        let peer = end.announced(link.token)?.accept(&end)?;
         upstream(Self::joining(&link, end, peer)?)
     }
 
     fn downstream(&self, link: Link, end: End) -> Result<Box<dyn Downstream>, LinkError> {
-        let peer = tcp::reach(&link.address, &link.token, &end.interrupt)?;
+        let peer = tcp::dial(&link.address, &link.token, &end)?;
         downstream(Self::joining(&link, end, peer)?)
     }
 }

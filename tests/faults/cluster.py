@@ -1,0 +1,229 @@
+"""A cluster of real processes, the load on it, and what the streams of that load have seen."""
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+
+from proxy import Proxy
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+MODELS = ROOT / "tests" / "models"
+MODEL = "shakespeare"
+TOKENS = 200
+# Layers of each stage; workers beyond these are spares.
+SPLIT = "2,2,2"
+# Longest wait for anything.
+PATIENCE = 90
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Process:
+    """A server that can be started again where it was."""
+
+    def __init__(self, binary, arguments, says):
+        self.binary, self.arguments, self.says = binary, arguments, says
+        self.start()
+
+    def start(self, arguments=None):
+        self.process = subprocess.Popen([self.binary, *(arguments or self.arguments)], stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, text=True)
+        self.said = threading.Event()
+        threading.Thread(target=self._read, args=(self.process,), daemon=True).start()
+
+    def _read(self, process):
+        for line in process.stdout:
+            if line.startswith(self.says) and process is self.process:
+                self.said.set()
+
+    def wait(self):
+        if not self.said.wait(PATIENCE):
+            raise RuntimeError(f"{self.arguments} said nothing in {PATIENCE} s")
+
+    def signal(self, name):
+        self.process.send_signal(name)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def resident(self):
+        """Bytes of memory."""
+        try:
+            pages = int(pathlib.Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        except (OSError, IndexError):
+            return 0
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class Worker(Process):
+    """One whose links come in through a proxy."""
+
+    def __init__(self, binary):
+        self.port, links = free_port(), free_port()
+        self.proxy = Proxy(links)
+        self.name = f"127.0.0.1:{self.port}"
+        super().__init__(binary, self.command(MODELS, links), "listening ")
+        self.links = links
+
+    def command(self, models, links):
+        return ["worker", "--models", str(models), "--listen", self.name, "--threads", "1",
+                "--link-listen", f"127.0.0.1:{links}", "--link-advertise", f"127.0.0.1:{self.proxy.port}"]
+
+    def start_with(self, models):
+        self.start(self.command(models, self.links))
+
+
+class Cluster:
+    """Three stages, two spares, and coordinators over all of them."""
+
+    def __init__(self, binary, coordinators, detect):
+        self.binary = binary
+        self.workers = [Worker(binary) for _ in range(5)]
+        for worker in self.workers:
+            worker.wait()
+        urls = ",".join(f"http://{worker.name}" for worker in self.workers)
+        self.coordinators = []
+        for _ in range(coordinators):
+            port = free_port()
+            command = ["coordinator", "--worker", urls, "--model", MODEL, "--dtype", "f32", "--split", SPLIT,
+                       "--port", str(port), "--heartbeat-timeout", str(detect), "--join-timeout", "86400"]
+            self.coordinators.append(Process(binary, command, "ready "))
+            self.coordinators[-1].address = f"http://127.0.0.1:{port}"
+        self.leader = self.coordinators[0]
+        self.healthy()
+
+    def ask(self, coordinator):
+        """What a coordinator says of itself; None if it does not answer."""
+        command = [self.binary, "status", "--json", "--timeout", "1", "--address", coordinator.address]
+        try:
+            out = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout
+            return json.loads(out)
+        except (ValueError, subprocess.TimeoutExpired):
+            return None
+
+    def stages(self):
+        """Workers of the plan that is served, in order; none while nothing is."""
+        for coordinator in sorted(self.coordinators, key=lambda c: c is not self.leader):
+            said = self.ask(coordinator)
+            if said and said.get("ready"):
+                self.leader = coordinator
+                names = [stage["worker"] for stage in said["plan"]["replicas"][0]["stages"]]
+                return [worker for name in names for worker in self.workers if worker.name == name]
+        return []
+
+    def healthy(self, without=()):
+        """Waits until three stages serve, none of them on `without`; returns them."""
+        begun = time.monotonic()
+        while time.monotonic() - begun < PATIENCE:
+            stages = self.stages()
+            if len(stages) == 3 and not set(stages) & set(without):
+                return stages
+            time.sleep(0.1)
+        raise RuntimeError(f"nothing serves after {PATIENCE} s: {[self.ask(c) for c in self.coordinators]}")
+
+    def resident(self):
+        return sum(process.resident() for process in self.workers + self.coordinators)
+
+    def close(self):
+        for process in self.workers + self.coordinators:
+            process.process.send_signal(signal.SIGCONT)
+            process.kill()
+
+
+def damaged_models(folder):
+    """A copy of the model with one byte of its weights changed."""
+    shutil.copytree(MODELS / MODEL, folder / MODEL)
+    weights = folder / MODEL / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 3] ^= 0x40
+    weights.write_bytes(data)
+    return folder
+
+
+def generate(binary, address, prompt):
+    """The command of one greedy answer, an event a line."""
+    ids = ",".join(map(str, prompt))
+    return [binary, "generate", "--address", address, "--token-ids", ids, "--max-tokens", str(TOKENS), "--ignore-eos",
+            "--temperature", "0", "--json"]
+
+
+class Load:
+    """Clients that come back as soon as they are answered, and compare every token."""
+
+    def __init__(self, cluster, prompts, expected, streams):
+        self.cluster, self.prompts, self.expected = cluster, prompts, expected
+        # Of all streams: when a token came, and how long after the one before.
+        self.gaps, self.errors, self.wrong, self.answers = [], [], [], 0
+        self.lock, self.ends = threading.Lock(), threading.Event()
+        self.threads = [threading.Thread(target=self._client, args=(n,), daemon=True) for n in range(streams)]
+        for thread in self.threads:
+            thread.start()
+
+    def _client(self, number):
+        chance = random.Random(number)
+        while not self.ends.is_set():
+            which = chance.randrange(len(self.prompts))
+            self._answer(which)
+
+    def _answer(self, which):
+        command = generate(self.cluster.binary, self.cluster.leader.address, self.prompts[which])
+        client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        got, last = [], None
+        for line in client.stdout:
+            event = json.loads(line)
+            if event["event"] != "tokens":
+                continue
+            now = time.monotonic()
+            if last is not None:
+                with self.lock:
+                    self.gaps.append((now, now - last))
+            last = now
+            if event["index"] != len(got):
+                with self.lock:
+                    self.wrong.append((now, f"index {event['index']} after {len(got)} tokens"))
+            got += event["token_ids"]
+        said = client.stderr.read()
+        now = time.monotonic()
+        with self.lock:
+            # Of an answer that broke off, what there is must be right, too.
+            if got != self.expected[which][:len(got)]:
+                self.wrong.append((now, f"prompt {which}: {got} instead of {self.expected[which]}"))
+            if client.wait() == 0:
+                self.answers += 1
+                if len(got) != TOKENS:
+                    self.wrong.append((now, f"prompt {which}: {len(got)} tokens instead of {TOKENS}"))
+            elif not self.ends.is_set():
+                self.errors.append((now, said.strip()))
+        if client.returncode != 0:
+            time.sleep(0.1)
+
+    def flows(self, since):
+        """Waits until every stream could have gone on: as many tokens as there are streams have come since."""
+        begun = time.monotonic()
+        while time.monotonic() - begun < PATIENCE:
+            with self.lock:
+                if sum(at > since for at, _ in self.gaps[-1000:]) > 4 * len(self.threads):
+                    return
+            time.sleep(0.05)
+        raise RuntimeError(f"no tokens for {PATIENCE} s")
+
+    def longest(self, begun, ended):
+        """The longest gap of any stream that ended in a time."""
+        with self.lock:
+            return max((gap for at, gap in self.gaps if begun < at <= ended), default=0.0)
+
+    def close(self):
+        self.ends.set()
+        for thread in self.threads:
+            thread.join(PATIENCE)

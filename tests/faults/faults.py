@@ -1,0 +1,222 @@
+"""Faults over real processes under load: every token is compared with an undisturbed run.
+
+usage: run [FAULT ...] [--count N | --seconds N] [--seed N] [--streams N] [--heartbeat-timeout S] [--binary PATH]
+
+One fault, those of a list in turn, or, without names, a random mix. Prints a line for each fault, and what all of them came to:
+exactness, errors by kind, gaps, and how memory grew. Needs Python alone; exits with 1 if a token was wrong or
+there was an error that FAULTS do not allow: answers may break off with UNAVAILABLE only when a coordinator is lost.
+"""
+import argparse
+import collections
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from cluster import MODEL, MODELS, ROOT, Cluster, Load, damaged_models, generate
+
+
+def kill(cluster, chance):
+    victim = chance.choice(cluster.stages())
+    victim.kill()
+    cluster.healthy(without=[victim])
+    victim.start()
+
+
+def kill_two(cluster, chance):
+    victims = chance.sample(cluster.stages(), 2)
+    for victim in victims:
+        victim.kill()
+    cluster.healthy(without=victims)
+    for victim in victims:
+        victim.start()
+
+
+def stop(cluster, chance):
+    victim = chance.choice(cluster.stages())
+    victim.signal(signal.SIGSTOP)
+    cluster.healthy(without=[victim])
+    victim.signal(signal.SIGCONT)
+
+
+def stop_spare(cluster, chance):
+    """A stage is killed while a spare is stopped."""
+    stages = cluster.stages()
+    spare = chance.choice([worker for worker in cluster.workers if worker not in stages])
+    victim = chance.choice(stages)
+    spare.signal(signal.SIGSTOP)
+    victim.kill()
+    cluster.healthy(without=[victim, spare])
+    spare.signal(signal.SIGCONT)
+    victim.start()
+
+
+def restart(cluster, chance):
+    """A worker is told to end, hands its layers over, and is started again."""
+    victim = chance.choice(cluster.stages())
+    victim.signal(signal.SIGTERM)
+    victim.process.wait(60)
+    cluster.healthy(without=[victim])
+    victim.start()
+
+
+def once(fault):
+    def break_link(cluster, chance):
+        target = chance.choice(cluster.stages()[1:])
+        target.proxy.set(fault, chance.choice(["forth", "back"]))
+        time.sleep(0.5)
+        target.proxy.set(None, "forth", "back")
+        cluster.healthy()
+    return break_link
+
+
+def half_open(*ways):
+    def fall_silent(cluster, chance):
+        target = chance.choice(cluster.stages()[1:])
+        target.proxy.set("blackhole", *ways)
+        cluster.healthy(without=[target])
+        target.proxy.set(None, "forth", "back")
+    return fall_silent
+
+
+def bad_spare(cluster, chance):
+    """Both spares: one holds damaged weights. A stage is killed."""
+    stages = cluster.stages()
+    spare = chance.choice([worker for worker in cluster.workers if worker not in stages])
+    with tempfile.TemporaryDirectory() as folder:
+        spare.kill()
+        spare.start_with(damaged_models(pathlib.Path(folder)))
+        spare.wait()
+        victim = chance.choice(stages)
+        victim.kill()
+        cluster.healthy(without=[victim, spare])
+        spare.kill()
+        spare.start()
+        victim.start()
+
+
+def coordinator_kill(cluster, _):
+    leader = cluster.leader
+    leader.kill()
+    cluster.leader = next(c for c in cluster.coordinators if c is not leader)
+    cluster.healthy()
+    leader.start()
+
+
+def coordinator_stop(cluster, _):
+    leader = cluster.leader
+    leader.signal(signal.SIGSTOP)
+    cluster.leader = next(c for c in cluster.coordinators if c is not leader)
+    cluster.healthy()
+    leader.signal(signal.SIGCONT)
+
+
+FAULTS = {
+    "kill": kill, "kill-two": kill_two, "stop": stop, "stop-spare": stop_spare, "restart": restart,
+    "cut": once("cut"), "flip": once("flip"), "truncate": once("truncate"),
+    "half-open-forth": half_open("forth"), "half-open-back": half_open("back"), "half-open": half_open("forth", "back"),
+    "bad-spare": bad_spare, "coordinator-kill": coordinator_kill, "coordinator-stop": coordinator_stop,
+}
+
+
+def undisturbed(binary, prompts):
+    """What one process without a fault answers to each prompt."""
+    command = [binary, "serve", str(MODELS / MODEL), "--dtype", "f32", "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    address = next(line.split()[1] for line in server.stdout if line.startswith("ready "))
+    try:
+        answers = []
+        for prompt in prompts:
+            out = subprocess.run(generate(binary, address, prompt), capture_output=True, text=True, check=True)
+            answers.append(json.loads(out.stdout.splitlines()[-1])["token_ids"])
+        return answers
+    finally:
+        server.kill()
+
+
+def kind(said):
+    """The code of an error, and what it says."""
+    try:
+        error = json.loads(said.splitlines()[-1])
+        return str(error["code"])
+    except (ValueError, IndexError, KeyError):
+        return said or "no reason"
+
+
+def percentile(values, part):
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
+
+
+def slope(samples):
+    """Growth by least squares: bytes for each fault."""
+    count = len(samples)
+    middle, mean = (count - 1) / 2, sum(samples) / count
+    spread = sum((n - middle) ** 2 for n in range(count))
+    return sum((n - middle) * (value - mean) for n, value in enumerate(samples)) / spread if spread else 0.0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("faults", nargs="*", metavar="FAULT", help=", ".join(FAULTS))
+    parser.add_argument("--count", type=int, help="so many faults [default: each of the list once, or 20]")
+    parser.add_argument("--seconds", type=float, help="faults for so long")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--heartbeat-timeout", type=int, default=2)
+    parser.add_argument("--binary", default=str(ROOT / "target" / "debug" / "strata"))
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.faults if name not in FAULTS]
+    if unknown:
+        parser.error(f"no fault {unknown[0]!r}: expected one of {', '.join(FAULTS)}")
+    chance = random.Random(arguments.seed)
+    expected = json.loads((MODELS / MODEL / "expected.json").read_text())
+    prompts = [prompt["ids"] for prompt in expected["prompts"]]
+    answers = undisturbed(arguments.binary, prompts)
+    cluster = Cluster(arguments.binary, 2, arguments.heartbeat_timeout)
+    load = Load(cluster, prompts, answers, arguments.streams)
+    begun, gaps, memory = time.monotonic(), collections.defaultdict(list), []
+    allowed, refused = collections.Counter(), collections.Counter()
+    count = arguments.count or (None if arguments.seconds else len(arguments.faults) or 20)
+    done = 0
+    try:
+        load.flows(begun)
+        while (count is None or done < count) and time.monotonic() - begun < (arguments.seconds or float("inf")):
+            name = arguments.faults[done % len(arguments.faults)] if arguments.faults else chance.choice(list(FAULTS))
+            since, errors = time.monotonic(), len(load.errors)
+            FAULTS[name](cluster, chance)
+            load.flows(time.monotonic())
+            # What was started again is there again.
+            for worker in cluster.workers:
+                worker.wait()
+            time.sleep(1.5)
+            gap = load.longest(since, time.monotonic())
+            gaps[name].append(gap)
+            memory.append(cluster.resident())
+            for _, said in load.errors[errors:]:
+                lost = name.startswith("coordinator") and kind(said) == "UNAVAILABLE"
+                (allowed if lost else refused)[(name, kind(said))] += 1
+            done += 1
+            print(f"{done:4} {name:16} gap {gap:6.2f} s, errors {len(load.errors) - errors}, wrong {len(load.wrong)}", flush=True)
+    finally:
+        load.close()
+        cluster.close()
+    print(f"\nseed {arguments.seed}: {done} faults in {time.monotonic() - begun:.0f} s, {load.answers} answers, "
+          f"{len(load.gaps)} gaps, wrong {len(load.wrong)}")
+    print("| fault | times | gap p50 | p99 | max, s |\n|---|---|---|---|---|")
+    for name, values in [*sorted(gaps.items()), ("all", [gap for values in gaps.values() for gap in values])]:
+        print(f"| {name} | {len(values)} | {percentile(values, 0.5):.2f} | {percentile(values, 0.99):.2f} | {max(values):.2f} |")
+    print(f"memory {memory[-1] / 2**20:.0f} MiB, {slope(memory) / 2**10:+.0f} KiB for each fault")
+    for title, errors in (("allowed", allowed), ("not allowed", refused)):
+        print(f"errors {title}: {sum(errors.values())}", *(f"{name}: {code} x{n}" for (name, code), n in errors.items()))
+    for at, what in load.wrong[:10]:
+        print(f"wrong after {at - begun:.0f} s: {what}")
+    return 1 if load.wrong or refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
