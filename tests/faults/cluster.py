@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 
@@ -20,6 +21,9 @@ TOKENS = 200
 SPLIT = "2,2,2"
 # Longest wait for anything.
 PATIENCE = 90
+# What processes have in their environment: etcd asks for a secret. The shortest leases that it grants make for quick turns.
+ENVIRONMENT = {**os.environ, "STRATA_SECRET": "a secret that nobody guesses"}
+LEASE = 2
 
 
 def free_port():
@@ -37,7 +41,7 @@ class Process:
 
     def start(self, arguments=None):
         self.process = subprocess.Popen([self.binary, *(arguments or self.arguments)], stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True)
+                                        stderr=subprocess.DEVNULL, text=True, env=ENVIRONMENT)
         self.said = threading.Event()
         threading.Thread(target=self._read, args=(self.process,), daemon=True).start()
 
@@ -69,35 +73,51 @@ class Process:
 class Worker(Process):
     """One whose links come in through a proxy."""
 
-    def __init__(self, binary):
-        self.port, links = free_port(), free_port()
-        self.proxy = Proxy(links)
-        self.name = f"127.0.0.1:{self.port}"
-        super().__init__(binary, self.command(MODELS, links), "listening ")
-        self.links = links
+    def __init__(self, binary, number, etcd):
+        self.address, self.links = f"127.0.0.1:{free_port()}", free_port()
+        self.proxy = Proxy(self.links)
+        # As plans call it.
+        self.name = f"worker-{number}" if etcd else self.address
+        self.member = ["--etcd", etcd.url, "--name", self.name, "--lease-ttl", str(LEASE)] if etcd else []
+        super().__init__(binary, self.command(MODELS), "listening ")
 
-    def command(self, models, links):
-        return ["worker", "--models", str(models), "--listen", self.name, "--threads", "1",
-                "--link-listen", f"127.0.0.1:{links}", "--link-advertise", f"127.0.0.1:{self.proxy.port}"]
+    def command(self, models):
+        return ["worker", "--models", str(models), "--listen", self.address, "--threads", "1", *self.member,
+                "--link-listen", f"127.0.0.1:{self.links}", "--link-advertise", f"127.0.0.1:{self.proxy.port}"]
 
     def start_with(self, models):
-        self.start(self.command(models, self.links))
+        self.start(self.command(models))
+
+
+class Etcd(Process):
+    """One member, whose data outlives it."""
+
+    def __init__(self):
+        self.folder = tempfile.TemporaryDirectory()
+        client, peers = free_port(), f"http://127.0.0.1:{free_port()}"
+        self.url = f"http://127.0.0.1:{client}"
+        arguments = ["--data-dir", self.folder.name, "--listen-client-urls", self.url, "--advertise-client-urls", self.url,
+                     "--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers,
+                     "--initial-cluster", f"default={peers}", "--logger", "zap"]
+        super().__init__("etcd", arguments, "")
 
 
 class Cluster:
-    """Three stages, two spares, and coordinators over all of them."""
+    """Three stages, two spares, and two coordinators over all of them: by a list, or by etcd."""
 
-    def __init__(self, binary, coordinators, detect):
-        self.binary = binary
-        self.workers = [Worker(binary) for _ in range(5)]
+    def __init__(self, binary, etcd, heartbeat_timeout):
+        self.binary, self.etcd = binary, etcd
+        self.workers = [Worker(binary, number, etcd) for number in range(5)]
         for worker in self.workers:
             worker.wait()
-        urls = ",".join(f"http://{worker.name}" for worker in self.workers)
+        urls = ",".join(f"http://{worker.address}" for worker in self.workers)
+        found = (["--etcd", etcd.url, "--leader-ttl", str(LEASE)] if etcd else
+                 ["--worker", urls, "--join-timeout", "86400"])
         self.coordinators = []
-        for _ in range(coordinators):
+        for _ in range(2):
             port = free_port()
-            command = ["coordinator", "--worker", urls, "--model", MODEL, "--dtype", "f32", "--split", SPLIT,
-                       "--port", str(port), "--heartbeat-timeout", str(detect), "--join-timeout", "86400"]
+            command = ["coordinator", *found, "--model", MODEL, "--dtype", "f32", "--split", SPLIT,
+                       "--port", str(port), "--heartbeat-timeout", str(heartbeat_timeout)]
             self.coordinators.append(Process(binary, command, "ready "))
             self.coordinators[-1].address = f"http://127.0.0.1:{port}"
         self.leader = self.coordinators[0]
@@ -111,6 +131,11 @@ class Cluster:
             return json.loads(out)
         except (ValueError, subprocess.TimeoutExpired):
             return None
+
+    def turn_from(self, coordinator):
+        """The next request goes to the other one, unless it does already."""
+        if self.leader is coordinator:
+            self.leader = next(other for other in self.coordinators if other is not coordinator)
 
     def stages(self):
         """Workers of the plan that is served, in order; none while nothing is."""
@@ -136,7 +161,7 @@ class Cluster:
         return sum(process.resident() for process in self.workers + self.coordinators)
 
     def close(self):
-        for process in self.workers + self.coordinators:
+        for process in self.workers + self.coordinators + ([self.etcd] if self.etcd else []):
             process.process.send_signal(signal.SIGCONT)
             process.kill()
 
@@ -177,7 +202,8 @@ class Load:
             self._answer(which)
 
     def _answer(self, which):
-        command = generate(self.cluster.binary, self.cluster.leader.address, self.prompts[which])
+        asked = self.cluster.leader
+        command = generate(self.cluster.binary, asked.address, self.prompts[which])
         client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         got, last = [], None
         for line in client.stdout:
@@ -206,6 +232,7 @@ class Load:
             elif not self.ends.is_set():
                 self.errors.append((now, said.strip()))
         if client.returncode != 0:
+            self.cluster.turn_from(asked)
             time.sleep(0.1)
 
     def flows(self, since):
@@ -222,6 +249,12 @@ class Load:
         """The longest gap of any stream that ended in a time."""
         with self.lock:
             return max((gap for at, gap in self.gaps if begun < at <= ended), default=0.0)
+
+    def outage(self, begun, ended):
+        """The longest time within one in which no stream had a token."""
+        with self.lock:
+            times = [begun, *sorted(at for at, _ in self.gaps if begun < at <= ended), ended]
+        return max(after - before for before, after in zip(times, times[1:]))
 
     def close(self):
         self.ends.set()

@@ -11,24 +11,25 @@ import collections
 import json
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 
-from cluster import MODEL, MODELS, ROOT, Cluster, Load, damaged_models, generate
+from cluster import LEASE, MODEL, MODELS, ROOT, Cluster, Etcd, Load, damaged_models, generate
 
 
 def kill(cluster, chance):
-    victim = chance.choice(cluster.stages())
+    victim = chance.choice(cluster.healthy())
     victim.kill()
     cluster.healthy(without=[victim])
     victim.start()
 
 
 def kill_two(cluster, chance):
-    victims = chance.sample(cluster.stages(), 2)
+    victims = chance.sample(cluster.healthy(), 2)
     for victim in victims:
         victim.kill()
     cluster.healthy(without=victims)
@@ -37,7 +38,7 @@ def kill_two(cluster, chance):
 
 
 def stop(cluster, chance):
-    victim = chance.choice(cluster.stages())
+    victim = chance.choice(cluster.healthy())
     victim.signal(signal.SIGSTOP)
     cluster.healthy(without=[victim])
     victim.signal(signal.SIGCONT)
@@ -45,7 +46,7 @@ def stop(cluster, chance):
 
 def stop_spare(cluster, chance):
     """A stage is killed while a spare is stopped."""
-    stages = cluster.stages()
+    stages = cluster.healthy()
     spare = chance.choice([worker for worker in cluster.workers if worker not in stages])
     victim = chance.choice(stages)
     spare.signal(signal.SIGSTOP)
@@ -57,7 +58,7 @@ def stop_spare(cluster, chance):
 
 def restart(cluster, chance):
     """A worker is told to end, hands its layers over, and is started again."""
-    victim = chance.choice(cluster.stages())
+    victim = chance.choice(cluster.healthy())
     victim.signal(signal.SIGTERM)
     victim.process.wait(60)
     cluster.healthy(without=[victim])
@@ -66,7 +67,7 @@ def restart(cluster, chance):
 
 def once(fault):
     def break_link(cluster, chance):
-        target = chance.choice(cluster.stages()[1:])
+        target = chance.choice(cluster.healthy()[1:])
         target.proxy.set(fault, chance.choice(["forth", "back"]))
         time.sleep(0.5)
         target.proxy.set(None, "forth", "back")
@@ -76,7 +77,7 @@ def once(fault):
 
 def half_open(*ways):
     def fall_silent(cluster, chance):
-        target = chance.choice(cluster.stages()[1:])
+        target = chance.choice(cluster.healthy()[1:])
         target.proxy.set("blackhole", *ways)
         cluster.healthy(without=[target])
         target.proxy.set(None, "forth", "back")
@@ -85,7 +86,7 @@ def half_open(*ways):
 
 def bad_spare(cluster, chance):
     """Both spares: one holds damaged weights. A stage is killed."""
-    stages = cluster.stages()
+    stages = cluster.healthy()
     spare = chance.choice([worker for worker in cluster.workers if worker not in stages])
     with tempfile.TemporaryDirectory() as folder:
         spare.kill()
@@ -102,7 +103,7 @@ def bad_spare(cluster, chance):
 def coordinator_kill(cluster, _):
     leader = cluster.leader
     leader.kill()
-    cluster.leader = next(c for c in cluster.coordinators if c is not leader)
+    cluster.turn_from(leader)
     cluster.healthy()
     leader.start()
 
@@ -110,9 +111,27 @@ def coordinator_kill(cluster, _):
 def coordinator_stop(cluster, _):
     leader = cluster.leader
     leader.signal(signal.SIGSTOP)
-    cluster.leader = next(c for c in cluster.coordinators if c is not leader)
+    cluster.turn_from(leader)
     cluster.healthy()
     leader.signal(signal.SIGCONT)
+
+
+def etcd_stop(cluster, _):
+    """As a machine that hangs, for longer than leases live."""
+    cluster.etcd.signal(signal.SIGSTOP)
+    time.sleep(5)
+    cluster.etcd.signal(signal.SIGCONT)
+    # A lease that is lost is noticed by then.
+    time.sleep(2 * LEASE)
+    cluster.healthy()
+
+
+def etcd_kill(cluster, _):
+    cluster.etcd.kill()
+    time.sleep(2)
+    cluster.etcd.start()
+    time.sleep(2 * LEASE)
+    cluster.healthy()
 
 
 FAULTS = {
@@ -120,6 +139,7 @@ FAULTS = {
     "cut": once("cut"), "flip": once("flip"), "truncate": once("truncate"),
     "half-open-forth": half_open("forth"), "half-open-back": half_open("back"), "half-open": half_open("forth", "back"),
     "bad-spare": bad_spare, "coordinator-kill": coordinator_kill, "coordinator-stop": coordinator_stop,
+    "etcd-stop": etcd_stop, "etcd-kill": etcd_kill,
 }
 
 
@@ -168,16 +188,20 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--heartbeat-timeout", type=int, default=2)
+    parser.add_argument("--etcd", action="store_true", help="a cluster by etcd, and faults of it [default: a list of workers]")
     parser.add_argument("--binary", default=str(ROOT / "target" / "debug" / "strata"))
     arguments = parser.parse_args()
-    unknown = [name for name in arguments.faults if name not in FAULTS]
+    names = [name for name in FAULTS if arguments.etcd or not name.startswith("etcd")]
+    unknown = [name for name in arguments.faults if name not in names]
     if unknown:
-        parser.error(f"no fault {unknown[0]!r}: expected one of {', '.join(FAULTS)}")
+        parser.error(f"no fault {unknown[0]!r}: expected one of {', '.join(names)}; those of etcd need --etcd")
+    if arguments.etcd and not shutil.which("etcd"):
+        parser.error("--etcd: there is no etcd; install it (Debian and Ubuntu: apt-get install etcd-server)")
     chance = random.Random(arguments.seed)
     expected = json.loads((MODELS / MODEL / "expected.json").read_text())
     prompts = [prompt["ids"] for prompt in expected["prompts"]]
     answers = undisturbed(arguments.binary, prompts)
-    cluster = Cluster(arguments.binary, 2, arguments.heartbeat_timeout)
+    cluster = Cluster(arguments.binary, Etcd() if arguments.etcd else None, arguments.heartbeat_timeout)
     load = Load(cluster, prompts, answers, arguments.streams)
     begun, gaps, memory = time.monotonic(), collections.defaultdict(list), []
     allowed, refused = collections.Counter(), collections.Counter()
@@ -186,7 +210,7 @@ def main():
     try:
         load.flows(begun)
         while (count is None or done < count) and time.monotonic() - begun < (arguments.seconds or float("inf")):
-            name = arguments.faults[done % len(arguments.faults)] if arguments.faults else chance.choice(list(FAULTS))
+            name = arguments.faults[done % len(arguments.faults)] if arguments.faults else chance.choice(names)
             since, errors = time.monotonic(), len(load.errors)
             FAULTS[name](cluster, chance)
             load.flows(time.monotonic())
@@ -194,14 +218,17 @@ def main():
             for worker in cluster.workers:
                 worker.wait()
             time.sleep(1.5)
-            gap = load.longest(since, time.monotonic())
+            # Streams end with their coordinator: then it is what the service was away.
+            measure = load.outage if name.startswith("coordinator") else load.longest
+            gap = measure(since, time.monotonic())
             gaps[name].append(gap)
             memory.append(cluster.resident())
             for _, said in load.errors[errors:]:
                 lost = name.startswith("coordinator") and kind(said) == "UNAVAILABLE"
                 (allowed if lost else refused)[(name, kind(said))] += 1
             done += 1
-            print(f"{done:4} {name:16} gap {gap:6.2f} s, errors {len(load.errors) - errors}, wrong {len(load.wrong)}", flush=True)
+            print(f"{done:4} {name:16} gap {gap:6.2f} s, errors {len(load.errors) - errors}, wrong {len(load.wrong)}",
+                  flush=True)
     finally:
         load.close()
         cluster.close()

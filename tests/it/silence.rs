@@ -2,17 +2,31 @@
 
 use std::{
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use futures::future::join_all;
-use strata_coordinator::config::HEARTBEAT_TIMEOUT;
-use strata_proto::v1::{self, generate_event, inference_client::InferenceClient};
-use tokio::sync::watch;
+use strata_coordinator::{
+    cluster::{
+        History, RemoteWorker,
+        discovery::discover,
+        membership::Member,
+        pipeline::{Pipeline, PipelineEvent},
+    },
+    config::HEARTBEAT_TIMEOUT,
+};
+use strata_proto::v1::{self, Fence, generate_event, inference_client::InferenceClient};
+use strata_worker::{
+    LocalWorker, Models, WorkerConfig,
+    device::{Compute, DeviceSpec},
+    grpc,
+};
+use tokio::sync::{mpsc, watch};
 use tonic::transport::Channel;
 
 use crate::{
-    cluster::{PATIENCE, client, expectations, greedy, model, status},
+    cluster::{Options, PATIENCE, client, expectations, greedy, model, status},
     processes::{Process, workers},
     proxy::{Fault, Proxy, Way},
 };
@@ -158,4 +172,47 @@ async fn a_link_that_breaks_costs_a_pause_and_moves_nobody() {
         let (_, status) = disturbed(&coordinator, || proxy.set(Way::Forth, fault)).await;
         assert_eq!(stages(&status), before, "{fault:?}");
     }
+}
+
+/// A coordinator that is not heard any more: the worker ends its run, long before HTTP/2's pings would.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_ends_the_run_of_a_coordinator_that_is_silent_and_of_no_other() {
+    let timeout = Duration::from_millis(500);
+    let models = Models::One { name: "shakespeare".into(), directory: model("shakespeare") };
+    let worker = LocalWorker::start(WorkerConfig {
+        devices: vec![DeviceSpec::cpu(Some(1 << 30))],
+        compute: Compute { threads: 1, ..Compute::shared_by(1) },
+        ..WorkerConfig::new(models)
+    });
+    let worker = Arc::new(worker.unwrap());
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let proxy = Proxy::to(listener.local_addr().unwrap()).await;
+    tokio::spawn(grpc::serve(worker.clone(), None, listener, std::future::pending()));
+
+    let (remote, name, host) = RemoteWorker::lazy(&format!("http://{}", proxy.address)).unwrap();
+    let member = Member { name, worker: Arc::new(remote), rank: 0, host };
+    let found = discover(&[member], "shakespeare").await.unwrap();
+    let mut deployment = Options::default().deployment();
+    deployment.heartbeat_timeout = timeout;
+    let plan = found.plan(&deployment).unwrap();
+    let fence = Fence { term: 1, pipeline: 0, incarnation: 1 };
+    let (events, mut told) = mpsc::unbounded_channel();
+    let sink = Arc::new(move |_, event| drop(events.send(event)));
+    let history = History::default();
+    let up = Pipeline::bring_up(&found, &plan, fence, Arc::new(|_| {}), sink, &deployment, &history).await;
+    let pipeline = up.unwrap();
+    // Nobody has anything to do, and nobody is missed.
+    assert!(tokio::time::timeout(4 * timeout, told.recv()).await.is_err());
+    assert_eq!(worker.occupied(), ["cpu"]);
+
+    let begun = Instant::now();
+    proxy.set(Way::Forth, Fault::Blackhole);
+    let lost = tokio::time::timeout(PATIENCE, told.recv()).await.unwrap().unwrap();
+    assert!(
+        matches!(&lost, PipelineEvent::Lost { reason, .. } if reason.contains("stream ended")),
+        "{lost:?}"
+    );
+    tokio::time::timeout(PATIENCE, worker.drain()).await.expect("the run goes on");
+    assert!(begun.elapsed() < Duration::from_millis(2500), "{:?}", begun.elapsed());
+    drop(pipeline);
 }
