@@ -131,7 +131,8 @@ mod tests {
     #[test]
     fn of_a_text_that_is_far_too_long_little_is_read() {
         for (kind, tokenizer) in all() {
-            for piece in PIECES {
+            // Blanks alone have no place that is safe to cut at.
+            for piece in PIECES.into_iter().filter(|piece| !piece.trim().is_empty()) {
                 let text = format!("{piece} ").repeat((1 << 20) / (piece.len() + 1));
                 let read = std::cell::Cell::new(0);
                 let count = |part: &str| {
@@ -140,7 +141,7 @@ mod tests {
                 };
                 let Some(least) = more_than(&text, 256, longest_token(tokenizer.library()), count).unwrap()
                 else {
-                    // White space alone is no token, or one.
+                    // What a normalizer takes away is no token.
                     assert!(tokenizer.encode(&text, false).unwrap().len() <= 256, "{kind}: {piece:?}");
                     continue;
                 };
