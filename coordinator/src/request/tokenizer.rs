@@ -88,12 +88,6 @@ impl Tokenizer {
         Ok(Tokenizer { inner, longest, defaults, special, chat, mask })
     }
 
-    /// The library's tokenizer.
-    #[cfg(test)]
-    pub(super) fn library(&self) -> &tokenizers::Tokenizer {
-        &self.inner
-    }
-
     /// Text to ids; `special` adds what the tokenizer puts around a text (BOS).
     ///
     /// # Errors
@@ -374,24 +368,6 @@ pub(super) mod tests {
         );
     }
 
-    /// Every kind of tokenizer, by name.
-    pub(in crate::request) fn all() -> Vec<(String, Tokenizer)> {
-        let tokenizers = cases().into_iter();
-        tokenizers.map(|(kind, entry)| (kind, of(&entry))).collect()
-    }
-
-    fn cases() -> serde_json::Map<String, serde_json::Value> {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/models/tokenizers.json");
-        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
-    }
-
-    fn of(entry: &serde_json::Value) -> Tokenizer {
-        let file = |name: &str, value: &serde_json::Value| (name.to_owned(), value.to_string().into_bytes());
-        let files =
-            [file("tokenizer.json", &entry["tokenizer"]), file("tokenizer_config.json", &entry["config"])];
-        Tokenizer::new(&Files::from(files)).unwrap()
-    }
-
     /// Python's tokenizers has Oniguruma; the crate's other engine differs here, and ends early in long white space.
     #[test]
     fn patterns_split_as_oniguruma_does() {
@@ -448,11 +424,19 @@ pub(super) mod tests {
 
     #[test]
     fn every_kind_of_tokenizer_gives_transformers_ids_for_hard_strings() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/models/tokenizers.json");
+        let json: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
         let ids = |v: &serde_json::Value| -> Vec<u32> {
             v.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
         };
-        for (kind, entry) in cases() {
-            let tokenizer = of(&entry);
+        for (kind, entry) in json.as_object().unwrap() {
+            let file =
+                |name: &str, value: &serde_json::Value| (name.to_owned(), value.to_string().into_bytes());
+            let files = [
+                file("tokenizer.json", &entry["tokenizer"]),
+                file("tokenizer_config.json", &entry["config"]),
+            ];
+            let tokenizer = Tokenizer::new(&Files::from(files)).unwrap();
             assert!(kind.ends_with(tokenizer.kind()) || kind.starts_with(tokenizer.kind()));
             for case in entry["cases"].as_array().unwrap() {
                 let text = case["text"].as_str().unwrap();

@@ -7,14 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use super::SequenceId;
-
-/// Whose a sequence is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Party {
-    pub tenant: Arc<str>,
-    pub connection: u64,
-}
+use super::sequence::{Party, SequenceId};
 
 /// Sequences that wait.
 #[derive(Debug, Default)]

@@ -7,7 +7,6 @@ use strata_proto::v1;
 use super::{
     Output,
     blocks::{BlockAllocator, Contents, Scope},
-    queue::Party,
     rules::Rules,
 };
 
@@ -72,6 +71,13 @@ pub enum Finish {
     Length,
     /// It was computed, whole.
     Encoded,
+}
+
+/// Whose a sequence is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Party {
+    pub tenant: Arc<str>,
+    pub connection: u64,
 }
 
 /// A live request.
