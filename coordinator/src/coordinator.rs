@@ -5,7 +5,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -28,7 +28,7 @@ use crate::{
         membership::{MemberEvent, Members, Source},
     },
     config::CoordinatorConfig,
-    engine::{self, Engine, EngineError, Notice, Observer, Snapshot, State},
+    engine::{self, Ended, Engine, EngineError, Notice, Observer, Snapshot, State},
     front::session::{Served, Session, SessionError},
     preflight::{self, Check, Finding},
     request::Limit,
@@ -126,6 +126,8 @@ struct Shared {
     snapshot: watch::Sender<Snapshot>,
     session: Session,
     started: AtomicBool,
+    /// Counts pipelines that were begun, whoever led then.
+    incarnations: Arc<AtomicU64>,
     /// What earlier pipelines have shown, whoever led when they were brought up.
     history: Arc<History>,
 }
@@ -142,8 +144,8 @@ impl Coordinator {
         let session =
             Session::new(names.into(), config.limits.max_requests, config.clients.unread_bytes, view);
         let (members, started) = (Members::default(), AtomicBool::new(false));
-        let history = Arc::default();
-        let shared = Shared { config, members, snapshot, session, started, history };
+        let (history, incarnations) = (Arc::default(), Arc::default());
+        let shared = Shared { config, members, snapshot, session, started, history, incarnations };
         Coordinator { shared: Arc::new(shared) }
     }
 
@@ -179,14 +181,22 @@ impl Coordinator {
 
     /// Stands by when it leads no more, and serves again when it does.
     async fn go_on(self, mut reign: Reign, mut leadership: watch::Receiver<Leadership>, observer: Observer) {
-        loop {
-            let why = reign.ended(&mut leadership).await;
-            let Some(why) = why else { return };
-            tracing::warn!("stands by: {why}");
+        while let Some(ended) = reign.ended(&mut leadership).await {
             self.shared.session.close();
-            self.show(State::Standby, why.clone());
-            reign.engine.depose(why);
-            let outbid = reign.term;
+            let outbid = match ended {
+                Ended::Deposed(why) => {
+                    tracing::warn!("stands by: {why}");
+                    self.show(State::Standby, why.as_str());
+                    reign.engine.depose(why);
+                    reign.term
+                }
+                Ended::Failed(why) => {
+                    tracing::error!("{why}; starting another one");
+                    self.show(State::Starting, why);
+                    tokio::time::sleep(TAKE_OVER_AGAIN).await;
+                    0
+                }
+            };
             reign = loop {
                 match self.take_over(&mut leadership, outbid, &observer).await {
                     Ok(reign) => break reign,
@@ -265,7 +275,7 @@ impl Coordinator {
     }
 
     async fn bring_up(&self, term: u64, observer: &Observer) -> Result<engine::Running, StartError> {
-        let Shared { config, members, session, snapshot, history, .. } = &*self.shared;
+        let Shared { config, members, session, snapshot, incarnations, history, .. } = &*self.shared;
         let events = members.subscribe();
         let found = self.gather(observer).await?;
         self.show(State::Starting, "asking the workers for the model");
@@ -306,6 +316,7 @@ impl Coordinator {
             planned: Planned { found, plan },
             history: history.clone(),
             counters: engine::counters(&snapshot.borrow().load),
+            incarnations: incarnations.clone(),
         });
         let handle = engine.handle().clone();
         session.open(Served {
@@ -319,7 +330,12 @@ impl Coordinator {
         tokio::spawn(pass_on(events, handle));
         match engine.up().await {
             Some(up) => up?,
-            None => return Err(engine.ended().await.map_or(StartError::Engine, StartError::Outbid)),
+            None => {
+                return Err(match engine.ended().await {
+                    Some(Ended::Deposed(why)) => StartError::Outbid(why),
+                    _ => StartError::Engine,
+                });
+            }
         }
         self.show(State::Starting, "checking the model's output");
         let output = probe(&session.probing(), &profile).await;
@@ -376,7 +392,7 @@ struct Reign {
 
 impl Reign {
     /// Returns when it is over, with why; `None` when there is nobody any more to serve.
-    async fn ended(&mut self, leadership: &mut watch::Receiver<Leadership>) -> Option<String> {
+    async fn ended(&mut self, leadership: &mut watch::Receiver<Leadership>) -> Option<Ended> {
         let term = self.term;
         let deposed = async {
             let now = leadership.wait_for(|now| now.term() != Some(term)).await.map(|now| now.clone());
@@ -388,8 +404,8 @@ impl Reign {
             }
         };
         tokio::select! {
-            why = deposed => Some(why),
-            why = self.engine.ended() => why,
+            why = deposed => Some(Ended::Deposed(why)),
+            ended = self.engine.ended() => ended,
         }
     }
 }

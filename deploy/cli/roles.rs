@@ -6,8 +6,8 @@ use anyhow::{Context, bail};
 use strata_coordinator::{
     Coordinator, CoordinatorConfig,
     cluster::{
-        etcd::members,
-        membership::{self, Caller, Source},
+        etcd::{Election, members},
+        membership::{self, Caller, Claimant, Source},
     },
     engine::{Notice, Observer},
     front::grpc,
@@ -67,16 +67,17 @@ pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
     }
     let caller = caller(&args.listen, &args.secret)?;
     let etcd = etcd::of(&args.etcd, caller.secret.as_ref())?;
-    let (source, election) = match &etcd {
+    let (source, lead) = match &etcd {
         None => {
             let listed = membership::fixed(&args.workers, &caller);
-            (listed.map_err(|why| misused(format!("--worker: {why}")))?, None)
+            let (source, claimant) = listed.map_err(|why| misused(format!("--worker: {why}")))?;
+            (source, Lead::Claimed(claimant))
         }
         // Who only looks does not stand for election.
-        Some(etcd) if args.dry_run.dry_run => (Source::from(members(etcd)), None),
+        Some(etcd) if args.dry_run.dry_run => (Source::from(members(etcd)), Lead::None),
         Some(etcd) => {
             let (source, election) = etcd::stand(etcd, caller.name, args.leader_ttl);
-            (source, Some(election))
+            (source, Lead::Elected(election))
         }
     };
     check_names(&args.listen.name)?;
@@ -92,10 +93,19 @@ pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
     config.names = args.listen.name;
     let answered = answer(config, source, (listener, args.listen.grace), signals).await;
     // The next one leads at once.
-    if let Some(election) = election {
-        election.resign().await;
+    match lead {
+        Lead::None => {}
+        Lead::Claimed(claimant) => claimant.resign().await,
+        Lead::Elected(election) => election.resign().await,
     }
     answered
+}
+
+/// By what a coordinator leads, if it does.
+enum Lead {
+    None,
+    Claimed(Claimant),
+    Elected(Election),
 }
 
 /// `strata worker`

@@ -6,7 +6,10 @@ use std::sync::{
 };
 
 use futures::future::join_all;
-use strata_coordinator::cluster::{discovery::discover, membership::MemberEvent};
+use strata_coordinator::{
+    cluster::{discovery::discover, membership::MemberEvent},
+    engine::{Notice, Observer, Snapshot},
+};
 use strata_proto::v1::{self, Fence};
 use tonic::Code;
 
@@ -78,6 +81,32 @@ async fn a_worker_that_leaves_costs_a_pause_and_no_error() {
         assert_eq!(answer.unwrap().ids, expected[i % 5].greedy, "an answer changed when a worker left");
     }
     assert_eq!(snapshot.plan.unwrap().replicas[0].stages.len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_engine_that_ends_by_a_defect_is_followed_by_another_one() {
+    let options = Options { workers: 2, ..Options::default() };
+    let (cluster, events) = Cluster::open(&options).await;
+    for member in options.members() {
+        cluster.members.send(MemberEvent::Joined(member)).unwrap();
+    }
+    // The engine tells of each plan by this, the second time in vain.
+    let plans = AtomicU32::new(0);
+    let observer: Observer = Arc::new(move |notice| {
+        if matches!(notice, Notice::Planned(_)) && plans.fetch_add(1, Ordering::Relaxed) == 1 {
+            panic!("injected panic in the engine");
+        }
+    });
+    cluster.coordinator.start(events, observer).await.unwrap();
+    let client = cluster.client().await;
+    let e = &expectations(&model("shakespeare"))[0];
+    assert_eq!(ask(&client, greedy(&e.ids, 48)).await.unwrap().ids, e.greedy);
+    cluster.members.send(MemberEvent::Left("worker-1".into())).unwrap();
+    let failed = cluster.wait_for("the end of the engine", |s| s.reason().contains("the engine ended")).await;
+    assert!(!failed.ready());
+    let again = cluster.wait_for("another engine", Snapshot::ready).await;
+    assert_eq!(again.plan.unwrap().replicas[0].stages.len(), 1);
+    assert_eq!(ask(&client, greedy(&e.ids, 48)).await.unwrap().ids, e.greedy);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -2,7 +2,11 @@
 
 use std::time::Duration;
 
-use strata_proto::v1::{self, CoordinatorState, StatusRequest, cluster_client::ClusterClient};
+use strata_coordinator::RemoteWorker;
+use strata_proto::{
+    Worker,
+    v1::{self, CoordinatorState, StatusRequest, cluster_client::ClusterClient},
+};
 use tonic::{Code, transport::Channel};
 
 use crate::{
@@ -142,4 +146,18 @@ async fn bad_members_are_left_out_with_their_reasons_and_hold_up_nobody() {
     let after =
         until(&coordinator.address, "the failover", |s| s.ready && s.fence.unwrap().incarnation > 1).await;
     assert_eq!(after.plan.unwrap().replicas[0].stages.len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_coordinator_that_is_told_to_end_leaves_its_workers_to_the_next_one() {
+    let workers = workers(1);
+    let mut coordinator = coordinator(&[&workers[0].address]);
+    let (remote, ..) = RemoteWorker::lazy(&workers[0].address).unwrap();
+    let lead = async || remote.describe(v1::DescribeRequest::default()).await.unwrap().lead.unwrap();
+    let led = lead().await;
+    assert!(led.age_ms < 60_000, "{led:?}");
+    coordinator.signal("-TERM");
+    assert!(coordinator.exited().success());
+    let left = lead().await;
+    assert_eq!((left.term, left.age_ms), (led.term, u64::MAX));
 }

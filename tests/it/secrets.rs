@@ -39,7 +39,7 @@ async fn whoever_lacks_the_secret_is_refused_by_every_call_and_disturbs_nobody()
         [(remote.clone(), "proves none"), (remote.with_secret(other), "another cluster secret")]
     {
         let fence = Some(Fence { term: u64::MAX, pipeline: 0, incarnation: u64::MAX });
-        let claim = Some(Claim { term: u64::MAX, coordinator: "stranger".into() });
+        let claim = Some(Claim { term: u64::MAX, coordinator: "stranger".into(), resigned: false });
         let spec =
             Some(StageSpec { model: "shakespeare".into(), device: "cpu".into(), ..StageSpec::default() });
         let device = || "cpu".to_owned();

@@ -13,16 +13,16 @@ pub(crate) struct Lead {
     newest: Vec<Fence>,
     /// The claim with the highest term.
     claim: v1::Claim,
-    /// When whoever has the highest term was last heard of.
+    /// When whoever has the highest term was last heard of; never, if it has resigned.
     heard: Option<Instant>,
 }
 
 impl Lead {
-    /// Takes note of a claim, unless a higher one was made or acted upon.
+    /// Takes note of a claim, or of the end of one, unless a higher one was made or acted upon.
     pub fn claim(&mut self, claim: v1::Claim, now: Instant) {
         if claim.term >= self.term() {
+            self.heard = (!claim.resigned).then_some(now);
             self.claim = claim;
-            self.heard = Some(now);
         }
     }
 
@@ -48,8 +48,13 @@ impl Lead {
     pub fn told(&self, now: Instant) -> v1::Lead {
         let (term, claim) = (self.term(), &self.claim);
         let coordinator = if claim.term == term { claim.coordinator.clone() } else { String::new() };
-        let age = self.heard.map_or(0, |at| now.saturating_duration_since(at).as_millis());
-        v1::Lead { term, coordinator, age_ms: u64::try_from(age).unwrap_or(u64::MAX) }
+        let age = self.heard.map(|at| now.saturating_duration_since(at).as_millis());
+        let age_ms = match age {
+            Some(age) => u64::try_from(age).unwrap_or(u64::MAX),
+            None if term == 0 => 0,
+            None => u64::MAX,
+        };
+        v1::Lead { term, coordinator, age_ms }
     }
 
     /// The highest term that was heard of.
@@ -66,7 +71,7 @@ mod tests {
     use super::*;
 
     fn claim(term: u64, coordinator: &str) -> v1::Claim {
-        v1::Claim { term, coordinator: coordinator.into() }
+        v1::Claim { term, coordinator: coordinator.into(), resigned: false }
     }
 
     fn fence(term: u64, pipeline: u32, incarnation: u64) -> Fence {
@@ -97,6 +102,10 @@ mod tests {
         assert_eq!(lead.told(later), v1::Lead { term: 5, ..v1::Lead::default() });
         lead.claim(claim(4, "a"), later);
         assert_eq!(lead.told(later).term, 5);
+        lead.admit(fence(4, 7, 1), later).unwrap_err();
+        // Nobody needs to wait for one that says that it is over; what it did stays refused to others.
+        lead.claim(v1::Claim { resigned: true, ..claim(5, "b") }, later);
+        assert_eq!(lead.told(later), v1::Lead { term: 5, coordinator: "b".into(), age_ms: u64::MAX });
         lead.admit(fence(4, 7, 1), later).unwrap_err();
     }
 }

@@ -12,7 +12,8 @@
 //! let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/models/shakespeare").into();
 //! let models = Models::One { name: "shakespeare".into(), directory };
 //! let worker = LocalWorker::start(WorkerConfig::new(models)).unwrap();
-//! let described = worker.describe(DescribeRequest { model: "shakespeare".into() }).await.unwrap();
+//! let asked = DescribeRequest { model: "shakespeare".into(), ..DescribeRequest::default() };
+//! let described = worker.describe(asked).await.unwrap();
 //! assert!(described.devices.iter().any(|device| device.id == "cpu"));
 //! let profile = ModelProfile::try_from(described.profile.unwrap()).unwrap();
 //! assert_eq!((profile.layers.len(), profile.vocab_size), (6, 2048));

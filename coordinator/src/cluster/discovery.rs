@@ -231,9 +231,11 @@ fn is_of_model(status: &Status) -> bool {
     matches!(status.code(), Code::NotFound | Code::FailedPrecondition)
 }
 
-/// Whether a call failed because there was nobody to take it.
+/// Whether a call failed because there was nobody to take it, or nobody any more who answers it.
 fn absent(status: &Status) -> bool {
-    matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled)
+    // What has a source was said by the transport here, not by a worker.
+    std::error::Error::source(status).is_some()
+        || matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled)
 }
 
 impl Discovery {

@@ -116,7 +116,7 @@ impl PipelineError {
         match self {
             PipelineError::Nonsense { why, .. } | PipelineError::ModelOf { why, .. } => why.clone(),
             PipelineError::Weights { difference, .. } => difference.to_string(),
-            PipelineError::Call { doing, status, .. } => format!("{doing} failed: {}", status.message()),
+            PipelineError::Call { doing, status, .. } => format!("{doing} failed: {}", words(status)),
             error => error.to_string(),
         }
     }

@@ -67,6 +67,7 @@ pub(crate) struct Claims {
     me: String,
     listed: usize,
     term: Option<u64>,
+    resigned: bool,
     heard: BTreeMap<String, Heard>,
     first_heard: Option<Instant>,
 }
@@ -81,12 +82,19 @@ struct Heard {
 impl Claims {
     /// Of a coordinator by this name, over so many workers. Names of coordinators differ.
     pub fn new(me: String, listed: usize) -> Self {
-        Claims { me, listed, term: None, heard: BTreeMap::new(), first_heard: None }
+        Claims { me, listed, term: None, resigned: false, heard: BTreeMap::new(), first_heard: None }
     }
 
     /// What to tell workers.
     pub fn claim(&self) -> Option<v1::Claim> {
-        self.term.map(|term| v1::Claim { term, coordinator: self.me.clone() })
+        self.term.map(|term| v1::Claim { term, coordinator: self.me.clone(), resigned: false })
+    }
+
+    /// It leads no more, and never will again; what to tell workers, if it did.
+    pub fn resign(&mut self) -> Option<v1::Claim> {
+        let claim = self.claim().map(|claim| v1::Claim { resigned: true, ..claim });
+        (self.term, self.resigned) = (None, true);
+        claim
     }
 
     /// A worker said whom it follows.
@@ -102,6 +110,9 @@ impl Claims {
 
     /// Whether to act, by what was heard so far.
     pub fn decide(&mut self, now: Instant) -> Leadership {
+        if self.resigned {
+            return Leadership::StandsBy { why: "it has resigned".into() };
+        }
         let highest = self.heard.iter().max_by_key(|(_, heard)| heard.lead.term);
         if let Some(term) = self.term {
             match highest {
@@ -114,7 +125,8 @@ impl Claims {
             }
         }
         let fresh = |heard: &Heard| {
-            let age = Duration::from_millis(heard.lead.age_ms) + now.saturating_duration_since(heard.at);
+            let age = Duration::from_millis(heard.lead.age_ms)
+                .saturating_add(now.saturating_duration_since(heard.at));
             heard.lead.term > 0 && heard.lead.coordinator != self.me && age < CLAIM_TTL
         };
         if let Some((worker, heard)) = self.heard.iter().find(|(_, heard)| fresh(heard)) {
@@ -178,7 +190,7 @@ mod tests {
         let later = begun + CLAIM_TTL - Duration::from_millis(101);
         waits(&claims.decide(later));
         let term = claims.decide(begun + CLAIM_TTL - Duration::from_millis(100)).term().unwrap();
-        assert_eq!(claims.claim(), Some(v1::Claim { term, coordinator: "b".into() }));
+        assert_eq!(claims.claim(), Some(v1::Claim { term, coordinator: "b".into(), resigned: false }));
         // Its own claim, seen again, changes nothing; a higher one ends its turn.
         claims.heard("w1", lead(term, "b", 0), later);
         assert_eq!(claims.decide(later).term(), Some(term));
@@ -195,6 +207,20 @@ mod tests {
         claims.heard("w1", lead(u64::MAX / 2, "", 0), now);
         assert!(waits(&claims.decide(now)).starts_with("a coordinator of term 9223372036854775807 leads"));
         assert!(claims.decide(now + CLAIM_TTL).term().unwrap() > u64::MAX / 2);
+    }
+
+    #[test]
+    fn nobody_waits_for_one_that_has_resigned() {
+        let now = Instant::now();
+        let mut first = Claims::new("a".into(), 1);
+        first.heard("w1", v1::Lead::default(), now);
+        let term = first.decide(now).term().unwrap();
+        assert_eq!(first.resign(), Some(v1::Claim { term, coordinator: "a".into(), resigned: true }));
+        assert_eq!(waits(&first.decide(now + CLAIM_TTL)), "it has resigned");
+        assert_eq!((first.claim(), first.resign()), (None, None));
+        let mut second = Claims::new("b".into(), 1);
+        second.heard("w1", lead(term, "a", u64::MAX), now);
+        assert!(second.decide(now).term().unwrap() > term);
     }
 
     #[test]

@@ -5,7 +5,7 @@ mod commit;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::Arc,
+    sync::{Arc, atomic::AtomicU64},
     time::{Duration, Instant},
 };
 
@@ -68,8 +68,8 @@ pub(crate) struct Engine {
     history: Arc<History>,
     /// Somebody joined for whom no further replica was tried yet.
     joined: bool,
-    /// Of the last pipeline that was begun, of whichever replica.
-    incarnation: u64,
+    /// Counts pipelines that were begun, of whichever replica.
+    incarnations: Arc<AtomicU64>,
     last_id: SequenceId,
     live: HashMap<SequenceId, Live>,
     begun: Instant,
@@ -97,13 +97,24 @@ pub(crate) struct Start {
     pub history: Arc<History>,
     /// What was counted before.
     pub counters: v1::Load,
+    /// Counts pipelines that are begun; goes on where the engine before this one stopped.
+    pub incarnations: Arc<AtomicU64>,
+}
+
+/// Why an engine ended.
+#[derive(Debug)]
+pub(crate) enum Ended {
+    /// Another coordinator leads, or nobody looks any more.
+    Deposed(String),
+    /// A defect of ours; another engine may do better.
+    Failed(String),
 }
 
 /// An engine that runs, for as long as this is kept.
 pub(crate) struct Running {
     handle: mpsc::UnboundedSender<Event>,
     up: oneshot::Receiver<Result<(), PipelineError>>,
-    ended: oneshot::Receiver<String>,
+    ended: oneshot::Receiver<Ended>,
 }
 
 impl Running {
@@ -119,7 +130,7 @@ impl Running {
     }
 
     /// Returns when it has ended, with why, once; `None` if that is not known.
-    pub async fn ended(&mut self) -> Option<String> {
+    pub async fn ended(&mut self) -> Option<Ended> {
         (&mut self.ended).await.ok()
     }
 
@@ -161,7 +172,7 @@ impl Engine {
             replicas: Vec::new(),
             history: start.history,
             joined: false,
-            incarnation: 0,
+            incarnations: start.incarnations,
             last_id: 0,
             live: HashMap::new(),
             begun: Instant::now(),
@@ -170,13 +181,14 @@ impl Engine {
             counters: start.counters,
         };
         tokio::spawn(async move {
-            let why = tokio::spawn(engine.run(planned)).await.unwrap_or_else(|error| {
-                tracing::error!(%error, "the engine ended");
-                format!("the engine ended: {error}; start the server again")
-            });
+            let ended = match tokio::spawn(engine.run(planned)).await {
+                Ok(why) => Ended::Deposed(why),
+                Err(error) => Ended::Failed(format!("the engine ended: {error}")),
+            };
+            let (Ended::Deposed(why) | Ended::Failed(why)) = &ended;
             snapshot.send_modify(|s| (s.up, s.down) = (false, why.clone()));
             // Nobody may wait for its end.
-            let _ = end.send(why);
+            let _ = end.send(ended);
         });
         Running { handle, up, ended }
     }

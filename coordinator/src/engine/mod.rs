@@ -10,7 +10,7 @@ mod replies;
 mod snapshot;
 
 pub use error::EngineError;
-pub(crate) use event_loop::{Engine, Running, Start};
+pub(crate) use event_loop::{Ended, Engine, Running, Start};
 pub(crate) use messages::{Asked, Event, Submission};
 pub use messages::{Notice, Observer};
 pub(crate) use replies::{Replies, Reply, Unread, replies};

@@ -63,7 +63,7 @@ impl Follower {
     /// What to tell workers.
     fn claim(&self) -> Option<v1::Claim> {
         let term = self.leadership.borrow().term()?;
-        Some(v1::Claim { term, coordinator: self.coordinator.clone() })
+        Some(v1::Claim { term, coordinator: self.coordinator.clone(), resigned: false })
     }
 
     /// A worker said which term it has heard of.

@@ -6,11 +6,12 @@ use std::{
     time::Instant,
 };
 
+use strata_proto::{Worker, v1};
 use tokio::sync::{mpsc, watch};
 
 use super::{
     Caller, Member, MemberEvent, Source,
-    probe::{MISSES, PROBE_EVERY, ask, speaks},
+    probe::{MISSES, PROBE_EVERY, PROBE_TIMEOUT, ask, speaks},
 };
 use crate::cluster::{
     leadership::{Claims, Leadership},
@@ -22,19 +23,21 @@ use crate::cluster::{
 ///
 /// # Errors
 /// If a URL is not usable as an address, or two are of one worker.
-pub fn fixed(urls: &[String], caller: &Caller) -> Result<Source, String> {
+pub fn fixed(urls: &[String], caller: &Caller) -> Result<(Source, Claimant), String> {
     let (events, receiver) = mpsc::unbounded_channel();
     let claims = Claims::new(caller.name.clone(), urls.len());
     let why = format!("0 of {} workers are there", urls.len());
     let (decided, leadership) = watch::channel(Leadership::StandsBy { why });
     let common = Arc::new(Common { events, claims: Mutex::new(claims), boots: Boots::default(), decided });
-    let mut names = HashSet::new();
+    let (mut names, mut workers) = (HashSet::new(), Vec::<Arc<dyn Worker>>::new());
     for (rank, url) in urls.iter().enumerate() {
         let (worker, name, host) = RemoteWorker::lazy(url)?;
         if !names.insert(name.to_lowercase()) {
             return Err(format!("worker {url} is listed twice: expected each worker once"));
         }
-        let member = Member { name, worker: Arc::new(worker.with_secret(caller.secret.clone())), rank, host };
+        let worker = Arc::new(worker.with_secret(caller.secret.clone()));
+        workers.push(worker.clone());
+        let member = Member { name, worker, rank, host };
         let common = common.clone();
         tokio::spawn(async move {
             tokio::select! {
@@ -43,7 +46,27 @@ pub fn fixed(urls: &[String], caller: &Caller) -> Result<Source, String> {
             }
         });
     }
-    Ok(Source { events: receiver, leadership })
+    Ok((Source { events: receiver, leadership }, Claimant { common, workers }))
+}
+
+/// What a coordinator claims of its workers, until it resigns.
+pub struct Claimant {
+    common: Arc<Common>,
+    workers: Vec<Arc<dyn Worker>>,
+}
+
+impl Claimant {
+    /// Takes the claim back, so that another coordinator leads at once. A worker that does not answer keeps it until it
+    /// is too old.
+    pub async fn resign(self) {
+        let Some(claim) = self.common.claims().resign() else { return };
+        let told = self.workers.iter().map(|worker| {
+            let request =
+                v1::DescribeRequest { claim: Some(claim.clone()), ..v1::DescribeRequest::default() };
+            tokio::time::timeout(PROBE_TIMEOUT, worker.describe(request))
+        });
+        futures::future::join_all(told).await;
+    }
 }
 
 /// Which of the names has a worker, by its boot id: `localhost` and `127.0.0.1` may be one.
@@ -170,7 +193,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_worker_is_listed_once_whatever_its_spelling() {
-        let refused = |urls: [&str; 2]| fixed(&urls.map(str::to_owned), &Caller::default()).unwrap_err();
+        let refused = |urls: [&str; 2]| fixed(&urls.map(str::to_owned), &Caller::default()).err().unwrap();
         for other in ["127.0.0.1:7801", "http://127.0.0.1:7801/", "HTTP://127.0.0.1:7801"] {
             let said = refused(["http://127.0.0.1:7801", other]);
             assert_eq!(said, format!("worker {other} is listed twice: expected each worker once"));

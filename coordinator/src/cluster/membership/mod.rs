@@ -16,7 +16,7 @@ use tokio::{
     time::Instant,
 };
 
-pub use fixed::fixed;
+pub use fixed::{Claimant, fixed};
 pub use local::local;
 
 use super::leadership::{Leadership, unrivalled};

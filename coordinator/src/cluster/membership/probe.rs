@@ -10,7 +10,7 @@ use super::Member;
 /// How often a worker is asked.
 pub(crate) const PROBE_EVERY: Duration = Duration::from_millis(500);
 /// How long it may take to answer, before nothing is planned over it.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
+pub(super) const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Unanswered probes in a row after which a worker counts as gone.
 pub(crate) const MISSES: u32 = 3;
 

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, PoisonError},
+    sync::{Arc, PoisonError, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -77,8 +77,7 @@ impl Engine {
             }
             return;
         }
-        self.incarnation += 1;
-        let incarnation = self.incarnation;
+        let incarnation = self.incarnations.fetch_add(1, Ordering::Relaxed) + 1;
         let taken: Vec<_> = self.replicas.iter().filter_map(|replica| replica.plan.clone()).collect();
         let replica = &mut self.replicas[at];
         // Whose sequences no other replica can run takes whatever holds the model.
