@@ -21,6 +21,14 @@ pub const JOIN_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Silence after which somebody counts as lost, unless told otherwise.
 pub const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Most connections of clients at a time, unless told otherwise.
+pub const MAX_CONNECTIONS: u32 = 1024;
+/// Longest that an answer waits for its client to read on, unless told otherwise.
+pub const SLOW_READER: Duration = Duration::from_secs(30);
+/// Most bytes of requests that have not come whole, and of answers that were not read.
+const MAX_BUFFERED: usize = 256 << 20;
+/// How long a request may take to come whole.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Everything a coordinator needs to know.
 #[derive(Debug, Clone)]
@@ -29,6 +37,8 @@ pub struct CoordinatorConfig {
     pub deployment: Deployment,
     /// Bounds on requests.
     pub limits: Limits,
+    /// Bounds on clients of its port.
+    pub clients: ClientLimits,
     /// Workers to wait for before the first plan; none: as many as come, over whom it can be planned.
     pub expected_members: Option<usize>,
     /// How long to wait for them, if so many are expected.
@@ -59,6 +69,7 @@ impl CoordinatorConfig {
                 heartbeat_timeout: HEARTBEAT_TIMEOUT,
             },
             limits: Limits::default(),
+            clients: ClientLimits::default(),
             expected_members: Some(workers),
             join_timeout: JOIN_TIMEOUT,
             skip_checks: Vec::new(),
@@ -129,6 +140,33 @@ impl Default for Limits {
             inter_token: INTER_TOKEN,
             prefix_cache: true,
             max_requests: MAX_REQUESTS as usize,
+        }
+    }
+}
+
+/// Bounds on what clients of the port may hold.
+#[derive(Debug, Clone)]
+pub struct ClientLimits {
+    /// Most connections at a time.
+    pub connections: usize,
+    /// Most bytes of requests that have not come whole; a quarter of them for one connection.
+    pub unfinished_bytes: usize,
+    /// How long a request may take to come whole.
+    pub request_timeout: Duration,
+    /// Most bytes of answers that were not read.
+    pub unread_bytes: usize,
+    /// Longest that an answer waits for its client to read on.
+    pub slow_reader: Duration,
+}
+
+impl Default for ClientLimits {
+    fn default() -> Self {
+        ClientLimits {
+            connections: MAX_CONNECTIONS as usize,
+            unfinished_bytes: MAX_BUFFERED,
+            request_timeout: REQUEST_TIMEOUT,
+            unread_bytes: MAX_BUFFERED,
+            slow_reader: SLOW_READER,
         }
     }
 }

@@ -141,7 +141,8 @@ impl Coordinator {
             true => vec![config.deployment.model.clone()],
             false => config.names.clone(),
         };
-        let session = Session::new(names.into(), config.limits.max_requests, view);
+        let session =
+            Session::new(names.into(), config.limits.max_requests, config.clients.unread_bytes, view);
         let (members, started) = (Members::default(), AtomicBool::new(false));
         let (history, incarnations) = (Arc::default(), Arc::default());
         let shared = Shared { config, members, snapshot, session, started, history, incarnations };

@@ -49,7 +49,7 @@ mod request;
 pub mod scheduler;
 
 pub use cluster::RemoteWorker;
-pub use config::{CoordinatorConfig, Deployment, Limits};
+pub use config::{ClientLimits, CoordinatorConfig, Deployment, Limits};
 pub use coordinator::{Coordinator, StartError, discover_members, preview};
 pub use engine::EngineError;
 pub use front::session::{Generation, Session, SessionError};

@@ -219,7 +219,7 @@ fn special_tokens(tokenizer: &Tokenizer, profile: &ModelProfile) -> Result<Strin
 
 fn chat_template(tokenizer: &Tokenizer) -> Result<String, String> {
     let say = Message { role: "user".into(), content: "Hello".into() };
-    match tokenizer.encode_chat(&[say]) {
+    match tokenizer.encode_chat(&[say], usize::MAX) {
         Ok(ids) => Ok(format!("renders a greeting as {} tokens", ids.len())),
         Err(TokenizerError::Chat(ChatError::NoTemplate)) => Ok("the model has none".into()),
         Err(error) => Err(format!("{error}; mend chat_template.jinja, or remove it to serve prompts only")),

@@ -7,7 +7,7 @@ use std::{
 };
 
 use strata_coordinator::{
-    CoordinatorConfig, Deployment, Limits,
+    ClientLimits, CoordinatorConfig, Deployment, Limits,
     cluster::membership::{self, MemberEvent},
     config::{MAX_STEP_ROWS, PREFILL_CHUNK},
     planner::Split,
@@ -103,6 +103,7 @@ pub fn coordinator_config(
             prefix_cache: !args.no_prefix_cache,
             max_requests: args.max_requests as usize,
         },
+        clients: ClientLimits::default(),
         expected_members,
         join_timeout,
         skip_checks: args.skip_check.clone(),

@@ -16,6 +16,7 @@ mod kernels;
 mod loading;
 mod local;
 mod model_dir;
+mod open_files;
 mod origin;
 mod plan;
 mod prompt;

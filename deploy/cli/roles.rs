@@ -25,7 +25,7 @@ use crate::{
     etcd,
     loading::Loading,
     local::{capped, coordinator_config, here, processors},
-    model_dir, plan,
+    model_dir, open_files, plan,
     report::{self, misused},
     secret,
     signals::{Signals, finish, stopping},
@@ -51,6 +51,7 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         started = started => started.context("starting the workers")??,
         () = signals.next() => bail!(STOPPED_EARLY),
     };
+    config.clients = args.listen.limits();
     config.names = args.listen.name;
     answer(config, members, (listener, args.listen.grace), signals).await
 }
@@ -88,6 +89,7 @@ pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
     }
     let signals = Signals::new();
     let listener = listen(&args.listen).await?;
+    config.clients = args.listen.limits();
     config.names = args.listen.name;
     let answered = answer(config, source, (listener, args.listen.grace), signals).await;
     // The next one leads at once.
@@ -142,6 +144,7 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     })?;
     let worker = Arc::new(worker);
     let (stop, stopped) = watch::channel(false);
+    let draining = stopping(stopped.clone());
     // The coordinators of what runs here plan without this worker; their calls are answered until they have.
     let drained = {
         let worker = worker.clone();
@@ -152,7 +155,8 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     };
     secret::warn_of_none(secret.as_ref(), address.ip());
     say(&format!("listening http://{address}"))?;
-    let serving = tokio::spawn(strata_worker::grpc::serve(worker.clone(), secret, listener, drained));
+    let serving = strata_worker::grpc::serve(worker.clone(), secret, listener, draining, drained);
+    let serving = tokio::spawn(serving);
     let mut serving = pin!(async { serving.await?.context("serving the coordinator") });
     let mut entry = etcd::register(etcd.as_ref(), &worker, address, &args.member).await?;
     tokio::select! {
@@ -207,6 +211,7 @@ async fn answer(
     mut signals: Signals,
 ) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
+    open_files::raise(config.clients.connections as u64);
     let coordinator = Coordinator::new(config);
     let (stop, stopped) = watch::channel(false);
     let serving = grpc::serve(coordinator.clone(), listener, stopping(stopped));

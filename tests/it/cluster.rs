@@ -9,7 +9,7 @@ use std::{
 use serde::Deserialize;
 use serde_json::Value;
 use strata_coordinator::{
-    Coordinator, CoordinatorConfig, Deployment, Limits, StartError,
+    ClientLimits, Coordinator, CoordinatorConfig, Deployment, Limits, StartError,
     cluster::membership::{Member, MemberEvent},
     config,
     engine::Snapshot,
@@ -112,6 +112,7 @@ pub struct Options {
     pub inter_token: Duration,
     pub prefix_cache: bool,
     pub max_requests: usize,
+    pub clients: ClientLimits,
     pub hook: Option<StepHook>,
 }
 
@@ -132,6 +133,7 @@ impl Default for Options {
             inter_token: Duration::ZERO,
             prefix_cache: true,
             max_requests: 256,
+            clients: ClientLimits::default(),
             hook: None,
         }
     }
@@ -212,6 +214,7 @@ impl Cluster {
                 prefix_cache: options.prefix_cache,
                 max_requests: options.max_requests,
             },
+            clients: options.clients.clone(),
             expected_members: Some(options.workers),
             join_timeout: PATIENCE,
             skip_checks: Vec::new(),

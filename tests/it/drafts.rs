@@ -77,7 +77,8 @@ impl Driver {
             self.last += 1;
             let sampling = sampling.clone();
             let work = Work::Generate { max_tokens: TOKENS as u32, eos: vec![], sampling };
-            let request = Request { prompt: prompt.clone(), tenant: "".into(), deadline: None, work };
+            let (prompt, tenant) = (prompt.clone(), "".into());
+            let request = Request { prompt, tenant, connection: 0, deadline: None, work };
             let unplaced = Unplaced::new(self.last, request);
             self.scheduler.check(&unplaced).unwrap();
             self.scheduler.adopt(unplaced);

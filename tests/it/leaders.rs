@@ -96,7 +96,7 @@ async fn of_two_coordinators_one_serves_and_the_other_says_why_it_does_not() {
     answers_exactly(&first.address).await;
     let refused = ask(&client(&address).await, greedy(&[0], 1)).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unavailable);
-    assert!(refused.message().contains("takes over when"), "{refused:?}");
+    assert!(refused.message().contains("Status says why"), "{refused:?}");
     assert!(!second.is_finished());
 
     // One that is stopped is silent; when it goes on, it is refused everywhere, and stands by.

@@ -127,7 +127,7 @@ async fn status_and_health_are_answered_in_every_state_and_requests_say_what_the
         (CoordinatorState::Standby, false, waiting)
     );
     assert_eq!(shown.model, "shakespeare");
-    refused(Code::Unavailable, waiting).await;
+    refused(Code::Unavailable, "the model is not served yet (Status says why); try again later").await;
 
     let (members, let_load, _) = held(&options);
     for member in members {
@@ -142,7 +142,8 @@ async fn status_and_health_are_answered_in_every_state_and_requests_say_what_the
     );
     let stage = &shown.loading[0];
     assert_eq!((stage.bytes_read, stage.bytes_total, shown.members.len()), (409, 1000, 1));
-    refused(Code::Unavailable, loading).await;
+    // Which worker loads what is no business of clients.
+    refused(Code::Unavailable, "the model is not served yet (Status says why); try again later").await;
 
     let_load.send_replace(true);
     assert_eq!(healthy().await, Some(ServingStatus::Serving));

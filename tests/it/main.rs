@@ -1,5 +1,6 @@
 //! Whole-system tests: real workers, real coordinators, real ports; in one process or in many.
 
+mod bounds;
 mod circles;
 mod cluster;
 mod door;

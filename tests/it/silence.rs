@@ -188,7 +188,7 @@ async fn a_worker_ends_the_run_of_a_coordinator_that_is_silent_and_of_no_other()
     let worker = Arc::new(worker.unwrap());
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let proxy = Proxy::to(listener.local_addr().unwrap()).await;
-    tokio::spawn(grpc::serve(worker.clone(), None, listener, std::future::pending()));
+    tokio::spawn(grpc::serve(worker.clone(), None, listener, std::future::pending(), std::future::pending()));
 
     let (remote, name, host) = RemoteWorker::lazy(&format!("http://{}", proxy.address)).unwrap();
     let member = Member { name, worker: Arc::new(remote), rank: 0, host };

@@ -10,12 +10,13 @@ use std::{
 use futures::{Stream, StreamExt};
 use strata_proto::{
     MAX_STAGE_MESSAGE, PING_EVERY, PING_TIMEOUT, STAGE_METHODS, Secret, Worker,
-    port::{self, Pings, Served},
+    port::{self, Limits, Pings, Served},
     v1::{self, stage_server, to_stage},
 };
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, async_trait, metadata::MetadataMap, service::Routes};
+use tonic_health::ServingStatus;
 
 /// Shortest time from one refused call that the log tells of to the next.
 const TELL_EVERY: Duration = Duration::from_secs(10);
@@ -25,15 +26,22 @@ const CHUNK: usize = 256 << 10;
 /// A coordinator that goes away without a word is noticed, whatever it has asked for. A run hears its heartbeats besides.
 const PINGS: Pings = Pings { every: PING_EVERY, timeout: PING_TIMEOUT };
 
+/// A coordinator has few, and its calls are streams of messages that go on for ever.
+const LIMITS: Limits = Limits { pings: PINGS, connections: 256, bodies: None };
+
 const SERVED: Served = Served {
     methods: STAGE_METHODS,
-    standard: &[],
+    standard: &[tonic_health::pb::health_server::SERVICE_NAME],
     http1: "This is the port of a worker, which a coordinator calls by gRPC (HTTP/2 without TLS): give its address to \
             `strata coordinator --worker http://HOST:PORT`, and ask the coordinator's port.\n",
     elsewhere: Some("this is the port of a worker: ask the coordinator that it works for"),
 };
 
-/// Answers a coordinator's calls until `drained` resolves, which is when the worker has no incarnation left.
+/// What health tells of.
+const SERVICES: [&str; 2] = ["", "strata.v1.Stage"];
+
+/// Answers a coordinator's calls until `drained` resolves, which is when the worker has no incarnation left. Health says
+/// that it serves until `draining` does.
 ///
 /// # Errors
 /// If the transport fails.
@@ -41,9 +49,30 @@ pub async fn serve(
     worker: Arc<dyn Worker>,
     secret: Option<Secret>,
     listener: TcpListener,
+    draining: impl Future<Output = ()> + Send + 'static,
     drained: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
-    port::serve(listener, Routes::new(service(worker, secret)), &SERVED, PINGS, drained).await
+    let (reporter, health) = tonic_health::server::health_reporter();
+    for service in SERVICES {
+        reporter.set_service_status(service, ServingStatus::Serving).await;
+    }
+    let mut closing = reporter.clone();
+    let telling = tokio::spawn(async move {
+        draining.await;
+        for service in SERVICES {
+            reporter.set_service_status(service, ServingStatus::NotServing).await;
+        }
+    });
+    let closed = async move {
+        drained.await;
+        telling.abort();
+        for service in SERVICES {
+            // Whoever watches would keep the port open.
+            closing.clear_service_status(service).await;
+        }
+    };
+    let routes = Routes::new(health).add_service(service(worker, secret));
+    port::serve(listener, routes, &SERVED, LIMITS, closed).await
 }
 
 /// The service `strata.v1.Stage` over any worker, for whoever has the secret, if there is one.

@@ -3,9 +3,11 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use strata_proto::v1::{self, FinishReason, generate_event, step_result};
-use tokio::sync::mpsc;
 
-use super::{error::EngineError, messages::Reply};
+use super::{
+    error::EngineError,
+    replies::{Reply, ReplySender},
+};
 use crate::{
     request::{TextStream, Tokenizer, generate::Checked},
     scheduler::{self, SequenceId},
@@ -13,7 +15,7 @@ use crate::{
 
 /// A request in progress.
 pub(crate) struct Live {
-    pub reply: mpsc::UnboundedSender<Reply>,
+    pub reply: ReplySender,
     /// Of a generation.
     pub answer: Option<Answer>,
     /// Some of it went to a pipeline.
@@ -71,8 +73,12 @@ pub(crate) fn outputs(
     (outputs, results)
 }
 
-/// A generation as the scheduler sees it, and its answer; it arrived at `arrived` on the engine's clock.
-pub(crate) fn generation(request: Checked, arrived: Duration) -> (scheduler::Request, Option<Answer>) {
+/// A generation as the scheduler sees it, and its answer; it came by a connection and arrived at `arrived` on the engine's clock.
+pub(crate) fn generation(
+    request: Checked,
+    connection: u64,
+    arrived: Duration,
+) -> (scheduler::Request, Option<Answer>) {
     let prompt_tokens = request.prompt.len() as u32;
     let sampling = v1::RowSampling {
         sampling: Some(request.sampling),
@@ -83,7 +89,8 @@ pub(crate) fn generation(request: Checked, arrived: Duration) -> (scheduler::Req
     };
     let work = scheduler::Work::Generate { max_tokens: request.max_tokens, eos: request.eos, sampling };
     let deadline = request.deadline.map(|d| arrived + d);
-    let asked = scheduler::Request { prompt: request.prompt, tenant: request.tenant, deadline, work };
+    let (prompt, tenant) = (request.prompt, request.tenant);
+    let asked = scheduler::Request { prompt, tenant, connection, deadline, work };
     (asked, Some(Answer { text: TextStream::new(request.stop), prompt_tokens, generated: 0, cached: 0 }))
 }
 
@@ -106,6 +113,5 @@ pub(crate) fn finish(live: Live, reason: FinishReason, tokenizer: &Tokenizer) {
             Reply::Failed(EngineError::Internal)
         }
     };
-    // A receiver that is gone needs no telling.
-    let _ = live.reply.send(reply);
+    live.reply.end(reply);
 }

@@ -15,8 +15,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::{
     answer::{self, Live},
     error::EngineError,
-    messages::{Asked, Event, Observer, Reply, Submission},
+    messages::{Asked, Event, Observer, Submission},
     replica::{Replica, State},
+    replies::Reply,
     snapshot::{self, Snapshot},
 };
 use crate::{
@@ -220,7 +221,7 @@ impl Engine {
             None => EngineError::ShuttingDown,
         };
         for (_, live) in self.live.drain() {
-            let _ = live.reply.send(Reply::Failed(failed.clone()));
+            live.reply.end(Reply::Failed(failed.clone()));
         }
         let pipelines = self.replicas.into_iter().filter_map(|replica| match replica.state {
             State::Up(pipeline) => Some(pipeline.abort()),
@@ -314,19 +315,20 @@ impl Engine {
     }
 
     fn submit(&mut self, submission: Submission) {
-        let Submission { request, arrived, reply } = submission;
+        let Submission { request, connection, arrived, reply } = submission;
         if self.turned_away() {
             let reason = self.snapshot.borrow().reason();
-            let _ = reply.send(Reply::Failed(EngineError::NoPipeline(reason)));
+            reply.end(Reply::Failed(EngineError::NoPipeline(reason)));
             return;
         }
         let arrived = arrived.duration_since(self.begun);
         let (asked, answer) = match request {
-            Asked::Generate(request) => answer::generation(*request, arrived),
+            Asked::Generate(request) => answer::generation(*request, connection, arrived),
             Asked::Encode(input, deadline) => {
                 let work = scheduler::Work::Encode(input.encode);
                 let deadline = deadline.map(|d| arrived + d);
-                (scheduler::Request { prompt: input.ids, tenant: "".into(), deadline, work }, None)
+                let (prompt, tenant) = (input.ids, "".into());
+                (scheduler::Request { prompt, tenant, connection, deadline, work }, None)
             }
         };
         let prompt_tokens = asked.prompt.len() as u64;
@@ -334,17 +336,15 @@ impl Engine {
         let id = self.last_id;
         match self.place(id, asked) {
             Ok(()) => {
-                let live = Live { reply: reply.clone(), answer, begun: false };
                 self.counters.prompt_tokens += self.counted(prompt_tokens);
-                self.live.insert(id, live);
-                if reply.send(Reply::Accepted(id)).is_err() {
-                    self.live.remove(&id);
-                    self.cancel(id);
+                match reply.send(Reply::Accepted(id)) {
+                    Ok(()) => drop(self.live.insert(id, Live { reply, answer, begun: false })),
+                    Err(_) => self.cancel(id),
                 }
             }
             Err(error) => {
                 let refused = EngineError::Refused { message: error.to_string(), kind: error.kind() };
-                let _ = reply.send(Reply::Failed(refused));
+                reply.end(Reply::Failed(refused));
             }
         }
     }
@@ -410,8 +410,7 @@ impl Engine {
 
     fn fail(&mut self, id: SequenceId, error: EngineError) {
         if let Some(live) = self.live.remove(&id) {
-            // A receiver that is gone needs no telling.
-            let _ = live.reply.send(Reply::Failed(error));
+            live.reply.end(Reply::Failed(error));
         }
     }
 

@@ -5,13 +5,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use strata_proto::{
-    Plan,
-    v1::{self, generate_event},
-};
-use tokio::sync::mpsc;
+use strata_proto::Plan;
 
-use super::error::EngineError;
+use super::replies::ReplySender;
 use crate::{
     cluster::{
         PipelineError,
@@ -23,35 +19,6 @@ use crate::{
     request::{encode::CheckedInput, generate::Checked},
     scheduler::SequenceId,
 };
-
-/// One message of an answer. The channel's memory is bounded by the context length, so a client that does not
-/// read cannot hold up the engine.
-#[derive(Debug)]
-pub(crate) enum Reply {
-    /// The request is in; cancel it by this id.
-    Accepted(SequenceId),
-    /// Its first tokens went to a pipeline at this time.
-    Begun(Instant),
-    /// Something to send on.
-    Event(generate_event::Event),
-    /// What the model's head yields of an input: a vector, or the logits of classes. The last message.
-    Vector(Vec<f32>),
-    /// Candidates for each mask of an input. The last message.
-    Guesses(Vec<Vec<v1::Alternative>>),
-    /// The answer is over without a finish.
-    Failed(EngineError),
-}
-
-impl Reply {
-    /// Whether nothing comes after it.
-    pub fn is_last(&self) -> bool {
-        match self {
-            Reply::Accepted(_) | Reply::Begun(_) => false,
-            Reply::Event(event) => matches!(event, generate_event::Event::Finished(_)),
-            Reply::Vector(_) | Reply::Guesses(_) | Reply::Failed(_) => true,
-        }
-    }
-}
 
 /// What is asked of the engine.
 #[derive(Debug)]
@@ -67,10 +34,12 @@ pub(crate) enum Asked {
 pub(crate) struct Submission {
     /// The request.
     pub request: Asked,
+    /// Which of its tenant's connections it came by.
+    pub connection: u64,
     /// When it arrived.
     pub arrived: Instant,
     /// Where its answer goes.
-    pub reply: mpsc::UnboundedSender<Reply>,
+    pub reply: ReplySender,
 }
 
 /// Everything the engine reacts to.

@@ -6,11 +6,13 @@ mod error;
 mod event_loop;
 mod messages;
 mod replica;
+mod replies;
 mod snapshot;
 
 pub use error::EngineError;
 pub(crate) use event_loop::{Ended, Engine, Running, Start};
-pub(crate) use messages::{Asked, Event, Reply, Submission};
+pub(crate) use messages::{Asked, Event, Submission};
 pub use messages::{Notice, Observer};
+pub(crate) use replies::{Replies, Reply, Unread, replies};
 pub(crate) use snapshot::counters;
 pub use snapshot::{Loading, Snapshot, State};

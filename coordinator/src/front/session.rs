@@ -17,11 +17,14 @@ pub use error::SessionError;
 pub use generation::Generation;
 pub use record::{Counts, Outcome};
 
-use self::{pending::Pending, record::Record};
+use self::{
+    pending::Pending,
+    record::{Open, Record},
+};
 use crate::{
-    engine::{Asked, EngineError, Event, Reply, Snapshot, State},
+    engine::{Asked, EngineError, Event, Reply, Snapshot, State, Submission, Unread, replies},
     request::{
-        AdmissionError, Gate, Limit, Tokenizer,
+        AdmissionError, Gate, Limit, Pool, Tokenizer,
         bounds::{self, MAX_IDS},
         encode, generate,
     },
@@ -49,6 +52,8 @@ pub struct Session {
     shared: Arc<Shared>,
     /// The coordinator's own questions before it serves, which count nowhere.
     probes: bool,
+    /// Which of a tenant's connections its requests come by.
+    connection: u64,
 }
 
 #[derive(Debug)]
@@ -59,21 +64,31 @@ struct Shared {
     /// While there is a tokenizer and an engine.
     served: RwLock<Option<Arc<Served>>>,
     snapshot: watch::Receiver<Snapshot>,
+    /// Requests that were let in, and whose answers are not read to their ends.
+    open: watch::Sender<usize>,
     gate: Gate,
+    pool: Pool,
+    /// Of all answers.
+    unread: Arc<Unread>,
     counts: Arc<Counts>,
 }
 
 impl Session {
-    /// A session for a model that is to be served by these names, of `max_requests` at a time.
+    /// A session for a model that is to be served by these names, of `max_requests` at a time, with so many
+    /// bytes of answers that nobody has read yet.
     pub(crate) fn new(
         names: Arc<[String]>,
         max_requests: usize,
+        unread_bytes: usize,
         snapshot: watch::Receiver<Snapshot>,
     ) -> Self {
         let (gate, served) = (Gate::new(max_requests), RwLock::default());
         let model = names.first().map_or("", String::as_str).into();
-        let shared = Shared { model, names, served, snapshot, gate, counts: Arc::default() };
-        Session { shared: Arc::new(shared), probes: false }
+        let open = watch::Sender::default();
+        let (pool, unread) = (Pool::default(), Arc::new(Unread::new(unread_bytes)));
+        let shared =
+            Shared { model, names, served, snapshot, open, gate, pool, unread, counts: Arc::default() };
+        Session { shared: Arc::new(shared), probes: false, connection: 0 }
     }
 
     /// There is something to ask from now on.
@@ -96,12 +111,19 @@ impl Session {
 
     /// Waits until no request is in progress.
     pub(crate) async fn idle(&self) {
-        self.shared.gate.empty().await;
+        // The sender is in hand, so this cannot fail.
+        let _ = self.shared.open.subscribe().wait_for(|open| *open == 0).await;
     }
 
     /// The same for the coordinator's own questions.
     pub(crate) fn probing(&self) -> Self {
         Session { probes: true, ..self.clone() }
+    }
+
+    /// The same for requests that come by a connection of this number, whatever it stands for: the connections of a
+    /// tenant take turns, and share its places.
+    pub fn over(&self, connection: u64) -> Self {
+        Session { connection, ..self.clone() }
     }
 
     /// Name of the model that answers.
@@ -126,7 +148,7 @@ impl Session {
 
     /// Requests in progress.
     pub fn in_progress(&self) -> usize {
-        self.shared.gate.inside()
+        *self.shared.open.borrow()
     }
 
     /// Whether the model is known, and has a template for chats.
@@ -235,7 +257,7 @@ impl Session {
     pub async fn tokenize(&self, request: v1::TokenizeRequest) -> Result<v1::TokenizeResponse, SessionError> {
         let mut record = self.arrived("Tokenize");
         let names = self.shared.names.clone();
-        let token_ids = self.let_in(&mut record, move |served| {
+        let token_ids = self.let_in(&mut record, request.text.len(), move |served| {
             bounds::check_model(&request.model, &names)?;
             bounds::check_text("text", &request.text)?;
             Ok(served.tokenizer.encode(&request.text, !request.plain)?)
@@ -256,7 +278,8 @@ impl Session {
         let mut record = self.arrived("Detokenize");
         record.prompt_tokens = request.token_ids.len() as u32;
         let names = self.shared.names.clone();
-        let text = self.let_in(&mut record, move |served| {
+        let bytes = size_of_val(request.token_ids.as_slice());
+        let text = self.let_in(&mut record, bytes, move |served| {
             bounds::check_model(&request.model, &names)?;
             let field = |why| AdmissionError::Field { field: "token_ids", why };
             if request.token_ids.len() > MAX_IDS {
@@ -278,22 +301,23 @@ impl Session {
         Record::begin(counts, call, self.shared.model.clone())
     }
 
-    /// Takes a place, which costs nothing, and then runs work that costs memory and time, off the async threads.
+    /// Takes a place, which costs nothing, and then runs work on `bytes` of a request, which costs memory and time, off
+    /// the async threads.
     async fn let_in<T: Send + 'static>(
         &self,
         record: &mut Record,
+        bytes: usize,
         work: impl FnOnce(&Served) -> Result<T, AdmissionError> + Send + 'static,
     ) -> Result<(Arc<Served>, T), SessionError> {
         let served = self.served()?;
-        record.permit = Some(self.shared.gate.enter()?);
-        let at_work = served.clone();
-        match tokio::task::spawn_blocking(move || work(&at_work)).await {
-            Ok(outcome) => Ok((served, outcome?)),
-            Err(error) => {
-                tracing::error!(%error, "the tokenizer panicked");
-                Err(SessionError::Tokenizer)
-            }
+        if let Some(most) = self.shared.unread.exceeded() {
+            return Err(AdmissionError::Unread { most }.into());
         }
+        record.permit = Some(Arc::new(self.shared.gate.enter(&record.tenant, self.connection)?));
+        record.open = Some(Open::new(&self.shared.open));
+        let at_work = served.clone();
+        let done = self.shared.pool.run(bytes, move || work(&at_work)).await?;
+        Ok((served, done))
     }
 
     /// What is served, if requests are taken.
@@ -314,17 +338,18 @@ impl Session {
         record: &mut Record,
     ) -> Result<(v1::Started, Pending), SessionError> {
         bounds::check_model(&request.model, &self.shared.names)?;
+        bounds::check_tenant(&request.tenant)?;
+        record.tenant = request.tenant.as_str().into();
         // While no pipeline is up its capacity is unknown; the scheduler checks again when there is one.
         let capacity = match self.shared.snapshot.borrow().capacity {
             0 => u64::MAX,
             capacity => capacity,
         };
-        let checking = self.let_in(record, move |served| {
+        let checking = self.let_in(record, generate::bytes(&request), move |served| {
             let limit = served.longest.within_cache(capacity, served.is_cache_chosen);
             generate::check(request, &served.tokenizer, &served.profile, limit)
         });
         let (served, checked) = checking.await?;
-        record.tenant = checked.tenant.clone();
         record.prompt_tokens = checked.prompt.len() as u32;
         let started = v1::Started {
             request_id: record.id.to_string(),
@@ -333,11 +358,19 @@ impl Session {
             seed: checked.seed,
         };
         let asked = Asked::Generate(Box::new(checked));
-        let mut pending = Pending::submit(&served.engine, asked, record.arrived)?;
+        let mut pending = self.submit(&served, asked, record)?;
+        record.permit = None;
         match pending.next().await? {
             Reply::Accepted(_) => Ok((started, pending)),
             _ => Err(EngineError::Internal.into()),
         }
+    }
+
+    fn submit(&self, served: &Served, request: Asked, record: &Record) -> Result<Pending, EngineError> {
+        let (connection, arrived) = (self.connection, record.arrived);
+        // The place is free when the engine is done, however long it takes to read the answer.
+        let (reply, replies) = replies(self.shared.unread.clone(), record.permit.clone());
+        Pending::submit(&served.engine, Submission { request, connection, arrived, reply }, replies)
     }
 
     /// Has every input computed, and makes an answer of each with `answer`.
@@ -359,7 +392,7 @@ impl Session {
         mut answer: impl FnMut(&Served, Sent, Reply) -> Option<T>,
     ) -> Result<Vec<T>, SessionError> {
         bounds::check_model(&asked.model, &self.shared.names)?;
-        let checking = self.let_in(record, move |served| {
+        let checking = self.let_in(record, encode::bytes(&asked), move |served| {
             encode::check(asked, &served.tokenizer, &served.profile, served.longest_input)
         });
         let (served, (inputs, deadline)) = checking.await?;
@@ -372,8 +405,9 @@ impl Session {
             };
             record.prompt_tokens += sent.tokens;
             let asked = Asked::Encode(input, deadline);
-            waiting.push((sent, Pending::submit(&served.engine, asked, record.arrived)?));
+            waiting.push((sent, self.submit(&served, asked, record)?));
         }
+        record.permit = None;
         let mut answers = Vec::with_capacity(waiting.len());
         for (sent, mut pending) in waiting {
             let reply = loop {

@@ -24,7 +24,7 @@ pub(super) const MAX_MESSAGES: usize = 1024;
 pub(super) const MAX_STOPS: usize = 16;
 pub(super) const MAX_STOP_BYTES: usize = 1024;
 /// Longest name of a tenant, in bytes.
-pub(super) const MAX_TENANT_BYTES: usize = 256;
+const MAX_TENANT_BYTES: usize = 256;
 /// Longest deadline.
 pub(crate) const MAX_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 /// Most devices of a preview: a plan costs time in proportion.
@@ -52,6 +52,18 @@ pub(crate) fn check_text(name: &'static str, text: &str) -> Result<(), Admission
             name,
             format!("{} bytes are too long: at most {MAX_TEXT_BYTES} are taken", text.len()),
         ));
+    }
+    Ok(())
+}
+
+/// Refuses a name of a tenant that is too long.
+///
+/// # Errors
+/// If it is longer than [`MAX_TENANT_BYTES`].
+pub(crate) fn check_tenant(tenant: &str) -> Result<(), AdmissionError> {
+    if tenant.len() > MAX_TENANT_BYTES {
+        let why = format!("{} bytes are too long: at most {MAX_TENANT_BYTES}", tenant.len());
+        return Err(field("tenant", why));
     }
     Ok(())
 }

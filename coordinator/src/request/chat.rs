@@ -19,6 +19,8 @@ use strata_proto::Files;
 
 /// Steps a template may take; a rendering of a long chat takes thousands.
 const FUEL: u64 = 10_000_000;
+/// Most bytes that a template may write: some times the longest messages.
+const MAX_OUTPUT: usize = 4 << 20;
 /// The name of the one template.
 const NAME: &str = "chat";
 
@@ -145,15 +147,45 @@ impl ChatTemplate {
     /// The text of a chat, with the beginning of the model's answer if `prompt`.
     ///
     /// # Errors
-    /// If the template raises an exception, fails, or works too long.
+    /// If the template raises an exception, fails, works too long, or writes too much.
     pub fn render(&self, messages: &[Message], prompt: bool) -> Result<String, ChatError> {
         let variables = context! {
             messages => Serde(messages),
             add_generation_prompt => prompt,
             ..Value::from(Serde(&self.special_tokens))
         };
-        let rendered = self.environment.get_template(NAME).and_then(|t| t.render(variables));
-        rendered.map_err(|e| ChatError::Refused(e.detail().map_or_else(|| e.to_string(), str::to_owned)))
+        let mut output = Output::default();
+        let rendered =
+            self.environment.get_template(NAME).and_then(|t| t.render_captured_to(variables, &mut output));
+        match rendered {
+            _ if output.is_full => {
+                Err(ChatError::Refused(format!("it writes more than {MAX_OUTPUT} bytes for them")))
+            }
+            Ok(_) => Ok(String::from_utf8_lossy(&output.text).into_owned()),
+            Err(e) => Err(ChatError::Refused(e.detail().map_or_else(|| e.to_string(), str::to_owned))),
+        }
+    }
+}
+
+/// What a template writes, up to [`MAX_OUTPUT`] bytes.
+#[derive(Debug, Default)]
+struct Output {
+    text: Vec<u8>,
+    is_full: bool,
+}
+
+impl std::io::Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.is_full |= self.text.len() + bytes.len() > MAX_OUTPUT;
+        if self.is_full {
+            return Err(std::io::ErrorKind::WriteZero.into());
+        }
+        self.text.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
 }
 
@@ -355,6 +387,9 @@ mod tests {
         assert_eq!(raises.render(&[], true), Err(ChatError::Refused("roles must alternate".into())));
         let endless = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}";
         assert!(matches!(compile(endless).unwrap().render(&[], true), Err(ChatError::Refused(_))));
+        let wordy = "{% for a in range(9999) %}{{ 'x' * 9999 }}{% endfor %}";
+        let refused = compile(wordy).unwrap().render(&[], true).unwrap_err().to_string();
+        assert!(refused.contains("more than 4194304 bytes"), "{refused}");
         let outside = compile("{% include '/etc/passwd' %}").unwrap();
         assert!(matches!(outside.render(&[], true), Err(ChatError::Refused(_))));
     }

@@ -65,9 +65,7 @@ pub(crate) fn check(
     if !(1..=MAX_CANDIDATES.min(profile.vocab_size)).contains(&candidates) {
         return Err(field("top_k", format!("{candidates}: expected 1 to {MAX_CANDIDATES}")));
     }
-    let bytes =
-        |i: &v1::Input| i.text.as_ref().map_or(0, String::len) + i.pair.as_ref().map_or(0, String::len);
-    let bytes: usize = request.inputs.iter().map(bytes).sum();
+    let bytes: usize = request.inputs.iter().map(text_bytes).sum();
     if bytes > MAX_TEXT_BYTES {
         return Err(field(
             "inputs",
@@ -91,6 +89,15 @@ pub(crate) fn check(
     Ok((inputs, deadline))
 }
 
+/// Bytes of what of a request is tokenized or looked at.
+pub(crate) fn bytes(request: &Request) -> usize {
+    request.inputs.iter().map(|i| text_bytes(i) + size_of_val(i.token_ids.as_slice())).sum()
+}
+
+fn text_bytes(input: &v1::Input) -> usize {
+    [&input.text, &input.pair].into_iter().flatten().map(String::len).sum()
+}
+
 fn encode(
     input: v1::Input,
     truncation: Truncation,
@@ -107,6 +114,17 @@ fn encode(
         (Some(_), _) if !token_ids.is_empty() => return Err("has both text and token_ids".into()),
         (Some(text), pair) => {
             let longest = (truncation != Truncation::Unspecified).then_some((longest, truncation));
+            if longest.is_none() {
+                let texts = [Some(text.as_str()), pair.as_deref()];
+                let most = usize::try_from(limit.tokens).unwrap_or(usize::MAX);
+                for text in texts.into_iter().flatten() {
+                    if let Some(least) = tokenizer.input_exceeds(text, most).map_err(|e| e.to_string())? {
+                        return Err(format!(
+                            "{least} tokens or more are too many: {limit}; shorten the input, or ask for truncation"
+                        ));
+                    }
+                }
+            }
             tokenizer.encode_input(&text, pair.as_deref(), longest).map_err(|e| e.to_string())?
         }
     };

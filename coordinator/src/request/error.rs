@@ -44,6 +44,36 @@ pub enum AdmissionError {
         /// The bound.
         limit: usize,
     },
+    /// As many requests of one tenant, or connection, as are let in beside those of others.
+    #[error(
+        "{taken} requests of this {whose} are in progress or waiting, its share of the {limit} that this server takes; \
+         try again later"
+    )]
+    Share {
+        /// "tenant" or "connection".
+        whose: &'static str,
+        /// Those it has.
+        taken: usize,
+        /// The bound on those of everybody.
+        limit: usize,
+    },
+    /// Too much is to be tokenized at once.
+    #[error(
+        "{most} bytes of texts are read already, the most that this server reads at a time; try again later"
+    )]
+    Busy {
+        /// The bound.
+        most: usize,
+    },
+    /// Too much of what was answered is unread.
+    #[error("more than {most} bytes of answers wait for their clients to read them; try again later")]
+    Unread {
+        /// The bound.
+        most: usize,
+    },
+    /// A defect of ours.
+    #[error("the tokenizer failed; the server's log has the reason")]
+    Panicked,
     /// The tokenizer failed.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
@@ -56,7 +86,11 @@ impl Classify for AdmissionError {
             | AdmissionError::WrongTask { .. }
             | AdmissionError::Tokenizer(_) => Kind::BadInput,
             AdmissionError::WrongModel { .. } => Kind::WrongModel,
-            AdmissionError::Overload { .. } => Kind::Overload { retry_after: RETRY_AFTER },
+            AdmissionError::Panicked => Kind::Internal,
+            AdmissionError::Overload { .. }
+            | AdmissionError::Share { .. }
+            | AdmissionError::Busy { .. }
+            | AdmissionError::Unread { .. } => Kind::Overload { retry_after: RETRY_AFTER },
         }
     }
 }
@@ -83,6 +117,12 @@ pub enum TokenizerError {
     /// The chat template is broken, missing, or refuses the messages.
     #[error(transparent)]
     Chat(#[from] ChatError),
+    /// A text has more tokens than it may have.
+    #[error("{least} tokens or more are too many")]
+    TooLong {
+        /// It has so many at least.
+        least: usize,
+    },
     /// Encoding or decoding failed.
     #[error("tokenizer: {0}")]
     Failed(String),

@@ -6,11 +6,11 @@ use strata_proto::{ModelProfile, limits::MAX_LOGPROBS, v1};
 
 use super::{
     bounds::{
-        MAX_MESSAGES, MAX_STOP_BYTES, MAX_STOPS, MAX_TENANT_BYTES, MAX_TEXT_BYTES, check_deadline,
-        check_task, check_text,
+        MAX_MESSAGES, MAX_STOP_BYTES, MAX_STOPS, MAX_TEXT_BYTES, check_deadline, check_task, check_tenant,
+        check_text,
     },
     chat::Message,
-    error::{AdmissionError, field},
+    error::{AdmissionError, TokenizerError, field},
     limit::Limit,
     sampling,
     tokenizer::Tokenizer,
@@ -67,20 +67,17 @@ pub(crate) fn check(
     if let Some(n) = request.logprobs.filter(|n| *n > MAX_LOGPROBS) {
         return Err(field("logprobs", format!("{n} is too large: at most {MAX_LOGPROBS}")));
     }
-    if request.tenant.len() > MAX_TENANT_BYTES {
-        let why = format!("{} bytes are too long: at most {MAX_TENANT_BYTES}", request.tenant.len());
-        return Err(field("tenant", why));
-    }
+    check_tenant(&request.tenant)?;
     let deadline = check_deadline(request.deadline_ms)?;
     if request.max_tokens == Some(0) {
         return Err(field("max_tokens", "0 asks for nothing: expected at least 1"));
     }
     let prompt = match request.messages.is_empty() {
-        true => prompt_ids(request.prompt, request.token_ids, tokenizer, profile)?,
+        true => prompt_ids((request.prompt, request.token_ids), tokenizer, profile, limit)?,
         false if request.prompt.is_some() || !request.token_ids.is_empty() => {
             return Err(field("messages", "given together with prompt or token_ids: expected one of them"));
         }
-        false => chat_ids(request.messages, tokenizer)?,
+        false => chat_ids(request.messages, tokenizer, limit)?,
     };
     let max_tokens = check_length(prompt.len(), request.max_tokens, limit)?;
     Ok(Checked {
@@ -96,11 +93,18 @@ pub(crate) fn check(
     })
 }
 
+/// Bytes of what of a request is tokenized or looked at.
+pub(crate) fn bytes(request: &v1::GenerateRequest) -> usize {
+    let messages = request.messages.iter().map(|m| m.role.len() + m.content.len());
+    let prompt = request.prompt.as_ref().map_or(0, String::len);
+    prompt + size_of_val(request.token_ids.as_slice()) + messages.sum::<usize>()
+}
+
 fn prompt_ids(
-    text: Option<String>,
-    ids: Vec<u32>,
+    (text, ids): (Option<String>, Vec<u32>),
     tokenizer: &Tokenizer,
     profile: &ModelProfile,
+    limit: Limit,
 ) -> Result<Vec<u32>, AdmissionError> {
     match text {
         Some(_) if !ids.is_empty() => {
@@ -111,7 +115,7 @@ fn prompt_ids(
             if text.is_empty() {
                 return Err(field("prompt", "is empty: expected at least one character"));
             }
-            Ok(tokenizer.encode(&text, true)?)
+            tokenizer.encode_at_most(&text, most(limit)).map_err(|error| too_long(error, limit))
         }
         None if ids.is_empty() => Err(field("prompt", "is missing: expected prompt, token_ids or messages")),
         None => match ids.iter().position(|id| *id >= profile.vocab_size) {
@@ -127,7 +131,11 @@ fn prompt_ids(
     }
 }
 
-fn chat_ids(messages: Vec<v1::ChatMessage>, tokenizer: &Tokenizer) -> Result<Vec<u32>, AdmissionError> {
+fn chat_ids(
+    messages: Vec<v1::ChatMessage>,
+    tokenizer: &Tokenizer,
+    limit: Limit,
+) -> Result<Vec<u32>, AdmissionError> {
     if messages.len() > MAX_MESSAGES {
         let why = format!("{} messages are too many: at most {MAX_MESSAGES}", messages.len());
         return Err(field("messages", why));
@@ -140,11 +148,28 @@ fn chat_ids(messages: Vec<v1::ChatMessage>, tokenizer: &Tokenizer) -> Result<Vec
         ));
     }
     let messages = messages.into_iter().map(|m| Message { role: m.role, content: m.content });
-    let ids = tokenizer.encode_chat(&messages.collect::<Vec<_>>())?;
+    let ids = tokenizer.encode_chat(&messages.collect::<Vec<_>>(), most(limit));
+    let ids = ids.map_err(|error| too_long(error, limit))?;
     if ids.is_empty() {
         return Err(field("messages", "the model's chat template makes nothing of them"));
     }
     Ok(ids)
+}
+
+/// Most tokens of a prompt.
+fn most(limit: Limit) -> usize {
+    usize::try_from(limit.tokens.saturating_sub(1)).unwrap_or(usize::MAX)
+}
+
+/// What a tokenizer says, where it is too many tokens in terms of the limit.
+fn too_long(error: TokenizerError, limit: Limit) -> AdmissionError {
+    match error {
+        TokenizerError::TooLong { least } => field(
+            "prompt",
+            format!("{least} tokens or more leave no room for an answer: {limit}; shorten the prompt"),
+        ),
+        error => error.into(),
+    }
 }
 
 /// The number of new tokens that a prompt of this length may have.

@@ -14,6 +14,7 @@ use tokenizers::{
 use super::{
     chat::{ChatError, ChatTemplate, Message, special_tokens},
     error::TokenizerError,
+    estimate::{longest_token, more_than},
     sampling::GenerationDefaults,
 };
 
@@ -21,6 +22,8 @@ use super::{
 #[derive(Debug)]
 pub(crate) struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    /// Its longest token, where that says how many a text has at least.
+    longest: Option<usize>,
     defaults: GenerationDefaults,
     /// `bos_token`, `eos_token`, … of tokenizer_config.json.
     special: BTreeMap<String, String>,
@@ -81,7 +84,8 @@ impl Tokenizer {
         };
         let special = special_tokens(files)?;
         let mask = special.get("mask_token").map(|text| Mask::new(text, json)).transpose()?.flatten();
-        Ok(Tokenizer { inner, defaults, special, chat, mask })
+        let longest = longest_token(&inner);
+        Ok(Tokenizer { inner, longest, defaults, special, chat, mask })
     }
 
     /// Text to ids; `special` adds what the tokenizer puts around a text (BOS).
@@ -90,6 +94,41 @@ impl Tokenizer {
     /// If the tokenizer fails on this text.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenizerError> {
         Ok(guarded(|| self.inner.encode_fast(text, special))?.get_ids().to_vec())
+    }
+
+    /// The same for a text, with what the tokenizer puts around it, of at most so many tokens; what has far more is
+    /// refused without being read whole.
+    ///
+    /// # Errors
+    /// As for [`encode`](Self::encode), or [`TokenizerError::TooLong`].
+    pub fn encode_at_most(&self, text: &str, most: usize) -> Result<Vec<u32>, TokenizerError> {
+        self.check_length(&self.inner, text, most)?;
+        self.encode(text, true)
+    }
+
+    /// Tokens that an input of an encoder has at least, if these are more than `most`; as little of it is read as that
+    /// takes.
+    ///
+    /// # Errors
+    /// If the tokenizer fails on this text.
+    pub fn input_exceeds(&self, text: &str, most: usize) -> Result<Option<usize>, TokenizerError> {
+        let tokenizer = self.mask.as_ref().map_or(&self.inner, |mask| &mask.tokenizer);
+        more_than(text, most, self.longest, |part| Ok(guarded(|| tokenizer.encode_fast(part, false))?.len()))
+    }
+
+    fn check_length(
+        &self,
+        tokenizer: &tokenizers::Tokenizer,
+        text: &str,
+        most: usize,
+    ) -> Result<(), TokenizerError> {
+        let count = |part: &str| -> Result<usize, TokenizerError> {
+            Ok(guarded(|| tokenizer.encode_fast(part, false))?.len())
+        };
+        match more_than(text, most, self.longest, count)? {
+            Some(least) => Err(TokenizerError::TooLong { least }),
+            None => Ok(()),
+        }
     }
 
     /// A text, or a pair of texts, as an encoder reads it, special tokens included. The mask token, if the tokenizer
@@ -143,20 +182,26 @@ impl Tokenizer {
     /// A chat to ids, by the model's own template, up to the beginning of the model's answer.
     ///
     /// # Errors
-    /// If the model has no template, or it refuses these messages.
-    pub fn encode_chat(&self, messages: &[Message]) -> Result<Vec<u32>, TokenizerError> {
+    /// If the model has no template, it refuses these messages, or they have far more than `most` tokens.
+    pub fn encode_chat(&self, messages: &[Message], most: usize) -> Result<Vec<u32>, TokenizerError> {
         let chat = self.chat.as_ref().ok_or(ChatError::NoTemplate)?;
         let said = |text: &str| chat.tokens.iter().any(|(token, _)| text.contains(token.as_str()));
         if messages.iter().any(|m| said(&m.content) || said(&m.role)) {
-            return self.encode_masked(chat, messages);
+            return self.encode_masked(chat, messages, most);
         }
         let text = chat.template.render(messages, true)?;
+        self.check_length(&chat.control, &text, most)?;
         Ok(guarded(|| chat.control.encode_fast(text.as_str(), false))?.get_ids().to_vec())
     }
 
     /// As [`encode_chat`](Self::encode_chat) for messages that contain the text of control tokens: they are masked
     /// while the template is rendered, so that only the template's own become control tokens.
-    fn encode_masked(&self, chat: &Chat, messages: &[Message]) -> Result<Vec<u32>, TokenizerError> {
+    fn encode_masked(
+        &self,
+        chat: &Chat,
+        messages: &[Message],
+        most: usize,
+    ) -> Result<Vec<u32>, TokenizerError> {
         let used = |c: char| messages.iter().any(|m| m.content.contains(c) || m.role.contains(c));
         // A private-use character that nobody uses; filters such as `trim` and `upper` leave it and digits alone.
         let fence = ('\u{e000}'..='\u{f8ff}').find(|c| !used(*c));
@@ -177,6 +222,7 @@ impl Tokenizer {
         let masked: Vec<Message> =
             messages.iter().map(|m| Message { role: mask(&m.role), content: mask(&m.content) }).collect();
         let text = chat.template.render(&masked, true)?;
+        self.check_length(&chat.control, &unmask(&text), most)?;
         let mut ids = Vec::new();
         let mut rest = text.as_str();
         while !rest.is_empty() {
@@ -306,18 +352,20 @@ pub(super) mod tests {
     fn chats_become_transformers_ids_and_only_the_template_says_control_tokens() {
         let tokenizer = demo();
         let say = |content: &str| [Message { role: "user".into(), content: content.into() }];
-        let ids = tokenizer.encode_chat(&say("What say you, good sir?")).unwrap();
+        let ids = tokenizer.encode_chat(&say("What say you, good sir?"), usize::MAX).unwrap();
         let expected = [
             0, 390, 445, 28, 201, 469, 517, 291, 14, 451, 498, 33, 201, 201, 35, 53, 53, 613, 54, 644, 54,
             28, 201,
         ];
         assert_eq!(ids, expected);
-        let ids = tokenizer.encode_chat(&say(" <|eos|>a<|bos|><|eos|> ")).unwrap();
+        let ids = tokenizer.encode_chat(&say(" <|eos|>a<|bos|><|eos|> "), usize::MAX).unwrap();
         assert!(ids[0] == 0 && ids[1..].iter().all(|id| *id > 2), "{ids:?}");
         let text = tokenizer.decode(&ids, true).unwrap();
         assert_eq!(text, "<|bos|>USER:\n<|eos|>a<|bos|><|eos|>\n\nASSISTANT:\n");
         let none = Tokenizer { chat: None, ..demo() };
-        assert!(none.encode_chat(&say("x")).unwrap_err().to_string().contains("no chat template"));
+        assert!(
+            none.encode_chat(&say("x"), usize::MAX).unwrap_err().to_string().contains("no chat template")
+        );
     }
 
     /// Python's tokenizers has Oniguruma; the crate's other engine differs here, and ends early in long white space.

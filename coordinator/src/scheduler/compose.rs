@@ -52,7 +52,8 @@ impl Scheduler {
             self.prefix_queries += u64::from(sequence.len());
             self.prefix_hits += u64::from(sequence.scheduled);
         }
-        self.waiting.remove(&id);
+        sequence.admitted = true;
+        self.waiting.take(id, &sequence.party);
         self.running.insert(id);
         true
     }
@@ -116,14 +117,14 @@ impl Scheduler {
         drafts
     }
 
-    /// Chunks of prompts: first those that run, then waiting ones in order of arrival, while there is room.
+    /// Chunks of prompts: first those that run, then waiting ones in their turns, while there is room.
     pub(super) fn add_prefills(&mut self, step: &mut Step) {
         let running: Vec<_> = self.running.iter().copied().collect();
         for id in running {
             self.add_chunk(id, step);
         }
         // Nobody overtakes the first in line.
-        while let Some(id) = self.waiting.first().copied() {
+        while let Some(id) = self.waiting.first() {
             let sequence = &self.live[&id];
             if sequence.suspect() || self.count_for(sequence, step) == 0 || !self.admit(id) {
                 break;
@@ -156,7 +157,7 @@ impl Scheduler {
     }
 
     pub(super) fn add_alone(&mut self, id: SequenceId, step: &mut Step) {
-        if self.waiting.contains(&id) && !self.admit(id) {
+        if !self.running.contains(&id) && !self.admit(id) {
             return;
         }
         let Some(sequence) = self.live.get(&id) else { return };

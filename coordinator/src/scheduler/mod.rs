@@ -1,6 +1,6 @@
 //! Continuous batching over paged KV memory, as a pure state machine: no clock, no IO, no runtime.
 //!
-//! Sequences are `waiting` (no blocks) or `running` (blocks for every known token). A step holds decode rows first,
+//! Sequences are `waiting` (no blocks; by turns, see [`queue`]) or `running` (blocks for every known token). A step holds decode rows first,
 //! then chunks of prompts. The scheduler alone owns block ids and slots; since all changes to that memory ride inside
 //! steps, which every stage runs in one order, what is freed may be given out again at once.
 //!
@@ -15,6 +15,7 @@ mod commit;
 mod compose;
 mod error;
 mod flight;
+mod queue;
 mod rules;
 mod sequence;
 #[cfg(test)]
@@ -31,6 +32,7 @@ use blocks::BlockAllocator;
 use compose::Step;
 pub use error::{CommitError, SubmitError};
 use flight::Flight;
+use queue::Queue;
 use rules::{Reuse, Rewind, Rules};
 use sequence::Sequence;
 pub use sequence::{Encode, Finish, Request, SequenceId, Work};
@@ -134,7 +136,7 @@ pub struct Scheduler {
     slots: Vec<u32>,
     live: BTreeMap<SequenceId, Sequence>,
     running: BTreeSet<SequenceId>,
-    waiting: BTreeSet<SequenceId>,
+    waiting: Queue,
     in_flight: VecDeque<(u64, Vec<Flight>)>,
     /// Sequences that stages may forget, told with the next step.
     released: Vec<SequenceId>,
@@ -156,7 +158,7 @@ impl Scheduler {
             config,
             live: BTreeMap::new(),
             running: BTreeSet::new(),
-            waiting: BTreeSet::new(),
+            waiting: Queue::default(),
             in_flight: VecDeque::new(),
             released: Vec::new(),
             next_step: 0,
@@ -180,7 +182,7 @@ impl Scheduler {
         });
         let moved = moved.collect();
         self.running.clear();
-        self.waiting.clear();
+        self.waiting = Queue::default();
         self.in_flight.clear();
         moved
     }
@@ -190,11 +192,16 @@ impl Scheduler {
         self.mixed_tokens = tokens.max(1);
     }
 
-    /// Takes a sequence in, to be computed from its beginning when there is room and it is first in line by its id.
+    /// Takes a sequence in, to be computed from its beginning when there is room and it is its turn: at once for one that
+    /// another scheduler gave up, otherwise by turns of tenants and connections.
     /// [`check`](Self::check) it first, unless it was this scheduler's own; then [`restart`](Self::restart) decides.
     pub fn adopt(&mut self, unplaced: Unplaced) {
-        self.waiting.insert(unplaced.id);
-        self.live.insert(unplaced.id, unplaced.sequence);
+        let Unplaced { id, sequence } = unplaced;
+        match sequence.admitted {
+            true => self.waiting.push_again(id),
+            false => self.waiting.push(id, &sequence.party, sequence.len()),
+        }
+        self.live.insert(id, sequence);
     }
 
     /// Whether a sequence could run here at all.
@@ -274,7 +281,8 @@ impl Scheduler {
             self.blocks.give_back(&sequence.blocks);
             self.slots.extend(sequence.slot);
             self.running.remove(&id);
-            self.waiting.remove(&id);
+            self.waiting.remove(id, &sequence.party);
+            self.waiting.charge(&sequence.party, sequence.answered().into());
         }
     }
 
@@ -288,8 +296,8 @@ impl Scheduler {
         expired
     }
 
-    /// Begins a new incarnation of the pipeline: steps count from 0, every live sequence is computed anew in order of
-    /// arrival. Returns those that cannot fit any more; they are gone.
+    /// Begins a new incarnation of the pipeline: steps count from 0, every live sequence is computed anew, those
+    /// that ran first, in order of arrival. Returns those that cannot fit any more; they are gone.
     pub fn restart(&mut self, config: Config) -> Vec<SequenceId> {
         self.config = config;
         self.rules = Rules::of_all(&self.config.states);
@@ -304,8 +312,7 @@ impl Scheduler {
             sequence.last_step = 0;
         }
         self.slots = (0..self.config.state_slots).rev().collect();
-        self.running.clear();
-        self.waiting = self.live.keys().copied().collect();
+        std::mem::take(&mut self.running).into_iter().for_each(|id| self.waiting.push_again(id));
         let capacity = self.capacity();
         let lost = |s: &Sequence| s.most(&self.rules) > capacity || !self.fits_a_step(s);
         let lost: Vec<_> = self.live.iter().filter(|(_, s)| lost(s)).map(|(id, _)| *id).collect();
@@ -320,7 +327,7 @@ impl Scheduler {
     pub fn stats(&self) -> Stats {
         Stats {
             running: self.running.len() as u32,
-            waiting: self.waiting.len() as u32,
+            waiting: (self.live.len() - self.running.len()) as u32,
             blocks_used: self.blocks.total() - self.blocks.available(),
             blocks_total: self.blocks.total(),
             in_flight: self.in_flight.len() as u32,
@@ -357,7 +364,7 @@ impl Scheduler {
             self.blocks.give_back(&blocks);
             self.slots.extend(slot);
             self.running.remove(&id);
-            self.waiting.insert(id);
+            self.waiting.push_again(id);
         }
     }
 }

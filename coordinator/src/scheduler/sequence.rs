@@ -20,6 +20,8 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// Whose it is: computed prefixes are shared within a tenant.
     pub tenant: Arc<str>,
+    /// Which of the tenant's connections it came by: they take turns.
+    pub connection: u64,
     /// When to give up, on the caller's clock.
     pub deadline: Option<Duration>,
     /// What is to be done with it.
@@ -71,9 +73,20 @@ pub enum Finish {
     Encoded,
 }
 
+/// Whose a sequence is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Party {
+    pub tenant: Arc<str>,
+    pub connection: u64,
+}
+
 /// A live request.
 #[derive(Debug)]
 pub(super) struct Sequence {
+    /// Whose it is.
+    pub party: Party,
+    /// It had its turn.
+    pub admitted: bool,
     /// Prompt and answer so far.
     pub tokens: Vec<u32>,
     /// Guesses of those that follow.
@@ -114,7 +127,10 @@ pub(super) struct Sequence {
 
 impl Sequence {
     pub fn new(request: Request) -> Self {
+        let party = Party { tenant: request.tenant.clone(), connection: request.connection };
         Sequence {
+            party,
+            admitted: false,
             prompt: request.prompt.len() as u32,
             tokens: request.prompt,
             drafts: Vec::new(),
@@ -206,9 +222,14 @@ impl Sequence {
         !self.begun
     }
 
+    /// Tokens of its answer.
+    pub fn answered(&self) -> u32 {
+        self.len() - self.prompt
+    }
+
     /// Whether a part of its answer is out, and its reader waits for more.
     pub fn has_answered(&self) -> bool {
-        self.len() > self.prompt
+        self.answered() > 0
     }
 
     /// Sequences longer than `switch` turn by the second set of frequencies.

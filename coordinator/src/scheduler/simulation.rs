@@ -151,6 +151,7 @@ impl World {
         let request = Request {
             prompt: prompt.clone(),
             tenant: tenant.to_string().into(),
+            connection: u64::from(self.clock / 4 % 2),
             deadline: deadline.map(|d| Duration::from_secs(u64::from(self.clock + d))),
             // One token in fifty ends an answer.
             work: Work::Generate { max_tokens, eos: vec![13], sampling: v1::RowSampling::default() },
@@ -178,7 +179,7 @@ impl World {
         let work = Encode { masked, candidates: 5, ..Encode::default() };
         let outputs = work.outputs();
         let (tenant, work) = ("".into(), Work::Encode(work));
-        let request = Request { prompt: prompt.clone(), tenant, deadline: None, work };
+        let request = Request { prompt: prompt.clone(), tenant, connection: 0, deadline: None, work };
         let config = &self.stage.config;
         let fits = tokens <= config.max_step_tokens && outputs <= config.max_step_rows;
         self.next_id += 1;
@@ -350,8 +351,11 @@ impl World {
         assert_eq!(slots.len() as u32, s.config.state_slots, "a slot leaked");
         let has_slot = s.live.values().filter(|q| q.slot.is_some()).count();
         assert_eq!(has_slot + s.slots.len(), slots.len(), "a slot belongs to two");
-        assert!(s.running.is_disjoint(&s.waiting));
-        assert_eq!(s.running.len() + s.waiting.len(), s.live.len());
+        let waits = |id: &&u64| !s.running.contains(id);
+        assert!(
+            s.waiting.ids().iter().eq(s.live.keys().filter(waits)),
+            "who waits is in the queue, and nobody else"
+        );
         assert!(self.live.keys().eq(s.live.keys()));
     }
 

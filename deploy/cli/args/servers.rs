@@ -1,9 +1,9 @@
 //! Flags of the servers, and of what is shown or checked before serving.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::Args;
-use strata_coordinator::config;
+use strata_coordinator::{ClientLimits, config};
 use strata_proto::DEFAULT_PORT;
 use strata_worker::device::DeviceSpec;
 
@@ -26,6 +26,23 @@ pub struct ListenArgs {
     /// Seconds that answers in progress may take to finish after SIGTERM
     #[arg(long, env = "STRATA_GRACE", default_value_t = 30)]
     pub grace: u64,
+    /// Most connections of clients at a time; more are closed at once
+    #[arg(long, env = "STRATA_MAX_CONNECTIONS", default_value_t = config::MAX_CONNECTIONS, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub max_connections: u32,
+    /// Seconds that an answer waits for a client that does not read on
+    #[arg(long, env = "STRATA_SLOW_READER_S", default_value_t = config::SLOW_READER.as_secs(), value_parser = clap::value_parser!(u64).range(1..=86400))]
+    pub slow_reader_s: u64,
+}
+
+impl ListenArgs {
+    /// What clients may hold.
+    pub fn limits(&self) -> ClientLimits {
+        ClientLimits {
+            connections: self.max_connections as usize,
+            slow_reader: Duration::from_secs(self.slow_reader_s),
+            ..ClientLimits::default()
+        }
+    }
 }
 
 /// Longest name of a model, in characters.

@@ -1,14 +1,16 @@
 //! Connections to a port: HTTP/2 goes on to the server, and who speaks something else is told.
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    sync::mpsc,
+    sync::{Semaphore, mpsc},
     time::timeout,
 };
 use tokio_stream::wrappers::ReceiverStream;
+
+use super::peer::Connection;
 
 /// How long a client may take to say its first bytes, and one that is refused to read why.
 const OPENING_TIMEOUT: Duration = Duration::from_secs(10);
@@ -23,18 +25,26 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const TLS_HANDSHAKE: u8 = 22;
 
 /// Connections whose client begins to speak HTTP/2. Clients take as long as they like to begin, up to a limit, and none
-/// of them keeps others waiting. One that speaks HTTP/1 gets `refusal`. Ends when the receiver is dropped.
-pub(super) fn accept(listener: TcpListener, refusal: &'static str) -> ReceiverStream<io::Result<TcpStream>> {
-    accept_within(listener, refusal, OPENING_TIMEOUT)
+/// of them keeps others waiting. One that speaks HTTP/1 gets `refusal`; more than `most` at a time are closed at once.
+/// Ends when the receiver is dropped.
+pub(super) fn accept(
+    listener: TcpListener,
+    refusal: &'static str,
+    most: usize,
+) -> ReceiverStream<io::Result<Connection>> {
+    accept_within(listener, refusal, most, OPENING_TIMEOUT)
 }
 
 fn accept_within(
     listener: TcpListener,
     refusal: &'static str,
+    most: usize,
     limit: Duration,
-) -> ReceiverStream<io::Result<TcpStream>> {
+) -> ReceiverStream<io::Result<Connection>> {
     let (opened, connections) = mpsc::channel(1);
+    let places = Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS)));
     tokio::spawn(async move {
+        let mut full = false;
         loop {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
@@ -42,11 +52,23 @@ fn accept_within(
             };
             match accepted {
                 Ok((stream, peer)) => {
+                    let Ok(place) = places.clone().try_acquire_owned() else {
+                        if !std::mem::replace(&mut full, true) {
+                            tracing::warn!(
+                                "{most} connections are open, as many as there may be: more are closed at once"
+                            );
+                        }
+                        continue;
+                    };
+                    full = false;
                     let opened = opened.clone();
                     tokio::spawn(async move {
                         match timeout(limit, open(stream, peer, refusal)).await {
                             // A server that is gone takes no more.
-                            Ok(Some(stream)) => drop(opened.send(Ok(stream)).await),
+                            Ok(Some(stream)) => {
+                                let connection = Connection::new(stream, place, PREFACE.len(), limit);
+                                drop(opened.send(Ok(connection)).await);
+                            }
                             Ok(None) => {}
                             Err(_) => tracing::debug!(%peer, "closed: said nothing for {limit:?}"),
                         }
@@ -112,10 +134,10 @@ mod tests {
     const REFUSAL: &str = "This port speaks something else.\n";
     const LONG: Duration = Duration::from_secs(60);
 
-    async fn listening(limit: Duration) -> (ReceiverStream<io::Result<TcpStream>>, SocketAddr) {
+    async fn listening(most: usize, limit: Duration) -> (ReceiverStream<io::Result<Connection>>, SocketAddr) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        (accept_within(listener, REFUSAL, limit), address)
+        (accept_within(listener, REFUSAL, most, limit), address)
     }
 
     /// Sends this, and reads until the connection is closed, be it by a reset: what was sent may be unread.
@@ -129,7 +151,7 @@ mod tests {
 
     #[tokio::test]
     async fn http_1_is_answered_by_a_line_and_tls_is_closed() {
-        let (mut connections, address) = listening(LONG).await;
+        let (mut connections, address) = listening(9, LONG).await;
         for request in
             ["GET / HTTP/1.1\r\nHost: x\r\n\r\n", "POST /strata.v1.Inference/Generate HTTP/1.1\r\n\r\n{}"]
         {
@@ -151,13 +173,33 @@ mod tests {
 
     #[tokio::test]
     async fn who_says_nothing_keeps_nobody_waiting_and_is_closed() {
-        let (mut connections, address) = listening(LONG).await;
+        let (mut connections, address) = listening(9, LONG).await;
         let _silent = TcpStream::connect(address).await.unwrap();
         let mut client = TcpStream::connect(address).await.unwrap();
         client.write_all(PREFACE).await.unwrap();
         assert!(timeout(LONG, connections.next()).await.unwrap().unwrap().is_ok());
 
-        let (_connections, address) = listening(Duration::from_millis(1)).await;
+        let (_connections, address) = listening(9, Duration::from_millis(1)).await;
         assert_eq!(say(address, b"").await, "");
+    }
+
+    #[tokio::test]
+    async fn who_begins_and_does_not_go_on_is_closed_and_whoever_is_too_many_at_once() {
+        let (mut connections, address) = listening(1, Duration::from_millis(50)).await;
+        let mut first = TcpStream::connect(address).await.unwrap();
+        first.write_all(&PREFACE[..3]).await.unwrap();
+        let mut served = timeout(LONG, connections.next()).await.unwrap().unwrap().unwrap();
+        assert_eq!(say(address, PREFACE).await, "", "there is one place, and it is taken");
+        let mut bytes = [0; 24];
+        let error = timeout(LONG, served.read_exact(&mut bytes)).await.unwrap().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        drop(served);
+        let mut second = TcpStream::connect(address).await.unwrap();
+        second.write_all(PREFACE).await.unwrap();
+        let mut served = timeout(LONG, connections.next()).await.unwrap().unwrap().unwrap();
+        timeout(LONG, served.read_exact(&mut bytes)).await.unwrap().unwrap();
+        // It has begun, and may take its time now.
+        second.write_all(b"!").await.unwrap();
+        assert_eq!(timeout(LONG, served.read_u8()).await.unwrap().unwrap(), b'!');
     }
 }

@@ -14,7 +14,7 @@ use tonic::{
     service::Routes,
 };
 
-use super::Served;
+use super::{Served, bodies::Budget, peer::Peer};
 use crate::error::quoted;
 
 /// Routes whose UNIMPLEMENTED says what is served; tonic's says nothing.
@@ -22,6 +22,26 @@ use crate::error::quoted;
 pub(super) struct Explained {
     pub routes: Routes,
     pub served: &'static Served,
+    /// Of those that have one message.
+    pub bodies: Option<Budget>,
+}
+
+impl Explained {
+    /// The request, within the bounds of the port.
+    fn bounded(&self, request: http::Request<Body>) -> Result<http::Request<Body>, Status> {
+        let path = request.uri().path();
+        if !self.served.has(path) {
+            return Err(Status::unimplemented(self.served.refusal(path)));
+        }
+        let ours = self.served.is_ours(path);
+        match (&self.bodies, request.extensions().get::<Peer>().cloned()) {
+            (Some(bodies), Some(peer)) if ours => {
+                let (head, body) = request.into_parts();
+                Ok(http::Request::from_parts(head, bodies.hold(body, &peer)?))
+            }
+            _ => Ok(request),
+        }
+    }
 }
 
 impl Service<http::Request<Body>> for Explained {
@@ -35,10 +55,9 @@ impl Service<http::Request<Body>> for Explained {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let path = request.uri().path();
-        match self.served.has(path) {
-            true => Either::Left(self.routes.call(request)),
-            false => Either::Right(ready(Ok(Status::unimplemented(self.served.refusal(path)).into_http()))),
+        match self.bounded(request) {
+            Ok(request) => Either::Left(self.routes.call(request)),
+            Err(refused) => Either::Right(ready(Ok(refused.into_http()))),
         }
     }
 }
@@ -51,6 +70,11 @@ impl Served {
         };
         self.standard.contains(&service)
             || self.methods.iter().any(|(name, methods)| *name == service && methods.contains(&method))
+    }
+
+    /// Whether a path that is served is of `strata.v1`.
+    fn is_ours(&self, path: &str) -> bool {
+        !self.standard.iter().any(|service| path[1..].starts_with(service))
     }
 
     fn refusal(&self, path: &str) -> String {

@@ -1,14 +1,17 @@
 //! A gRPC port, a coordinator's or a worker's: who comes to the wrong one, or speaks another protocol, is told.
 
+mod bodies;
 mod connections;
 mod methods;
+mod peer;
 
 use std::{future::Future, time::Duration};
 
 use tokio::{net::TcpListener, sync::oneshot};
 use tonic::{service::Routes, transport::Server};
 
-use self::methods::Explained;
+pub use self::{bodies::Bodies, peer::Peer};
+use self::{bodies::Budget, methods::Explained};
 use crate::MAX_HEADER_LIST;
 
 /// How long connections may stay open once no call is in progress any more and the port closes: enough to read the
@@ -39,6 +42,17 @@ pub struct Pings {
     pub timeout: Duration,
 }
 
+/// What who is connected may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// How it finds out that one is gone.
+    pub pings: Pings,
+    /// Most connections at a time.
+    pub connections: usize,
+    /// Bounds on the one message that each call has to come; none where a call may have many.
+    pub bodies: Option<Bodies>,
+}
+
 /// Answers calls until `drained` resolves, which is when none that matters is in progress; connections are closed then,
 /// after five seconds even those that do not want to be.
 ///
@@ -48,7 +62,7 @@ pub async fn serve(
     listener: TcpListener,
     routes: Routes,
     served: &'static Served,
-    pings: Pings,
+    limits: Limits,
     drained: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
     let (idle, is_idle) = oneshot::channel();
@@ -58,13 +72,13 @@ pub async fn serve(
         let _ = idle.send(());
     };
     let serving = Server::builder()
-        .http2_keepalive_interval(Some(pings.every))
-        .http2_keepalive_timeout(Some(pings.timeout))
+        .http2_keepalive_interval(Some(limits.pings.every))
+        .http2_keepalive_timeout(Some(limits.pings.timeout))
         .max_concurrent_streams(Some(MAX_STREAMS))
         .http2_max_header_list_size(MAX_HEADER_LIST)
         .serve_with_incoming_shutdown(
-            Explained { routes: routes.prepare(), served },
-            connections::accept(listener, served.http1),
+            Explained { routes: routes.prepare(), served, bodies: limits.bodies.map(Budget::new) },
+            connections::accept(listener, served.http1, limits.connections),
             draining,
         );
     let closing = async {

@@ -7,7 +7,7 @@ use crate::{
     engine::{
         answer::{self, Yield},
         error::EngineError,
-        messages::Reply,
+        replies::{Reply, Undelivered},
     },
     scheduler,
 };
@@ -36,8 +36,7 @@ impl Engine {
                         }
                         (_, Some(Yield::Whole(reply))) => {
                             if let Some(live) = self.live.remove(&output.sequence) {
-                                // A receiver that is gone needs no telling.
-                                let _ = live.reply.send(reply);
+                                live.reply.end(reply);
                             }
                         }
                         _ => self.fail(output.sequence, EngineError::Internal),
@@ -71,14 +70,18 @@ impl Engine {
         answer.generated += 1;
         answer.cached = cached_prompt;
         self.counters.generated_tokens += counted;
-        let gone = live.reply.send(Reply::Event(generate_event::Event::Tokens(tokens))).is_err();
+        let sent = live.reply.send(Reply::Event(generate_event::Event::Tokens(tokens)));
+        if sent == Err(Undelivered::Unread) {
+            self.cancel(sequence);
+            return self.fail(sequence, EngineError::Unread);
+        }
         let finish = match finished {
             _ if piece.stopped => Some(FinishReason::Stop),
             Some(scheduler::Finish::Eos) => Some(FinishReason::Eos),
             Some(scheduler::Finish::Length | scheduler::Finish::Encoded) => Some(FinishReason::Length),
             None => None,
         };
-        if gone || finish.is_some() {
+        if sent.is_err() || finish.is_some() {
             self.cancel(sequence);
             if let (Some(live), Some(reason)) = (self.live.remove(&sequence), finish) {
                 answer::finish(live, reason, &self.tokenizer);

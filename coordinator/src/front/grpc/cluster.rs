@@ -1,16 +1,21 @@
 //! `strata.v1.Cluster`: status and plan previews.
 
-use std::time::Duration;
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use strata_proto::{
     DType, Device,
     error::{Classify, Kind, status},
     v1::{self, cluster_server::Cluster},
 };
+use tokio::sync::{Mutex, Semaphore};
 use tonic::{Request, Response, Status, async_trait};
 
 use crate::{
-    cluster::discovery::discover,
+    cluster::{discovery::discover, membership::Member},
     config::Deployment,
     coordinator::Coordinator,
     engine::{Loading, State},
@@ -18,13 +23,33 @@ use crate::{
     request::bounds::MAX_IMAGINED_DEVICES,
 };
 
+/// Most plans that are made at a time, each of which keeps a core busy.
+const MAX_PREVIEWS: usize = 2;
+/// How long workers may take to describe a model for a preview.
+const PREVIEW_TIMEOUT: Duration = Duration::from_secs(10);
+/// Shortest time from one question to the members, whoever wants to know, to the next.
+const PROBE_EVERY: Duration = Duration::from_millis(500);
+/// How long a member may take to say that it is there.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
+
 pub(super) struct ClusterService {
     coordinator: Coordinator,
+    previews: Arc<Semaphore>,
+    probed: Mutex<Probed>,
+}
+
+/// What members said when they were last asked.
+#[derive(Default)]
+struct Probed {
+    at: Option<Instant>,
+    /// By member; none of one that did not answer.
+    devices: HashMap<String, Option<Vec<v1::Device>>>,
 }
 
 impl ClusterService {
     pub(super) fn new(coordinator: Coordinator) -> Self {
-        ClusterService { coordinator }
+        let previews = Arc::new(Semaphore::new(MAX_PREVIEWS));
+        ClusterService { coordinator, previews, probed: Mutex::default() }
     }
 }
 
@@ -45,20 +70,15 @@ impl Cluster for ClusterService {
         let mut snapshot = self.coordinator.watch().borrow().clone();
         let mut reasons = std::mem::take(&mut snapshot.left_out);
         reasons.extend(self.coordinator.members().away());
-        let described = self.coordinator.members().list().into_iter().map(|member| {
-            let reason = reasons.remove(&member.name).unwrap_or_default();
-            async move {
-                let answer = member.worker.describe(v1::DescribeRequest::default());
-                let devices = match tokio::time::timeout(Duration::from_secs(1), answer).await {
-                    Ok(Ok(described)) => Some(described.devices),
-                    _ => None,
-                };
+        let probed = self.probe(self.coordinator.members().list()).await;
+        let mut members: Vec<_> = probed
+            .into_iter()
+            .map(|(worker, devices)| {
+                let reason = reasons.remove(&worker).unwrap_or_default();
                 let live = devices.is_some();
-                v1::Member { worker: member.name, live, devices: devices.unwrap_or_default(), reason }
-            }
-        });
-        let described: Vec<_> = described.collect();
-        let mut members = futures::future::join_all(described).await;
+                v1::Member { worker, live, devices: devices.unwrap_or_default(), reason }
+            })
+            .collect();
         // Those that are not there at all.
         members.extend(reasons.into_iter().map(|(worker, reason)| v1::Member {
             worker,
@@ -89,16 +109,66 @@ impl Cluster for ClusterService {
         let mut request = request.into_inner();
         let devices = std::mem::take(&mut request.devices);
         let deployment = changed(&self.coordinator.config().deployment, request).map_err(|e| status(&e))?;
-        let found = discover(&self.coordinator.members().answering(), &deployment.model)
-            .await
-            .map_err(|e| status(&e))?;
-        let plan = if devices.is_empty() {
-            found.plan(&deployment).map_err(|e| status(&e))?
-        } else {
-            let offers = imagined(devices).map_err(|e| status(&e))?;
-            found.plan_over(&offers, &deployment).map_err(|e| status(&e))?
-        };
+        let offers = imagined(devices).map_err(|e| status(&e))?;
+        let place = self.previews.clone().try_acquire_owned().map_err(|_| status(&Unpreviewed::Busy))?;
+        let members = self.coordinator.members().answering();
+        let found = tokio::time::timeout(PREVIEW_TIMEOUT, discover(&members, &deployment.model)).await;
+        let found = found.map_err(|_| status(&Unpreviewed::Silent))?.map_err(|e| status(&e))?;
+        let planned = tokio::task::spawn_blocking(move || {
+            let _until_done = place;
+            match offers.is_empty() {
+                true => found.plan(&deployment).map_err(|e| status(&e)),
+                false => found.plan_over(&offers, &deployment).map_err(|e| status(&e)),
+            }
+        });
+        let plan = planned.await.map_err(|_| status(&Unpreviewed::Failed))??;
         Ok(Response::new(v1::PreviewPlanResponse { plan: Some((&plan).into()) }))
+    }
+}
+
+impl ClusterService {
+    /// The devices of each member, or none of one that does not answer; asked at most every [`PROBE_EVERY`], however
+    /// many want to know.
+    async fn probe(&self, members: Vec<Member>) -> Vec<(String, Option<Vec<v1::Device>>)> {
+        let mut probed = self.probed.lock().await;
+        let is_known = |member: &Member| probed.devices.contains_key(&member.name);
+        let is_fresh = probed.at.is_some_and(|at| at.elapsed() < PROBE_EVERY);
+        if !(is_fresh && members.iter().all(is_known)) {
+            let described = members.iter().map(|member| async {
+                let answer = member.worker.describe(v1::DescribeRequest::default());
+                let devices = match tokio::time::timeout(PROBE_TIMEOUT, answer).await {
+                    Ok(Ok(described)) => Some(described.devices),
+                    _ => None,
+                };
+                (member.name.clone(), devices)
+            });
+            let described: Vec<_> = described.collect();
+            probed.devices = futures::future::join_all(described).await.into_iter().collect();
+            probed.at = Some(Instant::now());
+        }
+        let devices = |name: &str| probed.devices.get(name).cloned().flatten();
+        members.into_iter().map(|member| (member.name.clone(), devices(&member.name))).collect()
+    }
+}
+
+/// Why there is no preview.
+#[derive(Debug, thiserror::Error)]
+enum Unpreviewed {
+    #[error("{MAX_PREVIEWS} plans are made for others, the most at a time; try again later")]
+    Busy,
+    #[error("the workers did not answer within {PREVIEW_TIMEOUT:?}; try again later")]
+    Silent,
+    #[error("the planner failed; the server's log has the reason")]
+    Failed,
+}
+
+impl Classify for Unpreviewed {
+    fn kind(&self) -> Kind {
+        match self {
+            Unpreviewed::Busy => Kind::Overload { retry_after: PROBE_EVERY },
+            Unpreviewed::Silent => Kind::NoCapacity,
+            Unpreviewed::Failed => Kind::Internal,
+        }
     }
 }
 

@@ -2,79 +2,90 @@
 
 use std::time::Duration;
 
-use futures::{StreamExt, stream::Map};
 use strata_proto::{
-    error::status,
-    v1::{self, generate_event::Event, inference_server::Inference},
+    port::Peer,
+    v1::{self, inference_server::Inference},
 };
 use tonic::{Request, Response, Status, async_trait, metadata::MetadataMap};
 
+use super::{read::Read, told::told};
 use crate::{
-    front::session::{Generation, Session, SessionError},
+    front::session::{Session, SessionError},
     request::bounds::MAX_DEADLINE,
 };
 
-pub(super) struct InferenceService(pub Session);
+pub(super) struct InferenceService {
+    pub session: Session,
+    /// Longest that an answer waits for its client to read on.
+    pub slow_reader: Duration,
+}
+
+impl InferenceService {
+    /// The session for a call's connection, what came with the call, and its message.
+    fn parts<T>(&self, request: Request<T>) -> (Session, MetadataMap, T) {
+        let (metadata, extensions, message) = request.into_parts();
+        let connection = extensions.get::<Peer>().map_or(0, |peer| peer.connection);
+        (self.session.over(connection), metadata, message)
+    }
+}
 
 #[async_trait]
 impl Inference for InferenceService {
-    type GenerateStream =
-        Map<Generation, fn(Result<Event, SessionError>) -> Result<v1::GenerateEvent, Status>>;
+    type GenerateStream = Read;
 
     async fn generate(
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let (metadata, _, mut request) = request.into_parts();
+        let (session, metadata, mut request) = self.parts(request);
         request.deadline_ms = sooner(request.deadline_ms, &metadata);
-        let answer = self.0.generate(request).await.map_err(|e| status(&e))?;
-        Ok(Response::new(answer.map(|event| match event {
-            Ok(event) => Ok(v1::GenerateEvent { event: Some(event) }),
-            Err(error) => Err(status(&error)),
-        })))
+        let answer = session.generate(request).await.map_err(|e| told(&e))?;
+        Ok(Response::new(Read::new(answer, self.slow_reader)))
     }
 
     async fn classify(
         &self,
         request: Request<v1::ClassifyRequest>,
     ) -> Result<Response<v1::ClassifyResponse>, Status> {
-        let (metadata, _, mut request) = request.into_parts();
+        let (session, metadata, mut request) = self.parts(request);
         request.deadline_ms = sooner(request.deadline_ms, &metadata);
-        response(self.0.classify(request).await)
+        response(session.classify(request).await)
     }
 
     async fn embed(&self, request: Request<v1::EmbedRequest>) -> Result<Response<v1::EmbedResponse>, Status> {
-        let (metadata, _, mut request) = request.into_parts();
+        let (session, metadata, mut request) = self.parts(request);
         request.deadline_ms = sooner(request.deadline_ms, &metadata);
-        response(self.0.embed(request).await)
+        response(session.embed(request).await)
     }
 
     async fn fill_mask(
         &self,
         request: Request<v1::FillMaskRequest>,
     ) -> Result<Response<v1::FillMaskResponse>, Status> {
-        let (metadata, _, mut request) = request.into_parts();
+        let (session, metadata, mut request) = self.parts(request);
         request.deadline_ms = sooner(request.deadline_ms, &metadata);
-        response(self.0.fill_masks(request).await)
+        response(session.fill_masks(request).await)
     }
 
     async fn tokenize(
         &self,
         request: Request<v1::TokenizeRequest>,
     ) -> Result<Response<v1::TokenizeResponse>, Status> {
-        response(self.0.tokenize(request.into_inner()).await)
+        let (session, _, request) = self.parts(request);
+        response(session.tokenize(request).await)
     }
 
     async fn detokenize(
         &self,
         request: Request<v1::DetokenizeRequest>,
     ) -> Result<Response<v1::DetokenizeResponse>, Status> {
-        response(self.0.detokenize(request.into_inner()).await)
+        let (session, _, request) = self.parts(request);
+        response(session.detokenize(request).await)
     }
 }
 
 fn response<T>(answer: Result<T, SessionError>) -> Result<Response<T>, Status> {
-    answer.map(Response::new).map_err(|error| status(&error))
+    answer.map(Response::new).map_err(|error| told(&error))
 }
 
 /// The sooner of the request's own deadline and of the one that gRPC clients send, in milliseconds.

@@ -2,12 +2,14 @@
 
 mod cluster;
 mod inference;
+mod read;
+mod told;
 
 use std::{future::Future, time::Duration};
 
 use strata_proto::{
     DESCRIPTORS, METHODS,
-    port::{self, Pings, Served},
+    port::{self, Bodies, Limits, Pings, Served},
     v1::{cluster_server::ClusterServer, inference_server::InferenceServer},
 };
 use tokio::net::TcpListener;
@@ -56,9 +58,12 @@ pub async fn serve(
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
     // Answers of Inference are not compressed: single tokens grow by it, and vectors hardly shrink.
-    let inference = InferenceServer::new(inference::InferenceService(coordinator.session().clone()))
-        .accept_compressed(Gzip)
-        .max_decoding_message_size(MAX_REQUEST_BYTES);
+    let inference = InferenceServer::new(inference::InferenceService {
+        session: coordinator.session().clone(),
+        slow_reader: coordinator.config().clients.slow_reader,
+    })
+    .accept_compressed(Gzip)
+    .max_decoding_message_size(MAX_REQUEST_BYTES);
     let cluster = ClusterServer::new(cluster::ClusterService::new(coordinator.clone()))
         .accept_compressed(Gzip)
         .send_compressed(Gzip);
@@ -67,6 +72,17 @@ pub async fn serve(
         .add_service(descriptors().build_v1alpha()?)
         .add_service(inference)
         .add_service(cluster);
+    let clients = &coordinator.config().clients;
+    let limits = Limits {
+        pings: PINGS,
+        connections: clients.connections,
+        bodies: Some(Bodies {
+            total: clients.unfinished_bytes,
+            // As many as one client may well send at once, and a part of what all may.
+            per_connection: clients.unfinished_bytes / 4,
+            within: clients.request_timeout,
+        }),
+    };
     let draining = async move {
         shutdown.await;
         coordinator.drain().await;
@@ -78,7 +94,7 @@ pub async fn serve(
             reporter.clear_service_status(service).await;
         }
     };
-    Ok(port::serve(listener, routes, &SERVED, PINGS, draining).await?)
+    Ok(port::serve(listener, routes, &SERVED, limits, draining).await?)
 }
 
 /// Health: `Inference` serves while requests are computed, `Cluster` always.

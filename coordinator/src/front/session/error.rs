@@ -19,9 +19,6 @@ pub enum SessionError {
     /// No request is taken any more.
     #[error("the server is shutting down")]
     Draining,
-    /// A defect of ours.
-    #[error("the tokenizer failed; the server's log has the reason")]
-    Tokenizer,
 }
 
 impl Classify for SessionError {
@@ -30,7 +27,6 @@ impl Classify for SessionError {
             SessionError::Refused(error) => error.kind(),
             SessionError::Failed(error) => error.kind(),
             SessionError::NotYet(_) | SessionError::Draining => Kind::NoCapacity,
-            SessionError::Tokenizer => Kind::Internal,
         }
     }
 }

@@ -25,6 +25,13 @@ pub struct Generation {
     pub(super) running: Option<(Pending, Record)>,
 }
 
+impl Generation {
+    /// Whether something of it waits to be read.
+    pub(crate) fn is_unread(&self) -> bool {
+        self.started.is_some() || self.running.as_ref().is_some_and(|(pending, _)| pending.is_unread())
+    }
+}
+
 impl Stream for Generation {
     type Item = Result<Event, SessionError>;
 
@@ -51,7 +58,10 @@ impl Stream for Generation {
                 }
                 Ok(Event::Finished(finished)) => Some(Outcome::finished(finished.reason())),
                 Ok(Event::Started(_)) => None,
-                Err(error) => Some(Outcome::of(error)),
+                Err(error) => {
+                    record.failed(error);
+                    Some(record.outcome)
+                }
             };
             if let Some(outcome) = outcome {
                 record.outcome = outcome;

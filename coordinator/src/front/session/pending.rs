@@ -1,21 +1,18 @@
 //! A request that the engine has.
 
-use std::{
-    task::{Context, Poll},
-    time::Instant,
-};
+use std::task::{Context, Poll};
 
 use tokio::sync::mpsc;
 
 use crate::{
-    engine::{Asked, EngineError, Event, Reply, Submission},
+    engine::{EngineError, Event, Replies, Reply, Submission},
     scheduler::SequenceId,
 };
 
 /// A request that the engine has. Dropped before its last message came, it cancels the request.
 #[derive(Debug)]
 pub(super) struct Pending {
-    replies: mpsc::UnboundedReceiver<Reply>,
+    replies: Replies,
     engine: mpsc::UnboundedSender<Event>,
     /// What to cancel; nothing before the engine took it and after its last message.
     cancel: Option<SequenceId>,
@@ -28,13 +25,16 @@ impl Pending {
     /// If the engine has ended.
     pub fn submit(
         engine: &mpsc::UnboundedSender<Event>,
-        request: Asked,
-        arrived: Instant,
+        submission: Submission,
+        replies: Replies,
     ) -> Result<Self, EngineError> {
-        let (reply, replies) = mpsc::unbounded_channel();
-        let submission = Box::new(Submission { request, arrived, reply });
-        engine.send(Event::Submit(submission)).map_err(|_| EngineError::ShuttingDown)?;
+        engine.send(Event::Submit(Box::new(submission))).map_err(|_| EngineError::ShuttingDown)?;
         Ok(Pending { replies, engine: engine.clone(), cancel: None })
+    }
+
+    /// Whether a message waits to be read.
+    pub fn is_unread(&self) -> bool {
+        self.replies.are_unread()
     }
 
     /// The next message.
@@ -64,7 +64,7 @@ impl Drop for Pending {
     fn drop(&mut self) {
         // From here on the engine finds out by itself; before, it may have taken the request, and even answered it.
         self.replies.close();
-        while let Ok(reply) = self.replies.try_recv() {
+        while let Some(reply) = self.replies.try_recv() {
             match reply {
                 Reply::Accepted(id) => self.cancel = Some(id),
                 reply if reply.is_last() => self.cancel = None,

@@ -13,6 +13,8 @@ use strata_proto::{
     v1,
 };
 
+use tokio::sync::watch;
+
 use super::SessionError;
 use crate::request::Permit;
 
@@ -86,7 +88,7 @@ impl Outcome {
     }
 
     /// Of one that failed.
-    pub(super) fn of(error: &impl Classify) -> Self {
+    pub(super) fn of(error: &(impl Classify + ?Sized)) -> Self {
         match error.kind() {
             Kind::BadInput => Outcome::BadInput,
             Kind::WrongModel => Outcome::WrongModel,
@@ -127,13 +129,32 @@ impl Counts {
     }
 }
 
+/// Counts as a request in progress until it is dropped.
+#[derive(Debug)]
+pub(super) struct Open(watch::Sender<usize>);
+
+impl Open {
+    pub fn new(open: &watch::Sender<usize>) -> Self {
+        open.send_modify(|open| *open += 1);
+        Open(open.clone())
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.send_modify(|open| *open -= 1);
+    }
+}
+
 /// A request in progress. Dropping it ends the request: it is counted, and the log gets a line.
 #[derive(Debug)]
 pub(super) struct Record {
     /// Where it counts; the coordinator's own questions count nowhere.
     pub counts: Option<Arc<Counts>>,
-    /// Its place among the requests in progress.
-    pub permit: Option<Permit>,
+    /// Its place among the requests in progress, until the engine has it.
+    pub permit: Option<Arc<Permit>>,
+    /// Until its answer is read to its end.
+    pub open: Option<Open>,
     pub id: uuid::Uuid,
     pub call: &'static str,
     pub model: Arc<str>,
@@ -146,6 +167,8 @@ pub(super) struct Record {
     /// Tokens of the prompt, or of all inputs.
     pub prompt_tokens: u32,
     pub answer_tokens: u32,
+    /// What went wrong, in full, for the log alone.
+    pub why: String,
     /// Cancelled until something else is known.
     pub outcome: Outcome,
 }
@@ -159,6 +182,8 @@ impl Record {
         Record {
             counts,
             permit: None,
+            open: None,
+            why: String::new(),
             id: uuid::Uuid::now_v7(),
             call,
             model,
@@ -172,9 +197,18 @@ impl Record {
         }
     }
 
+    /// It has no answer, or no more of it.
+    pub fn failed(&mut self, error: &(impl Classify + ?Sized)) {
+        self.outcome = Outcome::of(error);
+        self.why = error.to_string();
+    }
+
     /// A call that is answered at once has ended.
     pub fn end<T>(mut self, answer: Result<T, SessionError>) -> Result<T, SessionError> {
-        self.outcome = answer.as_ref().map_or_else(Outcome::of, |_| Outcome::Answered);
+        match &answer {
+            Ok(_) => self.outcome = Outcome::Answered,
+            Err(error) => self.failed(error),
+        }
         answer
     }
 }
@@ -195,6 +229,7 @@ impl Drop for Record {
             first_token_ms = self.first_token.map(since),
             total_ms = ms(self.arrived.elapsed()),
             ended = self.outcome.name(),
+            why = (!self.why.is_empty()).then_some(&*self.why),
             "request ended"
         );
     }

@@ -64,7 +64,7 @@ fn the_youngest_is_preempted_and_never_the_oldest() {
         assert!(w.step());
         w.commit();
     }
-    assert!(w.scheduler.running.contains(&1) && w.scheduler.waiting.contains(&2));
+    assert!(w.scheduler.running.contains(&1) && w.scheduler.waiting.ids().contains(&2));
     w.drain();
 }
 
@@ -152,6 +152,7 @@ fn too_large_says_both_numbers() {
     let request = Request {
         prompt: vec![1; 6],
         tenant: "".into(),
+        connection: 0,
         deadline: None,
         work: Work::Generate { max_tokens: 3, eos: vec![], sampling: v1::RowSampling::default() },
     };
@@ -196,7 +197,7 @@ fn a_sequence_that_grows_past_the_switch_is_computed_anew() {
 fn answered(w: &mut World, tenant: &str, prompt: Vec<u32>) -> (u32, u32) {
     w.next_id += 1;
     let work = Work::Generate { max_tokens: 1, eos: vec![], sampling: v1::RowSampling::default() };
-    let request = Request { prompt, tenant: tenant.into(), deadline: None, work };
+    let request = Request { prompt, tenant: tenant.into(), connection: 0, deadline: None, work };
     submit(&mut w.scheduler, w.next_id, request).unwrap();
     let mut start = None;
     loop {
@@ -237,6 +238,7 @@ fn nothing_is_shared_before_it_is_committed_or_between_sets_of_frequencies() {
     let request = |prompt: &[u32]| Request {
         prompt: prompt.to_vec(),
         tenant: "".into(),
+        connection: 0,
         deadline: None,
         work: Work::Generate { max_tokens: 1, eos: vec![], sampling: v1::RowSampling::default() },
     };
@@ -310,4 +312,39 @@ fn sequences_wait_for_a_slot() {
     let done = w.scheduler.commit(second.step, &[token(1), token(2)]).unwrap();
     assert!(done.iter().all(|c| c.finished == Some(Finish::Length)));
     assert_eq!(rows(&w.scheduler.next_step().unwrap()).len(), 1);
+}
+
+/// Steps until the last of these tenants' requests, which come at once, has its first token, if four of the others run
+/// already.
+fn steps_until_answered(tenants: &[&str]) -> usize {
+    let mut w = world(16, 1);
+    let (mut running, last) = (Vec::new(), tenants.len() as u64 + 3);
+    for id in 0..=last {
+        let at = (id as usize).saturating_sub(4);
+        let work = Work::Generate { max_tokens: 8, eos: vec![], sampling: v1::RowSampling::default() };
+        let (prompt, tenant) = (vec![7; 8], tenants[at].into());
+        submit(&mut w.scheduler, id, Request { prompt, tenant, connection: 0, deadline: None, work })
+            .unwrap();
+        if id == 3 {
+            running.push(w.scheduler.next_step().unwrap());
+        }
+    }
+    for steps in 1.. {
+        let meta = running.pop().unwrap_or_else(|| w.scheduler.next_step().unwrap());
+        let samples = meta.rows.iter().filter(|row| row.output() == v1::RowOutput::Token);
+        let outputs: Vec<_> = samples.map(|row| (row.sequence, Output::Token(9))).collect();
+        if w.scheduler.commit(meta.step, &outputs).unwrap().iter().any(|c| c.sequence == last) {
+            return steps;
+        }
+    }
+    unreachable!("everybody is answered")
+}
+
+#[test]
+fn after_a_burst_another_tenant_waits_no_longer_than_behind_one_of_its_own() {
+    let alone = steps_until_answered(&["a", "b"]);
+    let burst: Vec<_> = std::iter::repeat_n("a", 2000).chain(["b"]).collect();
+    assert_eq!(steps_until_answered(&burst), alone);
+    let own: Vec<_> = std::iter::repeat_n("a", 200).collect();
+    assert!(steps_until_answered(&own) > 10 * alone, "its own wait for each other");
 }
