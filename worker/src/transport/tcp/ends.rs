@@ -41,6 +41,8 @@ struct Shared {
     interrupt: Interrupt,
     neighbours: Neighbours,
     timeout: Duration,
+    /// When something last came, whoever read it.
+    heard: Mutex<Instant>,
     /// For closing; who reads or writes has its own handle.
     socket: TcpStream,
     /// What ended the link first: what follows is a consequence.
@@ -53,8 +55,8 @@ impl Shared {
         socket.set_read_timeout(Some(end.timeout))?;
         let End { fence, timeout, .. } = *end;
         let (interrupt, neighbours) = (end.interrupt.clone(), end.neighbours.clone());
-        let (socket, failure) = (socket.try_clone()?, Mutex::default());
-        Ok(Arc::new(Shared { side, fence, interrupt, neighbours, timeout, socket, failure }))
+        let (heard, socket, failure) = (Mutex::new(Instant::now()), socket.try_clone()?, Mutex::default());
+        Ok(Arc::new(Shared { side, fence, interrupt, neighbours, timeout, heard, socket, failure }))
     }
 
     /// The link has failed: whoever waits for it is woken.
@@ -174,7 +176,11 @@ impl TcpUpstream {
 
 impl Upstream for TcpUpstream {
     fn receive(&mut self, step: u64, expected: &[TensorSpec]) -> Result<Activation, LinkError> {
-        let read = read_activation(&mut *lock(&self.socket), &self.shared.fence, step, expected);
+        let mut socket = lock(&self.socket);
+        let read = read_activation(&mut *socket, &self.shared.fence, step, expected);
+        // With it came the signs of life before it, which the thread that looks for them will not see.
+        *lock(&self.shared.heard) = Instant::now();
+        drop(socket);
         read.map_err(|error| {
             self.shared.fail(error);
             self.shared.why()
@@ -186,19 +192,18 @@ impl Upstream for TcpUpstream {
 fn watch(shared: &Shared, socket: &Mutex<TcpStream>, ends: &Receiver<()>) -> Result<(), LinkError> {
     let sign = Frame::heartbeat(&shared.fence);
     let mut writer = BufWriter::new(shared.socket.try_clone()?);
-    let mut heard = Instant::now();
     while ends.recv_timeout(shared.timeout / HEARTBEATS) == Err(RecvTimeoutError::Timeout) {
         sign.write(&mut writer).map_err(ended)?;
         match socket.try_lock() {
             Ok(mut socket) => {
                 if read_heartbeats(shared, &mut socket)? {
-                    heard = Instant::now();
-                } else if heard.elapsed() > shared.timeout {
+                    *lock(&shared.heard) = Instant::now();
+                } else if lock(&shared.heard).elapsed() > shared.timeout {
                     return Err(LinkError::Silent);
                 }
             }
             // The stage waits for an activation, and notices silence itself.
-            Err(_) => heard = Instant::now(),
+            Err(_) => *lock(&shared.heard) = Instant::now(),
         }
     }
     Ok(())
@@ -278,6 +283,25 @@ mod tests {
             thread::sleep(3 * TIMEOUT);
             up.receive(2 * step + 1, &[shape]).unwrap();
             thread::sleep(3 * TIMEOUT);
+        }
+    }
+
+    #[test]
+    fn a_stage_that_always_reads_what_comes_hears_it() {
+        let (down, up) = sockets();
+        let mut down = TcpDownstream::start(down, &end()).unwrap();
+        let up_end = end();
+        let mut up = TcpUpstream::start(up, &up_end).unwrap();
+        let begun = Instant::now();
+        for step in 0.. {
+            let (sent, shape) = activation(step);
+            down.send(sent, &[shape]).unwrap();
+            up.receive(step, &[shape]).unwrap();
+            // Nothing that came is left for the thread that watches.
+            thread::sleep(TIMEOUT / 40);
+            if begun.elapsed() > 5 * TIMEOUT {
+                break;
+            }
         }
     }
 
