@@ -1,7 +1,7 @@
 //! Continuous batching over paged KV memory, as a pure state machine: no clock, no IO, no runtime.
 //!
-//! Sequences are `waiting` (no blocks; by turns, see [`queue`]) or `running` (blocks for every known token). A step holds decode rows first,
-//! then chunks of prompts. The scheduler alone owns block ids and slots; since all changes to that memory ride inside
+//! Sequences are `waiting` (no blocks; by turns, see `queue.rs`) or `running` (blocks for every known token). A step holds
+//! decode rows first, then chunks of prompts. The scheduler alone owns block ids and slots; since all changes to that memory ride inside
 //! steps, which every stage runs in one order, what is freed may be given out again at once.
 //!
 //! A decode row may carry drafts, guesses of the tokens to come ([`Scheduler::propose`]). The last stage answers with
