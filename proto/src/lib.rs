@@ -1,8 +1,9 @@
 //! What a coordinator and its workers must agree on: messages ([`v1`]), a [`Plan`] over [`Device`]s, a
 //! [`ModelProfile`], the calls of a [`Worker`], and the [`error::Kind`]s.
 //!
-//! No tensors, and no IO but what both do with a connection that comes to their [`port`]. The `.proto` files under `strata/v1` are the documentation of the wire; the types
-//! here are the validated forms that the planner and the scheduler compute with.
+//! No tensors, and no IO but what both do with a connection that comes to their [`port`]. The `.proto` files under
+//! `strata/v1` are the documentation of the wire; the types here are the validated forms that the planner and the
+//! scheduler compute with.
 //!
 //! ```
 //! use strata_proto::{DType, Device, LayerRange, error::{Classify, Kind, status}, v1};
