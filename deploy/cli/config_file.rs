@@ -3,7 +3,7 @@
 use std::{ffi::OsString, path::PathBuf};
 
 use anyhow::{Context, bail};
-use clap::{Arg, Command, CommandFactory, Id};
+use clap::{Arg, Command, CommandFactory, Id, builder::Resettable};
 use toml::{Table, Value};
 
 use crate::args::Cli;
@@ -47,7 +47,11 @@ fn apply(mut command: Command, text: &str) -> anyhow::Result<Command> {
                 let defaults = table.iter().map(|(key, value)| default(sub, key, value));
                 let defaults =
                     defaults.collect::<Result<Vec<_>, _>>().with_context(|| format!("[{name}]"))?;
-                command = command.mut_subcommand(&name, |sub| defaults.into_iter().fold(sub, set));
+                command = command.mut_subcommand(&name, |sub| {
+                    // Clap looks on the command line alone for what a flag needs beside it.
+                    let sub = sub.mut_args(|arg| arg.requires(Resettable::Reset));
+                    defaults.into_iter().fold(sub, set)
+                });
             }
             value => {
                 let default = default(&command, &name, &value)?;
@@ -166,7 +170,15 @@ mod tests {
             ("[embed]\ntext = ['a']\npair = ['b']", &["strata", "embed"]),
             ("[embed]\ntext = ['a']", &["strata", "embed", "--pair", "b"]),
             ("[coordinator]\nworker = ['a:1']\nmodel = 'm'", &["strata", "coordinator"]),
+            (
+                "[coordinator]\netcd = ['http://a:1']\nmodel = 'm'",
+                &["strata", "coordinator", "--cluster", "c"],
+            ),
             ("[worker]\nmodels = '/m'", &["strata", "worker"]),
+            (
+                "[worker]\nlink-listen = '0.0.0.0:1'",
+                &["strata", "worker", "--models=/m", "--link-advertise=a:1"],
+            ),
             ("[run]\nmodel = '/m'\nprompt = 'x'", &["strata", "run"]),
         ] {
             parse(file, args);

@@ -41,7 +41,8 @@ pub fn of(args: &EtcdArgs, secret: Option<&Secret>) -> anyhow::Result<Option<Etc
     let ca = args.etcd_ca.as_deref().map(|path| read("--etcd-ca", path)).transpose()?;
     let identity = match (&args.etcd_cert, &args.etcd_key) {
         (Some(cert), Some(key)) => Some((read("--etcd-cert", cert)?, read("--etcd-key", key)?)),
-        _ => None,
+        (None, None) => None,
+        _ => return Err(misused("--etcd-cert, --etcd-key: expected both of them, or neither")),
     };
     let etcd = Etcd::new(&args.etcd, &args.cluster, credentials, TlsFiles { ca, identity });
     Ok(Some(etcd.map_err(|error| misused(error.to_string()))?.with_secret(secret.cloned())))

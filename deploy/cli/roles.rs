@@ -65,6 +65,13 @@ pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
             args.model
         )));
     }
+    match (args.workers.is_empty(), args.etcd.etcd.is_empty()) {
+        (true, true) => {
+            return Err(misused("--worker: give the URL of every worker, or --etcd where they are found"));
+        }
+        (false, false) => return Err(misused("--worker, --etcd: expected one of them, not both")),
+        _ => {}
+    }
     let caller = caller(&args.listen, &args.secret)?;
     let etcd = etcd::of(&args.etcd, caller.secret.as_ref())?;
     let (source, lead) = match &etcd {

@@ -118,13 +118,7 @@ pub struct SecretArgs {
 #[derive(Debug, Args)]
 pub struct CoordinatorArgs {
     /// URL of a worker; repeat, or separate by commas. Or give --etcd
-    #[arg(
-        long = "worker",
-        env = "STRATA_WORKER_URLS",
-        value_delimiter = ',',
-        required_unless_present = "etcd",
-        conflicts_with = "etcd"
-    )]
+    #[arg(long = "worker", env = "STRATA_WORKER_URLS", value_delimiter = ',', conflicts_with = "etcd")]
     pub workers: Vec<String>,
     /// Name of the model: a directory under each worker's --models
     #[arg(long, env = "STRATA_MODEL")]
