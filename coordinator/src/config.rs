@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use strata_proto::{DType, LinkKind, ModelProfile, Quantization};
+use strata_proto::{DType, LinkKind, ModelProfile, Quantization, Secret};
 
 use crate::{planner::Split, preflight::Check};
 
@@ -49,6 +49,8 @@ pub struct CoordinatorConfig {
     pub names: Vec<String>,
     /// The program's version, as Status is to say it.
     pub version: String,
+    /// What operators' calls have to prove; none: that they come from this machine.
+    pub secret: Option<Secret>,
 }
 
 impl CoordinatorConfig {
@@ -63,6 +65,8 @@ impl CoordinatorConfig {
                 kv_tokens: None,
                 max_sequences: None,
                 context: None,
+                replicas: None,
+                standbys: 0,
                 links: None,
                 max_step_tokens: MAX_STEP_TOKENS,
                 max_step_rows: MAX_STEP_ROWS,
@@ -75,6 +79,7 @@ impl CoordinatorConfig {
             skip_checks: Vec::new(),
             names: Vec::new(),
             version: String::new(),
+            secret: None,
         }
     }
 }
@@ -96,6 +101,10 @@ pub struct Deployment {
     pub max_sequences: Option<u32>,
     /// Longest sequence, if shorter than the model's context.
     pub context: Option<u32>,
+    /// Most copies of the model; `None` is as many as `auto` finds room for.
+    pub replicas: Option<u32>,
+    /// Devices to keep free of stages, each of which holds the weights of one and takes it over when it is lost.
+    pub standbys: u32,
     /// Forced link kind; `None` is the best that each two stages can have.
     pub links: Option<LinkKind>,
     /// Most tokens in one step.

@@ -1,10 +1,12 @@
 //! A coordinator from its first moment on: it stands by, starts (members, plan, tokenizer, engine, pipelines, probe),
 //! serves, and drains.
 
+mod admin;
+
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
@@ -26,6 +28,7 @@ use crate::{
         discovery::{Discovery, Planned, discover},
         leadership::Leadership,
         membership::{MemberEvent, Members, Source},
+        records::{InMemory, Keeper, RecordError},
     },
     config::CoordinatorConfig,
     engine::{self, Ended, Engine, EngineError, Notice, Observer, Snapshot, State},
@@ -33,6 +36,8 @@ use crate::{
     preflight::{self, Check, Finding},
     request::Limit,
 };
+
+pub use admin::{AdminError, Comparison};
 
 /// Alternatives that the output check compares.
 const PROBE_LOGPROBS: u32 = 20;
@@ -73,6 +78,9 @@ pub enum StartError {
     /// No pipeline.
     #[error(transparent)]
     Pipeline(#[from] PipelineError),
+    /// What operators have decided cannot be read.
+    #[error(transparent)]
+    Records(#[from] RecordError),
     /// A check before serving failed.
     #[error("preflight: {}", refusals(.0))]
     Preflight(Vec<Finding>),
@@ -130,6 +138,10 @@ struct Shared {
     incarnations: Arc<AtomicU64>,
     /// What earlier pipelines have shown, whoever led when they were brought up.
     history: Arc<History>,
+    /// Where it is kept what operators decide; set when it starts.
+    keeper: OnceLock<Arc<dyn Keeper>>,
+    /// Held while an operator's call is at work.
+    admin: tokio::sync::Mutex<()>,
 }
 
 impl Coordinator {
@@ -145,7 +157,9 @@ impl Coordinator {
             Session::new(names.into(), config.limits.max_requests, config.clients.unread_bytes, view);
         let (members, started) = (Members::default(), AtomicBool::new(false));
         let (history, incarnations) = (Arc::default(), Arc::default());
-        let shared = Shared { config, members, snapshot, session, started, history, incarnations };
+        let (keeper, admin) = (OnceLock::new(), tokio::sync::Mutex::default());
+        let shared =
+            Shared { config, members, snapshot, session, started, history, incarnations, keeper, admin };
         Coordinator { shared: Arc::new(shared) }
     }
 
@@ -158,7 +172,9 @@ impl Coordinator {
         if self.shared.started.swap(true, Ordering::Relaxed) {
             return Err(StartError::Again);
         }
-        let Source { events, mut leadership } = source.into();
+        let Source { events, mut leadership, keeper } = source.into();
+        // It is started once.
+        let _ = self.shared.keeper.set(keeper);
         self.shared.members.follow(events);
         let started = async {
             // Who has none of the workers that are listed has nothing to wait for a turn with.
@@ -276,6 +292,7 @@ impl Coordinator {
 
     async fn bring_up(&self, term: u64, observer: &Observer) -> Result<engine::Running, StartError> {
         let Shared { config, members, session, snapshot, incarnations, history, .. } = &*self.shared;
+        members.set_drained(self.keeper().read().await?.drained);
         let events = members.subscribe();
         let found = self.gather(observer).await?;
         self.show(State::Starting, "asking the workers for the model");
@@ -376,6 +393,11 @@ impl Coordinator {
     /// The workers that are there.
     pub fn members(&self) -> &Members {
         &self.shared.members
+    }
+
+    /// Where it is kept what operators decide.
+    fn keeper(&self) -> Arc<dyn Keeper> {
+        self.shared.keeper.get().cloned().unwrap_or_else(|| Arc::new(InMemory::default()))
     }
 
     /// What it was made from.

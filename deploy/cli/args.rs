@@ -1,5 +1,6 @@
 //! Flags, read raw. Every one has an environment variable and a place in the configuration file.
 
+mod admin;
 mod clients;
 mod deployment;
 mod devices;
@@ -12,6 +13,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
+pub use admin::*;
 pub use clients::*;
 pub use deployment::*;
 pub use devices::*;
@@ -83,6 +85,15 @@ pub enum Command {
     /// Show what a server is doing
     #[command(after_help = examples::STATUS)]
     Status(StatusArgs),
+    /// Run nothing on a worker any more: what it computes moves to others, and nothing is planned over it
+    #[command(after_help = examples::DRAIN)]
+    Drain(DrainArgs),
+    /// Plan over a worker again that was drained
+    #[command(after_help = examples::UNDRAIN)]
+    Undrain(UndrainArgs),
+    /// Change to the best plan over today's workers, or show what that would gain
+    #[command(after_help = examples::REBALANCE)]
+    Rebalance(RebalanceArgs),
     /// Measure throughput and latency of a running server
     #[command(after_help = examples::BENCH)]
     Bench(BenchArgs),
@@ -113,9 +124,15 @@ impl Command {
             Command::Tokenize(args) => args.json,
             Command::Detokenize(args) => args.json,
             Command::Status(args) => args.json,
+            Command::Rebalance(args) => args.json,
             Command::Bench(args) => args.json,
             Command::Kernels(args) => args.json,
-            Command::Run(_) | Command::Worker(_) | Command::RandomModel(_) | Command::Completions(_) => false,
+            Command::Run(_)
+            | Command::Worker(_)
+            | Command::Drain(_)
+            | Command::Undrain(_)
+            | Command::RandomModel(_)
+            | Command::Completions(_) => false,
         }
     }
 }

@@ -91,6 +91,8 @@ pub fn coordinator_config(
             kv_tokens: args.kv_tokens,
             max_sequences: args.max_sequences,
             context: args.context,
+            replicas: args.replicas,
+            standbys: args.standbys,
             links: args.links.0,
             max_step_tokens: args.max_step_tokens,
             // A row has a token at least.
@@ -109,6 +111,7 @@ pub fn coordinator_config(
         skip_checks: args.skip_check.clone(),
         names: Vec::new(),
         version: VERSION.into(),
+        secret: None,
     }
 }
 

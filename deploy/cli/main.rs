@@ -3,6 +3,7 @@
 // Or a log in JSON would have lines that are none: `report` is for that.
 #![deny(clippy::print_stderr)]
 
+mod admin;
 mod args;
 mod bench;
 mod call_error;
@@ -110,6 +111,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             Command::Tokenize(args) => tokenize::tokenize(args).await,
             Command::Detokenize(args) => tokenize::detokenize(args).await,
             Command::Status(args) => status::status(args).await,
+            Command::Drain(args) => admin::drain(args).await,
+            Command::Undrain(args) => admin::undrain(args).await,
+            Command::Rebalance(args) => admin::rebalance(args).await,
             Command::Bench(args) => bench::bench(args).await,
             Command::RandomModel(args) => random_model::write(&args),
             Command::Kernels(args) => kernels::kernels(&args),

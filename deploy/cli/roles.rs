@@ -73,7 +73,8 @@ pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
         _ => {}
     }
     let caller = caller(&args.listen, &args.secret)?;
-    let etcd = etcd::of(&args.etcd, caller.secret.as_ref())?;
+    let secret = caller.secret.clone();
+    let etcd = etcd::of(&args.etcd, secret.as_ref())?;
     let (source, lead) = match &etcd {
         None => {
             let listed = membership::fixed(&args.workers, &caller);
@@ -98,6 +99,7 @@ pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
     let listener = listen(&args.listen).await?;
     config.clients = args.listen.limits();
     config.names = args.listen.name;
+    config.secret = secret;
     let answered = answer(config, source, (listener, args.listen.grace), signals).await;
     // The next one leads at once.
     match lead {

@@ -169,6 +169,11 @@ fn as_text(status: &StatusResponse) -> anyhow::Result<String> {
             out += &format!("library   {} {}: {}\n", library.name, library.version, library.path);
         }
     }
+    for standby in &status.standbys {
+        let (place, layers) =
+            (format!("{}/{}", standby.worker, standby.device), standby.layers.unwrap_or_default());
+        out += &format!("standby   layers {}..{} on {place}\n", layers.first, layers.end);
+    }
     let width = terminal::width(std::io::stdout());
     out += &plan(status)?.map_or(String::new(), |plan| show::plan_table(&plan, width));
     Ok(out.trim_end().to_owned())
@@ -180,7 +185,7 @@ fn as_json(status: &StatusResponse) -> anyhow::Result<String> {
     let members = status.members.iter().map(|m| {
         let devices: Result<Vec<_>, _> = m.devices.iter().cloned().map(Device::try_from).collect();
         let devices = devices.map_err(anyhow::Error::msg)?;
-        Ok(json!({"worker": m.worker, "live": m.live, "reason": m.reason, "devices": devices}))
+        Ok(json!({"worker": m.worker, "live": m.live, "reason": m.reason, "drained": m.drained, "devices": devices}))
     });
     let loading = status.loading.iter().map(|stage| {
         let layers = stage.layers.unwrap_or_default();
@@ -192,6 +197,14 @@ fn as_json(status: &StatusResponse) -> anyhow::Result<String> {
             "layers": LayerRange::new(layers.first, layers.end),
             "bytes_read": stage.bytes_read,
             "bytes_total": stage.bytes_total,
+        })
+    });
+    let standbys = status.standbys.iter().map(|standby| {
+        let layers = standby.layers.unwrap_or_default();
+        json!({
+            "worker": standby.worker,
+            "device": standby.device,
+            "layers": LayerRange::new(layers.first, layers.end),
         })
     });
     let requests = status.requests.clone().unwrap_or_default();
@@ -223,6 +236,7 @@ fn as_json(status: &StatusResponse) -> anyhow::Result<String> {
             "preemptions": load.preemptions,
             "steps": load.steps,
         },
+        "standbys": standbys.collect::<Vec<_>>(),
         "members": members.collect::<anyhow::Result<Vec<_>>>()?,
         "plan": plan(status)?,
     });

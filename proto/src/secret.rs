@@ -85,7 +85,7 @@ impl Secret {
     ) -> Result<(), Status> {
         let refused = |why: &str| Status::unauthenticated(format!("{method}: {why}"));
         let proof = metadata.get(PROOF).ok_or_else(|| {
-            refused("this worker has a cluster secret, and the call proves none; give the coordinator the same --secret-file")
+            refused("there is a cluster secret here, and the call proves none; give the caller the same --secret-file")
         })?;
         let bad = || refused("the proof of the cluster secret is none");
         let (time, mac) = proof.to_str().ok().and_then(|text| text.split_once('-')).ok_or_else(bad)?;
@@ -94,7 +94,7 @@ impl Secret {
         // In constant time.
         if mac != self.mac(time, method, fence) {
             return Err(refused(
-                "the caller has another cluster secret than this worker; give both the same --secret-file",
+                "the caller has another cluster secret than there is here; give both the same --secret-file",
             ));
         }
         let apart = Duration::from_millis(now.abs_diff(time));

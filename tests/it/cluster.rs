@@ -113,6 +113,7 @@ pub struct Options {
     pub prefix_cache: bool,
     pub max_requests: usize,
     pub clients: ClientLimits,
+    pub standbys: u32,
     pub hook: Option<StepHook>,
 }
 
@@ -134,6 +135,7 @@ impl Default for Options {
             prefix_cache: true,
             max_requests: 256,
             clients: ClientLimits::default(),
+            standbys: 0,
             hook: None,
         }
     }
@@ -149,6 +151,8 @@ impl Options {
             kv_tokens: self.kv_tokens,
             max_sequences: None,
             context: None,
+            replicas: None,
+            standbys: self.standbys,
             links: self.links,
             max_step_tokens: self.max_step_tokens,
             max_step_rows: self.max_step_tokens.min(64),
@@ -220,6 +224,7 @@ impl Cluster {
             skip_checks: Vec::new(),
             names: Vec::new(),
             version: String::new(),
+            secret: None,
         };
         let coordinator = Coordinator::new(config);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -1,6 +1,6 @@
 //! Clusters by etcd, over a real one: who is there, who leads, and what etcd's own faults must not disturb.
 
-mod server;
+pub mod server;
 
 use std::{process::Command, time::Duration};
 

@@ -3,6 +3,7 @@
 mod bounds;
 mod circles;
 mod cluster;
+mod deployment;
 mod door;
 mod drafts;
 mod encoders;

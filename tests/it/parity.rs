@@ -193,7 +193,7 @@ impl Driver {
                 .unwrap()
             {
                 PipelineEvent::Result(result) => return result,
-                PipelineEvent::Done { .. } => {}
+                PipelineEvent::Done { .. } | PipelineEvent::Leaving { .. } => {}
                 PipelineEvent::Lost { worker, reason, .. } => panic!("lost {worker}: {reason}"),
             }
         }

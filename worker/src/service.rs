@@ -278,6 +278,7 @@ impl Worker for LocalWorker {
             profile: profile.map(Into::into),
             draining: *self.draining.borrow(),
             lead: Some(self.lead().told(Instant::now())),
+            resident: self.resident.borrow().clone(),
         })
     }
 

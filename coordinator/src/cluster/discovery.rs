@@ -7,7 +7,10 @@ use std::{
 };
 
 use futures::{StreamExt, stream::FuturesUnordered};
-use strata_proto::{Device, Files, LinkChoice, LinkKind, ModelProfile, Plan, StagePlan, error::words, v1};
+use strata_proto::{
+    Device, Files, LayerRange, LinkChoice, LinkKind, ModelProfile, Plan, Quantization, Replica, StagePlan,
+    error::words, v1,
+};
 use tonic::{Code, Status};
 
 use super::{
@@ -30,6 +33,8 @@ pub struct Discovery {
     pub offers: Vec<Offer>,
     /// Members by name, with their hub.
     pub(crate) members: HashMap<String, (Member, String)>,
+    /// The weights that members hold, by name.
+    pub(crate) resident: HashMap<String, Vec<v1::StageSpec>>,
     /// Members that nothing can be planned over, and why.
     pub left_out: BTreeMap<String, String>,
 }
@@ -171,6 +176,7 @@ fn discovery(
             profile,
             offers: Vec::new(),
             members: HashMap::new(),
+            resident: HashMap::new(),
             left_out: BTreeMap::new(),
         });
         found.offers.extend(devices.into_iter().map(|device| {
@@ -178,6 +184,7 @@ fn discovery(
             Offer { worker, host, device }
         }));
         found.members.insert(member.name.clone(), (member.clone(), described.hub_id));
+        found.resident.insert(member.name.clone(), described.resident);
     }
     let mut found = found.ok_or(PipelineError::NoWorkers)?;
     found.left_out = left_out;
@@ -248,25 +255,22 @@ impl Discovery {
         self.offers.retain(|offer| !taken(offer));
     }
 
+    /// Leaves out the last devices on which there may be standbys, so that these stay free.
+    pub(crate) fn hold_back(&mut self, standbys: u32) {
+        for _ in 0..standbys {
+            let Some(last) = self.offers.iter().rposition(Offer::may_hold_further) else { return };
+            self.offers.remove(last);
+        }
+    }
+
     /// Plans a deployment over devices that nobody needs to have; no links are chosen.
     ///
     /// # Errors
     /// If it does not fit.
     pub fn plan_over(&self, offers: &[Offer], deployment: &Deployment) -> Result<Plan, PlanError> {
-        let mut profile = self.profile.clone();
-        profile.context_length = deployment.context_of(&profile);
-        let contexts = deployment.max_sequences.map(|n| u64::from(n) * u64::from(profile.context_length));
-        let mut plan = planner::solve(&Problem {
-            profile: &profile,
-            offers,
-            split: &deployment.split,
-            dtype: deployment.dtype.unwrap_or(self.profile.dtype),
-            quantization: deployment.quantization,
-            kv_tokens: deployment.kv_tokens.or(contexts),
-            state_slots: deployment.max_sequences.unwrap_or(deployment.max_step_rows),
-            max_step_tokens: deployment.max_step_tokens,
-            max_step_rows: deployment.max_step_rows,
-        })?;
+        let profile = self.profile_for(deployment);
+        let mut plan = planner::solve(&problem(&profile, offers, deployment))?;
+        plan.replicas.truncate(deployment.replicas.map_or(usize::MAX, |most| most.max(1) as usize));
         let models = self.profile.context_length;
         if let Some(asked) = deployment.context.filter(|asked| *asked > models) {
             plan.warnings.push(format!(
@@ -280,12 +284,61 @@ impl Discovery {
         Ok(plan)
     }
 
-    /// Plans a deployment over what was found, links included.
+    /// The model, with the context that is served.
+    fn profile_for(&self, deployment: &Deployment) -> ModelProfile {
+        ModelProfile { context_length: deployment.context_of(&self.profile), ..self.profile.clone() }
+    }
+
+    /// Plans a deployment over what was found, links included. As many devices as it can spare, of those that it wants
+    /// standbys on, stay free.
     ///
     /// # Errors
     /// If it does not fit, or a forced link is impossible.
     pub fn plan(&self, deployment: &Deployment) -> Result<Plan, PipelineError> {
-        let mut plan = self.plan_over(&self.offers, deployment)?;
+        for standbys in (1..=deployment.standbys).rev() {
+            let mut fewer = self.clone();
+            fewer.hold_back(standbys);
+            if let Ok(plan) = fewer.plan_over(&fewer.offers, deployment) {
+                return self.linked(plan, deployment);
+            }
+        }
+        self.linked(self.plan_over(&self.offers, deployment)?, deployment)
+    }
+
+    /// The same for a replica that had a plan: what is left of that stays where it is, if devices can take the places of
+    /// those that are gone; only if not, everything is planned anew.
+    ///
+    /// # Errors
+    /// As above.
+    pub(crate) fn plan_again(&self, deployment: &Deployment, old: &Replica) -> Result<Plan, PipelineError> {
+        match self.plan_replaced(deployment, old) {
+            Some(plan) => Ok(plan),
+            None => self.plan(deployment),
+        }
+    }
+
+    /// What a replica had, with devices of those that were found in the places of those that are gone, if there are any.
+    pub(crate) fn plan_replaced(&self, deployment: &Deployment, old: &Replica) -> Option<Plan> {
+        let profile = self.profile_for(deployment);
+        let problem = problem(&profile, &self.offers, deployment);
+        let holds = |offer: &Offer, layers| self.holds(offer, layers, deployment);
+        self.linked(planner::replace(&problem, old, &holds)?, deployment).ok()
+    }
+
+    /// Whether a device holds the weights of these layers, in the format of the deployment.
+    pub(crate) fn holds(&self, offer: &Offer, layers: LayerRange, deployment: &Deployment) -> bool {
+        let dtype = deployment.dtype.unwrap_or(self.profile.dtype);
+        self.resident.get(&offer.worker).into_iter().flatten().any(|spec| {
+            spec.device == offer.device.id
+                && spec.fingerprint == self.profile.fingerprint
+                && spec.layers.map(LayerRange::from) == Some(layers)
+                && spec.dtype == dtype.name()
+                && spec.quantization == Quantization::to_wire(deployment.quantization)
+        })
+    }
+
+    /// The plan with its links.
+    fn linked(&self, mut plan: Plan, deployment: &Deployment) -> Result<Plan, PipelineError> {
         for replica in &mut plan.replicas {
             for at in 1..replica.stages.len() {
                 let link = self.link(&replica.stages[at - 1], &replica.stages[at], deployment.links)?;
@@ -334,6 +387,22 @@ impl Discovery {
         };
         let request = v1::ReadTokenizerRequest { model: self.profile.model.clone() };
         call(&member.name, "ReadTokenizer", CALL_TIMEOUT, member.worker.read_tokenizer(request)).await
+    }
+}
+
+/// What the planner is asked about a deployment.
+fn problem<'a>(profile: &'a ModelProfile, offers: &'a [Offer], deployment: &'a Deployment) -> Problem<'a> {
+    let contexts = deployment.max_sequences.map(|n| u64::from(n) * u64::from(profile.context_length));
+    Problem {
+        profile,
+        offers,
+        split: &deployment.split,
+        dtype: deployment.dtype.unwrap_or(profile.dtype),
+        quantization: deployment.quantization,
+        kv_tokens: deployment.kv_tokens.or(contexts),
+        state_slots: deployment.max_sequences.unwrap_or(deployment.max_step_rows),
+        max_step_tokens: deployment.max_step_tokens,
+        max_step_rows: deployment.max_step_rows,
     }
 }
 

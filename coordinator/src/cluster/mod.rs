@@ -10,7 +10,10 @@ pub(crate) mod left_out;
 mod links;
 pub mod membership;
 pub mod pipeline;
+pub mod records;
+pub(crate) mod relocation;
 mod remote;
+pub(crate) mod standbys;
 mod weights;
 
 pub use blame::SilentLinks;

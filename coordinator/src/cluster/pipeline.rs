@@ -71,6 +71,11 @@ pub enum PipelineEvent {
         /// Time it computed.
         compute: Duration,
     },
+    /// A stage still runs, but its worker is about to end.
+    Leaving {
+        /// Name of the worker.
+        worker: String,
+    },
     /// A stage runs no more; the incarnation is over.
     Lost {
         /// Name of its worker.
@@ -133,6 +138,25 @@ impl Pipeline {
                 Err(error)
             }
         }
+    }
+
+    /// Makes weights resident for the stages of a plan's first replica that are `chosen`, and does no more: what runs goes
+    /// on, as long as it is on other devices.
+    ///
+    /// # Errors
+    /// The first load that fails, or weights that differ.
+    pub async fn preload(
+        (found, plan): (&Discovery, &Plan),
+        fence: Fence,
+        chosen: impl Fn(&StagePlan) -> bool,
+        progress: &(dyn Fn(LoadUpdate) + Send + Sync),
+        history: &History,
+    ) -> Result<(), PipelineError> {
+        let replica = plan.replicas.first().ok_or(PipelineError::NoWorkers)?;
+        let setups = setups(found, plan, replica, fence);
+        let loads = setups.iter().enumerate().filter(|(_, setup)| chosen(&setup.plan));
+        let loads = loads.map(|(index, setup)| setup.load(index, progress, &history.weights));
+        try_join_all(loads).await.map(drop)
     }
 
     /// Fence of this incarnation.

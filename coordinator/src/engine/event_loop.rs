@@ -1,10 +1,12 @@
 //! The engine loop: one closed set of events, one owner of the schedulers and of the live pipelines.
 
 mod bring_up;
+mod change;
 mod commit;
+mod standby;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, VecDeque},
     sync::{Arc, atomic::AtomicU64},
     time::{Duration, Instant},
 };
@@ -12,8 +14,10 @@ use std::{
 use strata_proto::{ModelProfile, error::Classify, v1};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use self::change::Changing;
 use super::{
     answer::{self, Live},
+    change::Change,
     error::EngineError,
     messages::{Asked, Event, Observer, Submission},
     replica::{Replica, State},
@@ -68,6 +72,12 @@ pub(crate) struct Engine {
     history: Arc<History>,
     /// Somebody joined for whom no further replica was tried yet.
     joined: bool,
+    /// What is to run otherwise; the first one is at work.
+    changes: VecDeque<Changing>,
+    /// Plans or members have changed since standbys were looked for.
+    standbys_due: bool,
+    /// They are looked for right now.
+    standing_by: bool,
     /// Counts pipelines that were begun, of whichever replica.
     incarnations: Arc<AtomicU64>,
     last_id: SequenceId,
@@ -172,6 +182,9 @@ impl Engine {
             replicas: Vec::new(),
             history: start.history,
             joined: false,
+            changes: VecDeque::new(),
+            standbys_due: true,
+            standing_by: false,
             incarnations: start.incarnations,
             last_id: 0,
             live: HashMap::new(),
@@ -213,6 +226,8 @@ impl Engine {
             while let Ok(event) = self.events.try_recv() {
                 self.react(event);
             }
+            self.go_on();
+            self.stand_by();
             self.issue();
             self.publish();
         }
@@ -246,6 +261,9 @@ impl Engine {
                 self.try_another();
             }
             Event::Member(event) => self.member_event(&event),
+            Event::Change(change, reply) => self.change(change, reply),
+            Event::Prepared(number, prepared) => self.prepared(number, *prepared),
+            Event::StoodBy(standing, failed) => self.stood_by(standing, failed),
             Event::Depose(why) => self.deposed = Some(why),
         }
     }
@@ -256,6 +274,7 @@ impl Engine {
                 tracing::info!(worker = member.name, "joined");
                 self.left_out.forgive(&member.name);
                 self.show_left_out();
+                self.standbys_due = true;
                 let down = |replica: &Replica| matches!(replica.state, State::Down { .. });
                 if let Some(at) = self.replicas.iter().position(down) {
                     self.bring_up(at, None, None);
@@ -269,6 +288,7 @@ impl Engine {
             }
             MemberEvent::Left(name) => {
                 tracing::warn!(worker = name, "left");
+                self.standbys_due = true;
                 while let Some(at) = self.replicas.iter().position(|replica| replica.uses(name)) {
                     self.lost(at, name, "left");
                 }
@@ -389,7 +409,7 @@ impl Engine {
             self.show_left_out();
         }
         if let State::BringingUp { lost, .. } = &mut self.replicas[at].state {
-            *lost |= matches!(event, PipelineEvent::Lost { .. });
+            *lost |= matches!(event, PipelineEvent::Lost { .. } | PipelineEvent::Leaving { .. });
             return;
         }
         match event {
@@ -399,6 +419,10 @@ impl Engine {
                 scheduler.limit_mixed_steps(budget.tokens());
             }
             PipelineEvent::Lost { worker, reason, .. } => self.lost(at, &worker, &reason),
+            PipelineEvent::Leaving { worker } => {
+                tracing::warn!("worker {worker} is about to end; planning without it");
+                self.change(Change::Leave(worker), None);
+            }
             PipelineEvent::Result(result) => self.commit(at, result),
         }
     }

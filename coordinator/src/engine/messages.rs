@@ -7,13 +7,18 @@ use std::{
 
 use strata_proto::Plan;
 
-use super::replies::ReplySender;
+use super::{
+    change::{Change, ChangeReply},
+    replies::ReplySender,
+};
 use crate::{
     cluster::{
         PipelineError,
         discovery::Planned,
         membership::MemberEvent,
         pipeline::{LoadUpdate, Pipeline, PipelineEvent},
+        relocation::Target,
+        standbys::Standby,
     },
     preflight::Finding,
     request::{encode::CheckedInput, generate::Checked},
@@ -59,6 +64,12 @@ pub(crate) enum Event {
     BroughtUp(u64, Box<Result<Pipeline, PipelineError>>),
     /// Membership changed.
     Member(MemberEvent),
+    /// What runs is to run otherwise; whoever asked is told when it does.
+    Change(Change, Option<ChangeReply>),
+    /// What the change of this number comes to, once the weights that it needs are where they can be.
+    Prepared(u64, Box<Result<Target, PipelineError>>),
+    /// The attempt to have standbys ended: those that there are, and which loads failed.
+    StoodBy(Vec<Standby>, Vec<PipelineError>),
     /// The coordinator leads no more, for this reason.
     Depose(String),
 }

@@ -2,6 +2,7 @@
 
 mod answer;
 mod budget;
+mod change;
 mod error;
 mod event_loop;
 mod messages;
@@ -9,6 +10,8 @@ mod replica;
 mod replies;
 mod snapshot;
 
+pub(crate) use change::Change;
+pub use change::ChangeError;
 pub use error::EngineError;
 pub(crate) use event_loop::{Ended, Engine, Running, Start};
 pub(crate) use messages::{Asked, Event, Submission};

@@ -38,12 +38,14 @@ pub(crate) struct Replica {
     pub budget: PrefillBudget,
     /// What it runs by, or is being brought up by, and nobody else: a plan of this replica alone.
     pub plan: Option<Arc<Plan>>,
+    /// What it ran by last: the next plan leaves as much as it can as it was.
+    pub last: Option<Arc<Plan>>,
 }
 
 impl Replica {
     pub fn new(number: u32, config: scheduler::Config, budget: PrefillBudget) -> Self {
         let state = State::Down { retry: Instant::now() };
-        Replica { number, state, scheduler: Scheduler::new(config), budget, plan: None }
+        Replica { number, state, scheduler: Scheduler::new(config), budget, plan: None, last: None }
     }
 
     pub fn is_up(&self) -> bool {
@@ -63,6 +65,11 @@ impl Replica {
         }
     }
 
+    /// Whether it runs on `worker`, or is going to.
+    pub fn is_planned_on(&self, worker: &str) -> bool {
+        self.plan.iter().flat_map(|plan| &plan.replicas).flat_map(|r| &r.stages).any(|s| s.worker == worker)
+    }
+
     /// Whether a stage of its live pipeline is on `worker`.
     pub fn uses(&self, worker: &str) -> bool {
         match &self.state {
@@ -80,6 +87,22 @@ impl Replica {
     pub fn load(&self) -> u32 {
         let stats = self.scheduler.stats();
         stats.running + stats.waiting
+    }
+}
+
+/// Gives all that `from` has to a replica that is to run it, whether or not that is up yet: the least busy of those that
+/// are and could; if none is, the one that is going to have the largest cache.
+pub(crate) fn hand_over(replicas: &mut [Replica], from: usize) {
+    move_away(replicas, from);
+    let room = |replica: &Replica| {
+        let planned = replica.plan.as_ref().and_then(|plan| plan.replicas.first());
+        (replica.is_up_or_coming(), planned.map_or(0, |planned| planned.kv_capacity_tokens))
+    };
+    let Some(to) = (0..replicas.len()).filter(|i| *i != from).max_by_key(|i| room(&replicas[*i])) else {
+        return;
+    };
+    for sequence in replicas[from].scheduler.surrender() {
+        replicas[to].scheduler.adopt(sequence);
     }
 }
 

@@ -71,6 +71,8 @@ pub struct Snapshot {
     pub plan: Option<Arc<Plan>>,
     /// The live incarnation, or the last one.
     pub fence: Fence,
+    /// Devices that hold the weights of a stage, in case its own is lost: worker, device and layers.
+    pub standbys: Vec<(String, String, LayerRange)>,
     /// Digest of the model's weights, once every part of it was loaded.
     pub weights: Option<Digest>,
     /// Positions that the largest cache of a pipeline holds; 0 while there is none.

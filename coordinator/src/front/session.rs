@@ -109,6 +109,11 @@ impl Session {
         self.shared.served.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// The engine, while there is one.
+    pub(crate) fn engine(&self) -> Option<mpsc::UnboundedSender<Event>> {
+        self.get().map(|served| served.engine.clone())
+    }
+
     /// Waits until no request is in progress.
     pub(crate) async fn idle(&self) {
         // The sender is in hand, so this cannot fail.

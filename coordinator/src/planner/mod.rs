@@ -8,6 +8,7 @@ mod device_map;
 mod error;
 mod forecast;
 mod offload;
+mod replace;
 mod split;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -21,6 +22,7 @@ use strata_proto::{
 
 use cost::Costs;
 pub use error::{PlanError, Remedy};
+pub(crate) use replace::replace;
 use split::{Measure, Objective, Worth, assign};
 
 /// The default cache holds this many full contexts, if they fit.
@@ -171,15 +173,20 @@ pub fn solve(problem: &Problem<'_>) -> Result<Plan, PlanError> {
         return Err(PlanError::NoDevices);
     }
     let (shares, replicas) = plan_replicas(problem)?;
-    Ok(Plan {
+    Ok(written(problem, &shares, replicas))
+}
+
+/// The plan of these replicas, at least one; `shares` are those of the first.
+fn written(problem: &Problem<'_>, shares: &[Share], replicas: Vec<Replica>) -> Plan {
+    Plan {
         model: problem.profile.model.clone(),
         dtype: problem.dtype,
         quantization: problem.quantization,
-        hf_device_map: device_map::export(problem, &shares),
+        hf_device_map: device_map::export(problem, shares),
         offload: offload::offload(problem, &replicas[0]),
         warnings: warnings(problem, &replicas[0]),
         replicas,
-    })
+    }
 }
 
 /// The replicas of a plan, at least one, and the shares of the first one.

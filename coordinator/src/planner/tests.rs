@@ -655,6 +655,40 @@ fn devices_that_are_left_over_become_replicas() {
 }
 
 #[test]
+fn a_spare_takes_the_place_of_what_is_gone_and_the_others_keep_theirs() {
+    let profile = profile(&[(1000, 1); 4], 0, false);
+    let split = Split::Counts(vec![1, 2, 1]);
+    let offers = workers(6, DeviceKind::Cuda, 3300);
+    let old = solve(&problem(&profile, &offers[..3], &split)).unwrap().replicas.remove(0);
+    let replaced = |offers: &[Offer], holds: &str| {
+        let holds =
+            |offer: &Offer, layers: LayerRange| offer.worker == holds && layers == LayerRange::new(1, 3);
+        let plan = replace(&problem(&profile, offers, &split), &old, &holds)?;
+        assert_eq!(plan.replicas[0].kv_capacity_tokens, old.kv_capacity_tokens);
+        Some(plan.replicas[0].stages.iter().map(|s| format!("{} {}", s.worker, s.layers)).collect::<Vec<_>>())
+    };
+    let without = |gone: &[usize]| -> Vec<Offer> {
+        (0..6).filter(|i| !gone.contains(i)).map(|i| offers[i].clone()).collect()
+    };
+    assert_eq!(replaced(&offers, "").unwrap(), ["w0 0..1", "w1 1..3", "w2 3..4"]);
+    assert_eq!(replaced(&without(&[1]), "").unwrap(), ["w0 0..1", "w3 1..3", "w2 3..4"]);
+    assert_eq!(
+        replaced(&without(&[1]), "w5").unwrap(),
+        ["w0 0..1", "w5 1..3", "w2 3..4"],
+        "it has the weights"
+    );
+    assert_eq!(replaced(&without(&[1, 2]), "w5").unwrap(), ["w0 0..1", "w5 1..3", "w3 3..4"]);
+    assert_eq!(replaced(&without(&[1, 3, 4, 5]), ""), None, "nobody is left");
+    // Neither one that has no room, nor one that would compute other bits.
+    let mut others = without(&[1, 4, 5]);
+    others[2].device.budget_bytes = 1000;
+    assert_eq!(replaced(&others, ""), None);
+    others[2].device.budget_bytes = 3300;
+    others[2].device.numerics = "other kernels".into();
+    assert_eq!(replaced(&others, ""), None);
+}
+
+#[test]
 fn states_are_counted_by_kind_and_shared_ones_once() {
     let mut profile = profile(&[(100, 1); 6], 0, false);
     let encoder = Stack { layers: LayerRange::new(0, 2), whole_input: true, positions: 10 };

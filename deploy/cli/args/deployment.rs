@@ -27,6 +27,12 @@ pub struct DeploymentArgs {
     /// Longest sequence, prompt and answer together [default: the model's context]
     #[arg(long, env = "STRATA_CONTEXT", value_parser = clap::value_parser!(u32).range(2..))]
     pub context: Option<u32>,
+    /// Most copies of the model that --split auto makes [default: as many as there is room for]
+    #[arg(long, env = "STRATA_REPLICAS", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub replicas: Option<u32>,
+    /// Devices to keep free, each with the weights of a stage that it takes over when the stage is lost
+    #[arg(long, env = "STRATA_STANDBYS", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=64))]
+    pub standbys: u32,
     /// Links between stages: auto (the best that each two can have), loopback, device-copy, nccl or tcp
     #[arg(long, env = "STRATA_LINKS", default_value = "auto", value_parser = parse_links)]
     pub links: AutoLinks,

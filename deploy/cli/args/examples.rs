@@ -56,6 +56,20 @@ pub const TOKENIZE: &str = "Examples:
 pub const DETOKENIZE: &str = "Examples:
   strata detokenize 0,842,28,201 --keep-special";
 
+pub const DRAIN: &str = "\
+Examples:
+  strata drain 10.0.0.7:7801 --reason 'new memory'
+  strata drain gpu-3 --address http://a:7717 --secret-file /run/secrets/strata";
+
+pub const UNDRAIN: &str = "\
+Examples:
+  strata undrain 10.0.0.7:7801";
+
+pub const REBALANCE: &str = "\
+Examples:
+  strata rebalance --dry-run
+  strata rebalance --address http://a:7717 --secret-file /run/secrets/strata";
+
 pub const STATUS: &str = "Examples:
   strata status
   strata status --address http://a:7717 --json --timeout 2";

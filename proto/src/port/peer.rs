@@ -25,6 +25,8 @@ use tonic::transport::server::Connected;
 pub struct Peer {
     /// Names the connection for as long as the process lives; never 0.
     pub connection: u64,
+    /// Whether it comes from this machine.
+    pub is_local: bool,
     /// Bytes of its requests that have not come whole.
     pub(super) held: Arc<AtomicUsize>,
 }
@@ -56,7 +58,8 @@ impl Connection {
     pub fn new(stream: TcpStream, place: OwnedSemaphorePermit, opening: usize, within: Duration) -> Self {
         let connection = LAST.fetch_add(1, Ordering::Relaxed) + 1;
         let beginning = Beginning { left: opening, late: Box::pin(tokio::time::sleep(within)) };
-        let peer = Peer { connection, held: Arc::default() };
+        let is_local = stream.peer_addr().is_ok_and(|address| address.ip().to_canonical().is_loopback());
+        let peer = Peer { connection, is_local, held: Arc::default() };
         Connection { stream, peer, _place: place, beginning: Some(beginning) }
     }
 }

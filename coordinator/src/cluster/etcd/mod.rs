@@ -8,6 +8,7 @@
 //! | `ranks/NAME` | nothing; the revision of its creation is the worker's rank | for ever |
 //! | `leader/ID` | the name of a coordinator that leads or waits; the oldest key leads | as long as the coordinator's lease |
 //! | `led` | the last leader and its term | for ever |
+//! | `drained/NAME` | why the worker is drained | until it is taken back |
 //!
 //! Each part (a registration, the members, an election) has a connection and a task of its own, which begins anew when
 //! anything on the connection fails: it connects, gets a lease, reads what is there, and watches from that revision on. So
@@ -19,6 +20,7 @@ mod config;
 mod connection;
 mod election;
 mod error;
+mod keeper;
 mod lease;
 mod members;
 mod record;
@@ -31,6 +33,7 @@ pub use advertise::advertised;
 pub use config::{Credentials, Etcd, TlsFiles, check_name};
 pub use election::{Candidate, Election, election};
 pub use error::EtcdError;
+pub use keeper::InEtcd;
 pub use members::members;
 pub use record::{DeviceRecord, Resident, WorkerRecord};
 pub use registry::{Registrant, Registration, register};
@@ -42,5 +45,12 @@ pub fn source(etcd: &Etcd, candidate: Candidate) -> (Source, Election) {
     let election = election::election_above(etcd, candidate, highest);
     let leadership = election.leadership();
     let follower = members::Follower { coordinator, leadership: leadership.clone(), seen };
-    (Source { events: members::follow(etcd, Some(follower)), leadership }, election)
+    (
+        Source {
+            events: members::follow(etcd, Some(follower)),
+            leadership,
+            keeper: std::sync::Arc::new(InEtcd::new(etcd)),
+        },
+        election,
+    )
 }

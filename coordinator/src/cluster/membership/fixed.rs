@@ -15,6 +15,7 @@ use super::{
 };
 use crate::cluster::{
     leadership::{Claims, Leadership},
+    records::InMemory,
     remote::RemoteWorker,
 };
 
@@ -46,7 +47,8 @@ pub fn fixed(urls: &[String], caller: &Caller) -> Result<(Source, Claimant), Str
             }
         });
     }
-    Ok((Source { events: receiver, leadership }, Claimant { common, workers }))
+    let keeper = Arc::new(InMemory::default());
+    Ok((Source { events: receiver, leadership, keeper }, Claimant { common, workers }))
 }
 
 /// What a coordinator claims of its workers, until it resigns.

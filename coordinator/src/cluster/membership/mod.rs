@@ -19,7 +19,10 @@ use tokio::{
 pub use fixed::{Claimant, fixed};
 pub use local::local;
 
-use super::leadership::{Leadership, unrivalled};
+use super::{
+    leadership::{Leadership, unrivalled},
+    records::{InMemory, Keeper},
+};
 
 /// A worker that can be planned over.
 #[derive(Clone)]
@@ -75,12 +78,14 @@ pub struct Source {
     pub events: mpsc::UnboundedReceiver<MemberEvent>,
     /// Whether it may act.
     pub leadership: watch::Receiver<Leadership>,
+    /// What operators have decided about them.
+    pub keeper: Arc<dyn Keeper>,
 }
 
 impl From<mpsc::UnboundedReceiver<MemberEvent>> for Source {
     /// Workers that nobody else has.
     fn from(events: mpsc::UnboundedReceiver<MemberEvent>) -> Self {
-        Source { events, leadership: unrivalled() }
+        Source { events, leadership: unrivalled(), keeper: Arc::new(InMemory::default()) }
     }
 }
 
@@ -93,6 +98,8 @@ struct List {
     there: Vec<Member>,
     /// Why some of them, or others, cannot be planned over.
     away: BTreeMap<String, String>,
+    /// Whom an operator has drained, and why.
+    drained: BTreeMap<String, String>,
     /// One that is listed as two.
     twice: Option<(String, String)>,
     subscribers: Vec<mpsc::UnboundedSender<MemberEvent>>,
@@ -106,10 +113,33 @@ impl Members {
         self.lock().there.clone()
     }
 
-    /// Those of them that answer.
+    /// Those of them that answer, and that are not drained: whom there may be plans over.
     pub fn answering(&self) -> Vec<Member> {
         let list = self.lock();
-        list.there.iter().filter(|member| !list.away.contains_key(&member.name)).cloned().collect()
+        let may = |name: &String| !list.away.contains_key(name) && !list.drained.contains_key(name);
+        list.there.iter().filter(|member| may(&member.name)).cloned().collect()
+    }
+
+    /// Whether it is one of them, whatever else is to be said of it.
+    pub fn has(&self, name: &str) -> bool {
+        self.lock().there.iter().any(|member| member.name == name)
+    }
+
+    /// Whom an operator has drained, and why.
+    pub fn drained(&self) -> BTreeMap<String, String> {
+        self.lock().drained.clone()
+    }
+
+    /// Who is drained from now on, whether it is there or not. Those that are taken back join anew.
+    pub(crate) fn set_drained(&self, drained: BTreeMap<String, String>) {
+        let mut list = self.lock();
+        let before = std::mem::replace(&mut list.drained, drained);
+        let back =
+            |member: &&Member| before.contains_key(&member.name) && !list.drained.contains_key(&member.name);
+        let back: Vec<_> = list.there.iter().filter(back).cloned().map(MemberEvent::Joined).collect();
+        for event in back {
+            list.subscribers.retain(|subscriber| subscriber.send(event.clone()).is_ok());
+        }
     }
 
     /// Those that cannot be planned over, and why.

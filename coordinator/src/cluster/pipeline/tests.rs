@@ -108,7 +108,13 @@ fn discovered(worker: Arc<Obedient>, nccl: bool) -> Discovery {
     gpus.for_each(|offer| offer.device.links = vec![LinkKind::Nccl]);
     let member = Member { name: "w".into(), worker, rank: 0, host: "h".into() };
     let members = HashMap::from([("w".to_owned(), (member, "hub".to_owned()))]);
-    Discovery { profile: profile(&[(100, 1); 6], 0, false), offers, members, left_out: BTreeMap::new() }
+    Discovery {
+        profile: profile(&[(100, 1); 6], 0, false),
+        offers,
+        members,
+        resident: HashMap::new(),
+        left_out: BTreeMap::new(),
+    }
 }
 
 fn deployment(links: Option<LinkKind>) -> Deployment {
@@ -120,6 +126,8 @@ fn deployment(links: Option<LinkKind>) -> Deployment {
         kv_tokens: Some(32),
         max_sequences: None,
         context: None,
+        replicas: None,
+        standbys: 0,
         links,
         max_step_tokens: 4,
         max_step_rows: 2,

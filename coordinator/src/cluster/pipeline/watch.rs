@@ -46,8 +46,6 @@ struct Stage {
 /// What became of a stage, or of its worker: to be read behind the name.
 #[derive(Debug, PartialEq)]
 enum End {
-    /// Its worker is about to end.
-    Leaves,
     /// It was lost, or failed by itself.
     Failed(String),
     /// Nothing was heard of it for too long.
@@ -80,7 +78,6 @@ impl Watch {
         let own = self.lock()[stage].worker.clone();
         let lost = |worker, reason, leave_out| PipelineEvent::Lost { worker, reason, leave_out };
         let event = match self.listen(stage, incarnation, &mut from, &sink).await {
-            End::Leaves => lost(own, "is about to end".to_owned(), false),
             End::Failed(reason) => {
                 self.update(stage, |stage| stage.ended = true);
                 lost(own, reason, false)
@@ -175,6 +172,7 @@ impl Watch {
         from: &mut mpsc::Receiver<v1::FromStage>,
         sink: &EventSink,
     ) -> End {
+        let mut leaves = false;
         loop {
             let message = match tokio::time::timeout(self.timeout, from.recv()).await {
                 Ok(Some(message)) => message.message,
@@ -190,6 +188,11 @@ impl Watch {
                 }
                 Some(from_stage::Message::Health(health)) => {
                     self.lock()[stage].health = health;
+                    if health.draining && !leaves {
+                        leaves = true;
+                        let worker = self.lock()[stage].worker.clone();
+                        sink(incarnation, PipelineEvent::Leaving { worker });
+                    }
                     if let Some(end) = end_of(&health) {
                         self.worse.send_replace(());
                         return end;
@@ -232,9 +235,6 @@ fn is_settled(reports: &[Report], timeout: Duration) -> bool {
 
 /// What the health of a stage says that makes its run be over.
 fn end_of(health: &StageHealth) -> Option<End> {
-    if health.draining {
-        return Some(End::Leaves);
-    }
     let busy = Duration::from_millis(health.busy_ms);
     // One that waits for its activation has received no more than it has finished.
     if health.received > health.steps && busy > STEP_TIMEOUT {
@@ -299,11 +299,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stage_whose_worker_drains_is_left_before_it_ends() {
+    async fn a_stage_whose_worker_drains_says_so_once_and_runs_on() {
         let (stages, mut told) = followed();
-        say(&stages[0], StageHealth::default()).await;
-        say(&stages[0], StageHealth { draining: true, ..StageHealth::default() }).await;
-        assert_eq!(lost(&mut told).await, ("a".into(), false));
+        let leaves = StageHealth { draining: true, ..StageHealth::default() };
+        for health in [StageHealth::default(), leaves, leaves] {
+            say(&stages[0], health).await;
+        }
+        match told.recv().await.unwrap() {
+            PipelineEvent::Leaving { worker } => assert_eq!(worker, "a"),
+            event => panic!("{event:?}"),
+        }
+        say(&stages[0], missing(LinkHealth::Unspecified, LinkHealth::Broken)).await;
+        assert!(matches!(told.recv().await.unwrap(), PipelineEvent::Lost { .. }));
     }
 
     #[tokio::test]

@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// How long workers have to describe the model again, if what the others have is enough.
-const PATIENCE: Duration = Duration::from_secs(1);
+pub(super) const PATIENCE: Duration = Duration::from_secs(1);
 
 impl Engine {
     /// The live incarnation of a replica is over: its sequences go to other replicas, or wait for its next one.
@@ -36,17 +36,18 @@ impl Engine {
         let replica = &mut self.replicas[at];
         let down = State::Down { retry: Instant::now() };
         let State::Up(pipeline) = std::mem::replace(&mut replica.state, down) else { return };
-        replica.plan = None;
+        replica.last = replica.plan.take();
         replica::move_away(&mut self.replicas, at);
         if !self.replicas.iter().any(Replica::is_up) {
             self.down_since = Some(Instant::now());
         }
         self.show_replicas(format!("worker {worker} {what}"));
-        self.bring_up(at, Some((pipeline, worker.to_owned())), None);
+        self.bring_up(at, Some((pipeline, Some(worker.to_owned()))), None);
     }
 
-    /// Adds a replica and tries to bring a pipeline up for it, over devices that it has by a plan, or is to find.
-    pub(super) fn add_replica(&mut self, known: Option<Planned>) {
+    /// Adds a replica and tries to bring a pipeline up for it, over devices that it has by a plan, or is to find; its
+    /// number.
+    pub(super) fn add_replica(&mut self, known: Option<Planned>) -> u32 {
         let number = (0..).find(|n| self.replicas.iter().all(|replica| replica.number != *n)).unwrap_or(0);
         self.replicas.push(Replica::new(
             number,
@@ -54,26 +55,35 @@ impl Engine {
             PrefillBudget::new(self.limits.inter_token),
         ));
         self.bring_up(self.replicas.len() - 1, None, known);
+        number
     }
 
     /// Adds a replica over what has joined since devices were last looked for: they may hold another copy. If not, it
     /// goes again. It waits until all others are up, as they may be looking for devices.
     pub(super) fn try_another(&mut self) {
-        if self.joined && self.replicas.iter().all(Replica::is_up) {
+        let is_full = self.deployment.replicas.is_some_and(|most| self.replicas.len() >= most as usize);
+        if self.joined && self.changes.is_empty() && self.replicas.iter().all(Replica::is_up) {
             self.joined = false;
-            self.add_replica(None);
+            if !is_full {
+                self.add_replica(None);
+            }
         }
     }
 
-    /// Starts a task that ends `old`, of which a worker was lost, and brings a new incarnation of a replica up: by a plan,
+    /// Starts a task that ends `old`, of which a worker may be lost, and brings a new incarnation of a replica up: by a plan,
     /// or by one that it makes over the devices that no other replica has.
-    pub(super) fn bring_up(&mut self, at: usize, old: Option<(Pipeline, String)>, known: Option<Planned>) {
+    pub(super) fn bring_up(
+        &mut self,
+        at: usize,
+        old: Option<(Pipeline, Option<String>)>,
+        known: Option<Planned>,
+    ) {
         let others_plan = || self.replicas.iter().enumerate().any(|(i, r)| i != at && r.is_planning());
         if known.is_none() && others_plan() {
             // Two that look for devices at once might find the same.
             self.replicas[at].state = State::Down { retry: Instant::now() + TICK };
             if let Some((old, lost)) = old {
-                tokio::spawn(async move { old.abort().abort(Some(&lost)).await });
+                tokio::spawn(async move { old.abort().abort(lost.as_deref()).await });
             }
             return;
         }
@@ -87,8 +97,8 @@ impl Engine {
         if let Some(known) = &known {
             self.takes(at, known.plan.clone());
         }
-        let mut members = self.members.answering();
-        members.retain(|member| !self.left_out.has(&member.name, Instant::now()));
+        let last = self.replicas[at].last.as_ref().and_then(|plan| plan.replicas.first().cloned());
+        let members = self.plannable();
         let (profile, deployment) = (self.profile.clone(), self.deployment.clone());
         let (events, observer, history) = (self.handle.clone(), self.observer.clone(), self.history.clone());
         let sink_events = events.clone();
@@ -102,7 +112,7 @@ impl Engine {
         });
         tokio::spawn(async move {
             if let Some((old, lost)) = old {
-                old.abort().abort(Some(&lost)).await;
+                old.abort().abort(lost.as_deref()).await;
             }
             let outcome = async {
                 let planned = match known {
@@ -112,17 +122,22 @@ impl Engine {
                             found.leave_out(&taken);
                             if further {
                                 found.offers.retain(Offer::may_hold_further);
+                                found.hold_back(deployment.standbys);
                             }
+                        };
+                        let planned = |found: &Discovery| match &last {
+                            Some(last) => found.plan_again(&deployment, last),
+                            None => found.plan(&deployment),
                         };
                         let fits = |mut found: Discovery| {
                             mine(&mut found);
-                            found.plan(&deployment).is_ok()
+                            planned(&found).is_ok()
                         };
                         let asked =
                             discover_enough(&members, &deployment.model, Some(&profile), PATIENCE, fits);
                         let mut found = asked.await?;
                         mine(&mut found);
-                        let plan = found.plan(&deployment).map_err(|e| e.without(found.left_out.clone()))?;
+                        let plan = planned(&found).map_err(|e| e.without(found.left_out.clone()))?;
                         let plan = plan.into();
                         let planned = Planned { plan, found: found.into() };
                         let _ = events.send(Event::Planned(incarnation, planned.clone()));
@@ -153,10 +168,16 @@ impl Engine {
         if let Some(own) = replicas.next() {
             self.takes(at, own.plan);
         }
+        let most = self.deployment.replicas.map_or(usize::MAX, |most| most as usize);
         for further in replicas {
+            if self.replicas.iter().filter(|replica| replica.is_up_or_coming()).count() >= most {
+                break;
+            }
             match self.replicas.iter().position(|replica| matches!(replica.state, State::Down { .. })) {
                 Some(at) => self.bring_up(at, None, Some(further)),
-                None => self.add_replica(Some(further)),
+                None => {
+                    self.add_replica(Some(further));
+                }
             }
         }
     }
@@ -220,6 +241,7 @@ impl Engine {
                 self.replicas[at].state = State::Up(pipeline);
                 self.replicas[at].budget = PrefillBudget::new(self.limits.inter_token);
                 self.down_since = None;
+                self.standbys_due = true;
                 let serving = self.replicas[at].plan.iter().flat_map(|plan| &plan.replicas);
                 let serving: Vec<_> = serving.flat_map(|r| &r.stages).map(|s| s.worker.clone()).collect();
                 serving.iter().for_each(|worker| self.left_out.forgive(worker));
@@ -245,7 +267,9 @@ impl Engine {
             return;
         }
         let mut retry = RETRY_EVERY;
-        if let Some(worker) = error.worker() {
+        if self.take_back(self.replicas[at].number, &error) {
+            retry = Duration::ZERO;
+        } else if let Some(worker) = error.worker() {
             tracing::warn!(worker, "left out of plans: {}", error.reason());
             self.left_out.failed(worker, error.reason(), now);
             self.show_left_out();
@@ -260,6 +284,9 @@ impl Engine {
         let error = error.without(left_out);
         let replica = &mut self.replicas[at];
         replica.plan = None;
+        if retry > Duration::ZERO {
+            replica.last = None;
+        }
         replica.state = State::Down { retry: now + retry };
         if replica.load() == 0 && self.replicas.iter().any(Replica::is_up_or_coming) && retry > Duration::ZERO
         {
@@ -290,7 +317,7 @@ impl Engine {
     }
 
     /// Shows which pipelines are up, and why none is.
-    fn show_replicas(&self, reason: String) {
+    pub(super) fn show_replicas(&self, reason: String) {
         let up = self.replicas.iter().filter_map(|replica| match &replica.state {
             State::Up(pipeline) => Some((pipeline, replica.plan.as_ref()?)),
             _ => None,

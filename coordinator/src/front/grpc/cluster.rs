@@ -7,13 +7,14 @@ use std::{
 };
 
 use strata_proto::{
-    DType, Device,
+    DType, Device, LayerRange,
     error::{Classify, Kind, status},
     v1::{self, cluster_server::Cluster},
 };
 use tokio::sync::{Mutex, Semaphore};
 use tonic::{Request, Response, Status, async_trait};
 
+use super::admin;
 use crate::{
     cluster::{discovery::discover, membership::Member},
     config::Deployment,
@@ -69,6 +70,8 @@ impl Cluster for ClusterService {
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
         let mut snapshot = self.coordinator.watch().borrow().clone();
         let mut reasons = std::mem::take(&mut snapshot.left_out);
+        let drained = self.coordinator.drained();
+        reasons.extend(drained.clone());
         reasons.extend(self.coordinator.members().away());
         let probed = self.probe(self.coordinator.members().list()).await;
         let mut members: Vec<_> = probed
@@ -76,11 +79,13 @@ impl Cluster for ClusterService {
             .map(|(worker, devices)| {
                 let reason = reasons.remove(&worker).unwrap_or_default();
                 let live = devices.is_some();
-                v1::Member { worker, live, devices: devices.unwrap_or_default(), reason }
+                let drained = drained.contains_key(&worker);
+                v1::Member { worker, live, devices: devices.unwrap_or_default(), reason, drained }
             })
             .collect();
         // Those that are not there at all.
         members.extend(reasons.into_iter().map(|(worker, reason)| v1::Member {
+            drained: drained.contains_key(&worker),
             worker,
             reason,
             ..v1::Member::default()
@@ -99,6 +104,7 @@ impl Cluster for ClusterService {
             version: self.coordinator.config().version.clone(),
             weights: snapshot.weights.map(|digest| digest.to_string()).unwrap_or_default(),
             requests: Some(self.coordinator.session().requests()),
+            standbys: snapshot.standbys.into_iter().map(standby).collect(),
         }))
     }
 
@@ -124,9 +130,42 @@ impl Cluster for ClusterService {
         let plan = planned.await.map_err(|_| status(&Unpreviewed::Failed))??;
         Ok(Response::new(v1::PreviewPlanResponse { plan: Some((&plan).into()) }))
     }
+
+    async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
+        let v1::DrainRequest { worker, reason } = self.admit(request, "Drain")?;
+        self.coordinator.vacate(&worker, &reason).await.map_err(|e| status(&e))?;
+        Ok(Response::new(v1::DrainResponse {}))
+    }
+
+    async fn undrain(
+        &self,
+        request: Request<v1::UndrainRequest>,
+    ) -> Result<Response<v1::UndrainResponse>, Status> {
+        let v1::UndrainRequest { worker } = self.admit(request, "Undrain")?;
+        self.coordinator.take_back(&worker).await.map_err(|e| status(&e))?;
+        Ok(Response::new(v1::UndrainResponse {}))
+    }
+
+    async fn rebalance(
+        &self,
+        request: Request<v1::RebalanceRequest>,
+    ) -> Result<Response<v1::RebalanceResponse>, Status> {
+        let v1::RebalanceRequest { dry_run } = self.admit(request, "Rebalance")?;
+        let compared = self.coordinator.rebalance(dry_run).await.map_err(|e| status(&e))?;
+        Ok(Response::new(v1::RebalanceResponse {
+            now: Some((&*compared.now).into()),
+            then: Some((&compared.then).into()),
+            differs: compared.differs,
+        }))
+    }
 }
 
 impl ClusterService {
+    /// The message of an operator's call.
+    fn admit<T>(&self, request: Request<T>, method: &'static str) -> Result<T, Status> {
+        admin::admit(request, self.coordinator.config().secret.as_ref(), method)
+    }
+
     /// The devices of each member, or none of one that does not answer; asked at most every [`PROBE_EVERY`], however
     /// many want to know.
     async fn probe(&self, members: Vec<Member>) -> Vec<(String, Option<Vec<v1::Device>>)> {
@@ -179,6 +218,10 @@ fn state(state: State) -> v1::CoordinatorState {
         State::Serving => v1::CoordinatorState::Serving,
         State::Draining => v1::CoordinatorState::Draining,
     }
+}
+
+fn standby((worker, device, layers): (String, String, LayerRange)) -> v1::Standby {
+    v1::Standby { worker, device, layers: Some(layers.into()) }
 }
 
 fn loading(loading: Loading) -> v1::StageLoading {

@@ -1,5 +1,6 @@
 //! The client port: `Inference`, `Cluster`, health and reflection.
 
+mod admin;
 mod cluster;
 mod inference;
 mod read;

@@ -1,0 +1,124 @@
+//! From the plans that replicas run by to others, with as little as possible in another place.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use strata_proto::{Plan, StagePlan};
+
+use super::{PipelineError, discovery::Discovery};
+use crate::config::Deployment;
+
+/// A replica that runs.
+#[derive(Debug, Clone)]
+pub(crate) struct Current {
+    /// Its number in fences.
+    pub number: u32,
+    /// Of its pipeline.
+    pub incarnation: u64,
+    /// What it runs by, and nobody else.
+    pub plan: Arc<Plan>,
+}
+
+/// What is to become of the replicas. Those that it does not name run on.
+#[derive(Debug)]
+pub(crate) struct Target {
+    /// What it was planned over.
+    pub found: Arc<Discovery>,
+    /// Numbers of replicas, and what each is to run by instead.
+    pub changed: Vec<(u32, Arc<Plan>)>,
+    /// Further replicas.
+    pub added: Vec<Arc<Plan>>,
+    /// Replicas that end.
+    pub retired: Vec<u32>,
+}
+
+impl Target {
+    /// The plans that are new.
+    pub fn plans(&self) -> impl Iterator<Item = &Arc<Plan>> {
+        self.changed.iter().map(|(_, plan)| plan).chain(&self.added)
+    }
+}
+
+/// The replicas of a plan, each as a plan of its own.
+fn apart(plan: &Plan) -> impl Iterator<Item = Plan> {
+    plan.replicas.iter().map(|replica| Plan { replicas: vec![replica.clone()], ..Plan::clone(plan) })
+}
+
+/// The same replicas without a worker, whose devices `found` may still have.
+///
+/// # Errors
+/// If a replica cannot do without it, nor the others without that replica.
+pub(crate) fn without(
+    worker: &str,
+    mut found: Discovery,
+    current: &[Current],
+    deployment: &Deployment,
+) -> Result<Target, PipelineError> {
+    found.offers.retain(|offer| offer.worker != worker);
+    let uses = |current: &&Current| stages(&current.plan).any(|stage| stage.worker == worker);
+    let (leave, stay): (Vec<&Current>, Vec<&Current>) = current.iter().partition(uses);
+    let mut taken: Vec<Arc<Plan>> = stay.iter().map(|current| current.plan.clone()).collect();
+    let room = |plan: &Plan| plan.replicas.first().map_or(0, |replica| replica.kv_capacity_tokens);
+    let roomiest = taken.iter().map(|plan| room(plan)).max();
+    let (mut changed, mut retired) = (Vec::new(), Vec::new());
+    for Current { number, plan, .. } in leave {
+        let mut left = found.clone();
+        left.leave_out(&taken);
+        let old = plan.replicas.first().ok_or(PipelineError::NoWorkers)?;
+        match left.plan_again(deployment, old) {
+            Ok(plan) => {
+                let own: Arc<Plan> = apart(&plan).next().ok_or(PipelineError::NoWorkers)?.into();
+                taken.push(own.clone());
+                changed.push((*number, own));
+            }
+            // Whatever it computes, another one can.
+            Err(_) if roomiest.is_some_and(|most| most >= room(plan)) => retired.push(*number),
+            Err(error) => return Err(error.without(found.left_out.clone())),
+        }
+    }
+    Ok(Target { found: found.into(), changed, added: Vec::new(), retired })
+}
+
+/// From the plans that there are to the one that would be made today.
+///
+/// # Errors
+/// If there is none.
+pub(crate) fn best(
+    found: Discovery,
+    current: &[Current],
+    deployment: &Deployment,
+) -> Result<Target, PipelineError> {
+    let plan = found.plan(deployment).map_err(|error| error.without(found.left_out.clone()))?;
+    let mut left: Vec<&Current> = current.iter().collect();
+    let mut new: Vec<Arc<Plan>> = Vec::new();
+    for plan in apart(&plan) {
+        match left.iter().position(|current| is_alike(&current.plan, &plan)) {
+            Some(at) => drop(left.remove(at)),
+            None => new.push(plan.into()),
+        }
+    }
+    let added = new.split_off(new.len().min(left.len()));
+    let retired = left.split_off(new.len()).into_iter().map(|current| current.number).collect();
+    let changed = left.into_iter().map(|current| current.number).zip(new).collect();
+    Ok(Target { found: found.into(), changed, added, retired })
+}
+
+/// Whether two plans say the same, whatever they forecast.
+pub(crate) fn is_alike(a: &Plan, b: &Plan) -> bool {
+    let shape = |plan: &Plan| -> BTreeSet<Vec<String>> {
+        let stage = |stage: &StagePlan| {
+            let link = stage.link.as_ref().map(|link| link.kind.name());
+            format!("{}/{} {} {link:?}", stage.worker, stage.device, stage.layers)
+        };
+        let of = |replica: &strata_proto::Replica| {
+            let cache = format!("{} {}", replica.kv_capacity_tokens, replica.state_slots);
+            replica.stages.iter().map(stage).chain([cache]).collect()
+        };
+        plan.replicas.iter().map(of).collect()
+    };
+    (a.dtype, a.quantization, shape(a)) == (b.dtype, b.quantization, shape(b))
+}
+
+/// Every stage of a plan.
+pub(crate) fn stages(plan: &Plan) -> impl Iterator<Item = &StagePlan> {
+    plan.replicas.iter().flat_map(|replica| &replica.stages)
+}

@@ -1,0 +1,172 @@
+//! What operators change while a coordinator serves.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use strata_proto::{
+    Plan,
+    error::{Classify, Kind, quoted},
+};
+use tokio::sync::oneshot;
+
+use super::Coordinator;
+use crate::{
+    cluster::{PipelineError, discovery::discover, records::RecordError, relocation},
+    config::Deployment,
+    engine::{Change, ChangeError, Event, State},
+};
+
+/// Longest reason that is kept of why a worker is drained, in bytes.
+const MAX_REASON: usize = 200;
+
+/// Why nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum AdminError {
+    /// Only who leads and serves changes anything.
+    #[error("this coordinator does not serve: {0}")]
+    NotServing(String),
+    /// No such member.
+    #[error("there is no worker {}: expected one of {have}", quoted(.asked))]
+    NoWorker {
+        /// Whom the caller named.
+        asked: String,
+        /// Whom there is.
+        have: String,
+    },
+    /// A field that cannot be.
+    #[error("{0}")]
+    Field(String),
+    /// It was not kept.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// It cannot be planned.
+    #[error("nothing was changed: {0}")]
+    Plan(#[from] PipelineError),
+    /// The engine has not changed.
+    #[error(transparent)]
+    Change(#[from] ChangeError),
+}
+
+impl Classify for AdminError {
+    fn kind(&self) -> Kind {
+        match self {
+            AdminError::NotServing(_) | AdminError::Record(_) => Kind::NoCapacity,
+            AdminError::NoWorker { .. } | AdminError::Field(_) => Kind::BadInput,
+            AdminError::Plan(_) => Kind::WrongState,
+            AdminError::Change(error) => error.kind(),
+        }
+    }
+}
+
+/// What is, or was, live, and what takes its place.
+#[derive(Debug)]
+pub struct Comparison {
+    /// The live plan.
+    pub now: Arc<Plan>,
+    /// The one that today's members would have.
+    pub then: Plan,
+    /// Whether they differ.
+    pub differs: bool,
+}
+
+impl Coordinator {
+    /// Plans without a worker from now on, and returns once nothing is left on it. It stays so, also when it is restarted,
+    /// until it is [taken back](Self::take_back).
+    ///
+    /// # Errors
+    /// If it cannot be spared, and then it is not drained; or if this coordinator does not serve.
+    pub async fn vacate(&self, worker: &str, reason: &str) -> Result<(), AdminError> {
+        let _one_at_a_time = self.shared.admin.lock().await;
+        self.check_serving().map_err(AdminError::NotServing)?;
+        let members = self.members();
+        if !members.has(worker) {
+            let have: Vec<_> = members.list().into_iter().map(|member| member.name).collect();
+            return Err(AdminError::NoWorker { asked: worker.to_owned(), have: have.join(", ") });
+        }
+        if reason.len() > MAX_REASON || reason.chars().any(char::is_control) {
+            return Err(AdminError::Field(format!("reason: expected a line of at most {MAX_REASON} bytes")));
+        }
+        let before = members.drained();
+        let mut drained = before.clone();
+        drained.insert(worker.to_owned(), reason.to_owned());
+        members.set_drained(drained);
+        let outcome = async {
+            self.change(Change::Leave(worker.to_owned())).await?;
+            self.keeper().mark(worker, Some(reason)).await?;
+            Ok(())
+        };
+        let outcome: Result<(), AdminError> = outcome.await;
+        if outcome.is_err() {
+            members.set_drained(before);
+        }
+        outcome
+    }
+
+    /// Plans over a worker again that was drained.
+    ///
+    /// # Errors
+    /// If it is not drained, or that cannot be kept.
+    pub async fn take_back(&self, worker: &str) -> Result<(), AdminError> {
+        let _one_at_a_time = self.shared.admin.lock().await;
+        self.check_serving().map_err(AdminError::NotServing)?;
+        let mut drained = self.members().drained();
+        if drained.remove(worker).is_none() {
+            let have = self.members().drained().into_keys().collect::<Vec<_>>().join(", ");
+            let have = if have.is_empty() { "none, as none is drained".to_owned() } else { have };
+            return Err(AdminError::NoWorker { asked: worker.to_owned(), have });
+        }
+        self.keeper().mark(worker, None).await?;
+        self.members().set_drained(drained);
+        Ok(())
+    }
+
+    /// Compares the live plan with the one that today's members would have, and changes to that unless it is a `dry_run`.
+    ///
+    /// # Errors
+    /// If nothing is live, or the other plan cannot be made or did not come up.
+    pub async fn rebalance(&self, dry_run: bool) -> Result<Comparison, AdminError> {
+        let _one_at_a_time = self.shared.admin.lock().await;
+        self.check_serving().map_err(AdminError::NotServing)?;
+        let deployment = self.shared.config.deployment.clone();
+        let compared = self.compare(&deployment).await?;
+        if compared.differs && !dry_run {
+            self.change(Change::Deploy(Box::new(deployment))).await?;
+        }
+        Ok(compared)
+    }
+
+    /// Compares the live plan with that of another deployment over today's members.
+    async fn compare(&self, deployment: &Deployment) -> Result<Comparison, AdminError> {
+        let snapshot = self.watch().borrow().clone();
+        let now = snapshot.plan.filter(|_| snapshot.up).ok_or(AdminError::NotServing(snapshot.down))?;
+        let found = discover(&self.members().answering(), &deployment.model).await?;
+        let then = found.plan(deployment).map_err(|error| error.without(found.left_out.clone()))?;
+        let differs = !relocation::is_alike(&now, &then);
+        Ok(Comparison { now, then, differs })
+    }
+
+    /// Has the engine change something, and waits for what comes of it.
+    async fn change(&self, change: Change) -> Result<(), ChangeError> {
+        let engine = self.shared.session.engine().ok_or(ChangeError::Gone)?;
+        let (reply, changed) = oneshot::channel();
+        engine.send(Event::Change(change, Some(reply))).map_err(|_| ChangeError::Gone)?;
+        changed.await.map_err(|_| ChangeError::Gone)?
+    }
+
+    /// Why it does not serve, unless it does.
+    fn check_serving(&self) -> Result<(), String> {
+        let snapshot = self.watch().borrow().clone();
+        match snapshot.state {
+            State::Serving => Ok(()),
+            _ => Err(snapshot.reason()),
+        }
+    }
+
+    /// Whom operators have drained, and why, as Status says it.
+    pub(crate) fn drained(&self) -> BTreeMap<String, String> {
+        let said = |why: String| match why.is_empty() {
+            true => "drained".to_owned(),
+            false => format!("drained: {why}"),
+        };
+        self.members().drained().into_iter().map(|(worker, why)| (worker, said(why))).collect()
+    }
+}
