@@ -6,7 +6,7 @@
 //! |---|---|---|
 //! | `workers/NAME` | a [`WorkerRecord`] | as long as the worker's lease |
 //! | `ranks/NAME` | nothing; the revision of its creation is the worker's rank | for ever |
-//! | `leader/ID` | the name of a coordinator that leads or waits; the oldest key leads | as long as the coordinator's lease |
+//! | `leader/ID` | the name of a coordinator that leads or waits | as long as the coordinator's lease |
 //! | `led` | the last leader and its term | for ever |
 //!
 //! Each part (a registration, the members, an election) has a connection and a task of its own, which begins anew when
@@ -25,7 +25,7 @@ mod record;
 mod registry;
 mod watch;
 
-use crate::cluster::membership::Source;
+use crate::cluster::{leadership::Followed, membership::Source};
 
 pub use advertise::advertised;
 pub use config::{Credentials, Etcd, TlsFiles, check_name};
@@ -37,10 +37,10 @@ pub use registry::{Registrant, Registration, register};
 
 /// The workers of a cluster for a coordinator that leads them when it is its turn.
 pub fn source(etcd: &Etcd, candidate: Candidate) -> (Source, Election) {
-    let (seen, highest) = tokio::sync::watch::channel(0);
+    let (followed, follows) = tokio::sync::watch::channel(Followed::default());
     let coordinator = candidate.name.clone();
-    let election = election::election_above(etcd, candidate, highest);
+    let election = election::election_over(etcd, candidate, follows);
     let leadership = election.leadership();
-    let follower = members::Follower { coordinator, leadership: leadership.clone(), seen };
+    let follower = members::Follower { coordinator, leadership: leadership.clone(), followed };
     (Source { events: members::follow(etcd, Some(follower)), leadership }, election)
 }
