@@ -216,6 +216,8 @@ impl Coordinator {
             reign = loop {
                 match self.take_over(&mut leadership, outbid, &observer).await {
                     Ok(reign) => break reign,
+                    // Nobody decides any more who leads: this process is ending.
+                    Err(_) if leadership.has_changed().is_err() => return,
                     Err(error) => {
                         tracing::error!(%error, "cannot take over; trying again");
                         self.show(State::Standby, error.to_string());

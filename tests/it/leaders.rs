@@ -11,7 +11,7 @@ use tonic::{Code, transport::Channel};
 
 use crate::{
     cluster::{PATIENCE, ask, client, expectations, greedy, model, status},
-    processes::{Process, free_dir, workers},
+    processes::{Process, Starting, free_dir, workers},
 };
 
 /// Arguments of a coordinator over these workers.
@@ -85,23 +85,21 @@ async fn of_two_coordinators_one_serves_and_the_other_says_why_it_does_not() {
     // The other one has a port from its first moment on, which nobody tells; so it is given one.
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let (port, address) = (port.to_string(), format!("http://127.0.0.1:{port}"));
-    let second = std::thread::spawn(move || {
-        let mut args = over(&addresses.iter().map(String::as_str).collect::<Vec<_>>());
-        let at = args.iter().position(|arg| arg == "--port").unwrap();
-        args[at + 1] = port;
-        Process::start(&args.iter().map(String::as_str).collect::<Vec<_>>(), "ready ")
-    });
+    let mut args = over(&urls);
+    let at = args.iter().position(|arg| arg == "--port").unwrap();
+    args[at + 1] = port;
+    let args: Vec<_> = args.iter().map(String::as_str).collect();
+    let second = Starting::new(&[], &args, "ready ");
     let waiting = until(&address, "a reason", |s| s.reason.contains("takes over when")).await;
     assert_eq!(waiting.state(), CoordinatorState::Standby);
     answers_exactly(&first.address).await;
     let refused = ask(&client(&address).await, greedy(&[0], 1)).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unavailable);
     assert!(refused.message().contains("Status says why"), "{refused:?}");
-    assert!(!second.is_finished());
 
     // One that is stopped is silent; when it goes on, it is refused everywhere, and stands by.
     first.signal("-STOP");
-    let second = tokio::task::spawn_blocking(|| second.join().unwrap()).await.unwrap();
+    let second = tokio::task::spawn_blocking(|| second.ready()).await.unwrap();
     answers_exactly(&second.address).await;
     first.signal("-CONT");
     let deposed = until(&first.address, "a deposed leader", |s| s.reason.contains("takes over when")).await;

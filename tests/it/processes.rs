@@ -22,20 +22,33 @@ pub fn free_dir() -> tempfile::TempDir {
     tempfile::tempdir().unwrap()
 }
 
+/// A child process, killed when dropped.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// A `strata` server process; killed when dropped.
 pub struct Process {
-    child: Child,
+    child: Killed,
     pub address: String,
 }
 
-impl Process {
-    /// Starts `strata ARGS` and waits for the line that begins with `says`, whose rest is its address.
-    pub fn start(args: &[&str], says: &str) -> Process {
-        Self::start_with(&[], args, says)
-    }
+/// One that has not said yet that it is there; killed when dropped.
+pub struct Starting {
+    child: Killed,
+    line: mpsc::Receiver<String>,
+    command: String,
+    says: &'static str,
+}
 
-    /// The same, with more in its environment.
-    pub fn start_with(environment: &[(&str, &str)], args: &[&str], says: &str) -> Process {
+impl Starting {
+    /// Starts `strata ARGS`, which is to print a line that begins with `says`; the rest of it is its address.
+    pub fn new(environment: &[(&str, &str)], args: &[&str], says: &'static str) -> Starting {
         let mut child = Command::new(env!("CARGO_BIN_EXE_strata"))
             .args(args)
             .env("STRATA_KERNEL_CACHE", "")
@@ -53,13 +66,31 @@ impl Process {
             // Keeps the pipe open and empty.
             let _ = out.read_to_string(&mut String::new());
         });
-        let line = line.recv_timeout(PATIENCE).unwrap_or_else(|_| panic!("{args:?} said nothing"));
-        let address = line.trim().strip_prefix(says).unwrap_or_else(|| panic!("{args:?} said {line:?}"));
+        Starting { child: Killed(child), line, command: format!("{args:?}"), says }
+    }
+
+    /// Waits for that line.
+    pub fn ready(self) -> Process {
+        let Starting { child, line, command, says } = self;
+        let line = line.recv_timeout(PATIENCE).unwrap_or_else(|_| panic!("{command} said nothing"));
+        let address = line.trim().strip_prefix(says).unwrap_or_else(|| panic!("{command} said {line:?}"));
         Process { address: address.to_owned(), child }
+    }
+}
+
+impl Process {
+    /// Starts `strata ARGS` and waits for the line that begins with `says`, whose rest is its address.
+    pub fn start(args: &[&str], says: &'static str) -> Process {
+        Self::start_with(&[], args, says)
+    }
+
+    /// The same, with more in its environment.
+    pub fn start_with(environment: &[(&str, &str)], args: &[&str], says: &'static str) -> Process {
+        Starting::new(environment, args, says).ready()
     }
 
     pub fn id(&self) -> u32 {
-        self.child.id()
+        self.child.0.id()
     }
 
     pub fn signal(&self, signal: &str) {
@@ -70,7 +101,7 @@ impl Process {
     pub fn exited(&mut self) -> std::process::ExitStatus {
         let begun = Instant::now();
         loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
+            if let Some(status) = self.child.0.try_wait().unwrap() {
                 return status;
             }
             assert!(begun.elapsed() < PATIENCE, "the process does not end");
@@ -82,13 +113,6 @@ impl Process {
 /// Sends a signal, as `-TERM`, to a process of the test's own.
 pub fn signal(process: u32, signal: &str) {
     assert!(Command::new("kill").args([signal, &process.to_string()]).status().unwrap().success());
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 /// Runs `strata ARGS` to its end; its standard output, if it succeeded.

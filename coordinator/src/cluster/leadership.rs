@@ -56,6 +56,39 @@ pub(crate) fn next_term(seen: u64) -> u64 {
     next(last.unwrap_or_else(|last| last)).max(seen.saturating_add(1))
 }
 
+/// The highest term that any worker has heard of, and when whoever has it was last heard.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Followed {
+    /// The term.
+    pub term: u64,
+    /// Who has it, where a worker has been told.
+    pub coordinator: String,
+    heard: Option<Instant>,
+}
+
+impl Followed {
+    /// A worker says whom it follows. Whether that is a higher term than was known.
+    pub fn heard(&mut self, lead: &v1::Lead, now: Instant) -> bool {
+        let heard = now.checked_sub(Duration::from_millis(lead.age_ms));
+        let is_news = lead.term > self.term;
+        if is_news {
+            *self = Followed { term: lead.term, coordinator: lead.coordinator.clone(), heard };
+        } else if lead.term == self.term {
+            self.heard = self.heard.max(heard);
+            if !lead.coordinator.is_empty() {
+                self.coordinator.clone_from(&lead.coordinator);
+            }
+        }
+        is_news
+    }
+
+    /// Whether whoever leads by `term` was heard within `ttl`.
+    pub fn leads(&self, term: u64, ttl: Duration, now: Instant) -> bool {
+        let silent = self.heard.map(|at| now.saturating_duration_since(at));
+        self.term == term && silent.is_some_and(|silent| silent < ttl)
+    }
+}
+
 /// Leadership without an election: coordinators over one list of workers claim them, and workers tell everybody who asks
 /// about the latest claim. Pure: what was heard and when are arguments.
 ///
@@ -176,6 +209,21 @@ mod tests {
         let first = next_term(0);
         assert!(next_term(0) > first);
         assert_eq!(next_term(u64::MAX - 1), u64::MAX);
+    }
+
+    #[test]
+    fn a_leader_leads_while_any_worker_hears_it() {
+        let now = Instant::now() + Duration::from_secs(60);
+        let (ttl, mut followed) = (Duration::from_secs(3), Followed::default());
+        assert!(!followed.heard(&v1::Lead::default(), now) && !followed.leads(1, ttl, now));
+        assert!(followed.heard(&lead(7, "", 2000), now));
+        assert!(!followed.heard(&lead(7, "a", 500), now) && !followed.heard(&lead(7, "a", 2500), now));
+        assert!(!followed.heard(&lead(6, "b", 0), now));
+        assert_eq!((followed.term, followed.coordinator.as_str()), (7, "a"));
+        assert!(followed.leads(7, ttl, now + Duration::from_millis(2499)) && !followed.leads(6, ttl, now));
+        assert!(!followed.leads(7, ttl, now + Duration::from_millis(2500)));
+        // One that has resigned is not heard any more.
+        assert!(followed.heard(&lead(8, "b", u64::MAX), now) && !followed.leads(8, ttl, now));
     }
 
     #[test]

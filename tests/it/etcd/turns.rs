@@ -16,13 +16,14 @@ use super::{
 use crate::{
     cluster::{PATIENCE, ask, client, expectations, greedy, model, status},
     leaders::{answers_exactly, until},
-    processes::Process,
+    processes::{Process, Starting},
 };
 
 over_both! {
     candidates_take_turns,
     a_leader_whose_key_is_gone_goes_on_unless_another_leads,
     a_coordinator_takes_over_and_etcd_may_be_away_meanwhile,
+    a_leader_that_is_cut_off_from_etcd_leads_on,
     a_coordinator_waits_for_etcd,
 }
 
@@ -102,17 +103,15 @@ async fn a_leader_whose_key_is_gone_goes_on_unless_another_leads(version: Versio
 }
 
 /// A coordinator at this port of the machine, which may wait for its turn before it says that it is ready.
-fn coordinator(url: &str, port: u16) -> std::thread::JoinHandle<Process> {
-    let (url, port) = (url.to_owned(), port.to_string());
-    std::thread::spawn(move || {
-        let args = ["coordinator", "--etcd", &url, "--leader-ttl", "2", "--port", &port];
-        let deployment = ["--model", "shakespeare", "--dtype", "f32", "--split", "balanced"];
-        Process::start_with(&ENVIRONMENT[..1], &[&args[..], &deployment].concat(), "ready ")
-    })
+fn coordinator(url: &str, port: u16) -> Starting {
+    let port = port.to_string();
+    let args = ["coordinator", "--etcd", url, "--leader-ttl", "2", "--port", &port];
+    let deployment = ["--model", "shakespeare", "--dtype", "f32", "--split", "balanced"];
+    Starting::new(&ENVIRONMENT[..1], &[&args[..], &deployment].concat(), "ready ")
 }
 
-async fn ready(starting: std::thread::JoinHandle<Process>) -> Process {
-    tokio::task::spawn_blocking(|| starting.join().unwrap()).await.unwrap()
+async fn ready(starting: Starting) -> Process {
+    tokio::task::spawn_blocking(|| starting.ready()).await.unwrap()
 }
 
 fn free_port() -> u16 {
@@ -178,6 +177,44 @@ async fn a_coordinator_takes_over_and_etcd_may_be_away_meanwhile(version: Versio
     let after = status(&first.address).await;
     assert_eq!(after.fence, before.fence, "nothing was brought up anew");
 
+    first.signal("-KILL");
+    let second = ready(second).await;
+    answers_exactly(&second.address).await;
+    assert!(status(&second.address).await.fence.unwrap().term > before.fence.unwrap().term);
+}
+
+async fn a_leader_that_is_cut_off_from_etcd_leads_on(version: Version) {
+    let Some(etcd) = Server::start(version) else { return };
+    let wire = Wire::to(&etcd.url).await;
+    let _workers = ["a", "b"].map(|name| worker(&etcd.url, name, &[]));
+    let mut keys = etcd.client().await;
+    for name in ["a", "b"] {
+        entry_until(&mut keys, name, |entry| entry.is_some()).await;
+    }
+    let first = ready(coordinator(&wire.url, 0)).await;
+    let before = status(&first.address).await;
+    let port = free_port();
+    let second = coordinator(&etcd.url, port);
+    let standby = format!("http://127.0.0.1:{port}");
+    let standing_by = until(&standby, "a leader's name", |s| s.reason.ends_with(" leads"));
+    let waits = standing_by.await.reason;
+
+    // Etcd drops its key after two seconds, and the other's turn it would be.
+    wire.cut();
+    let waits_on = format!("{waits}, as workers say, though etcd has forgotten it");
+    until(&standby, "that workers follow the leader", |s| s.reason == waits_on).await;
+    answers_exactly(&first.address).await;
+    tokio::time::sleep(2 * TTL).await;
+    assert_eq!(status(&standby).await.reason, waits_on);
+    // When it comes back its key is the younger one, and it leads on.
+    wire.mend();
+    until(&standby, "that the leader is back", |s| s.reason == waits).await;
+    answers_exactly(&first.address).await;
+    assert_eq!(status(&first.address).await.fence, before.fence, "nothing was brought up anew");
+
+    // One that is cut off and ends is not waited for.
+    wire.cut();
+    until(&standby, "that workers follow the leader", |s| s.reason == waits_on).await;
     first.signal("-KILL");
     let second = ready(second).await;
     answers_exactly(&second.address).await;

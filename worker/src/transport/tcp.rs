@@ -4,6 +4,7 @@
 
 mod ends;
 mod frame;
+mod strangers;
 
 use std::{
     collections::HashMap,
@@ -11,7 +12,6 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
         mpsc::{Receiver, SyncSender, sync_channel},
     },
     thread,
@@ -23,14 +23,13 @@ pub(crate) use self::frame::{Frame, HEARTBEAT_BYTES, read_activation};
 use self::{
     ends::{TcpDownstream, TcpUpstream},
     frame::ended,
+    strangers::{Place, Strangers},
 };
 use super::{Downstream, End, Link, LinkError, LinkToken, Transport, Upstream};
 
 const HELLO: [u8; 8] = *b"strata\x00\x01";
-/// How long a stranger may take to say hello.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(3);
-/// Strangers that may be saying hello at once.
-const MAX_STRANGERS: usize = 64;
+/// How long the answer to a hello may take to be sent.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 /// Pause after a connection that could not be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// How often who waits for a peer looks whether it is still to wait.
@@ -68,27 +67,22 @@ impl Listener {
         let expected = Arc::<Mutex<HashMap<LinkToken, SyncSender<TcpStream>>>>::default();
         let waiting = expected.clone();
         thread::Builder::new().name("strata-links".into()).spawn(move || {
-            let strangers = Arc::new(AtomicUsize::new(0));
+            let strangers = Strangers::default();
             for stream in socket.incoming() {
                 let Ok(stream) = stream else {
                     // Out of descriptors, most likely: trying again at once would only burn a core.
                     thread::sleep(ACCEPT_PAUSE);
                     continue;
                 };
-                if strangers.fetch_add(1, Ordering::Relaxed) >= MAX_STRANGERS {
-                    strangers.fetch_sub(1, Ordering::Relaxed);
-                    continue;
-                }
-                let (waiting, strangers_here) = (waiting.clone(), strangers.clone());
+                let Ok(place) = strangers.welcome(&stream) else { continue };
+                let waiting = waiting.clone();
                 let greeter = thread::Builder::new().name("strata-hello".into()).spawn(move || {
-                    if let Err(error) = greet(stream, &waiting) {
+                    if let Err(error) = greet(stream, place, &waiting) {
                         tracing::warn!(%error, "refused a connection to the activation port");
                     }
-                    strangers_here.fetch_sub(1, Ordering::Relaxed);
                 });
-                if greeter.is_err() {
-                    strangers.fetch_sub(1, Ordering::Relaxed);
-                }
+                // Where no thread is to be had, this one is refused.
+                drop(greeter);
             }
         })?;
         Ok(Listener { address, expected })
@@ -114,17 +108,19 @@ impl Listener {
 /// Reads a hello and hands the stream to whoever expects its token.
 fn greet(
     mut stream: TcpStream,
+    place: Place,
     expected: &Mutex<HashMap<LinkToken, SyncSender<TcpStream>>>,
 ) -> Result<(), LinkError> {
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(HELLO_TIMEOUT))?;
-    stream.set_write_timeout(Some(HELLO_TIMEOUT))?;
-    let mut hello = [0; 40];
-    stream.read_exact(&mut hello)?;
+    stream.set_write_timeout(Some(ANSWER_TIMEOUT))?;
+    let hello: [u8; 40] = place.hello(&mut stream)?;
     if hello[..8] != HELLO {
         return Err(LinkError::Protocol("not a Strata activation link of this version".into()));
     }
     let token = super::link_token(&hello[8..])?;
+    if !place.leave() {
+        return Err(LinkError::Interrupted);
+    }
     let stage = expected.lock().unwrap_or_else(PoisonError::into_inner).remove(&token);
     let Some(stage) = stage else {
         return Err(LinkError::Protocol(

@@ -1,9 +1,9 @@
-//! Which coordinator leads: the one with the oldest key, as in etcd's own elections.
+//! Which coordinator leads: the one that led last, or the one with the oldest key, as in etcd's own elections.
 //!
-//! A candidate writes a key of its own under a lease that is renewed all the time, and reads all of them. Whose key was
-//! created first leads, by a term that is the revision of that creation; the others wait for a change. What only the first
-//! one may do is written in `led` before it acts: by that, a leader whose key etcd has dropped knows, when it has a new
-//! one, whether another one led in between. If none did, nothing has happened, and its term goes on.
+//! A candidate writes a key of its own under a lease that is renewed all the time, and reads all of them. The last leader
+//! is written in `led` before it acts. While it has a key it leads on, by the same term, though etcd has dropped its key
+//! meanwhile and others are older. When it has none, whose key was created first leads, by a term that is the revision
+//! of that creation, once no worker hears the last leader any more: one that etcd has merely lost sight of comes back.
 
 use std::time::Duration;
 
@@ -21,7 +21,10 @@ use super::{
     lease::Lease,
     watch::Watcher,
 };
-use crate::cluster::leadership::Leadership;
+use crate::cluster::{
+    leadership::{CLAIM_TTL, Followed, Leadership},
+    membership::probe::PROBE_EVERY,
+};
 
 /// A coordinator that wants to lead when it is its turn.
 #[derive(Debug, Clone)]
@@ -44,13 +47,18 @@ pub struct Election {
 
 /// Stands for election, whatever etcd does meanwhile.
 pub fn election(etcd: &Etcd, candidate: Candidate) -> Election {
-    election_above(etcd, candidate, watch::Sender::new(0).subscribe())
+    election_over(etcd, candidate, watch::Sender::new(Followed::default()).subscribe())
 }
 
-/// The same, by terms above those that workers have `seen`: they may have had other leaders than this etcd's.
-pub(super) fn election_above(etcd: &Etcd, candidate: Candidate, seen: watch::Receiver<u64>) -> Election {
-    let (leadership, decided) =
-        watch::channel(Leadership::StandsBy { why: "it is connecting to etcd".into() });
+/// The same, over workers: by terms above those that they have heard of, as they may have had other leaders than this
+/// etcd's, and not while they follow the last one.
+pub(super) fn election_over(
+    etcd: &Etcd,
+    candidate: Candidate,
+    followed: watch::Receiver<Followed>,
+) -> Election {
+    // Nothing is known yet, which is nothing to tell.
+    let (leadership, decided) = watch::channel(Leadership::StandsBy { why: String::new() });
     let (stop, stopped) = watch::channel(false);
     let candidacy = Candidacy {
         key: etcd.key(&format!("leader/{}", candidate.id)),
@@ -59,7 +67,7 @@ pub(super) fn election_above(etcd: &Etcd, candidate: Candidate, seen: watch::Rec
         etcd: etcd.clone(),
         candidate,
         leadership,
-        seen,
+        followed,
         renewed: None,
     };
     Election { leadership: decided, stop, task: tokio::spawn(candidacy.stand(stopped)) }
@@ -85,6 +93,34 @@ struct Led {
     id: String,
     /// Its term.
     term: u64,
+    /// Whether it leads no more, by its own word.
+    #[serde(default)]
+    resigned: bool,
+}
+
+impl Led {
+    fn written(&self) -> Vec<u8> {
+        serde_json::to_vec(self).unwrap_or_default()
+    }
+}
+
+/// What `led` says.
+struct Last {
+    led: Option<Led>,
+    /// When it was written.
+    modified: i64,
+}
+
+impl Last {
+    fn read(kv: Option<&KeyValue>) -> Last {
+        let led: Option<Led> = kv.and_then(|kv| serde_json::from_slice(kv.value()).ok());
+        Last { led, modified: kv.map_or(0, KeyValue::mod_revision) }
+    }
+
+    /// Who led last, unless it has resigned.
+    fn leader(&self) -> Option<&Led> {
+        self.led.as_ref().filter(|led| !led.resigned)
+    }
 }
 
 struct Candidacy {
@@ -94,8 +130,8 @@ struct Candidacy {
     prefix: String,
     led_key: String,
     leadership: watch::Sender<Leadership>,
-    /// The highest term that workers have heard of.
-    seen: watch::Receiver<u64>,
+    /// Whom workers follow.
+    followed: watch::Receiver<Followed>,
     /// When the lease was last known to live.
     renewed: Option<Instant>,
 }
@@ -110,7 +146,8 @@ impl Candidacy {
                 outcome = self.session(&mut client, &mut lease, &mut retry) => outcome,
                 () = stopped(&mut stop) => {
                     if let (Some(mut client), Some(lease)) = (client, lease) {
-                        // It ends by itself otherwise.
+                        // Both come to the same by themselves, only later.
+                        let _: Result<(), EtcdError> = self.leave(&mut client).await;
                         let _: Result<(), EtcdError> = Lease::revoke(lease, &mut client).await;
                     }
                     return self.decide(Leadership::StandsBy { why: "it has resigned".into() });
@@ -150,19 +187,20 @@ impl Candidacy {
         )
         .await?;
         loop {
-            let revision = self.look(client).await?;
+            let (revision, look_again) = self.look(client).await?;
             retry.succeeded();
             let mut watcher = Watcher::start(client, self.prefix.clone(), revision).await?;
             tokio::select! {
                 error = lease.ended() => return Err(error),
                 changed = watcher.next() => drop(changed?),
-                () = outbid(&mut self.seen, &self.leadership) => {}
+                () = outbid(&mut self.followed, &self.leadership) => {}
+                () = tokio::time::sleep(PROBE_EVERY), if look_again => {}
             }
         }
     }
 
-    /// Reads all keys and decides; the revision of which that is.
-    async fn look(&self, client: &mut Client) -> Result<i64, EtcdError> {
+    /// Reads all keys and decides; the revision of which that is, and whether what workers say may change it.
+    async fn look(&self, client: &mut Client) -> Result<(i64, bool), EtcdError> {
         let all = GetOptions::new().with_prefix().with_sort(SortTarget::Create, SortOrder::Ascend);
         let look = Txn::new()
             .and_then([TxnOp::get(self.prefix.as_str(), Some(all)), TxnOp::get(self.led_key.as_str(), None)]);
@@ -173,53 +211,78 @@ impl Candidacy {
             _ => Vec::new(),
         });
         let (candidates, led) = (found.next().unwrap_or_default(), found.next().unwrap_or_default());
-        if !candidates.iter().any(|kv| kv.key() == self.key.as_bytes()) {
+        let Some(ours) = candidates.iter().find(|kv| kv.key() == self.key.as_bytes()) else {
             return Err(EtcdError::Gone(self.key.clone()));
+        };
+        let last = Last::read(led.first());
+        let last_key = last.leader().map(|led| self.key_of(&led.id));
+        let key = |kv: &&KeyValue| Some(kv.key()) == last_key.as_ref().map(String::as_bytes);
+        let first = candidates.iter().find(key).or(candidates.first()).unwrap_or(ours);
+        if first.key() != ours.key() {
+            let why = format!("coordinator {} leads", String::from_utf8_lossy(first.value()));
+            self.decide(Leadership::StandsBy { why });
+            return Ok((revision, false));
         }
-        let first = candidates.first().filter(|kv| kv.key() == self.key.as_bytes());
-        match first {
-            Some(ours) => self.lead(client, ours, led.first()).await?,
-            None => {
-                let name = candidates.first().map(|kv| String::from_utf8_lossy(kv.value()).into_owned());
-                let why = format!("coordinator {} leads", name.unwrap_or_default());
+        if let Some(led) = last.leader().filter(|led| led.id != self.candidate.id) {
+            let followed = self.followed.borrow().clone();
+            if followed.leads(led.term, self.candidate.ttl.min(CLAIM_TTL), Instant::now().into_std()) {
+                let leader = &followed.coordinator;
+                let why = format!("coordinator {leader} leads, as workers say, though etcd has forgotten it");
                 self.decide(Leadership::StandsBy { why });
+                return Ok((revision, true));
             }
         }
-        Ok(revision)
+        let leads = self.lead(client, ours, &last).await?;
+        Ok((revision, !leads))
     }
 
-    /// Leads: by the term that it had if nobody led since, or by a new one, which is written before it is acted upon.
-    async fn lead(
-        &self,
-        client: &mut Client,
-        ours: &KeyValue,
-        led: Option<&KeyValue>,
-    ) -> Result<(), EtcdError> {
+    /// Leads: by the term that it had if nobody led since, or by a new one, which is written before it is acted upon. Not
+    /// if what was read has changed meanwhile.
+    async fn lead(&self, client: &mut Client, ours: &KeyValue, last: &Last) -> Result<bool, EtcdError> {
         let created = u64::try_from(ours.create_revision()).unwrap_or(0);
-        let last: Option<Led> = led.and_then(|kv| serde_json::from_slice(kv.value()).ok());
-        let seen = *self.seen.borrow();
-        let term = match last {
-            Some(last) if last.id == self.candidate.id && last.term >= seen => last.term,
-            last => {
+        let seen = self.followed.borrow().term;
+        let term = match &last.led {
+            Some(led) if led.id == self.candidate.id && led.term >= seen => led.term,
+            led => {
                 // Where etcd was set up anew, its revisions are lower than the terms that it, or workers, have seen.
-                let above = last.map_or(0, |last| last.term).max(seen);
+                let above = led.as_ref().map_or(0, |led| led.term).max(seen);
                 let term = created.max(above.saturating_add(1));
-                let led =
-                    serde_json::to_vec(&Led { id: self.candidate.id.clone(), term }).unwrap_or_default();
-                let still_first =
-                    Compare::create_revision(self.key.as_str(), CompareOp::Equal, ours.create_revision());
-                let put = TxnOp::put(self.led_key.as_str(), led, None);
-                let answer =
-                    call("taking the lead", client.txn(Txn::new().when([still_first]).and_then([put])))
-                        .await?;
-                if !answer.succeeded() {
-                    return Err(EtcdError::Gone(self.key.clone()));
+                let now = Led { id: self.candidate.id.clone(), term, resigned: false };
+                // Nobody else has taken the lead, and the last leader has not come back.
+                let created = ours.create_revision();
+                let mut unchanged = vec![
+                    Compare::create_revision(self.key.as_str(), CompareOp::Equal, created),
+                    Compare::mod_revision(self.led_key.as_str(), CompareOp::Equal, last.modified),
+                ];
+                if let Some(led) = last.leader().filter(|led| led.id != self.candidate.id) {
+                    unchanged.push(Compare::version(self.key_of(&led.id), CompareOp::Equal, 0));
+                }
+                let put = TxnOp::put(self.led_key.as_str(), now.written(), None);
+                let take = Txn::new().when(unchanged).and_then([put]);
+                if !call("taking the lead", client.txn(take)).await?.succeeded() {
+                    return Ok(false);
                 }
                 term
             }
         };
         self.decide(Leadership::Leads { term });
+        Ok(true)
+    }
+
+    /// Leads no more, if it does, so that nobody waits for it to come back.
+    async fn leave(&self, client: &mut Client) -> Result<(), EtcdError> {
+        let Some(term) = self.leadership.borrow().term() else { return Ok(()) };
+        let led = Led { id: self.candidate.id.clone(), term, resigned: false };
+        let unchanged = Compare::value(self.led_key.as_str(), CompareOp::Equal, led.written());
+        let resigned = Led { resigned: true, ..led }.written();
+        let put = TxnOp::put(self.led_key.as_str(), resigned, None);
+        call("resigning", client.txn(Txn::new().when([unchanged]).and_then([put]))).await?;
         Ok(())
+    }
+
+    /// The key of a candidate.
+    fn key_of(&self, id: &str) -> String {
+        format!("{}{id}", self.prefix)
     }
 
     /// Etcd cannot be asked. Who leads goes on, since nobody else can be elected, or, if that is wrong, workers refuse it.
@@ -251,9 +314,9 @@ impl Candidacy {
 }
 
 /// Resolves when a worker has heard of a higher term than that of this leader, whoever had it.
-async fn outbid(seen: &mut watch::Receiver<u64>, leadership: &watch::Sender<Leadership>) {
+async fn outbid(followed: &mut watch::Receiver<Followed>, leadership: &watch::Sender<Leadership>) {
     let term = leadership.borrow().term();
-    let heard = seen.wait_for(|seen| term.is_some_and(|term| *seen > term)).await.is_ok();
+    let heard = followed.wait_for(|followed| term.is_some_and(|term| followed.term > term)).await.is_ok();
     if !heard {
         // Nobody listens to workers here.
         std::future::pending::<()>().await;

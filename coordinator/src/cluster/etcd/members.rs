@@ -1,6 +1,6 @@
 //! Workers that have registered, as members: who is there is what etcd says, or what answers.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Instant};
 
 use etcd_client::{Client, EventType, GetOptions};
 use strata_proto::v1;
@@ -17,7 +17,7 @@ use super::{
     watch::Watcher,
 };
 use crate::cluster::{
-    leadership::Leadership,
+    leadership::{Followed, Leadership},
     membership::{
         Member, MemberEvent,
         probe::{MISSES, PROBE_EVERY, ask, speaks},
@@ -55,8 +55,8 @@ pub(super) struct Follower {
     pub coordinator: String,
     /// Whether it leads.
     pub leadership: watch::Receiver<Leadership>,
-    /// The highest term that any worker has heard of.
-    pub seen: watch::Sender<u64>,
+    /// Whom workers follow; told when that is a higher term.
+    pub followed: watch::Sender<Followed>,
 }
 
 impl Follower {
@@ -66,13 +66,9 @@ impl Follower {
         Some(v1::Claim { term, coordinator: self.coordinator.clone(), resigned: false })
     }
 
-    /// A worker said which term it has heard of.
-    fn heard(&self, term: u64) {
-        self.seen.send_if_modified(|seen| {
-            let is_news = term > *seen;
-            *seen = term.max(*seen);
-            is_news
-        });
+    /// A worker said whom it follows.
+    fn heard(&self, lead: &v1::Lead) {
+        self.followed.send_if_modified(|followed| followed.heard(lead, Instant::now()));
     }
 }
 
@@ -239,8 +235,8 @@ impl Probe {
         if described.boot_id != record.boot_id {
             return Err("another worker answers at its address".into());
         }
-        if let Some(follower) = &self.follower {
-            follower.heard(described.lead.as_ref().map_or(0, |lead| lead.term));
+        if let (Some(follower), Some(lead)) = (&self.follower, &described.lead) {
+            follower.heard(lead);
         }
         speaks(&described)?;
         Ok(member)

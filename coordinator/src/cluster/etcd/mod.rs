@@ -6,7 +6,7 @@
 //! |---|---|---|
 //! | `workers/NAME` | a [`WorkerRecord`] | as long as the worker's lease |
 //! | `ranks/NAME` | nothing; the revision of its creation is the worker's rank | for ever |
-//! | `leader/ID` | the name of a coordinator that leads or waits; the oldest key leads | as long as the coordinator's lease |
+//! | `leader/ID` | the name of a coordinator that leads or waits | as long as the coordinator's lease |
 //! | `led` | the last leader and its term | for ever |
 //! | `drained/NAME` | why the worker is drained | until it is taken back |
 //!
@@ -27,7 +27,7 @@ mod record;
 mod registry;
 mod watch;
 
-use crate::cluster::membership::Source;
+use crate::cluster::{leadership::Followed, membership::Source};
 
 pub use advertise::advertised;
 pub use config::{Credentials, Etcd, TlsFiles, check_name};
@@ -40,17 +40,11 @@ pub use registry::{Registrant, Registration, register};
 
 /// The workers of a cluster for a coordinator that leads them when it is its turn.
 pub fn source(etcd: &Etcd, candidate: Candidate) -> (Source, Election) {
-    let (seen, highest) = tokio::sync::watch::channel(0);
+    let (followed, follows) = tokio::sync::watch::channel(Followed::default());
     let coordinator = candidate.name.clone();
-    let election = election::election_above(etcd, candidate, highest);
+    let election = election::election_over(etcd, candidate, follows);
     let leadership = election.leadership();
-    let follower = members::Follower { coordinator, leadership: leadership.clone(), seen };
-    (
-        Source {
-            events: members::follow(etcd, Some(follower)),
-            leadership,
-            keeper: std::sync::Arc::new(InEtcd::new(etcd)),
-        },
-        election,
-    )
+    let follower = members::Follower { coordinator, leadership: leadership.clone(), followed };
+    let events = members::follow(etcd, Some(follower));
+    (Source { events, leadership, keeper: std::sync::Arc::new(InEtcd::new(etcd)) }, election)
 }
