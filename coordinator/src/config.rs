@@ -59,6 +59,7 @@ impl CoordinatorConfig {
         CoordinatorConfig {
             deployment: Deployment {
                 model: model.into(),
+                weights: None,
                 split: Split::Auto,
                 dtype: None,
                 quantization: None,
@@ -85,10 +86,12 @@ impl CoordinatorConfig {
 }
 
 /// What is to be served, and how.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Deployment {
     /// Model name.
     pub model: String,
+    /// Digest that its weights must have, in hexadecimal; `None` is that of what is loaded first.
+    pub weights: Option<String>,
     /// How layers are split.
     pub split: Split,
     /// Format; `None` is the checkpoint's.

@@ -6,7 +6,7 @@ mod admin;
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
@@ -30,14 +30,14 @@ use crate::{
         membership::{MemberEvent, Members, Source},
         records::{InMemory, Keeper, RecordError},
     },
-    config::CoordinatorConfig,
+    config::{CoordinatorConfig, Deployment},
     engine::{self, Ended, Engine, EngineError, Notice, Observer, Snapshot, State},
     front::session::{Served, Session, SessionError},
     preflight::{self, Check, Finding},
     request::Limit,
 };
 
-pub use admin::{AdminError, Comparison};
+pub use admin::{AdminError, Applied, Comparison};
 
 /// Alternatives that the output check compares.
 const PROBE_LOGPROBS: u32 = 20;
@@ -121,6 +121,15 @@ fn refusals(findings: &[Finding]) -> String {
     all.join("; ") + hint
 }
 
+/// What is deployed.
+#[derive(Debug, Clone)]
+pub(crate) struct Deployed {
+    /// Of its record; 0 without one.
+    pub version: u64,
+    /// What is served.
+    pub deployment: Deployment,
+}
+
 /// A coordinator, without its ports. It can be asked what it is doing from the moment it is made.
 #[derive(Debug, Clone)]
 pub struct Coordinator {
@@ -138,6 +147,8 @@ struct Shared {
     incarnations: Arc<AtomicU64>,
     /// What earlier pipelines have shown, whoever led when they were brought up.
     history: Arc<History>,
+    /// What is deployed.
+    deployed: Mutex<Deployed>,
     /// Where it is kept what operators decide; set when it starts.
     keeper: OnceLock<Arc<dyn Keeper>>,
     /// Held while an operator's call is at work.
@@ -158,8 +169,19 @@ impl Coordinator {
         let (members, started) = (Members::default(), AtomicBool::new(false));
         let (history, incarnations) = (Arc::default(), Arc::default());
         let (keeper, admin) = (OnceLock::new(), tokio::sync::Mutex::default());
-        let shared =
-            Shared { config, members, snapshot, session, started, history, incarnations, keeper, admin };
+        let deployed = Mutex::new(Deployed { version: 0, deployment: config.deployment.clone() });
+        let shared = Shared {
+            config,
+            members,
+            snapshot,
+            session,
+            started,
+            history,
+            incarnations,
+            keeper,
+            admin,
+            deployed,
+        };
         Coordinator { shared: Arc::new(shared) }
     }
 
@@ -289,27 +311,47 @@ impl Coordinator {
             self.show(State::Standby, counted(joined, expected));
             observer(Notice::Waiting(joined, expected));
         };
-        gather(&self.shared.config, &self.shared.members, waiting).await
+        let deployment = self.deployed().deployment.clone();
+        gather(&self.shared.config, &deployment, &self.shared.members, waiting).await
+    }
+
+    /// Reads what operators have decided; what is deployed.
+    async fn recorded(&self) -> Result<Deployment, StartError> {
+        let records = self.keeper().read().await?;
+        self.shared.members.set_drained(records.drained);
+        let flags = &self.shared.config.deployment;
+        let Some((version, record)) = records.deployed else { return Ok(self.deployed().deployment.clone()) };
+        let deployment =
+            record.onto(flags).map_err(|why| RecordError::Unkept(format!("the deployment: {why}")))?;
+        if deployment != *flags {
+            tracing::warn!(
+                version,
+                model = deployment.model,
+                "what was applied is served, and not what flags say"
+            );
+        }
+        *self.deployed() = Deployed { version, deployment: deployment.clone() };
+        Ok(deployment)
     }
 
     async fn bring_up(&self, term: u64, observer: &Observer) -> Result<engine::Running, StartError> {
         let Shared { config, members, session, snapshot, incarnations, history, .. } = &*self.shared;
-        members.set_drained(self.keeper().read().await?.drained);
+        let deployment = self.recorded().await?;
         let events = members.subscribe();
         let found = self.gather(observer).await?;
         self.show(State::Starting, "asking the workers for the model");
         let found = Arc::new(match found {
             Some(found) => found,
-            None => discover(&members.answering(), &config.deployment.model).await?,
+            None => discover(&members.answering(), &deployment.model).await?,
         });
         self.show(State::Starting, "planning");
-        let plan = found.plan(&config.deployment).map_err(|error| error.without(found.left_out.clone()))?;
+        let plan = found.plan(&deployment).map_err(|error| error.without(found.left_out.clone()))?;
         let plan = Arc::new(plan);
         self.show(State::Starting, "checking the tokenizer");
         let files = found.tokenizer_files(&plan).await?;
         let mut profile = found.profile.clone();
-        let longest = Limit::of_context(profile.context_length, config.deployment.context);
-        profile.context_length = config.deployment.context_of(&profile);
+        let longest = Limit::of_context(profile.context_length, deployment.context);
+        profile.context_length = deployment.context_of(&profile);
         let profile = Arc::new(profile);
         let (checked, skip) = (profile.clone(), config.skip_checks.clone());
         let inspected = tokio::task::spawn_blocking(move || preflight::inspect(&files, &checked, &skip));
@@ -324,7 +366,7 @@ impl Coordinator {
 
         self.show(State::Starting, "loading");
         let mut engine = Engine::spawn(engine::Start {
-            deployment: config.deployment.clone(),
+            deployment: deployment.clone(),
             limits: config.limits.clone(),
             profile: profile.clone(),
             tokenizer: tokenizer.clone(),
@@ -343,8 +385,8 @@ impl Coordinator {
             tokenizer,
             engine: handle.clone(),
             longest,
-            longest_input: longest.within_step(config.deployment.max_step_tokens),
-            is_cache_chosen: config.deployment.kv_tokens.is_some(),
+            longest_input: longest.within_step(deployment.max_step_tokens),
+            is_cache_chosen: deployment.kv_tokens.is_some(),
         });
         tokio::spawn(pass_on(events, handle));
         match engine.up().await {
@@ -402,6 +444,11 @@ impl Coordinator {
         self.shared.keeper.get().cloned().unwrap_or_else(|| Arc::new(InMemory::default()))
     }
 
+    /// What is deployed.
+    pub(crate) fn deployed(&self) -> MutexGuard<'_, Deployed> {
+        self.shared.deployed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// What it was made from.
     pub fn config(&self) -> &CoordinatorConfig {
         &self.shared.config
@@ -439,6 +486,7 @@ impl Reign {
 /// is waited for as long as it takes.
 async fn gather(
     config: &CoordinatorConfig,
+    deployment: &Deployment,
     members: &Members,
     waiting: impl Fn(usize, Option<usize>),
 ) -> Result<Option<Discovery>, StartError> {
@@ -472,9 +520,9 @@ async fn gather(
             Err(_) => {}
         }
         // Those that are there may do.
-        let found = discover(&members.answering(), &config.deployment.model).await;
+        let found = discover(&members.answering(), &deployment.model).await;
         if let Ok(found) = found
-            && found.plan(&config.deployment).is_ok()
+            && found.plan(deployment).is_ok()
         {
             if let Some(expected) = expected {
                 tracing::warn!(
@@ -592,7 +640,7 @@ pub async fn discover_members(
     let (source, members) = (source.into(), Members::default());
     members.follow(source.events);
     let waiting = |joined, expected| observer(Notice::Waiting(joined, expected));
-    match gather(config, &members, waiting).await? {
+    match gather(config, &config.deployment, &members, waiting).await? {
         Some(found) => Ok(found),
         None => Ok(discover(&members.answering(), &config.deployment.model).await?),
     }

@@ -50,7 +50,7 @@ pub mod scheduler;
 
 pub use cluster::RemoteWorker;
 pub use config::{ClientLimits, CoordinatorConfig, Deployment, Limits};
-pub use coordinator::{AdminError, Comparison, Coordinator, StartError, discover_members, preview};
+pub use coordinator::{AdminError, Applied, Comparison, Coordinator, StartError, discover_members, preview};
 pub use engine::EngineError;
 pub use front::session::{Generation, Session, SessionError};
 pub use request::AdmissionError;

@@ -1,9 +1,10 @@
-//! `strata drain`, `strata undrain`, `strata rebalance`: changing what a cluster runs on while it serves.
+//! `strata drain`, `undrain`, `rebalance` and `apply`: changing what a cluster serves, and on what, while it does.
 
 use std::io::Write;
 
 use anyhow::Context;
 use serde_json::json;
+use strata_coordinator::cluster::records::DeploymentRecord;
 use strata_proto::{
     Plan, Secret,
     v1::{self, cluster_client::ClusterClient},
@@ -11,8 +12,9 @@ use strata_proto::{
 use tonic::{Request, transport::Channel};
 
 use crate::{
-    args::{AdminArgs, DrainArgs, RebalanceArgs, UndrainArgs},
+    args::{AdminArgs, ApplyArgs, DrainArgs, RebalanceArgs, UndrainArgs},
     client::Server,
+    report::misused,
     secret, show, terminal,
 };
 
@@ -65,36 +67,98 @@ pub async fn rebalance(args: RebalanceArgs) -> anyhow::Result<()> {
     let mut operator = Operator::connect(&args.admin).await?;
     let request = operator.request(v1::RebalanceRequest { dry_run: args.dry_run }, "Rebalance");
     let answer = operator.server.wait(operator.client.rebalance(request)).await?.into_inner();
-    let (now, then) = (plan(answer.now)?, plan(answer.then)?);
+    let compared = Compared {
+        now: plan(answer.now)?,
+        then: plan(answer.then)?,
+        differs: answer.differs,
+        done: !args.dry_run,
+    };
+    let text = match args.json {
+        true => compared.as_json().to_string(),
+        false if !answer.differs => "what runs is the best plan over today's members".to_owned(),
+        false => compared.as_text(),
+    };
+    writeln!(std::io::stdout(), "{text}")?;
+    Ok(())
+}
+
+/// `strata apply`
+pub async fn apply(args: ApplyArgs) -> anyhow::Result<()> {
+    let shown = args.file.display();
+    let text = match args.file.as_os_str() == "-" {
+        true => std::io::read_to_string(std::io::stdin()).context("standard input")?,
+        false => std::fs::read_to_string(&args.file).with_context(|| shown.to_string())?,
+    };
+    let record: DeploymentRecord = toml::from_str(&text)
+        .map_err(|error| misused(format!("{shown}: {}", error.to_string().trim_end())))?;
+    let mut operator = Operator::connect(&args.admin).await?;
+    let over = match args.over {
+        Some(over) => over,
+        None => {
+            let status = operator.server.wait(operator.client.status(v1::StatusRequest {})).await?;
+            status.into_inner().deployment_version
+        }
+    };
+    let message =
+        v1::ApplyRequest { deployment: Some(record.into()), over: Some(over), dry_run: args.dry_run };
+    let request = operator.request(message, "Apply");
+    let answer = operator.server.wait(operator.client.apply(request)).await?.into_inner();
+    let compared = Compared {
+        now: plan(answer.now)?,
+        then: plan(answer.then)?,
+        differs: answer.differs,
+        done: !args.dry_run,
+    };
+    let version = answer.version;
     let text = match args.json {
         true => {
-            let speed = |plan: &Plan| {
-                let [single, full] = show::speed(plan);
-                json!({"single": single, "full": full})
-            };
-            json!({
-                "differs": answer.differs,
-                "done": answer.differs && !args.dry_run,
-                "tokens_per_second": {"now": speed(&now), "then": speed(&then)},
-                "now": now,
-                "then": then,
-            })
-            .to_string()
+            let mut value = compared.as_json();
+            value["version"] = version.into();
+            value.to_string()
         }
-        false if !answer.differs => "what runs is the best plan over today's members".to_owned(),
         false => {
-            let width = terminal::width(std::io::stdout());
-            let done = if args.dry_run { "would become" } else { "has become" };
-            format!(
-                "{}\n\n{done}\n\n{}\n\n{}",
-                show::plan_table(&now, width),
-                show::plan_table(&then, width),
-                show::gain(&now, &then)
-            )
+            let changed = match compared.differs {
+                true => compared.as_text(),
+                false => "the plan stays as it is".to_owned(),
+            };
+            let done = if args.dry_run { "is deployed, and would be followed" } else { "is served" };
+            format!("{changed}\n\nversion {version} {done}")
         }
     };
     writeln!(std::io::stdout(), "{text}")?;
     Ok(())
+}
+
+/// The plan before and after.
+struct Compared {
+    now: Plan,
+    then: Plan,
+    differs: bool,
+    /// Whether it was changed, and not only shown.
+    done: bool,
+}
+
+impl Compared {
+    fn as_json(&self) -> serde_json::Value {
+        let speed = |plan: &Plan| {
+            let [single, full] = show::speed(plan);
+            json!({"single": single, "full": full})
+        };
+        json!({
+            "differs": self.differs,
+            "done": self.differs && self.done,
+            "tokens_per_second": {"now": speed(&self.now), "then": speed(&self.then)},
+            "now": self.now,
+            "then": self.then,
+        })
+    }
+
+    fn as_text(&self) -> String {
+        let width = terminal::width(std::io::stdout());
+        let [now, then] = [&self.now, &self.then].map(|plan| show::plan_table(plan, width));
+        let done = if self.done { "has become" } else { "would become" };
+        format!("{now}\n\n{done}\n\n{then}\n\n{}", show::gain(&self.now, &self.then))
+    }
 }
 
 fn plan(plan: Option<v1::Plan>) -> anyhow::Result<Plan> {

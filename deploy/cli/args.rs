@@ -94,6 +94,9 @@ pub enum Command {
     /// Change to the best plan over today's workers, or show what that would gain
     #[command(after_help = examples::REBALANCE)]
     Rebalance(RebalanceArgs),
+    /// Deploy what a file says: another split, cache, or number of copies of the model, while answers go on
+    #[command(after_help = examples::APPLY)]
+    Apply(ApplyArgs),
     /// Measure throughput and latency of a running server
     #[command(after_help = examples::BENCH)]
     Bench(BenchArgs),
@@ -125,6 +128,7 @@ impl Command {
             Command::Detokenize(args) => args.json,
             Command::Status(args) => args.json,
             Command::Rebalance(args) => args.json,
+            Command::Apply(args) => args.json,
             Command::Bench(args) => args.json,
             Command::Kernels(args) => args.json,
             Command::Run(_)

@@ -85,6 +85,7 @@ pub fn coordinator_config(
     CoordinatorConfig {
         deployment: Deployment {
             model,
+            weights: None,
             split: args.split.clone().unwrap_or(split),
             dtype: args.dtype.0,
             quantization: args.quantize.0,

@@ -114,6 +114,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             Command::Drain(args) => admin::drain(args).await,
             Command::Undrain(args) => admin::undrain(args).await,
             Command::Rebalance(args) => admin::rebalance(args).await,
+            Command::Apply(args) => admin::apply(args).await,
             Command::Bench(args) => bench::bench(args).await,
             Command::RandomModel(args) => random_model::write(&args),
             Command::Kernels(args) => kernels::kernels(&args),

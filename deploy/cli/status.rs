@@ -147,6 +147,9 @@ fn as_text(status: &StatusResponse) -> anyhow::Result<String> {
         let place = format!("{}/{}", stage.worker, stage.device);
         out += &format!("loading   layers {}..{} on {place}: {read} of {total}\n", layers.first, layers.end);
     }
+    if status.deployment_version > 0 {
+        out += &format!("deployed  version {}\n", status.deployment_version);
+    }
     if !status.weights.is_empty() {
         out += &format!("weights   {}\n", status.weights);
     }
@@ -236,6 +239,7 @@ fn as_json(status: &StatusResponse) -> anyhow::Result<String> {
             "preemptions": load.preemptions,
             "steps": load.steps,
         },
+        "deployment_version": status.deployment_version,
         "standbys": standbys.collect::<Vec<_>>(),
         "members": members.collect::<anyhow::Result<Vec<_>>>()?,
         "plan": plan(status)?,

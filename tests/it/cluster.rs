@@ -144,6 +144,7 @@ impl Default for Options {
 impl Options {
     pub fn deployment(&self) -> Deployment {
         Deployment {
+            weights: None,
             model: name_of(&self.model),
             split: self.split.clone(),
             dtype: self.dtype,

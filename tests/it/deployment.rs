@@ -123,9 +123,9 @@ async fn a_copy_whose_worker_is_drained_gives_its_sequences_to_another_one() {
     replicas(2).await;
 }
 
-/// What was drained stays so for the next coordinator, too.
+/// Who was drained and what was applied is so for the next coordinator, too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_is_drained_outlives_the_coordinator_in_etcd() {
+async fn what_operators_decide_outlives_the_coordinator_in_etcd() {
     let Some(etcd) = Server::start(Version::V3_5) else { return };
     let environment = [("STRATA_SECRET", "a secret that nobody guesses"), ("STRATA_LEASE_TTL", "2")];
     let models = model("");
@@ -158,6 +158,12 @@ async fn who_is_drained_outlives_the_coordinator_in_etcd() {
         assert_eq!(refused.code(), Code::Unauthenticated, "{refused:?}");
     }
     exact_while(&first.address, async { drain(&first.address, Some(environment[0].1)).await.unwrap() }).await;
+    let secret = file(environment[0].1);
+    let at = ["--address", &first.address, "--secret-file", secret.path().to_str().unwrap()];
+    let text = "model = 'shakespeare'\ndtype = 'f32'\nsplit = '2,4'\n";
+    exact_while(&first.address, async { apply(text, &at).await.unwrap() }).await;
+    let version = status(&first.address).await.deployment_version;
+    assert!(version > 0);
     let left = |status: &v1::StatusResponse| BTreeSet::from_iter(stages(status));
     let others: BTreeSet<_> =
         ["a", "b", "c"].map(str::to_owned).into_iter().filter(|w| *w != victim).collect();
@@ -166,7 +172,70 @@ async fn who_is_drained_outlives_the_coordinator_in_etcd() {
     let second = coordinator();
     let status = status(&second.address).await;
     assert_eq!(left(&status), others);
+    // The record is served, whatever the flags say.
+    let layers = status.plan.as_ref().unwrap().replicas[0].stages[0].layers.unwrap();
+    assert_eq!((layers.end, status.deployment_version), (2, version));
     assert!(status.members.iter().any(|member| member.worker == victim && member.drained));
+}
+
+/// A file with a deployment.
+fn file(text: &str) -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    std::io::Write::write_all(&mut file, text.as_bytes()).unwrap();
+    file
+}
+
+async fn apply(text: &str, more: &[&str]) -> Result<String, String> {
+    let file = file(text);
+    strata(&[&["apply", file.path().to_str().unwrap()], more].concat()).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_split_and_cache_are_applied_under_load_and_what_does_not_fit_changes_nothing() {
+    let workers = workers(3);
+    let coordinator = coordinator(&workers, &["--split", "2,2,2"]);
+    let at = ["--address", &coordinator.address];
+    let text =
+        |split: &str, more: &str| format!("model = 'shakespeare'\ndtype = 'f32'\nsplit = '{split}'\n{more}");
+    let shown = apply(&text("4,2", ""), &[&["--dry-run", "--json"], &at[..]].concat()).await.unwrap();
+    let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
+    assert_eq!(
+        (&shown["version"], &shown["done"], &shown["differs"]),
+        (&0.into(), &false.into(), &true.into())
+    );
+    assert_eq!(shown["then"]["replicas"][0]["stages"].as_array().unwrap().len(), 2);
+    assert_eq!(status(&coordinator.address).await.fence.unwrap().incarnation, 1);
+
+    let applied = exact_while(&coordinator.address, async {
+        let said = apply(&text("1,4,1", "kv-tokens = 2048\n"), &at).await.unwrap();
+        assert!(said.contains("has become") && said.ends_with("version 1 is served\n"), "{said}");
+        status(&coordinator.address).await
+    });
+    let applied = applied.await;
+    let replica = &applied.plan.as_ref().unwrap().replicas[0];
+    let counts = replica.stages.iter().map(|stage| stage.layers.map(|l| l.end - l.first).unwrap());
+    assert_eq!((counts.collect::<Vec<_>>(), replica.kv_capacity_tokens), (vec![1, 4, 1], 2048));
+    let deployed = applied.deployment.unwrap();
+    assert_eq!((deployed.split.as_str(), deployed.kv_tokens, applied.deployment_version), ("1,4,1", 2048, 1));
+
+    for (text, more, why) in [
+        // Of two who apply over one version, the second is refused.
+        (text("3,3", ""), &["--over", "0"][..], "version 1 is deployed, not 0"),
+        (text("1,1,1,1,2", ""), &[], "5 stages"),
+        (text("2,2,2", "kv-tokens = 1000000000000"), &[], "nothing was changed"),
+        (text("2,2,2", "color = 'red'"), &[], "unknown field `color`"),
+        (text("2,2,2", &format!("weights = '{}'", "0".repeat(64))), &[], "have the digest"),
+        (text("half", ""), &[], "split: unknown split"),
+    ] {
+        let refused = apply(&text, &[more, &at[..]].concat()).await.unwrap_err();
+        assert!(refused.contains(why), "{text}: {refused}");
+    }
+    let after = status(&coordinator.address).await;
+    assert_eq!((after.ready, after.fence, after.deployment_version), (true, applied.fence, 1));
+    // The weights that are served may be named.
+    apply(&text("1,4,1", &format!("kv-tokens = 2048\nweights = '{}'", after.weights)), &at).await.unwrap();
+    let last = status(&coordinator.address).await;
+    assert_eq!((last.fence, last.deployment_version), (after.fence, 2), "nothing had to change over");
 }
 
 /// A worker whose loads are counted: 1 for each that found its weights there, more for those that read them.

@@ -110,7 +110,7 @@ async fn a_spare_with_a_damaged_copy_is_refused_by_name_until_it_is_mended() {
     assert_eq!(before.weights.len(), 64, "every part was loaded");
     assert!(!serves(&before, &spare), "the spare is none: {before:?}");
     disturbed(address, async || {
-        workers.remove(1).signal("-KILL");
+        workers.remove(2).signal("-KILL");
         let says = |s: &v1::StatusResponse| s.reason.contains("its copy of the model is not that of");
         let refused = wait_for(address, "the refusal", says).await.reason;
         assert!(refused.contains(&spare) && refused.contains("layer 5"), "{refused}");

@@ -126,6 +126,16 @@ impl Pipeline {
             let loads = setups.iter().enumerate();
             let loads = loads.map(|(index, setup)| setup.load(index, &*progress, &history.weights));
             try_join_all(loads).await?;
+            let root = history.weights.lock().unwrap_or_else(PoisonError::into_inner).root();
+            if let (Some(expected), Some(root)) = (&deployment.weights, root)
+                && *expected != root.to_string()
+            {
+                return Err(PipelineError::Model(format!(
+                    "the weights of {:?} have the digest {root} where {expected} is deployed; copy the model again, or \
+                     deploy this one",
+                    plan.model
+                )));
+            }
             open(&setups, &replica, Running { watch, sink }, deployment).await
         };
         match opened.await {

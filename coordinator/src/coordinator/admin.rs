@@ -8,9 +8,14 @@ use strata_proto::{
 };
 use tokio::sync::oneshot;
 
-use super::Coordinator;
+use super::{Coordinator, Deployed};
 use crate::{
-    cluster::{PipelineError, discovery::discover, records::RecordError, relocation},
+    cluster::{
+        PipelineError,
+        discovery::discover,
+        records::{DeploymentRecord, RecordError},
+        relocation,
+    },
     config::Deployment,
     engine::{Change, ChangeError, Event, State},
 };
@@ -41,6 +46,16 @@ pub enum AdminError {
     /// It cannot be planned.
     #[error("nothing was changed: {0}")]
     Plan(#[from] PipelineError),
+    /// Somebody else has deployed something.
+    #[error(
+        "nothing was changed: version {version} is deployed, not {over}; look at it in `strata status`, and apply again"
+    )]
+    Outdated {
+        /// What the caller knows of.
+        over: u64,
+        /// What there is.
+        version: u64,
+    },
     /// The engine has not changed.
     #[error(transparent)]
     Change(#[from] ChangeError),
@@ -49,9 +64,10 @@ pub enum AdminError {
 impl Classify for AdminError {
     fn kind(&self) -> Kind {
         match self {
+            AdminError::Record(RecordError::Outrun) => Kind::WrongState,
             AdminError::NotServing(_) | AdminError::Record(_) => Kind::NoCapacity,
             AdminError::NoWorker { .. } | AdminError::Field(_) => Kind::BadInput,
-            AdminError::Plan(_) => Kind::WrongState,
+            AdminError::Plan(_) | AdminError::Outdated { .. } => Kind::WrongState,
             AdminError::Change(error) => error.kind(),
         }
     }
@@ -66,6 +82,15 @@ pub struct Comparison {
     pub then: Plan,
     /// Whether they differ.
     pub differs: bool,
+}
+
+/// What was deployed.
+#[derive(Debug)]
+pub struct Applied {
+    /// Its version; of a dry run, the one that there is.
+    pub version: u64,
+    /// The plans before and after.
+    pub compared: Comparison,
 }
 
 impl Coordinator {
@@ -126,12 +151,71 @@ impl Coordinator {
     pub async fn rebalance(&self, dry_run: bool) -> Result<Comparison, AdminError> {
         let _one_at_a_time = self.shared.admin.lock().await;
         self.check_serving().map_err(AdminError::NotServing)?;
-        let deployment = self.shared.config.deployment.clone();
+        let deployment = self.deployed().deployment.clone();
         let compared = self.compare(&deployment).await?;
         if compared.differs && !dry_run {
             self.change(Change::Deploy(Box::new(deployment))).await?;
         }
         Ok(compared)
+    }
+
+    /// Deploys what a record says, over the version `over`, if one is given, and returns once that is served. Unless it is
+    /// a `dry_run`: then it is planned.
+    ///
+    /// # Errors
+    /// If there is another version, a field makes no sense, or it does not fit or come up; then what was served is served.
+    pub async fn apply(
+        &self,
+        record: DeploymentRecord,
+        over: Option<u64>,
+        dry_run: bool,
+    ) -> Result<Applied, AdminError> {
+        let _one_at_a_time = self.shared.admin.lock().await;
+        self.check_serving().map_err(AdminError::NotServing)?;
+        let before = self.deployed().clone();
+        if let Some(over) = over.filter(|over| *over != before.version) {
+            return Err(AdminError::Outdated { over, version: before.version });
+        }
+        let deployment = record.onto(&self.shared.config.deployment).map_err(AdminError::Field)?;
+        let loaded = self.watch().borrow().weights;
+        if let (Some(expected), Some(loaded)) = (&deployment.weights, loaded)
+            && deployment.model == before.deployment.model
+            && *expected != loaded.to_string()
+        {
+            return Err(AdminError::Field(format!(
+                "weights: those of {:?} that are loaded have the digest {loaded}, not {expected}",
+                deployment.model
+            )));
+        }
+        let compared = self.compare(&deployment).await?;
+        if dry_run {
+            return Ok(Applied { version: before.version, compared });
+        }
+        self.deploy(deployment.clone()).await?;
+        let written = self.keeper().deploy(&record, before.version).await;
+        match written {
+            Ok(version) => {
+                tracing::info!(version, model = deployment.model, "deployed");
+                *self.deployed() = Deployed { version, deployment };
+                Ok(Applied { version, compared })
+            }
+            Err(error) => {
+                self.deploy(before.deployment).await?;
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Serves something else of the same model.
+    async fn deploy(&self, deployment: Deployment) -> Result<(), AdminError> {
+        let was = self.deployed().deployment.clone();
+        let kept = (&was.model, was.dtype, was.quantization, was.context);
+        if kept != (&deployment.model, deployment.dtype, deployment.quantization, deployment.context) {
+            return Err(AdminError::Field(
+                "model, dtype, quantize, context: these change by a start of the coordinator only".into(),
+            ));
+        }
+        Ok(self.change(Change::Deploy(Box::new(deployment))).await?)
     }
 
     /// Compares the live plan with that of another deployment over today's members.

@@ -32,6 +32,17 @@ pub enum ChangeError {
     /// It cannot be planned, or did not come up.
     #[error("nothing was changed: {0}")]
     Failed(PipelineError),
+    /// What runs needs more than there would be.
+    #[error(
+        "nothing was changed: a request in progress may need {needed} tokens of a cache, and there would be one for {room}; \
+         choose a larger one, or wait for its end"
+    )]
+    TooSmall {
+        /// Token positions that it may need.
+        needed: u64,
+        /// Those that there would be.
+        room: u64,
+    },
     /// Something else is going on for too long.
     #[error(
         "nothing was changed: pipelines were coming up or lost all the time; try again when Status says ready"
@@ -45,7 +56,9 @@ pub enum ChangeError {
 impl Classify for ChangeError {
     fn kind(&self) -> Kind {
         match self {
-            ChangeError::Needed { .. } | ChangeError::Failed(_) => Kind::WrongState,
+            ChangeError::Needed { .. } | ChangeError::Failed(_) | ChangeError::TooSmall { .. } => {
+                Kind::WrongState
+            }
             ChangeError::Unsettled | ChangeError::Gone => Kind::NoCapacity,
         }
     }

@@ -352,6 +352,11 @@ impl Scheduler {
         self.config.prefix_cache && self.rules.reuse == Reuse::WholeBlocks
     }
 
+    /// Positions that the largest of its sequences may need.
+    pub fn largest(&self) -> u64 {
+        self.live.values().map(|sequence| sequence.most(&self.rules)).max().unwrap_or(0)
+    }
+
     /// Token positions of the whole cache.
     fn capacity(&self) -> u64 {
         u64::from(self.config.blocks) * u64::from(self.config.block_tokens)

@@ -1,5 +1,7 @@
 //! Flags of what changes a running cluster.
 
+use std::path::PathBuf;
+
 use clap::Args;
 
 use super::{AddressArgs, SecretArgs};
@@ -39,6 +41,25 @@ pub struct RebalanceArgs {
     /// Only show what would change
     #[arg(long, env = "STRATA_DRY_RUN")]
     pub dry_run: bool,
+    /// Print JSON
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+    #[command(flatten)]
+    pub admin: AdminArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct ApplyArgs {
+    /// TOML file whose keys are flags of a deployment: model, weights (a digest), split, dtype, quantize, kv-tokens,
+    /// max-sequences, context, links, replicas, standbys; - is standard input
+    #[arg(env = "STRATA_FILE")]
+    pub file: PathBuf,
+    /// Only show what would change
+    #[arg(long, env = "STRATA_DRY_RUN")]
+    pub dry_run: bool,
+    /// Refuse if another version than this one is deployed [default: the one that there is when this is asked]
+    #[arg(long, env = "STRATA_OVER", value_name = "VERSION")]
+    pub over: Option<u64>,
     /// Print JSON
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,

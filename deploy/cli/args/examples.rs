@@ -65,6 +65,11 @@ pub const UNDRAIN: &str = "\
 Examples:
   strata undrain 10.0.0.7:7801";
 
+pub const APPLY: &str = "\
+Examples:
+  strata apply deployment.toml --dry-run
+  strata apply deployment.toml --address http://a:7717 --secret-file /run/secrets/strata";
+
 pub const REBALANCE: &str = "\
 Examples:
   strata rebalance --dry-run

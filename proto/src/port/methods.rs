@@ -116,7 +116,7 @@ mod tests {
         let said = SERVED.refusal("/strata.v1.Inference/Chat");
         for part in [
             "\"/strata.v1.Inference/Chat\" is not served here: strata.v1.Inference has Generate, Classify, ",
-            "; strata.v1.Cluster has Status, PreviewPlan, Drain, Undrain, Rebalance; besides there are grpc.health.v1.Health; go there",
+            "; strata.v1.Cluster has Status, PreviewPlan, Drain, Undrain, Rebalance, Apply; besides there are grpc.health.v1.Health; go there",
         ] {
             assert!(said.contains(part), "{said}");
         }

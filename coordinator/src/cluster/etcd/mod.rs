@@ -9,6 +9,7 @@
 //! | `leader/ID` | the name of a coordinator that leads or waits | as long as the coordinator's lease |
 //! | `led` | the last leader and its term | for ever |
 //! | `drained/NAME` | why the worker is drained | until it is taken back |
+//! | `deployment` | a [`DeploymentRecord`](crate::cluster::records::DeploymentRecord); its version is the revision of its change | for ever |
 //!
 //! Each part (a registration, the members, an election) has a connection and a task of its own, which begins anew when
 //! anything on the connection fails: it connects, gets a lease, reads what is there, and watches from that revision on. So

@@ -119,6 +119,7 @@ fn discovered(worker: Arc<Obedient>, nccl: bool) -> Discovery {
 
 fn deployment(links: Option<LinkKind>) -> Deployment {
     Deployment {
+        weights: None,
         model: "m".into(),
         split: Split::Counts(vec![2, 2, 2]),
         dtype: None,

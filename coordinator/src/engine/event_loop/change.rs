@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use strata_proto::{StagePlan, v1::Fence};
+use strata_proto::{Plan, StagePlan, v1::Fence};
 
 use super::{Engine, bring_up::PATIENCE, standby::NO_PIPELINE};
 use crate::{
@@ -155,7 +155,12 @@ impl Engine {
         // A pipeline was lost meanwhile, or one has come up: then nothing of this is right any more.
         let is_as_planned = current.len() == self.replicas.len() && current.iter().all(runs_on);
         let error = match prepared {
-            Ok(target) if is_as_planned => return self.change_over(target),
+            Ok(target) if is_as_planned => {
+                return match self.too_small(&target) {
+                    None => self.change_over(target),
+                    Some(error) => self.changed(Err(error)),
+                };
+            }
             Ok(_) => {
                 *phase = Phase::Waiting;
                 return;
@@ -178,6 +183,26 @@ impl Engine {
         self.changed(Err(why));
     }
 
+    /// What is wrong with the caches of a target, if they are too small for what their replicas compute.
+    fn too_small(&self, target: &Target) -> Option<ChangeError> {
+        let room = |plan: &Plan| plan.replicas.first().map_or(0, |planned| planned.kv_capacity_tokens);
+        let planned = |replica: &Replica| {
+            let changed = target.changed.iter().find(|(number, _)| *number == replica.number);
+            changed.map(|(_, plan)| plan.clone()).or_else(|| replica.plan.clone())
+        };
+        let stays = |replica: &&Replica| !target.retired.contains(&replica.number);
+        let left = self.replicas.iter().filter(stays).filter_map(planned);
+        let roomiest = left.chain(target.added.iter().cloned()).map(|plan| room(&plan)).max().unwrap_or(0);
+        self.replicas.iter().find_map(|replica| {
+            let needed = replica.scheduler.largest();
+            let room = match stays(&replica) {
+                true => planned(replica).map_or(0, |plan| room(&plan)),
+                false => roomiest,
+            };
+            (needed > room).then_some(ChangeError::TooSmall { needed, room })
+        })
+    }
+
     /// Ends the pipelines that are to change, and brings up what is to take their places.
     fn change_over(&mut self, target: Target) {
         let Target { found, changed, added, retired } = target;
@@ -196,7 +221,7 @@ impl Engine {
             retired = retired.len(),
             "{why}; pipelines change over"
         );
-        let planned = |plan: Arc<strata_proto::Plan>| Planned { found: found.clone(), plan };
+        let planned = |plan: Arc<Plan>| Planned { found: found.clone(), plan };
         let mut moving = Vec::new();
         for (number, plan) in changed {
             let Some(at) = self.replicas.iter().position(|replica| replica.number == number) else {

@@ -16,7 +16,7 @@ use tonic::{Request, Response, Status, async_trait};
 
 use super::admin;
 use crate::{
-    cluster::{discovery::discover, membership::Member},
+    cluster::{discovery::discover, membership::Member, records::DeploymentRecord},
     config::Deployment,
     coordinator::Coordinator,
     engine::{Loading, State},
@@ -90,6 +90,7 @@ impl Cluster for ClusterService {
             reason,
             ..v1::Member::default()
         }));
+        let deployed = self.coordinator.deployed().clone();
         Ok(Response::new(v1::StatusResponse {
             model: self.coordinator.session().model().to_owned(),
             names: self.coordinator.session().names().to_vec(),
@@ -104,6 +105,8 @@ impl Cluster for ClusterService {
             version: self.coordinator.config().version.clone(),
             weights: snapshot.weights.map(|digest| digest.to_string()).unwrap_or_default(),
             requests: Some(self.coordinator.session().requests()),
+            deployment: Some(DeploymentRecord::from(&deployed.deployment).into()),
+            deployment_version: deployed.version,
             standbys: snapshot.standbys.into_iter().map(standby).collect(),
         }))
     }
@@ -114,7 +117,7 @@ impl Cluster for ClusterService {
     ) -> Result<Response<v1::PreviewPlanResponse>, Status> {
         let mut request = request.into_inner();
         let devices = std::mem::take(&mut request.devices);
-        let deployment = changed(&self.coordinator.config().deployment, request).map_err(|e| status(&e))?;
+        let deployment = changed(&self.coordinator.deployed().deployment, request).map_err(|e| status(&e))?;
         let offers = imagined(devices).map_err(|e| status(&e))?;
         let place = self.previews.clone().try_acquire_owned().map_err(|_| status(&Unpreviewed::Busy))?;
         let members = self.coordinator.members().answering();
@@ -156,6 +159,18 @@ impl Cluster for ClusterService {
             now: Some((&*compared.now).into()),
             then: Some((&compared.then).into()),
             differs: compared.differs,
+        }))
+    }
+
+    async fn apply(&self, request: Request<v1::ApplyRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
+        let v1::ApplyRequest { deployment, over, dry_run } = self.admit(request, "Apply")?;
+        let record = deployment.unwrap_or_default().into();
+        let applied = self.coordinator.apply(record, over, dry_run).await.map_err(|e| status(&e))?;
+        Ok(Response::new(v1::ApplyResponse {
+            version: applied.version,
+            now: Some((&*applied.compared.now).into()),
+            then: Some((&applied.compared.then).into()),
+            differs: applied.compared.differs,
         }))
     }
 }
