@@ -7,12 +7,10 @@
 
 use std::{io, path::Path};
 
+use proc_macro2::TokenStream;
 use prost_build::{Config, ServiceGenerator};
 use prost_types::FileDescriptorSet;
-use tonic_build::{
-    CodeGenBuilder,
-    manual::{Method, Service},
-};
+use tonic_build::CodeGenBuilder;
 
 /// Code for clients and servers, which connect by tonic's transport.
 pub fn configure() -> Builder {
@@ -79,13 +77,12 @@ struct Services {
 
 impl ServiceGenerator for Services {
     fn generate(&mut self, service: prost_build::Service, code: &mut String) {
-        let service = described(&service);
+        let service = Service::from(service);
         let mut generator = CodeGenBuilder::new();
         generator.emit_package(true).build_transport(self.transport);
-        // The types that calls carry name their place themselves.
-        let mut tokens = generator.generate_client(&service, "");
+        let mut tokens = generator.generate_client(&service, "super");
         if self.server {
-            tokens.extend(generator.generate_server(&service, ""));
+            tokens.extend(generator.generate_server(&service, "super"));
         }
         match syn::parse2(tokens) {
             Ok(file) => code.push_str(&prettyplease::unparse(&file)),
@@ -96,38 +93,85 @@ impl ServiceGenerator for Services {
 }
 
 /// A service as tonic-build takes it: its code is in a module beside the messages.
-fn described(service: &prost_build::Service) -> Service {
-    let mut described = Service::builder().name(&service.name).package(&service.package);
-    for line in &service.comments.leading {
-        described = described.comment(line);
-    }
-    for method in &service.methods {
-        let mut call = Method::builder()
-            .name(&method.name)
-            .route_name(&method.proto_name)
-            .input_type(beside(&method.input_type))
-            .output_type(beside(&method.output_type))
-            .codec_path("tonic_prost::ProstCodec");
-        for line in &method.comments.leading {
-            call = call.comment(line);
-        }
-        if method.client_streaming {
-            call = call.client_streaming();
-        }
-        if method.server_streaming {
-            call = call.server_streaming();
-        }
-        described = described.method(call.build());
-    }
-    described.build()
+struct Service {
+    of: prost_build::Service,
+    methods: Vec<Method>,
 }
 
-/// A type as it is named in a module beside the messages.
-fn beside(name: &str) -> String {
-    match name.starts_with("::") || name.starts_with('(') {
-        true => name.to_owned(),
-        false => format!("super::{name}"),
+impl From<prost_build::Service> for Service {
+    fn from(of: prost_build::Service) -> Self {
+        let methods = of.methods.iter().cloned().map(Method).collect();
+        Service { of, methods }
     }
+}
+
+impl tonic_build::Service for Service {
+    type Comment = String;
+    type Method = Method;
+
+    fn name(&self) -> &str {
+        &self.of.name
+    }
+
+    fn package(&self) -> &str {
+        &self.of.package
+    }
+
+    fn identifier(&self) -> &str {
+        &self.of.proto_name
+    }
+
+    fn methods(&self) -> &[Method] {
+        &self.methods
+    }
+
+    fn comment(&self) -> &[String] {
+        &self.of.comments.leading
+    }
+}
+
+struct Method(prost_build::Method);
+
+impl tonic_build::Method for Method {
+    type Comment = String;
+
+    fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    fn identifier(&self) -> &str {
+        &self.0.proto_name
+    }
+
+    fn codec_path(&self) -> &'static str {
+        "tonic_prost::ProstCodec"
+    }
+
+    fn client_streaming(&self) -> bool {
+        self.0.client_streaming
+    }
+
+    fn server_streaming(&self) -> bool {
+        self.0.server_streaming
+    }
+
+    fn comment(&self) -> &[String] {
+        &self.0.comments.leading
+    }
+
+    fn request_response_name(&self, messages: &str, _: bool) -> (TokenStream, TokenStream) {
+        (beside(messages, &self.0.input_type), beside(messages, &self.0.output_type))
+    }
+}
+
+/// A type as it is named in a module that finds `messages` there.
+fn beside(messages: &str, name: &str) -> TokenStream {
+    let path = match name.starts_with("::") || name.starts_with('(') {
+        true => name.to_owned(),
+        false => format!("{messages}::{name}"),
+    };
+    // What is no type is an error where the code is included.
+    path.parse().unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -140,7 +184,7 @@ mod tests {
         let proto = "syntax = \"proto3\"; package a.b;
             message M { bytes data = 1; }
             // Says it.
-            service S { rpc One(M) returns (stream M); rpc Two(stream M) returns (M); }";
+            service KV { rpc One(M) returns (stream M); rpc Two(stream M) returns (M); }";
         std::fs::write(out.path().join("s.proto"), proto).unwrap();
         let compile = |configure: fn(Builder) -> Builder| {
             let mut builder = configure(super::configure());
@@ -151,10 +195,10 @@ mod tests {
         let code = compile(|builder| builder.bytes("."));
         for part in [
             "pub data: ::prost::bytes::Bytes",
-            "pub mod s_client",
+            "pub mod kv_client",
             "pub async fn connect",
-            "pub mod s_server",
-            "/a.b.S/One",
+            "pub mod kv_server",
+            "/a.b.KV/One",
             "/// Says it.",
             "tonic::Streaming<super::M>",
         ] {
@@ -162,7 +206,9 @@ mod tests {
         }
         let less = compile(|builder| builder.build_server(false).build_transport(false));
         assert!(
-            !less.contains("s_server") && !less.contains("pub async fn connect") && less.contains("s_client")
+            !less.contains("kv_server")
+                && !less.contains("pub async fn connect")
+                && less.contains("kv_client")
         );
         let missing = configure().compile_protos(&["missing.proto"], &["."]).unwrap_err();
         assert!(missing.to_string().contains("missing.proto"), "{missing}");
