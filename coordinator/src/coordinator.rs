@@ -2,6 +2,8 @@
 //! serves, and drains.
 
 mod admin;
+mod replace;
+mod serve;
 
 use std::{
     collections::BTreeMap,
@@ -12,35 +14,29 @@ use std::{
     time::Duration,
 };
 
-use futures::StreamExt;
-use strata_proto::{
-    ModelProfile, Plan,
-    v1::{self, Task, generate_event::Event},
-};
+use strata_proto::Plan;
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
     time::Instant,
 };
 
 use crate::{
     cluster::{
         History, PipelineError,
-        discovery::{Discovery, Planned, discover},
+        discovery::{Discovery, discover},
         leadership::Leadership,
-        membership::{MemberEvent, Members, Source},
+        membership::{Members, Source},
         records::{InMemory, Keeper, RecordError},
     },
     config::{CoordinatorConfig, Deployment},
-    engine::{self, Ended, Engine, EngineError, Notice, Observer, Snapshot, State},
-    front::session::{Served, Session, SessionError},
-    preflight::{self, Check, Finding},
-    request::Limit,
+    engine::{self, Claims, Ended, Notice, Observer, Snapshot, State},
+    front::session::Session,
+    preflight::Finding,
 };
 
-pub use admin::{AdminError, Applied, Comparison};
+use replace::Replacement;
 
-/// Alternatives that the output check compares.
-const PROBE_LOGPROBS: u32 = 20;
+pub use admin::{AdminError, Applied, Comparison};
 
 /// How long listed workers have to come, before those that are there are enough if they can hold the model.
 const ENOUGH_AFTER: Duration = Duration::from_secs(5);
@@ -145,8 +141,12 @@ struct Shared {
     started: AtomicBool,
     /// Counts pipelines that were begun, whoever led then.
     incarnations: Arc<AtomicU64>,
-    /// What earlier pipelines have shown, whoever led when they were brought up.
-    history: Arc<History>,
+    /// What earlier pipelines of the model have shown, whoever led when they were brought up.
+    history: Mutex<Arc<History>>,
+    /// What engines run on.
+    claims: Claims,
+    /// Asks for another engine; set when it serves.
+    replacements: OnceLock<mpsc::UnboundedSender<Replacement>>,
     /// What is deployed.
     deployed: Mutex<Deployed>,
     /// Where it is kept what operators decide; set when it starts.
@@ -167,7 +167,7 @@ impl Coordinator {
         let session =
             Session::new(names.into(), config.limits.max_requests, config.clients.unread_bytes, view);
         let (members, started) = (Members::default(), AtomicBool::new(false));
-        let (history, incarnations) = (Arc::default(), Arc::default());
+        let incarnations = Arc::default();
         let (keeper, admin) = (OnceLock::new(), tokio::sync::Mutex::default());
         let deployed = Mutex::new(Deployed { version: 0, deployment: config.deployment.clone() });
         let shared = Shared {
@@ -176,8 +176,10 @@ impl Coordinator {
             snapshot,
             session,
             started,
-            history,
+            history: Mutex::default(),
             incarnations,
+            claims: Claims::default(),
+            replacements: OnceLock::new(),
             keeper,
             admin,
             deployed,
@@ -207,7 +209,10 @@ impl Coordinator {
         };
         match started.await {
             Ok(reign) => {
-                tokio::spawn(self.clone().go_on(reign, leadership, observer));
+                let (asks, replacements) = mpsc::unbounded_channel();
+                // It is started once.
+                let _ = self.shared.replacements.set(asks);
+                tokio::spawn(self.clone().go_on(reign, leadership, replacements, observer));
                 Ok(())
             }
             Err(error) => {
@@ -217,9 +222,25 @@ impl Coordinator {
         }
     }
 
-    /// Stands by when it leads no more, and serves again when it does.
-    async fn go_on(self, mut reign: Reign, mut leadership: watch::Receiver<Leadership>, observer: Observer) {
-        while let Some(ended) = reign.ended(&mut leadership).await {
+    /// Stands by when it leads no more, and serves again when it does; meanwhile it serves what it is told to.
+    async fn go_on(
+        self,
+        mut reign: Reign,
+        mut leadership: watch::Receiver<Leadership>,
+        mut replacements: mpsc::UnboundedReceiver<Replacement>,
+        observer: Observer,
+    ) {
+        loop {
+            let ended = tokio::select! {
+                ended = reign.ended(&mut leadership) => ended,
+                Some(asked) = replacements.recv() => {
+                    match self.replaced(&mut reign, &leadership, asked, &observer).await {
+                        true => continue,
+                        false => Some(Ended::Failed("neither the new deployment nor the old one came up".into())),
+                    }
+                }
+            };
+            let Some(ended) = ended else { return };
             self.shared.session.close();
             let outbid = match ended {
                 Ended::Deposed(why) => {
@@ -238,8 +259,6 @@ impl Coordinator {
             reign = loop {
                 match self.take_over(&mut leadership, outbid, &observer).await {
                     Ok(reign) => break reign,
-                    // Nobody decides any more who leads: this process is ending.
-                    Err(_) if leadership.has_changed().is_err() => return,
                     Err(error) => {
                         tracing::error!(%error, "cannot take over; trying again");
                         self.show(State::Standby, error.to_string());
@@ -264,7 +283,7 @@ impl Coordinator {
             let deposed = theirs.wait_for(|now| now.term() != Some(term));
             tokio::select! {
                 brought_up = self.bring_up(term, observer) => match brought_up {
-                    Ok(engine) => return Ok(Reign { term, engine }),
+                    Ok((engine, unused)) => return Ok(Reign { term, engine, unused: Some(unused) }),
                     Err(error) => match error.outbid(term) {
                         // A worker has heard of the other coordinator before this one has.
                         Some(why) => self.show(State::Standby, why),
@@ -334,79 +353,19 @@ impl Coordinator {
         Ok(deployment)
     }
 
-    async fn bring_up(&self, term: u64, observer: &Observer) -> Result<engine::Running, StartError> {
-        let Shared { config, members, session, snapshot, incarnations, history, .. } = &*self.shared;
+    async fn bring_up(
+        &self,
+        term: u64,
+        observer: &Observer,
+    ) -> Result<(engine::Running, oneshot::Receiver<()>), StartError> {
         let deployment = self.recorded().await?;
-        let events = members.subscribe();
         let found = self.gather(observer).await?;
         self.show(State::Starting, "asking the workers for the model");
-        let found = Arc::new(match found {
+        let found = match found {
             Some(found) => found,
-            None => discover(&members.answering(), &deployment.model).await?,
-        });
-        self.show(State::Starting, "planning");
-        let plan = found.plan(&deployment).map_err(|error| error.without(found.left_out.clone()))?;
-        let plan = Arc::new(plan);
-        self.show(State::Starting, "checking the tokenizer");
-        let files = found.tokenizer_files(&plan).await?;
-        let mut profile = found.profile.clone();
-        let longest = Limit::of_context(profile.context_length, deployment.context);
-        profile.context_length = deployment.context_of(&profile);
-        let profile = Arc::new(profile);
-        let (checked, skip) = (profile.clone(), config.skip_checks.clone());
-        let inspected = tokio::task::spawn_blocking(move || preflight::inspect(&files, &checked, &skip));
-        let (tokenizer, mut findings) = inspected.await.map_err(|_| StartError::Engine)?;
-        let tokenizer = match tokenizer {
-            Some(tokenizer) if !findings.iter().any(Finding::refuses) => Arc::new(tokenizer),
-            _ => {
-                observer(Notice::Checked(findings.clone()));
-                return Err(StartError::Preflight(findings));
-            }
+            None => discover(&self.members().answering(), &deployment.model).await?,
         };
-
-        self.show(State::Starting, "loading");
-        let mut engine = Engine::spawn(engine::Start {
-            deployment: deployment.clone(),
-            limits: config.limits.clone(),
-            profile: profile.clone(),
-            tokenizer: tokenizer.clone(),
-            observer: observer.clone(),
-            members: members.clone(),
-            term,
-            snapshot: snapshot.clone(),
-            planned: Planned { found, plan },
-            history: history.clone(),
-            counters: engine::counters(&snapshot.borrow().load),
-            incarnations: incarnations.clone(),
-        });
-        let handle = engine.handle().clone();
-        session.open(Served {
-            profile: profile.clone(),
-            tokenizer,
-            engine: handle.clone(),
-            longest,
-            longest_input: longest.within_step(deployment.max_step_tokens),
-            is_cache_chosen: deployment.kv_tokens.is_some(),
-        });
-        tokio::spawn(pass_on(events, handle));
-        match engine.up().await {
-            Some(up) => up?,
-            None => {
-                return Err(match engine.ended().await {
-                    Some(Ended::Deposed(why)) => StartError::Outbid(why),
-                    _ => StartError::Engine,
-                });
-            }
-        }
-        self.show(State::Starting, "checking the model's output");
-        let output = probe(&session.probing(), &profile).await;
-        findings.push(Finding::new(Check::Output, output, &config.skip_checks));
-        observer(Notice::Checked(findings.clone()));
-        if findings.iter().any(Finding::refuses) {
-            return Err(StartError::Preflight(findings));
-        }
-        self.show(State::Serving, "");
-        Ok(engine)
+        self.serve(term, found, &deployment, observer).await
     }
 
     /// Takes no more requests, and waits until those in progress have ended.
@@ -444,6 +403,11 @@ impl Coordinator {
         self.shared.keeper.get().cloned().unwrap_or_else(|| Arc::new(InMemory::default()))
     }
 
+    /// What earlier pipelines of the model have shown.
+    fn history(&self) -> Arc<History> {
+        self.shared.history.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// What is deployed.
     pub(crate) fn deployed(&self) -> MutexGuard<'_, Deployed> {
         self.shared.deployed.lock().unwrap_or_else(PoisonError::into_inner)
@@ -459,6 +423,8 @@ impl Coordinator {
 struct Reign {
     term: u64,
     engine: engine::Running,
+    /// Resolves when nobody asks the engine any more.
+    unused: Option<oneshot::Receiver<()>>,
 }
 
 impl Reign {
@@ -546,85 +512,6 @@ fn counted(joined: usize, expected: Option<usize>) -> String {
     match expected {
         Some(expected) => format!("{joined} of {expected} workers are there"),
         None => format!("{joined} workers are there, over which the model cannot be planned yet"),
-    }
-}
-
-/// Tells the engine about members, until that is gone.
-async fn pass_on(
-    mut events: mpsc::UnboundedReceiver<MemberEvent>,
-    engine: mpsc::UnboundedSender<engine::Event>,
-) {
-    while let Some(event) = events.recv().await {
-        if engine.send(engine::Event::Member(event)).is_err() {
-            break;
-        }
-    }
-}
-
-/// Asks the model about two inputs: what it says must be finite and differ.
-async fn probe(session: &Session, profile: &ModelProfile) -> Result<String, String> {
-    let asked = async {
-        let first = answer(session, profile.task, 0).await?;
-        let last = answer(session, profile.task, profile.vocab_size - 1).await?;
-        Ok::<_, SessionError>((first, last))
-    };
-    let (a, b) = asked.await.map_err(|error| match error {
-        SessionError::Failed(EngineError::Poisoned) => {
-            "the forward pass fails or gives logits that are not finite: the weights are damaged, or this dtype cannot \
-             hold them; try --dtype f32"
-                .to_owned()
-        }
-        error => error.to_string(),
-    })?;
-    if !a.iter().chain(&b).all(|x| x.is_finite()) {
-        return Err("the model's output is not finite: its weights are damaged".into());
-    }
-    if a == b {
-        return Err("two different inputs give the same output: the weights are not the model's".into());
-    }
-    Ok("finite, and different for different inputs".into())
-}
-
-/// What the model makes of a token: log-probabilities, a vector, the logits of classes, or probabilities.
-async fn answer(session: &Session, task: Task, token: u32) -> Result<Vec<f32>, SessionError> {
-    let mut ids = vec![token];
-    if task == Task::FillMask {
-        ids.extend(session.mask_token());
-    }
-    let inputs = vec![v1::Input { token_ids: ids.clone(), ..v1::Input::default() }];
-    match task {
-        Task::Classify => {
-            let request = v1::ClassifyRequest { inputs, ..v1::ClassifyRequest::default() };
-            let results = session.classify(request).await?.results.into_iter();
-            Ok(results.flat_map(|r| r.classes).map(|class| class.logit).collect())
-        }
-        Task::Embed => {
-            let request = v1::EmbedRequest { inputs, ..v1::EmbedRequest::default() };
-            Ok(session.embed(request).await?.results.into_iter().flat_map(|r| r.values).collect())
-        }
-        Task::FillMask => {
-            let request =
-                v1::FillMaskRequest { inputs, top_k: Some(PROBE_LOGPROBS), ..v1::FillMaskRequest::default() };
-            let results = session.fill_masks(request).await?.results.into_iter();
-            let masks = results.flat_map(|r| r.masks);
-            Ok(masks.flat_map(|mask| mask.candidates).map(|candidate| candidate.score).collect())
-        }
-        Task::Generate | Task::Unspecified => {
-            let request = v1::GenerateRequest {
-                token_ids: ids,
-                max_tokens: Some(1),
-                logprobs: Some(PROBE_LOGPROBS),
-                ..v1::GenerateRequest::default()
-            };
-            let mut events = session.generate(request).await?;
-            let mut scores = Vec::new();
-            while let Some(event) = events.next().await {
-                if let Event::Tokens(tokens) = event? {
-                    scores.extend(tokens.logprobs.into_iter().flat_map(|l| l.top).map(|t| t.logprob));
-                }
-            }
-            Ok(scores)
-        }
     }
 }
 

@@ -238,6 +238,66 @@ async fn another_split_and_cache_are_applied_under_load_and_what_does_not_fit_ch
     assert_eq!((last.fence, last.deployment_version), (after.fence, 2), "nothing had to change over");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_format_comes_up_beside_the_one_that_is_served_and_old_answers_end_on_that() {
+    let workers = workers(4);
+    let coordinator = coordinator(&workers, &["--split", "3,3"]);
+    let at = ["--address", &coordinator.address];
+    let before = status(&coordinator.address).await;
+    let applied = exact_while(&coordinator.address, async {
+        let text = "model = 'shakespeare'\ndtype = 'f32'\nquantize = 'int8'\nsplit = '3,3'\n";
+        apply(text, &at).await.unwrap();
+        status(&coordinator.address).await
+    });
+    let applied = applied.await;
+    assert_eq!(applied.plan.as_ref().unwrap().quantization, "int8");
+    assert!(applied.ready && stages(&applied).iter().all(|worker| !stages(&before).contains(worker)));
+    let options = Options { quantization: Some(strata_proto::Quantization::Int8), ..Options::default() };
+    let alone = Cluster::start(&options).await;
+    let ids = &expectations(&model("shakespeare"))[0].ids;
+    let expected = ask(&alone.client().await, greedy(ids, 48)).await.unwrap().ids;
+    assert_eq!(ask(&client(&coordinator.address).await, greedy(ids, 48)).await.unwrap().ids, expected);
+    let after = status(&coordinator.address).await.load.unwrap();
+    assert!(after.generated_tokens > before.load.unwrap().generated_tokens, "what was counted is counted on");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_model_takes_the_place_of_the_one_that_is_served_or_leaves_it_there() {
+    const OTHER: &str = "llama-bias-f32";
+    let workers = workers(2);
+    let coordinator = coordinator(&workers, &["--split", "3,3"]);
+    let at = ["--address", &coordinator.address];
+    let text = |more: &str| format!("model = '{OTHER}'\nsplit = 'balanced'\n{more}");
+    // What is wrong with it is seen when it is loaded: then there is the other one again.
+    let wrong = format!("weights = '{}'", "0".repeat(64));
+    let refused =
+        exact_while(&coordinator.address, async { apply(&text(&wrong), &at).await.unwrap_err() }).await;
+    assert!(refused.contains("nothing was changed") && refused.contains("have the digest"), "{refused}");
+    let left = until(&coordinator.address, "the old model", |s| s.ready).await;
+    assert_eq!((left.model.as_str(), left.deployment_version), ("shakespeare", 0));
+    let unknown = apply("model = 'nobody'", &at).await.unwrap_err();
+    assert!(unknown.contains("no model \"nobody\""), "{unknown}");
+
+    let expected = &expectations(&model(OTHER))[0];
+    exact_while(&coordinator.address, async {
+        let late = async {
+            // Whoever comes meanwhile waits, and is answered by either.
+            let client = client(&coordinator.address).await;
+            ask(&client, greedy(&[0, 1], 2)).await.unwrap();
+        };
+        let (applied, ()) = tokio::join!(async { apply(&text(""), &at).await.unwrap() }, late);
+        assert!(applied.ends_with("version 1 is served\n"), "{applied}");
+    })
+    .await;
+    let served = status(&coordinator.address).await;
+    assert_eq!((served.ready, served.model.as_str()), (true, OTHER));
+    let client = client(&coordinator.address).await;
+    let tokens = expected.greedy.len() as u32;
+    assert_eq!(ask(&client, greedy(&expected.ids, tokens)).await.unwrap().ids, expected.greedy);
+    let old = v1::GenerateRequest { model: "shakespeare".into(), ..greedy(&expected.ids, 1) };
+    assert_eq!(ask(&client, old).await.unwrap_err().code(), Code::NotFound);
+}
+
 /// A worker whose loads are counted: 1 for each that found its weights there, more for those that read them.
 struct Counted(Arc<dyn Worker>, String, Loads);
 

@@ -115,7 +115,7 @@ pub(crate) fn is_alike(a: &Plan, b: &Plan) -> bool {
         };
         plan.replicas.iter().map(of).collect()
     };
-    (a.dtype, a.quantization, shape(a)) == (b.dtype, b.quantization, shape(b))
+    (&a.model, a.dtype, a.quantization, shape(a)) == (&b.model, b.dtype, b.quantization, shape(b))
 }
 
 /// Every stage of a plan.

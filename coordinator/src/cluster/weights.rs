@@ -67,6 +67,11 @@ impl WeightRecord {
         Ok(())
     }
 
+    /// Whether it is about the model of this fingerprint, or about none yet.
+    pub fn is_of(&self, fingerprint: &str) -> bool {
+        self.fingerprint.is_empty() || self.fingerprint == fingerprint
+    }
+
     /// Whether the weights of `worker` differed when it loaded last: then it is to read its files again, since somebody may
     /// have mended them.
     pub fn has_refused(&self, worker: &str) -> bool {

@@ -8,7 +8,7 @@ use strata_proto::{
 };
 use tokio::sync::oneshot;
 
-use super::{Coordinator, Deployed};
+use super::{Coordinator, Deployed, StartError, replace::Replacement};
 use crate::{
     cluster::{
         PipelineError,
@@ -46,6 +46,9 @@ pub enum AdminError {
     /// It cannot be planned.
     #[error("nothing was changed: {0}")]
     Plan(#[from] PipelineError),
+    /// It did not come up.
+    #[error("nothing was changed: {0}")]
+    Start(Box<StartError>),
     /// Somebody else has deployed something.
     #[error(
         "nothing was changed: version {version} is deployed, not {over}; look at it in `strata status`, and apply again"
@@ -61,13 +64,19 @@ pub enum AdminError {
     Change(#[from] ChangeError),
 }
 
+impl From<StartError> for AdminError {
+    fn from(error: StartError) -> Self {
+        AdminError::Start(Box::new(error))
+    }
+}
+
 impl Classify for AdminError {
     fn kind(&self) -> Kind {
         match self {
             AdminError::Record(RecordError::Outrun) => Kind::WrongState,
             AdminError::NotServing(_) | AdminError::Record(_) => Kind::NoCapacity,
             AdminError::NoWorker { .. } | AdminError::Field(_) => Kind::BadInput,
-            AdminError::Plan(_) | AdminError::Outdated { .. } => Kind::WrongState,
+            AdminError::Plan(_) | AdminError::Start(_) | AdminError::Outdated { .. } => Kind::WrongState,
             AdminError::Change(error) => error.kind(),
         }
     }
@@ -192,6 +201,7 @@ impl Coordinator {
             return Ok(Applied { version: before.version, compared });
         }
         self.deploy(deployment.clone()).await?;
+        self.deployed().deployment = deployment.clone();
         let written = self.keeper().deploy(&record, before.version).await;
         match written {
             Ok(version) => {
@@ -200,22 +210,25 @@ impl Coordinator {
                 Ok(Applied { version, compared })
             }
             Err(error) => {
-                self.deploy(before.deployment).await?;
+                self.deploy(before.deployment.clone()).await?;
+                *self.deployed() = before;
                 Err(error.into())
             }
         }
     }
 
-    /// Serves something else of the same model.
+    /// Serves something else: by the engine that there is, or, if it is another model, format or context, by another one.
     async fn deploy(&self, deployment: Deployment) -> Result<(), AdminError> {
-        let was = self.deployed().deployment.clone();
-        let kept = (&was.model, was.dtype, was.quantization, was.context);
-        if kept != (&deployment.model, deployment.dtype, deployment.quantization, deployment.context) {
-            return Err(AdminError::Field(
-                "model, dtype, quantize, context: these change by a start of the coordinator only".into(),
-            ));
+        let is = self.deployed().deployment.clone();
+        let kept = (&is.model, is.dtype, is.quantization, is.context);
+        if kept == (&deployment.model, deployment.dtype, deployment.quantization, deployment.context) {
+            return Ok(self.change(Change::Deploy(Box::new(deployment))).await?);
         }
-        Ok(self.change(Change::Deploy(Box::new(deployment))).await?)
+        let gone = || AdminError::Change(ChangeError::Gone);
+        let (reply, replaced) = oneshot::channel();
+        let asks = self.shared.replacements.get().ok_or_else(gone)?;
+        asks.send(Replacement { deployment, reply }).map_err(|_| gone())?;
+        replaced.await.map_err(|_| gone())?
     }
 
     /// Compares the live plan with that of another deployment over today's members.

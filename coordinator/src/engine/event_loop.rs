@@ -7,7 +7,7 @@ mod standby;
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
-    sync::{Arc, atomic::AtomicU64},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
     time::{Duration, Instant},
 };
 
@@ -18,6 +18,7 @@ use self::change::Changing;
 use super::{
     answer::{self, Live},
     change::Change,
+    claims::{Claim, Claims},
     error::EngineError,
     messages::{Asked, Event, Observer, Submission},
     replica::{Replica, State},
@@ -78,6 +79,12 @@ pub(crate) struct Engine {
     standbys_due: bool,
     /// They are looked for right now.
     standing_by: bool,
+    /// What it and other engines run on.
+    claim: Claim,
+    /// Where it is shown; what tells of its end knows it, too.
+    shown: Arc<Mutex<watch::Sender<Snapshot>>>,
+    /// It is to end when nothing is in progress.
+    retires: bool,
     /// Counts pipelines that were begun, of whichever replica.
     incarnations: Arc<AtomicU64>,
     last_id: SequenceId,
@@ -107,6 +114,8 @@ pub(crate) struct Start {
     pub history: Arc<History>,
     /// What was counted before.
     pub counters: v1::Load,
+    /// What other engines run on.
+    pub claims: Claims,
     /// Counts pipelines that are begun; goes on where the engine before this one stopped.
     pub incarnations: Arc<AtomicU64>,
 }
@@ -144,6 +153,19 @@ impl Running {
         (&mut self.ended).await.ok()
     }
 
+    /// Shows it elsewhere; returns when nothing of it is shown where it was.
+    pub async fn show(&self, place: watch::Sender<Snapshot>) {
+        let (done, shown) = oneshot::channel();
+        // One that is gone shows nothing.
+        let _ = self.handle.send(Event::Show(place, done));
+        let _ = shown.await;
+    }
+
+    /// Ends it when nothing is in progress any more.
+    pub fn retire(&self) {
+        let _ = self.handle.send(Event::Retire);
+    }
+
     /// Ends it: its coordinator leads no more.
     pub fn depose(&self, why: String) {
         // One that is gone has ended already.
@@ -163,7 +185,7 @@ impl Engine {
         let (handle, events) = mpsc::unbounded_channel();
         let (first, up) = oneshot::channel();
         let (end, ended) = oneshot::channel();
-        let (planned, snapshot) = (start.planned, start.snapshot.clone());
+        let (planned, shown) = (start.planned, Arc::new(Mutex::new(start.snapshot.clone())));
         let engine = Engine {
             deployment: start.deployment,
             limits: start.limits,
@@ -185,6 +207,9 @@ impl Engine {
             changes: VecDeque::new(),
             standbys_due: true,
             standing_by: false,
+            claim: start.claims.enter(),
+            shown: shown.clone(),
+            retires: false,
             incarnations: start.incarnations,
             last_id: 0,
             live: HashMap::new(),
@@ -199,7 +224,8 @@ impl Engine {
                 Err(error) => Ended::Failed(format!("the engine ended: {error}")),
             };
             let (Ended::Deposed(why) | Ended::Failed(why)) = &ended;
-            snapshot.send_modify(|s| (s.up, s.down) = (false, why.clone()));
+            let shown = shown.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            shown.send_modify(|s| (s.up, s.down) = (false, why.clone()));
             // Nobody may wait for its end.
             let _ = end.send(ended);
         });
@@ -215,6 +241,7 @@ impl Engine {
             self.add_replica(Some(replica));
         }
         self.show_left_out();
+        self.hold();
         while self.deposed.is_none() && !self.snapshot.is_closed() {
             tokio::select! {
                 event = self.events.recv() => match event {
@@ -230,6 +257,10 @@ impl Engine {
             self.stand_by();
             self.issue();
             self.publish();
+            self.hold();
+            if self.retires && self.live.is_empty() {
+                self.deposed = Some("another deployment is served".into());
+            }
         }
         let failed = match &self.deposed {
             Some(why) => EngineError::Deposed(why.clone()),
@@ -264,8 +295,34 @@ impl Engine {
             Event::Change(change, reply) => self.change(change, reply),
             Event::Prepared(number, prepared) => self.prepared(number, *prepared),
             Event::StoodBy(standing, failed) => self.stood_by(standing, failed),
+            Event::Show(place, shown) => {
+                self.show_on(place);
+                // Who asked may have gone.
+                let _ = shown.send(());
+            }
+            Event::Retire => self.retires = true,
+            Event::Freed => {
+                self.standbys_due = true;
+                self.joined |= self.deployment.split == Split::Auto;
+                self.try_another();
+            }
             Event::Depose(why) => self.deposed = Some(why),
         }
+    }
+
+    /// Shows itself there from now on; what is counted there goes on.
+    fn show_on(&mut self, place: watch::Sender<Snapshot>) {
+        let own = self.snapshot.borrow().clone();
+        let before = snapshot::counters(&place.borrow().load);
+        self.counters = snapshot::sum(&before, &self.counters);
+        place.send_modify(|s| *s = Snapshot { state: s.state, doing: std::mem::take(&mut s.doing), ..own });
+        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = place.clone();
+        self.snapshot = place;
+    }
+
+    /// Tells other engines what it runs on.
+    fn hold(&self) {
+        self.claim.hold(self.replicas.iter().map(|r| (r.number, r.plan.clone())).collect());
     }
 
     fn member_event(&mut self, event: &MemberEvent) {

@@ -6,10 +6,12 @@ use std::{
 };
 
 use strata_proto::Plan;
+use tokio::sync::{oneshot, watch};
 
 use super::{
     change::{Change, ChangeReply},
     replies::ReplySender,
+    snapshot::Snapshot,
 };
 use crate::{
     cluster::{
@@ -70,6 +72,12 @@ pub(crate) enum Event {
     Prepared(u64, Box<Result<Target, PipelineError>>),
     /// The attempt to have standbys ended: those that there are, and which loads failed.
     StoodBy(Vec<Standby>, Vec<PipelineError>),
+    /// It shows itself there from now on, and says when it does.
+    Show(watch::Sender<Snapshot>, oneshot::Sender<()>),
+    /// It ends when nothing is in progress any more.
+    Retire,
+    /// Devices that another engine had are free.
+    Freed,
     /// The coordinator leads no more, for this reason.
     Depose(String),
 }

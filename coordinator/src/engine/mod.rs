@@ -3,6 +3,7 @@
 mod answer;
 mod budget;
 mod change;
+mod claims;
 mod error;
 mod event_loop;
 mod messages;
@@ -12,6 +13,7 @@ mod snapshot;
 
 pub(crate) use change::Change;
 pub use change::ChangeError;
+pub(crate) use claims::Claims;
 pub use error::EngineError;
 pub(crate) use event_loop::{Ended, Engine, Running, Start};
 pub(crate) use messages::{Asked, Event, Submission};

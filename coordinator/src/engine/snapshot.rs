@@ -125,6 +125,19 @@ pub(crate) fn counters(load: &v1::Load) -> v1::Load {
     }
 }
 
+/// What two engines have counted, one after the other.
+pub(crate) fn sum(a: &v1::Load, b: &v1::Load) -> v1::Load {
+    v1::Load {
+        prompt_tokens: a.prompt_tokens + b.prompt_tokens,
+        generated_tokens: a.generated_tokens + b.generated_tokens,
+        preemptions: a.preemptions + b.preemptions,
+        steps: a.steps + b.steps,
+        prefix_queries: a.prefix_queries + b.prefix_queries,
+        prefix_hits: a.prefix_hits + b.prefix_hits,
+        ..v1::Load::default()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

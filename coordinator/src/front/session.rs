@@ -5,13 +5,16 @@ mod generation;
 mod pending;
 mod record;
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::{
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
 
 use strata_proto::{
     ModelProfile,
     v1::{self, Task},
 };
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 pub use error::SessionError;
 pub use generation::Generation;
@@ -30,6 +33,9 @@ use crate::{
     },
 };
 
+/// How long requests wait for what is served next.
+const HELD_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// What a session needs of a model that is served.
 #[derive(Debug)]
 pub(crate) struct Served {
@@ -42,6 +48,10 @@ pub(crate) struct Served {
     pub longest_input: Limit,
     /// Somebody chose how much the cache holds.
     pub is_cache_chosen: bool,
+    /// Every name by which clients ask for it.
+    pub names: Arc<[String]>,
+    /// Dropped with the last request that was let in to it.
+    pub _in_use: oneshot::Sender<()>,
 }
 
 /// A way to ask the model; cheap to clone. It bounds requests in progress, tokenizes off the async threads, keeps
@@ -50,19 +60,19 @@ pub(crate) struct Served {
 #[derive(Debug, Clone)]
 pub struct Session {
     shared: Arc<Shared>,
-    /// The coordinator's own questions before it serves, which count nowhere.
-    probes: bool,
+    /// What the coordinator's own questions are for, before it is served. They count nowhere.
+    probed: Option<Arc<Served>>,
     /// Which of a tenant's connections its requests come by.
     connection: u64,
 }
 
 #[derive(Debug)]
 struct Shared {
-    /// The first of its names.
-    model: Arc<str>,
-    names: Arc<[String]>,
+    names: RwLock<Arc<[String]>>,
     /// While there is a tokenizer and an engine.
     served: RwLock<Option<Arc<Served>>>,
+    /// Requests wait for what is served next.
+    held: watch::Sender<bool>,
     snapshot: watch::Receiver<Snapshot>,
     /// Requests that were let in, and whose answers are not read to their ends.
     open: watch::Sender<usize>,
@@ -83,17 +93,18 @@ impl Session {
         snapshot: watch::Receiver<Snapshot>,
     ) -> Self {
         let (gate, served) = (Gate::new(max_requests), RwLock::default());
-        let model = names.first().map_or("", String::as_str).into();
+        let (names, held) = (RwLock::new(names), watch::Sender::default());
         let open = watch::Sender::default();
         let (pool, unread) = (Pool::default(), Arc::new(Unread::new(unread_bytes)));
         let shared =
-            Shared { model, names, served, snapshot, open, gate, pool, unread, counts: Arc::default() };
-        Session { shared: Arc::new(shared), probes: false, connection: 0 }
+            Shared { names, served, held, snapshot, open, gate, pool, unread, counts: Arc::default() };
+        Session { shared: Arc::new(shared), probed: None, connection: 0 }
     }
 
     /// There is something to ask from now on.
-    pub(crate) fn open(&self, served: Served) {
-        self.set(Some(Arc::new(served)));
+    pub(crate) fn open(&self, served: Arc<Served>) {
+        *self.shared.names.write().unwrap_or_else(PoisonError::into_inner) = served.names.clone();
+        self.set(Some(served));
     }
 
     /// There is nothing to ask from now on.
@@ -101,12 +112,18 @@ impl Session {
         self.set(None);
     }
 
+    /// Requests that come wait, or do so no more.
+    pub(crate) fn hold(&self, held: bool) {
+        self.shared.held.send_replace(held);
+    }
+
     fn set(&self, served: Option<Arc<Served>>) {
         *self.shared.served.write().unwrap_or_else(PoisonError::into_inner) = served;
     }
 
     fn get(&self) -> Option<Arc<Served>> {
-        self.shared.served.read().unwrap_or_else(PoisonError::into_inner).clone()
+        let served = || self.shared.served.read().unwrap_or_else(PoisonError::into_inner).clone();
+        self.probed.clone().or_else(served)
     }
 
     /// The engine, while there is one.
@@ -120,9 +137,9 @@ impl Session {
         let _ = self.shared.open.subscribe().wait_for(|open| *open == 0).await;
     }
 
-    /// The same for the coordinator's own questions.
-    pub(crate) fn probing(&self) -> Self {
-        Session { probes: true, ..self.clone() }
+    /// The same for the coordinator's own questions, about what is to be served.
+    pub(crate) fn probing(&self, probed: Arc<Served>) -> Self {
+        Session { probed: Some(probed), ..self.clone() }
     }
 
     /// The same for requests that come by a connection of this number, whatever it stands for: the connections of a
@@ -132,13 +149,16 @@ impl Session {
     }
 
     /// Name of the model that answers.
-    pub fn model(&self) -> &str {
-        &self.shared.model
+    pub fn model(&self) -> String {
+        self.names().first().cloned().unwrap_or_default()
     }
 
     /// Every name by which it may be asked for, that one first.
-    pub fn names(&self) -> &[String] {
-        &self.shared.names
+    pub fn names(&self) -> Arc<[String]> {
+        match &self.probed {
+            Some(served) => served.names.clone(),
+            None => self.shared.names.read().unwrap_or_else(PoisonError::into_inner).clone(),
+        }
     }
 
     /// Requests so far.
@@ -198,7 +218,7 @@ impl Session {
             let classes = encode::classification(&served.profile, &logits);
             Some(v1::Classification { classes, tokens: input.tokens, dropped_tokens: input.dropped })
         });
-        Ok(v1::ClassifyResponse { results: results.await?, model: self.model().to_owned() })
+        Ok(v1::ClassifyResponse { results: results.await?, model: self.model() })
     }
 
     /// A vector for each input.
@@ -218,7 +238,7 @@ impl Session {
             let Reply::Vector(values) = reply else { return None };
             Some(v1::Embedding { values, tokens: input.tokens, dropped_tokens: input.dropped })
         });
-        Ok(v1::EmbedResponse { results: results.await?, model: self.model().to_owned() })
+        Ok(v1::EmbedResponse { results: results.await?, model: self.model() })
     }
 
     /// The likeliest tokens for each mask of each input.
@@ -252,7 +272,7 @@ impl Session {
             let masks = masks.collect();
             Some(v1::FilledMasks { masks, tokens: input.tokens, dropped_tokens: input.dropped })
         });
-        Ok(v1::FillMaskResponse { results: results.await?, model: self.model().to_owned() })
+        Ok(v1::FillMaskResponse { results: results.await?, model: self.model() })
     }
 
     /// The ids of a text, as Generate would read it.
@@ -261,7 +281,7 @@ impl Session {
     /// If the text is too long, or there is no room.
     pub async fn tokenize(&self, request: v1::TokenizeRequest) -> Result<v1::TokenizeResponse, SessionError> {
         let mut record = self.arrived("Tokenize");
-        let names = self.shared.names.clone();
+        let names = self.names();
         let token_ids = self.let_in(&mut record, request.text.len(), move |served| {
             bounds::check_model(&request.model, &names)?;
             bounds::check_text("text", &request.text)?;
@@ -282,7 +302,7 @@ impl Session {
     ) -> Result<v1::DetokenizeResponse, SessionError> {
         let mut record = self.arrived("Detokenize");
         record.prompt_tokens = request.token_ids.len() as u32;
-        let names = self.shared.names.clone();
+        let names = self.names();
         let bytes = size_of_val(request.token_ids.as_slice());
         let text = self.let_in(&mut record, bytes, move |served| {
             bounds::check_model(&request.model, &names)?;
@@ -302,8 +322,8 @@ impl Session {
     }
 
     fn arrived(&self, call: &'static str) -> Record {
-        let counts = (!self.probes).then(|| self.shared.counts.clone());
-        Record::begin(counts, call, self.shared.model.clone())
+        let counts = self.probed.is_none().then(|| self.shared.counts.clone());
+        Record::begin(counts, call, self.model().into())
     }
 
     /// Takes a place, which costs nothing, and then runs work on `bytes` of a request, which costs memory and time, off
@@ -314,12 +334,21 @@ impl Session {
         bytes: usize,
         work: impl FnOnce(&Served) -> Result<T, AdmissionError> + Send + 'static,
     ) -> Result<(Arc<Served>, T), SessionError> {
-        let served = self.served()?;
+        let mut held = self.shared.held.subscribe();
+        let waits = *held.borrow_and_update() && self.probed.is_none();
+        if !waits {
+            self.served()?;
+        }
         if let Some(most) = self.shared.unread.exceeded() {
             return Err(AdmissionError::Unread { most }.into());
         }
         record.permit = Some(Arc::new(self.shared.gate.enter(&record.tenant, self.connection)?));
         record.open = Some(Open::new(&self.shared.open));
+        if waits {
+            // If it takes longer, it is as if nothing were served.
+            let _ = tokio::time::timeout(HELD_TIMEOUT, held.wait_for(|held| !held)).await;
+        }
+        let served = self.served()?;
         let at_work = served.clone();
         let done = self.shared.pool.run(bytes, move || work(&at_work)).await?;
         Ok((served, done))
@@ -330,7 +359,7 @@ impl Session {
         let snapshot = self.shared.snapshot.borrow();
         match (snapshot.state, self.get()) {
             (State::Serving, Some(served)) => Ok(served),
-            (State::Starting, Some(served)) if self.probes => Ok(served),
+            (State::Starting, Some(served)) if self.probed.is_some() => Ok(served),
             (State::Draining, _) => Err(SessionError::Draining),
             _ => Err(SessionError::NotYet(snapshot.reason())),
         }
@@ -342,15 +371,16 @@ impl Session {
         request: v1::GenerateRequest,
         record: &mut Record,
     ) -> Result<(v1::Started, Pending), SessionError> {
-        bounds::check_model(&request.model, &self.shared.names)?;
+        bounds::check_model(&request.model, &self.names())?;
         bounds::check_tenant(&request.tenant)?;
         record.tenant = request.tenant.as_str().into();
         // While no pipeline is up its capacity is unknown; the scheduler checks again when there is one.
-        let capacity = match self.shared.snapshot.borrow().capacity {
-            0 => u64::MAX,
-            capacity => capacity,
-        };
+        let snapshot = self.shared.snapshot.clone();
         let checking = self.let_in(record, generate::bytes(&request), move |served| {
+            let capacity = match snapshot.borrow().capacity {
+                0 => u64::MAX,
+                capacity => capacity,
+            };
             let limit = served.longest.within_cache(capacity, served.is_cache_chosen);
             generate::check(request, &served.tokenizer, &served.profile, limit)
         });
@@ -358,7 +388,7 @@ impl Session {
         record.prompt_tokens = checked.prompt.len() as u32;
         let started = v1::Started {
             request_id: record.id.to_string(),
-            model: self.model().to_owned(),
+            model: self.model(),
             prompt_token_ids: checked.prompt.clone(),
             seed: checked.seed,
         };
@@ -396,7 +426,7 @@ impl Session {
         record: &mut Record,
         mut answer: impl FnMut(&Served, Sent, Reply) -> Option<T>,
     ) -> Result<Vec<T>, SessionError> {
-        bounds::check_model(&asked.model, &self.shared.names)?;
+        bounds::check_model(&asked.model, &self.names())?;
         let checking = self.let_in(record, encode::bytes(&asked), move |served| {
             encode::check(asked, &served.tokenizer, &served.profile, served.longest_input)
         });

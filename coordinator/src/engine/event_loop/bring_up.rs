@@ -48,7 +48,12 @@ impl Engine {
     /// Adds a replica and tries to bring a pipeline up for it, over devices that it has by a plan, or is to find; its
     /// number.
     pub(super) fn add_replica(&mut self, known: Option<Planned>) -> u32 {
-        let number = (0..).find(|n| self.replicas.iter().all(|replica| replica.number != *n)).unwrap_or(0);
+        let others = self.claim.others();
+        let is_free = |n: &u32| {
+            self.replicas.iter().all(|replica| replica.number != *n)
+                && others.iter().all(|(other, _)| other != n)
+        };
+        let number = (0..).find(is_free).unwrap_or(0);
         self.replicas.push(Replica::new(
             number,
             self.scheduler_config(0, 0, 1),
@@ -89,6 +94,7 @@ impl Engine {
         }
         let incarnation = self.incarnations.fetch_add(1, Ordering::Relaxed) + 1;
         let taken: Vec<_> = self.replicas.iter().filter_map(|replica| replica.plan.clone()).collect();
+        let foreign = self.claim.plans_of_others();
         let replica = &mut self.replicas[at];
         // Whose sequences no other replica can run takes whatever holds the model.
         let further = !taken.is_empty() && replica.load() == 0;
@@ -120,6 +126,7 @@ impl Engine {
                     None => {
                         let mine = |found: &mut Discovery| {
                             found.leave_out(&taken);
+                            found.leave_out(&foreign);
                             if further {
                                 found.offers.retain(Offer::may_hold_further);
                                 found.hold_back(deployment.standbys);

@@ -113,11 +113,15 @@ impl Engine {
             Change::Deploy(deployment) => Deployment::clone(deployment),
             _ => self.deployment.clone(),
         };
+        let foreign = self.claim.plans_of_others();
         let (events, history, term) = (self.handle.clone(), self.history.clone(), self.term);
         tokio::spawn(async move {
-            let plan = |found: Discovery| match &change {
-                Change::Leave(worker) => relocation::without(worker, found, &theirs, &deployment),
-                Change::Deploy(_) => relocation::best(found, &theirs, &deployment),
+            let plan = |mut found: Discovery| {
+                found.leave_out(&foreign);
+                match &change {
+                    Change::Leave(worker) => relocation::without(worker, found, &theirs, &deployment),
+                    Change::Deploy(_) => relocation::best(found, &theirs, &deployment),
+                }
             };
             let prepared = async {
                 let enough = |found| plan(found).is_ok();

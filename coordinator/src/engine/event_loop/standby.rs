@@ -28,6 +28,7 @@ impl Engine {
         }
         (self.standbys_due, self.standing_by) = (false, true);
         let plans: Vec<_> = self.replicas.iter().filter_map(|replica| replica.plan.clone()).collect();
+        let foreign = self.claim.plans_of_others();
         let incarnation = self.incarnations.fetch_add(1, Ordering::Relaxed) + 1;
         let fence = Fence { term: self.term, pipeline: NO_PIPELINE, incarnation };
         let (members, deployment, profile) =
@@ -38,7 +39,8 @@ impl Engine {
                 discover_enough(&members, &deployment.model, Some(&profile), PATIENCE, |_| true).await;
             let (mut standing, mut failed) = (Vec::new(), Vec::new());
             match found {
-                Ok(found) => {
+                Ok(mut found) => {
+                    found.leave_out(&foreign);
                     let chosen = standbys(&found, &plans, &deployment);
                     let loads = chosen.into_iter().map(|standby| async {
                         let is_it = |stage: &strata_proto::StagePlan| {

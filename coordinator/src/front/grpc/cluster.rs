@@ -92,7 +92,7 @@ impl Cluster for ClusterService {
         }));
         let deployed = self.coordinator.deployed().clone();
         Ok(Response::new(v1::StatusResponse {
-            model: self.coordinator.session().model().to_owned(),
+            model: self.coordinator.session().model(),
             names: self.coordinator.session().names().to_vec(),
             ready: snapshot.ready(),
             reason: snapshot.reason(),
