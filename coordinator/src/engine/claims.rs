@@ -12,7 +12,14 @@ type Held = (u32, Option<Arc<Plan>>);
 
 /// The claims of all engines.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Claims(Arc<Mutex<(u64, BTreeMap<u64, Vec<Held>>)>>);
+pub(crate) struct Claims(Arc<Mutex<All>>);
+
+#[derive(Debug, Default)]
+struct All {
+    /// Of the engine that came last.
+    last: u64,
+    by_engine: BTreeMap<u64, Vec<Held>>,
+}
 
 /// Those of one engine; given back when dropped.
 #[derive(Debug)]
@@ -25,16 +32,16 @@ impl Claims {
     /// The claim of an engine that holds nothing yet.
     pub fn enter(&self) -> Claim {
         let mut all = self.lock();
-        all.0 += 1;
-        Claim { all: self.clone(), id: all.0 }
+        all.last += 1;
+        Claim { all: self.clone(), id: all.last }
     }
 
     /// Every plan that is followed.
     pub fn plans(&self) -> Vec<Arc<Plan>> {
-        self.lock().1.values().flatten().filter_map(|(_, plan)| plan.clone()).collect()
+        self.lock().by_engine.values().flatten().filter_map(|(_, plan)| plan.clone()).collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, (u64, BTreeMap<u64, Vec<Held>>)> {
+    fn lock(&self) -> MutexGuard<'_, All> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -42,13 +49,13 @@ impl Claims {
 impl Claim {
     /// What the engine holds from now on.
     pub fn hold(&self, held: Vec<Held>) {
-        self.all.lock().1.insert(self.id, held);
+        self.all.lock().by_engine.insert(self.id, held);
     }
 
     /// What others hold.
     pub fn others(&self) -> Vec<Held> {
         let all = self.all.lock();
-        all.1.iter().filter(|(id, _)| **id != self.id).flat_map(|(_, held)| held).cloned().collect()
+        all.by_engine.iter().filter(|(id, _)| **id != self.id).flat_map(|(_, held)| held).cloned().collect()
     }
 
     /// The plans that others follow.
@@ -59,6 +66,6 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        self.all.lock().1.remove(&self.id);
+        self.all.lock().by_engine.remove(&self.id);
     }
 }
