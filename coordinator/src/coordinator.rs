@@ -34,8 +34,6 @@ use crate::{
     preflight::Finding,
 };
 
-use replace::Replacement;
-
 pub use admin::{AdminError, Applied, Comparison};
 
 /// How long listed workers have to come, before those that are there are enough if they can hold the model.
@@ -124,6 +122,13 @@ pub(crate) struct Deployed {
     pub version: u64,
     /// What is served.
     pub deployment: Deployment,
+}
+
+/// A request for another engine.
+#[derive(Debug)]
+struct Replacement {
+    deployment: Deployment,
+    reply: oneshot::Sender<Result<(), AdminError>>,
 }
 
 /// A coordinator, without its ports. It can be asked what it is doing from the moment it is made.

@@ -8,7 +8,7 @@ use strata_proto::{
 };
 use tokio::sync::oneshot;
 
-use super::{Coordinator, Deployed, StartError, replace::Replacement};
+use super::{Coordinator, Deployed, Replacement, StartError};
 use crate::{
     cluster::{
         PipelineError,

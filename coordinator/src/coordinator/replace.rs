@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError};
 
 use tokio::sync::{oneshot, watch};
 
-use super::{AdminError, Coordinator, Reign};
+use super::{AdminError, Coordinator, Reign, Replacement};
 use crate::{
     cluster::{
         History,
@@ -15,13 +15,6 @@ use crate::{
     config::Deployment,
     engine::{self, Observer, Snapshot, State},
 };
-
-/// A request for another engine.
-#[derive(Debug)]
-pub(super) struct Replacement {
-    pub deployment: Deployment,
-    pub reply: oneshot::Sender<Result<(), AdminError>>,
-}
 
 impl Coordinator {
     /// Serves another deployment, or goes on with the one that there is; whether either is served.
