@@ -155,6 +155,13 @@ class Cluster:
         except (ValueError, subprocess.TimeoutExpired):
             return None
 
+    def operate(self, *arguments, text=None):
+        """What an operator asks of the coordinator that leads."""
+        command = [self.binary, *arguments, "--address", self.leader.address]
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=PATIENCE, env=ENVIRONMENT)
+        if done.returncode:
+            raise RuntimeError(f"strata {' '.join(arguments)}: {done.stderr.strip()}")
+
     def answers(self, coordinator):
         """Waits until a coordinator says what it does."""
         begun = time.monotonic()

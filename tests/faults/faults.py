@@ -139,6 +139,28 @@ def coordinator_restart(cluster, _):
         cluster.answers(coordinator)
 
 
+def drain(cluster, chance):
+    """An operator drains a stage's worker, and takes it back."""
+    victim = chance.choice(cluster.healthy())
+    cluster.operate("drain", victim.name)
+    cluster.healthy(without=[victim])
+    cluster.operate("undrain", victim.name)
+
+
+def rebalance(cluster, _):
+    cluster.healthy()
+    cluster.operate("rebalance")
+    cluster.healthy()
+
+
+def apply(cluster, chance):
+    """Another split is applied."""
+    cluster.healthy()
+    split = chance.choice(["2,2,2", "1,3,2", "3,2,1"])
+    cluster.operate("apply", "-", text=f"model = '{MODEL}'\ndtype = 'f32'\nsplit = '{split}'\n")
+    cluster.healthy()
+
+
 def etcd_stop(cluster, _):
     """As machines that hang, for longer than leases live."""
     for member in cluster.etcd.members:
@@ -177,7 +199,7 @@ FAULTS = {
     "cut": once("cut"), "flip": once("flip"), "truncate": once("truncate"),
     "half-open-forth": half_open("forth"), "half-open-back": half_open("back"), "half-open": half_open("forth", "back"),
     "bad-spare": bad_spare, "coordinator-kill": coordinator_kill, "coordinator-stop": coordinator_stop,
-    "coordinator-restart": coordinator_restart,
+    "coordinator-restart": coordinator_restart, "drain": drain, "rebalance": rebalance, "apply": apply,
     "etcd-stop": etcd_stop, "etcd-kill": etcd_kill, "etcd-restart": etcd_restart,
 }
 
