@@ -4,13 +4,16 @@ mod bring_up;
 mod commit;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     sync::{Arc, atomic::AtomicU64},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use strata_proto::{ModelProfile, error::Classify, v1};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::Instant,
+};
 
 use super::{
     answer::{self, Live},
@@ -71,7 +74,7 @@ pub(crate) struct Engine {
     /// Counts pipelines that were begun, of whichever replica.
     incarnations: Arc<AtomicU64>,
     last_id: SequenceId,
-    live: HashMap<SequenceId, Live>,
+    live: BTreeMap<SequenceId, Live>,
     begun: Instant,
     /// Since when no pipeline is up.
     down_since: Option<Instant>,
@@ -174,7 +177,7 @@ impl Engine {
             joined: false,
             incarnations: start.incarnations,
             last_id: 0,
-            live: HashMap::new(),
+            live: BTreeMap::new(),
             begun: Instant::now(),
             down_since: Some(Instant::now()),
             first: Some(first),
@@ -186,7 +189,7 @@ impl Engine {
                 Err(error) => Ended::Failed(format!("the engine ended: {error}")),
             };
             let (Ended::Deposed(why) | Ended::Failed(why)) = &ended;
-            snapshot.send_modify(|s| (s.up, s.down) = (false, why.clone()));
+            snapshot.send_modify(|s| s.engine_ended(why));
             // Nobody may wait for its end.
             let _ = end.send(ended);
         });
@@ -204,11 +207,13 @@ impl Engine {
         self.show_left_out();
         while self.deposed.is_none() && !self.snapshot.is_closed() {
             tokio::select! {
+                // Deadlines are kept however many events there are.
+                biased;
+                _ = tick.tick() => self.tick(),
                 event = self.events.recv() => match event {
                     Some(event) => self.react(event),
                     None => break,
                 },
-                _ = tick.tick() => self.tick(),
             }
             while let Ok(event) = self.events.try_recv() {
                 self.react(event);
@@ -220,7 +225,7 @@ impl Engine {
             Some(why) => EngineError::Deposed(why.clone()),
             None => EngineError::ShuttingDown,
         };
-        for (_, live) in self.live.drain() {
+        for live in self.live.into_values() {
             live.reply.end(Reply::Failed(failed.clone()));
         }
         let pipelines = self.replicas.into_iter().filter_map(|replica| match replica.state {

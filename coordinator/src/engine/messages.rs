@@ -1,11 +1,9 @@
 //! What goes in and out of the engine.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use strata_proto::Plan;
+use tokio::time::Instant;
 
 use super::replies::ReplySender;
 use crate::{
