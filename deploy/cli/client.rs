@@ -2,7 +2,7 @@
 
 use std::{error::Error, future::Future, time::Duration};
 
-use strata_proto::{MAX_HEADER_LIST, error::root, http_url};
+use strata_proto::{CLIENT_PING_EVERY, CLIENT_PING_TIMEOUT, MAX_HEADER_LIST, error::root, http_url};
 use tonic::{
     Code, Status,
     transport::{Channel, Endpoint},
@@ -12,9 +12,6 @@ use crate::{args::AddressArgs, call_error::CallError, report::misused};
 
 /// How long connecting may take, unless told otherwise.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// A server that computes for long still answers HTTP/2's pings; one that is gone without a word does not.
-const PING_EVERY: Duration = Duration::from_secs(10);
-const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A server that was reached.
 #[derive(Debug, Clone)]
@@ -40,8 +37,8 @@ impl Server {
         let endpoint = endpoint
             .connect_timeout(limit)
             .tcp_nodelay(true)
-            .http2_keep_alive_interval(PING_EVERY)
-            .keep_alive_timeout(PING_TIMEOUT)
+            .http2_keep_alive_interval(CLIENT_PING_EVERY)
+            .keep_alive_timeout(CLIENT_PING_TIMEOUT)
             .http2_max_header_list_size(MAX_HEADER_LIST);
         // The endpoint's own limit leaves the lookup of a name out.
         let connected = match tokio::time::timeout(limit, endpoint.connect()).await {

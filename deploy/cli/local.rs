@@ -66,6 +66,7 @@ pub fn here(
             hub: hub.clone(),
             step_hook: None,
             directories: directories.clone(),
+            verify_every: None,
         })?;
         workers.push((format!("worker-{index}"), Arc::new(worker)));
     }

@@ -148,6 +148,7 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         hub: Arc::default(),
         step_hook: None,
         directories,
+        verify_every: args.verify_every.map(Duration::from_secs),
     })?;
     let worker = Arc::new(worker);
     let (stop, stopped) = watch::channel(false);

@@ -52,8 +52,8 @@ pub use dtype::{DType, Format, Quantization};
 pub use layers::LayerRange;
 pub use lead::Lead;
 pub use limits::{
-    BLOCK_TOKENS, LINK_TOKEN_BYTES, MAX_HEADER_LIST, MAX_MODEL_FILES, MAX_STAGE_MESSAGE, NCCL_ID_BYTES,
-    PING_EVERY, PING_TIMEOUT,
+    BLOCK_TOKENS, CLIENT_PING_EVERY, CLIENT_PING_TIMEOUT, LINK_TOKEN_BYTES, MAX_HEADER_LIST, MAX_MODEL_FILES,
+    MAX_STAGE_MESSAGE, NCCL_ID_BYTES, PING_EVERY, PING_TIMEOUT,
 };
 pub use plan::{Forecast, LinkChoice, LinkKind, MapDevice, Offload, Plan, Replica, StagePlan};
 pub use profile::{Experts, FormatBytes, ModelProfile, Module};

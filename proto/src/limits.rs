@@ -28,6 +28,12 @@ pub const PING_EVERY: Duration = Duration::from_secs(2);
 /// How long the answer may take, before the connection counts as broken.
 pub const PING_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// How often either end of a connection between client and coordinator asks whether the other is there.
+pub const CLIENT_PING_EVERY: Duration = Duration::from_secs(10);
+/// How long the answer may take, before the connection counts as broken: a coordinator that computes for long answers
+/// still.
+pub const CLIENT_PING_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// Most alternatives that are reported beside a token.
 pub const MAX_LOGPROBS: u32 = 20;
 /// Most candidates for a mask.

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import urllib.request
 
 from proxy import Proxy
 
@@ -40,8 +41,10 @@ class Process:
         self.start()
 
     def start(self, arguments=None):
-        self.process = subprocess.Popen([self.binary, *(arguments or self.arguments)], stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True, env=ENVIRONMENT)
+        command = [self.binary, *(arguments or self.arguments)]
+        # What all of them say, one after the other, with their own times.
+        with open(os.environ.get("FAULTS_LOG", os.devnull), "a") as log:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=ENVIRONMENT)
         self.said = threading.Event()
         threading.Thread(target=self._read, args=(self.process,), daemon=True).start()
 
@@ -89,17 +92,37 @@ class Worker(Process):
         self.start(self.command(models))
 
 
-class Etcd(Process):
-    """One member, whose data outlives it."""
+class Etcd:
+    """Three members, whose data outlives them."""
 
     def __init__(self):
         self.folder = tempfile.TemporaryDirectory()
-        client, peers = free_port(), f"http://127.0.0.1:{free_port()}"
-        self.url = f"http://127.0.0.1:{client}"
-        arguments = ["--data-dir", self.folder.name, "--listen-client-urls", self.url, "--advertise-client-urls", self.url,
-                     "--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers,
-                     "--initial-cluster", f"default={peers}", "--logger", "zap"]
-        super().__init__("etcd", arguments, "")
+        names = [f"member-{number}" for number in range(3)]
+        clients, peers = ([f"http://127.0.0.1:{free_port()}" for _ in names] for _ in range(2))
+        self.url = ",".join(clients)
+        every = ",".join(f"{name}={peer}" for name, peer in zip(names, peers))
+        self.members = [Process("etcd", [
+            "--name", name, "--data-dir", f"{self.folder.name}/{name}", "--initial-cluster", every,
+            "--listen-client-urls", client, "--advertise-client-urls", client,
+            "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--logger", "zap",
+        ], "") for name, client, peer in zip(names, clients, peers)]
+        for member in self.members:
+            self.wait(member)
+
+    @staticmethod
+    def wait(member):
+        """Waits until a member answers for all of them: it knows who leads."""
+        url = member.arguments[member.arguments.index("--listen-client-urls") + 1]
+        begun = time.monotonic()
+        while time.monotonic() - begun < PATIENCE:
+            try:
+                with urllib.request.urlopen(f"{url}/health", timeout=1) as answer:
+                    if json.load(answer)["health"] == "true":
+                        return
+            except OSError:
+                pass
+            time.sleep(0.1)
+        raise RuntimeError(f"etcd is not healthy after {PATIENCE} s")
 
 
 class Cluster:
@@ -132,6 +155,14 @@ class Cluster:
         except (ValueError, subprocess.TimeoutExpired):
             return None
 
+    def answers(self, coordinator):
+        """Waits until a coordinator says what it does."""
+        begun = time.monotonic()
+        while self.ask(coordinator) is None:
+            if time.monotonic() - begun > PATIENCE:
+                raise RuntimeError(f"a coordinator does not answer after {PATIENCE} s")
+            time.sleep(0.1)
+
     def turn_from(self, coordinator):
         """The next request goes to the other one, unless it does already."""
         if self.leader is coordinator:
@@ -155,23 +186,29 @@ class Cluster:
             if len(stages) == 3 and not set(stages) & set(without):
                 return stages
             time.sleep(0.1)
-        raise RuntimeError(f"nothing serves after {PATIENCE} s: {[self.ask(c) for c in self.coordinators]}")
+        said = [answer and {key: answer[key] for key in ("state", "reason")} for answer in map(self.ask, self.coordinators)]
+        serving, unwanted = [worker.name for worker in self.stages()], [worker.name for worker in without]
+        raise RuntimeError(f"not served without {unwanted} after {PATIENCE} s: by {serving}; {said}")
 
     def resident(self):
         return sum(process.resident() for process in self.workers + self.coordinators)
 
     def close(self):
-        for process in self.workers + self.coordinators + ([self.etcd] if self.etcd else []):
+        for process in self.workers + self.coordinators + (self.etcd.members if self.etcd else []):
             process.process.send_signal(signal.SIGCONT)
             process.kill()
 
 
 def damaged_models(folder):
-    """A copy of the model with one byte of its weights changed."""
+    """A copy of the model with one bit of each tensor changed, so that every stage has one that differs."""
     shutil.copytree(MODELS / MODEL, folder / MODEL)
     weights = folder / MODEL / "model.safetensors"
     data = bytearray(weights.read_bytes())
-    data[len(data) // 3] ^= 0x40
+    begin = 8 + int.from_bytes(data[:8], "little")
+    for name, tensor in json.loads(data[8:begin]).items():
+        if name != "__metadata__":
+            first, end = tensor["data_offsets"]
+            data[begin + (first + end) // 2] ^= 0x40
     weights.write_bytes(data)
     return folder
 
@@ -230,7 +267,7 @@ class Load:
                 if len(got) != TOKENS:
                     self.wrong.append((now, f"prompt {which}: {len(got)} tokens instead of {TOKENS}"))
             elif not self.ends.is_set():
-                self.errors.append((now, said.strip()))
+                self.errors.append((now, said.strip(), bool(got)))
         if client.returncode != 0:
             self.cluster.turn_from(asked)
             time.sleep(0.1)

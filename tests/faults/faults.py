@@ -4,7 +4,8 @@ usage: run [FAULT ...] [--count N | --seconds N] [--seed N] [--streams N] [--hea
 
 One fault, those of a list in turn, or, without names, a random mix. Prints a line for each fault, and what all of them came to:
 exactness, errors by kind, gaps, and how memory grew. Needs Python alone; exits with 1 if a token was wrong or
-there was an error that FAULTS do not allow: answers may break off with UNAVAILABLE only when a coordinator is lost.
+there was an error that FAULTS do not allow: answers may break off with UNAVAILABLE only when a coordinator is lost. FAULTS_LOG=FILE
+keeps what the processes log.
 """
 import argparse
 import collections
@@ -116,31 +117,74 @@ def coordinator_stop(cluster, _):
     leader.signal(signal.SIGCONT)
 
 
+def restart_all(cluster, _):
+    """A new version of every worker, one after the other."""
+    for worker in cluster.workers:
+        worker.signal(signal.SIGTERM)
+        worker.process.wait(60)
+        cluster.healthy(without=[worker])
+        worker.start()
+        worker.wait()
+        cluster.healthy()
+
+
+def coordinator_restart(cluster, _):
+    """A new version of both coordinators, one after the other: whatever they have begun to answer is answered."""
+    for coordinator in sorted(cluster.coordinators, key=lambda c: c is cluster.leader):
+        coordinator.signal(signal.SIGTERM)
+        coordinator.process.wait(60)
+        cluster.turn_from(coordinator)
+        cluster.healthy()
+        coordinator.start()
+        cluster.answers(coordinator)
+
+
 def etcd_stop(cluster, _):
-    """As a machine that hangs, for longer than leases live."""
-    cluster.etcd.signal(signal.SIGSTOP)
+    """As machines that hang, for longer than leases live."""
+    for member in cluster.etcd.members:
+        member.signal(signal.SIGSTOP)
     time.sleep(5)
-    cluster.etcd.signal(signal.SIGCONT)
+    for member in cluster.etcd.members:
+        member.signal(signal.SIGCONT)
     # A lease that is lost is noticed by then.
     time.sleep(2 * LEASE)
     cluster.healthy()
 
 
 def etcd_kill(cluster, _):
-    cluster.etcd.kill()
+    for member in cluster.etcd.members:
+        member.kill()
     time.sleep(2)
-    cluster.etcd.start()
+    for member in cluster.etcd.members:
+        member.start()
     time.sleep(2 * LEASE)
+    cluster.healthy()
+
+
+def etcd_restart(cluster, _):
+    """A new version of every member, one after the other."""
+    for member in cluster.etcd.members:
+        member.signal(signal.SIGTERM)
+        member.process.wait(60)
+        member.start()
+        cluster.etcd.wait(member)
     cluster.healthy()
 
 
 FAULTS = {
     "kill": kill, "kill-two": kill_two, "stop": stop, "stop-spare": stop_spare, "restart": restart,
+    "restart-all": restart_all,
     "cut": once("cut"), "flip": once("flip"), "truncate": once("truncate"),
     "half-open-forth": half_open("forth"), "half-open-back": half_open("back"), "half-open": half_open("forth", "back"),
     "bad-spare": bad_spare, "coordinator-kill": coordinator_kill, "coordinator-stop": coordinator_stop,
-    "etcd-stop": etcd_stop, "etcd-kill": etcd_kill,
+    "coordinator-restart": coordinator_restart,
+    "etcd-stop": etcd_stop, "etcd-kill": etcd_kill, "etcd-restart": etcd_restart,
 }
+
+
+def is_allowed(name, code, begun):
+    """Answers may break off when a coordinator is lost; one that ends in good order refuses what it has not begun."""
+    return code == "UNAVAILABLE" and name.startswith("coordinator") and not (begun and name == "coordinator-restart")
 
 
 def undisturbed(binary, prompts):
@@ -223,9 +267,9 @@ def main():
             gap = measure(since, time.monotonic())
             gaps[name].append(gap)
             memory.append(cluster.resident())
-            for _, said in load.errors[errors:]:
-                lost = name.startswith("coordinator") and kind(said) == "UNAVAILABLE"
-                (allowed if lost else refused)[(name, kind(said))] += 1
+            for _, said, begun_to in load.errors[errors:]:
+                code = kind(said)
+                (allowed if is_allowed(name, code, begun_to) else refused)[(name, code)] += 1
             done += 1
             print(f"{done:4} {name:16} gap {gap:6.2f} s, errors {len(load.errors) - errors}, wrong {len(load.wrong)}",
                   flush=True)

@@ -169,6 +169,7 @@ impl Options {
                 hub: hub.clone(),
                 step_hook: self.hook.clone(),
                 directories: Directories { spill: Some(std::env::temp_dir()), kernels: None },
+                verify_every: Some(Duration::from_secs(1)),
             });
             let worker: Arc<dyn Worker> = Arc::new(worker.unwrap());
             Member { name: format!("worker-{rank}"), worker, rank, host: "127.0.0.1".into() }

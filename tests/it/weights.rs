@@ -7,6 +7,7 @@ use strata_proto::v1::{self, generate_event};
 
 use crate::{
     cluster::{PATIENCE, ask, client, expectations, greedy, model, status},
+    leaders::answers_exactly,
     processes::{Process, free_dir, run},
 };
 
@@ -164,4 +165,64 @@ fn verify_names_the_tensor_in_which_two_copies_differ() {
     assert_eq!((differences.len(), &differences[0]["tensor"]), (1, &Value::from(TENSOR)), "{found}");
     assert_eq!(differences[0]["module"], "layer 5");
     assert!(run(&["verify", report.to_str().unwrap()]).unwrap_err().contains("give the directory"));
+}
+
+/// Changes a bit of what a process holds of the norm behind the first layer's attention; how many copies of it there were.
+fn flip_a_bit_in_memory(process: u32) -> usize {
+    let path = model("shakespeare").join("model.safetensors");
+    let tensors = fs::read(path).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&tensors).unwrap();
+    let norm = tensors.tensor("model.layers.0.post_attention_layernorm.weight").unwrap();
+    // Norms are held in f32, whose upper half a bf16 is.
+    let held: Vec<u8> = norm.data().chunks(2).flat_map(|bf16| [0, 0, bf16[0], bf16[1]]).collect();
+    let memory = fs::File::options().read(true).write(true).open(format!("/proc/{process}/mem")).unwrap();
+    let maps = fs::read_to_string(format!("/proc/{process}/maps")).unwrap();
+    let writable = maps.lines().filter(|line| line.contains(" rw-p "));
+    let mut flipped = 0;
+    for line in writable {
+        let (first, rest) = line.split_once('-').unwrap();
+        let end = rest.split(' ').next().unwrap();
+        let [first, end] = [first, end].map(|number| u64::from_str_radix(number, 16).unwrap());
+        let mut bytes = vec![0; (end - first) as usize];
+        // Some of what is mapped cannot be read.
+        if memory.read_exact_at(&mut bytes, first).is_err() {
+            continue;
+        }
+        // Buffers begin on a cache line.
+        for at in (0..bytes.len().saturating_sub(held.len())).step_by(64) {
+            if bytes[at..].starts_with(&held) {
+                memory.write_all_at(&[bytes[at + 3] ^ 0x40], first + at as u64 + 3).unwrap();
+                flipped += 1;
+            }
+        }
+    }
+    flipped
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn weights_that_change_in_memory_are_read_anew() {
+    let models = model("");
+    let args = ["worker", "--models", models.to_str().unwrap(), "--verify-every", "1"];
+    let worker = Process::start(&args, "listening ");
+    let args = [
+        "coordinator",
+        "--worker",
+        &worker.address,
+        "--model",
+        "shakespeare",
+        "--dtype",
+        "f32",
+        "--port",
+        "0",
+    ];
+    let coordinator = Process::start(&args, "ready ");
+    answers_exactly(&coordinator.address).await;
+    let before = status(&coordinator.address).await.fence;
+    // Longer than it takes to compare all of them once: nothing is found where nothing has changed.
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert_eq!(status(&coordinator.address).await.fence, before);
+    assert_eq!(flip_a_bit_in_memory(worker.id()), 1);
+    wait_for(&coordinator.address, "another pipeline", |status| status.ready && status.fence != before).await;
+    answers_exactly(&coordinator.address).await;
 }

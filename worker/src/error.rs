@@ -81,6 +81,17 @@ pub enum WorkerError {
         /// Why it failed.
         source: std::io::Error,
     },
+    /// Weights are not what they were when they were loaded.
+    #[error(
+        "bytes {first}..{end} of the weights have changed in memory: it is failing, or something wrote there; they \
+         are read anew"
+    )]
+    Changed {
+        /// First byte of the weights that may differ.
+        first: u64,
+        /// The byte behind the last one.
+        end: u64,
+    },
     /// A defect of ours.
     #[error("internal error: {0}")]
     Internal(String),
@@ -96,7 +107,7 @@ impl Classify for WorkerError {
             WorkerError::WrongState(_) | WorkerError::OverBudget { .. } => Kind::WrongState,
             WorkerError::Draining | WorkerError::Aborted => Kind::NoCapacity,
             WorkerError::Link(_) | WorkerError::Neighbour { .. } => Kind::NoCapacity,
-            WorkerError::Internal(_) => Kind::Internal,
+            WorkerError::Changed { .. } | WorkerError::Internal(_) => Kind::Internal,
         }
     }
 }

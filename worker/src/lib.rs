@@ -36,6 +36,7 @@ mod sampler;
 mod service;
 mod stage;
 mod transport;
+mod verify;
 mod weights;
 
 pub use engine::measure;

@@ -107,6 +107,8 @@ pub struct WorkerConfig {
     pub step_hook: Option<StepHook>,
     /// Where it may write.
     pub directories: Directories,
+    /// How often the weights of running stages are compared with what was loaded; never, if nothing is said.
+    pub verify_every: Option<Duration>,
 }
 
 impl WorkerConfig {
@@ -123,6 +125,7 @@ impl WorkerConfig {
             hub: Arc::default(),
             step_hook: None,
             directories: Directories::default(),
+            verify_every: None,
         }
     }
 }
@@ -163,7 +166,8 @@ impl LocalWorker {
             .iter()
             .map(|d| {
                 let (hook, directories) = (config.step_hook.clone(), config.directories.clone());
-                let stage = StageThread::spawn(d, config.compute, hook, directories, resident.clone())?;
+                let (compute, resident) = (config.compute, resident.clone());
+                let stage = StageThread::spawn(d, compute, hook, directories, resident, config.verify_every)?;
                 Ok((d.id.clone(), stage))
             })
             .collect::<Result<_, WorkerError>>()?;

@@ -18,6 +18,7 @@ use strata_proto::{
     v1::{self, Fence, StagePhase, from_stage, to_stage},
 };
 use tokio::sync::{
+    Notify,
     mpsc::{self, error::TrySendError},
     oneshot, watch,
 };
@@ -32,6 +33,7 @@ use crate::{
     interrupt::Interrupt,
     model::{LoadedBytes, Model, ModelError, RangeSpec, bytes},
     transport::{self, End, Link, loopback::Hub, tcp::Pending},
+    verify::Verifier,
 };
 
 /// Steps the coordinator may queue on a stage.
@@ -40,6 +42,12 @@ const STEP_QUEUE: usize = 64;
 const ANSWER_QUEUE: usize = 1024;
 /// Reports of its health that a running stage sends in the time after which it would be missed.
 const HEARTBEATS: u32 = 4;
+
+/// How often a stage looks which of its weights are to be verified, while it has nothing else to do.
+const VERIFY_TICK: Duration = Duration::from_millis(20);
+/// Most pieces of the weights that are verified then, and with a step.
+const VERIFY_IDLE: usize = 16;
+const VERIFY_BUSY: usize = 2;
 
 /// Orders to the stage thread. Replies that nobody waits for are dropped.
 enum Command {
@@ -91,6 +99,8 @@ struct Shared {
     allocated: AtomicU64,
     /// Whether there is an incarnation.
     occupied: watch::Sender<bool>,
+    /// Told when weights may be due to be verified.
+    tick: Notify,
     current: Mutex<Option<Current>>,
     /// Weights of all stages of the worker.
     resident: Resident,
@@ -119,6 +129,8 @@ pub(crate) type Resident = Arc<watch::Sender<Vec<v1::StageSpec>>>;
 pub(crate) struct StageThread {
     commands: std_mpsc::Sender<Command>,
     shared: Arc<Shared>,
+    /// Whether it verifies its weights while it runs.
+    verifies: bool,
 }
 
 impl StageThread {
@@ -132,6 +144,7 @@ impl StageThread {
         hook: Option<StepHook>,
         directories: Directories,
         resident: Resident,
+        verify_every: Option<Duration>,
     ) -> Result<Self, WorkerError> {
         let (commands, orders) = std_mpsc::channel();
         let (report, started) = std_mpsc::channel();
@@ -153,6 +166,8 @@ impl StageThread {
                 engine,
                 hook,
                 spill: directories.spill,
+                verify_every,
+                verifier: None,
                 spec: None,
                 bytes_read: 0,
                 incarnation: None,
@@ -164,7 +179,7 @@ impl StageThread {
         let io = |source| WorkerError::Io { path: "starting a stage thread".into(), source };
         thread::Builder::new().name(name).spawn(run).map_err(io)?;
         started.recv().unwrap_or_else(|_| Err(gone()))?;
-        Ok(StageThread { commands, shared })
+        Ok(StageThread { commands, shared, verifies: verify_every.is_some() })
     }
 
     /// What this stage holds now.
@@ -239,6 +254,9 @@ impl StageThread {
             draining,
             every: current.heartbeat_timeout / HEARTBEATS,
         };
+        if self.verifies {
+            tokio::spawn(tick(self.shared.clone(), current.interrupt.clone()));
+        }
         tokio::spawn(report.repeat(current.interrupt, answers.clone()));
         self.order(Command::Run { fence, steps, answers });
         Ok(strata_proto::StageChannel { to, from })
@@ -256,6 +274,17 @@ impl StageThread {
     fn order(&self, command: Command) {
         // A thread that is gone drops the reply channel, which its caller notices.
         let _ = self.commands.send(command);
+    }
+}
+
+/// Has a stage look at its weights now and then, until its run is over.
+async fn tick(shared: Arc<Shared>, interrupt: Interrupt) {
+    let mut every = tokio::time::interval(VERIFY_TICK);
+    loop {
+        tokio::select! {
+            _ = every.tick() => shared.tick.notify_one(),
+            () = interrupt.tripped() => return,
+        }
     }
 }
 
@@ -280,6 +309,9 @@ struct Stage {
     hook: Option<StepHook>,
     /// Directory of weights that stay memory-mapped.
     spill: Option<PathBuf>,
+    /// How often weights are verified, if they are.
+    verify_every: Option<Duration>,
+    verifier: Option<Verifier>,
     /// What the engine's weights were loaded as.
     spec: Option<v1::StageSpec>,
     /// What the last load read from files.
@@ -321,6 +353,7 @@ impl Stage {
             self.shared.resident.send_modify(|all| all.retain(|other| other.device != spec.device));
         }
         self.engine.unload();
+        self.verifier = None;
         *lock(&self.shared.weights) = (0, false);
     }
 
@@ -371,6 +404,8 @@ impl Stage {
                 (mapped, directory) => directory.filter(|_| mapped),
             };
             self.engine.load(spill, &checkpoint, &model, &range_spec(&spec)?, &mut report)?;
+            let verifier = self.verify_every.map(|every| Verifier::new(&mut *self.engine, every));
+            self.verifier = verifier.transpose()?;
             let bytes = self.engine.loaded().map_or(0, |loaded| loaded.bytes);
             *lock(&self.shared.weights) = (bytes, spec.mapped);
             self.shared.resident.send_modify(|all| all.push(spec.clone()));
@@ -478,6 +513,10 @@ impl Stage {
                 let _ = answers.blocking_send(last);
             }
             let _ = answers.blocking_send(message(from_stage::Message::Fatal(error.to_string())));
+            if matches!(error, WorkerError::Changed { .. }) {
+                self.drop_incarnation();
+                self.drop_weights();
+            }
         }
     }
 
@@ -490,6 +529,11 @@ impl Stage {
     ) -> Result<(), RunEnd> {
         let shared = self.shared.clone();
         let engine = &mut *self.engine;
+        let verifier = &mut self.verifier;
+        let mut verify = |engine: &mut dyn Engine, most| match verifier {
+            Some(verifier) => verifier.catch_up(engine, most),
+            None => Ok(()),
+        };
         let incarnation = current(&mut self.incarnation, fence)?;
         let interrupt = incarnation.interrupt.clone();
         let answer = |m| match interrupt.block_on(answers.send(message(m))) {
@@ -499,7 +543,20 @@ impl Stage {
         shared.progress.restart();
         answer(from_stage::Message::Opened(v1::Opened { next_step: 0 }))?;
         for due in 0.. {
-            let Some(Some(order)) = interrupt.block_on(steps.recv()) else { return Err(RunEnd::Quiet) };
+            let order = loop {
+                let next = async {
+                    tokio::select! {
+                        biased;
+                        order = steps.recv() => Some(order),
+                        () = shared.tick.notified() => None,
+                    }
+                };
+                match interrupt.block_on(next) {
+                    Some(Some(Some(order))) => break order,
+                    Some(None) => verify(engine, VERIFY_IDLE)?,
+                    _ => return Err(RunEnd::Quiet),
+                }
+            };
             let Some(to_stage::Message::Step(meta)) = order.message else {
                 return Err(WorkerError::BadMessage("a running stage takes steps only".into()).into());
             };
@@ -513,6 +570,7 @@ impl Stage {
             let compute_us = compute.as_micros() as u64;
             answer(from_stage::Message::Done(v1::StepDone { step: meta.step, compute_us }))?;
             shared.progress.finished(due);
+            verify(engine, VERIFY_BUSY)?;
         }
         Ok(())
     }

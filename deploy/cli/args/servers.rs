@@ -164,6 +164,10 @@ pub struct WorkerArgs {
     /// Byte caps by device: cpu=64GiB
     #[arg(long, env = "STRATA_MAX_MEMORY", value_delimiter = ',')]
     pub max_memory: Vec<DeviceSpec>,
+    /// Seconds in which all weights of a running stage are compared once with what was loaded, again and again: memory
+    /// may fail [default: never]
+    #[arg(long, env = "STRATA_VERIFY_EVERY", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
+    pub verify_every: Option<u64>,
     /// Seconds that its coordinator may take to plan without this worker, after SIGTERM
     #[arg(long, env = "STRATA_GRACE", default_value_t = 30)]
     pub grace: u64,

@@ -52,6 +52,12 @@ pub(crate) trait Engine {
     /// Frees cache and scratch.
     fn release(&mut self);
 
+    /// Copies bytes of the weights as they lie on the device, from the byte `first` on.
+    ///
+    /// # Errors
+    /// If there are fewer, or the device fails.
+    fn read_weights(&mut self, first: u64, to: &mut [u8]) -> Result<(), StepError>;
+
     /// Computes one step. Every index is checked first, so that an error leaves the cache as it was.
     fn forward(&mut self, step: Step<'_>) -> Result<Output<'_>, StepError>;
 }

@@ -100,6 +100,11 @@ impl Engine for Fake {
         Some(Loaded { model: &self.model, spec: &self.spec, bytes: 0, digests: &self.digests })
     }
 
+    fn read_weights(&mut self, _: u64, to: &mut [u8]) -> Result<(), StepError> {
+        to.fill(0);
+        Ok(())
+    }
+
     fn prepare(&mut self, _: Size) -> Result<Allocated, ModelError> {
         Ok(Allocated { kv_bytes: 0, workspace_bytes: 0 })
     }

@@ -218,6 +218,11 @@ impl Arena {
         Ok(Arena { region, used: 0, bytes: bytes as usize })
     }
 
+    /// What its buffers hold, side by side. None of them may be written to meanwhile.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.region.map[self.region.offset..][..self.bytes]
+    }
+
     /// `len` zeros.
     ///
     /// # Errors

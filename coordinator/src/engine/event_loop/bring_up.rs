@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// How long workers have to describe the model again, if what the others have is enough.
-const PATIENCE: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_millis(500);
 
 impl Engine {
     /// The live incarnation of a replica is over: its sequences go to other replicas, or wait for its next one.

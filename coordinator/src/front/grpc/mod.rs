@@ -5,10 +5,10 @@ mod inference;
 mod read;
 mod told;
 
-use std::{future::Future, time::Duration};
+use std::future::Future;
 
 use strata_proto::{
-    DESCRIPTORS, METHODS,
+    CLIENT_PING_EVERY, CLIENT_PING_TIMEOUT, DESCRIPTORS, METHODS,
     port::{self, Bodies, Limits, Pings, Served},
     v1::{cluster_server::ClusterServer, inference_server::InferenceServer},
 };
@@ -17,9 +17,6 @@ use tonic::{codec::CompressionEncoding::Gzip, service::Routes};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{coordinator::Coordinator, request::bounds::MAX_REQUEST_BYTES};
-
-/// Clients may be far away.
-const PINGS: Pings = Pings { every: Duration::from_secs(10), timeout: Duration::from_secs(5) };
 
 const SERVED: Served = Served {
     methods: METHODS,
@@ -74,7 +71,7 @@ pub async fn serve(
         .add_service(cluster);
     let clients = &coordinator.config().clients;
     let limits = Limits {
-        pings: PINGS,
+        pings: Pings { every: CLIENT_PING_EVERY, timeout: CLIENT_PING_TIMEOUT },
         connections: clients.connections,
         bodies: Some(Bodies {
             total: clients.unfinished_bytes,

@@ -69,6 +69,13 @@ impl Engine for CpuEngine {
         self.state = None;
     }
 
+    fn read_weights(&mut self, first: u64, to: &mut [u8]) -> Result<(), StepError> {
+        let weights = self.weights.as_ref().map_or(&[][..], Weights::as_bytes);
+        let from = weights.get(first as usize..).and_then(|rest| rest.get(..to.len()));
+        to.copy_from_slice(from.ok_or(StepError::Weights)?);
+        Ok(())
+    }
+
     fn forward(&mut self, step: Step<'_>) -> Result<Output<'_>, StepError> {
         let (Some(weights), Some(state)) = (&self.weights, &mut self.state) else {
             return Err(StepError::Weights);

@@ -148,6 +148,8 @@ pub struct Weights {
     pub(super) layers: Vec<Block>,
     pub(super) output: Option<Block>,
     digests: WeightDigests,
+    /// Where all of them lie.
+    memory: Arena,
 }
 
 impl Weights {
@@ -201,6 +203,12 @@ impl Weights {
         &self.digests
     }
 
+    /// All of it, side by side.
+    pub(super) fn as_bytes(&self) -> &[u8] {
+        // Whoever has `&self` has no buffer of it to write to.
+        self.memory.as_bytes()
+    }
+
     /// Bytes of memory it occupies: exactly what the model's profile says.
     pub fn resident_bytes(&self) -> u64 {
         self.input.iter().chain(&self.layers).chain(&self.output).map(Block::bytes).sum()
@@ -222,6 +230,7 @@ impl Weights {
             layers: layers.map(|l| block(Site::Layer(l))).collect::<Result<_, _>>()?,
             output: spec.head.then(|| block(Site::Output)).transpose()?,
             digests: WeightDigests::default(),
+            memory: arena,
         })
     }
 

@@ -115,6 +115,15 @@ impl Engine for CudaEngine {
         })
     }
 
+    fn read_weights(&mut self, first: u64, to: &mut [u8]) -> Result<(), StepError> {
+        let weights = self.weights.as_ref().ok_or(StepError::Weights)?;
+        if first.saturating_add(to.len() as u64) > weights.bytes {
+            return Err(StepError::Weights);
+        }
+        weights.memory.read(&self.gpu.stream, first, to)?;
+        Ok(self.gpu.wait()?)
+    }
+
     fn prepare(&mut self, size: Size) -> Result<Allocated, ModelError> {
         self.release();
         let weights = self.weights.as_ref().ok_or(ModelError::NotLoaded)?;

@@ -94,7 +94,7 @@ pub(super) struct Weights {
     pub output: Option<Block>,
     pub bytes: u64,
     pub digests: WeightDigests,
-    _memory: Arena,
+    pub memory: Arena,
 }
 
 impl Weights {
@@ -153,7 +153,7 @@ impl Weights {
             output: spec.head.then(|| block(Site::Output)).transpose()?,
             bytes,
             digests: WeightDigests::default(),
-            _memory: memory,
+            memory,
         })
     }
 

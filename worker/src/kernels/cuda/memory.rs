@@ -107,6 +107,19 @@ impl Arena {
     }
 }
 
+impl Arena {
+    /// Copies its bytes from `first` on to host memory, in order; `to` must not be read before the stream has come so far.
+    pub fn read(&self, stream: &CudaStream, first: u64, to: &mut [u8]) -> Result<(), CudaError> {
+        if first.saturating_add(to.len() as u64) > self.memory.bytes() {
+            return Err(CudaError::Uncounted { bytes: to.len() as u64 });
+        }
+        stream.context().bind_to_thread().doing("binding a GPU")?;
+        // SAFETY: there are as many bytes.
+        unsafe { result::memcpy_dtoh_async(to, self.memory.ptr().offset(first).0, stream.cu_stream()) }
+            .doing("copying from a GPU")
+    }
+}
+
 /// Host memory that a GPU reads and writes without the processor's help.
 pub(crate) struct Pinned {
     at: *mut u8,
