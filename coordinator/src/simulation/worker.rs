@@ -14,6 +14,7 @@ use super::{
     faults::Deed,
     letters::{Answer, Letter, Node, ProcessId, Request, Signal},
     model,
+    network::LEAST_DELAY,
     stage::{Incarnation, LinkEnd},
     world::{Happening, MILLISECOND, Time, World},
 };
@@ -332,6 +333,8 @@ impl World {
         self.note(|| format!("w{worker} crashes"));
         if tells {
             self.leave(worker, "its process is gone");
+            let closed = Happening::Driver(Deed::Disconnect(Node::Worker(worker)));
+            self.schedule(self.now + LEAST_DELAY, closed);
         }
         let Worker { boot, room, .. } = self.workers[worker];
         let mut gone = Worker::new(room);
