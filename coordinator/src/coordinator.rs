@@ -27,7 +27,7 @@ use crate::{
         leadership::Leadership,
         membership::{MemberEvent, Members, Source},
     },
-    config::CoordinatorConfig,
+    config::{CoordinatorConfig, Deployment},
     engine::{self, Ended, Engine, EngineError, Notice, Observer, Snapshot, State},
     front::session::{Served, Session, SessionError},
     preflight::{self, Check, Finding},
@@ -293,8 +293,7 @@ impl Coordinator {
             None => discover(&members.answering(), &config.deployment.model).await?,
         });
         self.show(State::Starting, "planning");
-        let plan = found.plan(&config.deployment).map_err(|error| error.without(found.left_out.clone()))?;
-        let plan = Arc::new(plan);
+        let plan = Arc::new(plan_of(&found, &config.deployment)?);
         self.show(State::Starting, "checking the tokenizer");
         let files = found.tokenizer_files(&plan).await?;
         let mut profile = found.profile.clone();
@@ -307,6 +306,12 @@ impl Coordinator {
         let tokenizer = match tokenizer {
             Some(tokenizer) if !findings.iter().any(Finding::refuses) => Arc::new(tokenizer),
             _ => {
+                if found.members.len() > 1 {
+                    let first = plan.replicas.first().and_then(|replica| replica.stages.first());
+                    let whose =
+                        first.map_or_else(String::new, |s| format!(" (the files are worker {}'s)", s.worker));
+                    findings.iter_mut().filter(|f| f.refuses()).for_each(|f| f.detail += &whose);
+                }
                 observer(Notice::Checked(findings.clone()));
                 return Err(StartError::Preflight(findings));
             }
@@ -570,6 +575,14 @@ async fn answer(session: &Session, task: Task, token: u32) -> Result<Vec<f32>, S
     }
 }
 
+/// Plans over those members that could describe the model, and says who could not.
+fn plan_of(found: &Discovery, deployment: &Deployment) -> Result<Plan, PipelineError> {
+    for (worker, why) in &found.left_out {
+        tracing::warn!(worker, "{why}; planning without it");
+    }
+    found.plan(deployment).map_err(|error| error.without(found.left_out.clone()))
+}
+
 /// Waits for the expected workers and asks them for their devices and the model; loads nothing.
 ///
 /// # Errors
@@ -598,7 +611,7 @@ pub async fn preview(
     observer: &Observer,
 ) -> Result<(Discovery, Plan), StartError> {
     let found = discover_members(config, source, observer).await?;
-    let plan = found.plan(&config.deployment)?;
+    let plan = plan_of(&found, &config.deployment)?;
     Ok((found, plan))
 }
 
