@@ -241,26 +241,24 @@ impl Coordinator {
                 Some(asked) = replacements.recv() => {
                     match self.replaced(&mut reign, &leadership, asked, &observer).await {
                         true => continue,
-                        false => Some(Ended::Failed("neither the new deployment nor the old one came up".into())),
+                        false => Some((Ended::Failed("neither the new deployment nor the old one came up".into()), 0)),
                     }
                 }
             };
-            let Some(ended) = ended else { return };
+            let Some((ended, outbid)) = ended else { return };
             self.shared.session.close();
-            let outbid = match ended {
+            match ended {
                 Ended::Deposed(why) => {
                     tracing::warn!("stands by: {why}");
                     self.show(State::Standby, why.as_str());
                     reign.engine.depose(why);
-                    reign.term
                 }
                 Ended::Failed(why) => {
                     tracing::error!("{why}; starting another one");
                     self.show(State::Starting, why);
                     tokio::time::sleep(TAKE_OVER_AGAIN).await;
-                    0
                 }
-            };
+            }
             reign = loop {
                 match self.take_over(&mut leadership, outbid, &observer).await {
                     Ok(reign) => break reign,
@@ -287,31 +285,40 @@ impl Coordinator {
             let mut theirs = leadership.clone();
             let deposed = theirs.wait_for(|now| now.term() != Some(term));
             tokio::select! {
+                biased;
                 brought_up = self.bring_up(term, observer) => match brought_up {
                     Ok((engine, unused)) => return Ok(Reign { term, engine, unused: Some(unused) }),
                     Err(error) => match error.outbid(term) {
                         // A worker has heard of the other coordinator before this one has.
-                        Some(why) => self.show(State::Standby, why),
+                        Some(why) => {
+                            self.show(State::Standby, why);
+                            outbid = term;
+                        }
                         None => return Err(error),
                     }
                 },
-                Ok(_) = deposed => {}
+                // It may lead by the same term again by now.
+                Ok(_) = deposed => outbid = 0,
             }
             self.shared.session.close();
-            outbid = term;
         }
     }
 
-    /// Waits until it leads, by another term than the one that was `outbid`.
+    /// Waits until it leads, by another term than the one that was `outbid`; or by that one, if it was taken from it first:
+    /// then nobody else has led.
     async fn turn(
         &self,
         leadership: &mut watch::Receiver<Leadership>,
-        outbid: u64,
+        mut outbid: u64,
         observer: &Observer,
     ) -> Result<u64, StartError> {
         let mut told = String::new();
         loop {
-            match &*leadership.borrow_and_update() {
+            let now = leadership.borrow_and_update().clone();
+            if now.term() != Some(outbid) {
+                outbid = 0;
+            }
+            match &now {
                 Leadership::Leads { term } if *term != outbid => return Ok(*term),
                 // Workers say that somebody else leads; whoever decides here is about to hear of it.
                 Leadership::Leads { .. } => {}
@@ -433,8 +440,9 @@ struct Reign {
 }
 
 impl Reign {
-    /// Returns when it is over, with why; `None` when there is nobody any more to serve.
-    async fn ended(&mut self, leadership: &mut watch::Receiver<Leadership>) -> Option<Ended> {
+    /// Returns when it is over, with why, and with its term if another coordinator's is higher; `None` when there is nobody
+    /// any more to serve.
+    async fn ended(&mut self, leadership: &mut watch::Receiver<Leadership>) -> Option<(Ended, u64)> {
         let term = self.term;
         let deposed = async {
             let now = leadership.wait_for(|now| now.term() != Some(term)).await.map(|now| now.clone());
@@ -446,8 +454,12 @@ impl Reign {
             }
         };
         tokio::select! {
-            why = deposed => Some(Ended::Deposed(why)),
-            ended = self.engine.ended() => ended,
+            biased;
+            why = deposed => Some((Ended::Deposed(why), 0)),
+            ended = self.engine.ended() => match ended? {
+                Ended::Deposed(why) => Some((Ended::Deposed(why), term)),
+                failed => Some((failed, 0)),
+            },
         }
     }
 }
@@ -520,6 +532,14 @@ fn counted(joined: usize, expected: Option<usize>) -> String {
     }
 }
 
+/// Plans over those members that could describe the model, and says who could not.
+fn plan_of(found: &Discovery, deployment: &Deployment) -> Result<Plan, PipelineError> {
+    for (worker, why) in &found.left_out {
+        tracing::warn!(worker, "{why}; planning without it");
+    }
+    found.plan(deployment).map_err(|error| error.without(found.left_out.clone()))
+}
+
 /// Waits for the expected workers and asks them for their devices and the model; loads nothing.
 ///
 /// # Errors
@@ -548,6 +568,31 @@ pub async fn preview(
     observer: &Observer,
 ) -> Result<(Discovery, Plan), StartError> {
     let found = discover_members(config, source, observer).await?;
-    let plan = found.plan(&config.deployment)?;
+    let plan = plan_of(&found, &config.deployment)?;
     Ok((found, plan))
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::poll;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_term_that_was_taken_back_and_given_again_counts_again() {
+        let coordinator = Coordinator::new(CoordinatorConfig::new("m", 1));
+        let (decided, mut leadership) = watch::channel(Leadership::Leads { term: 7 });
+        let observer: Observer = Arc::new(|_| {});
+        assert_eq!(coordinator.turn(&mut leadership, 0, &observer).await.unwrap(), 7);
+        // By a worker's word another one leads; whoever decides says so, too.
+        let turn = coordinator.turn(&mut leadership, 7, &observer);
+        tokio::pin!(turn);
+        assert!(poll!(&mut turn).is_pending());
+        decided.send_replace(Leadership::StandsBy { why: "coordinator b leads".into() });
+        assert!(poll!(&mut turn).is_pending());
+        assert_eq!(coordinator.watch().borrow().doing, "coordinator b leads");
+        // And is gone before it has led.
+        decided.send_replace(Leadership::Leads { term: 7 });
+        assert_eq!(turn.await.unwrap(), 7);
+    }
 }

@@ -47,6 +47,8 @@ pub mod preflight;
 mod request;
 // For tests/it/drafts.rs, which drives it over real stages.
 pub mod scheduler;
+#[cfg(test)]
+mod simulation;
 
 pub use cluster::RemoteWorker;
 pub use config::{ClientLimits, CoordinatorConfig, Deployment, Limits};

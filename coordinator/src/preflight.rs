@@ -218,9 +218,16 @@ fn special_tokens(tokenizer: &Tokenizer, profile: &ModelProfile) -> Result<Strin
 }
 
 fn chat_template(tokenizer: &Tokenizer) -> Result<String, String> {
-    let say = Message { role: "user".into(), content: "Hello".into() };
-    match tokenizer.encode_chat(&[say], usize::MAX) {
-        Ok(ids) => Ok(format!("renders a greeting as {} tokens", ids.len())),
+    let say = |content: &str| {
+        let message = Message { role: "user".into(), content: content.into() };
+        tokenizer.encode_chat(&[message], usize::MAX)
+    };
+    match say("Hello").and_then(|hello| Ok((hello, say("Good night")?))) {
+        Ok((hello, other)) if hello == other => Err("it says the same whatever it is told, so it is no chat template of \
+                                                     this model; mend chat_template.jinja, or remove it to serve prompts \
+                                                     only"
+            .into()),
+        Ok((hello, _)) => Ok(format!("renders a greeting as {} tokens", hello.len())),
         Err(TokenizerError::Chat(ChatError::NoTemplate)) => Ok("the model has none".into()),
         Err(error) => Err(format!("{error}; mend chat_template.jinja, or remove it to serve prompts only")),
     }

@@ -169,6 +169,7 @@ impl Sample {
             *id = (IDS.start + (i as u64 * 7 + args.seed) % (IDS.end - IDS.start)) as u32;
         }
         let request = GenerateRequest {
+            model: args.model.name.clone(),
             token_ids,
             tenant: tenant.to_owned(),
             max_tokens: Some(args.max_tokens),

@@ -1,7 +1,7 @@
 //! Tells the binary which commit it is built from: `STRATA_VERSION` is `0.1.0 (abcdef1)`, or `0.1.0` where nobody
 //! knows.
 
-use std::{path::Path, process::Command};
+use std::{ffi::OsString, path::Path, process::Command};
 
 fn main() {
     println!("cargo:rerun-if-changed=deploy/cli/build.rs");
@@ -18,7 +18,7 @@ fn main() {
 
 /// The commit of this repository; `None` without git, and for sources that lie in a repository of something else.
 fn commit() -> Option<String> {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR")).canonicalize().ok()?;
+    let here = Path::new(&manifest_dir()?).canonicalize().ok()?;
     let top = Path::new(&git(&["rev-parse", "--show-toplevel"])?).canonicalize().ok()?;
     if top != here {
         return None;
@@ -34,9 +34,14 @@ fn commit() -> Option<String> {
     git(&["rev-parse", "--short=7", "HEAD"])
 }
 
+/// Where the sources are now, which need not be where this script was compiled.
+fn manifest_dir() -> Option<OsString> {
+    std::env::var_os("CARGO_MANIFEST_DIR")
+}
+
 /// What git says, if it is there and succeeds.
 fn git(args: &[&str]) -> Option<String> {
-    let output = Command::new("git").args(args).current_dir(env!("CARGO_MANIFEST_DIR")).output().ok()?;
+    let output = Command::new("git").args(args).current_dir(manifest_dir()?).output().ok()?;
     let text = String::from_utf8(output.stdout).ok()?;
     let text = text.trim();
     (output.status.success() && !text.is_empty()).then(|| text.to_owned())

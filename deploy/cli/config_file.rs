@@ -6,11 +6,11 @@ use anyhow::{Context, bail};
 use clap::{Arg, Command, CommandFactory, Id, builder::Resettable};
 use toml::{Table, Value};
 
-use crate::args::Cli;
+use crate::{args::Cli, origin::with_switches};
 
 /// The command line with the file's values as defaults, if `--config` or `STRATA_CONFIG` names one.
 pub fn with_defaults(args: impl Iterator<Item = OsString>) -> anyhow::Result<Command> {
-    let command = Cli::command();
+    let command = with_switches(Cli::command());
     match file(args) {
         None => Ok(command),
         Some(path) => {

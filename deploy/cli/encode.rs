@@ -23,8 +23,12 @@ const SHOWN: usize = 8;
 /// `strata classify`
 pub async fn classify(args: ClassifyArgs) -> anyhow::Result<()> {
     let (truncation, deadline_ms) = (truncation(&args.input), args.input.deadline_ms);
-    let request =
-        ClassifyRequest { model: String::new(), inputs: inputs(&args.input)?, truncation, deadline_ms };
+    let request = ClassifyRequest {
+        model: args.input.model.name.clone(),
+        inputs: inputs(&args.input)?,
+        truncation,
+        deadline_ms,
+    };
     let server = Server::connect(&args.input.address).await?;
     let answer = server.wait(client(&server).classify(request)).await?.into_inner();
     let mut out = std::io::stdout().lock();
@@ -49,8 +53,12 @@ pub async fn classify(args: ClassifyArgs) -> anyhow::Result<()> {
 /// `strata embed`
 pub async fn embed(args: EmbedArgs) -> anyhow::Result<()> {
     let (truncation, deadline_ms) = (truncation(&args.input), args.input.deadline_ms);
-    let request =
-        EmbedRequest { model: String::new(), inputs: inputs(&args.input)?, truncation, deadline_ms };
+    let request = EmbedRequest {
+        model: args.input.model.name.clone(),
+        inputs: inputs(&args.input)?,
+        truncation,
+        deadline_ms,
+    };
     let server = Server::connect(&args.input.address).await?;
     let answer = server.wait(client(&server).embed(request)).await?.into_inner();
     let mut out = std::io::stdout().lock();
@@ -74,7 +82,7 @@ pub async fn embed(args: EmbedArgs) -> anyhow::Result<()> {
 pub async fn fill_mask(args: FillMaskArgs) -> anyhow::Result<()> {
     let (truncation, deadline_ms) = (truncation(&args.input), args.input.deadline_ms);
     let request = FillMaskRequest {
-        model: String::new(),
+        model: args.input.model.name.clone(),
         inputs: inputs(&args.input)?,
         top_k: args.top_k,
         truncation,

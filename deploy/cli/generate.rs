@@ -89,7 +89,7 @@ pub async fn generate(args: GenerateArgs) -> anyhow::Result<()> {
 
 fn request(args: GenerateArgs, prompt: Option<String>) -> GenerateRequest {
     GenerateRequest {
-        model: String::new(),
+        model: args.model.name,
         prompt,
         token_ids: args.token_ids,
         messages: args.message,

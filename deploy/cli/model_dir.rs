@@ -1,6 +1,9 @@
 //! The model that a command is given: a directory, or what people give instead of one.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io::ErrorKind,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, bail};
 
@@ -12,6 +15,12 @@ pub fn open(given: &Path) -> anyhow::Result<(String, PathBuf)> {
     let shown = given.display();
     let directory = match (given.canonicalize(), given.to_str().and_then(|given| download(given, "."))) {
         (Err(_), Some(how)) => bail!("model {shown}: no such directory; {how}"),
+        (Err(error), None) if error.kind() == ErrorKind::NotFound && given.to_str().is_some_and(is_word) => {
+            bail!(
+                "model {shown}: no such directory here; expected the directory of a model in Hugging Face layout. One of the hub \
+             is downloaded first: `hf download OWNER/{shown} --local-dir {shown}`"
+            )
+        }
         (found, _) => found.with_context(|| format!("model {shown}"))?,
     };
     if !directory.is_dir() {
@@ -41,6 +50,7 @@ pub fn download(given: &str, parent: &str) -> Option<String> {
 
 /// The id of a model on the hub, given as `OWNER/NAME` or as an address of one of its pages.
 fn hub_id(given: &str) -> Option<String> {
+    let given = given.strip_prefix("hf://").unwrap_or(given);
     let address = given.strip_prefix("https://").or_else(|| given.strip_prefix("http://"));
     let path = address.unwrap_or(given);
     let path = ["huggingface.co/", "www.huggingface.co/", "hf.co/"].iter().find_map(|h| path.strip_prefix(h));
@@ -52,14 +62,17 @@ fn hub_id(given: &str) -> Option<String> {
             id.join("/")
         }
         (None, Some(_)) => return None,
-        (None, None) => given.to_owned(),
+        // A tag, as other programs have it behind a colon, the hub has not.
+        (None, None) => given.split(':').next().unwrap_or_default().to_owned(),
     };
     let (owner, name) = id.split_once('/')?;
-    let word = |word: &str| {
-        word.starts_with(|c: char| c.is_ascii_alphanumeric())
-            && word.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-    };
-    (word(owner) && word(name)).then_some(id)
+    (is_word(owner) && is_word(name)).then_some(id)
+}
+
+/// Whether it could be an owner's or a model's name on the hub.
+fn is_word(word: &str) -> bool {
+    word.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && word.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
 }
 
 #[cfg(test)]
@@ -75,15 +88,16 @@ mod tests {
             "http://hf.co/Qwen/Qwen3-0.6B/",
             "huggingface.co/Qwen/Qwen3-0.6B/tree/main?x#y",
             "https://huggingface.co/Qwen/Qwen3-0.6B/blob/main/config.json",
+            "hf://Qwen/Qwen3-0.6B",
+            "Qwen/Qwen3-0.6B:latest",
         ] {
             let hub = error(given);
             assert!(hub.contains("`hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B`"), "{hub}");
         }
-        for path in
-            ["/srv/models", "models/a/b", "./a", "../a", "a", "https://example.org/a", "https://hf.co/"]
-        {
+        for path in ["/srv/models", "models/a/b", "./a", "../a", "https://example.org/a", "https://hf.co/"] {
             assert!(error(path).contains("No such file"), "{path}");
         }
+        assert!(error("qwen3").contains("`hf download OWNER/qwen3 --local-dir qwen3`"));
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("a.gguf");
         std::fs::write(&file, "").unwrap();

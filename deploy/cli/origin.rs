@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 
 use clap::{
-    Arg, ArgMatches, Command, CommandFactory, Error,
+    Arg, ArgAction, ArgMatches, Command, CommandFactory, Error,
     builder::Resettable,
     error::{ContextKind, ContextValue},
     parser::ValueSource,
@@ -101,7 +101,7 @@ pub fn asks_for_json(command: &Command, args: &[OsString]) -> bool {
     let sub = command.get_subcommands().find(|sub| args.iter().any(|word| word == sub.get_name()));
     let flag = sub.and_then(|sub| sub.get_arguments().find(|arg| arg.get_long() == Some("json")));
     flag.is_some_and(|flag| match flag.get_env().and_then(std::env::var_os) {
-        Some(value) => value == "true",
+        Some(value) => parse_switch(&value.to_string_lossy()) == Ok(true),
         None => flag.get_default_values().iter().any(|value| value == "true"),
     })
 }
@@ -120,12 +120,18 @@ pub fn exit(error: &Error, command: &Command) -> ! {
 /// Where the values of flags come from that `text` names, those on the command line aside.
 pub fn of_named(text: &str, matches: &ArgMatches, command: &Command) -> Option<String> {
     let (name, given) = matches.subcommand()?;
-    let plain = Cli::command();
+    let mut plain = Cli::command();
+    // As the one that was parsed with is.
+    plain.build();
     let plain = plain.find_subcommand(name)?;
     let words: Vec<_> = text.split(|c: char| !c.is_alphanumeric() && !"-_".contains(c)).collect();
+    // A field of a request, or the name of a value, with which an error begins: `sampling.top_p: …`, `split "2,2": …`.
+    let subject = text.split([':', ' ']).next().and_then(|field| field.rsplit('.').next());
+    let subject = subject.unwrap_or_default().replace('_', "-");
     let origin = |arg: &Arg| {
-        let flag = format!("--{}", arg.get_long()?);
-        if !words.contains(&flag.as_str()) {
+        let long = arg.get_long()?;
+        let flag = format!("--{long}");
+        if !words.contains(&flag.as_str()) && subject != long {
             return None;
         }
         let is_of_file = || {
@@ -144,6 +150,24 @@ pub fn of_named(text: &str, matches: &ArgMatches, command: &Command) -> Option<S
     };
     let origins: Vec<_> = command.find_subcommand(name)?.get_arguments().filter_map(origin).collect();
     (!origins.is_empty()).then(|| origins.join(", "))
+}
+
+/// Variables that stand for a switch say what people and other programs write: 1, true, yes, on, or their contrary, and
+/// nothing at all is no.
+pub fn with_switches(command: Command) -> Command {
+    let switch = |arg: Arg| match arg.get_action() {
+        ArgAction::SetTrue => arg.value_parser(parse_switch),
+        _ => arg,
+    };
+    command.mut_args(switch).mut_subcommands(|sub| sub.mut_args(switch))
+}
+
+fn parse_switch(given: &str) -> Result<bool, String> {
+    match given.to_ascii_lowercase().as_str() {
+        "1" | "true" | "yes" | "on" => Ok(true),
+        "" | "0" | "false" | "no" | "off" => Ok(false),
+        _ => Err("expected true or false".into()),
+    }
 }
 
 fn origin(error: &Error, command: &Command) -> Option<String> {

@@ -11,7 +11,7 @@ use std::{
 use anyhow::Context;
 use futures::StreamExt;
 use strata_coordinator::{
-    Coordinator, Session,
+    AdmissionError, Coordinator, Generation, Session, SessionError,
     engine::{Notice, Observer},
 };
 use strata_proto::v1::{ChatMessage, FinishReason, GenerateRequest, Task, generate_event::Event};
@@ -147,7 +147,7 @@ impl Model {
     /// Asks, and writes the answer to standard output as it comes.
     async fn ask(&mut self, prompt: String, mut interrupts: Option<&mut Signal>) -> anyhow::Result<Outcome> {
         let question = ChatMessage { role: "user".into(), content: prompt };
-        let mut answer = self.session.generate(self.request(&question)).await?;
+        let mut answer = self.begin(&question).await?;
         let mut out = std::io::stdout();
         let mut text = String::new();
         loop {
@@ -179,9 +179,33 @@ impl Model {
                 }
                 let full = finished.reason() == FinishReason::Length && self.answer.max_tokens.is_none();
                 if full && interrupts.is_some() && std::io::stdin().is_terminal() {
-                    eprintln!("(the context is full; /clear makes room)");
+                    eprintln!("(the context is full)");
                 }
                 return Ok(Outcome::Answered);
+            }
+        }
+    }
+
+    /// Asks. What was said first is left out, a question and its answer at a time, where all of it is too long.
+    async fn begin(&mut self, question: &ChatMessage) -> anyhow::Result<Generation> {
+        let mut left_out = 0;
+        loop {
+            match self.session.generate(self.request(question)).await {
+                Ok(answer) => {
+                    if left_out > 0 {
+                        let what = if left_out == 1 { "exchange was" } else { "exchanges were" };
+                        report::tell(&format!("{left_out} earlier {what} left out: the context is full"));
+                    }
+                    return Ok(answer);
+                }
+                Err(SessionError::Refused(
+                    AdmissionError::NoRoom { .. } | AdmissionError::Field { field: "max_tokens", .. },
+                )) if self.said.len() > self.beginning.len() => {
+                    let first = self.beginning.len();
+                    self.said.drain(first..self.said.len().min(first + 2));
+                    left_out += 1;
+                }
+                Err(error) => return Err(error.into()),
             }
         }
     }

@@ -9,11 +9,13 @@ use crate::{
     args::{DetokenizeArgs, TokenizeArgs},
     client::Server,
     prompt,
+    report::misused,
 };
 
 /// `strata tokenize`
 pub async fn tokenize(args: TokenizeArgs) -> anyhow::Result<()> {
-    let request = TokenizeRequest { model: String::new(), text: prompt::read(args.text)?, plain: args.plain };
+    let request =
+        TokenizeRequest { model: args.model.name, text: prompt::read(args.text)?, plain: args.plain };
     let server = Server::connect(&args.address).await?;
     let mut client = InferenceClient::new(server.channel.clone());
     let ids = server.wait(client.tokenize(request)).await?.into_inner().token_ids;
@@ -24,8 +26,8 @@ pub async fn tokenize(args: TokenizeArgs) -> anyhow::Result<()> {
 /// `strata detokenize`
 pub async fn detokenize(args: DetokenizeArgs) -> anyhow::Result<()> {
     let request = DetokenizeRequest {
-        model: String::new(),
-        token_ids: args.token_ids,
+        model: args.model.name,
+        token_ids: ids(args.token_ids)?,
         keep_special: args.keep_special,
     };
     let server = Server::connect(&args.address).await?;
@@ -33,6 +35,23 @@ pub async fn detokenize(args: DetokenizeArgs) -> anyhow::Result<()> {
     let text = server.wait(client.detokenize(request)).await?.into_inner().text;
     let text = if args.json { json!({"text": text}).to_string() } else { text };
     Ok(writeln!(std::io::stdout(), "{text}")?)
+}
+
+/// Ids as they are given: by themselves, in a file, or on standard input.
+fn ids(given: Vec<String>) -> anyhow::Result<Vec<u32>> {
+    let mut ids = Vec::new();
+    for given in given {
+        let text = prompt::read(given)?;
+        for word in text.split(|c: char| c == ',' || c.is_whitespace()).filter(|word| !word.is_empty()) {
+            let id = word.parse().map_err(|_| {
+                misused(format!(
+                    "token ids: {word:?} is none; expected numbers, separated by commas or spaces"
+                ))
+            })?;
+            ids.push(id);
+        }
+    }
+    Ok(ids)
 }
 
 /// As `--token-ids` takes them.

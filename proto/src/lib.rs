@@ -36,6 +36,7 @@ mod dtype;
 pub mod error;
 mod fence;
 mod layers;
+mod lead;
 pub mod limits;
 mod plan;
 pub mod port;
@@ -49,6 +50,7 @@ pub use device::{Device, DeviceKind, Library, Rate, rate_at};
 pub use digest::{Digest, ModuleId, WeightDigests, root};
 pub use dtype::{DType, Format, Quantization};
 pub use layers::LayerRange;
+pub use lead::Lead;
 pub use limits::{
     BLOCK_TOKENS, CLIENT_PING_EVERY, CLIENT_PING_TIMEOUT, LINK_TOKEN_BYTES, MAX_HEADER_LIST, MAX_MODEL_FILES,
     MAX_STAGE_MESSAGE, NCCL_ID_BYTES, PING_EVERY, PING_TIMEOUT,

@@ -175,6 +175,18 @@ async fn a_model_is_asked_for_by_any_of_its_names() {
     for name in ["", "bard", "will", "b"] {
         ask(name).await.unwrap();
     }
+    let asked = |args: &[&str]| strata(&[args, &["--address", &server.address]].concat());
+    let (code, ids, said) = asked(&["tokenize", "To be", "--plain", "--model", "will"]);
+    assert_eq!(code, 0, "{said}");
+    let directory = crate::processes::free_dir();
+    let file = directory.path().join("ids");
+    std::fs::write(&file, ids.replace(',', " ")).unwrap();
+    let file = format!("@{}", file.display());
+    assert_eq!(asked(&["detokenize", &file, "--model", "b"]).1, "To be\n");
+    let (code, _, said) = asked(&["detokenize", "1,x"]);
+    assert!(code == 2 && said.contains("\"x\" is none; expected numbers"), "{said}");
+    let (code, _, said) = asked(&["generate", "x", "--model", "other"]);
+    assert!(code == 3 && said.contains("answers for \"bard\""), "{said}");
     let refused = ask("shakespeare").await.unwrap_err();
     assert_eq!(refused.code(), Code::NotFound);
     let says = "model \"shakespeare\" is not served here; this server answers for \"bard\", \"will\", \"b\"";
@@ -215,6 +227,9 @@ fn a_coordinator_shows_its_plan_and_loads_nothing() {
     assert!(!said.contains("loaded"), "{said}");
     let (code, out, _) = coordinator(&["--dry-run"]);
     assert!(code == 0 && out.contains("weights of"), "{out}");
+    let (code, _, said) =
+        strata(&["coordinator", "--worker", &urls, "--model", "nosuch", "--dry-run", "--split", "3,3"]);
+    assert!(code == 1 && said.contains("no model \"nosuch\""), "{said}");
     let twice = format!("{0},{0}", workers[0].address);
     let (code, _, said) = strata(&["coordinator", "--worker", &twice, "--model", "x", "--dry-run"]);
     assert!(code == 2 && said.contains("is listed twice"), "{said}");

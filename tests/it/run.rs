@@ -76,6 +76,14 @@ fn without_a_prompt_lines_are_a_chat_that_remembers() {
     assert_eq!(rest, answer("Speak!\n", &[&remembered[..], &[&said]].concat()));
     let cleared = answer("Who is there?\n/clear\nWho is there?\n", &few);
     assert_eq!(cleared, first.repeat(2));
+    // What was said first is left out, with a word, when all of it is more than the context.
+    let demo = model("shakespeare");
+    let full = [demo.to_str().unwrap(), "--max-tokens", "200", "--ignore-eos"];
+    let long = run_with(&[], &"Who is there?\n".repeat(3), &full);
+    let once = run_with(&[], "Who is there?", &full);
+    assert!(long.status.success() && long.stdout == once.stdout.repeat(3), "{long:?}");
+    let said = String::from_utf8(long.stderr).unwrap();
+    assert_eq!(said, "1 earlier exchange was left out: the context is full\n".repeat(2));
     // A completion is not remembered.
     let complete = [&few[..], &["--complete"]].concat();
     assert_eq!(answer("ROMEO:\nROMEO:\n", &complete), answer("ROMEO:", &complete).repeat(2));

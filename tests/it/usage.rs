@@ -98,6 +98,8 @@ fn the_command_line_comes_before_the_environment_and_usage_errors_are_json_for_b
         assert_eq!((code, &error["code"]), (2, &"USAGE".into()));
     }
     assert!(run(&[("STRATA_JSON", "false")], &wrong).1.starts_with("error: "));
+    let (code, said) = run(&[], &["generate", "x", "--logprobs", "1"]);
+    assert!(code == 2 && !said.contains("note: "), "nothing comes from a file: {said}");
 }
 
 #[test]
@@ -148,6 +150,15 @@ fn what_was_asked_for_wrongly_is_told_from_what_failed_and_its_origin_is_said() 
         (&[nobody], &["status"], 4, "\nnote: --address comes from the environment variable STRATA_ADDRESS"),
         (&[nobody], &["generate", "--config", file], 4, "no server answers"),
         (&[nobody], &["generate"], 2, "there is nothing to continue: give a PROMPT"),
+        (
+            &[("STRATA_SPLIT", "9,9")],
+            &["plan", &demo],
+            2,
+            "\nnote: --split comes from the environment variable STRATA_SPLIT",
+        ),
+        (&[("STRATA_JSON", "1"), nobody], &["status"], 4, "{\"error\":"),
+        (&[("STRATA_JSON", ""), nobody], &["status"], 4, "error: "),
+        (&[("STRATA_JSON", "perhaps"), nobody], &["status"], 2, "expected true or false"),
         (&[nobody], &["embed"], 2, "there is no input: give a --text"),
         (&[], &["status", "--log", "a=b=c"], 2, "--log \"a=b=c\": expected a level"),
         (&[], &["plan", &demo, "--devices", "cpu", "--workers", "2"], 2, "--workers or --devices, not both"),

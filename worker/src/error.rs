@@ -15,7 +15,7 @@ pub enum WorkerError {
     #[error(transparent)]
     Model(#[from] ModelError),
     /// A model name that is no plain directory name, or has no directory.
-    #[error("no model {name:?} on this worker: {why}")]
+    #[error("no model {name:?}: {why}")]
     NoModel {
         /// The name asked for.
         name: String,

@@ -31,7 +31,6 @@ mod health;
 mod incarnation;
 mod interrupt;
 pub mod kernels;
-mod lead;
 pub mod model;
 mod sampler;
 mod service;

@@ -9,7 +9,7 @@ use std::{
 };
 
 use strata_proto::{
-    BLOCK_TOKENS, DeviceKind, Files, MAX_MODEL_FILES, PROTOCOL, Progress, StageChannel, Worker,
+    BLOCK_TOKENS, DeviceKind, Files, Lead, MAX_MODEL_FILES, PROTOCOL, Progress, StageChannel, Worker,
     v1::{self, Fence},
 };
 use tokio::sync::watch;
@@ -20,7 +20,6 @@ use crate::{
     device::{self, Compute, DeviceSpec, Directories, Held},
     error::WorkerError,
     incarnation::StepHook,
-    lead::Lead,
     model::{self, ModelError},
     stage::{Connect, Load, Prepare, Resident, StageThread},
     transport::{Link, link_token, loopback::Hub, nccl, tcp::Listener},
@@ -223,7 +222,8 @@ impl LocalWorker {
     fn admit(&self, fence: Option<Fence>, device: &str) -> Result<(Fence, &StageThread), WorkerError> {
         let fence = fence.ok_or_else(|| WorkerError::BadMessage("the call carries no fence".into()))?;
         let stage = self.stage(device)?;
-        self.lead().admit(fence, Instant::now())?;
+        let stale = |newest| WorkerError::Stale { got: fence, newest };
+        self.lead().admit(fence, Instant::now()).map_err(stale)?;
         stage.supersede(&fence);
         Ok((fence, stage))
     }

@@ -95,6 +95,7 @@ pub(crate) async fn discover_enough(
     let mut hurried = false;
     loop {
         tokio::select! {
+            biased;
             answer = asked.next() => match answer {
                 Some((index, answer)) => answers[index] = Some(answer),
                 None => break,

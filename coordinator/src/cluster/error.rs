@@ -116,6 +116,8 @@ impl PipelineError {
         match self {
             PipelineError::Nonsense { why, .. } | PipelineError::ModelOf { why, .. } => why.clone(),
             PipelineError::Weights { difference, .. } => difference.to_string(),
+            // What a worker says of its model says enough.
+            PipelineError::Call { doing: "Describe", status, .. } => words(status),
             PipelineError::Call { doing, status, .. } => format!("{doing} failed: {}", words(status)),
             error => error.to_string(),
         }

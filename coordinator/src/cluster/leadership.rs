@@ -2,18 +2,21 @@
 
 use std::{
     collections::BTreeMap,
+    hash::{DefaultHasher, Hash, Hasher},
     sync::atomic::{AtomicU64, Ordering},
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use strata_proto::v1;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 /// How long a claim on workers holds after it was last renewed. Members are probed, and claims renewed, several times as
 /// often.
 pub(crate) const CLAIM_TTL: Duration = Duration::from_secs(3);
 /// How long to wait for the other listed workers before the word of those that answered counts.
 const LISTEN: Duration = Duration::from_secs(1);
+/// Last bits of a term that stand for its coordinator's name. They are 66 ms of the clock: nobody stands up again so soon.
+const NAME_BITS: u32 = 16;
 
 /// Whether this coordinator may act.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,17 +46,32 @@ impl Leadership {
 /// The leadership of a coordinator that has its workers to itself.
 pub fn unrivalled() -> watch::Receiver<Leadership> {
     // The value outlives its sender.
-    watch::Sender::new(Leadership::Leads { term: next_term(0) }).subscribe()
-}
-
-/// A term above `seen`, and above every one that came before on this machine as far as its clock is right: microseconds
-/// since 1970. Without an election, terms are comparable because clocks are.
-pub(crate) fn next_term(seen: u64) -> u64 {
     static LAST: AtomicU64 = AtomicU64::new(0);
-    let clock = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64);
+    let clock = wall_clock();
     let next = |last: u64| clock.max(last.saturating_add(1));
     let last = LAST.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |last| Some(next(last)));
-    next(last.unwrap_or_else(|last| last)).max(seen.saturating_add(1))
+    let term = next(last.unwrap_or_else(|last| last));
+    watch::Sender::new(Leadership::Leads { term }).subscribe()
+}
+
+/// Microseconds since 1970.
+pub(crate) type Clock = fn() -> u64;
+
+/// This machine's clock.
+pub(crate) fn wall_clock() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
+}
+
+/// A term above `seen`, and, as far as clocks are right, above every one that came before. Without an election, terms are
+/// comparable because clocks are; those of two coordinators differ in their last bits, even if both take over from a third
+/// one at the same moment, or their clocks are behind the last term.
+fn next_term(clock: u64, seen: u64, coordinator: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    coordinator.hash(&mut hasher);
+    let own = hasher.finish() >> (u64::BITS - NAME_BITS);
+    let least = clock.max(seen.saturating_add(1));
+    let term = least >> NAME_BITS << NAME_BITS | own;
+    if term >= least { term } else { term.saturating_add(1 << NAME_BITS) }
 }
 
 /// The highest term that any worker has heard of, and when whoever has it was last heard.
@@ -99,6 +117,9 @@ impl Followed {
 pub(crate) struct Claims {
     me: String,
     listed: usize,
+    clock: Clock,
+    /// Of its last turn.
+    last: u64,
     term: Option<u64>,
     resigned: bool,
     heard: BTreeMap<String, Heard>,
@@ -114,8 +135,9 @@ struct Heard {
 
 impl Claims {
     /// Of a coordinator by this name, over so many workers. Names of coordinators differ.
-    pub fn new(me: String, listed: usize) -> Self {
-        Claims { me, listed, term: None, resigned: false, heard: BTreeMap::new(), first_heard: None }
+    pub fn new(me: String, listed: usize, clock: Clock) -> Self {
+        let (heard, first_heard) = (BTreeMap::new(), None);
+        Claims { me, listed, clock, last: 0, term: None, resigned: false, heard, first_heard }
     }
 
     /// What to tell workers.
@@ -174,7 +196,9 @@ impl Claims {
             let why = format!("{} of {} workers are there", self.heard.len(), self.listed);
             return Leadership::StandsBy { why };
         }
-        let term = next_term(highest.map_or(0, |(_, heard)| heard.lead.term));
+        let seen = highest.map_or(0, |(_, heard)| heard.lead.term).max(self.last);
+        let term = next_term((self.clock)(), seen, &self.me);
+        self.last = term;
         self.term = Some(term);
         Leadership::Leads { term }
     }
@@ -206,9 +230,20 @@ mod tests {
 
     #[test]
     fn terms_only_rise() {
-        let first = next_term(0);
-        assert!(next_term(0) > first);
-        assert_eq!(next_term(u64::MAX - 1), u64::MAX);
+        let terms: Vec<_> = (0..3).map(|_| unrivalled().borrow().term()).collect();
+        assert!(terms.is_sorted_by(|a, b| a < b), "{terms:?}");
+        assert_eq!(next_term(7, u64::MAX - 1, "a"), u64::MAX);
+    }
+
+    #[test]
+    fn coordinators_that_take_over_at_the_same_moment_have_different_terms() {
+        for clock in [0, 1 << NAME_BITS, 1_795_827_568_812_355] {
+            for seen in [0, clock, clock + (1 << 40)] {
+                let [a, b] = ["10.0.0.1:7717", "10.0.0.2:7717"].map(|name| next_term(clock, seen, name));
+                assert!(a != b && a.min(b) > seen && a.min(b) >= clock, "{a} {b}");
+                assert!(a.max(b) - seen.max(clock) <= 2 << NAME_BITS, "{a} {b}");
+            }
+        }
     }
 
     #[test]
@@ -229,7 +264,7 @@ mod tests {
     #[test]
     fn who_starts_later_waits_until_the_leader_is_silent() {
         let begun = Instant::now();
-        let mut claims = Claims::new("b".into(), 2);
+        let mut claims = Claims::new("b".into(), 2, wall_clock);
         assert_eq!(waits(&claims.decide(begun)), "0 of 2 workers are there");
         claims.heard("w1", lead(7, "a", 100), begun);
         assert!(waits(&claims.decide(begun)).starts_with("coordinator a leads worker w1; "));
@@ -251,7 +286,7 @@ mod tests {
     #[test]
     fn who_has_acted_and_not_said_its_name_yet_leads_too() {
         let now = Instant::now();
-        let mut claims = Claims::new("b".into(), 1);
+        let mut claims = Claims::new("b".into(), 1, wall_clock);
         claims.heard("w1", lead(u64::MAX / 2, "", 0), now);
         assert!(waits(&claims.decide(now)).starts_with("a coordinator of term 9223372036854775807 leads"));
         assert!(claims.decide(now + CLAIM_TTL).term().unwrap() > u64::MAX / 2);
@@ -260,13 +295,13 @@ mod tests {
     #[test]
     fn nobody_waits_for_one_that_has_resigned() {
         let now = Instant::now();
-        let mut first = Claims::new("a".into(), 1);
+        let mut first = Claims::new("a".into(), 1, wall_clock);
         first.heard("w1", v1::Lead::default(), now);
         let term = first.decide(now).term().unwrap();
         assert_eq!(first.resign(), Some(v1::Claim { term, coordinator: "a".into(), resigned: true }));
         assert_eq!(waits(&first.decide(now + CLAIM_TTL)), "it has resigned");
         assert_eq!((first.claim(), first.resign()), (None, None));
-        let mut second = Claims::new("b".into(), 1);
+        let mut second = Claims::new("b".into(), 1, wall_clock);
         second.heard("w1", lead(term, "a", u64::MAX), now);
         assert!(second.decide(now).term().unwrap() > term);
     }
@@ -274,7 +309,7 @@ mod tests {
     #[test]
     fn workers_that_stay_away_are_waited_for_a_moment() {
         let now = Instant::now();
-        let mut claims = Claims::new("b".into(), 2);
+        let mut claims = Claims::new("b".into(), 2, wall_clock);
         claims.heard("w1", v1::Lead::default(), now);
         assert_eq!(waits(&claims.decide(now)), "1 of 2 workers are there");
         claims.decide(now + LISTEN).term().unwrap();
@@ -286,7 +321,7 @@ mod tests {
         #[test]
         fn one_leads_in_the_end(turns in prop::collection::vec((0usize..3, 0usize..2, 0u64..900), 0..60)) {
             let mut now = Instant::now();
-            let mut coordinators = ["a", "b", "c"].map(|name| Claims::new(name.into(), 2));
+            let mut coordinators = ["a", "b", "c"].map(|name| Claims::new(name.into(), 2, wall_clock));
             let mut workers = [(v1::Lead::default(), now), (v1::Lead::default(), now)];
             let mut probe = |who: &mut Claims, worker: usize, now: Instant| {
                 let (lead, at) = &mut workers[worker];

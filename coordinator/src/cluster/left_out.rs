@@ -1,9 +1,8 @@
 //! Members that are left out of plans for a while, since something failed on them.
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, time::Duration};
+
+use tokio::time::Instant;
 
 /// How long a member is left out after its first failure; each further one doubles it.
 const FIRST: Duration = Duration::from_secs(1);

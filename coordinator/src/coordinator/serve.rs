@@ -9,7 +9,7 @@ use strata_proto::{
 };
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{Coordinator, StartError};
+use super::{Coordinator, StartError, plan_of};
 use crate::{
     cluster::{
         History,
@@ -20,7 +20,7 @@ use crate::{
     engine::{self, Ended, Engine, EngineError, Notice, Observer, Snapshot, State},
     front::session::{Served, Session, SessionError},
     preflight::{self, Check, Finding},
-    request::{Limit, Tokenizer},
+    request::{Limit, Tokenizer, blocking},
 };
 
 /// Alternatives that the output check compares.
@@ -76,18 +76,24 @@ impl Coordinator {
     ) -> Result<Ready, StartError> {
         let skip = &self.shared.config.skip_checks;
         let found = Arc::new(found);
-        let plan = found.plan(deployment).map_err(|error| error.without(found.left_out.clone()))?;
+        let plan = plan_of(&found, deployment)?;
         let files = found.tokenizer_files(&plan).await?;
         let mut profile = found.profile.clone();
         let longest = Limit::of_context(profile.context_length, deployment.context);
         profile.context_length = deployment.context_of(&profile);
         let profile = Arc::new(profile);
         let (checked, skipped) = (profile.clone(), skip.clone());
-        let inspected = tokio::task::spawn_blocking(move || preflight::inspect(&files, &checked, &skipped));
-        let (tokenizer, findings) = inspected.await.map_err(|_| StartError::Engine)?;
+        let inspected = blocking(move || preflight::inspect(&files, &checked, &skipped));
+        let (tokenizer, mut findings) = inspected.await.map_err(|_| StartError::Engine)?;
         let tokenizer = match tokenizer {
             Some(tokenizer) if !findings.iter().any(Finding::refuses) => Arc::new(tokenizer),
             _ => {
+                if found.members.len() > 1 {
+                    let first = plan.replicas.first().and_then(|replica| replica.stages.first());
+                    let whose =
+                        first.map_or_else(String::new, |s| format!(" (the files are worker {}'s)", s.worker));
+                    findings.iter_mut().filter(|f| f.refuses()).for_each(|f| f.detail += &whose);
+                }
                 observer(Notice::Checked(findings.clone()));
                 return Err(StartError::Preflight(findings));
             }

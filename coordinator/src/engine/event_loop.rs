@@ -6,13 +6,16 @@ mod commit;
 mod standby;
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use strata_proto::{ModelProfile, error::Classify, v1};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::Instant,
+};
 
 use self::change::Changing;
 use super::{
@@ -88,7 +91,7 @@ pub(crate) struct Engine {
     /// Counts pipelines that were begun, of whichever replica.
     incarnations: Arc<AtomicU64>,
     last_id: SequenceId,
-    live: HashMap<SequenceId, Live>,
+    live: BTreeMap<SequenceId, Live>,
     begun: Instant,
     /// Since when no pipeline is up.
     down_since: Option<Instant>,
@@ -212,7 +215,7 @@ impl Engine {
             retires: false,
             incarnations: start.incarnations,
             last_id: 0,
-            live: HashMap::new(),
+            live: BTreeMap::new(),
             begun: Instant::now(),
             down_since: Some(Instant::now()),
             first: Some(first),
@@ -225,7 +228,7 @@ impl Engine {
             };
             let (Ended::Deposed(why) | Ended::Failed(why)) = &ended;
             let shown = shown.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            shown.send_modify(|s| (s.up, s.down) = (false, why.clone()));
+            shown.send_modify(|s| s.engine_ended(why));
             // Nobody may wait for its end.
             let _ = end.send(ended);
         });
@@ -244,11 +247,13 @@ impl Engine {
         self.hold();
         while self.deposed.is_none() && !self.snapshot.is_closed() {
             tokio::select! {
+                // Deadlines are kept however many events there are.
+                biased;
+                _ = tick.tick() => self.tick(),
                 event = self.events.recv() => match event {
                     Some(event) => self.react(event),
                     None => break,
                 },
-                _ = tick.tick() => self.tick(),
             }
             while let Ok(event) = self.events.try_recv() {
                 self.react(event);
@@ -266,7 +271,7 @@ impl Engine {
             Some(why) => EngineError::Deposed(why.clone()),
             None => EngineError::ShuttingDown,
         };
-        for (_, live) in self.live.drain() {
+        for live in self.live.into_values() {
             live.reply.end(Reply::Failed(failed.clone()));
         }
         let pipelines = self.replicas.into_iter().filter_map(|replica| match replica.state {

@@ -1,8 +1,9 @@
 //! A replica of the model as it runs: its pipeline, and the sequences that it computes.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use strata_proto::Plan;
+use tokio::time::Instant;
 
 use super::budget::PrefillBudget;
 use crate::{

@@ -7,14 +7,13 @@ use std::{
         atomic::{AtomicUsize, Ordering},
     },
     task::{Context, Poll},
-    time::Instant,
 };
 
 use strata_proto::v1::{
     self,
     generate_event::{self, Event},
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 
 use super::error::EngineError;
 use crate::{request::Permit, scheduler::SequenceId};

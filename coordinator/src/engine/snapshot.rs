@@ -87,6 +87,13 @@ impl Snapshot {
         self.state == State::Serving && self.up
     }
 
+    /// There is no engine any more, for this reason: what it counted stays, and nothing of what it did.
+    pub(crate) fn engine_ended(&mut self, why: &str) {
+        (self.up, self.down, self.capacity) = (false, why.to_owned(), 0);
+        self.loading.clear();
+        self.load = counters(&self.load);
+    }
+
     /// Why not; empty if they are.
     pub fn reason(&self) -> String {
         match self.state {
@@ -141,6 +148,31 @@ pub(crate) fn sum(a: &v1::Load, b: &v1::Load) -> v1::Load {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_engine_that_has_ended_does_nothing_and_has_counted() {
+        let load =
+            v1::Load { running: 2, steps_in_flight: 1, kv_tokens_used: 64, steps: 9, ..v1::Load::default() };
+        let loading = Loading {
+            pipeline: 0,
+            stage: 0,
+            worker: "w".into(),
+            device: "cpu".into(),
+            layers: LayerRange::new(0, 1),
+            bytes_read: 0,
+            bytes_total: 0,
+        };
+        let (state, doing) = (State::Standby, "coordinator b leads".to_owned());
+        let loading = vec![loading];
+        let mut snapshot =
+            Snapshot { state, doing, up: true, capacity: 64, load, loading, ..Snapshot::default() };
+        snapshot.engine_ended("it leads no more");
+        assert_eq!(
+            (snapshot.up, snapshot.capacity, snapshot.reason().as_str()),
+            (false, 0, "coordinator b leads")
+        );
+        assert_eq!(snapshot.load, v1::Load { steps: 9, ..v1::Load::default() });
+    }
 
     #[test]
     fn the_reason_is_what_there_is_to_wait_for() {

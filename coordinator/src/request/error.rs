@@ -20,6 +20,14 @@ pub enum AdmissionError {
         /// What it was and what was expected.
         why: String,
     },
+    /// The prompt is as long as everything may be.
+    #[error("prompt: {tokens} leave no room for an answer: {limit}; shorten the prompt")]
+    NoRoom {
+        /// How long it is, in words.
+        tokens: String,
+        /// Which limit that meets, in words.
+        limit: String,
+    },
     /// Another model was asked for.
     #[error("model {} is not served here; this server answers for {served}", quoted(asked))]
     WrongModel {
@@ -83,6 +91,7 @@ impl Classify for AdmissionError {
     fn kind(&self) -> Kind {
         match self {
             AdmissionError::Field { .. }
+            | AdmissionError::NoRoom { .. }
             | AdmissionError::WrongTask { .. }
             | AdmissionError::Tokenizer(_) => Kind::BadInput,
             AdmissionError::WrongModel { .. } => Kind::WrongModel,

@@ -164,10 +164,9 @@ fn most(limit: Limit) -> usize {
 /// What a tokenizer says, where it is too many tokens in terms of the limit.
 fn too_long(error: TokenizerError, limit: Limit) -> AdmissionError {
     match error {
-        TokenizerError::TooLong { least } => field(
-            "prompt",
-            format!("{least} tokens or more leave no room for an answer: {limit}; shorten the prompt"),
-        ),
+        TokenizerError::TooLong { least } => {
+            AdmissionError::NoRoom { tokens: format!("{least} tokens or more"), limit: limit.to_string() }
+        }
         error => error.into(),
     }
 }
@@ -176,10 +175,8 @@ fn too_long(error: TokenizerError, limit: Limit) -> AdmissionError {
 fn check_length(prompt: usize, max_tokens: Option<u32>, limit: Limit) -> Result<u32, AdmissionError> {
     let prompt = prompt as u64;
     if prompt >= limit.tokens {
-        return Err(field(
-            "prompt",
-            format!("{prompt} tokens leave no room for an answer: {limit}; shorten the prompt"),
-        ));
+        let (tokens, limit) = (format!("{prompt} tokens"), limit.to_string());
+        return Err(AdmissionError::NoRoom { tokens, limit });
     }
     let rest = u32::try_from(limit.tokens - prompt).unwrap_or(u32::MAX);
     match max_tokens {

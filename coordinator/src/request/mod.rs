@@ -1,5 +1,6 @@
 //! What is let in, and how its texts become tokens and its tokens text.
 
+mod blocking;
 pub(crate) mod bounds;
 pub(crate) mod chat;
 pub(crate) mod encode;
@@ -13,6 +14,7 @@ mod sampling;
 mod text_stream;
 mod tokenizer;
 
+pub(crate) use blocking::blocking;
 pub use error::{AdmissionError, TokenizerError};
 pub(crate) use gate::{Gate, Permit};
 pub(crate) use limit::Limit;

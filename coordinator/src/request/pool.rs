@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::Semaphore;
 
-use super::error::AdmissionError;
+use super::{blocking::blocking, error::AdmissionError};
 
 /// Most bytes of requests that are tokenized or wait for it: eight of the largest.
 const MAX_BYTES: usize = 64 << 20;
@@ -45,7 +45,7 @@ impl Pool {
         let held = self.bytes.clone().try_acquire_many_owned(units).map_err(busy)?;
         // Neither is ever closed.
         let thread = self.threads.clone().acquire_owned().await.map_err(|_| AdmissionError::Panicked)?;
-        let done = tokio::task::spawn_blocking(move || {
+        let done = blocking(move || {
             let _until_done = (held, thread);
             work()
         });

@@ -297,7 +297,11 @@ impl Tokenizer {
 /// A `tokenizer.json`.
 fn parse(json: &[u8]) -> Result<tokenizers::Tokenizer, TokenizerError> {
     guarded(|| tokenizers::Tokenizer::from_bytes(json)).map_err(|error| match error {
-        TokenizerError::Failed(why) => TokenizerError::Broken { file: "tokenizer.json", why },
+        TokenizerError::Failed(why) => {
+            let cut =
+                if why.contains("EOF while parsing") { ": it was cut off; download it again" } else { "" };
+            TokenizerError::Broken { file: "tokenizer.json", why: why + cut }
+        }
         error => error,
     })
 }

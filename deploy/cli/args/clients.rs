@@ -22,6 +22,21 @@ pub struct AddressArgs {
     pub timeout: Option<u64>,
 }
 
+/// Which model is asked.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Server")]
+pub struct ModelArgs {
+    /// Name of the model, one of those that the server answers for [default: whichever it serves]
+    #[arg(
+        long = "model",
+        env = "STRATA_ASK_MODEL",
+        value_name = "NAME",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub name: String,
+}
+
 #[derive(Debug, Args)]
 pub struct StatusArgs {
     /// Print JSON
@@ -66,6 +81,8 @@ pub struct BenchArgs {
     /// Print one JSON object per measurement
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
+    #[command(flatten)]
+    pub model: ModelArgs,
     #[command(flatten)]
     pub address: AddressArgs,
 }
@@ -201,6 +218,8 @@ pub struct GenerateArgs {
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
     #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
     pub address: AddressArgs,
     #[command(flatten)]
     pub answer: AnswerArgs,
@@ -218,20 +237,24 @@ pub struct TokenizeArgs {
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
     #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
     pub address: AddressArgs,
 }
 
 #[derive(Debug, Args)]
 pub struct DetokenizeArgs {
-    /// The ids, separated by commas
-    #[arg(env = "STRATA_TOKEN_IDS", value_delimiter = ',', required = true)]
-    pub token_ids: Vec<u32>,
+    /// The ids, separated by commas or spaces; - is standard input, and @FILE a file
+    #[arg(env = "STRATA_TOKEN_IDS", required = true)]
+    pub token_ids: Vec<String>,
     /// Write special tokens out
     #[arg(long, env = "STRATA_KEEP_SPECIAL")]
     pub keep_special: bool,
     /// Print JSON
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
+    #[command(flatten)]
+    pub model: ModelArgs,
     #[command(flatten)]
     pub address: AddressArgs,
 }
@@ -273,6 +296,8 @@ pub struct InputArgs {
     /// Print one JSON object per input
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
+    #[command(flatten)]
+    pub model: ModelArgs,
     #[command(flatten)]
     pub address: AddressArgs,
 }

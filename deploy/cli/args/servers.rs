@@ -121,7 +121,7 @@ pub struct CoordinatorArgs {
     #[arg(long = "worker", env = "STRATA_WORKER_URLS", value_delimiter = ',', conflicts_with = "etcd")]
     pub workers: Vec<String>,
     /// Name of the model: a directory under each worker's --models
-    #[arg(long, env = "STRATA_MODEL")]
+    #[arg(long, env = "STRATA_MODEL", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub model: String,
     /// Seconds to wait for the workers; with --etcd it is waited for as long as it takes
     #[arg(long, env = "STRATA_JOIN_TIMEOUT", default_value_t = config::JOIN_TIMEOUT.as_secs(), conflicts_with = "etcd")]

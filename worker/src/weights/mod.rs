@@ -196,8 +196,8 @@ impl Checkpoint {
             directory => format!("{directory}/{name}"),
         };
         let Some(bytes) = self.dir.read(&path, MAX_CONFIG)? else { return Ok(None) };
-        let value =
-            serde_json::from_slice(&bytes).map_err(|e| WeightsError::file(name, format!("not JSON: {e}")))?;
+        let value = serde_json::from_slice(&bytes)
+            .map_err(|e| WeightsError::file(name, format!("not JSON: {}", misread(&e))))?;
         Ok(Some(value))
     }
 
@@ -278,6 +278,14 @@ fn missing_shard(dir: &Path, name: &str) -> WeightsError {
     WeightsError::file(name, format!("{INDEX} lists it, but it is not in {}: {remedy}", dir.display()))
 }
 
+/// What is wrong with JSON, and what to do where the end of it is missing.
+fn misread(error: &serde_json::Error) -> String {
+    match error.is_eof() {
+        true => format!("{error}: the file is empty or was cut off; download it again"),
+        false => error.to_string(),
+    }
+}
+
 /// `weight_map` of the index, if there is one: tensor to file name, names checked to stay in the directory.
 fn read_index(dir: &ModelDir) -> Result<Option<BTreeMap<String, String>>, WeightsError> {
     #[derive(serde::Deserialize)]
@@ -286,7 +294,7 @@ fn read_index(dir: &ModelDir) -> Result<Option<BTreeMap<String, String>>, Weight
     }
     let Some(bytes) = dir.read(INDEX, MAX_HEADER)? else { return Ok(None) };
     let index: Index = serde_json::from_slice(&bytes)
-        .map_err(|e| WeightsError::file(INDEX, format!("not an index with a weight_map: {e}")))?;
+        .map_err(|e| WeightsError::file(INDEX, format!("not an index with a weight_map: {}", misread(&e))))?;
     for (tensor, shard) in &index.weight_map {
         if !is_plain(shard) {
             let reason = format!("{shard:?} is not a plain file name: shards lie beside the index");

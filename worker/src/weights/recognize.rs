@@ -60,7 +60,8 @@ pub(super) fn unusable(dir: &ModelDir) -> Option<String> {
                 .into(),
         );
     }
-    for name in names.iter().filter(|name| name.ends_with(".json") || name.ends_with(".safetensors")) {
+    let read = |name: &&String| [".json", ".jinja", ".safetensors"].iter().any(|end| name.ends_with(end));
+    for name in names.iter().filter(read) {
         if let Some(what) = not_the_file(dir, name) {
             return Some(format!("{name} is {what}"));
         }
@@ -182,7 +183,9 @@ fn not_the_file(dir: &ModelDir, name: &str) -> Option<String> {
                 .into(),
         );
     }
-    if text.starts_with('<') {
+    // A template may begin with a token in angle brackets.
+    let page = ["<!doctype", "<html"].iter().any(|beginning| lower.starts_with(beginning));
+    if page || (text.starts_with('<') && !name.ends_with(".jinja")) {
         return Some(
             "a web page, not the file itself; download it again, by its link that says resolve in the place of blob"
                 .into(),

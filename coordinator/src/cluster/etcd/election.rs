@@ -225,7 +225,7 @@ impl Candidacy {
         }
         if let Some(led) = last.leader().filter(|led| led.id != self.candidate.id) {
             let followed = self.followed.borrow().clone();
-            if followed.leads(led.term, self.candidate.ttl.min(CLAIM_TTL), Instant::now().into_std()) {
+            if followed.leads(led.term, self.candidate.ttl.min(CLAIM_TTL), Instant::now()) {
                 let leader = &followed.coordinator;
                 let why = format!("coordinator {leader} leads, as workers say, though etcd has forgotten it");
                 self.decide(Leadership::StandsBy { why });

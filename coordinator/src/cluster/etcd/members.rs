@@ -1,12 +1,13 @@
 //! Workers that have registered, as members: who is there is what etcd says, or what answers.
 
-use std::{collections::HashMap, sync::Arc, time::Instant};
+use std::{collections::HashMap, sync::Arc};
 
 use etcd_client::{Client, EventType, GetOptions};
 use strata_proto::v1;
 use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
+    time::Instant,
 };
 
 use super::{

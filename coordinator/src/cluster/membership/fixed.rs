@@ -3,18 +3,20 @@
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Instant,
 };
 
 use strata_proto::{Worker, v1};
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
 
 use super::{
     Caller, Member, MemberEvent, Source,
     probe::{MISSES, PROBE_EVERY, PROBE_TIMEOUT, ask, speaks},
 };
 use crate::cluster::{
-    leadership::{Claims, Leadership},
+    leadership::{Claims, Clock, Leadership, wall_clock},
     records::InMemory,
     remote::RemoteWorker,
 };
@@ -25,30 +27,38 @@ use crate::cluster::{
 /// # Errors
 /// If a URL is not usable as an address, or two are of one worker.
 pub fn fixed(urls: &[String], caller: &Caller) -> Result<(Source, Claimant), String> {
-    let (events, receiver) = mpsc::unbounded_channel();
-    let claims = Claims::new(caller.name.clone(), urls.len());
-    let why = format!("0 of {} workers are there", urls.len());
-    let (decided, leadership) = watch::channel(Leadership::StandsBy { why });
-    let common = Arc::new(Common { events, claims: Mutex::new(claims), boots: Boots::default(), decided });
-    let (mut names, mut workers) = (HashSet::new(), Vec::<Arc<dyn Worker>>::new());
+    let (mut names, mut members) = (HashSet::new(), Vec::new());
     for (rank, url) in urls.iter().enumerate() {
         let (worker, name, host) = RemoteWorker::lazy(url)?;
         if !names.insert(name.to_lowercase()) {
             return Err(format!("worker {url} is listed twice: expected each worker once"));
         }
         let worker = Arc::new(worker.with_secret(caller.secret.clone()));
-        workers.push(worker.clone());
-        let member = Member { name, worker, rank, host };
+        members.push(Member { name, worker, rank, host });
+    }
+    Ok(over(members, caller.name.clone(), wall_clock))
+}
+
+/// The same over these workers, for a coordinator of this name and by this clock.
+pub(crate) fn over(members: Vec<Member>, coordinator: String, clock: Clock) -> (Source, Claimant) {
+    let (events, receiver) = mpsc::unbounded_channel();
+    let claims = Mutex::new(Claims::new(coordinator, members.len(), clock));
+    let why = format!("0 of {} workers are there", members.len());
+    let (decided, leadership) = watch::channel(Leadership::StandsBy { why });
+    let common = Arc::new(Common { events, claims, boots: Boots::default(), decided });
+    let workers = members.iter().map(|member| member.worker.clone()).collect();
+    for member in members {
         let common = common.clone();
         tokio::spawn(async move {
             tokio::select! {
-                () = probe(member, &common) => {}
+                biased;
                 () = common.events.closed() => {}
+                () = probe(member, &common) => {}
             }
         });
     }
     let keeper = Arc::new(InMemory::default());
-    Ok((Source { events: receiver, leadership, keeper }, Claimant { common, workers }))
+    (Source { events: receiver, leadership, keeper }, Claimant { common, workers })
 }
 
 /// What a coordinator claims of its workers, until it resigns.

@@ -16,6 +16,8 @@ use tokio::{
     time::Instant,
 };
 
+#[cfg(test)]
+pub(crate) use fixed::over;
 pub use fixed::{Claimant, fixed};
 pub use local::local;
 

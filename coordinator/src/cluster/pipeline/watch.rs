@@ -2,7 +2,7 @@
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use futures::{StreamExt, stream::FuturesUnordered};
@@ -11,7 +11,10 @@ use strata_proto::{
     error::missed,
     v1::{self, LinkHealth, StageHealth, from_stage},
 };
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{Notify, mpsc},
+    time::Instant,
+};
 use tonic::Status;
 
 use super::{EventSink, PipelineEvent};
@@ -30,7 +33,7 @@ const LAST_WORDS: Duration = Duration::from_millis(100);
 pub(super) struct Watch {
     stages: Mutex<Vec<Stage>>,
     /// Changes when a stage ends or misses a neighbour.
-    worse: watch::Sender<()>,
+    worse: Notify,
     silent_links: SilentLinks,
     timeout: Duration,
 }
@@ -64,7 +67,7 @@ impl Watch {
         let heard = Instant::now();
         let stage = |worker| Stage { worker, ended: false, heard, health: StageHealth::default() };
         let stages = Mutex::new(workers.map(stage).collect());
-        Arc::new(Watch { stages, worse: watch::Sender::default(), silent_links, timeout })
+        Arc::new(Watch { stages, worse: Notify::new(), silent_links, timeout })
     }
 
     /// Forwards a stage's messages to `sink` until it runs no more, and then says who is to blame.
@@ -99,9 +102,15 @@ impl Watch {
     /// Who is to blame, and whether that is known for sure: once somebody is gone, both ends of a link have missed
     /// each other, or no more comes.
     async fn last_words(&self) -> Option<(String, bool)> {
-        let mut worse = self.worse.subscribe();
-        let settled =
-            async { while !is_settled(&self.reports(), self.timeout) && worse.changed().await.is_ok() {} };
+        let settled = async {
+            loop {
+                let worse = self.worse.notified();
+                if is_settled(&self.reports(), self.timeout) {
+                    break;
+                }
+                worse.await;
+            }
+        };
         // Nobody has to have last words.
         let _ = tokio::time::timeout(LAST_WORDS, settled).await;
         let reports = self.reports();
@@ -161,7 +170,7 @@ impl Watch {
 
     fn update(&self, at: usize, update: impl FnOnce(&mut Stage)) {
         update(&mut self.lock()[at]);
-        self.worse.send_replace(());
+        self.worse.notify_waiters();
     }
 
     /// Forwards a stage's messages until it runs no more.
@@ -194,7 +203,7 @@ impl Watch {
                         sink(incarnation, PipelineEvent::Leaving { worker });
                     }
                     if let Some(end) = end_of(&health) {
-                        self.worse.send_replace(());
+                        self.worse.notify_waiters();
                         return end;
                     }
                 }

@@ -3,10 +3,11 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, PoisonError, atomic::Ordering},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use strata_proto::{Plan, error::Kind, v1::Fence};
+use tokio::time::Instant;
 
 use super::{Engine, RETRY_EVERY, TICK};
 use crate::{
@@ -295,6 +296,11 @@ impl Engine {
             replica.last = None;
         }
         replica.state = State::Down { retry: now + retry };
+        if retry > Duration::ZERO {
+            // It may never come up: there may be devices for the others alone.
+            replica::move_away(&mut self.replicas, at);
+        }
+        let replica = &self.replicas[at];
         if replica.load() == 0 && self.replicas.iter().any(Replica::is_up_or_coming) && retry > Duration::ZERO
         {
             tracing::info!(%error, "a replica less than there might be");

@@ -3,10 +3,11 @@
 
 use std::{
     sync::{Arc, atomic::Ordering},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use strata_proto::{Plan, StagePlan, v1::Fence};
+use tokio::time::Instant;
 
 use super::{Engine, bring_up::PATIENCE, standby::NO_PIPELINE};
 use crate::{

@@ -69,7 +69,7 @@ impl Engine {
         for error in failed {
             tracing::warn!("no standby: {error}");
             if let Some(worker) = error.worker() {
-                self.left_out.failed(worker, error.reason(), std::time::Instant::now());
+                self.left_out.failed(worker, error.reason(), tokio::time::Instant::now());
                 self.standbys_due = true;
             }
         }
@@ -82,7 +82,7 @@ impl Engine {
     /// The members that there may be plans over now.
     pub(super) fn plannable(&self) -> Vec<crate::cluster::membership::Member> {
         let mut members = self.members.answering();
-        members.retain(|member| !self.left_out.has(&member.name, std::time::Instant::now()));
+        members.retain(|member| !self.left_out.has(&member.name, tokio::time::Instant::now()));
         members
     }
 }

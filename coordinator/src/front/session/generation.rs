@@ -3,11 +3,11 @@
 use std::{
     pin::Pin,
     task::{Context, Poll, ready},
-    time::Instant,
 };
 
 use futures::Stream;
 use strata_proto::v1::{self, generate_event::Event};
+use tokio::time::Instant;
 
 use super::{
     SessionError,

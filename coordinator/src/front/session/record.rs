@@ -5,7 +5,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use strata_proto::{
@@ -13,7 +13,7 @@ use strata_proto::{
     v1,
 };
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 use super::SessionError;
 use crate::request::Permit;

@@ -2,13 +2,11 @@
 
 use std::time::Instant;
 
-use strata_proto::v1::{self, Fence};
+use crate::v1::{self, Fence};
 
-use crate::error::WorkerError;
-
-/// What a worker remembers of those who lead, or say so.
+/// What a worker remembers of those who lead, or say so. Pure: time is an argument.
 #[derive(Debug, Default)]
-pub(crate) struct Lead {
+pub struct Lead {
     /// Of the latest term that called; one for each pipeline.
     newest: Vec<Fence>,
     /// The claim with the highest term.
@@ -29,14 +27,13 @@ impl Lead {
     /// Refuses a stale fence, and remembers a new one.
     ///
     /// # Errors
-    /// If a higher term, or a later incarnation of its pipeline, was heard of.
-    pub fn admit(&mut self, fence: Fence, now: Instant) -> Result<(), WorkerError> {
+    /// The newest, if a higher term, or a later incarnation of its pipeline, was heard of.
+    pub fn admit(&mut self, fence: Fence, now: Instant) -> Result<(), Fence> {
         if let Some(newest) = self.newest.iter().find(|newest| fence.is_stale(newest)) {
-            return Err(WorkerError::Stale { got: fence, newest: *newest });
+            return Err(*newest);
         }
         if fence.term < self.term() {
-            let newest = Fence { term: self.term(), ..Fence::default() };
-            return Err(WorkerError::Stale { got: fence, newest });
+            return Err(Fence { term: self.term(), ..Fence::default() });
         }
         self.newest.retain(|old| old.term == fence.term && old.pipeline != fence.pipeline);
         self.newest.push(fence);
@@ -89,9 +86,7 @@ mod tests {
         assert_eq!(lead.told(later), v1::Lead { term: 3, coordinator: "a".into(), age_ms: 250 });
         lead.claim(claim(3, "a"), later);
         assert_eq!(lead.told(later).age_ms, 0);
-        assert!(
-            matches!(lead.admit(fence(2, 0, 9), later), Err(WorkerError::Stale { newest, .. }) if newest.term == 3)
-        );
+        assert_eq!(lead.admit(fence(2, 0, 9), later).unwrap_err().term, 3);
         lead.admit(fence(3, 0, 1), later).unwrap();
         lead.admit(fence(3, 1, 2), later).unwrap();
         lead.admit(fence(3, 0, 3), later).unwrap();
