@@ -301,7 +301,7 @@ impl Driver {
             return Some("not all others stand by".into());
         }
         let world = lock(&self.world);
-        let last = world.last_actor().map(|(_, actor)| actor);
+        let last = world.last_actor();
         (last != Some(leader.id)).then(|| format!("{} serves, and {last:?} acted last", leader.id))
     }
 

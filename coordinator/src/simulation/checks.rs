@@ -56,8 +56,10 @@ impl World {
         }
     }
 
-    /// The highest term by which anybody has acted, and who did.
-    pub fn last_actor(&self) -> Option<(u64, ProcessId)> {
-        self.checks.actors.last_key_value().map(|(term, actor)| (*term, *actor))
+    /// Who has acted by the highest term that a worker remembers.
+    pub fn last_actor(&self) -> Option<ProcessId> {
+        let boots = self.workers.iter().enumerate().map(|(worker, is)| (worker, is.boot));
+        let highest = boots.filter_map(|key| self.checks.terms.get(&key)).max()?;
+        self.checks.actors.get(highest).copied()
     }
 }
