@@ -111,9 +111,14 @@ pub(crate) struct Report {
 impl Report {
     /// Says it again and again, and at once when the worker begins to drain or a neighbour is missed, until the run
     /// is over.
-    pub async fn repeat(mut self, interrupt: Interrupt, answers: mpsc::Sender<v1::FromStage>) {
+    pub fn repeat(
+        mut self,
+        interrupt: Interrupt,
+        answers: mpsc::Sender<v1::FromStage>,
+    ) -> impl Future<Output = ()> {
+        // From now on, not from when the future is first polled: what is missed until then is told, too.
         let mut links = self.neighbours.0.subscribe();
-        let report = async {
+        let report = async move {
             let mut told = false;
             loop {
                 tokio::select! {
@@ -127,9 +132,11 @@ impl Report {
                 }
             }
         };
-        tokio::select! {
-            () = report => {}
-            () = interrupt.tripped() => {}
+        async move {
+            tokio::select! {
+                () = report => {}
+                () = interrupt.tripped() => {}
+            }
         }
     }
 }
