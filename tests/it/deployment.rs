@@ -422,3 +422,28 @@ async fn a_worker_that_is_told_to_end_is_replaced_before_it_does() {
     let after = status(&coordinator.address).await;
     assert_eq!(stages(&after), [2, 1].map(|i: usize| name(&workers[i])));
 }
+
+/// One that cannot be spared ends when the answers that had begun have.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_cannot_be_spared_ends_when_its_answers_have() {
+    let mut workers = workers(2);
+    let coordinator = coordinator(&workers, &["--split", "3,3"]);
+    exact_while(&coordinator.address, async { workers[1].signal("-TERM") }).await;
+    // Longer than that would be the coordinator's time for it.
+    let ended = tokio::task::block_in_place(|| workers[1].exited());
+    assert!(ended.success());
+    let left = until(&coordinator.address, "that no pipeline is up", |s| !s.ready).await;
+    assert!(left.reason.contains("needs as many devices"), "{left:?}");
+    // What waits is answered when there is a worker again.
+    let address = coordinator.address.clone();
+    let waiting = tokio::spawn(async move {
+        let ids = expectations(&model("shakespeare")).remove(0).ids;
+        ask(&client(&address).await, greedy(&ids, 8)).await
+    });
+    until(&coordinator.address, "who waits", |s| s.load.unwrap().waiting == 1).await;
+    let models = model("");
+    let port = workers[1].address.strip_prefix("http://").unwrap();
+    let args = ["worker", "--models", models.to_str().unwrap(), "--listen", port];
+    let _again = Process::start(&args, "listening ");
+    waiting.await.unwrap().unwrap();
+}

@@ -102,6 +102,13 @@ pub struct Applied {
     pub compared: Comparison,
 }
 
+/// Whoever asks may go; what was begun is done and recorded all the same.
+async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, AdminError>> + Send + 'static,
+) -> Result<T, AdminError> {
+    tokio::spawn(work).await.unwrap_or(Err(AdminError::Change(ChangeError::Gone)))
+}
+
 impl Coordinator {
     /// Plans without a worker from now on, and returns once nothing is left on it. It stays so, also when it is restarted,
     /// until it is [taken back](Self::take_back).
@@ -109,6 +116,11 @@ impl Coordinator {
     /// # Errors
     /// If it cannot be spared, and then it is not drained; or if this coordinator does not serve.
     pub async fn vacate(&self, worker: &str, reason: &str) -> Result<(), AdminError> {
+        let (own, worker, reason) = (self.clone(), worker.to_owned(), reason.to_owned());
+        to_its_end(async move { own.vacate_now(&worker, &reason).await }).await
+    }
+
+    async fn vacate_now(&self, worker: &str, reason: &str) -> Result<(), AdminError> {
         let _one_at_a_time = self.shared.admin.lock().await;
         self.check_serving().map_err(AdminError::NotServing)?;
         let members = self.members();
@@ -140,6 +152,11 @@ impl Coordinator {
     /// # Errors
     /// If it is not drained, or that cannot be kept.
     pub async fn take_back(&self, worker: &str) -> Result<(), AdminError> {
+        let (own, worker) = (self.clone(), worker.to_owned());
+        to_its_end(async move { own.take_back_now(&worker).await }).await
+    }
+
+    async fn take_back_now(&self, worker: &str) -> Result<(), AdminError> {
         let _one_at_a_time = self.shared.admin.lock().await;
         self.check_serving().map_err(AdminError::NotServing)?;
         let mut drained = self.members().drained();
@@ -158,6 +175,11 @@ impl Coordinator {
     /// # Errors
     /// If nothing is live, or the other plan cannot be made or did not come up.
     pub async fn rebalance(&self, dry_run: bool) -> Result<Comparison, AdminError> {
+        let own = self.clone();
+        to_its_end(async move { own.rebalance_now(dry_run).await }).await
+    }
+
+    async fn rebalance_now(&self, dry_run: bool) -> Result<Comparison, AdminError> {
         let _one_at_a_time = self.shared.admin.lock().await;
         self.check_serving().map_err(AdminError::NotServing)?;
         let deployment = self.deployed().deployment.clone();
@@ -174,6 +196,16 @@ impl Coordinator {
     /// # Errors
     /// If there is another version, a field makes no sense, or it does not fit or come up; then what was served is served.
     pub async fn apply(
+        &self,
+        record: DeploymentRecord,
+        over: Option<u64>,
+        dry_run: bool,
+    ) -> Result<Applied, AdminError> {
+        let own = self.clone();
+        to_its_end(async move { own.apply_now(record, over, dry_run).await }).await
+    }
+
+    async fn apply_now(
         &self,
         record: DeploymentRecord,
         over: Option<u64>,

@@ -361,6 +361,7 @@ impl Engine {
     }
 
     fn tick(&mut self) {
+        self.leave_idle();
         let now = self.begun.elapsed();
         let expired: Vec<_> =
             self.replicas.iter_mut().flat_map(|replica| replica.scheduler.expire(now)).collect();
@@ -442,7 +443,7 @@ impl Engine {
         if order.is_empty() {
             order.push(0);
         }
-        order.sort_by_key(|i| self.replicas[*i].load());
+        order.sort_by_key(|i| (self.replicas[*i].scheduler.is_closed(), self.replicas[*i].load()));
         let unplaced = scheduler::Unplaced::new(id, request);
         let mut refused = None;
         for replica in order {

@@ -41,12 +41,22 @@ pub(crate) struct Replica {
     pub plan: Option<Arc<Plan>>,
     /// What it ran by last: the next plan leaves as much as it can as it was.
     pub last: Option<Arc<Plan>>,
+    /// A worker of its pipeline that is about to end, and cannot be spared.
+    pub ends_with: Option<String>,
 }
 
 impl Replica {
     pub fn new(number: u32, config: scheduler::Config, budget: PrefillBudget) -> Self {
         let state = State::Down { retry: Instant::now() };
-        Replica { number, state, scheduler: Scheduler::new(config), budget, plan: None, last: None }
+        Replica {
+            number,
+            state,
+            scheduler: Scheduler::new(config),
+            budget,
+            plan: None,
+            last: None,
+            ends_with: None,
+        }
     }
 
     pub fn is_up(&self) -> bool {
@@ -115,7 +125,7 @@ pub(crate) fn move_away(replicas: &mut [Replica], from: usize) {
         return;
     }
     for sequence in replicas[from].scheduler.surrender() {
-        others.sort_by_key(|i| replicas[*i].load());
+        others.sort_by_key(|i| (replicas[*i].scheduler.is_closed(), replicas[*i].load()));
         let home = others.iter().copied().find(|i| replicas[*i].scheduler.check(&sequence).is_ok());
         replicas[home.unwrap_or(from)].scheduler.adopt(sequence);
     }

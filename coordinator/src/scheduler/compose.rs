@@ -126,7 +126,8 @@ impl Scheduler {
         // Nobody overtakes the first in line.
         while let Some(id) = self.waiting.first() {
             let sequence = &self.live[&id];
-            if sequence.suspect() || self.count_for(sequence, step) == 0 || !self.admit(id) {
+            let may_begin = sequence.admitted || !self.closed;
+            if !may_begin || sequence.suspect() || self.count_for(sequence, step) == 0 || !self.admit(id) {
                 break;
             }
             self.add_chunk(id, step);

@@ -146,6 +146,8 @@ pub struct Scheduler {
     prefix_hits: u64,
     /// Most tokens of prompts in a step while somebody decodes.
     mixed_tokens: u32,
+    /// Nobody begins any more.
+    closed: bool,
 }
 
 impl Scheduler {
@@ -166,7 +168,23 @@ impl Scheduler {
             prefix_queries: 0,
             prefix_hits: 0,
             mixed_tokens: u32::MAX,
+            closed: false,
         }
+    }
+
+    /// Lets nobody begin any more until it is [restarted](Self::restart): who has begun goes on, the others wait.
+    pub fn close(&mut self) {
+        self.closed = true;
+    }
+
+    /// Whether it is [closed](Self::close).
+    pub fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    /// Whether everybody who had begun has ended.
+    pub fn is_idle(&self) -> bool {
+        !self.live.values().any(|sequence| sequence.admitted)
     }
 
     /// Gives up every sequence, with all that is known of it, for other schedulers to [adopt](Self::adopt).
@@ -305,6 +323,7 @@ impl Scheduler {
         self.in_flight.clear();
         self.next_step = 0;
         self.mixed_tokens = u32::MAX;
+        self.closed = false;
         for sequence in self.live.values_mut() {
             // What they had is gone with the old incarnation.
             sequence.forget();

@@ -38,6 +38,7 @@ impl Engine {
         let down = State::Down { retry: Instant::now() };
         let State::Up(pipeline) = std::mem::replace(&mut replica.state, down) else { return };
         replica.last = replica.plan.take();
+        replica.ends_with = None;
         replica::move_away(&mut self.replicas, at);
         if !self.replicas.iter().any(Replica::is_up) {
             self.down_since = Some(Instant::now());
@@ -307,7 +308,10 @@ impl Engine {
             self.replicas.remove(at);
             return;
         }
-        tracing::warn!(%error, "no pipeline came up");
+        // It is tried again and again; what is said already is said.
+        if self.snapshot.borrow().down != error.to_string() {
+            tracing::warn!(%error, "no pipeline came up");
+        }
         if !self.replicas.iter().any(Replica::is_up) {
             self.show_replicas(error.to_string());
         }

@@ -83,16 +83,27 @@ impl Engine {
         }
     }
 
+    /// Leaves workers that are about to end, where what had begun has ended.
+    pub(super) fn leave_idle(&mut self) {
+        let is_due = |replica: &Replica| replica.ends_with.is_some() && replica.scheduler.is_idle();
+        while let Some(at) = self.replicas.iter().position(is_due) {
+            if let Some(worker) = self.replicas[at].ends_with.take() {
+                self.lost(at, &worker, "is about to end");
+            }
+        }
+    }
+
     /// The first change has come to an end.
     fn changed(&mut self, outcome: Result<(), ChangeError>) {
         let Some(Changing { change, reply, .. }) = self.changes.pop_front() else { return };
         if let Err(error) = &outcome {
             tracing::warn!("{error}");
         }
-        // What runs on a worker that ends ends with it, whatever was planned.
+        // A worker that ends cannot be kept, but has some time: what has begun on it may end.
         if let (Change::Leave(worker), None, Err(_)) = (&change, &reply, &outcome) {
-            while let Some(at) = self.replicas.iter().position(|replica| replica.uses(worker)) {
-                self.lost(at, worker, "is about to end");
+            for replica in self.replicas.iter_mut().filter(|replica| replica.uses(worker)) {
+                replica.scheduler.close();
+                replica.ends_with = Some(worker.clone());
             }
         }
         if let Some(reply) = reply {
