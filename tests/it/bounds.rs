@@ -95,7 +95,8 @@ async fn unfinished(mut channel: Channel, bytes: usize) -> Code {
 async fn requests_that_do_not_come_whole_take_so_many_bytes_and_so_much_time() {
     let clients = ClientLimits {
         unfinished_bytes: 400 << 10,
-        request_timeout: Duration::from_secs(2),
+        // All of them are to come within it on a busy machine, too.
+        request_timeout: Duration::from_secs(5),
         ..ClientLimits::default()
     };
     let cluster = Cluster::start(&Options { clients, ..Options::default() }).await;
