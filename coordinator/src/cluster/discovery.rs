@@ -296,7 +296,8 @@ impl Discovery {
     /// # Errors
     /// If it does not fit, or a forced link is impossible.
     pub fn plan(&self, deployment: &Deployment) -> Result<Plan, PipelineError> {
-        for standbys in (1..=deployment.standbys).rev() {
+        let most = u32::try_from(self.offers.len()).unwrap_or(u32::MAX);
+        for standbys in (1..=deployment.standbys.min(most)).rev() {
             let mut fewer = self.clone();
             fewer.hold_back(standbys);
             if let Ok(plan) = fewer.plan_over(&fewer.offers, deployment) {
