@@ -1,6 +1,6 @@
 //! What is to be served, over whom, and within which limits: validated values, read by everybody.
 
-use std::time::Duration;
+use std::{ops::RangeInclusive, time::Duration};
 
 use strata_proto::{DType, LinkKind, ModelProfile, Quantization, Secret};
 
@@ -16,6 +16,16 @@ pub const PREFILL_CHUNK: u32 = 256;
 pub const INTER_TOKEN: Duration = Duration::from_millis(200);
 /// Most requests in progress or waiting, unless told otherwise.
 pub const MAX_REQUESTS: u32 = 512;
+/// How many copies of the model a deployment may ask for.
+pub const REPLICAS: RangeInclusive<u32> = 1..=64;
+/// How many devices it may keep free.
+pub const STANDBYS: RangeInclusive<u32> = 0..=64;
+/// For how many full contexts its cache may be.
+pub const SEQUENCES: RangeInclusive<u32> = 1..=65536;
+/// How long its longest sequence may be.
+pub const CONTEXT: RangeInclusive<u32> = 2..=u32::MAX;
+/// How large its cache may be, in tokens.
+pub const KV_TOKENS: RangeInclusive<u64> = 1..=u64::MAX;
 /// How long workers have to join, unless told otherwise.
 pub const JOIN_TIMEOUT: Duration = Duration::from_secs(120);
 

@@ -377,7 +377,9 @@ impl Coordinator {
             Some(found) => found,
             None => discover(&self.members().answering(), &deployment.model).await?,
         };
-        self.serve(term, found, &deployment, observer).await
+        self.show(State::Starting, "planning, and checking the tokenizer");
+        let ready = self.ready(found, &deployment, observer).await?;
+        self.serve(term, ready, observer).await
     }
 
     /// Takes no more requests, and waits until those in progress have ended.

@@ -67,15 +67,10 @@ pub async fn rebalance(args: RebalanceArgs) -> anyhow::Result<()> {
     let mut operator = Operator::connect(&args.admin).await?;
     let request = operator.request(v1::RebalanceRequest { dry_run: args.dry_run }, "Rebalance");
     let answer = operator.server.wait(operator.client.rebalance(request)).await?.into_inner();
-    let compared = Compared {
-        now: plan(answer.now)?,
-        then: plan(answer.then)?,
-        differs: answer.differs,
-        done: !args.dry_run,
-    };
+    let compared = Compared::read(answer.now, answer.then, answer.differs, !args.dry_run)?;
     let text = match args.json {
         true => compared.as_json().to_string(),
-        false if !answer.differs => "what runs is the best plan over today's members".to_owned(),
+        false if !answer.differs => "what runs is the best plan over today's members, or as good".to_owned(),
         false => compared.as_text(),
     };
     writeln!(std::io::stdout(), "{text}")?;
@@ -91,6 +86,7 @@ pub async fn apply(args: ApplyArgs) -> anyhow::Result<()> {
     };
     let record: DeploymentRecord = toml::from_str(&text)
         .map_err(|error| misused(format!("{shown}: {}", error.to_string().trim_end())))?;
+    record.check().map_err(|why| misused(format!("{shown}: {why}")))?;
     let mut operator = Operator::connect(&args.admin).await?;
     let over = match args.over {
         Some(over) => over,
@@ -103,12 +99,7 @@ pub async fn apply(args: ApplyArgs) -> anyhow::Result<()> {
         v1::ApplyRequest { deployment: Some(record.into()), over: Some(over), dry_run: args.dry_run };
     let request = operator.request(message, "Apply");
     let answer = operator.server.wait(operator.client.apply(request)).await?.into_inner();
-    let compared = Compared {
-        now: plan(answer.now)?,
-        then: plan(answer.then)?,
-        differs: answer.differs,
-        done: !args.dry_run,
-    };
+    let compared = Compared::read(answer.now, answer.then, answer.differs, !args.dry_run)?;
     let version = answer.version;
     let text = match args.json {
         true => {
@@ -139,9 +130,19 @@ struct Compared {
 }
 
 impl Compared {
+    /// What the server says.
+    fn read(
+        now: Option<v1::Plan>,
+        then: Option<v1::Plan>,
+        differs: bool,
+        done: bool,
+    ) -> anyhow::Result<Self> {
+        Ok(Compared { now: plan(now)?, then: plan(then)?, differs, done })
+    }
+
     fn as_json(&self) -> serde_json::Value {
         let speed = |plan: &Plan| {
-            let [single, full] = show::speed(plan);
+            let [single, full] = plan.speed();
             json!({"single": single, "full": full})
         };
         json!({

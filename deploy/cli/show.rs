@@ -134,15 +134,9 @@ fn stage_table(stages: &[StagePlan], detail: Detail) -> String {
     without_trailing_blanks(&table)
 }
 
-/// Predicted tokens per second: of one stream on the fastest replica, and of all that all replicas hold.
-pub fn speed(plan: &Plan) -> [f64; 2] {
-    let forecasts = || plan.replicas.iter().map(|replica| replica.forecast);
-    [forecasts().map(|f| f.single).fold(0.0, f64::max), forecasts().map(|f| f.full).sum()]
-}
-
 /// What one plan gains over another.
 pub fn gain(now: &Plan, then: &Plan) -> String {
-    let ([single, full], [single_then, full_then]) = (speed(now), speed(then));
+    let ([single, full], [single_then, full_then]) = (now.speed(), then.speed());
     let percent = |now: f64, then: f64| (then / now.max(f64::MIN_POSITIVE) - 1.0) * 100.0;
     format!(
         "predicted tokens/s: of one stream {single:.1} -> {single_then:.1} ({:+.0} %), of all {full:.1} -> {full_then:.1} ({:+.0} \

@@ -162,6 +162,19 @@ pub struct Plan {
     pub warnings: Vec<String>,
 }
 
+impl Plan {
+    /// Each replica by itself, as a plan of its own.
+    pub fn apart(&self) -> impl Iterator<Item = Plan> {
+        self.replicas.iter().map(|replica| Plan { replicas: vec![replica.clone()], ..self.clone() })
+    }
+
+    /// Predicted tokens per second: of one stream, and of as many as all replicas take.
+    pub fn speed(&self) -> [f64; 2] {
+        let forecasts = || self.replicas.iter().map(|replica| replica.forecast);
+        [forecasts().map(|f| f.single).fold(0.0, f64::max), forecasts().map(|f| f.full).sum()]
+    }
+}
+
 /// Layers on CPUs that are there because the GPUs are full. Of the first replica.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Offload {

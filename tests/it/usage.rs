@@ -103,6 +103,22 @@ fn the_command_line_comes_before_the_environment_and_usage_errors_are_json_for_b
 }
 
 #[test]
+fn what_is_applied_is_within_what_its_flags_take() {
+    let directory = free_dir();
+    let file = directory.path().join("deployment.toml");
+    for (line, says) in [
+        ("replicas = 0", "replicas: 0: expected 1 to 64"),
+        ("standbys = 4000000000", "standbys: 4000000000: expected 0 to 64"),
+        ("context = 1", "context: 1: expected 2 to "),
+        ("color = 'red'", "unknown field `color`"),
+    ] {
+        std::fs::write(&file, format!("model = 'm'\n{line}\n")).unwrap();
+        let (code, _, said) = strata(&["apply", file.to_str().unwrap(), "--address", "127.0.0.1:1"]);
+        assert!(code == 2 && said.contains(says), "{line}: {said}");
+    }
+}
+
+#[test]
 fn names_are_given_once_and_texts_of_encoders_may_be_files() {
     let twice = strata(&["serve", &shakespeare(), "--name", "a,b,a"]);
     assert!(twice.0 == 2 && twice.2.contains("--name a is given twice"), "{}", twice.2);

@@ -33,7 +33,7 @@ use crate::{
     interrupt::Interrupt,
     model::{LoadedBytes, Model, ModelError, RangeSpec, bytes},
     transport::{self, End, Link, loopback::Hub, tcp::Pending},
-    verify::Verifier,
+    verify::{self, Verifier},
 };
 
 /// Steps the coordinator may queue on a stage.
@@ -42,12 +42,6 @@ const STEP_QUEUE: usize = 64;
 const ANSWER_QUEUE: usize = 1024;
 /// Reports of its health that a running stage sends in the time after which it would be missed.
 const HEARTBEATS: u32 = 4;
-
-/// How often a stage looks which of its weights are to be verified, while it has nothing else to do.
-const VERIFY_TICK: Duration = Duration::from_millis(20);
-/// Most pieces of the weights that are verified then, and with a step.
-const VERIFY_IDLE: usize = 16;
-const VERIFY_BUSY: usize = 2;
 
 /// Orders to the stage thread. Replies that nobody waits for are dropped.
 enum Command {
@@ -100,7 +94,7 @@ struct Shared {
     /// Whether there is an incarnation.
     occupied: watch::Sender<bool>,
     /// Told when weights may be due to be verified.
-    tick: Notify,
+    tick: Arc<Notify>,
     current: Mutex<Option<Current>>,
     /// Weights of all stages of the worker.
     resident: Resident,
@@ -255,7 +249,7 @@ impl StageThread {
             every: current.heartbeat_timeout / HEARTBEATS,
         };
         if self.verifies {
-            tokio::spawn(tick(self.shared.clone(), current.interrupt.clone()));
+            tokio::spawn(verify::tick(self.shared.tick.clone(), current.interrupt.clone()));
         }
         tokio::spawn(report.repeat(current.interrupt, answers.clone()));
         self.order(Command::Run { fence, steps, answers });
@@ -274,17 +268,6 @@ impl StageThread {
     fn order(&self, command: Command) {
         // A thread that is gone drops the reply channel, which its caller notices.
         let _ = self.commands.send(command);
-    }
-}
-
-/// Has a stage look at its weights now and then, until its run is over.
-async fn tick(shared: Arc<Shared>, interrupt: Interrupt) {
-    let mut every = tokio::time::interval(VERIFY_TICK);
-    loop {
-        tokio::select! {
-            _ = every.tick() => shared.tick.notify_one(),
-            () = interrupt.tripped() => return,
-        }
     }
 }
 
@@ -553,7 +536,7 @@ impl Stage {
                 };
                 match interrupt.block_on(next) {
                     Some(Some(Some(order))) => break order,
-                    Some(None) => verify(engine, VERIFY_IDLE)?,
+                    Some(None) => verify(engine, verify::IDLE)?,
                     _ => return Err(RunEnd::Quiet),
                 }
             };
@@ -570,7 +553,7 @@ impl Stage {
             let compute_us = compute.as_micros() as u64;
             answer(from_stage::Message::Done(v1::StepDone { step: meta.step, compute_us }))?;
             shared.progress.finished(due);
-            verify(engine, VERIFY_BUSY)?;
+            verify(engine, verify::BUSY)?;
         }
         Ok(())
     }

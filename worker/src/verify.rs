@@ -1,15 +1,27 @@
 //! Checks that the weights on a device are what was loaded, again and again: memory may fail, and whatever writes where
 //! it should not makes answers wrong without a word.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::Notify;
 
 use crate::{
     engine::{Engine, StepError},
     error::WorkerError,
+    interrupt::Interrupt,
 };
 
 /// Bytes that are checked at once, which keep a step waiting for about a millisecond.
 const PIECE: u64 = 1 << 20;
+/// How often a running stage is told to look what is due.
+const TICK: Duration = Duration::from_millis(20);
+/// Most pieces that are checked then, if the stage has nothing else to do.
+pub(crate) const IDLE: usize = 16;
+/// Most pieces that are checked after a step.
+pub(crate) const BUSY: usize = 2;
 /// How far behind its time it may be and still catch up.
 const ARREARS: Duration = Duration::from_secs(1);
 
@@ -77,6 +89,17 @@ impl Verifier {
         self.bytes.resize(total.saturating_sub(first).min(PIECE) as usize, 0);
         engine.read_weights(first, &mut self.bytes)?;
         Ok(blake3::hash(&self.bytes))
+    }
+}
+
+/// Has a stage look what is due, again and again until its run is over.
+pub(crate) async fn tick(due: Arc<Notify>, interrupt: Interrupt) {
+    let mut every = tokio::time::interval(TICK);
+    loop {
+        tokio::select! {
+            _ = every.tick() => due.notify_one(),
+            () = interrupt.tripped() => return,
+        }
     }
 }
 

@@ -51,10 +51,7 @@ pub struct Planned {
 impl Planned {
     /// Each replica of the plan by itself.
     pub fn replicas(&self) -> impl Iterator<Item = Planned> {
-        self.plan.replicas.iter().map(|replica| {
-            let plan = Plan { replicas: vec![replica.clone()], ..Plan::clone(&self.plan) };
-            Planned { found: self.found.clone(), plan: plan.into() }
-        })
+        self.plan.apart().map(|plan| Planned { found: self.found.clone(), plan: plan.into() })
     }
 }
 

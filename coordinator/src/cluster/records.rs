@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     fmt,
+    ops::RangeInclusive,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -10,7 +11,10 @@ use serde::{Deserialize, Serialize};
 use strata_proto::{DType, v1};
 use tonic::async_trait;
 
-use crate::{config::Deployment, planner::Split};
+use crate::{
+    config::{self, Deployment},
+    planner::Split,
+};
 
 /// Hexadecimal digits of a digest of weights.
 const DIGEST_DIGITS: usize = 64;
@@ -55,6 +59,30 @@ pub struct DeploymentRecord {
 }
 
 impl DeploymentRecord {
+    /// Whether its values are what the flags of these names take, as far as it can be said without a model.
+    ///
+    /// # Errors
+    /// What is wrong with a field.
+    pub fn check(&self) -> Result<(), String> {
+        if self.model.is_empty() {
+            return Err("model: expected its name".into());
+        }
+        let is_digest = |d: &String| d.len() == DIGEST_DIGITS && d.bytes().all(|b| b.is_ascii_hexdigit());
+        if self.weights.as_ref().is_some_and(|digest| !is_digest(digest)) {
+            return Err(format!(
+                "weights: expected the {DIGEST_DIGITS} hexadecimal digits that `strata verify` shows"
+            ));
+        }
+        if self.kv_tokens.is_some() && self.max_sequences.is_some() {
+            return Err("kv-tokens, max-sequences: expected one of them, not both".into());
+        }
+        within("kv-tokens", self.kv_tokens, config::KV_TOKENS)?;
+        within("max-sequences", self.max_sequences, config::SEQUENCES)?;
+        within("context", self.context, config::CONTEXT)?;
+        within("replicas", self.replicas, config::REPLICAS)?;
+        within("standbys", self.standbys, config::STANDBYS)
+    }
+
     /// The deployment; what a record does not say at all is as in `base`.
     ///
     /// # Errors
@@ -73,21 +101,7 @@ impl DeploymentRecord {
                 _ => Ok(None),
             }
         }
-        if self.model.is_empty() {
-            return Err("model: expected its name".into());
-        }
-        let is_digest = |d: &String| d.len() == DIGEST_DIGITS && d.bytes().all(|b| b.is_ascii_hexdigit());
-        if self.weights.as_ref().is_some_and(|digest| !is_digest(digest)) {
-            return Err(format!(
-                "weights: expected the {DIGEST_DIGITS} hexadecimal digits that `strata verify` shows"
-            ));
-        }
-        if self.kv_tokens.is_some() && self.max_sequences.is_some() {
-            return Err("kv-tokens, max-sequences: expected one of them, not both".into());
-        }
-        if self.context.is_some_and(|context| context < 2) {
-            return Err("context: expected 2 tokens at least".into());
-        }
+        self.check()?;
         let split = self.split.as_deref().map(str::parse).transpose();
         Ok(Deployment {
             model: self.model.clone(),
@@ -103,6 +117,20 @@ impl DeploymentRecord {
             links: read("links", self.links.as_ref(), "auto")?,
             ..base.clone()
         })
+    }
+}
+
+/// Refuses a value that its flag would refuse, too.
+fn within<T: PartialOrd + fmt::Display>(
+    name: &str,
+    value: Option<T>,
+    range: RangeInclusive<T>,
+) -> Result<(), String> {
+    match value {
+        Some(value) if !range.contains(&value) => {
+            Err(format!("{name}: {value}: expected {} to {}", range.start(), range.end()))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -292,7 +320,12 @@ mod tests {
             (DeploymentRecord { dtype: word("f8"), ..good.clone() }, "dtype: "),
             (DeploymentRecord { quantize: word("nf4"), ..good.clone() }, "quantize: "),
             (DeploymentRecord { links: word("radio"), ..good.clone() }, "links: "),
-            (DeploymentRecord { context: Some(1), ..good.clone() }, "context: "),
+            (DeploymentRecord { context: Some(1), ..good.clone() }, "context: 1: expected 2 to "),
+            (DeploymentRecord { kv_tokens: Some(0), ..good.clone() }, "kv-tokens: "),
+            (DeploymentRecord { max_sequences: Some(65537), ..good.clone() }, "max-sequences: "),
+            (DeploymentRecord { replicas: Some(0), ..good.clone() }, "replicas: 0: expected 1 to 64"),
+            (DeploymentRecord { replicas: Some(65), ..good.clone() }, "replicas: "),
+            (DeploymentRecord { standbys: Some(4_000_000_000), ..good.clone() }, "standbys: 4000000000: "),
             (
                 DeploymentRecord { kv_tokens: Some(1), max_sequences: Some(1), ..good },
                 "kv-tokens, max-sequences: ",

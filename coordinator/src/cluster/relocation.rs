@@ -7,6 +7,9 @@ use strata_proto::{Plan, StagePlan};
 use super::{PipelineError, discovery::Discovery};
 use crate::config::Deployment;
 
+/// What is gained by less is within what forecasts err by.
+const WORTH: f64 = 1.02;
+
 /// A replica that runs.
 #[derive(Debug, Clone)]
 pub(crate) struct Current {
@@ -38,11 +41,6 @@ impl Target {
     }
 }
 
-/// The replicas of a plan, each as a plan of its own.
-fn apart(plan: &Plan) -> impl Iterator<Item = Plan> {
-    plan.replicas.iter().map(|replica| Plan { replicas: vec![replica.clone()], ..Plan::clone(plan) })
-}
-
 /// The same replicas without a worker, whose devices `found` may still have.
 ///
 /// # Errors
@@ -66,7 +64,7 @@ pub(crate) fn without(
         let old = plan.replicas.first().ok_or(PipelineError::NoWorkers)?;
         match left.plan_again(deployment, old) {
             Ok(plan) => {
-                let own: Arc<Plan> = apart(&plan).next().ok_or(PipelineError::NoWorkers)?.into();
+                let own: Arc<Plan> = plan.apart().next().ok_or(PipelineError::NoWorkers)?.into();
                 taken.push(own.clone());
                 changed.push((*number, own));
             }
@@ -90,7 +88,7 @@ pub(crate) fn best(
     let plan = found.plan(deployment).map_err(|error| error.without(found.left_out.clone()))?;
     let mut left: Vec<&Current> = current.iter().collect();
     let mut new: Vec<Arc<Plan>> = Vec::new();
-    for plan in apart(&plan) {
+    for plan in plan.apart() {
         match left.iter().position(|current| is_alike(&current.plan, &plan)) {
             Some(at) => drop(left.remove(at)),
             None => new.push(plan.into()),
@@ -118,7 +116,71 @@ pub(crate) fn is_alike(a: &Plan, b: &Plan) -> bool {
     (&a.model, a.dtype, a.quantization, shape(a)) == (&b.model, b.dtype, b.quantization, shape(b))
 }
 
+/// Whether a plan promises so much more than another that it is worth to change over: speed, room in caches, or less to
+/// hold for whoever holds most.
+pub(crate) fn gains(now: &Plan, then: &Plan) -> bool {
+    let promise = |plan: &Plan| -> [f64; 4] {
+        let [single, full] = plan.speed();
+        let room = plan.replicas.iter().map(|replica| replica.kv_capacity_tokens as f64).sum();
+        let most = stages(plan).map(|stage| stage.weight_bytes).max().unwrap_or(0).max(1);
+        [single, full, room, 1.0 / most as f64]
+    };
+    promise(now).into_iter().zip(promise(then)).any(|(now, then)| then > WORTH * now)
+}
+
 /// Every stage of a plan.
 pub(crate) fn stages(plan: &Plan) -> impl Iterator<Item = &StagePlan> {
     plan.replicas.iter().flat_map(|replica| &replica.stages)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use strata_proto::{DType, Forecast, FormatBytes, LayerRange, Replica, StateBytes};
+
+    use super::*;
+
+    fn plan(speed: f64, room: u64, most: u64) -> Plan {
+        let stage = StagePlan {
+            worker: "w".into(),
+            device: "cpu".into(),
+            layers: LayerRange { first: 0, end: 1 },
+            weight_bytes: most,
+            states: StateBytes::default(),
+            workspace_bytes: 0,
+            predicted_ms: 0.0,
+            budget_bytes: 0,
+            numerics: String::new(),
+            link: None,
+            mapped: false,
+            footprint: FormatBytes::default(),
+        };
+        let forecast = Forecast { single: speed, batch: 1, full: 10.0 * speed };
+        let replica = Replica { stages: vec![stage], kv_capacity_tokens: room, state_slots: 0, forecast };
+        Plan {
+            model: "m".into(),
+            dtype: DType::F32,
+            quantization: None,
+            replicas: vec![replica],
+            hf_device_map: BTreeMap::new(),
+            offload: None,
+            warnings: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_change_is_worth_it_if_something_gets_better_by_more_than_forecasts_err() {
+        let now = plan(1530.0, 4096, 1000);
+        for (then, worth) in [
+            (plan(1529.2, 4096, 1000), false),
+            (plan(1545.0, 4096, 1000), false),
+            (plan(1600.0, 4096, 1000), true),
+            (plan(1400.0, 4096, 1000), false),
+            (plan(1400.0, 8192, 1000), true),
+            (plan(1500.0, 4096, 667), true),
+        ] {
+            assert_eq!(gains(&now, &then), worth, "{then:?}");
+        }
+    }
 }

@@ -18,6 +18,7 @@ use crate::{
     },
     config::Deployment,
     engine::{Change, ChangeError, Event, State},
+    request::blocking,
 };
 
 /// Longest reason that is kept of why a worker is drained, in bytes.
@@ -35,6 +36,14 @@ pub enum AdminError {
         /// Whom the caller named.
         asked: String,
         /// Whom there is.
+        have: String,
+    },
+    /// It is not drained.
+    #[error("worker {} is not drained; {have}", quoted(.asked))]
+    NotDrained {
+        /// Whom the caller named.
+        asked: String,
+        /// Who is, in words.
         have: String,
     },
     /// A field that cannot be.
@@ -75,7 +84,9 @@ impl Classify for AdminError {
         match self {
             AdminError::Record(RecordError::Outrun) => Kind::WrongState,
             AdminError::NotServing(_) | AdminError::Record(_) => Kind::NoCapacity,
-            AdminError::NoWorker { .. } | AdminError::Field(_) => Kind::BadInput,
+            AdminError::NoWorker { .. } | AdminError::NotDrained { .. } | AdminError::Field(_) => {
+                Kind::BadInput
+            }
             AdminError::Plan(_) | AdminError::Start(_) | AdminError::Outdated { .. } => Kind::WrongState,
             AdminError::Change(error) => error.kind(),
         }
@@ -161,16 +172,19 @@ impl Coordinator {
         self.check_serving().map_err(AdminError::NotServing)?;
         let mut drained = self.members().drained();
         if drained.remove(worker).is_none() {
-            let have = self.members().drained().into_keys().collect::<Vec<_>>().join(", ");
-            let have = if have.is_empty() { "none, as none is drained".to_owned() } else { have };
-            return Err(AdminError::NoWorker { asked: worker.to_owned(), have });
+            let have = match drained.is_empty() {
+                true => "none is".to_owned(),
+                false => format!("those are: {}", drained.into_keys().collect::<Vec<_>>().join(", ")),
+            };
+            return Err(AdminError::NotDrained { asked: worker.to_owned(), have });
         }
         self.keeper().mark(worker, None).await?;
         self.members().set_drained(drained);
         Ok(())
     }
 
-    /// Compares the live plan with the one that today's members would have, and changes to that unless it is a `dry_run`.
+    /// Compares the live plan with the one that today's members would have, and changes to that if it gains by it, unless
+    /// it is a `dry_run`.
     ///
     /// # Errors
     /// If nothing is live, or the other plan cannot be made or did not come up.
@@ -183,7 +197,9 @@ impl Coordinator {
         let _one_at_a_time = self.shared.admin.lock().await;
         self.check_serving().map_err(AdminError::NotServing)?;
         let deployment = self.deployed().deployment.clone();
-        let compared = self.compare(&deployment).await?;
+        let mut compared = self.compare(&deployment).await?;
+        // Streams are not moved for nothing.
+        compared.differs &= relocation::gains(&compared.now, &compared.then);
         if compared.differs && !dry_run {
             self.change(Change::Deploy(Box::new(deployment))).await?;
         }
@@ -268,7 +284,9 @@ impl Coordinator {
         let snapshot = self.watch().borrow().clone();
         let now = snapshot.plan.filter(|_| snapshot.up).ok_or(AdminError::NotServing(snapshot.down))?;
         let found = discover(&self.members().answering(), &deployment.model).await?;
-        let then = found.plan(deployment).map_err(|error| error.without(found.left_out.clone()))?;
+        let (deployment, left_out) = (deployment.clone(), found.left_out.clone());
+        let planned = blocking(move || found.plan(&deployment)).await.map_err(|_| ChangeError::Gone)?;
+        let then = planned.map_err(|error| error.without(left_out))?;
         let differs = !relocation::is_alike(&now, &then);
         Ok(Comparison { now, then, differs })
     }

@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError};
 
 use tokio::sync::{oneshot, watch};
 
-use super::{AdminError, Coordinator, Reign, Replacement};
+use super::{AdminError, Coordinator, Reign, Replacement, serve::Ready};
 use crate::{
     cluster::{
         History,
@@ -57,8 +57,8 @@ impl Coordinator {
             return (self.beside(reign, free, deployment, observer).await, true);
         }
         // Before anything is given up.
-        match self.ready(found.clone(), deployment, observer).await {
-            Ok(_) => self.after(reign, found, deployment, observer).await,
+        match self.ready(found, deployment, observer).await {
+            Ok(ready) => self.after(reign, ready, observer).await,
             Err(error) => (Err(error.into()), true),
         }
     }
@@ -99,8 +99,7 @@ impl Coordinator {
     async fn after(
         &self,
         reign: &mut Reign,
-        found: Discovery,
-        deployment: &Deployment,
+        ready: Ready,
         observer: &Observer,
     ) -> (Result<(), AdminError>, bool) {
         let before = self.deployed().deployment.clone();
@@ -108,9 +107,9 @@ impl Coordinator {
         self.shared.session.hold(true);
         self.shared.session.close();
         retire(&mut reign.engine, reign.unused.take()).await;
-        let history = self.history_of(&found);
+        let history = self.history_of(ready.found());
         *self.shared.history.lock().unwrap_or_else(PoisonError::into_inner) = history;
-        let error = match self.serve(reign.term, found, deployment, observer).await {
+        let error = match self.serve(reign.term, ready, observer).await {
             Ok((engine, unused)) => {
                 (reign.engine, reign.unused) = (engine, Some(unused));
                 return (Ok(()), true);
@@ -122,7 +121,8 @@ impl Coordinator {
         *self.shared.history.lock().unwrap_or_else(PoisonError::into_inner) = old_history;
         let again = async {
             let found = discover(&self.members().answering(), &before.model).await?;
-            self.serve(reign.term, found, &before, observer).await
+            let ready = self.ready(found, &before, observer).await?;
+            self.serve(reign.term, ready, observer).await
         };
         match again.await {
             Ok((engine, unused)) => {

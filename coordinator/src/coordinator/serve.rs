@@ -37,6 +37,13 @@ pub(super) struct Ready {
     longest: Limit,
 }
 
+impl Ready {
+    /// What it was planned over.
+    pub fn found(&self) -> &Discovery {
+        &self.planned.found
+    }
+}
+
 /// An engine that was spawned, and what there will be to ask.
 pub(super) struct Spawned {
     pub engine: engine::Running,
@@ -47,16 +54,13 @@ pub(super) struct Spawned {
 }
 
 impl Coordinator {
-    /// Brings a deployment up where everybody sees it; returns once requests are answered.
+    /// Brings up what was planned, where everybody sees it; returns once requests are answered.
     pub(super) async fn serve(
         &self,
         term: u64,
-        found: Discovery,
-        deployment: &Deployment,
+        ready: Ready,
         observer: &Observer,
     ) -> Result<(engine::Running, oneshot::Receiver<()>), StartError> {
-        self.show(State::Starting, "planning, and checking the tokenizer");
-        let ready = self.ready(found, deployment, observer).await?;
         self.show(State::Starting, "loading");
         let mut spawned = self.spawn(term, ready, self.shared.snapshot.clone(), self.history(), observer);
         self.shared.session.open(spawned.served.clone());

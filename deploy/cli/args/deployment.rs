@@ -1,5 +1,7 @@
 //! Flags of a deployment: how a model is split and served, whatever the processes.
 
+use std::ops::RangeInclusive;
+
 use clap::Args;
 use strata_coordinator::{config, planner::Split, preflight::Check};
 use strata_proto::{DType, LinkKind, Quantization};
@@ -19,19 +21,19 @@ pub struct DeploymentArgs {
     #[arg(long, env = "STRATA_QUANTIZE", default_value = "none", hide_default_value = true, value_parser = parse_quantization)]
     pub quantize: MaybeQuantized,
     /// Token positions the cache holds [default: 16 x the context, or what fits]
-    #[arg(long, env = "STRATA_KV_TOKENS", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, env = "STRATA_KV_TOKENS", value_parser = clap::value_parser!(u64).range(config::KV_TOKENS))]
     pub kv_tokens: Option<u64>,
     /// Size the cache for this many sequences of full context
-    #[arg(long, env = "STRATA_MAX_SEQUENCES", conflicts_with = "kv_tokens", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    #[arg(long, env = "STRATA_MAX_SEQUENCES", conflicts_with = "kv_tokens", value_parser = clap::value_parser!(u32).range(within(config::SEQUENCES)))]
     pub max_sequences: Option<u32>,
     /// Longest sequence, prompt and answer together [default: the model's context]
-    #[arg(long, env = "STRATA_CONTEXT", value_parser = clap::value_parser!(u32).range(2..))]
+    #[arg(long, env = "STRATA_CONTEXT", value_parser = clap::value_parser!(u32).range(within(config::CONTEXT)))]
     pub context: Option<u32>,
     /// Most copies of the model that --split auto makes [default: as many as there is room for]
-    #[arg(long, env = "STRATA_REPLICAS", value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(long, env = "STRATA_REPLICAS", value_parser = clap::value_parser!(u32).range(within(config::REPLICAS)))]
     pub replicas: Option<u32>,
     /// Devices to keep free, each with the weights of a stage that it takes over when the stage is lost
-    #[arg(long, env = "STRATA_STANDBYS", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=64))]
+    #[arg(long, env = "STRATA_STANDBYS", default_value_t = 0, value_parser = clap::value_parser!(u32).range(within(config::STANDBYS)))]
     pub standbys: u32,
     /// Links between stages: auto (the best that each two can have), loopback, device-copy, nccl or tcp
     #[arg(long, env = "STRATA_LINKS", default_value = "auto", value_parser = parse_links)]
@@ -73,6 +75,11 @@ pub struct MaybeQuantized(pub Option<Quantization>);
 /// The best links, or one kind of them.
 #[derive(Debug, Clone, Copy)]
 pub struct AutoLinks(pub Option<LinkKind>);
+
+/// A range as clap takes it.
+fn within(range: RangeInclusive<u32>) -> RangeInclusive<i64> {
+    i64::from(*range.start())..=i64::from(*range.end())
+}
 
 fn parse_links(s: &str) -> Result<AutoLinks, String> {
     match s {
