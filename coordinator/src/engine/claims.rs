@@ -26,6 +26,8 @@ struct All {
 pub(crate) struct Claim {
     all: Claims,
     id: u64,
+    /// What it holds, as others see it.
+    held: Vec<Held>,
 }
 
 impl Claims {
@@ -33,7 +35,7 @@ impl Claims {
     pub fn enter(&self) -> Claim {
         let mut all = self.lock();
         all.last += 1;
-        Claim { all: self.clone(), id: all.last }
+        Claim { all: self.clone(), id: all.last, held: Vec::new() }
     }
 
     /// Every plan that is followed.
@@ -47,9 +49,16 @@ impl Claims {
 }
 
 impl Claim {
-    /// What the engine holds from now on.
-    pub fn hold(&self, held: Vec<Held>) {
-        self.all.lock().by_engine.insert(self.id, held);
+    /// What the engine holds from now on. It is asked after every step, and does nothing if that is as before.
+    pub fn hold<'a>(&mut self, held: impl Iterator<Item = (u32, Option<&'a Arc<Plan>>)> + Clone) {
+        let is_same = |((number, plan), (own, held)): ((u32, Option<&Arc<Plan>>), &Held)| {
+            number == *own && plan.map(Arc::as_ptr) == held.as_ref().map(Arc::as_ptr)
+        };
+        if held.clone().count() == self.held.len() && held.clone().zip(&self.held).all(is_same) {
+            return;
+        }
+        self.held = held.map(|(number, plan)| (number, plan.cloned())).collect();
+        self.all.lock().by_engine.insert(self.id, self.held.clone());
     }
 
     /// What others hold.
@@ -67,5 +76,45 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         self.all.lock().by_engine.remove(&self.id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use strata_proto::DType;
+
+    use super::*;
+
+    #[test]
+    fn others_see_what_an_engine_holds_until_it_is_gone() {
+        let plan = |model: &str| {
+            Arc::new(Plan {
+                model: model.into(),
+                dtype: DType::F32,
+                quantization: None,
+                replicas: Vec::new(),
+                hf_device_map: BTreeMap::new(),
+                offload: None,
+                warnings: Vec::new(),
+            })
+        };
+        let (all, a, b) = (Claims::default(), plan("a"), plan("b"));
+        let (mut first, second) = (all.enter(), all.enter());
+        let seen =
+            || second.others().into_iter().map(|(number, plan)| (number, plan.map(|p| p.model.clone())));
+        let seen = || seen().collect::<Vec<_>>();
+        let named = |number, name: &str| (number, Some(name.to_owned()));
+        first.hold([(0, Some(&a)), (1, None)].into_iter());
+        assert_eq!(seen(), [named(0, "a"), (1, None)]);
+        first.hold([(0, Some(&a)), (1, Some(&b))].into_iter());
+        assert_eq!(seen(), [named(0, "a"), named(1, "b")]);
+        first.hold([(0, Some(&b)), (1, Some(&b))].into_iter());
+        assert_eq!(seen(), [named(0, "b"), named(1, "b")]);
+        first.hold([(1, Some(&b))].into_iter());
+        assert_eq!((seen(), all.plans().len()), (vec![named(1, "b")], 1));
+        drop(first);
+        assert_eq!((seen(), all.plans().len()), (vec![], 0));
     }
 }

@@ -326,8 +326,8 @@ impl Engine {
     }
 
     /// Tells other engines what it runs on.
-    fn hold(&self) {
-        self.claim.hold(self.replicas.iter().map(|r| (r.number, r.plan.clone())).collect());
+    fn hold(&mut self) {
+        self.claim.hold(self.replicas.iter().map(|r| (r.number, r.plan.as_ref())));
     }
 
     fn member_event(&mut self, event: &MemberEvent) {
