@@ -245,7 +245,7 @@ fn set_prefix_space(pre: &mut PreTokenizerWrapper, space: bool) -> bool {
         }
         PreTokenizerWrapper::Sequence(sequence) => {
             let parts: &mut [PreTokenizerWrapper] = sequence.as_mut();
-            parts.iter_mut().fold(false, |changed, part| set_prefix_space(part, space) || changed)
+            parts.iter_mut().filter_map(|part| set_prefix_space(part, space).then_some(())).count() > 0
         }
         _ => false,
     }

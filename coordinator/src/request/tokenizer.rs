@@ -128,8 +128,6 @@ impl Tokenizer {
         longest: Option<(u32, Truncation)>,
     ) -> Result<Encoded, TokenizerError> {
         let tokenizer = self.reader.tokenizer();
-        // As transformers: an empty second text is none.
-        let pair = pair.filter(|pair| !pair.is_empty());
         let mask = self.mask().map(|(mask, _)| mask);
         let read = |text: &str| {
             let text = self.reader.name(text, |token| Some(token) == mask);
@@ -161,6 +159,17 @@ impl Tokenizer {
         // The second text's segment is the post-processor's to set; without one, it is 1.
         let encoding = guarded(|| tokenizer.post_process(first, second, true))?;
         Ok(Encoded { ids: encoding.get_ids().to_vec(), segments: encoding.get_type_ids().to_vec(), dropped })
+    }
+
+    /// Tokens that stand before a text which follows `prompt`: those of the prompt, special ones in front included.
+    ///
+    /// # Errors
+    /// If the tokenizer fails on this text.
+    pub fn prompt_tokens(&self, prompt: &str) -> Result<usize, TokenizerError> {
+        let ids = self.encode_input(prompt, None, None)?.ids;
+        let is_special = |id: &&u32| self.control(**id).is_some();
+        // As sentence-transformers counts: what the tokenizer puts behind a text is one token at most.
+        Ok(ids.len() - usize::from(ids.last().filter(is_special).is_some()))
     }
 
     /// Text and id of the mask token.
