@@ -12,7 +12,7 @@ use tokenizers::{
 };
 
 use super::{
-    chat::{ChatError, ChatTemplate, Message, special_tokens},
+    chat::{ChatError, ChatTemplate, Conversation, special_tokens},
     error::TokenizerError,
     estimate::{longest_token, more_than},
     sampling::GenerationDefaults,
@@ -183,13 +183,13 @@ impl Tokenizer {
     ///
     /// # Errors
     /// If the model has no template, it refuses these messages, or they have far more than `most` tokens.
-    pub fn encode_chat(&self, messages: &[Message], most: usize) -> Result<Vec<u32>, TokenizerError> {
+    pub fn encode_chat(&self, conversation: &Conversation, most: usize) -> Result<Vec<u32>, TokenizerError> {
         let chat = self.chat.as_ref().ok_or(ChatError::NoTemplate)?;
         let said = |text: &str| chat.tokens.iter().any(|(token, _)| text.contains(token.as_str()));
-        if messages.iter().any(|m| said(&m.content) || said(&m.role)) {
-            return self.encode_masked(chat, messages, most);
+        if conversation.texts().into_iter().any(said) {
+            return self.encode_masked(chat, conversation, most);
         }
-        let text = chat.template.render(messages, true)?;
+        let text = chat.template.render(conversation)?;
         self.check_length(&chat.control, &text, most)?;
         Ok(guarded(|| chat.control.encode_fast(text.as_str(), false))?.get_ids().to_vec())
     }
@@ -199,10 +199,11 @@ impl Tokenizer {
     fn encode_masked(
         &self,
         chat: &Chat,
-        messages: &[Message],
+        conversation: &Conversation,
         most: usize,
     ) -> Result<Vec<u32>, TokenizerError> {
-        let used = |c: char| messages.iter().any(|m| m.content.contains(c) || m.role.contains(c));
+        let texts = conversation.texts();
+        let used = |c: char| texts.iter().any(|text| text.contains(c));
         // A private-use character that nobody uses; filters such as `trim` and `upper` leave it and digits alone.
         let fence = ('\u{e000}'..='\u{f8ff}').find(|c| !used(*c));
         let fence =
@@ -219,9 +220,10 @@ impl Tokenizer {
                 text.replace(&format!("{fence}{i}{fence}"), token)
             })
         };
-        let masked: Vec<Message> =
-            messages.iter().map(|m| Message { role: mask(&m.role), content: mask(&m.content) }).collect();
-        let text = chat.template.render(&masked, true)?;
+        let text = chat.template.render(&conversation.map_texts(&mask)).map_err(|error| match error {
+            ChatError::Refused(why) => ChatError::Refused(unmask(&why)),
+            error => error,
+        })?;
         self.check_length(&chat.control, &unmask(&text), most)?;
         let mut ids = Vec::new();
         let mut rest = text.as_str();
@@ -355,7 +357,7 @@ pub(super) mod tests {
     #[test]
     fn chats_become_transformers_ids_and_only_the_template_says_control_tokens() {
         let tokenizer = demo();
-        let say = |content: &str| [Message { role: "user".into(), content: content.into() }];
+        let say = Conversation::says;
         let ids = tokenizer.encode_chat(&say("What say you, good sir?"), usize::MAX).unwrap();
         let expected = [
             0, 390, 445, 28, 201, 469, 517, 291, 14, 451, 498, 33, 201, 201, 35, 53, 53, 613, 54, 644, 54,
@@ -366,6 +368,12 @@ pub(super) mod tests {
         assert!(ids[0] == 0 && ids[1..].iter().all(|id| *id > 2), "{ids:?}");
         let text = tokenizer.decode(&ids, true).unwrap();
         assert_eq!(text, "<|bos|>USER:\n<|eos|>a<|bos|><|eos|>\n\nASSISTANT:\n");
+        let mut raising = demo();
+        let source = "{{ raise_exception('cannot take: ' ~ messages[0].content) }}";
+        let files = Files::from([("chat_template.jinja".to_owned(), source.into())]);
+        raising.chat.as_mut().unwrap().template = ChatTemplate::new(&files).unwrap().unwrap();
+        let said = raising.encode_chat(&say("a <|bos|> b"), usize::MAX).unwrap_err().to_string();
+        assert!(said.ends_with("cannot take: a <|bos|> b"), "{said}");
         let none = Tokenizer { chat: None, ..demo() };
         assert!(
             none.encode_chat(&say("x"), usize::MAX).unwrap_err().to_string().contains("no chat template")
