@@ -72,7 +72,8 @@ async fn start(args: &RunArgs) -> anyhow::Result<Model> {
     let mut asked = args.chat.request()?;
     let mut beginning = std::mem::take(&mut asked.messages);
     beginning.extend(args.message.iter().cloned());
-    if !chat && !(beginning.is_empty() && asked == GenerateRequest::default()) {
+    let says_nothing = beginning.is_empty() && asked == GenerateRequest::default();
+    if !chat && !says_nothing {
         return Err(report::misused(
             "--message and other flags of a chat: the model has no chat template, or --complete was given; give it a \
              --prompt to continue",
