@@ -5,7 +5,7 @@ mod dialect;
 mod template;
 
 pub(crate) use conversation::{Conversation, Ending};
-pub(crate) use template::{ChatTemplate, special_tokens};
+pub(crate) use template::ChatTemplate;
 
 /// Why a chat cannot be rendered.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -31,8 +31,6 @@ const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 #[serde(default)]
 struct TokenizerConfig {
     chat_template: Option<TemplateEntry>,
-    #[serde(flatten)]
-    rest: BTreeMap<String, Json>,
 }
 
 impl TokenizerConfig {
@@ -45,24 +43,6 @@ impl TokenizerConfig {
             .get("tokenizer_config.json")
             .map_or(Ok(Self::default()), |json| serde_json::from_slice(json).map_err(broken))
     }
-}
-
-/// `bos_token`, `eos_token`, … as tokenizer_config.json names them, with their texts; those of `extra_special_tokens`
-/// have names, too, where it is an object.
-///
-/// # Errors
-/// If the file does not parse.
-pub(crate) fn special_tokens(files: &Files) -> Result<BTreeMap<String, String>, ChatError> {
-    let mut rest = TokenizerConfig::read(files)?.rest;
-    let extra = rest.remove("extra_special_tokens");
-    let extra = extra.as_ref().and_then(Json::as_object).into_iter().flatten();
-    let named = rest.iter().filter(|(key, _)| key.ends_with("_token"));
-    let texts = named.chain(extra).filter_map(|(key, value)| {
-        // Either the text, or an object that has it.
-        let text = value.as_str().or_else(|| value.get("content")?.as_str())?.to_owned();
-        Some((key.clone(), text))
-    });
-    Ok(texts.collect())
 }
 
 /// transformers 4 keeps a text, or a list of named ones.
@@ -96,12 +76,12 @@ struct Template {
 }
 
 impl ChatTemplate {
-    /// The templates among a model's files; `None` if it has none. As in transformers, files have precedence over
+    /// The templates among a model's files, to which `roles` are `bos_token`, `eos_token`, …; `None` if there are none. As in transformers, files have precedence over
     /// tokenizer_config.json, which counts only if there are none.
     ///
     /// # Errors
     /// If the one that is taken by default does not compile, or the configuration does not parse.
-    pub fn new(files: &Files) -> Result<Option<Self>, ChatError> {
+    pub fn new(files: &Files, roles: &BTreeMap<String, String>) -> Result<Option<Self>, ChatError> {
         let mut sources = from_files(files)?;
         if sources.is_empty() {
             let inside = |name| format!("tokenizer_config.json: chat_template{name}");
@@ -127,7 +107,7 @@ impl ChatTemplate {
         if let Some(Err(error)) = templates.get(DEFAULT) {
             return Err(error.clone());
         }
-        Ok(Some(ChatTemplate { templates, special_tokens: special_tokens(files)? }))
+        Ok(Some(ChatTemplate { templates, special_tokens: roles.clone() }))
     }
 
     /// The text of a chat.
@@ -267,7 +247,11 @@ mod tests {
     }
 
     fn template(list: &[(&str, &str)]) -> ChatTemplate {
-        ChatTemplate::new(&files(list)).unwrap().unwrap()
+        ChatTemplate::new(&files(list), &roles("<s>")).unwrap().unwrap()
+    }
+
+    fn roles(bos: &str) -> BTreeMap<String, String> {
+        [("bos_token".to_owned(), bos.to_owned())].into()
     }
 
     fn named(name: &str) -> Conversation {
@@ -283,7 +267,7 @@ mod tests {
         let messages = expected["chat"]["messages"].as_array().unwrap();
         let messages = messages.iter().map(|m| m.as_object().unwrap().clone()).collect();
         let chat = Conversation { messages, ..Conversation::default() };
-        let text = ChatTemplate::new(&new).unwrap().unwrap().render(&chat).unwrap();
+        let text = ChatTemplate::new(&new, &roles("<|bos|>")).unwrap().unwrap().render(&chat).unwrap();
         assert_eq!(text, expected["chat"]["text"].as_str().unwrap());
 
         let chat = Conversation::says("x");
@@ -316,18 +300,14 @@ mod tests {
         assert_eq!(alone.render(&chat).unwrap(), "alone");
         let none = template(&folder[..2]).render(&chat).unwrap_err().to_string();
         assert!(none.contains("no name") && none.contains("\"rag\""), "{none}");
-        assert!(ChatTemplate::new(&Files::new()).unwrap().is_none());
-        let image =
-            r#"{"extra_special_tokens": {"image_token": "<img>"}, "chat_template": "{{ image_token }}"}"#;
-        assert_eq!(template(&[("tokenizer_config.json", image)]).render(&chat).unwrap(), "<img>");
+        assert!(ChatTemplate::new(&Files::new(), &roles("<s>")).unwrap().is_none());
     }
 
     #[test]
     fn tools_and_documents_are_always_there_and_arguments_have_precedence() {
         let source =
             "{{ tools is none }}{{ documents is defined }}{{ tools == none }}|{{ bos_token }}{{ style }}";
-        let config = ("tokenizer_config.json", r#"{"bos_token": "<s>"}"#);
-        let template = template(&[config, ("chat_template.jinja", source)]);
+        let template = template(&[("chat_template.jinja", source)]);
         let mut chat = Conversation::says("x");
         assert_eq!(template.render(&chat).unwrap().to_lowercase(), "truetruetrue|<s>");
         chat.tools = Some(vec![json!({})]);
