@@ -57,8 +57,9 @@ fn tokenizers() -> Vec<Vec<u8>> {
 
 fn templates() -> Vec<Vec<u8>> {
     let cases = json("chat_templates.json");
-    let cases = cases["templates"].as_object().into_iter().flatten();
-    let mut seeds: Vec<_> = cases.filter_map(|(_, case)| Some(case["template"].as_str()?.into())).collect();
+    let whole = cases["templates"].as_object().into_iter().flatten().map(|(_, case)| &case["template"]);
+    let pieces = cases["pieces"].as_array().into_iter().flatten().map(|piece| &piece[0]);
+    let mut seeds: Vec<_> = whole.chain(pieces).filter_map(|text| Some(text.as_str()?.into())).collect();
     seeds.extend(of_each_model("tokenizer_config.json"));
     seeds
 }

@@ -1,7 +1,6 @@
 //! Chats: messages to the text a model was trained to continue, as transformers renders them.
 
 mod conversation;
-mod dialect;
 mod template;
 
 pub(crate) use conversation::{Conversation, Ending};

@@ -12,8 +12,8 @@ use strata_proto::Files;
 use super::{
     ChatError,
     conversation::{Conversation, Ending},
-    dialect::Compiled,
 };
+use crate::jinja;
 
 /// The folder of named templates.
 const FOLDER: &str = "additional_chat_templates/";
@@ -72,7 +72,7 @@ pub(crate) struct ChatTemplate {
 #[derive(Debug)]
 struct Template {
     source: String,
-    compiled: Compiled,
+    compiled: jinja::Template,
 }
 
 impl ChatTemplate {
@@ -100,7 +100,8 @@ impl ChatTemplate {
             return Ok(None);
         }
         let templates = sources.into_iter().map(|(name, (file, source))| {
-            let compiled = Compiled::new(&source).map_err(|why| ChatError::Syntax { file, why });
+            let compiled = jinja::Template::new(&source);
+            let compiled = compiled.map_err(|why| ChatError::Syntax { file, why: why.to_string() });
             (name, compiled.map(|compiled| Template { source, compiled }))
         });
         let templates: BTreeMap<_, _> = templates.collect();
@@ -134,7 +135,7 @@ impl ChatTemplate {
         ] {
             variables.insert(name.to_owned(), value);
         }
-        let text = template.compiled.render(variables).map_err(ChatError::Refused)?;
+        let text = template.compiled.render(&variables).map_err(|why| ChatError::Refused(why.to_string()))?;
         match continued {
             Some(continued) => cut(text, &continued),
             None => Ok(text),
@@ -258,6 +259,61 @@ mod tests {
         Conversation { template: Some(name.into()), ..Conversation::says("x") }
     }
 
+    /// The chats of the fixture, as transformers takes them.
+    fn conversation(chat: &Json) -> Conversation {
+        let mut arguments = chat.as_object().unwrap().clone();
+        let list = |value: Option<Json>| Some(value?.as_array()?.clone());
+        let messages = list(arguments.shift_remove("messages")).unwrap().into_iter();
+        let (tools, documents) = (arguments.shift_remove("tools"), arguments.shift_remove("documents"));
+        let prompt = arguments.shift_remove("add_generation_prompt").is_some();
+        Conversation {
+            messages: messages.map(|message| message.as_object().unwrap().clone()).collect(),
+            tools: list(tools),
+            documents: list(documents),
+            arguments,
+            template: None,
+            ending: if prompt { Ending::Prompt } else { Ending::Nothing },
+        }
+    }
+
+    fn fixture() -> (Json, BTreeMap<String, String>) {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/models/chat_templates.json");
+        let tokens = [("bos_token", "<|bos|>"), ("eos_token", "<|eos|>")];
+        let tokens = tokens.map(|(name, text)| (name.to_owned(), text.to_owned()));
+        (serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap(), tokens.into())
+    }
+
+    #[test]
+    fn templates_of_every_style_render_as_in_transformers() {
+        let (fixture, roles) = fixture();
+        let mut wrong = Vec::new();
+        for (name, case) in fixture["templates"].as_object().unwrap() {
+            let files = files(&[("chat_template.jinja", case["template"].as_str().unwrap())]);
+            let template = ChatTemplate::new(&files, &roles).unwrap().unwrap();
+            for (chat, expected) in case["texts"].as_object().unwrap() {
+                let found = template.render(&conversation(&fixture["chats"][chat]));
+                if found.as_deref().ok() != expected.as_str() {
+                    wrong.push(format!("{name}, {chat}:\n{found:?}\nexpected {expected}"));
+                }
+            }
+        }
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    }
+
+    #[test]
+    fn last_messages_are_continued_as_in_transformers() {
+        let (fixture, roles) = fixture();
+        for case in fixture["continued"].as_array().unwrap() {
+            let files = files(&[("chat_template.jinja", case["template"].as_str().unwrap())]);
+            let template = ChatTemplate::new(&files, &roles).unwrap().unwrap();
+            let mut chat = conversation(case);
+            chat.arguments.clear();
+            chat.ending = Ending::Continue(case["field"].as_str().unwrap().to_owned());
+            let found = template.render(&chat);
+            assert_eq!(found.as_deref().ok(), case["text"].as_str(), "{case}: {found:?}");
+        }
+    }
+
     #[test]
     fn finds_templates_in_each_place_and_chooses_as_transformers_does() {
         let models = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/shakespeare");
@@ -309,10 +365,10 @@ mod tests {
             "{{ tools is none }}{{ documents is defined }}{{ tools == none }}|{{ bos_token }}{{ style }}";
         let template = template(&[("chat_template.jinja", source)]);
         let mut chat = Conversation::says("x");
-        assert_eq!(template.render(&chat).unwrap().to_lowercase(), "truetruetrue|<s>");
+        assert_eq!(template.render(&chat).unwrap(), "TrueTrueTrue|<s>");
         chat.tools = Some(vec![json!({})]);
         chat.arguments = json!({"bos_token": "<b>", "style": "s"}).as_object().unwrap().clone();
-        assert_eq!(template.render(&chat).unwrap().to_lowercase(), "falsetruefalse|<b>s");
+        assert_eq!(template.render(&chat).unwrap(), "FalseTrueFalse|<b>s");
     }
 
     #[test]
