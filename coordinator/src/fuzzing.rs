@@ -1,6 +1,7 @@
 //! What tests/fuzz throws at the coordinator: each function takes anything, and panics only if something is wrong with
 //! Strata.
 
+use serde_json::json;
 use strata_proto::{
     Files, ModelProfile,
     v1::{self, Task},
@@ -42,13 +43,22 @@ pub fn tokenizer(data: &[u8]) {
 
 /// A `tokenizer_config.json`, or the template of a chat: it is refused, or renders within its bounds.
 pub fn template(data: &[u8]) {
-    let message =
-        |role: &str, content: &str| chat::Message { role: role.to_owned(), content: content.to_owned() };
-    let messages = [message("system", ""), message("user", TEXT), message("assistant", "{{ 1 }}")];
+    let messages = [
+        json!({"role": "system", "content": ""}),
+        json!({"role": "user", "content": [{"type": "text", "text": TEXT}], "reasoning": 1e300}),
+        json!({"role": "assistant", "content": "{{ 1 }}", "tool_calls": [{"id": "a", "arguments": {"x": [null, -1]}}]}),
+    ];
+    let messages = messages.iter().filter_map(|message| message.as_object().cloned()).collect();
+    let endings = [chat::Ending::Prompt, chat::Ending::Continue("content".to_owned())];
+    let mut chat =
+        chat::Conversation { messages, tools: Some(vec![json!({"name": "f"})]), ..Default::default() };
     for name in ["tokenizer_config.json", "chat_template.jinja"] {
         let files = Files::from([(name.to_owned(), data.to_vec())]);
         if let Ok(Some(template)) = chat::ChatTemplate::new(&files, &Default::default()) {
-            let _ = template.render(&messages, true);
+            for ending in &endings {
+                chat.ending = ending.clone();
+                let _ = template.render(&chat);
+            }
         }
     }
 }

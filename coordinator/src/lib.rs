@@ -42,6 +42,7 @@ pub mod front;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
+mod jinja;
 pub mod planner;
 pub mod preflight;
 mod request;

@@ -9,7 +9,7 @@ use strata_proto::{Files, ModelProfile, v1::Task};
 
 use crate::request::{
     Tokenizer, TokenizerError,
-    chat::{ChatError, Message},
+    chat::{ChatError, Conversation},
 };
 
 /// A text that every tokenizer of natural language can say.
@@ -223,8 +223,10 @@ fn special_tokens(tokenizer: &Tokenizer, profile: &ModelProfile) -> Result<Strin
 
 fn chat_template(tokenizer: &Tokenizer) -> Result<String, String> {
     let say = |content: &str| {
-        let message = Message { role: "user".into(), content: content.into() };
-        tokenizer.encode_chat(&[message], usize::MAX)
+        let message =
+            [("role", "user"), ("content", content)].map(|(key, text)| (key.to_owned(), text.into()));
+        let chat = Conversation { messages: vec![message.into_iter().collect()], ..Conversation::default() };
+        tokenizer.encode_chat(&chat, usize::MAX)
     };
     match say("Hello").and_then(|hello| Ok((hello, say("Good night")?))) {
         Ok((hello, other)) if hello == other => Err("it says the same whatever it is told, so it is no chat template of \

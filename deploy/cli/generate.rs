@@ -18,20 +18,24 @@ pub async fn generate(args: GenerateArgs) -> anyhow::Result<()> {
     if args.logprobs.is_some() && !json {
         return Err(misused("--logprobs: only --json shows them: add it, or leave --logprobs out"));
     }
-    let given = [prompt.is_some(), !args.token_ids.is_empty(), !args.message.is_empty()];
+    let mut asked = args.chat.request()?;
+    asked.messages.extend(args.message.iter().cloned());
+    let given = [prompt.is_some(), !args.token_ids.is_empty(), !asked.messages.is_empty()];
     match given.iter().filter(|given| **given).count() {
-        0 => return Err(misused("there is nothing to continue: give a PROMPT, a --message, or --token-ids")),
+        0 => {
+            return Err(misused(
+                "there is nothing to continue: give a PROMPT, --message, --messages or --token-ids",
+            ));
+        }
         1 => {}
         _ => {
-            return Err(misused(
-                "a --prompt, --message and --token-ids exclude each other: give one of them",
-            ));
+            return Err(misused("a --prompt, messages and --token-ids exclude each other: give one of them"));
         }
     }
     args.answer.warn_of_idle_flags();
     let server = Server::connect(&args.address).await?;
     let mut client = InferenceClient::new(server.channel.clone());
-    let mut stream = server.wait(client.generate(request(args, prompt))).await?.into_inner();
+    let mut stream = server.wait(client.generate(request(args, prompt, asked))).await?.into_inner();
     let mut out = std::io::stdout().lock();
     let mut started = Started::default();
     let (mut text, mut token_ids, mut logprobs) = (String::new(), Vec::new(), Vec::new());
@@ -88,12 +92,11 @@ pub async fn generate(args: GenerateArgs) -> anyhow::Result<()> {
         .context("the server closed the stream before it was finished")
 }
 
-fn request(args: GenerateArgs, prompt: Option<String>) -> GenerateRequest {
+fn request(args: GenerateArgs, prompt: Option<String>, chat: GenerateRequest) -> GenerateRequest {
     GenerateRequest {
         model: args.model.name,
         prompt,
         token_ids: args.token_ids,
-        messages: args.message,
         max_tokens: args.answer.max_tokens,
         sampling: Some(args.answer.sampling()),
         stop: args.answer.stop,
@@ -104,6 +107,8 @@ fn request(args: GenerateArgs, prompt: Option<String>) -> GenerateRequest {
         deadline_ms: args.deadline_ms,
         model_defaults: args.answer.model_defaults,
         tenant: args.tenant,
+        continue_final_message: args.continue_final_message,
+        ..chat
     }
 }
 

@@ -69,13 +69,17 @@ async fn start(args: &RunArgs) -> anyhow::Result<Model> {
     started?;
     let session = coordinator.session().clone();
     let chat = session.has_chat_template() && !args.complete;
-    if !chat && !args.message.is_empty() {
+    let mut asked = args.chat.request()?;
+    let mut beginning = std::mem::take(&mut asked.messages);
+    beginning.extend(args.message.iter().cloned());
+    let says_nothing = beginning.is_empty() && asked == GenerateRequest::default();
+    if !chat && !says_nothing {
         return Err(report::misused(
-            "--message: the model has no chat template; give it a --prompt to continue",
+            "--message and other flags of a chat: the model has no chat template, or --complete was given; give it a \
+             --prompt to continue",
         ));
     }
-    let beginning = args.message.clone();
-    Ok(Model { session, chat, said: beginning.clone(), beginning, answer: args.answer.clone() })
+    Ok(Model { session, chat, said: beginning.clone(), beginning, asked, answer: args.answer.clone() })
 }
 
 /// A model that is ready, and what was said so far.
@@ -86,6 +90,8 @@ struct Model {
     /// Messages that every chat begins with.
     beginning: Vec<ChatMessage>,
     said: Vec<ChatMessage>,
+    /// What every request of a chat says beside its messages.
+    asked: GenerateRequest,
     answer: AnswerArgs,
 }
 
@@ -146,7 +152,7 @@ impl Model {
 
     /// Asks, and writes the answer to standard output as it comes.
     async fn ask(&mut self, prompt: String, mut interrupts: Option<&mut Signal>) -> anyhow::Result<Outcome> {
-        let question = ChatMessage { role: "user".into(), content: prompt };
+        let question = says("user", prompt);
         let mut answer = self.begin(&question).await?;
         let mut out = std::io::stdout();
         let mut text = String::new();
@@ -175,7 +181,7 @@ impl Model {
             if let Event::Finished(finished) = &event {
                 writeln!(out)?;
                 if self.chat {
-                    self.said.extend([question, ChatMessage { role: "assistant".into(), content: text }]);
+                    self.said.extend([question, says("assistant", text)]);
                 }
                 let full = finished.reason() == FinishReason::Length && self.answer.max_tokens.is_none();
                 if full && interrupts.is_some() && std::io::stdin().is_terminal() {
@@ -225,9 +231,13 @@ impl Model {
             min_tokens: self.answer.min_tokens,
             ignore_eos: self.answer.ignore_eos,
             model_defaults: self.answer.model_defaults,
-            ..GenerateRequest::default()
+            ..self.asked.clone()
         }
     }
+}
+
+fn says(role: &str, content: String) -> ChatMessage {
+    ChatMessage { role: role.to_owned(), content, ..ChatMessage::default() }
 }
 
 /// Lines of standard input, without their ends. Reading blocks, so a thread of its own does it.

@@ -57,14 +57,19 @@ fn tokenizers() -> Vec<Vec<u8>> {
 
 fn templates() -> Vec<Vec<u8>> {
     let cases = json("chat_templates.json");
-    let cases = cases["templates"].as_object().into_iter().flatten();
-    let mut seeds: Vec<_> = cases.filter_map(|(_, case)| Some(case["template"].as_str()?.into())).collect();
+    let whole = cases["templates"].as_object().into_iter().flatten().map(|(_, case)| &case["template"]);
+    let pieces = cases["pieces"].as_array().into_iter().flatten().map(|piece| &piece[0]);
+    let mut seeds: Vec<_> = whole.chain(pieces).filter_map(|text| Some(text.as_str()?.into())).collect();
     seeds.extend(of_each_model("tokenizer_config.json"));
     seeds
 }
 
 fn requests() -> [v1::GenerateRequest; 3] {
-    let message = |role: &str| v1::ChatMessage { role: role.into(), content: "Who <|eos|> there?".into() };
+    let message = |role: &str| v1::ChatMessage {
+        role: role.into(),
+        content: "Who <|eos|> there?".into(),
+        fields: r#"{"name": "x"}"#.into(),
+    };
     let sampling = v1::Sampling {
         temperature: Some(0.7),
         top_k: Some(40),
@@ -87,8 +92,14 @@ fn requests() -> [v1::GenerateRequest; 3] {
         ..Default::default()
     };
     let ids = v1::GenerateRequest { token_ids: vec![1, 2, 300], model_defaults: true, ..Default::default() };
-    let chat =
-        v1::GenerateRequest { messages: vec![message("system"), message("user")], ..Default::default() };
+    let chat = v1::GenerateRequest {
+        messages: vec![message("system"), message("user")],
+        tools: Some(r#"[{"type": "function"}]"#.into()),
+        documents: Some("[]".into()),
+        template_arguments: Some(r#"{"enable_thinking": false}"#.into()),
+        continue_final_message: "content".into(),
+        ..Default::default()
+    };
     [text, ids, chat]
 }
 

@@ -158,7 +158,11 @@ async fn long_texts_are_refused_whatever_they_are_made_of() {
     for piece in ["a", " ", "to be or not ", "\u{1f469}\u{200d}\u{1f680}", "日本語", "\0", "<|eos|>"] {
         let text = piece.repeat((1 << 20) / piece.len());
         let prompt = GenerateRequest { prompt: Some(text.clone()), ..GenerateRequest::default() };
-        let content = v1::ChatMessage { role: "user".into(), content: text[piece.len() * 16..].into() };
+        let content = v1::ChatMessage {
+            role: "user".into(),
+            content: text[piece.len() * 16..].into(),
+            ..Default::default()
+        };
         let chat = GenerateRequest { messages: vec![content], ..GenerateRequest::default() };
         // The template trims what is blank.
         let requests = if piece.trim().is_empty() { vec![prompt] } else { vec![prompt, chat] };

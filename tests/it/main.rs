@@ -1,6 +1,7 @@
 //! Whole-system tests: real workers, real coordinators, real ports; in one process or in many.
 
 mod bounds;
+mod chats;
 mod circles;
 mod cluster;
 mod deployment;

@@ -358,7 +358,11 @@ async fn chats_are_rendered_with_the_models_own_template() {
     let cluster = Cluster::start(&Options { workers: 2, ..Options::default() }).await;
     let client = cluster.client().await;
     let chat = |content: &str| GenerateRequest {
-        messages: vec![v1::ChatMessage { role: "user".into(), content: content.into() }],
+        messages: vec![v1::ChatMessage {
+            role: "user".into(),
+            content: content.into(),
+            ..Default::default()
+        }],
         max_tokens: Some(4),
         ..GenerateRequest::default()
     };

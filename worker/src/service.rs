@@ -1,7 +1,7 @@
 //! A worker: its devices' stage threads behind the calls of `strata_proto::Worker`.
 
 use std::{
-    io::Read,
+    io::{ErrorKind, Read},
     net::SocketAddr,
     path::{Component, Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -36,6 +36,10 @@ const TOKENIZER_FILES: [&str; 7] = [
     "generation_config.json",
     "config.json",
 ];
+
+/// The folder of chat templates that have names, and most of them.
+const NAMED_TEMPLATES: &str = "additional_chat_templates";
+const MAX_NAMED_TEMPLATES: usize = 64;
 
 /// Shortest silence after which somebody may count as lost.
 const MIN_HEARTBEAT_MS: u32 = 100;
@@ -377,10 +381,11 @@ fn read_files(directory: &Path) -> Result<Files, WorkerError> {
     let directory = ModelDir::open(directory).map_err(ModelError::from)?;
     let mut files = Files::new();
     let mut total = 0;
-    for name in TOKENIZER_FILES {
-        let path = directory.path().join(name).display().to_string();
+    let names = TOKENIZER_FILES.map(str::to_owned).into_iter().chain(named_templates(directory.path())?);
+    for name in names {
+        let path = directory.path().join(&name).display().to_string();
         let io = |source| WorkerError::Io { path: path.clone(), source };
-        let Some(file) = directory.file(name).map_err(ModelError::from)? else { continue };
+        let Some(file) = directory.file(&name).map_err(ModelError::from)? else { continue };
         let size = file.metadata().map_err(io)?.len();
         total += size;
         if total > MAX_MODEL_FILES {
@@ -391,14 +396,56 @@ fn read_files(directory: &Path) -> Result<Files, WorkerError> {
         }
         let mut bytes = Vec::new();
         file.take(size).read_to_end(&mut bytes).map_err(io)?;
-        files.insert(name.to_owned(), bytes);
+        files.insert(name, bytes);
     }
     Ok(files)
+}
+
+/// The chat templates that have names, as paths inside the model's directory, in order.
+fn named_templates(directory: &Path) -> Result<Vec<String>, WorkerError> {
+    let folder = directory.join(NAMED_TEMPLATES);
+    let io = |source| WorkerError::Io { path: folder.display().to_string(), source };
+    let entries = match std::fs::read_dir(&folder) {
+        Err(e) if [ErrorKind::NotFound, ErrorKind::NotADirectory].contains(&e.kind()) => {
+            return Ok(Vec::new());
+        }
+        entries => entries.map_err(io)?,
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let name = entry.map_err(io)?.file_name();
+        let Some(name) = name.to_str().filter(|name| name.ends_with(".jinja")) else { continue };
+        if names.len() == MAX_NAMED_TEMPLATES {
+            let why = format!("{} has more than {MAX_NAMED_TEMPLATES} chat templates", folder.display());
+            return Err(WorkerError::WrongState(why));
+        }
+        names.push(format!("{NAMED_TEMPLATES}/{name}"));
+    }
+    names.sort();
+    Ok(names)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn named_chat_templates_travel_with_the_model() {
+        let root = tempfile::tempdir().unwrap();
+        let write = |name: &str| std::fs::write(root.path().join(name), name).unwrap();
+        std::fs::create_dir(root.path().join(NAMED_TEMPLATES)).unwrap();
+        for name in
+            ["config.json", "additional_chat_templates/rag.jinja", "additional_chat_templates/notes.txt"]
+        {
+            write(name);
+        }
+        let files = read_files(root.path()).unwrap();
+        assert_eq!(files.keys().collect::<Vec<_>>(), ["additional_chat_templates/rag.jinja", "config.json"]);
+        for n in 0..MAX_NAMED_TEMPLATES {
+            write(&format!("additional_chat_templates/{n}.jinja"));
+        }
+        assert!(read_files(root.path()).unwrap_err().to_string().contains("more than 64 chat templates"));
+    }
 
     #[test]
     fn model_names_cannot_leave_the_directory() {

@@ -20,6 +20,8 @@ pub(crate) const MAX_INPUTS: usize = 1024;
 pub(crate) const DEFAULT_CANDIDATES: u32 = 5;
 /// Most messages of a chat.
 pub(super) const MAX_MESSAGES: usize = 1024;
+/// Most lists and objects inside each other in a request's JSON.
+pub(super) const MAX_JSON_DEPTH: usize = 64;
 /// Most stop strings, and bytes of each.
 pub(super) const MAX_STOPS: usize = 16;
 pub(super) const MAX_STOP_BYTES: usize = 1024;

@@ -5,11 +5,8 @@ use std::{sync::Arc, time::Duration};
 use strata_proto::{ModelProfile, limits::MAX_LOGPROBS, v1};
 
 use super::{
-    bounds::{
-        MAX_MESSAGES, MAX_STOP_BYTES, MAX_STOP_IDS, MAX_STOPS, MAX_TEXT_BYTES, check_deadline, check_task,
-        check_tenant, check_text,
-    },
-    chat::Message,
+    asked_chat,
+    bounds::{MAX_STOP_BYTES, MAX_STOP_IDS, MAX_STOPS, check_deadline, check_task, check_tenant, check_text},
     error::{AdmissionError, TokenizerError, field},
     limit::Limit,
     sampling,
@@ -48,14 +45,15 @@ pub(crate) struct Checked {
 /// # Errors
 /// The first field that is out of its bounds, with the bound.
 pub(crate) fn check(
-    request: v1::GenerateRequest,
+    mut request: v1::GenerateRequest,
     tokenizer: &Tokenizer,
     profile: &ModelProfile,
     limit: Limit,
 ) -> Result<Checked, AdmissionError> {
     check_task(v1::Task::Generate, profile)?;
     let defaults = request.model_defaults.then(|| tokenizer.defaults());
-    let sampling = sampling::check(request.sampling.unwrap_or_default(), defaults, profile.vocab_size)?;
+    let sampling =
+        sampling::check(request.sampling.take().unwrap_or_default(), defaults, profile.vocab_size)?;
     if request.stop.len() > MAX_STOPS {
         return Err(field(
             "stop",
@@ -78,11 +76,14 @@ pub(crate) fn check(
         return Err(field("max_tokens", "0 asks for nothing: expected at least 1"));
     }
     let prompt = match request.messages.is_empty() {
-        true => prompt_ids((request.prompt, request.token_ids), tokenizer, profile, limit)?,
+        true => {
+            asked_chat::check_absent(&request)?;
+            prompt_ids((request.prompt, request.token_ids), tokenizer, profile, limit)?
+        }
         false if request.prompt.is_some() || !request.token_ids.is_empty() => {
             return Err(field("messages", "given together with prompt or token_ids: expected one of them"));
         }
-        false => chat_ids(request.messages, tokenizer, limit)?,
+        false => chat_ids(&mut request, tokenizer, limit)?,
     };
     let max_tokens = check_length(prompt.len(), request.max_tokens, limit)?;
     if request.min_tokens > max_tokens {
@@ -119,9 +120,8 @@ fn check_stop_ids(ids: &[u32], profile: &ModelProfile) -> Result<(), AdmissionEr
 
 /// Bytes of what of a request is tokenized or looked at.
 pub(crate) fn bytes(request: &v1::GenerateRequest) -> usize {
-    let messages = request.messages.iter().map(|m| m.role.len() + m.content.len());
     let prompt = request.prompt.as_ref().map_or(0, String::len);
-    prompt + size_of_val(request.token_ids.as_slice()) + messages.sum::<usize>()
+    prompt + size_of_val(request.token_ids.as_slice()) + asked_chat::bytes(request)
 }
 
 fn prompt_ids(
@@ -156,24 +156,12 @@ fn prompt_ids(
 }
 
 fn chat_ids(
-    messages: Vec<v1::ChatMessage>,
+    request: &mut v1::GenerateRequest,
     tokenizer: &Tokenizer,
     limit: Limit,
 ) -> Result<Vec<u32>, AdmissionError> {
-    if messages.len() > MAX_MESSAGES {
-        let why = format!("{} messages are too many: at most {MAX_MESSAGES}", messages.len());
-        return Err(field("messages", why));
-    }
-    let bytes: usize = messages.iter().map(|m| m.role.len() + m.content.len()).sum();
-    if bytes > MAX_TEXT_BYTES {
-        return Err(field(
-            "messages",
-            format!("{bytes} bytes are too long: at most {MAX_TEXT_BYTES} are taken"),
-        ));
-    }
-    let messages = messages.into_iter().map(|m| Message { role: m.role, content: m.content });
-    let ids = tokenizer.encode_chat(&messages.collect::<Vec<_>>(), most(limit));
-    let ids = ids.map_err(|error| too_long(error, limit))?;
+    let chat = asked_chat::conversation(request)?;
+    let ids = tokenizer.encode_chat(&chat, most(limit)).map_err(|error| too_long(error, limit))?;
     if ids.is_empty() {
         return Err(field("messages", "the model's chat template makes nothing of them"));
     }

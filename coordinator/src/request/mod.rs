@@ -1,5 +1,6 @@
 //! What is let in, and how its texts become tokens and its tokens text.
 
+mod asked_chat;
 mod blocking;
 pub(crate) mod bounds;
 pub(crate) mod chat;

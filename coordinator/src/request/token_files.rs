@@ -254,7 +254,7 @@ fn set_prefix_space(pre: &mut PreTokenizerWrapper, space: bool) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::request::{chat::Message, tokenizer::Tokenizer};
+    use crate::request::{chat::Conversation, tokenizer::Tokenizer};
 
     fn fixture() -> Value {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/models/token_files.json");
@@ -269,12 +269,9 @@ mod tests {
     fn files_mean_what_they_mean_to_transformers() {
         let fixture = fixture();
         let text = |value: &Value| value.as_str().unwrap().to_owned();
-        let messages: Vec<Message> = fixture["messages"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|m| Message { role: text(&m["role"]), content: text(&m["content"]) })
-            .collect();
+        let messages = fixture["messages"].as_array().unwrap().iter();
+        let messages = messages.map(|m| m.as_object().unwrap().clone()).collect();
+        let messages = Conversation { messages, ..Conversation::default() };
         let mut wrong = Vec::new();
         for (name, case) in fixture["cases"].as_object().unwrap() {
             let mut json = fixture["bases"][case["base"].as_str().unwrap()].clone();

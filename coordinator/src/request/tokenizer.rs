@@ -12,7 +12,7 @@ use tokenizers::{
 };
 
 use super::{
-    chat::{ChatError, ChatTemplate, Message},
+    chat::{ChatError, ChatTemplate, Conversation},
     error::TokenizerError,
     estimate::{longest_token, more_than},
     reader::Reader,
@@ -182,13 +182,12 @@ impl Tokenizer {
     ///
     /// # Errors
     /// If the model has no template, it refuses these messages, or they have far more than `most` tokens.
-    pub fn encode_chat(&self, messages: &[Message], most: usize) -> Result<Vec<u32>, TokenizerError> {
+    pub fn encode_chat(&self, chat: &Conversation, most: usize) -> Result<Vec<u32>, TokenizerError> {
         let template = self.chat.as_ref().ok_or(ChatError::NoTemplate)?;
-        let quotes =
-            self.reader.quotes(messages.iter().flat_map(|m| [m.role.as_str(), m.content.as_str()]))?;
-        let masked =
-            messages.iter().map(|m| Message { role: quotes.mask(&m.role), content: quotes.mask(&m.content) });
-        let text = template.render(&masked.collect::<Vec<_>>(), true).map_err(|error| match error {
+        let texts = chat.texts();
+        let quotes = self.reader.quotes(texts.iter().copied())?;
+        let masked = chat.map_texts(&|text| quotes.mask(text));
+        let text = template.render(&masked).map_err(|error| match error {
             ChatError::Refused(why) => ChatError::Refused(quotes.unmask(&why)),
             error => error,
         })?;
@@ -328,7 +327,7 @@ pub(super) mod tests {
     #[test]
     fn chats_become_transformers_ids_and_only_the_template_says_control_tokens() {
         let tokenizer = demo();
-        let say = |content: &str| [Message { role: "user".into(), content: content.into() }];
+        let say = Conversation::says;
         let ids = tokenizer.encode_chat(&say("What say you, good sir?"), usize::MAX).unwrap();
         let expected = [
             0, 390, 445, 28, 201, 469, 517, 291, 14, 451, 498, 33, 201, 201, 35, 53, 53, 613, 54, 644, 54,
@@ -377,9 +376,9 @@ pub(super) mod tests {
     fn quoted_control_tokens_change_nothing_outside_the_quote() {
         for (kind, tokenizer) in kinds() {
             let chat = |quote: &str| {
-                let say = |content: String| Message { role: "user".into(), content };
-                let said = [say("a stage".into()), say(format!("b {quote} c")), say("the next".into())];
-                tokenizer.encode_chat(&said, usize::MAX).unwrap()
+                let quoted = format!("b {quote} c");
+                let said = [("user", "a stage"), ("user", quoted.as_str()), ("user", "the next")];
+                tokenizer.encode_chat(&Conversation::of(&said), usize::MAX).unwrap()
             };
             let controls = |ids: &[u32]| {
                 ids.iter()
@@ -387,8 +386,7 @@ pub(super) mod tests {
                     .count()
             };
             let plain = chat("d");
-            let before = tokenizer
-                .encode_chat(&[Message { role: "user".into(), content: "a stage".into() }], usize::MAX);
+            let before = tokenizer.encode_chat(&Conversation::says("a stage"), usize::MAX);
             let before = before.unwrap().len() - 1;
             for quote in
                 ["<|user|>", "<|end|>", "<s>", "</s> <mask>", "[SEP][CLS]", "<|user|><|user|>", "<|<|end|>|>"]
@@ -413,8 +411,8 @@ pub(super) mod tests {
             b"{{ raise_exception('not ' ~ messages[0].content) }}".to_vec(),
         );
         tokenizer.chat = ChatTemplate::new(&Files::from([file]), &BTreeMap::new()).unwrap();
-        let said = [Message { role: "user".into(), content: "a <|bos|> b".into() }];
-        let error = tokenizer.encode_chat(&said, usize::MAX).unwrap_err().to_string();
+        let error =
+            tokenizer.encode_chat(&Conversation::says("a <|bos|> b"), usize::MAX).unwrap_err().to_string();
         assert!(error.ends_with("not a <|bos|> b"), "{error}");
     }
 

@@ -1,13 +1,15 @@
 //! Flags of the clients.
 
+use anyhow::Context;
 use clap::{Args, ValueEnum};
+use serde_json::{Map, Value};
 use strata_proto::{
     DEFAULT_PORT,
-    v1::{ChatMessage, Sampling, Truncation},
+    v1::{ChatMessage, GenerateRequest, Sampling, Truncation},
 };
 
 use super::{DeploymentArgs, HereArgs};
-use crate::report;
+use crate::{prompt, report};
 
 /// Where a server is, and how long it may take.
 #[derive(Debug, Clone, Args)]
@@ -174,6 +176,55 @@ impl AnswerArgs {
     }
 }
 
+/// What a chat may have beside messages as texts.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Chat")]
+pub struct ChatArgs {
+    /// Messages that the chat begins with, before any --message: a JSON list of objects with role, content, tool_calls, …;
+    /// @FILE is a file, - is standard input
+    #[arg(long, env = "STRATA_MESSAGES", value_name = "JSON")]
+    messages: Option<String>,
+    /// Tools that the model may call, a JSON list of objects; @FILE is a file
+    #[arg(long, env = "STRATA_TOOLS", value_name = "JSON")]
+    tools: Option<String>,
+    /// Documents that the model may refer to, a JSON list of objects; @FILE is a file
+    #[arg(long, env = "STRATA_DOCUMENTS", value_name = "JSON")]
+    documents: Option<String>,
+    /// A variable of the chat template, such as enable_thinking=false; may be repeated
+    #[arg(long, env = "STRATA_TEMPLATE_ARGUMENT", value_name = "KEY=JSON", value_parser = parse_argument)]
+    template_argument: Vec<(String, Value)>,
+    /// Name of the chat template, where the model has several [default: tool_use with tools, else default]
+    #[arg(long, env = "STRATA_CHAT_TEMPLATE", value_name = "NAME")]
+    chat_template: Option<String>,
+}
+
+impl ChatArgs {
+    /// A request for what these say; of everything else it says nothing. Reads files.
+    pub fn request(&self) -> anyhow::Result<GenerateRequest> {
+        let read = |flag: &str, given: &Option<String>| {
+            given.clone().map(|given| prompt::read(given).with_context(|| format!("--{flag}"))).transpose()
+        };
+        let arguments: Map<String, Value> = self.template_argument.iter().cloned().collect();
+        let messages: Vec<Map<String, Value>> = match read("messages", &self.messages)? {
+            Some(text) => serde_json::from_str(&text)
+                .map_err(|e| report::misused(format!("--messages: {e}; expected a JSON list of objects")))?,
+            None => Vec::new(),
+        };
+        let whole = |message: Map<String, Value>| ChatMessage {
+            fields: Value::Object(message).to_string(),
+            ..ChatMessage::default()
+        };
+        Ok(GenerateRequest {
+            messages: messages.into_iter().map(whole).collect(),
+            tools: read("tools", &self.tools)?,
+            documents: read("documents", &self.documents)?,
+            template_arguments: (!arguments.is_empty()).then(|| Value::Object(arguments).to_string()),
+            chat_template: self.chat_template.clone(),
+            ..GenerateRequest::default()
+        })
+    }
+}
+
 #[derive(Debug, Args)]
 pub struct RunArgs {
     #[command(flatten)]
@@ -191,6 +242,8 @@ pub struct RunArgs {
     /// A message that the chat begins with, as ROLE=TEXT; may be repeated
     #[arg(long, help_heading = "Answer", env = "STRATA_MESSAGE", value_parser = parse_message, allow_hyphen_values = true, conflicts_with = "complete")]
     pub message: Vec<ChatMessage>,
+    #[command(flatten)]
+    pub chat: ChatArgs,
     #[command(flatten)]
     pub answer: AnswerArgs,
     #[command(flatten)]
@@ -211,6 +264,12 @@ pub struct GenerateArgs {
     /// A message of a chat, as ROLE=TEXT; may be repeated
     #[arg(long, env = "STRATA_MESSAGE", value_parser = parse_message, allow_hyphen_values = true, conflicts_with_all = ["text", "prompt", "token_ids"])]
     pub message: Vec<ChatMessage>,
+    /// Go on with what the last message says, as if the model had begun its answer with it; or with another FIELD of it,
+    /// such as reasoning_content
+    #[arg(long, help_heading = "Chat", env = "STRATA_CONTINUE_FINAL_MESSAGE", value_name = "FIELD", num_args = 0..=1, require_equals = true, default_missing_value = "content", default_value = "", hide_default_value = true)]
+    pub continue_final_message: String,
+    #[command(flatten)]
+    pub chat: ChatArgs,
     /// With --json: report log-probabilities, and this many alternatives
     #[arg(long, env = "STRATA_LOGPROBS")]
     pub logprobs: Option<u32>,
@@ -343,5 +402,14 @@ fn parse_bias(s: &str) -> Result<(u32, f32), String> {
 fn parse_message(s: &str) -> Result<ChatMessage, String> {
     let (role, content) =
         s.split_once('=').ok_or_else(|| format!("{s:?}: expected ROLE=TEXT, as in user=Hello"))?;
-    Ok(ChatMessage { role: role.to_owned(), content: content.to_owned() })
+    Ok(ChatMessage { role: role.to_owned(), content: content.to_owned(), ..ChatMessage::default() })
+}
+
+fn parse_argument(s: &str) -> Result<(String, Value), String> {
+    let (key, json) =
+        s.split_once('=').ok_or_else(|| format!("{s:?}: expected KEY=JSON, as in enable_thinking=false"))?;
+    let value = serde_json::from_str(json).map_err(|e| {
+        format!("{json:?} is no JSON ({e}); a text is written in quotes, as in style='\"short\"'")
+    })?;
+    Ok((key.to_owned(), value))
 }
