@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import decoders as more
+
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 CONTEXT, VOCAB, MARGIN, NEW_TOKENS, LENGTHS, LARGEST = 256, 320, 0.02, 24, (1, 5, 20, 90), 700_000
@@ -235,7 +237,7 @@ def without_prefix(path, base, layers, extra):
 
 
 def main(out, only):
-    for number, (name, (settings, dtype, shard)) in enumerate(FIXTURES.items()):
+    for number, (name, (settings, dtype, shard)) in enumerate((FIXTURES | more.FIXTURES).items()):
         if only and name not in only:
             continue
         path = out / name
@@ -243,7 +245,9 @@ def main(out, only):
         path.mkdir(parents=True)
         make_tokenizer(path)
         for seed in range(1000 * number, 1000 * number + 100):
-            make_model(settings, seed).to(dtype).save_pretrained(path, max_shard_size=shard)
+            saved = more.saved_as(name)
+            make_model(settings, seed).to(dtype).save_pretrained(path, max_shard_size=shard, **saved)
+            more.edit(name, path)
             if rows := prompts(path):
                 break
         assert rows, f"{name}: no model with clear margins"

@@ -495,7 +495,8 @@ pub(crate) struct Names {
     /// Prefixes that files may carry; the first that leads to an embedding is taken.
     pub bases: &'static [&'static str],
     /// Where the tensors under the prefix are. `{}` stands for the layer, `{e}` for the expert; a name with `{e}` is
-    /// for layers with experts only, and a feed-forward name without it for the others.
+    /// for layers with experts only, and a feed-forward name without it for the others. Of several for a slot, the first
+    /// that the file has is taken.
     pub slots: Vec<(Slot, Source)>,
     /// The same for tensors that have no prefix.
     pub root: Vec<(Slot, Source)>,
@@ -507,7 +508,7 @@ pub(crate) struct Names {
     pub ignore: &'static [&'static str],
 }
 
-/// Where a tensor is, and how it lies there; `.weight` (and `.bias`, if there is one) follow the name.
+/// Where a tensor is, and how it lies there; [`ending`](Source::ending) (or `.bias`, if there is one) follows the name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Source {
     /// Output rows by input columns, or a vector.
@@ -518,12 +519,28 @@ pub(crate) enum Source {
     Heads(&'static str),
     /// A vector from which 1 was taken (norms of Gemma).
     PlusOne(&'static str),
+    /// Those of all experts, one after the other, in one tensor, of which this is the whole name.
+    Experts(&'static str),
 }
 
 impl Source {
     /// The name.
     pub fn name(self) -> &'static str {
-        let (Source::Rows(name) | Source::Columns(name) | Source::Heads(name) | Source::PlusOne(name)) = self;
+        let (Source::Rows(name)
+        | Source::Columns(name)
+        | Source::Heads(name)
+        | Source::PlusOne(name)
+        | Source::Experts(name)) = self;
         name
+    }
+
+    /// Whether it is for layers with experts.
+    pub fn is_of_experts(self) -> bool {
+        matches!(self, Source::Experts(_)) || self.name().contains("{e}")
+    }
+
+    /// What follows the name.
+    pub fn ending(self) -> &'static str {
+        if matches!(self, Source::Experts(_)) { "" } else { ".weight" }
     }
 }

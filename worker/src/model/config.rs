@@ -95,6 +95,12 @@ impl Config {
         }
     }
 
+    /// This object with the fields of another one in the place of its own.
+    pub fn updated_by(mut self, other: &Config) -> Config {
+        self.fields.extend(other.fields.clone());
+        self
+    }
+
     /// An integer within `range`, if the field is there.
     pub fn integer(&self, field: &str, range: RangeInclusive<usize>) -> Result<Option<usize>, ConfigError> {
         let Some(value) = self.get(field) else { return Ok(None) };

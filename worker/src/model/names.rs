@@ -22,6 +22,8 @@ pub(crate) struct Bound {
     pub first_row: usize,
     /// How it lies in the file.
     pub layout: Layout,
+    /// Which of the experts that the weight holds, one after the other, if it holds several.
+    pub expert: Option<usize>,
 }
 
 /// How the elements of a tensor lie in the file.
@@ -117,8 +119,11 @@ impl Binder<'_> {
         expert: usize,
     ) -> Result<Vec<Bound>, ModelError> {
         let whole = self.module(site, slot, expert);
-        if let Some((module, source)) = whole {
-            return Ok(vec![self.find(site, &module, source, shape, 0)?]);
+        let apart = slot.parts().iter().all(|part| self.module(site, *part, expert).is_some());
+        let has = |(module, source): &(String, Source)| self.has(module, *source);
+        if let Some((module, source)) = whole.filter(|whole| has(whole) || slot.parts().is_empty() || !apart)
+        {
+            return Ok(vec![self.find(site, (&module, source), shape, (0, expert))?]);
         }
         let (Shape::Product(_, k), [_, ..]) = (shape, slot.parts()) else {
             return Err(ModelError::MissingTensor(format!("{slot:?} of {site:?}")));
@@ -132,7 +137,7 @@ impl Binder<'_> {
                 let missing = || ModelError::MissingTensor(format!("{part:?} of {site:?}"));
                 let (module, source) = self.module(site, *part, expert).ok_or_else(missing)?;
                 let rows = self.tower.part_rows(site, *part);
-                let bound = self.find(site, &module, source, Shape::Product(rows, k), first_row);
+                let bound = self.find(site, (&module, source), Shape::Product(rows, k), (first_row, expert));
                 first_row += rows;
                 bound
             })
@@ -161,24 +166,30 @@ impl Binder<'_> {
             _ => false,
         };
         let ffn = [Slot::GateUp, Slot::Gate, Slot::Up, Slot::Down].contains(&slot);
-        let fits =
-            |(s, source): &&(Slot, Source)| *s == slot && (!ffn || source.name().contains("{e}") == experts);
-        let (base, (_, source)) = match self.names.slots.iter().find(fits) {
-            Some(found) => (self.base, found),
-            None => ("", self.names.root.iter().find(fits)?),
-        };
+        let fits = |(s, source): &&(Slot, Source)| *s == slot && (!ffn || source.is_of_experts() == experts);
         let layer = if let Site::Layer(layer) = site { layer } else { 0 };
-        let name = source.name().replace("{}", &layer.to_string()).replace("{e}", &expert.to_string());
-        Some((format!("{base}{name}"), *source))
+        let name = |base: &str, source: Source| {
+            let name = source.name().replace("{}", &layer.to_string()).replace("{e}", &expert.to_string());
+            (format!("{base}{name}"), source)
+        };
+        let under = self.names.slots.iter().filter(fits).map(|(_, source)| name(self.base, *source));
+        let root = self.names.root.iter().filter(fits).map(|(_, source)| name("", *source));
+        let mut named: Vec<_> = under.chain(root).collect();
+        let there = named.iter().position(|(module, source)| self.has(module, *source));
+        (!named.is_empty()).then(|| named.swap_remove(there.unwrap_or(0)))
+    }
+
+    fn has(&self, module: &str, source: Source) -> bool {
+        let name = format!("{module}{}", source.ending());
+        self.names_of(&name).any(|name| self.checkpoint.tensor(&name).is_some())
     }
 
     fn find(
         &mut self,
         site: Site,
-        module: &str,
-        source: Source,
+        (module, source): (&str, Source),
         shape: Shape,
-        first_row: usize,
+        (first_row, expert): (usize, usize),
     ) -> Result<Bound, ModelError> {
         let mut dimensions = shape.dimensions();
         let layout = match (source, site) {
@@ -193,7 +204,12 @@ impl Binder<'_> {
             (Source::PlusOne(_), _) => Layout::PlusOne,
             _ => Layout::Rows,
         };
-        let name = format!("{module}.weight");
+        let experts = match (source, site) {
+            (Source::Experts(_), Site::Layer(layer)) => Some(self.tower.layers[layer].ffn.experts()),
+            _ => None,
+        };
+        dimensions.splice(..0, experts);
+        let name = format!("{module}{}", source.ending());
         let weight = self.claim(&name).ok_or(ModelError::MissingTensor(name))?;
         self.check(&weight, &dimensions)?;
         // A norm by the root mean square moves nothing, and neither does a table.
@@ -206,7 +222,7 @@ impl Binder<'_> {
         if let Some(bias) = &bias {
             self.check(bias, &shape.dimensions()[..1])?;
         }
-        Ok(Bound { weight, bias, first_row, layout })
+        Ok(Bound { weight, bias, first_row, layout, expert: experts.map(|_| expert) })
     }
 
     /// The kind of the norms of `site`.
@@ -221,12 +237,18 @@ impl Binder<'_> {
 
     /// The tensor called `name`, or by an alias of it, taken. A file that has both means the same by them.
     fn claim(&mut self, name: &str) -> Option<String> {
-        let aliases = self.names.aliases.iter();
-        let aliases = aliases.filter_map(|(alias, of)| Some(format!("{}{alias}", name.strip_suffix(of)?)));
-        let names = [name.to_owned()].into_iter().chain(aliases);
+        let names = self.names_of(name);
         let found: Vec<String> = names.filter(|name| self.checkpoint.tensor(name).is_some()).collect();
         self.claimed.extend(found.iter().cloned());
         found.into_iter().next()
+    }
+
+    /// `name`, and its aliases.
+    fn names_of(&self, name: &str) -> impl Iterator<Item = String> {
+        let aliases = self.names.aliases.iter();
+        let aliases =
+            aliases.filter_map(move |(alias, of)| Some(format!("{}{alias}", name.strip_suffix(of)?)));
+        [name.to_owned()].into_iter().chain(aliases)
     }
 
     fn is_ignored(&self, name: &str) -> bool {

@@ -90,7 +90,7 @@ pub(super) fn describe_neox(config: &Config) -> Result<Description, ModelError> 
         }),
     };
     let context = config.integer("max_position_embeddings", 1..=1 << 23)?.unwrap_or(2048);
-    let defaults = rope::Defaults { partial: 0.25, ..rope::DEFAULTS };
+    let defaults = rope::Defaults { partial: Some(0.25), ..rope::DEFAULTS };
     Ok(Description {
         tower: Tower {
             width,

@@ -1,5 +1,5 @@
-//! Mistral and Mixtral (transformers' `modeling_mistral.py`, `modeling_mixtral.py`): Llama with a sliding window;
-//! Mixtral with experts.
+//! Mistral, Ministral and Mixtral (transformers' `modeling_mistral.py`, `modeling_ministral.py`, `modeling_mixtral.py`):
+//! Llama with a sliding window, of Ministral on some layers; Mixtral with experts.
 
 use super::{Description, llama};
 use crate::model::{
@@ -19,6 +19,13 @@ pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
         window => Some(window.unwrap_or(DEFAULT_WINDOW)),
     };
     slide(&mut description, window);
+    // Where layers are listed, transformers reads the file as one of Ministral.
+    let listed = super::sliding_layers(config, description.tower.layers.len(), |_| true)?;
+    for (layer, slides) in description.tower.layers.iter_mut().zip(listed) {
+        if !slides {
+            layer.attention.mask = AttentionMask::Causal;
+        }
+    }
     Ok(description)
 }
 
@@ -38,6 +45,7 @@ pub(super) fn describe_mixtral(config: &Config) -> Result<Description, ModelErro
         (Slot::Up, Source::Rows("layers.{}.block_sparse_moe.experts.{e}.w3")),
         (Slot::Down, Source::Rows("layers.{}.block_sparse_moe.experts.{e}.w2")),
     ]);
+    names.extend(super::FUSED_EXPERTS);
     Ok(description)
 }
 

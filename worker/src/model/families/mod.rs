@@ -10,7 +10,7 @@ mod qwen;
 
 use super::{
     ModelError,
-    architecture::{Act, Names, Tower},
+    architecture::{Act, Names, Slot, Source, Tower},
     config::{Config, ConfigError},
 };
 
@@ -49,6 +49,7 @@ const FAMILIES: &[Family] = &[
     bpe("gpt2", gpt::describe_2),
     bpe("gpt_neox", gpt::describe_neox),
     bpe("llama", llama::describe),
+    bpe("ministral", mistral::describe),
     bpe("mistral", mistral::describe),
     bpe("mixtral", mistral::describe_mixtral),
     bpe("phi", phi::describe),
@@ -91,6 +92,13 @@ fn act(config: &Config, field: &str, default: Act) -> Result<Act, ConfigError> {
             .error(field, "silu, gelu, gelu_new, gelu_pytorch_tanh, gelu_fast, quick_gelu, relu or tanh")),
     }
 }
+
+/// Where the experts of all layers are if a file has them fused, as transformers 5 holds them.
+const FUSED_EXPERTS: [(Slot, Source); 3] = [
+    (Slot::Router, Source::Rows("layers.{}.mlp.gate")),
+    (Slot::GateUp, Source::Experts("layers.{}.mlp.experts.gate_up_proj")),
+    (Slot::Down, Source::Experts("layers.{}.mlp.experts.down_proj")),
+];
 
 /// Elements per head, where `heads` of them make up `width`, which `field` gives.
 fn head_dim(config: &Config, field: &str, width: usize, heads: usize) -> Result<usize, ConfigError> {

@@ -12,7 +12,7 @@ use crate::model::{
 
 pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
     let Description { mut tower, mut names } =
-        llama::describe_with(config, rope::Defaults { partial: 0.5, ..rope::DEFAULTS })?;
+        llama::describe_with(config, rope::Defaults { partial: Some(0.5), ..rope::DEFAULTS })?;
     let norm = Norm::Layer(config.positive("layer_norm_eps")?.unwrap_or(1e-5) as f32);
     let act = super::act(config, "hidden_act", Act::GeluTanh)?;
     let norm_heads = config.flag("qk_layernorm", false)?;
@@ -36,7 +36,8 @@ pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
 }
 
 pub(super) fn describe_3(config: &Config) -> Result<Description, ModelError> {
-    let mut description = llama::describe(config)?;
+    let rope = rope::Defaults { partial: Some(1.0), ..rope::DEFAULTS };
+    let mut description = llama::describe_with(config, rope)?;
     mistral::slide(&mut description, config.integer("sliding_window", 1..=1 << 23)?);
     let names = &mut description.names.slots;
     let replaced = [Slot::Query, Slot::Key, Slot::Value, Slot::Gate, Slot::Up];

@@ -62,6 +62,7 @@ pub(super) fn describe_3_moe(config: &Config) -> Result<Description, ModelError>
         (Slot::Up, Source::Rows("layers.{}.mlp.experts.{e}.up_proj")),
         (Slot::Down, Source::Rows("layers.{}.mlp.experts.{e}.down_proj")),
     ]);
+    description.names.slots.extend(super::FUSED_EXPERTS);
     Ok(description)
 }
 

@@ -137,7 +137,7 @@ fn absurd_configurations_are_refused_with_what_was_expected() {
             "quantized by gptq cannot be loaded",
         ),
         ("quantization_config", json!({}), "take the original checkpoint, and --quantize"),
-        ("rope_scaling", json!({"type": "dynamic", "factor": 2}), "default, linear, llama3 or longrope"),
+        ("rope_scaling", json!({"type": "ntk", "factor": 2}), "default, linear, dynamic, llama3"),
     ] {
         let mut config = config();
         config[field] = value;
@@ -234,7 +234,11 @@ fn to_version_4(config: &mut Value) {
     {
         fields.insert("num_experts".into(), experts);
     }
-    if fields.shift_remove("layer_types").is_some() && family == "gemma3_text" {
+    // Of these, version 4 had other words for which layers slide.
+    if ["gemma2", "gemma3_text", "qwen2", "qwen3"].contains(&family.as_str()) {
+        fields.shift_remove("layer_types");
+    }
+    if family == "gemma3_text" {
         fields.insert("sliding_window_pattern".into(), json!(3));
     }
     let Some(mut rope) = fields.shift_remove("rope_parameters") else { return };
