@@ -34,6 +34,69 @@ FIXTURES = {
                             num_hidden_layers=2), F32, "1GB"),
     "qwen3-moe-fused-bf16": (of("qwen3_moe", num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20,
                                 norm_topk_prob=True, mlp_only_layers=[1]), BF16, "1GB"),
+    # One layer of two turns nothing.
+    "smollm3-f32": (of("smollm3", num_hidden_layers=4, no_rope_layers=[1, 0, 1, 0], use_sliding_window=True,
+                       sliding_window=15, layer_types=["full_attention", "sliding_attention"] * 2), F32, "1GB"),
+    # A factor on everything that may have one.
+    "granite-f32": (of("granite", embedding_multiplier=3.5, attention_multiplier=0.4, residual_multiplier=0.6,
+                       logits_scaling=1.7, attention_bias=True, mlp_bias=True), F32, "1GB"),
+    "granitemoe-bf16": (of("granitemoe", embedding_multiplier=2.5, attention_multiplier=0.4, residual_multiplier=0.7,
+                           logits_scaling=0.6, num_local_experts=5, num_experts_per_tok=2, intermediate_size=20,
+                           without=["head_dim"]), BF16, "1GB"),
+    # Norms of what blocks yield, and of all heads together.
+    "olmo2-f32": (of("olmo2", without=["head_dim"]), F32, "1GB"),
+    # The same, with windows, and yarn where there is none.
+    "olmo3-bf16": (of("olmo3", num_hidden_layers=4, sliding_window=14, without=["head_dim"], rope_parameters=dict(
+        full_attention=YARN, sliding_attention=dict(rope_type="default", rope_theta=500.0))), BF16, "1GB"),
+    "olmoe-bf16": (of("olmoe", num_experts=6, num_experts_per_tok=3, intermediate_size=20, without=["head_dim"]),
+                   BF16, "1GB"),
+    # Layers without a window turn nothing.
+    "exaone4-f32": (of("exaone4", num_hidden_layers=4, sliding_window=12, sliding_window_pattern=2), F32, "1GB"),
+    # Norms of heads once they are turned, by a base that is stretched for good.
+    "hunyuan-f32": (of("hunyuan_v1_dense", rope_parameters=dict(rope_type="dynamic", alpha=50.0, factor=1.0,
+                                                                rope_theta=10000.0)), F32, "1GB"),
+    "seed-oss-bf16": (of("seed_oss", attention_bias=True, attention_out_bias=False), BF16, "1GB"),
+    # Yarn, and queries that are sharpened every 16 positions.
+    "ministral3-f32": (of("ministral3", rope_parameters=dict(
+        YARN, original_max_position_embeddings=16, factor=16.0, mscale=1.0, mscale_all_dim=1.0,
+        llama_4_scaling_beta=0.3)), F32, "1GB"),
+    # Even dimensions turn with odd ones, half of each head.
+    "glm-bf16": (of("glm"), BF16, "1GB"),
+    "glm4-f32": (of("glm4"), F32, "1GB"),
+    # One norm for both blocks, a factor on logits, factors of its own for each head.
+    "cohere-norms-f32": (of("cohere", logit_scale=0.4, use_qk_norm=True, without=["head_dim"]), F32, "1GB"),
+    "cohere2-bf16": (of("cohere2", num_hidden_layers=4, logit_scale=0.4, sliding_window=11, tie_word_embeddings=True,
+                        layer_types=["sliding_attention", "sliding_attention", "full_attention",
+                                     "sliding_attention"]), BF16, "1GB"),
+    "starcoder2-f32": (of("starcoder2", sliding_window=17, without=["head_dim"]), F32, "1GB"),
+    "stablelm-norms-f32": (of("stablelm", qk_layernorm=True, use_parallel_residual=True, hidden_size=64,
+                              num_hidden_layers=2, without=["head_dim"]), F32, "1GB"),
+    "stablelm-bias-bf16": (of("stablelm", use_qkv_bias=True, hidden_size=64, num_key_value_heads=4,
+                              without=["head_dim"]), BF16, "1GB"),
+    # One head of keys, one norm.
+    "falcon-7b-bf16": (of("falcon", hidden_size=48, tie_word_embeddings=True,
+                          without=["head_dim", "num_key_value_heads", "intermediate_size"]), BF16, "1GB"),
+    # Several heads of keys, a norm for each block.
+    "falcon-40b-f32": (of("falcon", new_decoder_architecture=True, num_kv_heads=2, bias=True, num_hidden_layers=2,
+                          tie_word_embeddings=True, without=["head_dim", "num_key_value_heads", "intermediate_size"]),
+                       F32, "1GB"),
+    # One block after the other, as many heads of keys as of queries.
+    "falcon-rw-f32": (of("falcon", multi_query=False, parallel_attn=False, bias=True, num_hidden_layers=2,
+                         ffn_hidden_size=56, tie_word_embeddings=True,
+                         without=["head_dim", "num_key_value_heads", "intermediate_size"]), F32, "1GB"),
+    "nemotron-f32": (of("nemotron", mlp_bias=True), F32, "1GB"),
+    # An expert for all tokens, with a gate.
+    "qwen2-moe-f32": (of("qwen2_moe", num_experts=5, num_experts_per_tok=2, moe_intermediate_size=16, num_hidden_layers=2,
+                         shared_expert_intermediate_size=20, intermediate_size=24, decoder_sparse_step=2,
+                         without=["head_dim"]), F32, "1GB"),
+    # Sigmoids, corrections and groups; a dense layer first; an expert for all tokens.
+    "glm4-moe-f32": (of("glm4_moe", n_routed_experts=8, n_group=4, topk_group=2, num_experts_per_tok=3,
+                        moe_intermediate_size=8, n_shared_experts=2, routed_scaling_factor=1.8, num_hidden_layers=2,
+                        first_k_dense_replace=1, use_qk_norm=True, intermediate_size=40), F32, "1GB"),
+    # Whole groups of 32: all products can be int8 or int4, and those of many rows run on tensor cores.
+    "glm4-moe-groups-bf16": (of("glm4_moe", hidden_size=64, n_routed_experts=4, n_group=2, topk_group=1,
+                                num_experts_per_tok=2, moe_intermediate_size=32, n_shared_experts=1, head_dim=16,
+                                num_hidden_layers=2, intermediate_size=64), BF16, "1GB"),
 }
 
 

@@ -176,9 +176,12 @@ def make_model(settings, seed):
         for name, p in model.named_parameters():
             # Large enough that every layer moves the logits; norms stay near one, of which Gemma's files leave out the one.
             norm = ("norm" in name.lower() or "ln_" in name) and name.endswith("weight")
-            one = 0 if "gemma" in config.model_type else 1
+            one = 0 if config.model_type.startswith(("gemma", "nemotron")) else 1
             p.copy_(one + 0.2 * torch.randn_like(p) if norm else torch.randn_like(p) * p.shape[-1] ** -0.5
                     if p.dim() > 1 else 0.2 * torch.randn_like(p))
+        for name, buffer in model.named_buffers():
+            if "correction_bias" in name:
+                buffer.copy_(0.3 * torch.randn_like(buffer))
         if one:
             model.get_output_embeddings().weight.mul_(3)
     return model

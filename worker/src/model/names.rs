@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     ModelError,
-    architecture::{Ffn, Head, Names, Norm, Shape, Site, Slot, Source, Tower},
+    architecture::{Attention, Ffn, Head, Names, Norm, Position, Shape, Site, Slot, Source, Tower},
 };
 use crate::weights::{Checkpoint, TensorDType};
 
@@ -33,12 +33,21 @@ pub(crate) enum Layout {
     Rows,
     /// Transposed.
     Columns,
-    /// For each of so many heads: so many rows of its queries, of its keys, of its values.
+    /// For each head of keys: the rows of its heads of queries, its own, and those of its values.
     Heads {
-        /// Heads.
+        /// Heads of queries.
         heads: usize,
+        /// Heads of keys.
+        kv_heads: usize,
         /// Rows of each.
         head_dim: usize,
+    },
+    /// In each head, rows that turn with each other lie side by side, in the slot half of what turns apart.
+    EvenOdd {
+        /// Rows of each head.
+        head_dim: usize,
+        /// Pairs of them that turn.
+        pairs: usize,
     },
     /// Less by one than in the slot.
     PlusOne,
@@ -50,16 +59,25 @@ impl Layout {
         match self {
             Layout::Rows | Layout::PlusOne => (i / k, i % k),
             Layout::Columns => (i % n, i / n),
-            Layout::Heads { .. } => (self.row(i / k), i % k),
+            Layout::Heads { .. } | Layout::EvenOdd { .. } => (self.row(i / k), i % k),
         }
     }
 
     /// Row in the slot of the file's row (or element of a bias) `row`.
     pub fn row(self, row: usize) -> usize {
         match self {
-            Layout::Heads { heads, head_dim } => {
-                let (head, kind) = (row / (3 * head_dim), row / head_dim % 3);
-                (kind * heads + head) * head_dim + row % head_dim
+            Layout::Heads { heads, kv_heads, head_dim } => {
+                let queries = heads / kv_heads;
+                let (head, within) = (row / head_dim / (queries + 2), row / head_dim % (queries + 2));
+                let to = match within.checked_sub(queries) {
+                    None => head * queries + within,
+                    Some(kind) => heads + kind * kv_heads + head,
+                };
+                to * head_dim + row % head_dim
+            }
+            Layout::EvenOdd { head_dim, pairs } => {
+                let (head, i) = (row / head_dim, row % head_dim);
+                head * head_dim + if i < 2 * pairs { i % 2 * pairs + i / 2 } else { i }
             }
             _ => row,
         }
@@ -123,7 +141,7 @@ impl Binder<'_> {
         let has = |(module, source): &(String, Source)| self.has(module, *source);
         if let Some((module, source)) = whole.filter(|whole| has(whole) || slot.parts().is_empty() || !apart)
         {
-            return Ok(vec![self.find(site, (&module, source), shape, (0, expert))?]);
+            return self.whole(site, slot, (&module, source), (shape, expert));
         }
         let (Shape::Product(_, k), [_, ..]) = (shape, slot.parts()) else {
             return Err(ModelError::MissingTensor(format!("{slot:?} of {site:?}")));
@@ -142,6 +160,27 @@ impl Binder<'_> {
                 bound
             })
             .collect()
+    }
+
+    /// The tensor of a slot, or those of its heads.
+    fn whole(
+        &mut self,
+        site: Site,
+        slot: Slot,
+        (module, source): (&str, Source),
+        (shape, expert): (Shape, usize),
+    ) -> Result<Vec<Bound>, ModelError> {
+        let (Site::Layer(layer), true) = (site, module.contains("{h}")) else {
+            return Ok(vec![self.find(site, (module, source), shape, (0, expert))?]);
+        };
+        let attention = &self.tower.layers[layer].attention;
+        let heads = if slot == Slot::QueryNorm { attention.heads } else { attention.kv_heads };
+        let head_dim = attention.head_dim;
+        let one = |head: usize| {
+            let module = module.replace("{h}", &head.to_string());
+            self.find(site, (&module, source), Shape::Norm(head_dim), (head * head_dim, 0))
+        };
+        (0..heads).map(one).collect()
     }
 
     /// The head as the embedding; its bias is its own.
@@ -180,7 +219,7 @@ impl Binder<'_> {
     }
 
     fn has(&self, module: &str, source: Source) -> bool {
-        let name = format!("{module}{}", source.ending());
+        let name = format!("{module}{}", source.ending()).replace("{h}", "0");
         self.names_of(&name).any(|name| self.checkpoint.tensor(&name).is_some())
     }
 
@@ -199,7 +238,19 @@ impl Binder<'_> {
             }
             (Source::Heads(_), Site::Layer(layer)) => {
                 let attention = &self.tower.layers[layer].attention;
-                Layout::Heads { heads: attention.heads, head_dim: attention.head_dim }
+                let Attention { heads, kv_heads, head_dim, .. } = *attention;
+                Layout::Heads { heads, kv_heads, head_dim }
+            }
+            (Source::EvenOdd(_), Site::Layer(layer)) => {
+                let Attention { head_dim, position, .. } = self.tower.layers[layer].attention;
+                if let Shape::Norm(len) = shape {
+                    dimensions = vec![len / head_dim, head_dim];
+                }
+                let pairs = match position {
+                    Position::Rope(set) => self.tower.ropes[set].pairs(),
+                    Position::None => 0,
+                };
+                Layout::EvenOdd { head_dim, pairs }
             }
             (Source::PlusOne(_), _) => Layout::PlusOne,
             _ => Layout::Rows,

@@ -1,7 +1,7 @@
 //! Rotary frequencies from `config.json`, scaling resolved (transformers' `modeling_rope_utils.py`, in f32 as there).
 
 use super::{
-    architecture::{Frequencies, Rope},
+    architecture::{Frequencies, Rope, Sharpening},
     config::{Config, ConfigError},
 };
 
@@ -47,6 +47,17 @@ fn parameters(config: &Config) -> Result<Option<Config>, ConfigError> {
         Some(scaling) => Ok(Some(scaling)),
         None => config.object("rope_parameters"),
     }
+}
+
+/// How queries far into a sequence are sharpened, if they are (Ministral 3).
+pub(super) fn sharpening(config: &Config, context: usize) -> Result<Option<Sharpening>, ConfigError> {
+    let Some(parameters) = parameters(config)? else { return Ok(None) };
+    let Some(beta) = parameters.positive("llama_4_scaling_beta")? else { return Ok(None) };
+    let scaling = Scaling { config, parameters: &parameters, context, dims: 0, theta: 0.0 };
+    let period = scaling.original()?;
+    let factor = |i: usize| (1.0 + beta * (1.0 + i as f64).ln()) as f32;
+    let factors = (0..context.div_ceil(period)).map(factor).collect();
+    Ok(Some(Sharpening { beta: beta as f32, period, factors }))
 }
 
 /// As [`resolve`], for one kind of layer where those of different kinds turn differently: `of` is what `rope_parameters`
@@ -110,6 +121,13 @@ fn frequencies(
             None => config.positive("rotary_pct")?.or(default).unwrap_or(1.0),
         },
     };
+    // Hunyuan calls dynamic what stretches the base once and for all.
+    let alpha = match (kind, parameters) {
+        (Kind::Dynamic, Some(parameters)) => parameters.positive("alpha")?,
+        _ => None,
+    };
+    let theta =
+        alpha.map_or(theta, |alpha| theta * alpha.powf(head_dim as f64 / (head_dim as f64 - 2.0).max(1.0)));
     let wrong = |dims: usize| {
         let expected =
             format!("a share of {head_dim} dimensions that is even, as they turn in pairs, not {dims}");
@@ -182,7 +200,7 @@ fn power(theta: f64, i: usize, dims: usize) -> f32 {
 }
 
 fn one(inv_freq: Vec<f32>, factor: f32) -> Rope {
-    Rope { sets: vec![Frequencies { inv_freq: inv_freq.into(), factor }], switch: None }
+    Rope { sets: vec![Frequencies { inv_freq: inv_freq.into(), factor }], switch: None, sharpening: None }
 }
 
 fn factor(parameters: &Config) -> Result<f32, ConfigError> {
@@ -239,7 +257,8 @@ impl Scaling<'_> {
             let inv_freq = divisors.map(|(i, d)| 1.0 / (d as f32 * power(theta, 2 * i, dims))).collect();
             Ok::<_, ConfigError>(Frequencies { inv_freq, factor: factor as f32 })
         };
-        Ok(Rope { sets: vec![set("short_factor")?, set("long_factor")?], switch: Some(original) })
+        let sets = vec![set("short_factor")?, set("long_factor")?];
+        Ok(Rope { sets, switch: Some(original), sharpening: None })
     }
 
     /// YaRN (arXiv 2309.00071): pairs that turn more than `beta_fast` times within the original context stay, those that
@@ -382,16 +401,16 @@ mod tests {
             all.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
             json!({"rope_parameters": all})
         };
-        let long = [7.905_695e-4, 2.500_000_1e-4, 7.905_695e-5];
+        let long = [7.905_695e-4, 2.5e-4, 7.905_695e-5];
         for (fields, inv_freq, factor) in [
             (
                 yarn(json!({})),
-                vec![1.0, 0.237_170_82, 0.05, 7.905_694_7e-3, 2.5e-3, long[0], long[1], long[2]],
+                vec![1.0, 0.237_170_82, 0.05, 7.905_695e-3, 2.5e-3, long[0], long[1], long[2]],
                 1.138_629_4,
             ),
             (
                 yarn(json!({"truncate": false, "beta_fast": 16, "beta_slow": 2})),
-                vec![1.0, 0.148_490_25, 0.025, 7.905_694_7e-3, 2.5e-3, long[0], long[1], long[2]],
+                vec![1.0, 0.148_490_25, 0.025, 7.905_695e-3, 2.5e-3, long[0], long[1], long[2]],
                 1.138_629_4,
             ),
             (
@@ -431,12 +450,12 @@ mod tests {
             (
                 // As far as the model's own context, dynamic scaling changes nothing.
                 json!({"rope_scaling": {"type": "dynamic", "factor": 4.0}}),
-                vec![1.0, 0.316_227_76, 0.1, 0.031_622_78, 0.01, 3.162_277_9e-3, 1e-3, 3.162_277_9e-4],
+                vec![1.0, 0.316_227_76, 0.1, 0.031_622_78, 0.01, 3.162_278e-3, 1e-3, 3.162_278e-4],
                 1.0,
             ),
             (
                 json!({"rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 0.5}}),
-                vec![2.0, 0.632_455_5, 0.2, 0.063_245_55, 0.02, 6.324_555_5e-3, 2e-3, 6.324_555_5e-4],
+                vec![2.0, 0.632_455_5, 0.2, 0.063_245_55, 0.02, 6.324_555e-3, 2e-3, 6.324_555e-4],
                 1.0,
             ),
         ] {

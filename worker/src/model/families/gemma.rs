@@ -23,7 +23,8 @@ pub(super) fn describe_2(config: &Config) -> Result<Description, ModelError> {
     tower.layers.iter_mut().for_each(|layer| layer.attention.softcap = scores);
     let head_dim = tower.layers[0].attention.head_dim;
     tower.ropes = vec![rope::resolve(config, head_dim, tower.context, rope::DEFAULTS)?];
-    Ok(plus_one(description))
+    super::norms_less_one(&mut description.names);
+    Ok(description)
 }
 
 pub(super) fn describe_3(config: &Config) -> Result<Description, ModelError> {
@@ -49,7 +50,8 @@ pub(super) fn describe_3(config: &Config) -> Result<Description, ModelError> {
             layer.attention.position = Position::Rope(1);
         }
     }
-    Ok(plus_one(description))
+    super::norms_less_one(&mut description.names);
+    Ok(description)
 }
 
 /// What both have in common; `softcap` is the bound of logits where the file is silent.
@@ -77,7 +79,7 @@ fn describe(
         }
     }
     tower.input.scale = (tower.width as f64).sqrt() as f32;
-    tower.head = Head::Lm { softcap: logits };
+    tower.head = Head::Lm { scale: 1.0, softcap: logits };
     names.tied = config.flag("tie_word_embeddings", true)?;
     names.slots.retain(|(slot, _)| *slot != Slot::FfnNorm);
     names.slots.extend([
@@ -92,26 +94,4 @@ fn describe(
 fn softcap(config: &Config, field: &str, default: Option<f64>) -> Result<Option<f32>, ModelError> {
     let cap = if config.mentions(field) { config.positive(field)? } else { default };
     Ok(cap.map(|cap| cap as f32))
-}
-
-/// The norms of a file hold their factors less one.
-fn plus_one(mut description: Description) -> Description {
-    let norm = |slot: Slot| {
-        matches!(
-            slot,
-            Slot::AttentionNorm
-                | Slot::AttentionPostNorm
-                | Slot::FfnNorm
-                | Slot::FfnPostNorm
-                | Slot::QueryNorm
-                | Slot::KeyNorm
-                | Slot::FinalNorm
-        )
-    };
-    for (slot, source) in &mut description.names.slots {
-        if norm(*slot) {
-            *source = Source::PlusOne(source.name());
-        }
-    }
-    description
 }

@@ -5,7 +5,7 @@
 use super::{Description, llama, mistral};
 use crate::model::{
     ModelError,
-    architecture::{Act, Ffn, Flow, Mlp, Norm, Slot, Source},
+    architecture::{Act, Ffn, Flow, Mlp, Norm, QkNorm, Slot, Source},
     config::Config,
     rope,
 };
@@ -19,7 +19,7 @@ pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
     for layer in &mut tower.layers {
         layer.flow = Flow::ParallelOne(norm);
         layer.ffn = Ffn::Plain(Mlp { act, ..layer.ffn.mlp() });
-        layer.attention.qk_norm = norm_heads.then_some(norm);
+        layer.attention.qk_norm = norm_heads.then_some(QkNorm::of_heads(norm));
     }
     tower.norm = Some(norm);
     let replaced = [Slot::AttentionOut, Slot::FfnNorm, Slot::Gate, Slot::Up, Slot::Down, Slot::FinalNorm];
