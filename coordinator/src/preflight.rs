@@ -278,6 +278,7 @@ mod tests {
             workspace_bytes_per_output: 0,
             labels: vec![],
             scoring: strata_proto::v1::Scoring::Unspecified,
+            sentences: Default::default(),
             segments: 0,
             tokenizers: vec!["BPE".into()],
             stacks: vec![],

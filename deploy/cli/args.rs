@@ -122,7 +122,7 @@ impl Command {
             Command::Verify(args) => args.json,
             Command::Generate(args) => args.json,
             Command::Classify(ClassifyArgs { input })
-            | Command::Embed(EmbedArgs { input })
+            | Command::Embed(EmbedArgs { input, .. })
             | Command::FillMask(FillMaskArgs { input, .. }) => input.json,
             Command::Tokenize(args) => args.json,
             Command::Detokenize(args) => args.json,

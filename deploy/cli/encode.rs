@@ -58,6 +58,7 @@ pub async fn embed(args: EmbedArgs) -> anyhow::Result<()> {
         inputs: inputs(&args.input)?,
         truncation,
         deadline_ms,
+        prompt_name: args.prompt_name,
     };
     let server = Server::connect(&args.input.address).await?;
     let answer = server.wait(client(&server).embed(request)).await?.into_inner();

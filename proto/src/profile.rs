@@ -117,6 +117,8 @@ pub struct ModelProfile {
     pub labels: Vec<String>,
     /// What becomes of them.
     pub scoring: v1::Scoring,
+    /// What sentence-transformers' files say.
+    pub sentences: v1::Sentences,
     /// Kinds of segments that the embedding knows.
     pub segments: u32,
     /// Kinds of tokenizer that models of this family have, as `model.type` of tokenizer.json names them.
@@ -313,6 +315,7 @@ impl From<ModelProfile> for v1::Profile {
             workspace_bytes_per_output: p.workspace_bytes_per_output,
             labels: p.labels,
             scoring: p.scoring as i32,
+            sentences: Some(p.sentences),
             segments: p.segments,
             tokenizers: p.tokenizers,
             stacks: p.stacks.into_iter().map(Into::into).collect(),
@@ -335,6 +338,7 @@ impl TryFrom<v1::Profile> for ModelProfile {
             task,
             scoring,
             labels: p.labels,
+            sentences: p.sentences.unwrap_or_default(),
             segments: p.segments,
             tokenizers: p.tokenizers,
             dtype: p.dtype.parse()?,

@@ -58,6 +58,9 @@ pub struct ExpectedInput {
     pub ids: Vec<u32>,
     #[serde(default)]
     pub masked: Vec<u32>,
+    /// Tokens in front that are left out of the vector.
+    #[serde(default)]
+    pub pooled_from: u32,
     /// A vector, the logits of classes, or the logits of each mask.
     pub values: Vec<Vec<f32>>,
 }

@@ -118,15 +118,16 @@ async fn every_encoder_answers_as_transformers_for_every_split_and_batch() {
             };
             let cluster = Cluster::start(&options).await;
             let together = ask(&cluster, task, inputs.iter().map(as_text).collect()).await;
-            let ids = inputs.iter().filter(|e| e.pair.is_none());
+            let by_ids = |e: &&ExpectedInput| e.pair.is_none() && e.pooled_from == 0;
+            let ids = inputs.iter().filter(by_ids);
             let ids = ids.map(|e| Input { token_ids: e.ids.clone(), ..Input::default() });
             let singles = join_all(ids.map(|input| ask(&cluster, task, vec![input]))).await;
             for (e, (tokens, values)) in inputs.iter().zip(&together) {
                 assert_eq!(*tokens as usize, e.ids.len(), "{name}: {:?}", e.text);
                 near(values, &expected(&name, task, e), &name);
             }
-            let without_pair = together.iter().zip(&inputs).filter(|(_, e)| e.pair.is_none());
-            for ((from_text, _), from_ids) in without_pair.zip(singles) {
+            let from_texts = together.iter().zip(&inputs).filter(|(_, e)| by_ids(e));
+            for ((from_text, _), from_ids) in from_texts.zip(singles) {
                 assert_eq!(*from_text, from_ids[0], "{name}: ids and text, alone and in a batch, are one");
             }
             let now = together.iter().map(|(_, v)| v.iter().map(|x| x.to_bits()).collect()).collect();
@@ -135,7 +136,49 @@ async fn every_encoder_answers_as_transformers_for_every_split_and_batch() {
         }
         checked += 1;
     }
-    assert_eq!(checked, 8);
+    assert_eq!(checked, 10);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn prompts_lengths_and_dimensions_are_those_of_sentence_transformers() {
+    for name in ["bert-sentences-f32", "distilbert-sentences-old-bf16"] {
+        let directory = model(name);
+        let inputs = encoder_expectations(&directory).unwrap();
+        let text = std::fs::read_to_string(directory.join("expected.json")).unwrap();
+        let expected: Value = serde_json::from_str(&text).unwrap();
+        let cluster = Cluster::start(&Options { model: directory, ..Options::default() }).await;
+        let mut client = cluster.client().await;
+        let mut embed = async |text: &str, prompt_name: Option<&str>| {
+            let inputs = vec![Input { text: Some(text.into()), ..Input::default() }];
+            let prompt_name = prompt_name.map(str::to_owned);
+            client.embed(v1::EmbedRequest { inputs, prompt_name, ..Default::default() }).await
+        };
+        let mut checked = 0;
+        for (prompt, values) in expected["prompts"].as_object().unwrap() {
+            let values: Vec<f32> = serde_json::from_value(values.clone()).unwrap();
+            let got = embed(&inputs[0].text, Some(prompt)).await.unwrap().into_inner();
+            near(&got.results[0].values, &values, &format!("{name}, prompt {prompt:?}"));
+            checked += 1;
+        }
+        assert!(checked >= 3);
+        let refused = embed("x", Some("nobody's")).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument);
+        assert!(
+            refused.message().contains("prompt_name: \"nobody's\": expected \""),
+            "{}",
+            refused.message()
+        );
+        let longest = expected["told"]["longest"].as_u64().unwrap();
+        let refused = embed(&"layers stages ".repeat(80), Some("")).await.unwrap_err();
+        let says = format!("the model takes {longest} tokens at most");
+        assert!(refused.message().contains(&says), "{}", refused.message());
+        let told = crate::cluster::status(&cluster.address).await.sentences.unwrap();
+        let dimensions = inputs[0].values[0].len() as u32;
+        assert_eq!(told.dimensions, dimensions, "{name}");
+        if !told.similarity.is_empty() {
+            assert_eq!(told.similarity, expected["told"]["similarity"].as_str().unwrap());
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

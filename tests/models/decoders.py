@@ -35,7 +35,7 @@ FIXTURES = {
     "qwen3-moe-fused-bf16": (of("qwen3_moe", num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20,
                                 norm_topk_prob=True, mlp_only_layers=[1]), BF16, "1GB"),
     # One layer of two turns nothing.
-    "smollm3-f32": (of("smollm3", num_hidden_layers=4, no_rope_layers=[1, 0, 1, 0], use_sliding_window=True,
+    "smollm3-f32": (of("smollm3", num_hidden_layers=4, intermediate_size=32, no_rope_layers=[1, 0, 1, 0], use_sliding_window=True,
                        sliding_window=15, layer_types=["full_attention", "sliding_attention"] * 2), F32, "1GB"),
     # A factor on everything that may have one.
     "granite-f32": (of("granite", embedding_multiplier=3.5, attention_multiplier=0.4, residual_multiplier=0.6,
@@ -69,10 +69,9 @@ FIXTURES = {
                         layer_types=["sliding_attention", "sliding_attention", "full_attention",
                                      "sliding_attention"]), BF16, "1GB"),
     "starcoder2-f32": (of("starcoder2", sliding_window=17, without=["head_dim"]), F32, "1GB"),
-    "stablelm-norms-f32": (of("stablelm", qk_layernorm=True, use_parallel_residual=True, hidden_size=64,
-                              num_hidden_layers=2, without=["head_dim"]), F32, "1GB"),
-    "stablelm-bias-bf16": (of("stablelm", use_qkv_bias=True, hidden_size=64, num_key_value_heads=4,
-                              without=["head_dim"]), BF16, "1GB"),
+    "stablelm-norms-f32": (of("stablelm", qk_layernorm=True, use_parallel_residual=True, num_attention_heads=2,
+                              num_key_value_heads=1, without=["head_dim"]), F32, "1GB"),
+    "stablelm-bias-bf16": (of("stablelm", use_qkv_bias=True, num_attention_heads=2, without=["head_dim"]), BF16, "1GB"),
     # One head of keys, one norm.
     "falcon-7b-bf16": (of("falcon", hidden_size=48, tie_word_embeddings=True,
                           without=["head_dim", "num_key_value_heads", "intermediate_size"]), BF16, "1GB"),
@@ -81,7 +80,7 @@ FIXTURES = {
                           tie_word_embeddings=True, without=["head_dim", "num_key_value_heads", "intermediate_size"]),
                        F32, "1GB"),
     # One block after the other, as many heads of keys as of queries.
-    "falcon-rw-f32": (of("falcon", multi_query=False, parallel_attn=False, bias=True, num_hidden_layers=2,
+    "falcon-rw-f32": (of("falcon", multi_query=False, parallel_attn=False, bias=True, hidden_size=40,
                          ffn_hidden_size=56, tie_word_embeddings=True,
                          without=["head_dim", "num_key_value_heads", "intermediate_size"]), F32, "1GB"),
     "nemotron-f32": (of("nemotron", mlp_bias=True), F32, "1GB"),

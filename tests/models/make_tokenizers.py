@@ -94,8 +94,9 @@ def main():
         pairs = []
         if name in ("Unigram", "WordPiece"):
             for a, b in zip(HARD, reversed(HARD)):
-                both = fast(a, b, split_special_tokens=True, return_token_type_ids=True)
-                pairs.append(dict(text=a, pair=b, ids=both["input_ids"], segments=both["token_type_ids"]))
+                # As a batch of one, as which models are asked: alone, an empty second text would count as none.
+                both = fast([a], [b], split_special_tokens=True, return_token_type_ids=True)
+                pairs.append(dict(text=a, pair=b, ids=both["input_ids"][0], segments=both["token_type_ids"][0]))
         out[name] = dict(tokenizer=json.loads(tok.to_str()), config=names, cases=cases, pairs=pairs)
     path = pathlib.Path(__file__).parent / "tokenizers.json"
     path.write_text(json.dumps(out, separators=(",", ":")) + "\n")

@@ -213,7 +213,7 @@ impl Incarnation {
                 _ if !head => {}
                 RowOutput::None => {}
                 RowOutput::Token | RowOutput::Logits => outputs.extend(at + certain - 1..at + row.count),
-                RowOutput::Vector => outputs.push(at),
+                RowOutput::Vector => outputs.push(at + row.pooled_from),
                 RowOutput::Masks => outputs.extend(row.masked.iter().map(|position| at + position)),
             }
             let sampler = self.sequences.get(&row.sequence).and_then(|s| s.sampler.as_ref());

@@ -181,6 +181,12 @@ impl Session {
         self.get().is_some_and(|served| served.tokenizer.has_chat_template())
     }
 
+    /// What the vectors of the model are like, if it embeds, and which prompts it has.
+    pub fn sentences(&self) -> Option<v1::Sentences> {
+        let served = self.get()?;
+        (served.profile.task == Task::Embed).then(|| served.profile.sentences.clone())
+    }
+
     /// The token that stands for a guess, if the model's tokenizer has one.
     pub(crate) fn mask_token(&self) -> Option<u32> {
         self.get()?.tokenizer.mask().map(|(_, id)| id)
@@ -211,6 +217,7 @@ impl Session {
             task: Task::Classify,
             inputs: request.inputs,
             candidates: None,
+            prompt_name: None,
             deadline_ms: request.deadline_ms,
         };
         let results = self.encode(asked, "Classify", |served, input, reply| {
@@ -232,6 +239,7 @@ impl Session {
             task: Task::Embed,
             inputs: request.inputs,
             candidates: None,
+            prompt_name: request.prompt_name,
             deadline_ms: request.deadline_ms,
         };
         let results = self.encode(asked, "Embed", |_, input, reply| {
@@ -255,6 +263,7 @@ impl Session {
             task: Task::FillMask,
             inputs: request.inputs,
             candidates: Some(request.top_k.unwrap_or(bounds::DEFAULT_CANDIDATES)),
+            prompt_name: None,
             deadline_ms: request.deadline_ms,
         };
         let results = self.encode(asked, "FillMask", |served, input, reply| {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use strata_proto::{
     ModelProfile,
+    error::quoted,
     limits::MAX_CANDIDATES,
     v1::{self, Scoring, Task, Truncation},
 };
@@ -29,6 +30,8 @@ pub(crate) struct Request {
     pub truncation: Truncation,
     /// Candidates for each mask; only for FillMask.
     pub candidates: Option<u32>,
+    /// Name of the prompt that is put before each text; only for Embed. None: the model's default. Empty: none.
+    pub prompt_name: Option<String>,
     /// Milliseconds from arrival.
     pub deadline_ms: Option<u64>,
 }
@@ -72,9 +75,19 @@ pub(crate) fn check(
             format!("{bytes} bytes are too long: at most {MAX_TEXT_BYTES} are taken"),
         ));
     }
-    let one = |(index, input)| {
+    let prompt = Prompt::of(&request, tokenizer, profile)?;
+    let one = |(index, input): (usize, v1::Input)| {
+        let is_text = input.text.is_some();
+        let input = prompt.put_before(input, profile);
         let encoded = encode(input, request.truncation, tokenizer, profile, limit)
             .map_err(|why| field("inputs", format!("input {index}: {why}")))?;
+        let pooled_from = if is_text { prompt.tokens } else { 0 };
+        if pooled_from as usize >= encoded.ids.len() {
+            return Err(field(
+                "inputs",
+                format!("input {index}: nothing is left behind the prompt: give a text"),
+            ));
+        }
         let masked = match request.task {
             Task::FillMask => masks(&encoded.ids, tokenizer)
                 .map_err(|why| field("inputs", format!("input {index}: {why}")))?,
@@ -82,11 +95,60 @@ pub(crate) fn check(
         };
         // Where the embedding knows one kind only, a pair is told apart by its separators.
         let segments = if profile.segments > 1 { encoded.segments } else { Vec::new() };
-        let encode = Encode { segments, masked, candidates };
+        let encode = Encode { segments, masked, candidates, pooled_from };
         Ok(CheckedInput { ids: encoded.ids, encode, dropped: encoded.dropped })
     };
     let inputs = request.inputs.into_iter().enumerate().map(one).collect::<Result<_, AdmissionError>>()?;
     Ok((inputs, deadline))
+}
+
+/// What is put before texts.
+struct Prompt<'a> {
+    text: &'a str,
+    /// Its tokens, where they are left out of the vector.
+    tokens: u32,
+}
+
+impl<'a> Prompt<'a> {
+    /// The one that is asked for, or the model's default.
+    fn of(
+        request: &Request,
+        tokenizer: &Tokenizer,
+        profile: &'a ModelProfile,
+    ) -> Result<Self, AdmissionError> {
+        let sentences = &profile.sentences;
+        let none = Prompt { text: "", tokens: 0 };
+        let name = match &request.prompt_name {
+            _ if request.task != Task::Embed => return Ok(none),
+            Some(name) => name,
+            None => &sentences.default_prompt,
+        };
+        if name.is_empty() {
+            return Ok(none);
+        }
+        let Some(prompt) = sentences.prompts.iter().find(|prompt| prompt.name == *name) else {
+            let known: Vec<_> = sentences.prompts.iter().map(|prompt| quoted(&prompt.name)).collect();
+            let expected =
+                if known.is_empty() { "none: the model has no prompts".into() } else { known.join(", ") };
+            return Err(field("prompt_name", format!("{}: expected {expected}", quoted(name))));
+        };
+        let excluded = sentences.excludes_prompt && !prompt.text.is_empty();
+        let tokens =
+            if excluded { tokenizer.prompt_tokens(&cased(prompt.text.clone(), profile))? } else { 0 };
+        Ok(Prompt { text: &prompt.text, tokens: tokens as u32 })
+    }
+
+    /// An input as the tokenizer is to read it. Token ids are taken as they are.
+    fn put_before(&self, input: v1::Input, profile: &ModelProfile) -> v1::Input {
+        let text = input.text.map(|text| cased(format!("{}{text}", self.text), profile));
+        v1::Input { text, pair: input.pair.map(|pair| cased(pair, profile)), ..input }
+    }
+}
+
+/// A text in the case that the model was trained with.
+fn cased(text: String, profile: &ModelProfile) -> String {
+    // Letter by letter, as the tokenizers' own normalizer does.
+    if profile.sentences.lowercase { text.chars().flat_map(char::to_lowercase).collect() } else { text }
 }
 
 /// Bytes of what of a request is tokenized or looked at.

@@ -144,8 +144,6 @@ impl Tokenizer {
         longest: Option<(u32, Truncation)>,
     ) -> Result<Encoded, TokenizerError> {
         let tokenizer = self.mask.as_ref().map_or(&self.inner, |mask| &mask.tokenizer);
-        // As transformers: an empty second text is none.
-        let pair = pair.filter(|pair| !pair.is_empty());
         let mut first = guarded(|| tokenizer.encode(text, false))?;
         let mut second = pair.map(|pair| guarded(|| tokenizer.encode(pair, false))).transpose()?;
         let count = |a: &Encoding, b: &Option<Encoding>| a.len() + b.as_ref().map_or(0, Encoding::len);
@@ -172,6 +170,18 @@ impl Tokenizer {
         // The second text's segment is the post-processor's to set; without one, it is 1.
         let encoding = guarded(|| tokenizer.post_process(first, second, true))?;
         Ok(Encoded { ids: encoding.get_ids().to_vec(), segments: encoding.get_type_ids().to_vec(), dropped })
+    }
+
+    /// Tokens that stand before a text which follows `prompt`: those of the prompt, special ones in front included.
+    ///
+    /// # Errors
+    /// If the tokenizer fails on this text.
+    pub fn prompt_tokens(&self, prompt: &str) -> Result<usize, TokenizerError> {
+        let ids = self.encode_input(prompt, None, None)?.ids;
+        let is_special =
+            |id: &&u32| self.inner.get_added_tokens_decoder().get(*id).is_some_and(|token| token.special);
+        // As sentence-transformers counts: what the tokenizer puts behind a text is one token at most.
+        Ok(ids.len() - usize::from(ids.last().filter(is_special).is_some()))
     }
 
     /// Text and id of the mask token.

@@ -53,6 +53,8 @@ pub struct Encode {
     pub masked: Vec<u32>,
     /// Candidates for each of them.
     pub candidates: u32,
+    /// Index of the first token that is pooled.
+    pub pooled_from: u32,
 }
 
 impl Encode {
@@ -306,6 +308,7 @@ impl Sequence {
                     segment_ids: encode.segments.clone(),
                     masked: encode.masked.clone(),
                     candidates: encode.candidates,
+                    pooled_from: encode.pooled_from,
                     ..row
                 };
             }

@@ -310,6 +310,9 @@ pub struct ClassifyArgs {
 
 #[derive(Debug, Args)]
 pub struct EmbedArgs {
+    /// Put the model's prompt of this name before every text; "" for none [default: the model's own choice]
+    #[arg(long, env = "STRATA_PROMPT_NAME")]
+    pub prompt_name: Option<String>,
     #[command(flatten)]
     pub input: InputArgs,
 }

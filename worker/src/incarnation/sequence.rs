@@ -166,7 +166,7 @@ pub(crate) fn check_row(row: &v1::Row, tower: &Tower) -> Result<(), String> {
         (row.output(), &tower.head),
         (RowOutput::None, _)
             | (RowOutput::Token | RowOutput::Logits, Head::Lm { .. })
-            | (RowOutput::Vector, Head::Classify { .. } | Head::Embed { .. })
+            | (RowOutput::Vector, Head::Classify { .. } | Head::Embed(_))
             | (RowOutput::Masks, Head::Mlm(..))
     );
     if !fits {
@@ -176,6 +176,13 @@ pub(crate) fn check_row(row: &v1::Row, tower: &Tower) -> Result<(), String> {
     let ascending = row.masked.is_sorted_by(|a, b| a < b) && row.masked.iter().all(|p| *p < row.count);
     if masked == row.masked.is_empty() || !ascending {
         return Err(format!("sequence {sequence} needs ascending positions of masks within its tokens"));
+    }
+    let pools = matches!(tower.head, Head::Embed(_)) && row.output() == RowOutput::Vector;
+    if row.pooled_from > 0 && (!pools || row.pooled_from >= row.count) {
+        let (from, count) = (row.pooled_from, row.count);
+        return Err(format!(
+            "sequence {sequence} is pooled from token {from} of {count} on: expected less, in a row of a model that embeds"
+        ));
     }
     if row.drafts > 0 && (row.drafts >= row.count || row.output() != RowOutput::Token) {
         let (drafts, count) = (row.drafts, row.count);

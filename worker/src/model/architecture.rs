@@ -361,12 +361,61 @@ pub(crate) enum Head {
         scoring: v1::Scoring,
     },
     /// One vector per sequence.
-    Embed {
-        /// How tokens become one.
-        pool: Pool,
-        /// Whether it has length 1.
-        normalize: bool,
+    Embed(Embedding),
+}
+
+/// How a sequence becomes one vector, as sentence-transformers' modules say.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Embedding {
+    /// How tokens become one: a vector of the residual stream's width for each way, side by side.
+    pub pools: Vec<Pool>,
+    /// What that vector goes through, in order.
+    pub refinements: Vec<Refinement>,
+    /// Elements that are given out: the first ones of the last vector.
+    pub dimensions: usize,
+}
+
+impl Embedding {
+    /// The mean over tokens of a stream of `width`, as it is.
+    pub fn mean(width: usize) -> Self {
+        Embedding { pools: vec![Pool::Mean], refinements: Vec::new(), dimensions: width }
+    }
+
+    /// Widths of the vector, over a residual stream of `width`: once pooled, and behind each refinement.
+    pub fn widths(&self, width: usize) -> Vec<usize> {
+        let mut widths = vec![self.pools.len() * width];
+        for refinement in &self.refinements {
+            let last = widths[widths.len() - 1];
+            widths.push(match refinement {
+                Refinement::Dense { width, .. } => *width,
+                Refinement::Norm { .. } | Refinement::Normalize => last,
+            });
+        }
+        widths
+    }
+}
+
+/// What a pooled vector goes through.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Refinement {
+    /// `act(dense(x))`.
+    Dense {
+        /// Elements that it yields.
+        width: usize,
+        /// None for none.
+        act: Option<Act>,
+        /// Its number in modules.json, by which its tensors are named.
+        module: usize,
     },
+    /// A norm.
+    Norm {
+        /// Its kind.
+        norm: Norm,
+        /// As for `Dense`.
+        module: usize,
+    },
+    /// Division by its length.
+    Normalize,
 }
 
 /// How the vectors of a sequence's tokens become one.
@@ -380,6 +429,10 @@ pub(crate) enum Pool {
     Mean,
     /// The largest of each element.
     Max,
+    /// Their sum, divided by the root of their number.
+    MeanSqrtLen,
+    /// Their mean, each weighted by its position, counted from 1.
+    WeightedMean,
 }
 
 /// A place for weights. Those of one product may come from one tensor or from the [parts](Slot::parts) of the slot.
@@ -445,6 +498,8 @@ pub(crate) enum Slot {
     HeadNorm,
     /// `(vocab or classes, width)`.
     Head,
+    /// Of the [`Refinement`] of this number: `(out, in)`, or `(width)` of a norm.
+    Refinement(u8),
 }
 
 impl Slot {
@@ -547,8 +602,21 @@ impl Tower {
                 if matches!(self.head, Head::Mlm(..)) {
                     slots.push((Slot::HeadNorm, norm));
                 }
-                if !matches!(self.head, Head::Embed { .. }) {
-                    slots.push((Slot::Head, Shape::Product(self.outputs(), width)));
+                match &self.head {
+                    Head::Embed(embedding) => {
+                        let widths = embedding.widths(width);
+                        for (i, refinement) in embedding.refinements.iter().enumerate() {
+                            let slot = Slot::Refinement(i as u8);
+                            match refinement {
+                                Refinement::Dense { .. } => {
+                                    slots.push((slot, Shape::Product(widths[i + 1], widths[i])));
+                                }
+                                Refinement::Norm { .. } => slots.push((slot, Shape::Norm(widths[i]))),
+                                Refinement::Normalize => {}
+                            }
+                        }
+                    }
+                    _ => slots.push((Slot::Head, Shape::Product(self.outputs(), width))),
                 }
             }
         }
@@ -587,7 +655,7 @@ impl Tower {
         match &self.head {
             Head::Lm { .. } | Head::Mlm(..) => self.vocab,
             Head::Classify { labels, .. } => labels.len(),
-            Head::Embed { .. } => self.width,
+            Head::Embed(embedding) => embedding.dimensions,
         }
     }
 

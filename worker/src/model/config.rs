@@ -63,6 +63,11 @@ impl Config {
         self.fields.len()
     }
 
+    /// Names of its fields.
+    pub fn names(&self) -> impl Iterator<Item = &String> {
+        self.fields.keys()
+    }
+
     /// A field's value; `null` counts as absent.
     pub fn get(&self, field: &str) -> Option<&Value> {
         self.fields.get(field).filter(|v| !v.is_null())

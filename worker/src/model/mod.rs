@@ -8,17 +8,17 @@ mod families;
 pub(crate) mod layer;
 pub(crate) mod load;
 pub(crate) mod names;
-mod pooling;
 mod profile;
 mod range;
 mod rope;
+mod sentences;
 #[cfg(test)]
 mod tests;
 pub(crate) mod widths;
 
 use std::path::Path;
 
-use strata_proto::{DType, Format};
+use strata_proto::{DType, Format, v1};
 
 use self::{
     architecture::{Head, Names, Site, Slot, Tower},
@@ -169,6 +169,8 @@ pub struct Model {
     pub dtype: DType,
     /// Special token ids.
     pub special: SpecialTokens,
+    /// What sentence-transformers' files say.
+    pub(crate) sentences: v1::Sentences,
     names: Names,
     bound: Bindings,
 }
@@ -189,11 +191,15 @@ impl Model {
             return Err(config.error("quantization_config", expected).into());
         }
         let (family, mut description) = families::describe(&config)?;
-        if let Head::Embed { pool, normalize } = &mut description.tower.head {
-            let pooling = pooling::read(checkpoint)?;
-            (*pool, *normalize) = (pooling.pool, pooling.normalize);
-            let context = &mut description.tower.context;
-            *context = pooling.longest.map_or(*context, |n| n.min(*context));
+        let tower = &mut description.tower;
+        let mut sentences = v1::Sentences::default();
+        if matches!(tower.head, Head::Embed(_) | Head::Classify { .. }) {
+            if let Head::Embed(embedding) = &mut tower.head {
+                *embedding = sentences::embedding(checkpoint, tower.width)?;
+            }
+            let dimensions = if matches!(tower.head, Head::Embed(_)) { tower.outputs() } else { 0 };
+            sentences = sentences::read(checkpoint, dimensions)?;
+            tower.context = sentences::longest(checkpoint)?.map_or(tower.context, |n| n.min(tower.context));
         }
         let bound = names::bind(checkpoint, &description.tower, &description.names)?;
         let generation = checkpoint
@@ -217,7 +223,15 @@ impl Model {
             _ => DType::F32,
         };
         let dtype = config.dtype()?.unwrap_or(stored);
-        Ok(Model { family, tower: description.tower, dtype, special, names: description.names, bound })
+        Ok(Model {
+            family,
+            tower: description.tower,
+            dtype,
+            special,
+            sentences,
+            names: description.names,
+            bound,
+        })
     }
 
     /// The model that `config.json` alone describes, to measure with: no product has a bias, and the head is a tensor
@@ -230,6 +244,7 @@ impl Model {
             tower: description.tower,
             dtype: config.dtype()?.unwrap_or(DType::F32),
             special: SpecialTokens::default(),
+            sentences: v1::Sentences::default(),
             names: description.names,
             bound: Bindings::new(),
         })

@@ -4,9 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     ModelError,
-    architecture::{Attention, Ffn, Head, Names, Norm, Position, Shape, Site, Slot, Source, Tower},
+    architecture::{
+        Attention, Ffn, Head, Names, Norm, Position, Refinement, Shape, Site, Slot, Source, Tower,
+    },
 };
-use crate::weights::{Checkpoint, TensorDType};
+use crate::weights::{Checkpoint, TensorDType, module_prefix};
 
 /// Where the weights of one expert's slot come from: one tensor, or one per part.
 pub(super) type Bindings = BTreeMap<(Site, Slot, usize), Vec<Bound>>;
@@ -155,7 +157,8 @@ impl Binder<'_> {
                 let missing = || ModelError::MissingTensor(format!("{part:?} of {site:?}"));
                 let (module, source) = self.module(site, *part, expert).ok_or_else(missing)?;
                 let rows = self.tower.part_rows(site, *part);
-                let bound = self.find(site, (&module, source), Shape::Product(rows, k), (first_row, expert));
+                let bound =
+                    self.find((site, *part), (&module, source), Shape::Product(rows, k), (first_row, expert));
                 first_row += rows;
                 bound
             })
@@ -171,14 +174,14 @@ impl Binder<'_> {
         (shape, expert): (Shape, usize),
     ) -> Result<Vec<Bound>, ModelError> {
         let (Site::Layer(layer), true) = (site, module.contains("{h}")) else {
-            return Ok(vec![self.find(site, (module, source), shape, (0, expert))?]);
+            return Ok(vec![self.find((site, slot), (module, source), shape, (0, expert))?]);
         };
         let attention = &self.tower.layers[layer].attention;
         let heads = if slot == Slot::QueryNorm { attention.heads } else { attention.kv_heads };
         let head_dim = attention.head_dim;
         let one = |head: usize| {
             let module = module.replace("{h}", &head.to_string());
-            self.find(site, (&module, source), Shape::Norm(head_dim), (head * head_dim, 0))
+            self.find((site, slot), (&module, source), Shape::Norm(head_dim), (head * head_dim, 0))
         };
         (0..heads).map(one).collect()
     }
@@ -200,6 +203,14 @@ impl Binder<'_> {
 
     /// The name of a slot's module in this file, without its ending, and how its tensor lies.
     fn module(&self, site: Site, slot: Slot, expert: usize) -> Option<(String, Source)> {
+        if let (Slot::Refinement(number), Head::Embed(embedding)) = (slot, &self.tower.head) {
+            let name = match embedding.refinements.get(usize::from(number))? {
+                Refinement::Dense { module, .. } => format!("{}linear", module_prefix(*module)),
+                Refinement::Norm { module, .. } => format!("{}norm", module_prefix(*module)),
+                Refinement::Normalize => return None,
+            };
+            return Some((name, Source::Rows("")));
+        }
         let experts = match site {
             Site::Layer(layer) => matches!(self.tower.layers[layer].ffn, Ffn::Moe(_)),
             _ => false,
@@ -225,7 +236,7 @@ impl Binder<'_> {
 
     fn find(
         &mut self,
-        site: Site,
+        (site, slot): (Site, Slot),
         (module, source): (&str, Source),
         shape: Shape,
         (first_row, expert): (usize, usize),
@@ -265,7 +276,7 @@ impl Binder<'_> {
         self.check(&weight, &dimensions)?;
         // A norm by the root mean square moves nothing, and neither does a table.
         let may_have_bias = match shape {
-            Shape::Norm(_) => !matches!(self.norm(site), Some(Norm::Rms(_))),
+            Shape::Norm(_) => !matches!(self.norm(site, slot), Some(Norm::Rms(_))),
             Shape::Table(..) => false,
             Shape::Product(..) => true,
         };
@@ -276,12 +287,19 @@ impl Binder<'_> {
         Ok(Bound { weight, bias, first_row, layout, expert: experts.map(|_| expert) })
     }
 
-    /// The kind of the norms of `site`.
-    fn norm(&self, site: Site) -> Option<Norm> {
+    /// The kind of the norm in `slot`.
+    fn norm(&self, site: Site, slot: Slot) -> Option<Norm> {
         match (site, &self.tower.head) {
             (Site::Input, _) => self.tower.input.norm,
             (Site::Layer(layer), _) => Some(self.tower.layers[layer].flow.norm()),
             (Site::Output, Head::Mlm(_, norm)) => Some(*norm),
+            (Site::Output, Head::Embed(embedding)) => match slot {
+                Slot::Refinement(number) => match embedding.refinements.get(usize::from(number)) {
+                    Some(Refinement::Norm { norm, .. }) => Some(*norm),
+                    _ => None,
+                },
+                _ => self.tower.norm,
+            },
             (Site::Output, _) => self.tower.norm,
         }
     }

@@ -6,7 +6,7 @@ use strata_proto::{Experts, FormatBytes, LayerRange, ModelProfile, Module, Stack
 
 use super::{
     Model, ModelError,
-    architecture::{Ffn, Head, Layer, Site, Slot, Source},
+    architecture::{Ffn, Head, Layer, Shape, Site, Slot, Source},
     bytes, families, widths,
 };
 use crate::{kernels::cpu::packed::Table, weights::Checkpoint};
@@ -37,8 +37,11 @@ impl Model {
             .iter()
             .enumerate()
             .map(|(i, layer)| module(Site::Layer(i), tower.states(i), macs(tower.width, layer)));
-        let dense = if matches!(tower.head, Head::Lm { .. } | Head::Embed { .. }) { 0 } else { tower.width };
-        let head = if matches!(tower.head, Head::Embed { .. }) { 0 } else { tower.outputs() };
+        let head_macs = tower.slots(Site::Output).into_iter().map(|(_, shape)| match shape {
+            Shape::Product(n, k) => (n * k) as u64,
+            Shape::Norm(_) | Shape::Table(..) => 0,
+        });
+        let head_macs = head_macs.sum();
         let (scoring, labels) = match &tower.head {
             Head::Classify { labels, scoring, .. } => (*scoring, labels.clone()),
             _ => (v1::Scoring::Unspecified, Vec::new()),
@@ -53,7 +56,7 @@ impl Model {
                 Head::Lm { .. } => v1::Task::Generate,
                 Head::Mlm(..) => v1::Task::FillMask,
                 Head::Classify { .. } => v1::Task::Classify,
-                Head::Embed { .. } => v1::Task::Embed,
+                Head::Embed(_) => v1::Task::Embed,
             },
             dtype: self.dtype,
             hidden_size: tower.width as u32,
@@ -61,7 +64,7 @@ impl Model {
             context_length: tower.context as u32,
             layers: layers.collect(),
             embedding: module(Site::Input, vec![], 0),
-            head: module(Site::Output, vec![], (tower.width * (dense + head)) as u64),
+            head: module(Site::Output, vec![], head_macs),
             // With both on one stage, rows are gathered from the packed head and there is no table.
             shared: if self.is_tied() { table } else { FormatBytes::default() },
             shared_tensors: self.tied().map(str::to_owned).into_iter().collect(),
@@ -74,6 +77,7 @@ impl Model {
             workspace_bytes_per_output: widths::bytes_per_output(tower),
             labels,
             scoring,
+            sentences: self.sentences.clone(),
             segments: tower.input.segments as u32,
             tokenizers: families::tokenizers(&self.family),
             stacks: vec![Stack {

@@ -5,6 +5,7 @@ mod digests;
 mod encoders;
 mod invariance;
 mod mutations;
+mod sentences;
 mod sharing;
 
 use std::{

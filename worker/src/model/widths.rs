@@ -1,6 +1,6 @@
 //! Rows of scratch memory: so many bytes per token of a step, so many per output row, nothing else.
 
-use super::architecture::{Ffn, Layer, Tower};
+use super::architecture::{Ffn, Head, Layer, Tower};
 use crate::kernels::{
     cpu::linear,
     ops::{BLOCK_TOKENS, kv_elements},
@@ -23,6 +23,8 @@ pub(crate) struct Widths {
     pub angles: Vec<usize>,
     /// Values of the head.
     pub outputs: usize,
+    /// The widest form that the vector of a sequence has before it is given out; 0 where there is none.
+    pub vectors: usize,
     /// Heads and their width of the keys and values of a layer, where they are kept no longer than a step.
     pub keys: Option<(usize, usize)>,
     /// Experts, and experts per token, of a layer that has some.
@@ -42,8 +44,15 @@ impl Widths {
             _ => None,
         });
         let keys = |l: &Layer| (l.attention.kv_heads, l.attention.head_dim);
+        let vectors = match &tower.head {
+            Head::Embed(embedding) => embedding.widths(tower.width).into_iter().max().unwrap_or(0),
+            _ => 0,
+        };
         let shared = |l: &Layer| l.ffn.shared().map_or(0, |shared| shared.inner);
-        let input = |l: &Layer| tower.width.max(l.attention.q_width()).max(l.ffn.mlp().inner).max(shared(l));
+        let input = |l: &Layer| {
+            let inner = l.ffn.mlp().inner.max(shared(l));
+            vectors.max(tower.width).max(l.attention.q_width()).max(inner)
+        };
         Widths {
             residual: tower.width.next_multiple_of(LINE),
             qkv: widest(&|l| l.attention.qkv_width()),
@@ -52,6 +61,7 @@ impl Widths {
             up: widest(&|l| l.ffn.up_width().max(l.ffn.shared().map_or(0, |shared| 2 * shared.inner))),
             angles: tower.ropes.iter().map(|r| (2 * r.pairs()).next_multiple_of(LINE)).collect(),
             outputs: tower.outputs().next_multiple_of(LINE),
+            vectors: vectors.next_multiple_of(LINE),
             keys: if tower.caches { None } else { tower.layers.first().map(keys) },
             experts: experts.reduce(|a, b| (a.0.max(b.0), a.1.max(b.1))),
             input: widest(&input),
@@ -61,6 +71,11 @@ impl Widths {
     /// Words of packed inputs of a product.
     pub fn packed(&self) -> usize {
         linear::packed_words(self.input).next_multiple_of(LINE)
+    }
+
+    /// Elements that a row of values has room for.
+    pub fn values(&self) -> usize {
+        self.outputs.max(self.vectors)
     }
 
     fn per_token(&self) -> usize {
@@ -76,9 +91,11 @@ pub(crate) fn bytes_per_token(tower: &Tower) -> u64 {
     4 * Widths::of(tower).per_token() as u64
 }
 
-/// Bytes for each row a step may yield on the stage with the head: its values, and an index per value for the sampler.
+/// Bytes for each row a step may yield on the stage with the head: its values, an index per value for the sampler, and a
+/// vector on its way to them.
 pub(crate) fn bytes_per_output(tower: &Tower) -> u64 {
-    8 * Widths::of(tower).outputs as u64
+    let widths = Widths::of(tower);
+    4 * (widths.values() + widths.outputs + widths.vectors) as u64
 }
 
 /// Tokens that there is room for in a stage prepared for steps of `tokens`: whole blocks.

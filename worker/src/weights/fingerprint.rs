@@ -10,15 +10,24 @@ use super::{Checkpoint, WeightsError};
 const SAMPLE: u64 = 64;
 
 /// Files beside the weights that change what a model answers.
-const NAMED: [&str; 5] =
-    ["config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json", "sentence_bert_config.json"];
+const NAMED: [&str; 6] = [
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+];
 
-/// SHA-256 over the [files](NAMED) beside the weights, every header, and three samples of each tensor (its beginning,
+/// SHA-256 over the [files](NAMED) beside the weights and each module's config.json, every header, and three samples of each tensor (its beginning,
 /// middle and end): enough to tell fine-tunes of one architecture apart without reading the weights.
 pub(super) fn compute(checkpoint: &Checkpoint) -> Result<String, WeightsError> {
     let mut hash = Sha256::new();
     for name in NAMED {
         add_file(checkpoint, name, &mut hash)?;
+    }
+    for directory in checkpoint.module_directories()?.iter().filter(|d| !d.is_empty()) {
+        add_file(checkpoint, &format!("{directory}/config.json"), &mut hash)?;
     }
     for shard in &checkpoint.shards {
         frame(&mut hash, &shard.name, shard.header.len() as u64);

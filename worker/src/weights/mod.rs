@@ -3,6 +3,7 @@
 mod files;
 mod fingerprint;
 pub(crate) mod header;
+mod modules;
 mod recognize;
 mod stream;
 
@@ -21,6 +22,7 @@ use std::{
 
 pub(crate) use files::ModelDir;
 pub(crate) use header::{TensorDType, TensorInfo};
+pub(crate) use modules::module_prefix;
 pub use recognize::describe_file;
 pub(crate) use stream::stream;
 
@@ -133,7 +135,7 @@ impl Checkpoint {
             bytes_read: Arc::default(),
         };
         if let Some(file) = checkpoint.dir.file(SINGLE)? {
-            checkpoint.add_shard(SINGLE, file)?;
+            checkpoint.add_shard(SINGLE, file, "")?;
         } else if let Some(index) = read_index(&checkpoint.dir)? {
             let mut names: Vec<&String> = index.values().collect();
             names.sort();
@@ -144,12 +146,13 @@ impl Checkpoint {
             for name in names {
                 let file = checkpoint.dir.file(name)?;
                 let file = file.ok_or_else(|| missing_shard(checkpoint.dir(), name))?;
-                checkpoint.add_shard(name, file)?;
+                checkpoint.add_shard(name, file, "")?;
             }
             checkpoint.check_index(&index)?;
         } else {
             return Err(WeightsError::NoWeights { dir: checkpoint.dir().display().to_string() });
         }
+        checkpoint.add_modules()?;
         checkpoint.fingerprint = fingerprint::compute(&checkpoint)?;
         // The headers are needed no longer.
         checkpoint.shards.iter_mut().for_each(|s| s.header = Vec::new());
@@ -214,7 +217,8 @@ impl Checkpoint {
         Ok(())
     }
 
-    fn add_shard(&mut self, name: &str, file: File) -> Result<(), WeightsError> {
+    /// Adds the tensors of a file, each under its name with `prefix` before it.
+    fn add_shard(&mut self, name: &str, file: File, prefix: &str) -> Result<(), WeightsError> {
         let io = |e| WeightsError::io(name, e);
         let length = file.metadata().map_err(io)?.len();
         let mut size = [0; 8];
@@ -238,6 +242,7 @@ impl Checkpoint {
         self.bytes_read.fetch_add(8 + size, Ordering::Relaxed);
         let shard = self.shards.len();
         for (tensor, info) in header::parse(name, shard, &header, 8 + size, length)? {
+            let tensor = format!("{prefix}{tensor}");
             if let Some(other) = self.tensors.get(&tensor) {
                 let reason = format!("is in {} too", self.shards[other.shard].name);
                 return Err(WeightsError::tensor(name, &tensor, reason));

@@ -1,5 +1,6 @@
 //! The engine of a CPU device.
 
+mod embed;
 pub(super) mod measure;
 mod pass;
 mod state;

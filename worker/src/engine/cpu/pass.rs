@@ -24,15 +24,12 @@ use crate::{
     },
     model::{
         architecture::{
-            Act, Attention, Ffn, Flow, Head, Input, Moe, Norm, NormOver, Pool, Position, QkNorm, Router,
-            Slot, Tower,
+            Act, Attention, Ffn, Flow, Head, Input, Moe, Norm, NormOver, Position, QkNorm, Router, Slot,
+            Tower,
         },
         layer::{Inner, Operations},
     },
 };
-
-/// Least length by which a vector is divided (torch's `normalize`).
-const MIN_LENGTH: f32 = 1e-12;
 
 /// One step. All its inputs have been checked.
 pub(super) struct Pass<'a> {
@@ -107,10 +104,9 @@ impl Pass<'_> {
     pub fn finish(&mut self, block: &Block, outputs: &[u32]) -> Result<(), StepError> {
         let Self { cpu, tower, tokens, .. } = *self;
         let width = tower.width;
-        if let Head::Embed { pool, normalize } = tower.head {
+        if let Head::Embed(embedding) = &tower.head {
             self.norm_rows(block, 0, 0, tokens)?;
-            self.pool(pool, normalize, outputs);
-            return Ok(());
+            return self.embed_sequences(embedding, block, outputs);
         }
         for (i, token) in outputs.iter().enumerate() {
             self.norm_rows(block, *token as usize, i, 1)?;
@@ -163,26 +159,6 @@ impl Pass<'_> {
         let x = Rows { data, stride: width, count };
         self.cpu.norm(NormRows { norm, x, weight, bias: bias.as_deref(), out, output: Output::Store });
         Ok(())
-    }
-
-    /// One vector for the sequence of each of `outputs`, from `normed`.
-    fn pool(&mut self, pool: Pool, normalize: bool, outputs: &[u32]) {
-        let width = self.tower.width;
-        let Workspace { normed, values, .. } = &mut *self.work;
-        let mut values = outputs.iter().zip(values.chunks_exact_mut(width)).peekable();
-        let mut first = 0;
-        for row in self.rows {
-            let end = first + row.count as usize;
-            let tokens = &normed[first * width..end * width];
-            while let Some((_, out)) = values.next_if(|(output, _)| (**output as usize) < end) {
-                pool_one(pool, tokens, out);
-                if normalize {
-                    let length = out.iter().map(|x| x * x).sum::<f32>().sqrt().max(MIN_LENGTH);
-                    out.iter_mut().for_each(|x| *x /= length);
-                }
-            }
-            first = end;
-        }
     }
 }
 
@@ -486,26 +462,4 @@ fn qk_norms<'a>(qk: QkNorm, attention: &Attention, block: &'a Block) -> Result<Q
         NormOver::All => widths.map(|width| width.max(1)),
     };
     Ok(QkNorms { norm: qk.norm, turned: qk.turned, widths, spans, weights: [query, key] })
-}
-
-/// One vector of `tokens` `(count, width)`.
-fn pool_one(pool: Pool, tokens: &[f32], out: &mut [f32]) {
-    let width = out.len();
-    let mut rows = tokens.chunks_exact(width);
-    let count = rows.len() as f32;
-    let first = match pool {
-        Pool::Last => rows.next_back(),
-        _ => rows.next(),
-    };
-    out.copy_from_slice(first.unwrap_or(&tokens[..width]));
-    match pool {
-        Pool::First | Pool::Last => {}
-        Pool::Mean => {
-            rows.for_each(|row| out.iter_mut().zip(row).for_each(|(o, x)| *o += x));
-            out.iter_mut().for_each(|o| *o /= count);
-        }
-        Pool::Max => rows.for_each(|row| {
-            out.iter_mut().zip(row).for_each(|(o, x)| *o = if *x > *o { *x } else { *o });
-        }),
-    }
 }

@@ -30,6 +30,8 @@ pub(super) struct Workspace {
     pub angles: Vec<(Buffer<f32>, usize)>,
     /// `(outputs, values)`.
     pub values: Buffer<f32>,
+    /// Vectors of sequences on their way to values.
+    pub vectors: Buffer<f32>,
     /// One row of indices per output, for the sampler.
     pub order: Buffer<u32>,
     /// Keys and values of one sequence in one layer of an encoder, in f32.
@@ -84,7 +86,8 @@ impl Workspace {
                 .iter()
                 .map(|&w| Ok((per_token(w)?, w)))
                 .collect::<Result<_, OutOfMemory>>()?,
-            values: Buffer::zeros(rows(outputs, widths.outputs)?)?,
+            values: Buffer::zeros(rows(outputs, widths.values())?)?,
+            vectors: Buffer::zeros(rows(outputs, widths.vectors)?)?,
             order: Buffer::zeros(rows(outputs, widths.outputs)?)?,
             sequence: widths.keys.map(sequence).transpose()?,
             blocks: (0..blocks).collect(),
@@ -95,6 +98,7 @@ impl Workspace {
     pub fn bytes(&self) -> u64 {
         let mut floats =
             vec![&self.residual, &self.normed, &self.qkv, &self.attention, &self.up, &self.values];
+        floats.push(&self.vectors);
         floats.extend(self.angles.iter().map(|(table, _)| table));
         let mut ids = vec![&self.order, &self.packed];
         if let Some(experts) = &self.experts {
@@ -115,6 +119,7 @@ impl Workspace {
         self.up.fill(f32::NAN);
         self.packed.fill(f32::NAN.to_bits());
         self.values.fill(f32::NAN);
+        self.vectors.fill(f32::NAN);
         self.sequence.iter_mut().for_each(KvLayer::poison);
         if let Some(experts) = &mut self.experts {
             experts.rows.fill(f32::NAN);

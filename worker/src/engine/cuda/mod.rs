@@ -5,6 +5,7 @@
 //! every sequence has one token are recorded as CUDA graphs.
 
 mod attention;
+mod embed;
 pub(super) mod measure;
 
 mod pass;

@@ -18,13 +18,13 @@ use crate::{
         ops::{BatchRow, GROUP, Norm},
     },
     model::{
-        architecture::{Attention, Ffn, Flow, Head, Moe, Pool, Router, Slot, Tower},
+        architecture::{Attention, Ffn, Flow, Head, Moe, Router, Slot, Tower},
         layer::{Inner, Operations, layer},
     },
 };
 
 /// Threads of a block that walks over one row.
-const ROW_THREADS: u32 = 256;
+pub(super) const ROW_THREADS: u32 = 256;
 
 /// One step. All its inputs have been checked, and are on the GPU.
 pub(super) struct Pass<'a> {
@@ -78,7 +78,7 @@ impl<'a> Pass<'a> {
     }
 
     /// Any of the modules has the kernels that do not care for the width of a head.
-    fn kernels(&self) -> Result<&Kernels, StepError> {
+    pub(super) fn kernels(&self) -> Result<&Kernels, StepError> {
         self.state.kernels.values().next().ok_or(StepError::Weights)
     }
 
@@ -179,7 +179,7 @@ impl<'a> Pass<'a> {
     }
 
     /// A product of rows that all go through one matrix; `out` is given with its rows' distance in elements.
-    fn product(
+    pub(super) fn product(
         &self,
         product: &Projection,
         rows: usize,
@@ -216,19 +216,9 @@ impl<'a> Pass<'a> {
     pub fn finish(&mut self, block: &Block, outputs: usize) -> Result<(), StepError> {
         let Scratch { residual, normed, values, .. } = self.state.scratch;
         let (tower, width) = (self.tower, self.tower.width);
-        let Inputs { row_of, row_first, row_count, .. } = self.inputs;
-        if let Head::Embed { pool, normalize } = tower.head {
+        if let Head::Embed(embedding) = &tower.head {
             self.final_norm(block, self.tokens, Ptr::NULL)?;
-            let pool = match pool {
-                Pool::First => 0,
-                Pool::Last => 1,
-                Pool::Mean => 2,
-                Pool::Max => 3,
-            };
-            launch!(self.gpu, self.kernels()?.pool_rows, (outputs as u32, 1, 1), ROW_THREADS, 0;
-                values, normed, self.inputs.outputs, row_of, row_first, row_count, width as i32, pool,
-                i32::from(normalize))?;
-            return Ok(());
+            return self.embed_sequences(embedding, block, outputs);
         }
         if let (Head::Lm { .. }, Some(norm), 1) = (&tower.head, tower.norm, self.tokens) {
             // The only token is the only output.

@@ -11,7 +11,9 @@ use crate::{
 /// # Errors
 /// If it has more rows than a grid has blocks, or more elements than 31 bits count.
 pub(super) fn check(tower: &Tower, size: Size, outputs: u32) -> Result<(), ModelError> {
-    let Widths { residual, qkv, attention, up, outputs: values, experts, input, .. } = Widths::of(tower);
+    let widths = Widths::of(tower);
+    let values = widths.values();
+    let Widths { residual, qkv, attention, up, experts, input, .. } = widths;
     let experts = experts.map_or(0, |(all, _)| all);
     let widest = [residual, qkv, attention, up, experts, input].into_iter().max().unwrap_or(1);
     // Scratch has room for whole blocks of tokens.

@@ -32,6 +32,8 @@ pub(super) struct Scratch {
     pub experts: Option<Experts>,
     /// `(outputs, values)` in f32.
     pub values: Ptr,
+    /// Vectors of sequences, on their way to values.
+    pub vectors: Ptr,
     pub partials: Ptr,
     /// Rows that there is room for.
     pub tokens: usize,
@@ -60,8 +62,9 @@ impl Scratch {
         let meets = limits.spec.quantization.is_some() || Widths::of(tower).experts.is_some();
         let elsewhere = if meets { RowBytes::ELSEWHERE } else { 0 };
         let elsewhere = Memory::new(&gpu.context, elsewhere)?;
-        let Widths { residual, qkv, attention, up, angles, outputs: values, experts, input, .. } =
-            Widths::of(tower);
+        let widths = Widths::of(tower);
+        let values = widths.values();
+        let Widths { residual, qkv, attention, up, angles, vectors, experts, input, .. } = widths;
         let tokens = widths::padded(limits.max_tokens);
         let mut rows = |width: usize, size: u64| memory.take((tokens * width) as u64 * size);
         let size = element.size();
@@ -103,6 +106,7 @@ impl Scratch {
             ),
             experts: experts.transpose()?,
             values: memory.take((outputs * values) as u64 * 4)?,
+            vectors: memory.take((outputs * vectors) as u64 * 4)?,
             partials: partials.ptr(),
             tokens,
             _elsewhere: [partials, elsewhere],

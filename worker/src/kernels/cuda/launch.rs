@@ -106,7 +106,8 @@ macro_rules! kernels {
 }
 
 kernels! {
-    embed norm_rows gather_rows angles norm_heads_together rope_store gate_mul activate_rows bias_rows bias_values soft_cap add_scaled pool_rows quantize_rows
+    embed norm_rows gather_rows angles norm_heads_together rope_store gate_mul activate_rows bias_rows bias_values soft_cap
+    add_scaled pool_rows normalize_values narrow_values widen_rows activate_values take_columns quantize_rows
     dequantize_int8 dequantize_int4 attention_plain attention_combine route group_pairs combine_experts
     sample_scan sample_adjust sample_mass sample_bins sample_ties sample_alternatives
 }

@@ -7,7 +7,7 @@ use super::Description;
 use crate::model::{
     ModelError,
     architecture::{
-        Act, Attention, AttentionMask, Ffn, Flow, Head, Input, Layer, Learned, Mlp, Names, Norm, Pool,
+        Act, Attention, AttentionMask, Embedding, Ffn, Flow, Head, Input, Layer, Learned, Mlp, Names, Norm,
         Position, Slot, Source, Tower,
     },
     config::Config,
@@ -165,7 +165,7 @@ fn describe_as(config: &Config, dialect: Dialect) -> Result<Description, ModelEr
     let (head, own) = match task(config)? {
         "ForMaskedLM" => (Head::Mlm(dialect.mlm_act.unwrap_or(act), norm), &dialect.mlm[..]),
         "ForSequenceClassification" => (classifier(config, dialect.classify_act)?, &dialect.classify[..]),
-        _ => (Head::Embed { pool: Pool::Mean, normalize: false }, &[][..]),
+        _ => (Head::Embed(Embedding::mean(width)), &[][..]),
     };
     // Whatever is computed from the first token alone is of no use to the other heads.
     let ignore: &[&str] = match head {

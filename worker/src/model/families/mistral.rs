@@ -36,7 +36,7 @@ pub(super) fn describe_ministral_3(config: &Config) -> Result<Description, Model
 
 pub(super) fn describe_mixtral(config: &Config) -> Result<Description, ModelError> {
     let mut description = llama::describe_with(config, rope::Defaults { theta: 1e6, ..rope::DEFAULTS })?;
-    slide(&mut description, config.integer("sliding_window", 1..=1 << 23)?);
+    slide(&mut description, super::window(config, None)?);
     let experts = config.integer("num_local_experts", 1..=1 << 14)?.unwrap_or(8);
     let active = config.integer("num_experts_per_tok", 1..=experts)?.unwrap_or(2.min(experts));
     for layer in &mut description.tower.layers {

@@ -170,9 +170,10 @@ fn norms_less_one(names: &mut Names) {
     }
 }
 
-/// The window, `default` if the file does not mention it; none if it is null there.
+/// The window, `default` if the file does not mention it; none if it is null or 0 there.
 fn window(config: &Config, default: Option<usize>) -> Result<Option<usize>, ConfigError> {
-    match config.integer("sliding_window", 1..=1 << 23)? {
+    match config.integer("sliding_window", 0..=1 << 23)? {
+        Some(0) => Ok(None),
         None if config.mentions("sliding_window") => Ok(None),
         window => Ok(window.or(default)),
     }

@@ -38,7 +38,7 @@ pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
 pub(super) fn describe_3(config: &Config) -> Result<Description, ModelError> {
     let rope = rope::Defaults { partial: Some(1.0), ..rope::DEFAULTS };
     let mut description = llama::describe_with(config, rope)?;
-    mistral::slide(&mut description, config.integer("sliding_window", 1..=1 << 23)?);
+    mistral::slide(&mut description, super::window(config, None)?);
     let names = &mut description.names.slots;
     let replaced = [Slot::Query, Slot::Key, Slot::Value, Slot::Gate, Slot::Up];
     names.retain(|(slot, _)| !replaced.contains(slot));

@@ -92,8 +92,10 @@ pub(super) const EXPERTS: [(Slot, Source); 6] = [
 
 /// The window, which counts only if it is used.
 fn window(config: &Config) -> Result<Option<usize>, ModelError> {
-    let window = config.integer("sliding_window", 1..=1 << 23)?.unwrap_or(DEFAULT_WINDOW);
-    Ok(config.flag("use_sliding_window", false)?.then_some(window))
+    if !config.flag("use_sliding_window", false)? {
+        return Ok(None);
+    }
+    Ok(super::window(config, Some(DEFAULT_WINDOW))?)
 }
 
 /// Norms on every head of queries and keys, of the same kind as the others.

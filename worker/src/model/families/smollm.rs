@@ -24,8 +24,10 @@ pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
             return Err(config.error("no_rope_layers", expected).into());
         }
     };
-    let window = super::window(config, None)?;
-    let window = if config.flag("use_sliding_window", false)? { window } else { None };
+    let window = match config.flag("use_sliding_window", false)? {
+        true => super::window(config, None)?,
+        false => None,
+    };
     let slides = super::sliding_layers(config, layers.len(), |layer| turns[layer] == 0)?;
     for ((layer, turns), slides) in layers.iter_mut().zip(turns).zip(slides) {
         if turns == 0 {

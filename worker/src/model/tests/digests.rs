@@ -40,22 +40,21 @@ fn write(path: &Path, tensors: &[(&String, &TensorInfo, Vec<u8>)]) {
     fs::write(path, [&size[..], header.as_bytes(), &data].concat()).unwrap();
 }
 
-/// A copy of a model with the tensors of its modules spread over three files, in another order. What a model ignores is left
-/// out.
+/// A copy of a model with the tensors of its modules spread over three files, in another order, but for those that lie in
+/// directories of sentence-transformers. What a model ignores is left out.
 fn spread(dir: &Path) -> tempfile::TempDir {
-    let copy = tempfile::tempdir().unwrap();
-    for name in ["config.json", "generation_config.json", "modules.json", "1_Pooling/config.json"] {
-        if dir.join(name).exists() {
-            let to = copy.path().join(name);
-            fs::create_dir_all(to.parent().unwrap()).unwrap();
-            fs::copy(dir.join(name), to).unwrap();
+    let copy = super::mutations::directory(dir);
+    for entry in fs::read_dir(copy.path()).unwrap() {
+        let path = entry.unwrap().path();
+        if path.to_string_lossy().contains(".safetensors") {
+            fs::remove_file(path).unwrap();
         }
     }
     let checkpoint = Checkpoint::open(dir).unwrap();
     let mut shards = vec![Vec::new(); 3];
     let modules = digests(dir);
     let named = |name: &String| modules.iter().any(|m| m.tensors.iter().any(|tensor| tensor.name == *name));
-    let used = checkpoint.tensors().iter().filter(|(name, _)| named(name));
+    let used = checkpoint.tensors().iter().filter(|(name, _)| named(name) && !name.starts_with("modules."));
     for (i, (name, tensor)) in used.rev().enumerate() {
         let mut bytes = Vec::new();
         checkpoint.read(tensor, 0, &mut bytes).unwrap();

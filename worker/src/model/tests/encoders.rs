@@ -7,12 +7,16 @@ struct Sample {
     ids: Vec<u32>,
     segments: Vec<u32>,
     masked: Vec<u32>,
+    pooled_from: u32,
     values: Vec<Vec<f64>>,
 }
 
 impl Sample {
     fn outputs(&self, first: u32) -> Vec<u32> {
-        if self.masked.is_empty() { vec![first] } else { self.masked.iter().map(|p| first + p).collect() }
+        match self.masked.is_empty() {
+            true => vec![first + self.pooled_from],
+            false => self.masked.iter().map(|p| first + p).collect(),
+        }
     }
 }
 
@@ -29,6 +33,7 @@ fn encoders() -> Vec<(PathBuf, Vec<Sample>)> {
             ids: ids(&i["ids"]),
             segments: list(&i["segments"]),
             masked: list(&i["masked"]),
+            pooled_from: i["pooled_from"].as_u64().unwrap_or(0) as u32,
             values: i["values"].as_array().unwrap().iter().map(numbers).collect(),
         });
         all.push((dir.clone(), inputs.collect()));

@@ -100,15 +100,23 @@ fn try_out(dir: &Path) -> Result<(), Box<dyn std::error::Error>> {
 }
 
 /// A directory with the files of `model`, into which a case writes what it damages.
-fn directory(model: &Path) -> tempfile::TempDir {
+pub(super) fn directory(model: &Path) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    for entry in fs::read_dir(model).unwrap() {
+    copy(model, dir.path());
+    dir
+}
+
+fn copy(from: &Path, to: &Path) {
+    for entry in fs::read_dir(from).unwrap() {
         let path = entry.unwrap().path();
+        let target = to.join(path.file_name().unwrap());
         if path.is_file() {
-            fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
+            fs::copy(&path, target).unwrap();
+        } else {
+            fs::create_dir(&target).unwrap();
+            copy(&path, &target);
         }
     }
-    dir
 }
 
 /// Every model with a configuration.
@@ -158,6 +166,43 @@ fn damaged_configurations_are_refused_or_run_and_never_panic() {
         }
     }
     assert!(counts.refused > 500 && counts.ran > 300, "{counts:?}");
+}
+
+#[test]
+fn damaged_files_of_sentence_transformers_are_refused_or_run_and_never_panic() {
+    let files = [
+        "modules.json",
+        "1_Pooling/config.json",
+        "2_Dense/config.json",
+        "3_LayerNorm/config.json",
+        "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+        "tokenizer_config.json",
+    ];
+    let model = models().join("bert-sentences-f32");
+    let mut counts = Counts::default();
+    for (number, file) in files.iter().enumerate() {
+        let dir = directory(&model);
+        let text = fs::read_to_string(model.join(file)).unwrap();
+        for case in 0..CASES {
+            let mut random = Random((2 << 32) + number as u64 * 1000 + case);
+            let mut value: Value = serde_json::from_str(&text).unwrap();
+            for _ in 0..=random.below(3) {
+                match &mut value {
+                    Value::Array(list) if random.below(4) > 0 => {
+                        let at = random.below(list.len());
+                        mutate(&mut random, list[at].as_object_mut().unwrap());
+                    }
+                    Value::Array(list) if list.len() > 1 => drop(list.remove(random.below(list.len()))),
+                    Value::Array(_) => {}
+                    other => mutate(&mut random, other.as_object_mut().unwrap()),
+                }
+            }
+            fs::write(dir.path().join(file), value.to_string()).unwrap();
+            counts.count(&format!("{file} case {case}"), try_out(dir.path()));
+        }
+    }
+    assert!(counts.refused > 100 && counts.ran > 100, "{counts:?}");
 }
 
 #[test]

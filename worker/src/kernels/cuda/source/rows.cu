@@ -396,30 +396,57 @@ extern "C" __global__ void add_scaled(T* out, const T* x, size_t count, float fa
     if (i < count) out[i] = narrowed(widen(out[i]) + factor * widen(x[i]));
 }
 
-// One vector of x (tokens, width) per output: pool 0 = first, 1 = last, 2 = mean, 3 = max over the tokens of its row
-// [row_first, row_first + row_count). With `normalize`, of length 1.
-extern "C" __global__ void pool_rows(float* values, const T* x, const u32* outputs, const u32* row_of, const u32* row_first,
-                                     const u32* row_count, int width, int pool, int normalize) {
-    __shared__ float scratch[WARP];
-    u32 row = row_of[outputs[blockIdx.x]];
-    const T* first = x + (size_t)row_first[row] * width;
-    int count = row_count[row];
-    float* to = values + (size_t)blockIdx.x * width;
-    float squares = 0.0f;
+// One vector of x (tokens, width) per output, at distances of `stride`: pool 0 = first, 1 = last, 2 = mean, 3 = sum by the root
+// of the count, 4 = mean weighted by position, 5 = max, over the tokens of its row from the output on.
+extern "C" __global__ void pool_rows(float* values, int stride, const T* x, const u32* outputs, const u32* row_of,
+                                     const u32* row_first, const u32* row_count, int width, int pool) {
+    u32 begin = outputs[blockIdx.x], row = row_of[begin];
+    int position = begin - row_first[row], count = row_count[row] - position;
+    const T* first = x + (size_t)begin * width;
+    float* to = values + (size_t)blockIdx.x * stride;
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
-        float y = widen(first[(size_t)(pool == 1 ? count - 1 : 0) * width + i]);
+        float y = widen(first[(size_t)(pool == 1 ? count - 1 : 0) * width + i]), total = 1.0f;
+        if (pool == 4) y *= total = position + 1;
         if (pool >= 2) {
             for (int t = 1; t < count; t++) {
                 float other = widen(first[(size_t)t * width + i]);
-                y = pool == 2 ? y + other : (other > y ? other : y);
+                float weight = pool == 4 ? position + t + 1 : 1.0f;
+                y = pool == 5 ? fmaxf(y, other) : y + weight * other;
+                total += weight;
             }
-            if (pool == 2) y /= count;
+            if (pool != 5) y /= pool == 3 ? sqrtf(total) : total;
         }
         to[i] = y;
-        squares += y * y;
     }
-    if (!normalize) return;
-    // The least length by which a vector is divided is torch's.
+}
+
+// Vectors of `width` become ones of length 1; the least length by which one is divided is torch's.
+extern "C" __global__ void normalize_values(float* values, int width) {
+    __shared__ float scratch[WARP];
+    float* x = values + (size_t)blockIdx.x * width;
+    float squares = 0.0f;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) squares += x[i] * x[i];
     float length = fmaxf(sqrtf(block_sum(squares, scratch)), 1e-12f);
-    for (int i = threadIdx.x; i < width; i += blockDim.x) to[i] /= length;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) x[i] /= length;
+}
+
+// Between rows and values.
+extern "C" __global__ void narrow_values(T* out, const float* values, size_t count) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) out[i] = narrowed(values[i]);
+}
+extern "C" __global__ void widen_rows(float* values, const T* x, size_t count) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) values[i] = widen(x[i]);
+}
+
+extern "C" __global__ void activate_values(float* values, size_t count, int act) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) values[i] = activate(act, values[i]);
+}
+
+// out (rows, taken) = the first columns of x (rows, width).
+extern "C" __global__ void take_columns(float* out, const float* x, int width, int taken) {
+    for (int i = threadIdx.x; i < taken; i += blockDim.x)
+        out[(size_t)blockIdx.x * taken + i] = x[(size_t)blockIdx.x * width + i];
 }

@@ -1,0 +1,72 @@
+//! Directories of sentence-transformers that are refused, each by its file and field.
+
+use serde_json::json;
+
+use super::{mutations::directory, *};
+
+/// The error after `change` to a file of the fixture.
+fn refused(file: &str, change: impl Fn(&mut Value)) -> String {
+    let dir = directory(&models().join("bert-sentences-f32"));
+    let path = dir.path().join(file);
+    let mut value: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    change(&mut value);
+    fs::write(&path, value.to_string()).unwrap();
+    Model::open_dir(dir.path()).map(|_| ()).unwrap_err().to_string()
+}
+
+#[test]
+fn what_is_not_served_of_sentence_transformers_is_refused_by_name() {
+    let module = |number: usize, kind: &str| {
+        let kind = format!("sentence_transformers.models.{kind}");
+        refused("modules.json", |modules| modules[number]["type"] = json!(kind))
+    };
+    for (number, kind) in [(1, "WeightedLayerPooling"), (2, "CNN"), (2, "Pooling"), (0, "StaticEmbedding")] {
+        let error = module(number, kind);
+        let says = [&format!("modules.json: {number}.type"), kind, "a Transformer, then Pooling"];
+        assert!(says.iter().all(|s| error.contains(s)), "{error}");
+    }
+    let moved = refused("modules.json", |modules| modules[0]["path"] = json!("0_Transformer"));
+    assert!(
+        moved.contains("0.path") && moved.contains("give Strata the directory of the Transformer"),
+        "{moved}"
+    );
+    let lost = refused("modules.json", |modules| modules[2]["path"] = json!("1_Pooling"));
+    assert!(lost.contains("2.path") && lost.contains("pytorch_model.bin may hold programs"), "{lost}");
+    for (file, field, value, says) in [
+        (
+            "1_Pooling/config.json",
+            "pooling_mode",
+            json!(["mean", "best"]),
+            "one or several of cls, max, mean",
+        ),
+        ("2_Dense/config.json", "in_features", json!(95), "an integer in 96..=96"),
+        (
+            "2_Dense/config.json",
+            "activation_function",
+            json!("torch.nn.modules.activation.Mish"),
+            "torch's Identity",
+        ),
+        ("2_Dense/config.json", "use_residual", json!(true), "expected false"),
+        ("2_Dense/config.json", "module_input_name", json!("token_embeddings"), "sentence_embedding"),
+        ("4_Dense/config.json", "out_features", json!(25), "[24, 20]"),
+        ("3_LayerNorm/config.json", "dimension", json!(21), "an integer in 20..=20"),
+        (
+            "config_sentence_transformers.json",
+            "model_type",
+            json!("SparseEncoder"),
+            "a SparseEncoder is not served",
+        ),
+        (
+            "config_sentence_transformers.json",
+            "default_prompt_name",
+            json!("none"),
+            "the name of one of prompts",
+        ),
+        ("config_sentence_transformers.json", "similarity_fn_name", json!("jaccard"), "cosine, dot"),
+        ("config_sentence_transformers.json", "truncate_dim", json!(0), "an integer in 1..="),
+        ("sentence_bert_config.json", "query_length", json!(32), "a vector per token"),
+    ] {
+        let error = refused(file, |config| config[field] = value.clone());
+        assert!(error.contains(says), "{file} {field}: {error}");
+    }
+}
