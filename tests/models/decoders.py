@@ -98,6 +98,29 @@ FIXTURES = {
                                 num_hidden_layers=2, intermediate_size=64), BF16, "1GB"),
 }
 
+TEXT = dict(SMALL, bos_token_id=0, eos_token_id=1, pad_token_id=2, max_position_embeddings=256)
+SEES = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+# Decoders of text inside of models that see, whose weights lie beside theirs.
+FIXTURES |= {
+    "gemma3-sees-bf16": (dict(
+        model_type="gemma3", mm_tokens_per_image=4, vision_config=dict(SEES, model_type="siglip_vision_model"),
+        text_config=dict(TEXT, model_type="gemma3_text", sliding_window=13, query_pre_attn_scalar=16,
+                         tie_word_embeddings=True,
+                         layer_types=["sliding_attention", "full_attention", "sliding_attention"])), BF16, "1GB"),
+    "mistral3-sees-bf16": (dict(
+        model_type="mistral3", vision_config=dict(SEES, model_type="pixtral", head_dim=8),
+        text_config=dict(TEXT, model_type="mistral", sliding_window=None)), BF16, "1GB"),
+    "qwen2-5-vl-sees-bf16": (dict(
+        model_type="qwen2_5_vl", vision_config=dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2,
+                                                    out_hidden_size=32, fullatt_block_indexes=[0]),
+        text_config=dict({k: v for k, v in TEXT.items() if k != "head_dim"}, model_type="qwen2_5_vl_text",
+                         rope_parameters=dict(rope_type="default", rope_theta=10000.0,
+                                              mrope_section=[1, 1, 2]))), BF16, "1GB"),
+    "smolvlm-sees-bf16": (dict(
+        model_type="smolvlm", scale_factor=2, image_token_id=319, vision_config=dict(SEES, model_type="smolvlm_vision"),
+        text_config=dict(TEXT, model_type="llama")), BF16, "1GB"),
+}
+
 
 def saved_as(name):
     """How save_pretrained writes it."""

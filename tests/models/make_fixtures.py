@@ -17,7 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 import decoders as more
 
@@ -167,11 +167,12 @@ def make_tokenizer(out):
 
 def make_model(settings, seed):
     torch.manual_seed(seed)
-    settings = {"model_type": "llama", **COMMON, **settings}
-    if not hasattr(AutoConfig.for_model(settings["model_type"]), "rms_norm_eps"):
+    sees = "vision_config" in settings
+    settings = dict(settings) if sees else {"model_type": "llama", **COMMON, **settings}
+    if not sees and not hasattr(AutoConfig.for_model(settings["model_type"]), "rms_norm_eps"):
         del settings["rms_norm_eps"]
     config = AutoConfig.for_model(**settings)
-    model = AutoModelForCausalLM.from_config(config)
+    model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
             # Large enough that every layer moves the logits; norms stay near one, of which Gemma's files leave out the one.
@@ -200,7 +201,9 @@ def expect(model, ids):
 
 def prompts(path):
     """Prompts with a clear margin and what follows them, or None if the model gives none for some length."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    sees = hasattr(AutoConfig.from_pretrained(path), "vision_config")
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    model = auto.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     model.generation_config.eos_token_id = None
     rows = []
     for length in LENGTHS:

@@ -697,7 +697,7 @@ pub(crate) struct Names {
     pub tied: bool,
     /// Endings that stand for another where that is absent.
     pub aliases: &'static [(&'static str, &'static str)],
-    /// Endings of tensors that are left alone.
+    /// Endings of tensors that are left alone, or, with a `*` behind them, beginnings.
     pub ignore: &'static [&'static str],
 }
 

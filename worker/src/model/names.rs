@@ -321,7 +321,10 @@ impl Binder<'_> {
     }
 
     fn is_ignored(&self, name: &str) -> bool {
-        self.names.ignore.iter().any(|end| name.ends_with(end))
+        self.names.ignore.iter().any(|pattern| match pattern.strip_suffix('*') {
+            Some(beginning) => name.starts_with(beginning),
+            None => name.ends_with(pattern),
+        })
     }
 
     fn check(&self, name: &str, expected: &[usize]) -> Result<(), ModelError> {

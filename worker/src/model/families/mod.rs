@@ -18,6 +18,7 @@ mod qwen;
 mod smollm;
 mod stablelm;
 mod starcoder;
+mod wrapped;
 
 use super::{
     ModelError,
@@ -93,6 +94,19 @@ const FAMILIES: &[Family] = &[
 
 /// The family that `model_type` names, and its description of `config`.
 pub(super) fn describe(config: &Config) -> Result<(String, Description), ModelError> {
+    if let Some(text) = wrapped::text(config)? {
+        let (family, description) = describe_plain(&text)?;
+        return Ok((family, wrapped::wrap(description)));
+    }
+    describe_plain(config)
+}
+
+/// What counts of `config.json`: all of it, or the part about text where that is one of several.
+pub(super) fn text(config: Config) -> Result<Config, ConfigError> {
+    Ok(wrapped::text(&config)?.unwrap_or(config))
+}
+
+fn describe_plain(config: &Config) -> Result<(String, Description), ModelError> {
     let expected = || {
         let names: Vec<_> = FAMILIES.iter().map(|family| family.name).collect();
         format!("a supported family ({})", names.join(", "))
