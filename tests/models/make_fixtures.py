@@ -17,7 +17,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
+
+import decoders as more
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
@@ -165,18 +167,22 @@ def make_tokenizer(out):
 
 def make_model(settings, seed):
     torch.manual_seed(seed)
-    settings = {"model_type": "llama", **COMMON, **settings}
-    if not hasattr(AutoConfig.for_model(settings["model_type"]), "rms_norm_eps"):
+    sees = "vision_config" in settings
+    settings = dict(settings) if sees else {"model_type": "llama", **COMMON, **settings}
+    if not sees and not hasattr(AutoConfig.for_model(settings["model_type"]), "rms_norm_eps"):
         del settings["rms_norm_eps"]
     config = AutoConfig.for_model(**settings)
-    model = AutoModelForCausalLM.from_config(config)
+    model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
             # Large enough that every layer moves the logits; norms stay near one, of which Gemma's files leave out the one.
             norm = ("norm" in name.lower() or "ln_" in name) and name.endswith("weight")
-            one = 0 if "gemma" in config.model_type else 1
+            one = 0 if config.model_type.startswith(("gemma", "nemotron")) else 1
             p.copy_(one + 0.2 * torch.randn_like(p) if norm else torch.randn_like(p) * p.shape[-1] ** -0.5
                     if p.dim() > 1 else 0.2 * torch.randn_like(p))
+        for name, buffer in model.named_buffers():
+            if "correction_bias" in name:
+                buffer.copy_(0.3 * torch.randn_like(buffer))
         if one:
             model.get_output_embeddings().weight.mul_(3)
     return model
@@ -195,7 +201,9 @@ def expect(model, ids):
 
 def prompts(path):
     """Prompts with a clear margin and what follows them, or None if the model gives none for some length."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    sees = hasattr(AutoConfig.from_pretrained(path), "vision_config")
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    model = auto.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     model.generation_config.eos_token_id = None
     rows = []
     for length in LENGTHS:
@@ -235,7 +243,7 @@ def without_prefix(path, base, layers, extra):
 
 
 def main(out, only):
-    for number, (name, (settings, dtype, shard)) in enumerate(FIXTURES.items()):
+    for number, (name, (settings, dtype, shard)) in enumerate((FIXTURES | more.FIXTURES).items()):
         if only and name not in only:
             continue
         path = out / name
@@ -243,7 +251,9 @@ def main(out, only):
         path.mkdir(parents=True)
         make_tokenizer(path)
         for seed in range(1000 * number, 1000 * number + 100):
-            make_model(settings, seed).to(dtype).save_pretrained(path, max_shard_size=shard)
+            saved = more.saved_as(name)
+            make_model(settings, seed).to(dtype).save_pretrained(path, max_shard_size=shard, **saved)
+            more.edit(name, path)
             if rows := prompts(path):
                 break
         assert rows, f"{name}: no model with clear margins"

@@ -35,7 +35,39 @@ pub(crate) enum Act {
     Relu,
     /// The hyperbolic tangent.
     Tanh,
+    /// `max(x, 0)^2`.
+    ReluSquared,
+    /// `min(max(x, 0), 6)`.
+    Relu6,
+    /// `x`, or `x / 100` below 0.
+    LeakyRelu,
+    /// `x tanh(ln(1 + e^x))`.
+    Mish,
+    /// `1 / (1 + e^-x)`.
+    Sigmoid,
+    /// [`Act::Gelu`], at most 10.
+    GeluClipped,
+    /// `x`.
+    Identity,
 }
+
+/// How the logits of a router become scores, and by what experts are chosen. Their shares are their scores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Router {
+    /// The softmax over all experts; the highest are chosen.
+    Softmax,
+    /// The sigmoid of each. The highest with a correction added are chosen, among the experts of the best groups: those
+    /// whose best two add up to most (DeepSeek-V3's `noaux_tc`).
+    Sigmoid {
+        /// Groups of equal size that the experts form, at most [`MAX_GROUPS`].
+        groups: usize,
+        /// Groups that count.
+        kept: usize,
+    },
+}
+
+/// Groups of experts that there may be: a lane of a GPU's warp each.
+pub(crate) const MAX_GROUPS: usize = 32;
 
 /// The positions that a query sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

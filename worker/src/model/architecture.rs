@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use strata_proto::{DType, LayerState, StateKind, v1};
 
-pub(crate) use crate::kernels::ops::{Act, AttentionMask, Norm};
+pub(crate) use crate::kernels::ops::{Act, AttentionMask, Norm, Router};
 use crate::kernels::ops::{TensorSpec, kv_elements};
 
 /// A stack of layers between an embedding and a head.
@@ -77,6 +77,8 @@ pub(crate) struct Rope {
     pub sets: Vec<Frequencies>,
     /// Sequences longer than this use the second set.
     pub switch: Option<usize>,
+    /// What becomes of queries once they are turned.
+    pub sharpening: Option<Sharpening>,
 }
 
 /// One set of rotary frequencies.
@@ -86,6 +88,17 @@ pub(crate) struct Frequencies {
     pub inv_freq: Arc<[f32]>,
     /// Factor on sine and cosine.
     pub factor: f32,
+}
+
+/// Queries far into a sequence are sharpened: one at position `p` is multiplied by `1 + beta ln(1 + floor(p / period))`.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Sharpening {
+    /// How much.
+    pub beta: f32,
+    /// Positions with equal factors.
+    pub period: usize,
+    /// The factor of each period of the context.
+    pub factors: Arc<[f32]>,
 }
 
 impl Rope {
@@ -115,6 +128,10 @@ pub(crate) enum Flow {
     Post(Norm),
     /// `x += norm(f(norm(x)))` for each (Gemma 2).
     Sandwich(Norm),
+    /// `x += norm(f(x))` for each (OLMo 2).
+    After(Norm),
+    /// `x += factor * f(norm(x))` for each (Granite).
+    Scaled(Norm, f32),
     /// `n = norm(x); x += attention(n) + ffn(n)` (Phi).
     ParallelOne(Norm),
     /// `x += attention(norm(x)) + ffn(norm'(x))` (GPT-NeoX).
@@ -127,9 +144,26 @@ impl Flow {
         let (Flow::Pre(norm)
         | Flow::Post(norm)
         | Flow::Sandwich(norm)
+        | Flow::After(norm)
+        | Flow::Scaled(norm, _)
         | Flow::ParallelOne(norm)
         | Flow::ParallelTwo(norm)) = self;
         norm
+    }
+
+    /// Whether blocks take the residual stream as it is.
+    pub fn enters_bare(self) -> bool {
+        matches!(self, Flow::Post(_) | Flow::After(_))
+    }
+
+    /// Whether what a block yields is not simply added to the residual stream, and waits beside it.
+    pub fn yields_beside(self) -> bool {
+        matches!(self, Flow::Sandwich(_) | Flow::After(_) | Flow::Scaled(..))
+    }
+
+    /// Whether there is a norm on what a block yields, before it is added.
+    fn norms_after(self) -> bool {
+        matches!(self, Flow::Sandwich(_) | Flow::After(_))
     }
 }
 
@@ -150,8 +184,8 @@ pub(crate) struct Attention {
     pub mask: AttentionMask,
     /// How positions enter.
     pub position: Position,
-    /// On every head of queries and keys, before positions enter.
-    pub qk_norm: Option<Norm>,
+    /// On queries and keys.
+    pub qk_norm: Option<QkNorm>,
     /// Scores become `cap * tanh(score / cap)`.
     pub softcap: Option<f32>,
 }
@@ -173,6 +207,40 @@ impl Attention {
     }
 }
 
+/// A norm of queries and keys.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct QkNorm {
+    /// Which.
+    pub norm: Norm,
+    /// Of what.
+    pub over: NormOver,
+    /// Whether positions have entered by then (Hunyuan).
+    pub turned: bool,
+}
+
+impl QkNorm {
+    /// Of every head by itself, before positions enter, with factors that all heads share.
+    pub fn of_heads(norm: Norm) -> Self {
+        QkNorm { norm, over: NormOver::Head, turned: false }
+    }
+
+    /// Factors for so many heads.
+    fn factors(self, heads: usize, head_dim: usize) -> usize {
+        if self.over == NormOver::Head { head_dim } else { heads * head_dim }
+    }
+}
+
+/// What a norm of queries or keys is taken of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum NormOver {
+    /// Each head; all share their factors.
+    Head,
+    /// Each head, with factors of its own.
+    EachHead,
+    /// All heads together.
+    All,
+}
+
 /// How positions enter attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Position {
@@ -183,7 +251,7 @@ pub(crate) enum Position {
 }
 
 /// A feed-forward block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Ffn {
     /// `down(act(up(x)))`.
     Plain(Mlp),
@@ -215,6 +283,11 @@ impl Ffn {
         let factor = if matches!(self, Ffn::Plain(_)) { 1 } else { 2 };
         factor * self.mlp().inner
     }
+
+    /// The expert beside a mixture that every token goes through.
+    pub fn shared(self) -> Option<Shared> {
+        if let Ffn::Moe(moe) = self { moe.shared } else { None }
+    }
 }
 
 /// Sizes of a feed-forward block.
@@ -226,17 +299,44 @@ pub(crate) struct Mlp {
     pub act: Act,
 }
 
-/// A mixture of experts: each token goes through the `active` likeliest by the softmax of the router.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A mixture of experts: each token goes through the `active` best by the router's scores.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Moe {
     /// All experts.
     pub experts: usize,
     /// Experts per token.
     pub active: usize,
+    /// How logits become scores, and scores a choice.
+    pub router: Router,
     /// Whether the chosen experts' shares are made to add up to 1.
     pub normalize: bool,
+    /// Factor on the shares.
+    pub scale: f32,
+    /// One more, for every token.
+    pub shared: Option<Shared>,
     /// Each expert.
     pub mlp: Mlp,
+}
+
+impl Moe {
+    /// Shares by the softmax over all experts, of those chosen made to add up to 1 (Mixtral).
+    pub fn new(experts: usize, active: usize, mlp: Mlp) -> Self {
+        Moe { experts, active, router: Router::Softmax, normalize: true, scale: 1.0, shared: None, mlp }
+    }
+}
+
+/// An expert that every token goes through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Shared {
+    /// Its inner width.
+    pub inner: usize,
+    /// Whether it is multiplied by the sigmoid of a logit of its own.
+    pub gated: bool,
+}
+
+impl Head {
+    /// Logits as they are.
+    pub const LM: Head = Head::Lm { scale: 1.0, softcap: None };
 }
 
 /// What the last stage yields.
@@ -244,7 +344,9 @@ pub(crate) struct Moe {
 pub(crate) enum Head {
     /// Logits over the vocabulary, for a token to follow.
     Lm {
-        /// Logits become `cap * tanh(logit / cap)`.
+        /// Factor on the logits.
+        scale: f32,
+        /// Logits become `cap * tanh(logit / cap)` after that.
         softcap: Option<f32>,
     },
     /// Logits over the vocabulary, for the token at a position: `head(norm(act(dense(x))))`.
@@ -354,9 +456,9 @@ pub(crate) enum Slot {
     Key,
     /// `(kv_heads * head_dim, width)`.
     Value,
-    /// `(head_dim)`, on each head of queries.
+    /// `(head_dim)` for all heads of queries, or `(heads * head_dim)`.
     QueryNorm,
-    /// `(head_dim)`, on each head of keys.
+    /// The same for keys.
     KeyNorm,
     /// `(width, heads * head_dim)`.
     AttentionOut,
@@ -366,6 +468,18 @@ pub(crate) enum Slot {
     FfnNorm,
     /// `(experts, width)`.
     Router,
+    /// `(experts)`, added to the scores by which experts are chosen.
+    RouterCorrection,
+    /// `(1, width)`: whether the shared expert counts.
+    SharedRouter,
+    /// `(2 * inner, width)`: gate, up of the shared expert.
+    SharedGateUp,
+    /// `(inner, width)`.
+    SharedGate,
+    /// `(inner, width)`.
+    SharedUp,
+    /// `(width, inner)`.
+    SharedDown,
     /// `(2 * inner, width)`: gate, up.
     GateUp,
     /// `(inner, width)`.
@@ -394,6 +508,7 @@ impl Slot {
         match self {
             Slot::Qkv => &[Slot::Query, Slot::Key, Slot::Value],
             Slot::GateUp => &[Slot::Gate, Slot::Up],
+            Slot::SharedGateUp => &[Slot::SharedGate, Slot::SharedUp],
             _ => &[],
         }
     }
@@ -450,26 +565,34 @@ impl Tower {
             }
             Site::Layer(layer) => {
                 let Layer { flow, attention, ffn } = &self.layers[layer];
-                let sandwich = matches!(flow, Flow::Sandwich(_));
-                slots.push((Slot::AttentionNorm, norm));
+                let bare = matches!(flow, Flow::After(_));
+                slots.extend((!bare).then_some((Slot::AttentionNorm, norm)));
                 slots.push((Slot::Qkv, Shape::Product(attention.qkv_width(), width)));
-                if attention.qk_norm.is_some() {
-                    let head = Shape::Norm(attention.head_dim);
-                    slots.push((Slot::QueryNorm, head));
-                    slots.extend(attention.shares.is_none().then_some((Slot::KeyNorm, head)));
+                if let Some(qk) = attention.qk_norm {
+                    let factors = |heads| Shape::Norm(qk.factors(heads, attention.head_dim));
+                    slots.push((Slot::QueryNorm, factors(attention.heads)));
+                    let keys = (Slot::KeyNorm, factors(attention.kv_heads));
+                    slots.extend(attention.shares.is_none().then_some(keys));
                 }
                 slots.push((Slot::AttentionOut, Shape::Product(width, attention.q_width())));
-                slots.extend(sandwich.then_some((Slot::AttentionPostNorm, norm)));
-                if !matches!(flow, Flow::ParallelOne(_)) {
+                slots.extend(flow.norms_after().then_some((Slot::AttentionPostNorm, norm)));
+                if !bare && !matches!(flow, Flow::ParallelOne(_)) {
                     slots.push((Slot::FfnNorm, norm));
                 }
                 if let Ffn::Moe(moe) = ffn {
                     slots.push((Slot::Router, Shape::Product(moe.experts, width)));
+                    let corrected = matches!(moe.router, Router::Sigmoid { .. });
+                    slots.extend(corrected.then_some((Slot::RouterCorrection, Shape::Norm(moe.experts))));
+                }
+                if let Some(Shared { inner, gated }) = ffn.shared() {
+                    slots.extend(gated.then_some((Slot::SharedRouter, Shape::Product(1, width))));
+                    slots.push((Slot::SharedGateUp, Shape::Product(2 * inner, width)));
+                    slots.push((Slot::SharedDown, Shape::Product(width, inner)));
                 }
                 let first = if matches!(ffn, Ffn::Plain(_)) { Slot::Up } else { Slot::GateUp };
                 slots.push((first, Shape::Product(ffn.up_width(), width)));
                 slots.push((Slot::Down, Shape::Product(width, ffn.mlp().inner)));
-                slots.extend(sandwich.then_some((Slot::FfnPostNorm, norm)));
+                slots.extend(flow.norms_after().then_some((Slot::FfnPostNorm, norm)));
             }
             Site::Output => {
                 slots.extend(self.norm.map(|_| (Slot::FinalNorm, norm)));
@@ -516,6 +639,7 @@ impl Tower {
             Slot::Query => attention.q_width(),
             Slot::Key | Slot::Value if attention.shares.is_some() => 0,
             Slot::Key | Slot::Value => attention.kv_width(),
+            Slot::SharedGate | Slot::SharedUp => ffn.shared().map_or(0, |shared| shared.inner),
             _ => ffn.mlp().inner,
         }
     }
@@ -562,8 +686,10 @@ impl Tower {
 pub(crate) struct Names {
     /// Prefixes that files may carry; the first that leads to an embedding is taken.
     pub bases: &'static [&'static str],
-    /// Where the tensors under the prefix are. `{}` stands for the layer, `{e}` for the expert; a name with `{e}` is
-    /// for layers with experts only, and a feed-forward name without it for the others.
+    /// Where the tensors under the prefix are. `{}` stands for the layer, `{h}` for the head where each has a norm in a
+    /// tensor of its own, `{e}` for the expert; a name with `{e}` is
+    /// for layers with experts only, and a feed-forward name without it for the others. Of several for a slot, the first
+    /// that the file has is taken.
     pub slots: Vec<(Slot, Source)>,
     /// The same for tensors that have no prefix.
     pub root: Vec<(Slot, Source)>,
@@ -571,27 +697,50 @@ pub(crate) struct Names {
     pub tied: bool,
     /// Endings that stand for another where that is absent.
     pub aliases: &'static [(&'static str, &'static str)],
-    /// Endings of tensors that are left alone.
+    /// Endings of tensors that are left alone, or, with a `*` behind them, beginnings.
     pub ignore: &'static [&'static str],
 }
 
-/// Where a tensor is, and how it lies there; `.weight` (and `.bias`, if there is one) follow the name.
+/// Where a tensor is, and how it lies there; [`ending`](Source::ending) (or `.bias`, if there is one) follows the name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Source {
     /// Output rows by input columns, or a vector.
     Rows(&'static str),
     /// Input rows by output columns (`Conv1D` of GPT-2).
     Columns(&'static str),
-    /// Rows of queries, keys and values side by side, head by head (GPT-NeoX).
+    /// Rows of queries, keys and values side by side, for each head of keys those of its queries first (GPT-NeoX, Falcon).
     Heads(&'static str),
+    /// Rows of which the even ones of a head turn with the odd ones, not the first half with the second; or a vector per
+    /// head, likewise.
+    EvenOdd(&'static str),
     /// A vector from which 1 was taken (norms of Gemma).
     PlusOne(&'static str),
+    /// Those of all experts, one after the other, in one tensor, of which this is the whole name.
+    Experts(&'static str),
+    /// A vector of which this is the whole name.
+    Bare(&'static str),
 }
 
 impl Source {
     /// The name.
     pub fn name(self) -> &'static str {
-        let (Source::Rows(name) | Source::Columns(name) | Source::Heads(name) | Source::PlusOne(name)) = self;
+        let (Source::Rows(name)
+        | Source::Columns(name)
+        | Source::Heads(name)
+        | Source::EvenOdd(name)
+        | Source::PlusOne(name)
+        | Source::Experts(name)
+        | Source::Bare(name)) = self;
         name
+    }
+
+    /// Whether it is for layers with experts.
+    pub fn is_of_experts(self) -> bool {
+        matches!(self, Source::Experts(_)) || self.name().contains("{e}")
+    }
+
+    /// What follows the name.
+    pub fn ending(self) -> &'static str {
+        if matches!(self, Source::Experts(_) | Source::Bare(_)) { "" } else { ".weight" }
     }
 }

@@ -71,7 +71,7 @@ pub(crate) fn part_bytes(shape: Shape, biased: bool, format: Format) -> u64 {
 pub(crate) fn held(site: Site, slot: Slot, format: Format) -> Format {
     let int8 = Format::Quantized(Quantization::Int8);
     match (site, slot, format) {
-        (_, Slot::Router, _) => Format::Float(DType::F32),
+        (_, Slot::Router | Slot::SharedRouter, _) => Format::Float(DType::F32),
         (_, Slot::Head | Slot::Embedding | Slot::Refinement(_), Format::Quantized(_)) => int8,
         (_, Slot::Positions | Slot::Segments, Format::Quantized(_)) => Format::Float(DType::BF16),
         (Site::Layer(0), _, Format::Quantized(_)) => int8,

@@ -100,6 +100,18 @@ impl Config {
         }
     }
 
+    /// This object with another value of a field.
+    pub fn with(mut self, field: &str, value: Value) -> Config {
+        self.fields.insert(field.to_owned(), value);
+        self
+    }
+
+    /// This object with the fields of another one in the place of its own.
+    pub fn updated_by(mut self, other: &Config) -> Config {
+        self.fields.extend(other.fields.clone());
+        self
+    }
+
     /// An integer within `range`, if the field is there.
     pub fn integer(&self, field: &str, range: RangeInclusive<usize>) -> Result<Option<usize>, ConfigError> {
         let Some(value) = self.get(field) else { return Ok(None) };
@@ -194,6 +206,8 @@ impl Config {
             "float32" => Ok(Some(DType::F32)),
             "bfloat16" => Ok(Some(DType::BF16)),
             "float16" => Ok(Some(DType::F16)),
+            // That of the tensors.
+            "auto" => Ok(None),
             _ => Err(self.error(field, "float32, bfloat16 or float16")),
         }
     }

@@ -22,11 +22,14 @@ pub(crate) trait Operations {
     /// A mixture of experts over that input, all of it: what it yields goes where [`project`](Self::project)'s does.
     fn experts(&mut self, flow: Flow, moe: Moe, block: &Self::Block) -> Result<(), Self::Error>;
 
-    /// The last product of a block, added to the residual stream; where a norm follows, kept beside it.
+    /// The last product of a block, added to the residual stream, or kept beside it ([`Flow::yields_beside`]).
     fn project(&mut self, flow: Flow, from: Inner<'_>, block: &Self::Block) -> Result<(), Self::Error>;
 
     /// Adds the norm of what is beside the residual stream to it.
     fn add_normed(&mut self, norm: Norm, block: &Self::Block, slot: Slot) -> Result<(), Self::Error>;
+
+    /// Adds what is beside the residual stream to it, times a factor.
+    fn add_scaled(&mut self, factor: f32) -> Result<(), Self::Error>;
 
     /// Replaces the residual stream by its norm.
     fn renorm(&mut self, norm: Norm, block: &Self::Block, slot: Slot) -> Result<(), Self::Error>;
@@ -58,11 +61,12 @@ pub(crate) fn layer<O: Operations>(
     }
     ops.project(*flow, Inner::Attention(attention), block)?;
     match flow {
-        Flow::Sandwich(_) => ops.add_normed(norm, block, Slot::AttentionPostNorm)?,
+        Flow::Sandwich(_) | Flow::After(_) => ops.add_normed(norm, block, Slot::AttentionPostNorm)?,
+        Flow::Scaled(_, factor) => ops.add_scaled(*factor)?,
         Flow::Post(_) => ops.renorm(norm, block, Slot::AttentionNorm)?,
         _ => {}
     }
-    if matches!(flow, Flow::Pre(_) | Flow::Post(_) | Flow::Sandwich(_)) {
+    if !matches!(flow, Flow::ParallelOne(_) | Flow::ParallelTwo(_)) {
         ops.enter(*flow, block, Slot::FfnNorm)?;
     }
     match ffn {
@@ -73,7 +77,8 @@ pub(crate) fn layer<O: Operations>(
         }
     }
     match flow {
-        Flow::Sandwich(_) => ops.add_normed(norm, block, Slot::FfnPostNorm),
+        Flow::Sandwich(_) | Flow::After(_) => ops.add_normed(norm, block, Slot::FfnPostNorm),
+        Flow::Scaled(_, factor) => ops.add_scaled(*factor),
         Flow::Post(_) => ops.renorm(norm, block, Slot::FfnNorm),
         _ => Ok(()),
     }

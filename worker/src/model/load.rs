@@ -38,9 +38,9 @@ pub(crate) struct Piece<'a> {
     pub rows: usize,
     /// Format of the elements.
     pub from: DType,
-    /// Index of the first one in the tensor: a multiple of 32.
+    /// Index of the first one in the tensor, or in its part for one expert: a multiple of 32 where groups are whole.
     pub first: usize,
-    /// Elements of the whole tensor.
+    /// Elements of all of that.
     pub total: usize,
     /// The elements, little-endian.
     pub data: &'a [u8],
@@ -79,15 +79,39 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// The bytes of the tensor that begin at `offset`, on their way.
-    fn piece<'a>(&'a self, offset: u64, data: &'a [u8]) -> Piece<'a> {
-        let &Job { tensor, from, bound, is_bias, site, key, .. } = self;
-        let rows = match (bound.layout, &tensor.shape[..]) {
+    /// The bytes of the tensor that begin at `offset`, on their way: a piece for each expert that they are of, where the
+    /// tensor holds several.
+    fn pieces<'a>(&'a self, offset: u64, data: &'a [u8]) -> impl Iterator<Item = Piece<'a>> {
+        let &Job { tensor, from, bound, is_bias, site, key: (slot, number), .. } = self;
+        let (experts, shape) = match (bound.expert, &tensor.shape[..]) {
+            (Some(_), [experts, shape @ ..]) => (*experts, shape),
+            (_, shape) => (1, shape),
+        };
+        let rows = match (bound.layout, shape) {
             (Layout::Columns, [_, rows]) | (_, [rows, ..]) => *rows,
             _ => 0,
         };
-        let [first, total] = [offset, tensor.bytes].map(|bytes| (bytes / from.size()) as usize);
-        Piece { site, key, bound, is_bias, rows, from, first, total, data }
+        let [mut at, each] =
+            [offset, tensor.bytes / experts as u64].map(|bytes| (bytes / from.size()) as usize);
+        let mut data = data;
+        std::iter::from_fn(move || {
+            let (expert, first) = (at / each, at % each);
+            let here = data.len().min((each - first) * from.size() as usize);
+            let (own, others) = data.split_at(here);
+            (data, at) = (others, at + here / from.size() as usize);
+            let key = (slot, number + expert);
+            (here > 0).then_some(Piece {
+                site,
+                key,
+                bound,
+                is_bias,
+                rows,
+                from,
+                first,
+                total: each,
+                data: own,
+            })
+        })
     }
 
     /// Why a piece of it could not be written.
@@ -120,7 +144,9 @@ pub(crate) fn read_tensors(
     let mut read = 0;
     let digests = stream(checkpoint, &tensors, |number, offset, data| {
         let job = &jobs[number];
-        put(&job.piece(offset, data)).map_err(|error| job.refused(error, spec))?;
+        for piece in job.pieces(offset, data) {
+            put(&piece).map_err(|error| job.refused(error, spec))?;
+        }
         read += data.len() as u64;
         match progress(LoadedBytes { read, total }) {
             ControlFlow::Continue(()) => Ok(()),
@@ -140,7 +166,8 @@ fn jobs<'a>(
     let mut jobs = Vec::new();
     for site in spec.sites(model) {
         for (key, _) in spec.parts(model, site) {
-            for bound in model.bound(site, key) {
+            // A tensor of several experts is read once, with the first of them.
+            for bound in model.bound(site, key).iter().filter(|bound| bound.expert.is_none_or(|e| e == 0)) {
                 for (name, is_bias) in [(Some(&bound.weight), false), (bound.bias.as_ref(), true)] {
                     let Some(name) = name else { continue };
                     let tensor =

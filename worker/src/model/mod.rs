@@ -180,7 +180,8 @@ impl Model {
     pub fn open(checkpoint: &Checkpoint) -> Result<Self, ModelError> {
         let path = || checkpoint.dir().join("config.json").display().to_string();
         let value = checkpoint.json("config.json")?.ok_or_else(|| ModelError::NoConfig(path()))?;
-        let config = Config::new("config.json", value)?;
+        let whole = Config::new("config.json", value)?;
+        let config = families::text(whole.clone())?;
         if let Some(found) = config.get("quantization_config") {
             let method =
                 found.get("quant_method").and_then(|m| m.as_str()).unwrap_or("a method without a name");
@@ -190,7 +191,7 @@ impl Model {
             );
             return Err(config.error("quantization_config", expected).into());
         }
-        let (family, mut description) = families::describe(&config)?;
+        let (family, mut description) = families::describe(&whole)?;
         let tower = &mut description.tower;
         let mut sentences = v1::Sentences::default();
         if matches!(tower.head, Head::Embed(_) | Head::Classify { .. }) {

@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     ModelError,
-    architecture::{Ffn, Head, Names, Norm, Refinement, Shape, Site, Slot, Source, Tower},
+    architecture::{
+        Attention, Ffn, Head, Names, Norm, Position, Refinement, Shape, Site, Slot, Source, Tower,
+    },
 };
 use crate::weights::{Checkpoint, TensorDType, module_prefix};
 
@@ -22,6 +24,8 @@ pub(crate) struct Bound {
     pub first_row: usize,
     /// How it lies in the file.
     pub layout: Layout,
+    /// Which of the experts that the weight holds, one after the other, if it holds several.
+    pub expert: Option<usize>,
 }
 
 /// How the elements of a tensor lie in the file.
@@ -31,12 +35,21 @@ pub(crate) enum Layout {
     Rows,
     /// Transposed.
     Columns,
-    /// For each of so many heads: so many rows of its queries, of its keys, of its values.
+    /// For each head of keys: the rows of its heads of queries, its own, and those of its values.
     Heads {
-        /// Heads.
+        /// Heads of queries.
         heads: usize,
+        /// Heads of keys.
+        kv_heads: usize,
         /// Rows of each.
         head_dim: usize,
+    },
+    /// In each head, rows that turn with each other lie side by side, in the slot half of what turns apart.
+    EvenOdd {
+        /// Rows of each head.
+        head_dim: usize,
+        /// Pairs of them that turn.
+        pairs: usize,
     },
     /// Less by one than in the slot.
     PlusOne,
@@ -48,16 +61,25 @@ impl Layout {
         match self {
             Layout::Rows | Layout::PlusOne => (i / k, i % k),
             Layout::Columns => (i % n, i / n),
-            Layout::Heads { .. } => (self.row(i / k), i % k),
+            Layout::Heads { .. } | Layout::EvenOdd { .. } => (self.row(i / k), i % k),
         }
     }
 
     /// Row in the slot of the file's row (or element of a bias) `row`.
     pub fn row(self, row: usize) -> usize {
         match self {
-            Layout::Heads { heads, head_dim } => {
-                let (head, kind) = (row / (3 * head_dim), row / head_dim % 3);
-                (kind * heads + head) * head_dim + row % head_dim
+            Layout::Heads { heads, kv_heads, head_dim } => {
+                let queries = heads / kv_heads;
+                let (head, within) = (row / head_dim / (queries + 2), row / head_dim % (queries + 2));
+                let to = match within.checked_sub(queries) {
+                    None => head * queries + within,
+                    Some(kind) => heads + kind * kv_heads + head,
+                };
+                to * head_dim + row % head_dim
+            }
+            Layout::EvenOdd { head_dim, pairs } => {
+                let (head, i) = (row / head_dim, row % head_dim);
+                head * head_dim + if i < 2 * pairs { i % 2 * pairs + i / 2 } else { i }
             }
             _ => row,
         }
@@ -117,8 +139,11 @@ impl Binder<'_> {
         expert: usize,
     ) -> Result<Vec<Bound>, ModelError> {
         let whole = self.module(site, slot, expert);
-        if let Some((module, source)) = whole {
-            return Ok(vec![self.find((site, slot), &module, source, shape, 0)?]);
+        let apart = slot.parts().iter().all(|part| self.module(site, *part, expert).is_some());
+        let has = |(module, source): &(String, Source)| self.has(module, *source);
+        if let Some((module, source)) = whole.filter(|whole| has(whole) || slot.parts().is_empty() || !apart)
+        {
+            return self.whole(site, slot, (&module, source), (shape, expert));
         }
         let (Shape::Product(_, k), [_, ..]) = (shape, slot.parts()) else {
             return Err(ModelError::MissingTensor(format!("{slot:?} of {site:?}")));
@@ -132,11 +157,33 @@ impl Binder<'_> {
                 let missing = || ModelError::MissingTensor(format!("{part:?} of {site:?}"));
                 let (module, source) = self.module(site, *part, expert).ok_or_else(missing)?;
                 let rows = self.tower.part_rows(site, *part);
-                let bound = self.find((site, *part), &module, source, Shape::Product(rows, k), first_row);
+                let bound =
+                    self.find((site, *part), (&module, source), Shape::Product(rows, k), (first_row, expert));
                 first_row += rows;
                 bound
             })
             .collect()
+    }
+
+    /// The tensor of a slot, or those of its heads.
+    fn whole(
+        &mut self,
+        site: Site,
+        slot: Slot,
+        (module, source): (&str, Source),
+        (shape, expert): (Shape, usize),
+    ) -> Result<Vec<Bound>, ModelError> {
+        let (Site::Layer(layer), true) = (site, module.contains("{h}")) else {
+            return Ok(vec![self.find((site, slot), (module, source), shape, (0, expert))?]);
+        };
+        let attention = &self.tower.layers[layer].attention;
+        let heads = if slot == Slot::QueryNorm { attention.heads } else { attention.kv_heads };
+        let head_dim = attention.head_dim;
+        let one = |head: usize| {
+            let module = module.replace("{h}", &head.to_string());
+            self.find((site, slot), (&module, source), Shape::Norm(head_dim), (head * head_dim, 0))
+        };
+        (0..heads).map(one).collect()
     }
 
     /// The head as the embedding; its bias is its own.
@@ -169,24 +216,30 @@ impl Binder<'_> {
             _ => false,
         };
         let ffn = [Slot::GateUp, Slot::Gate, Slot::Up, Slot::Down].contains(&slot);
-        let fits =
-            |(s, source): &&(Slot, Source)| *s == slot && (!ffn || source.name().contains("{e}") == experts);
-        let (base, (_, source)) = match self.names.slots.iter().find(fits) {
-            Some(found) => (self.base, found),
-            None => ("", self.names.root.iter().find(fits)?),
-        };
+        let fits = |(s, source): &&(Slot, Source)| *s == slot && (!ffn || source.is_of_experts() == experts);
         let layer = if let Site::Layer(layer) = site { layer } else { 0 };
-        let name = source.name().replace("{}", &layer.to_string()).replace("{e}", &expert.to_string());
-        Some((format!("{base}{name}"), *source))
+        let name = |base: &str, source: Source| {
+            let name = source.name().replace("{}", &layer.to_string()).replace("{e}", &expert.to_string());
+            (format!("{base}{name}"), source)
+        };
+        let under = self.names.slots.iter().filter(fits).map(|(_, source)| name(self.base, *source));
+        let root = self.names.root.iter().filter(fits).map(|(_, source)| name("", *source));
+        let mut named: Vec<_> = under.chain(root).collect();
+        let there = named.iter().position(|(module, source)| self.has(module, *source));
+        (!named.is_empty()).then(|| named.swap_remove(there.unwrap_or(0)))
+    }
+
+    fn has(&self, module: &str, source: Source) -> bool {
+        let name = format!("{module}{}", source.ending()).replace("{h}", "0");
+        self.names_of(&name).any(|name| self.checkpoint.tensor(&name).is_some())
     }
 
     fn find(
         &mut self,
         (site, slot): (Site, Slot),
-        module: &str,
-        source: Source,
+        (module, source): (&str, Source),
         shape: Shape,
-        first_row: usize,
+        (first_row, expert): (usize, usize),
     ) -> Result<Bound, ModelError> {
         let mut dimensions = shape.dimensions();
         let layout = match (source, site) {
@@ -196,12 +249,29 @@ impl Binder<'_> {
             }
             (Source::Heads(_), Site::Layer(layer)) => {
                 let attention = &self.tower.layers[layer].attention;
-                Layout::Heads { heads: attention.heads, head_dim: attention.head_dim }
+                let Attention { heads, kv_heads, head_dim, .. } = *attention;
+                Layout::Heads { heads, kv_heads, head_dim }
+            }
+            (Source::EvenOdd(_), Site::Layer(layer)) => {
+                let Attention { head_dim, position, .. } = self.tower.layers[layer].attention;
+                if let Shape::Norm(len) = shape {
+                    dimensions = vec![len / head_dim, head_dim];
+                }
+                let pairs = match position {
+                    Position::Rope(set) => self.tower.ropes[set].pairs(),
+                    Position::None => 0,
+                };
+                Layout::EvenOdd { head_dim, pairs }
             }
             (Source::PlusOne(_), _) => Layout::PlusOne,
             _ => Layout::Rows,
         };
-        let name = format!("{module}.weight");
+        let experts = match (source, site) {
+            (Source::Experts(_), Site::Layer(layer)) => Some(self.tower.layers[layer].ffn.experts()),
+            _ => None,
+        };
+        dimensions.splice(..0, experts);
+        let name = format!("{module}{}", source.ending());
         let weight = self.claim(&name).ok_or(ModelError::MissingTensor(name))?;
         self.check(&weight, &dimensions)?;
         // A norm by the root mean square moves nothing, and neither does a table.
@@ -214,7 +284,7 @@ impl Binder<'_> {
         if let Some(bias) = &bias {
             self.check(bias, &shape.dimensions()[..1])?;
         }
-        Ok(Bound { weight, bias, first_row, layout })
+        Ok(Bound { weight, bias, first_row, layout, expert: experts.map(|_| expert) })
     }
 
     /// The kind of the norm in `slot`.
@@ -236,16 +306,25 @@ impl Binder<'_> {
 
     /// The tensor called `name`, or by an alias of it, taken. A file that has both means the same by them.
     fn claim(&mut self, name: &str) -> Option<String> {
-        let aliases = self.names.aliases.iter();
-        let aliases = aliases.filter_map(|(alias, of)| Some(format!("{}{alias}", name.strip_suffix(of)?)));
-        let names = [name.to_owned()].into_iter().chain(aliases);
+        let names = self.names_of(name);
         let found: Vec<String> = names.filter(|name| self.checkpoint.tensor(name).is_some()).collect();
         self.claimed.extend(found.iter().cloned());
         found.into_iter().next()
     }
 
+    /// `name`, and its aliases.
+    fn names_of(&self, name: &str) -> impl Iterator<Item = String> {
+        let aliases = self.names.aliases.iter();
+        let aliases =
+            aliases.filter_map(move |(alias, of)| Some(format!("{}{alias}", name.strip_suffix(of)?)));
+        [name.to_owned()].into_iter().chain(aliases)
+    }
+
     fn is_ignored(&self, name: &str) -> bool {
-        self.names.ignore.iter().any(|end| name.ends_with(end))
+        self.names.ignore.iter().any(|pattern| match pattern.strip_suffix('*') {
+            Some(beginning) => name.starts_with(beginning),
+            None => name.ends_with(pattern),
+        })
     }
 
     fn check(&self, name: &str, expected: &[usize]) -> Result<(), ModelError> {

@@ -125,6 +125,7 @@ fn macs(width: usize, layer: &Layer) -> u64 {
     let Layer { attention, ffn, .. } = layer;
     let router = if let Ffn::Moe(moe) = ffn { moe.experts } else { 0 };
     let attention = attention.qkv_width() + attention.q_width();
+    let shared = ffn.shared().map_or(0, |shared| 3 * shared.inner + usize::from(shared.gated));
     let ffn = ffn.active() * (ffn.up_width() + ffn.mlp().inner);
-    width as u64 * (attention + router + ffn) as u64
+    width as u64 * (attention + router + shared + ffn) as u64
 }

@@ -48,12 +48,17 @@ impl Widths {
             Head::Embed(embedding) => embedding.widths(tower.width).into_iter().max().unwrap_or(0),
             _ => 0,
         };
-        let input = |l: &Layer| vectors.max(tower.width).max(l.attention.q_width()).max(l.ffn.mlp().inner);
+        let shared = |l: &Layer| l.ffn.shared().map_or(0, |shared| shared.inner);
+        let input = |l: &Layer| {
+            let inner = l.ffn.mlp().inner.max(shared(l));
+            vectors.max(tower.width).max(l.attention.q_width()).max(inner)
+        };
         Widths {
             residual: tower.width.next_multiple_of(LINE),
             qkv: widest(&|l| l.attention.qkv_width()),
-            attention: widest(&|l| l.attention.q_width()),
-            up: widest(&|l| l.ffn.up_width()),
+            // GPUs keep what the shared expert yields there.
+            attention: widest(&|l| l.attention.q_width().max(l.ffn.shared().map_or(0, |_| tower.width))),
+            up: widest(&|l| l.ffn.up_width().max(l.ffn.shared().map_or(0, |shared| 2 * shared.inner))),
             angles: tower.ropes.iter().map(|r| (2 * r.pairs()).next_multiple_of(LINE)).collect(),
             outputs: tower.outputs().next_multiple_of(LINE),
             vectors: vectors.next_multiple_of(LINE),

@@ -18,12 +18,15 @@ use crate::{
             moe::Route,
             norm::{Activate, GateMul, HeadNorm, NormRows, SoftCap},
             packed::Table,
-            rope::{self, Angles, Rope, RopeAndStore},
+            rope::{self, Angles, Rope, RopeAndStore, Sharpen},
         },
         ops::BatchRow,
     },
     model::{
-        architecture::{Attention, Ffn, Flow, Head, Input, Moe, Norm, Position, Slot, Tower},
+        architecture::{
+            Act, Attention, Ffn, Flow, Head, Input, Moe, Norm, NormOver, Position, QkNorm, Router, Slot,
+            Tower,
+        },
         layer::{Inner, Operations},
     },
 };
@@ -136,8 +139,8 @@ impl Pass<'_> {
             cpu.norm(NormRows { norm, x, weight, bias, out: normed, output });
         }
         linear(Slot::Head, normed, values)?;
-        if let Head::Lm { softcap: Some(cap) } = tower.head {
-            cpu.soft_cap(SoftCap { cap, x: &mut values[..outputs.len() * tower.vocab] });
+        if let Head::Lm { scale, softcap: cap } = tower.head {
+            cpu.soft_cap(SoftCap { scale, cap, x: &mut values[..outputs.len() * tower.vocab] });
         }
         Ok(())
     }
@@ -164,7 +167,7 @@ impl Operations for Pass<'_> {
     type Error = StepError;
 
     fn enter(&mut self, flow: Flow, block: &Block, slot: Slot) -> Result<(), StepError> {
-        if matches!(flow, Flow::Post(_)) {
+        if flow.enters_bare() {
             let len = self.tokens * self.tower.width;
             self.work.normed[..len].copy_from_slice(&self.work.residual[..len]);
             return Ok(());
@@ -191,6 +194,13 @@ impl Operations for Pass<'_> {
         Ok(())
     }
 
+    fn add_scaled(&mut self, factor: f32) -> Result<(), StepError> {
+        let Workspace { residual, normed, .. } = &mut *self.work;
+        let rows = residual.iter_mut().zip(&normed[..self.tokens * self.tower.width]);
+        rows.for_each(|(x, y)| *x = round_to(self.dtype, *x + factor * y));
+        Ok(())
+    }
+
     fn renorm(&mut self, norm: Norm, block: &Block, slot: Slot) -> Result<(), StepError> {
         let NormWeights { weight, bias } = block.norm(slot)?;
         let Workspace { residual, normed, .. } = &mut *self.work;
@@ -209,9 +219,9 @@ impl Operations for Pass<'_> {
             Inner::Up(ffn) => (Slot::Down, up, ffn.up_width()),
         };
         let product = block.product(slot, 0)?;
-        let (out, output) = match flow {
-            Flow::Sandwich(_) => (normed, Output::Store),
-            _ => (residual, Output::AddRounded(self.dtype)),
+        let (out, output) = match flow.yields_beside() {
+            true => (normed, Output::Store),
+            false => (residual, Output::AddRounded(self.dtype)),
         };
         self.cpu.linear(Linear {
             weight: &product.matrix,
@@ -238,25 +248,24 @@ impl Operations for Pass<'_> {
             out: qkv,
             output: Output::Store,
         });
-        if let Some(norm) = attention.qk_norm {
-            let query = block.norm(Slot::QueryNorm)?;
-            let (key, kv_heads) = match attention.shares {
-                None => (block.norm(Slot::KeyNorm)?, attention.kv_heads),
-                Some(_) => (query, 0),
-            };
+        let norms = attention.qk_norm.map(|norm| qk_norms(norm, attention, block)).transpose()?;
+        let norm_heads = |qkv: &mut [f32], turned: bool| {
+            let Some(norms) = norms.as_ref().filter(|norms| norms.turned == turned) else { return };
             cpu.head_norm(HeadNorm {
-                norm,
+                norm: norms.norm,
                 qkv,
                 stride,
-                heads: attention.heads,
-                kv_heads,
-                weights: [&query.weight, &key.weight],
-                biases: [query.bias.as_deref(), key.bias.as_deref()],
+                widths: norms.widths,
+                spans: norms.spans,
+                weights: norms.weights.map(|norm| &*norm.weight),
+                biases: norms.weights.map(|norm| norm.bias.as_deref()),
             });
-        }
+        };
+        norm_heads(qkv, false);
         let mut attend = |first: usize, rows: &[BatchRow<'_>], cache: &mut KvLayer| {
-            let qkv = &mut qkv[first * stride..];
-            let angles = match attention.position {
+            let count: usize = rows.iter().map(|row| row.count as usize).sum();
+            let qkv = &mut qkv[first * stride..(first + count) * stride];
+            let mut angles = match attention.position {
                 Position::None => None,
                 Position::Rope(set) => {
                     let (table, stride) = &angles[set];
@@ -264,14 +273,28 @@ impl Operations for Pass<'_> {
                     Some(Angles { table: &table[first * stride..], stride: *stride, pairs })
                 }
             };
-            let heads = attention.heads;
+            let (heads, head_dim) = (attention.heads, attention.head_dim);
+            if let (Some(angles), Some(norms)) = (angles, norms.as_ref().filter(|norms| norms.turned)) {
+                let heads = norms.widths.iter().sum::<usize>() / head_dim;
+                cpu.rope(Rope { qkv, stride, angles, heads, head_dim });
+            }
+            if norms.as_ref().is_some_and(|norms| norms.turned) {
+                norm_heads(qkv, true);
+                angles = None;
+            }
             match (attention.shares, angles) {
                 (None, angles) => cpu.rope_and_store(RopeAndStore { qkv, angles, heads, rows }, cache),
                 // Keys and values are there already, of this step's tokens too.
                 (Some(_), Some(angles)) => {
-                    cpu.rope(Rope { queries: qkv, angles, heads, head_dim: attention.head_dim });
+                    cpu.rope(Rope { qkv, stride, angles, heads, head_dim });
                 }
                 (Some(_), None) => {}
+            }
+            if let Position::Rope(set) = attention.position
+                && let Some(sharpening) = &tower.ropes[set].sharpening
+            {
+                let factors = (sharpening.period, &*sharpening.factors);
+                Sharpen { qkv, stride, width: attention.q_width(), factors, rows }.run();
             }
             cpu.attention(AttentionCall {
                 q: qkv,
@@ -325,6 +348,34 @@ impl Operations for Pass<'_> {
         let Workspace { residual, normed, up, packed, experts: Some(scratch), .. } = &mut *self.work else {
             return Err(StepError::Weights);
         };
+        let sum = &mut scratch.sum[..tokens * width];
+        match moe.shared {
+            None => sum.fill(0.0),
+            Some(shared) => {
+                let mut product = |slot, x, out: &mut [f32]| {
+                    let Projection { matrix, bias } = block.product(slot, 0)?;
+                    let (bias, output) = (bias.as_deref(), Output::Store);
+                    self.cpu.linear(Linear { weight: matrix, bias, x, packed, out, output });
+                    Ok::<_, StepError>(())
+                };
+                let x = Rows { data: normed, stride: width, count: tokens };
+                product(Slot::SharedGateUp, x, up)?;
+                let gate_up = &mut up[..tokens * 2 * shared.inner];
+                self.cpu.gate_mul(GateMul { act: moe.mlp.act, gate_up, width: shared.inner });
+                product(Slot::SharedDown, Rows { data: up, stride: 2 * shared.inner, count: tokens }, sum)?;
+                if shared.gated {
+                    product(Slot::SharedRouter, x, &mut scratch.logits)?;
+                    let gates = &mut scratch.logits[..tokens];
+                    self.cpu.activate(Activate { act: Act::Sigmoid, x: gates });
+                    let rows = sum.chunks_exact_mut(width).zip(gates);
+                    rows.for_each(|(row, gate)| row.iter_mut().for_each(|x| *x *= *gate));
+                }
+            }
+        }
+        let correction = match moe.router {
+            Router::Softmax => None,
+            Router::Sigmoid { .. } => Some(&*block.norm(Slot::RouterCorrection)?.weight),
+        };
         let router = block.product(Slot::Router, 0)?;
         self.cpu.linear(Linear {
             weight: &router.matrix,
@@ -339,14 +390,15 @@ impl Operations for Pass<'_> {
         Route {
             logits: &mut scratch.logits[..tokens * moe.experts],
             experts: moe.experts,
+            router: moe.router,
+            correction,
             normalize: moe.normalize,
+            scale: moe.scale,
             chosen: &mut *chosen,
             shares: &mut *shares,
             active: moe.active,
         }
         .run();
-        let sum = &mut scratch.sum[..tokens * width];
-        sum.fill(0.0);
         for expert in 0..moe.experts {
             let takers = || (0..chosen.len()).filter(|i| chosen[*i] as usize == expert);
             let mut count = 0;
@@ -381,10 +433,33 @@ impl Operations for Pass<'_> {
                 sum.iter_mut().zip(row).for_each(|(s, x)| *s += shares[i] * x);
             }
         }
-        match flow {
-            Flow::Sandwich(_) => normed[..sum.len()].copy_from_slice(sum),
-            _ => residual.iter_mut().zip(&*sum).for_each(|(x, y)| *x = round_to(self.dtype, *x + y)),
+        match flow.yields_beside() {
+            true => normed[..sum.len()].copy_from_slice(sum),
+            false => residual.iter_mut().zip(&*sum).for_each(|(x, y)| *x = round_to(self.dtype, *x + y)),
         }
         Ok(())
     }
+}
+
+/// Norms of queries and keys, and how much each is taken of.
+struct QkNorms<'a> {
+    norm: Norm,
+    turned: bool,
+    widths: [usize; 2],
+    spans: [usize; 2],
+    weights: [&'a NormWeights; 2],
+}
+
+fn qk_norms<'a>(qk: QkNorm, attention: &Attention, block: &'a Block) -> Result<QkNorms<'a>, StepError> {
+    let query = block.norm(Slot::QueryNorm)?;
+    let (key, keys) = match attention.shares {
+        None => (block.norm(Slot::KeyNorm)?, attention.kv_width()),
+        Some(_) => (query, 0),
+    };
+    let widths = [attention.q_width(), keys];
+    let spans = match qk.over {
+        NormOver::Head | NormOver::EachHead => [attention.head_dim; 2],
+        NormOver::All => widths.map(|width| width.max(1)),
+    };
+    Ok(QkNorms { norm: qk.norm, turned: qk.turned, widths, spans, weights: [query, key] })
 }

@@ -82,7 +82,8 @@ impl Part {
             Part::Norm(norm) if is_bias => bias(&mut norm.bias),
             Part::Norm(norm) => {
                 let plus = if layout == Layout::PlusOne { 1.0 } else { 0.0 };
-                norm.weight[first..].iter_mut().zip(values).for_each(|(w, x)| *w = x + plus);
+                let values = (first..).zip(values);
+                values.for_each(|(i, x)| norm.weight[first_row + layout.row(i)] = x + plus);
                 Ok(())
             }
             Part::Table(table) => table.write(elements),

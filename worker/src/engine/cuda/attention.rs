@@ -10,13 +10,13 @@ use crate::{
     engine::StepError,
     kernels::{
         cuda::{
-            launch::{Attend, Heads, Kernels, Places, RawCache, RawNorm, attention_bytes, follow},
+            launch::{Attend, Heads, Kernels, Places, RawCache, attention_bytes, follow},
             limits::{MAX_SPLITS, PARTIALS},
             memory::Ptr,
         },
         ops::AttentionMask,
     },
-    model::architecture::{Attention, Position, Slot},
+    model::architecture::{Attention, NormOver, Position, Slot},
 };
 
 impl Pass<'_> {
@@ -29,22 +29,43 @@ impl Pass<'_> {
             Position::None => (Ptr::NULL, 0),
             Position::Rope(set) => (angles[set], self.tower.ropes[set].pairs() as i32),
         };
-        let head_norm = |slot| match attention.qk_norm {
-            Some(norm) => Ok(raw_norm(norm, block.norm(slot)?)),
-            None => Ok::<_, StepError>(RawNorm::default()),
+        let sharpening = match attention.position {
+            Position::Rope(set) => self.tower.ropes[set].sharpening.as_ref(),
+            Position::None => None,
         };
-        let heads = Heads {
+        let plain = Heads {
             heads: attention.heads as i32,
             kv_heads: attention.kv_heads as i32,
             pairs,
-            query: head_norm(Slot::QueryNorm)?,
-            key: head_norm(Slot::KeyNorm)?,
+            period: sharpening.map_or(0, |s| s.period as i32),
+            beta: sharpening.map_or(0.0, |s| s.beta),
+            ..Heads::default()
         };
         let all = attention.heads + 2 * attention.kv_heads;
         let grid = (self.tokens as u32, all.div_ceil(4) as u32, 1);
         let places = Places { positions, row_of, first_block, tables };
-        follow!(self.gpu, kernels.rope_store, grid, 128, 0; qkv, heads, table, places, self.cache(index))?;
-        Ok(())
+        let store = |heads: Heads, cache: RawCache| follow!(self.gpu, kernels.rope_store, grid, 128, 0; qkv, heads, table, places, cache);
+        let Some(qk) = attention.qk_norm else { return Ok(store(plain, self.cache(index))?) };
+        let norm = |slot| Ok::<_, StepError>(raw_norm(qk.norm, block.norm(slot)?));
+        let each = i32::from(qk.over == NormOver::EachHead);
+        let normed = Heads { query: norm(Slot::QueryNorm)?, key: norm(Slot::KeyNorm)?, each, ..plain };
+        // What is turned first is not turned again.
+        let (first, last) = match (qk.over, qk.turned) {
+            (NormOver::Head | NormOver::EachHead, false) => (None, normed),
+            (NormOver::Head | NormOver::EachHead, true) => {
+                (Some(Heads { period: 0, ..plain }), Heads { pairs: 0, ..normed })
+            }
+            (NormOver::All, false) => (None, plain),
+            (NormOver::All, true) => (Some(Heads { period: 0, ..plain }), Heads { pairs: 0, ..plain }),
+        };
+        if let Some(first) = first {
+            store(first, RawCache::default())?;
+        }
+        if qk.over == NormOver::All {
+            let grid = (self.tokens as u32, 2, 1);
+            follow!(self.gpu, kernels.norm_heads_together, grid, 256, 0; qkv, normed)?;
+        }
+        Ok(store(last, self.cache(index))?)
     }
 
     fn head_kernels(&self, attention: &Attention) -> Result<&Kernels, StepError> {

@@ -11,14 +11,14 @@ use crate::{
         buffer::round_to,
         cuda::{
             Gpu,
-            launch::{Bytes, Kernels, RawMatrix, RawNorm, Tables, follow, launch},
+            launch::{Bytes, Kernels, RawMatrix, RawNorm, Routing, SharedExpert, Tables, follow, launch},
             memory::{self, Ptr},
             product::{Epilogue, Grouped, Linear, Matrix, Rows},
         },
         ops::{BatchRow, GROUP, Norm},
     },
     model::{
-        architecture::{Attention, Ffn, Flow, Head, Moe, Slot, Tower},
+        architecture::{Attention, Ffn, Flow, Head, Moe, Router, Slot, Tower},
         layer::{Inner, Operations, layer},
     },
 };
@@ -243,11 +243,11 @@ impl<'a> Pass<'a> {
         }
         let head = block.product(Slot::Head, 0)?;
         self.product_of_input(&head, outputs, (values, tower.outputs()), Epilogue::StoreValues)?;
-        let Head::Lm { softcap } = tower.head else { return Ok(()) };
-        if let Some(cap) = softcap {
+        let Head::Lm { scale, softcap } = tower.head else { return Ok(()) };
+        if scale != 1.0 || softcap.is_some() {
             let count = outputs * tower.vocab;
             launch!(self.gpu, self.kernels()?.soft_cap, (count.div_ceil(256) as u32, 1, 1), 256, 0;
-                values, count as u64, cap)?;
+                values, count as u64, scale, softcap.unwrap_or(0.0))?;
         }
         Ok(())
     }
@@ -266,6 +266,49 @@ impl<'a> Pass<'a> {
                 Ok(Rows::new(normed, self.tower.width))
             }
         }
+    }
+}
+
+/// Mixtures of experts.
+impl Pass<'_> {
+    fn routing(&self, moe: Moe, block: &Block) -> Result<Routing, StepError> {
+        let plain = Routing {
+            experts: moe.experts as i32,
+            active: moe.active as i32,
+            normalize: i32::from(moe.normalize),
+            scale: moe.scale,
+            ..Routing::default()
+        };
+        Ok(match moe.router {
+            Router::Softmax => plain,
+            Router::Sigmoid { groups, kept } => {
+                let correction = block.norm(Slot::RouterCorrection)?.weight;
+                Routing { correction, groups: groups as i32, kept: kept as i32, ..plain }
+            }
+        })
+    }
+
+    /// What the expert that every token goes through yields, into rows that attention needs no more; and the logits of its
+    /// gates.
+    fn shared_expert(
+        &self,
+        moe: Moe,
+        block: &Block,
+        input: Rows,
+        (rows, gates): (Ptr, Ptr),
+    ) -> Result<SharedExpert, StepError> {
+        let Some(shared) = moe.shared else { return Ok(SharedExpert::default()) };
+        let (tokens, up) = (self.tokens, self.state.scratch.up);
+        let product =
+            |slot, x, out, epilogue| self.product(&block.product(slot, 0)?, tokens, x, out, epilogue);
+        let inner = 2 * shared.inner;
+        product(Slot::SharedGateUp, input, (up, inner), Epilogue::Gated(moe.mlp.act))?;
+        product(Slot::SharedDown, Rows::new(up, inner), (rows, self.tower.width), Epilogue::Store)?;
+        if !shared.gated {
+            return Ok(SharedExpert { rows, gates: Ptr::NULL });
+        }
+        product(Slot::SharedRouter, input, (gates, 1), Epilogue::StoreValues)?;
+        Ok(SharedExpert { rows, gates })
     }
 }
 
@@ -291,7 +334,7 @@ impl Operations for Pass<'_> {
 
     fn enter(&mut self, flow: Flow, block: &Block, slot: Slot) -> Result<(), StepError> {
         let Scratch { residual, normed, .. } = self.state.scratch;
-        if matches!(flow, Flow::Post(_)) {
+        if flow.enters_bare() {
             let width = self.tower.width;
             let bytes = (self.tokens * width) as u64 * self.state.element.size();
             memory::copy(&self.gpu.stream, normed, residual, bytes)?;
@@ -327,14 +370,17 @@ impl Operations for Pass<'_> {
 
     // As many tokens at a time as their pairs of token and expert have room for.
     fn experts(&mut self, flow: Flow, moe: Moe, block: &Block) -> Result<(), StepError> {
-        let Scratch { residual, normed, up, ref bytes, tokens: room, ref experts, .. } = self.state.scratch;
-        let Some(Experts { logits, chosen, shares, order, tasks, pairs }) = experts else {
+        let Scratch { residual, normed, attention, up, ref bytes, tokens: room, ref experts, .. } =
+            self.state.scratch;
+        let Some(Experts { logits, chosen, shares, gates, order, tasks, pairs }) = experts else {
             return Err(StepError::Weights);
         };
         let (width, size, up_width) = (self.tower.width, self.state.element.size(), Ffn::Moe(moe).up_width());
         let (first, down) = (Stacked::of(block, Slot::GateUp)?, Stacked::of(block, Slot::Down)?);
         let router = block.product(Slot::Router, 0)?;
+        let routing = self.routing(moe, block)?;
         let input = self.input()?;
+        let shared = self.shared_expert(moe, block, input, (attention, *gates))?;
         let kernels = self.kernels()?;
         let at_once = (room / moe.active).max(1);
         for begin in (0..self.tokens).step_by(at_once) {
@@ -343,8 +389,7 @@ impl Operations for Pass<'_> {
             let x = input.skip(begin, size);
             self.product(&router, tokens, x, (*logits, moe.experts), Epilogue::StoreValues)?;
             launch!(self.gpu, kernels.route, (tokens.div_ceil(4) as u32, 1, 1), 128, 0;
-                *logits, *chosen, *shares, tokens as i32, moe.experts as i32, moe.active as i32,
-                i32::from(moe.normalize))?;
+                *logits, *chosen, *shares, tokens as i32, routing)?;
             let groups = self.gpu.group(kernels, (*chosen, count), moe.experts, (*order, *tasks))?;
             let grouped = |divide, strides| Some(Grouped { groups, divide, strides });
             self.linear(&Linear {
@@ -371,11 +416,12 @@ impl Operations for Pass<'_> {
                 grouped: grouped(1, down.strides),
                 bytes,
             })?;
-            let sandwich = matches!(flow, Flow::Sandwich(_));
-            let out = if sandwich { normed } else { residual }.offset((begin * width) as u64 * size);
+            let beside = flow.yields_beside();
+            let out = if beside { normed } else { residual }.offset((begin * width) as u64 * size);
+            let shared = shared.skip(begin, (width as u64 * size, 4));
             let grid = (width.div_ceil(256) as u32, tokens as u32, 1);
             launch!(self.gpu, kernels.combine_experts, grid, 256, 0;
-                out, *pairs, *shares, moe.active as i32, width as i32, i32::from(!sandwich))?;
+                out, *pairs, *shares, shared, moe.active as i32, width as i32, i32::from(!beside))?;
         }
         Ok(())
     }
@@ -386,9 +432,9 @@ impl Operations for Pass<'_> {
             Inner::Attention(a) => (Slot::AttentionOut, Rows::new(attention, a.q_width())),
             Inner::Up(ffn) => (Slot::Down, Rows::new(up, ffn.up_width())),
         };
-        let (out, epilogue) = match flow {
-            Flow::Sandwich(_) => (normed, Epilogue::Store),
-            _ => (residual, Epilogue::Add),
+        let (out, epilogue) = match flow.yields_beside() {
+            true => (normed, Epilogue::Store),
+            false => (residual, Epilogue::Add),
         };
         let product = block.product(slot, 0)?;
         self.product(&product, self.tokens, x, (out, self.tower.width), epilogue)
@@ -398,6 +444,14 @@ impl Operations for Pass<'_> {
         let Scratch { residual, normed, .. } = self.state.scratch;
         let call = NormCall { out: residual, x: normed, index: Ptr::NULL, add: true };
         self.norm(raw_norm(norm, block.norm(slot)?), self.tokens, call)?;
+        Ok(())
+    }
+
+    fn add_scaled(&mut self, factor: f32) -> Result<(), StepError> {
+        let Scratch { residual, normed, .. } = self.state.scratch;
+        let count = self.tokens * self.tower.width;
+        launch!(self.gpu, self.kernels()?.add_scaled, (count.div_ceil(256) as u32, 1, 1), 256, 0;
+            residual, normed, count as u64, factor)?;
         Ok(())
     }
 

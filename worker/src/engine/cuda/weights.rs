@@ -232,11 +232,13 @@ impl<'a> Loader<'a> {
             Part::Norm(n, norm) => {
                 debug_assert!(first + values.len() <= *n);
                 let plus = if layout == Layout::PlusOne { 1.0 } else { 0.0 };
-                values.iter_mut().for_each(|x| *x += plus);
-                self.floats(norm.weight, first, &values)?;
+                let mut placed = vec![0.0; values.len()];
+                // A vector comes in one piece where it is in another order.
+                (0..).zip(&values).for_each(|(i, x)| placed[layout.row(i)] = x + plus);
+                self.floats(norm.weight, first_row + first, &placed)?;
             }
             Part::Product(product) if is_bias => match layout {
-                Layout::Heads { .. } => {
+                Layout::Heads { .. } | Layout::EvenOdd { .. } => {
                     let mut placed = vec![0.0; values.len()];
                     (first..).zip(&values).for_each(|(i, x)| placed[layout.row(i)] = *x);
                     self.floats(product.bias, first_row, &placed)?;
@@ -250,7 +252,7 @@ impl<'a> Loader<'a> {
                     Layout::Rows | Layout::PlusOne => {
                         self.elements(matrix, first_row * k + first, &values)?
                     }
-                    Layout::Columns | Layout::Heads { .. } => {
+                    Layout::Columns | Layout::Heads { .. } | Layout::EvenOdd { .. } => {
                         self.staged.extend(&values);
                         if self.staged.len() == total {
                             let staged = std::mem::take(&mut self.staged);
@@ -430,7 +432,12 @@ mod tests {
     fn tensors_in_another_order_come_to_the_places_that_their_layout_says() {
         let (n, k) = (36, 40);
         let elements: Vec<f32> = (0..n * k).map(|i| i as f32).collect();
-        for layout in [Layout::Columns, Layout::Heads { heads: 3, head_dim: 4 }] {
+        for layout in [
+            Layout::Columns,
+            Layout::Heads { heads: 3, kv_heads: 3, head_dim: 4 },
+            Layout::Heads { heads: 5, kv_heads: 2, head_dim: 4 },
+            Layout::EvenOdd { head_dim: 12, pairs: 4 },
+        ] {
             let mut placed = vec![-1.0; n * k];
             place(&Cpu::new(Isa::detect(), Pool::new(3).into()), layout, &elements, (n, k), &mut placed);
             for (i, x) in elements.iter().enumerate() {

@@ -45,6 +45,8 @@ pub(super) struct Experts {
     pub logits: Ptr,
     pub chosen: Ptr,
     pub shares: Ptr,
+    /// `(tokens)`: logits of the shared expert's gates.
+    pub gates: Ptr,
     /// Pairs by expert, and tasks of them; as many as there are pairs.
     pub order: Ptr,
     pub tasks: Ptr,
@@ -71,6 +73,7 @@ impl Scratch {
                 logits: rows(all, 4)?,
                 chosen: rows(active, 4)?,
                 shares: rows(active, 4)?,
+                gates: rows(1, 4)?,
                 order: rows(1, 4)?,
                 tasks: rows(1, TASK_BYTES)?,
                 pairs: rows(residual, size)?,

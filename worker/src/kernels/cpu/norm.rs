@@ -28,8 +28,29 @@ impl Act {
             // A comparison keeps NaN, which a maximum would hide.
             Act::Relu => S::select_lt(x, S::splat(0.0), S::splat(0.0), x),
             Act::Tanh => tanh::<S>(x),
+            Act::ReluSquared => {
+                let x = Act::Relu.apply::<S>(x);
+                S::mul(x, x)
+            }
+            Act::Relu6 => at_most::<S>(Act::Relu.apply::<S>(x), 6.0),
+            Act::LeakyRelu => S::select_lt(x, S::splat(0.0), S::mul(x, S::splat(0.01)), x),
+            Act::Mish => {
+                // tanh(ln(1 + e)) = (e^2 + 2 e) / (e^2 + 2 e + 2); from 20 on it is 1.
+                let e = exp::<S>(at_most::<S>(x, 20.0));
+                let t = S::mul(e, S::add(e, S::splat(2.0)));
+                S::mul(x, S::div(t, S::add(t, S::splat(2.0))))
+            }
+            Act::Sigmoid => times_sigmoid::<S>(one, x),
+            Act::GeluClipped => at_most::<S>(Act::Gelu.apply::<S>(x), 10.0),
+            Act::Identity => x,
         }
     }
+}
+
+/// `min(x, most)`, which keeps NaN.
+#[inline(always)]
+fn at_most<S: Simd>(x: S::F, most: f32) -> S::F {
+    S::select_lt(S::splat(most), x, S::splat(most), x)
 }
 
 /// `x / (1 + e^-z)`.
@@ -141,29 +162,29 @@ fn sum<S: Simd, const SQUARED: bool>(x: &[f32], mean: f32) -> f32 {
     S::sum(S::load(&sums))
 }
 
-/// Norm of each head of queries and keys, in place (transformers' `q_norm` and `k_norm`).
+/// Norm of each head of queries and keys, or of all of them together, in place (transformers' `q_norm` and `k_norm`).
 pub(crate) struct HeadNorm<'a> {
     /// Which.
     pub norm: Norm,
-    /// Rows of `stride`, each beginning with `(heads, head_dim)` queries, then `(kv_heads, head_dim)` keys.
+    /// Rows of `stride`, each beginning with queries, then keys.
     pub qkv: &'a mut [f32],
     /// Distance from row to row.
     pub stride: usize,
-    /// Query heads.
-    pub heads: usize,
-    /// Key heads.
-    pub kv_heads: usize,
-    /// `(head_dim)` factors for queries, and for keys.
+    /// Widths of the queries of a row, and of its keys.
+    pub widths: [usize; 2],
+    /// Of these, what one norm is taken of.
+    pub spans: [usize; 2],
+    /// Factors for queries, and for keys: for one span, which all share, or for all.
     pub weights: [&'a [f32]; 2],
-    /// `(head_dim)` summands for queries, and for keys.
+    /// Summands likewise.
     pub biases: [Option<&'a [f32]>; 2],
 }
 
 impl HeadNorm<'_> {
     pub(super) fn run(self, cpu: &Cpu) {
-        let HeadNorm { norm, qkv, stride, heads, kv_heads, weights, biases } = self;
+        let HeadNorm { norm, qkv, stride, widths, spans, weights, biases } = self;
         cpu.pool.pieces(qkv, stride, Pool::grain(stride), |_, row| {
-            cpu.isa.run(HeadNorm { norm, qkv: row, stride, heads, kv_heads, weights, biases });
+            cpu.isa.run(HeadNorm { norm, qkv: row, stride, widths, spans, weights, biases });
         });
     }
 }
@@ -171,15 +192,17 @@ impl HeadNorm<'_> {
 impl Kernel for HeadNorm<'_> {
     #[inline(always)]
     fn run<S: Simd>(self) {
-        let d = self.weights[0].len();
         for row in self.qkv.chunks_exact_mut(self.stride) {
-            let heads = row.chunks_exact_mut(d).take(self.heads + self.kv_heads);
-            for (h, head) in heads.enumerate() {
-                let which = usize::from(h >= self.heads);
-                let (mean, scale) = moments::<S>(self.norm, head);
-                for (i, (x, w)) in head.iter_mut().zip(self.weights[which]).enumerate() {
-                    let y = (*x - mean) * scale * w;
-                    *x = self.biases[which].map_or(y, |b| y + b[i]);
+            let (queries, rest) = row.split_at_mut(self.widths[0]);
+            for (which, part) in [queries, &mut rest[..self.widths[1]]].into_iter().enumerate() {
+                let (span, weights) = (self.spans[which], self.weights[which]);
+                for (number, x) in part.chunks_exact_mut(span).enumerate() {
+                    let first = number * span % weights.len();
+                    let (mean, scale) = moments::<S>(self.norm, x);
+                    for (i, (x, w)) in x.iter_mut().zip(&weights[first..]).enumerate() {
+                        let y = (*x - mean) * scale * w;
+                        *x = self.biases[which].map_or(y, |b| y + b[first + i]);
+                    }
                 }
             }
         }
@@ -245,25 +268,34 @@ impl Kernel for GateMul<'_> {
     }
 }
 
-/// `x = cap * tanh(x / cap)`, in place.
+/// `x = cap * tanh(scale * x / cap)`, in place; without a bound `scale * x`.
 pub(crate) struct SoftCap<'a> {
+    /// The factor.
+    pub scale: f32,
     /// The bound.
-    pub cap: f32,
+    pub cap: Option<f32>,
     /// The values.
     pub x: &'a mut [f32],
 }
 
 impl SoftCap<'_> {
     pub(super) fn run(self, cpu: &Cpu) {
-        cpu.pool.pieces(self.x, PIECE, 1, |_, x| cpu.isa.run(SoftCap { cap: self.cap, x }));
+        let SoftCap { scale, cap, x } = self;
+        cpu.pool.pieces(x, PIECE, 1, |_, x| cpu.isa.run(SoftCap { scale, cap, x }));
     }
 }
 
 impl Kernel for SoftCap<'_> {
     #[inline(always)]
     fn run<S: Simd>(self) {
-        let cap = S::splat(self.cap);
-        map_lanes!(x in self.x => S::mul(cap, tanh::<S>(S::div(x, cap))));
+        let scale = S::splat(self.scale);
+        if self.scale != 1.0 {
+            map_lanes!(x in self.x => S::mul(x, scale));
+        }
+        if let Some(cap) = self.cap {
+            let cap = S::splat(cap);
+            map_lanes!(x in self.x => S::mul(cap, tanh::<S>(S::div(x, cap))));
+        }
     }
 }
 
@@ -272,7 +304,21 @@ mod tests {
     use super::*;
     use crate::kernels::cpu::{Cpu, isa::Isa};
 
-    const ACTS: [Act; 6] = [Act::Silu, Act::Gelu, Act::GeluTanh, Act::GeluQuick, Act::Relu, Act::Tanh];
+    const ACTS: [Act; 13] = [
+        Act::Silu,
+        Act::Gelu,
+        Act::GeluTanh,
+        Act::GeluQuick,
+        Act::Relu,
+        Act::Tanh,
+        Act::ReluSquared,
+        Act::Relu6,
+        Act::LeakyRelu,
+        Act::Mish,
+        Act::Sigmoid,
+        Act::GeluClipped,
+        Act::Identity,
+    ];
 
     fn true_value(act: Act, x: f64) -> f64 {
         match act {
@@ -294,6 +340,37 @@ mod tests {
             Act::GeluQuick => x / (1.0 + (-1.702 * x).exp()),
             Act::Relu => x.max(0.0),
             Act::Tanh => x.tanh(),
+            Act::ReluSquared => x.max(0.0).powi(2),
+            Act::Relu6 => x.clamp(0.0, 6.0),
+            Act::LeakyRelu => x.max(0.01 * x),
+            Act::Mish => x * x.exp().ln_1p().tanh(),
+            Act::Sigmoid => 1.0 / (1.0 + (-x).exp()),
+            Act::GeluClipped => true_value(Act::Gelu, x).min(10.0),
+            Act::Identity => x,
+        }
+    }
+
+    #[test]
+    fn bounds_are_reached_and_nothing_hides_a_nan() {
+        for act in ACTS {
+            let mut x = [-30.0, 30.0, 90.0, f32::NAN, f32::INFINITY];
+            Cpu::on(Isa::detect()).activate(Activate { act, x: &mut x });
+            let [low, high, higher, nan, infinite] = x;
+            assert!(nan.is_nan() && !infinite.is_nan(), "{act:?} {x:?}");
+            let expected = match act {
+                Act::Relu6 => [0.0, 6.0, 6.0],
+                Act::GeluClipped => [0.0, 10.0, 10.0],
+                Act::Mish | Act::Silu | Act::Gelu | Act::GeluTanh | Act::GeluQuick | Act::Relu => {
+                    [0.0, 30.0, 90.0]
+                }
+                Act::ReluSquared => [0.0, 900.0, 8100.0],
+                Act::LeakyRelu => [-0.3, 30.0, 90.0],
+                Act::Tanh => [-1.0, 1.0, 1.0],
+                Act::Sigmoid => [0.0, 1.0, 1.0],
+                Act::Identity => [-30.0, 30.0, 90.0],
+            };
+            let near = |(a, b): (f32, f32)| (a - b).abs() < 1e-5;
+            assert!([low, high, higher].into_iter().zip(expected).all(near), "{act:?} {x:?}");
         }
     }
 
@@ -319,7 +396,7 @@ mod tests {
                 all.extend(gated);
             }
             let mut capped = x.clone();
-            Cpu::on(isa).soft_cap(SoftCap { cap: 2.0, x: &mut capped });
+            Cpu::on(isa).soft_cap(SoftCap { scale: 0.5, cap: Some(2.0), x: &mut capped });
             all.extend(capped);
             all
         };
@@ -339,7 +416,7 @@ mod tests {
             for (a, act) in ACTS.into_iter().enumerate() {
                 near(all[(4 + 2 * a) * width + i], true_value(act, row[i]) * f64::from(x[width + i]));
             }
-            near(all[(4 + 2 * ACTS.len()) * width + i], 2.0 * (row[i] / 2.0).tanh());
+            near(all[(4 + 2 * ACTS.len()) * width + i], 2.0 * (row[i] * 0.5 / 2.0).tanh());
         }
     }
 }

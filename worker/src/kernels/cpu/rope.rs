@@ -79,13 +79,15 @@ impl RopeAndStore<'_> {
     }
 }
 
-/// Rotates queries in place, where keys and values are those of another layer.
+/// Rotates heads in place, and stores nothing.
 pub(crate) struct Rope<'a> {
-    /// `(tokens, heads * head_dim)`.
-    pub queries: &'a mut [f32],
+    /// Rows of `stride`, each beginning with `(heads, head_dim)`.
+    pub qkv: &'a mut [f32],
+    /// Distance from row to row.
+    pub stride: usize,
     /// How far each token turns.
     pub angles: Angles<'a>,
-    /// Query heads.
+    /// Heads that turn.
     pub heads: usize,
     /// Elements per head.
     pub head_dim: usize,
@@ -93,10 +95,36 @@ pub(crate) struct Rope<'a> {
 
 impl Rope<'_> {
     pub(super) fn run(self, cpu: &Cpu) {
-        let Rope { queries, angles, heads, head_dim: d } = self;
-        cpu.pool.pieces(queries, heads * d, Pool::grain(heads * d), |token, heads| {
-            cpu.isa.run(Rotate { heads, d, token, angles });
+        let Rope { qkv, stride, angles, heads, head_dim: d } = self;
+        cpu.pool.pieces(qkv, stride, Pool::grain(stride), |token, row| {
+            cpu.isa.run(Rotate { heads: &mut row[..heads * d], d, token, angles });
         });
+    }
+}
+
+/// Multiplies the queries of every token by the factor of its position: `factors[position / period]`.
+pub(crate) struct Sharpen<'a> {
+    /// Rows of `stride`, each beginning with `width` queries.
+    pub qkv: &'a mut [f32],
+    /// Distance from row to row.
+    pub stride: usize,
+    /// Width of the queries.
+    pub width: usize,
+    /// Positions with equal factors, and the factor of each period.
+    pub factors: (usize, &'a [f32]),
+    /// Where the sequences' tokens lie.
+    pub rows: &'a [BatchRow<'a>],
+}
+
+impl Sharpen<'_> {
+    /// Does so.
+    pub fn run(self) {
+        let (period, factors) = self.factors;
+        let positions = self.rows.iter().flat_map(|row| row.start..row.start + row.count);
+        for (row, position) in self.qkv.chunks_exact_mut(self.stride).zip(positions) {
+            let factor = factors.get(position as usize / period).copied().unwrap_or(1.0);
+            row[..self.width].iter_mut().for_each(|x| *x *= factor);
+        }
     }
 }
 

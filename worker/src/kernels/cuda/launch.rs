@@ -106,8 +106,8 @@ macro_rules! kernels {
 }
 
 kernels! {
-    embed norm_rows gather_rows angles rope_store gate_mul activate_rows bias_rows bias_values soft_cap
-    pool_rows normalize_values narrow_values widen_rows activate_values take_columns quantize_rows
+    embed norm_rows gather_rows angles norm_heads_together rope_store gate_mul activate_rows bias_rows bias_values soft_cap
+    add_scaled pool_rows normalize_values narrow_values widen_rows activate_values take_columns quantize_rows
     dequantize_int8 dequantize_int4 attention_plain attention_combine route group_pairs combine_experts
     sample_scan sample_adjust sample_mass sample_bins sample_ties sample_alternatives
 }
@@ -239,6 +239,14 @@ fn allow_shared(function: &CudaFunction, bytes: u32) -> Result<(), DriverError> 
     function.set_attribute(most, bytes as i32)
 }
 
+impl SharedExpert {
+    /// From a token on, of which row and gate take so many bytes.
+    pub fn skip(self, tokens: usize, (row, gate): (u64, u64)) -> Self {
+        let from = |ptr: Ptr, bytes| if ptr == Ptr::NULL { ptr } else { ptr.offset(tokens as u64 * bytes) };
+        SharedExpert { rows: from(self.rows, row), gates: from(self.gates, gate) }
+    }
+}
+
 /// Starts a kernel that may overlap with the one before it in the stream: it waits for that one by itself
 /// (`wait_for_previous` of `common.cu`), so that its start costs no time of its own.
 pub(crate) fn start_following(
@@ -350,7 +358,13 @@ passed! {
     /// `Cache` of `rows.cu`.
     RawCache { keys: Ptr, values: Ptr }
     /// `Heads` of `rows.cu`.
-    Heads { heads: i32, kv_heads: i32, pairs: i32, query: RawNorm, key: RawNorm }
+    Heads { heads: i32, kv_heads: i32, pairs: i32, each: i32, query: RawNorm, key: RawNorm, period: i32, beta: f32 }
+    /// `Routing` of `moe.cu`.
+    Routing {
+        correction: Ptr, experts: i32, active: i32, normalize: i32, scale: f32, groups: i32, kept: i32,
+    }
+    /// `SharedExpert` of `moe.cu`.
+    SharedExpert { rows: Ptr, gates: Ptr }
     /// `Product` of `product.cu`.
     RawProduct {
         weight: RawMatrix, bias: Ptr, x: Ptr, norm: RawNorm, bytes: Bytes, out: Ptr,

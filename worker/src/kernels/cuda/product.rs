@@ -125,6 +125,13 @@ pub(crate) fn act_number(act: Act) -> i32 {
         Act::GeluQuick => 3,
         Act::Relu => 4,
         Act::Tanh => 5,
+        Act::ReluSquared => 6,
+        Act::Relu6 => 7,
+        Act::LeakyRelu => 8,
+        Act::Mish => 9,
+        Act::Sigmoid => 10,
+        Act::GeluClipped => 11,
+        Act::Identity => 12,
     }
 }
 

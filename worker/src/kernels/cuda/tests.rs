@@ -8,7 +8,9 @@ use strata_proto::{DType, Format, Quantization};
 
 use super::{
     Gpu,
-    launch::{Attend, Bytes, Kernels, Places, RawCache, RawNorm, attention_bytes, launch},
+    launch::{
+        Attend, Bytes, Kernels, Places, RawCache, RawNorm, Routing, SharedExpert, attention_bytes, launch,
+    },
     memory::{self, Memory, Ptr},
     product::{Epilogue, Grouped, Linear, Matrix, RowBytes, Rows, TASK_BYTES},
 };
@@ -378,8 +380,15 @@ fn rows_go_through_the_matrix_of_their_expert() {
             let (logits_at, x_at) = (b.floats(DType::F32, &logits), b.floats(element, &x));
             let [chosen, shares, order] = [(); 3].map(|()| b.words(&vec![u32::MAX; pairs]));
             let tasks = b.bytes(&vec![0xff; pairs * TASK_BYTES as usize]);
+            let routing = Routing {
+                experts: experts as i32,
+                active: active as i32,
+                normalize: 1,
+                scale: 1.0,
+                ..Routing::default()
+            };
             launch!(b.gpu, kernels.route, (tokens.div_ceil(4) as u32, 1, 1), 128, 0;
-                logits_at, chosen, shares, tokens as i32, experts as i32, active as i32, 1i32)
+                logits_at, chosen, shares, tokens as i32, routing)
             .unwrap();
             let groups = b.gpu.group(&kernels, (chosen, pairs), experts, (order, tasks)).unwrap();
             let out = b.floats(element, &vec![f32::NAN; pairs * n]);
@@ -410,7 +419,7 @@ fn rows_go_through_the_matrix_of_their_expert() {
             b.gpu.linear(&kernels, &call).unwrap();
             let sums = b.floats(element, &vec![f32::NAN; tokens * n]);
             launch!(b.gpu, kernels.combine_experts, (1, tokens as u32, 1), 256, 0;
-                sums, out, shares, active as i32, n as i32, 0i32)
+                sums, out, shares, SharedExpert::default(), active as i32, n as i32, 0i32)
             .unwrap();
             let got = b.read(element, sums, tokens * n);
 

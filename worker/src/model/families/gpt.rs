@@ -50,7 +50,7 @@ pub(super) fn describe_2(config: &Config) -> Result<Description, ModelError> {
             carried: Vec::new(),
             layers: (0..config.required("n_layer", 1..=10_000)?).map(layer).collect(),
             norm: Some(norm),
-            head: Head::Lm { softcap: None },
+            head: Head::LM,
         },
         names: Names {
             bases: &["transformer.", ""],
@@ -90,7 +90,7 @@ pub(super) fn describe_neox(config: &Config) -> Result<Description, ModelError> 
         }),
     };
     let context = config.integer("max_position_embeddings", 1..=1 << 23)?.unwrap_or(2048);
-    let defaults = rope::Defaults { partial: 0.25, ..rope::DEFAULTS };
+    let defaults = rope::Defaults { partial: Some(0.25), ..rope::DEFAULTS };
     Ok(Description {
         tower: Tower {
             width,
@@ -103,7 +103,7 @@ pub(super) fn describe_neox(config: &Config) -> Result<Description, ModelError> 
             carried: Vec::new(),
             layers: vec![layer; config.required("num_hidden_layers", 1..=10_000)?],
             norm: Some(norm),
-            head: Head::Lm { softcap: None },
+            head: Head::LM,
         },
         names: Names {
             bases: &["gpt_neox.", ""],

@@ -85,7 +85,7 @@ pub(super) fn plain(config: &Config) -> Result<Description, ModelError> {
             carried: Vec::new(),
             layers: vec![layer; config.required("num_hidden_layers", 1..=10_000)?],
             norm: Some(norm),
-            head: Head::Lm { softcap: None },
+            head: Head::LM,
         },
         names: Names {
             bases: &["model.", ""],

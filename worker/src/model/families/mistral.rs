@@ -1,5 +1,6 @@
-//! Mistral and Mixtral (transformers' `modeling_mistral.py`, `modeling_mixtral.py`): Llama with a sliding window;
-//! Mixtral with experts.
+//! Mistral, Ministral and Mixtral (transformers' `modeling_mistral.py`, `modeling_ministral.py`, `modeling_mixtral.py`):
+//! Llama with a sliding window, of Ministral on some layers; Ministral 3 sharpens queries far into a sequence; Mixtral has
+//! experts.
 
 use super::{Description, llama};
 use crate::model::{
@@ -14,21 +15,32 @@ const DEFAULT_WINDOW: usize = 4096;
 
 pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
     let mut description = llama::describe(config)?;
-    let window = match config.integer("sliding_window", 1..=1 << 23)? {
-        None if config.mentions("sliding_window") => None,
-        window => Some(window.unwrap_or(DEFAULT_WINDOW)),
-    };
-    slide(&mut description, window);
+    slide(&mut description, super::window(config, Some(DEFAULT_WINDOW))?);
+    // Where layers are listed, transformers reads the file as one of Ministral.
+    let listed = super::sliding_layers(config, description.tower.layers.len(), |_| true)?;
+    for (layer, slides) in description.tower.layers.iter_mut().zip(listed) {
+        if !slides {
+            layer.attention.mask = AttentionMask::Causal;
+        }
+    }
+    Ok(description)
+}
+
+pub(super) fn describe_ministral_3(config: &Config) -> Result<Description, ModelError> {
+    let mut description = llama::describe(config)?;
+    slide(&mut description, super::window(config, None)?);
+    let tower = &mut description.tower;
+    tower.ropes[0].sharpening = rope::sharpening(config, tower.context)?;
     Ok(description)
 }
 
 pub(super) fn describe_mixtral(config: &Config) -> Result<Description, ModelError> {
     let mut description = llama::describe_with(config, rope::Defaults { theta: 1e6, ..rope::DEFAULTS })?;
-    slide(&mut description, config.integer("sliding_window", 1..=1 << 23)?);
+    slide(&mut description, super::window(config, None)?);
     let experts = config.integer("num_local_experts", 1..=1 << 14)?.unwrap_or(8);
     let active = config.integer("num_experts_per_tok", 1..=experts)?.unwrap_or(2.min(experts));
     for layer in &mut description.tower.layers {
-        layer.ffn = Ffn::Moe(Moe { experts, active, normalize: true, mlp: layer.ffn.mlp() });
+        layer.ffn = Ffn::Moe(Moe::new(experts, active, layer.ffn.mlp()));
     }
     let names = &mut description.names.slots;
     names.retain(|(slot, _)| ![Slot::Gate, Slot::Up, Slot::Down].contains(slot));
@@ -38,6 +50,7 @@ pub(super) fn describe_mixtral(config: &Config) -> Result<Description, ModelErro
         (Slot::Up, Source::Rows("layers.{}.block_sparse_moe.experts.{e}.w3")),
         (Slot::Down, Source::Rows("layers.{}.block_sparse_moe.experts.{e}.w2")),
     ]);
+    names.extend(super::FUSED_EXPERTS);
     Ok(description)
 }
 

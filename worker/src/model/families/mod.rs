@@ -1,16 +1,28 @@
 //! One file per model family: `config.json` and tensor names mapped onto the shared blocks.
 
 mod bert;
+mod cohere;
+mod exaone;
+mod falcon;
 mod gemma;
+mod glm;
 mod gpt;
+mod granite;
+mod hunyuan;
 mod llama;
 mod mistral;
+mod nemotron;
+mod olmo;
 mod phi;
 mod qwen;
+mod smollm;
+mod stablelm;
+mod starcoder;
+mod wrapped;
 
 use super::{
     ModelError,
-    architecture::{Act, Names, Tower},
+    architecture::{Act, Names, Slot, Source, Tower},
     config::{Config, ConfigError},
 };
 
@@ -43,24 +55,58 @@ const fn word_piece(name: &'static str, describe: Describe) -> Family {
 /// Every family, by name.
 const FAMILIES: &[Family] = &[
     word_piece("bert", bert::describe),
+    bpe("cohere", cohere::describe),
+    bpe("cohere2", cohere::describe_2),
     word_piece("distilbert", bert::describe_distil),
+    bpe("exaone4", exaone::describe),
+    bpe("falcon", falcon::describe),
     bpe("gemma2", gemma::describe_2),
     bpe("gemma3_text", gemma::describe_3),
+    bpe("glm", glm::describe),
+    bpe("glm4", glm::describe_4),
+    bpe("glm4_moe", glm::describe_4_moe),
     bpe("gpt2", gpt::describe_2),
     bpe("gpt_neox", gpt::describe_neox),
+    bpe("granite", granite::describe),
+    bpe("granitemoe", granite::describe_moe),
+    bpe("hunyuan_v1_dense", hunyuan::describe),
     bpe("llama", llama::describe),
+    bpe("ministral", mistral::describe),
+    bpe("ministral3", mistral::describe_ministral_3),
     bpe("mistral", mistral::describe),
     bpe("mixtral", mistral::describe_mixtral),
+    bpe("nemotron", nemotron::describe),
+    bpe("olmo2", olmo::describe_2),
+    bpe("olmo3", olmo::describe_3),
+    bpe("olmoe", olmo::describe_moe),
     bpe("phi", phi::describe),
     bpe("phi3", phi::describe_3),
     bpe("qwen2", qwen::describe_2),
+    bpe("qwen2_moe", qwen::describe_2_moe),
     bpe("qwen3", qwen::describe_3),
     bpe("qwen3_moe", qwen::describe_3_moe),
     bpe("roberta", bert::describe_roberta),
+    bpe("seed_oss", llama::describe),
+    bpe("smollm3", smollm::describe),
+    bpe("stablelm", stablelm::describe),
+    bpe("starcoder2", starcoder::describe),
 ];
 
 /// The family that `model_type` names, and its description of `config`.
 pub(super) fn describe(config: &Config) -> Result<(String, Description), ModelError> {
+    if let Some(text) = wrapped::text(config)? {
+        let (family, description) = describe_plain(&text)?;
+        return Ok((family, wrapped::wrap(description)));
+    }
+    describe_plain(config)
+}
+
+/// What counts of `config.json`: all of it, or the part about text where that is one of several.
+pub(super) fn text(config: Config) -> Result<Config, ConfigError> {
+    Ok(wrapped::text(&config)?.unwrap_or(config))
+}
+
+fn describe_plain(config: &Config) -> Result<(String, Description), ModelError> {
     let expected = || {
         let names: Vec<_> = FAMILIES.iter().map(|family| family.name).collect();
         format!("a supported family ({})", names.join(", "))
@@ -82,13 +128,68 @@ fn act(config: &Config, field: &str, default: Act) -> Result<Act, ConfigError> {
     match config.string(field)? {
         None => Ok(default),
         Some("silu" | "swish") => Ok(Act::Silu),
-        Some("gelu") => Ok(Act::Gelu),
-        Some("gelu_new" | "gelu_pytorch_tanh" | "gelu_fast") => Ok(Act::GeluTanh),
+        Some("gelu" | "gelu_python") => Ok(Act::Gelu),
+        Some("gelu_new" | "gelu_pytorch_tanh" | "gelu_python_tanh" | "gelu_fast" | "gelu_accurate") => {
+            Ok(Act::GeluTanh)
+        }
+        Some("gelu_10") => Ok(Act::GeluClipped),
         Some("quick_gelu") => Ok(Act::GeluQuick),
         Some("relu") => Ok(Act::Relu),
+        Some("relu2") => Ok(Act::ReluSquared),
+        Some("relu6") => Ok(Act::Relu6),
+        Some("leaky_relu") => Ok(Act::LeakyRelu),
+        Some("mish") => Ok(Act::Mish),
+        Some("sigmoid") => Ok(Act::Sigmoid),
         Some("tanh") => Ok(Act::Tanh),
-        Some(_) => Err(config
-            .error(field, "silu, gelu, gelu_new, gelu_pytorch_tanh, gelu_fast, quick_gelu, relu or tanh")),
+        Some("linear") => Ok(Act::Identity),
+        Some(_) => Err(config.error(
+            field,
+            "silu, gelu, gelu_new, gelu_pytorch_tanh, gelu_fast, gelu_10, quick_gelu, relu, relu2, relu6, leaky_relu, mish, \
+             sigmoid, tanh or linear",
+        )),
+    }
+}
+
+/// Where the experts of all layers are if a file has them fused, as transformers 5 holds them.
+const FUSED_EXPERTS: [(Slot, Source); 3] = [
+    (Slot::Router, Source::Rows("layers.{}.mlp.gate")),
+    (Slot::GateUp, Source::Experts("layers.{}.mlp.experts.gate_up_proj")),
+    (Slot::Down, Source::Experts("layers.{}.mlp.experts.down_proj")),
+];
+
+/// Puts `to` in the place of what filled the same slots, and takes away what filled those of `without`.
+fn rename(names: &mut Names, without: &[Slot], to: &[(Slot, Source)]) {
+    names.slots.retain(|(slot, _)| !without.contains(slot) && !to.iter().any(|(s, _)| s == slot));
+    names.slots.extend(to);
+}
+
+/// The files hold the factors of all norms less one.
+fn norms_less_one(names: &mut Names) {
+    let norm = |slot: Slot| {
+        matches!(
+            slot,
+            Slot::AttentionNorm
+                | Slot::AttentionPostNorm
+                | Slot::FfnNorm
+                | Slot::FfnPostNorm
+                | Slot::QueryNorm
+                | Slot::KeyNorm
+                | Slot::FinalNorm
+        )
+    };
+    for (slot, source) in &mut names.slots {
+        if norm(*slot) {
+            *source = Source::PlusOne(source.name());
+        }
+    }
+}
+
+/// The window, `default` if the file does not mention it; none if it is null or 0 there.
+fn window(config: &Config, default: Option<usize>) -> Result<Option<usize>, ConfigError> {
+    match config.integer("sliding_window", 0..=1 << 23)? {
+        Some(0) => Ok(None),
+        None if config.mentions("sliding_window") => Ok(None),
+        window => Ok(window.or(default)),
     }
 }
 

@@ -5,21 +5,21 @@
 use super::{Description, llama, mistral};
 use crate::model::{
     ModelError,
-    architecture::{Act, Ffn, Flow, Mlp, Norm, Slot, Source},
+    architecture::{Act, Ffn, Flow, Mlp, Norm, QkNorm, Slot, Source},
     config::Config,
     rope,
 };
 
 pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
     let Description { mut tower, mut names } =
-        llama::describe_with(config, rope::Defaults { partial: 0.5, ..rope::DEFAULTS })?;
+        llama::describe_with(config, rope::Defaults { partial: Some(0.5), ..rope::DEFAULTS })?;
     let norm = Norm::Layer(config.positive("layer_norm_eps")?.unwrap_or(1e-5) as f32);
     let act = super::act(config, "hidden_act", Act::GeluTanh)?;
     let norm_heads = config.flag("qk_layernorm", false)?;
     for layer in &mut tower.layers {
         layer.flow = Flow::ParallelOne(norm);
         layer.ffn = Ffn::Plain(Mlp { act, ..layer.ffn.mlp() });
-        layer.attention.qk_norm = norm_heads.then_some(norm);
+        layer.attention.qk_norm = norm_heads.then_some(QkNorm::of_heads(norm));
     }
     tower.norm = Some(norm);
     let replaced = [Slot::AttentionOut, Slot::FfnNorm, Slot::Gate, Slot::Up, Slot::Down, Slot::FinalNorm];
@@ -36,8 +36,9 @@ pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
 }
 
 pub(super) fn describe_3(config: &Config) -> Result<Description, ModelError> {
-    let mut description = llama::describe(config)?;
-    mistral::slide(&mut description, config.integer("sliding_window", 1..=1 << 23)?);
+    let rope = rope::Defaults { partial: Some(1.0), ..rope::DEFAULTS };
+    let mut description = llama::describe_with(config, rope)?;
+    mistral::slide(&mut description, super::window(config, None)?);
     let names = &mut description.names.slots;
     let replaced = [Slot::Query, Slot::Key, Slot::Value, Slot::Gate, Slot::Up];
     names.retain(|(slot, _)| !replaced.contains(slot));

@@ -237,7 +237,13 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], const u32 
 #endif
 
 // Activation functions, numbered as the host numbers them.
-enum { SILU, GELU, GELU_TANH, GELU_QUICK, RELU, TANH };
+enum { SILU, GELU, GELU_TANH, GELU_QUICK, RELU, TANH, RELU_SQUARED, RELU6, LEAKY_RELU, MISH, SIGMOID, GELU_CLIPPED, IDENTITY };
+
+// min(x, most), which keeps NaN.
+__device__ __forceinline__ float at_most(float x, float most) { return x > most ? most : x; }
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
 template <int ACT>
 __device__ __forceinline__ float activate_by(float x) {
     if constexpr (ACT == SILU) return x / (1.0f + expf(-x));
@@ -245,6 +251,17 @@ __device__ __forceinline__ float activate_by(float x) {
     if constexpr (ACT == GELU_TANH) return 0.5f * x * (1.0f + tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));
     if constexpr (ACT == GELU_QUICK) return x / (1.0f + expf(-1.702f * x));
     if constexpr (ACT == RELU) return x < 0.0f ? 0.0f : x;
+    if constexpr (ACT == RELU_SQUARED) return x < 0.0f ? 0.0f : x * x;
+    if constexpr (ACT == RELU6) return x < 0.0f ? 0.0f : at_most(x, 6.0f);
+    if constexpr (ACT == LEAKY_RELU) return x < 0.0f ? 0.01f * x : x;
+    if constexpr (ACT == MISH) {
+        // tanh(ln(1 + e)) = (e^2 + 2 e) / (e^2 + 2 e + 2); from 20 on it is 1.
+        float e = expf(at_most(x, 20.0f)), t = e * (e + 2.0f);
+        return x * (t / (t + 2.0f));
+    }
+    if constexpr (ACT == SIGMOID) return sigmoid(x);
+    if constexpr (ACT == GELU_CLIPPED) return at_most(activate_by<GELU>(x), 10.0f);
+    if constexpr (ACT == IDENTITY) return x;
     return tanhf(x);
 }
 
@@ -261,6 +278,13 @@ __device__ __forceinline__ void activate_all(int act, float (&x)[COUNT]) {
         case GELU_TANH: return activate_each<GELU_TANH>(x);
         case GELU_QUICK: return activate_each<GELU_QUICK>(x);
         case RELU: return activate_each<RELU>(x);
+        case RELU_SQUARED: return activate_each<RELU_SQUARED>(x);
+        case RELU6: return activate_each<RELU6>(x);
+        case LEAKY_RELU: return activate_each<LEAKY_RELU>(x);
+        case MISH: return activate_each<MISH>(x);
+        case SIGMOID: return activate_each<SIGMOID>(x);
+        case GELU_CLIPPED: return activate_each<GELU_CLIPPED>(x);
+        case IDENTITY: return;
         default: return activate_each<TANH>(x);
     }
 }

@@ -1,29 +1,79 @@
 // Mixtures of experts: which experts a token goes through, the tokens of each expert, and the sum of what they yield.
 
-// logits (tokens, experts): the softmax's likeliest `active`, ascending, ties to the lowest number, and their shares. One
+struct Routing {
+    // Added to the scores for the choice alone; null for none.
+    const float* correction;
+    int experts, active;
+    // Whether the shares of those chosen are made to add up to 1, before they are multiplied by `scale`.
+    int normalize;
+    float scale;
+    // 0 where scores are the softmax. Otherwise they are sigmoids, of so many groups of which `kept` count, at most one to a
+    // lane.
+    int groups, kept;
+};
+
+// logits (tokens, experts): the `active` of the highest scores, ascending, ties to the lowest number, and their shares. One
 // warp per token.
-extern "C" __global__ void route(float* logits, u32* chosen, float* shares, int tokens, int experts, int active, int normalize) {
+extern "C" __global__ void route(float* logits, u32* chosen, float* shares, int tokens, Routing r) {
+    const int experts = r.experts, active = r.active;
     int token = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (token >= tokens) return;
     float* x = logits + (size_t)token * experts;
-    float largest = NEG_INF;
-    for (int i = lane; i < experts; i += WARP) largest = fmaxf(largest, x[i]);
-    largest = warp_max(largest);
-    float total = 0.0f;
-    for (int i = lane; i < experts; i += WARP) total += expf(x[i] - largest);
-    total = warp_sum(total);
-    for (int i = lane; i < experts; i += WARP) x[i] = expf(x[i] - largest) / total;
-    __syncwarp();
+    // Groups that count, a bit each, and experts of a group.
+    u32 kept = FULL;
+    int size = experts;
+    if (r.groups == 0) {
+        float largest = NEG_INF;
+        for (int i = lane; i < experts; i += WARP) largest = fmaxf(largest, x[i]);
+        largest = warp_max(largest);
+        float total = 0.0f;
+        for (int i = lane; i < experts; i += WARP) total += expf(x[i] - largest);
+        total = warp_sum(total);
+        for (int i = lane; i < experts; i += WARP) x[i] = expf(x[i] - largest) / total;
+        __syncwarp();
+    } else {
+        for (int i = lane; i < experts; i += WARP) x[i] = sigmoid(x[i]);
+        __syncwarp();
+        size = experts / r.groups;
+        float first = NEG_INF, second = NEG_INF;
+        if (lane < r.groups)
+            for (int i = lane * size; i < (lane + 1) * size; i++) {
+                float y = x[i] + (r.correction ? r.correction[i] : 0.0f);
+                if (y > first) {
+                    second = first;
+                    first = y;
+                } else if (y > second) {
+                    second = y;
+                }
+            }
+        float sum = first + second;
+        kept = 0;
+        for (int k = 0; k < r.kept; k++) {
+            bool there = lane < r.groups && !(kept >> lane & 1);
+            float best = there && sum == sum ? sum : NEG_INF;
+            int at = there ? lane : WARP;
+            for (int offset = WARP / 2; offset > 0; offset /= 2) {
+                float other = __shfl_xor_sync(FULL, best, offset);
+                int where = __shfl_xor_sync(FULL, at, offset);
+                if (where < WARP && (at == WARP || other > best || (other == best && where < at))) {
+                    best = other;
+                    at = where;
+                }
+            }
+            kept |= 1u << at;
+        }
+    }
     u32 taken[MAX_ACTIVE];
     for (int slot = 0; slot < active; slot++) {
         // What compares with nothing (NaN) is taken last, but something is always taken.
         float best = NEG_INF;
         int at = experts;
         for (int i = lane; i < experts; i += WARP) {
-            bool free = true;
+            bool free = kept >> (i / size) & 1;
             for (int s = 0; s < slot; s++) free = free && taken[s] != (u32)i;
-            if (free && (at == experts || x[i] > best)) {
-                best = x[i] == x[i] ? x[i] : NEG_INF;
+            float y = x[i] + (r.correction ? r.correction[i] : 0.0f);
+            if (free && (at == experts || y > best)) {
+                best = y == y ? y : NEG_INF;
                 at = i;
             }
         }
@@ -46,9 +96,11 @@ extern "C" __global__ void route(float* logits, u32* chosen, float* shares, int 
             taken[j - 1] = other;
         }
     for (int slot = 0; slot < active; slot++) sum += x[taken[slot]];
+    // As transformers, so that nothing is divided by 0.
+    if (r.groups) sum += 1e-20f;
     for (int slot = 0; slot < active; slot++) {
         chosen[token * active + slot] = taken[slot];
-        shares[token * active + slot] = x[taken[slot]] / (normalize ? sum : 1.0f);
+        shares[token * active + slot] = x[taken[slot]] / (r.normalize ? sum : 1.0f) * r.scale;
     }
 }
 
@@ -89,11 +141,20 @@ extern "C" __global__ void group_pairs(u32* order, Task* tasks, const u32* chose
     for (int i = threadIdx.x; i < pairs; i += blockDim.x) order[atomicAdd(&next[chosen[i]], 1u)] = i;
 }
 
-// out (tokens, width) = or += the sum of each token's pairs (tokens * active, width), by ascending expert.
-extern "C" __global__ void combine_experts(T* out, const T* pairs, const float* shares, int active, int width, int add) {
+// What an expert that every token goes through yields (tokens, width), and the logits of its gates (tokens); null for none.
+struct SharedExpert {
+    const T* rows;
+    const float* gates;
+};
+
+// out (tokens, width) = or += the sum of each token's pairs (tokens * active, width), by ascending expert, and of what the
+// shared expert yields.
+extern "C" __global__ void combine_experts(T* out, const T* pairs, const float* shares, SharedExpert shared, int active,
+                                           int width, int add) {
     int i = blockIdx.x * blockDim.x + threadIdx.x, token = blockIdx.y;
     if (i >= width) return;
-    float sum = 0.0f;
+    float sum = shared.rows ? widen(shared.rows[(size_t)token * width + i]) : 0.0f;
+    if (shared.gates) sum *= sigmoid(shared.gates[token]);
     for (int slot = 0; slot < active; slot++) {
         size_t pair = (size_t)token * active + slot;
         sum += shares[pair] * widen(pairs[pair * width + i]);

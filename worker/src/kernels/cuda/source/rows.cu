@@ -226,9 +226,38 @@ struct Heads {
     int heads, kv_heads;
     // Pairs of dimensions that turn; 0 for none.
     int pairs;
+    // Whether each head has factors of its own in a norm.
+    int each;
     // Norms of queries and keys; a null weight for none.
     Norm query, key;
+    // Queries at position p are multiplied by 1 + beta ln(1 + floor(p / period)), if there is a period.
+    int period;
+    float beta;
 };
+
+// Norms of queries (blockIdx.y 0) and of keys, each of all heads together, in place.
+extern "C" __global__ void norm_heads_together(T* qkv, Heads h) {
+    __shared__ float scratch[WARP];
+    follow();
+    bool keys = blockIdx.y;
+    int width = (keys ? h.kv_heads : h.heads) * HEAD_DIM;
+    T* x = qkv + (size_t)blockIdx.x * (h.heads + 2 * h.kv_heads) * HEAD_DIM + (keys ? h.heads * HEAD_DIM : 0);
+    const Norm& norm = keys ? h.key : h.query;
+    float mean = 0.0f;
+    if (norm.centred) {
+        float sum = 0.0f;
+        for (int i = threadIdx.x; i < width; i += blockDim.x) sum += widen(x[i]);
+        mean = block_sum(sum, scratch) / width;
+    }
+    float squares = 0.0f;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        float d = widen(x[i]) - mean;
+        squares = fmaf(d, d, squares);
+    }
+    float factor = rsqrtf(block_sum(squares, scratch) / width + norm.epsilon);
+    for (int i = threadIdx.x; i < width; i += blockDim.x)
+        x[i] = narrowed((widen(x[i]) - mean) * factor * norm.weight[i] + (norm.bias ? norm.bias[i] : 0.0f));
+}
 
 // One warp per head: norm and rotation of queries and keys in place, and keys and values into the cache, if there is one.
 extern "C" __global__ void rope_store(T* qkv, Heads h, const float* angles, Places places, Cache cache) {
@@ -242,7 +271,7 @@ extern "C" __global__ void rope_store(T* qkv, Heads h, const float* angles, Plac
     int pairs = is_value ? 0 : h.pairs;
     // What the step was given does not wait for the kernel before: the place in the cache, and the angles.
     T* to = nullptr;
-    float cosines[TURNS], sines[TURNS];
+    float cosines[TURNS], sines[TURNS], sharpen = 1.0f;
     if (head < all) {
         if (head >= h.heads && cache.keys) {
             u32 position = places.positions[token];
@@ -250,6 +279,7 @@ extern "C" __global__ void rope_store(T* qkv, Heads h, const float* angles, Plac
             size_t at = ((size_t)block * h.kv_heads + (head - h.heads) % h.kv_heads) * BLOCK_TOKENS + position % BLOCK_TOKENS;
             if (block != NO_BLOCK) to = (is_value ? cache.values : cache.keys) + at * HEAD_DIM;
         }
+        if (head < h.heads && h.period) sharpen += h.beta * logf(1.0f + places.positions[token] / (u32)h.period);
         const float* of_token = angles + (size_t)token * 2 * h.pairs;
 #pragma unroll
         for (int e = 0; e < TURNS; e++) {
@@ -263,6 +293,7 @@ extern "C" __global__ void rope_store(T* qkv, Heads h, const float* angles, Plac
     T* x = qkv + ((size_t)token * all + head) * HEAD_DIM;
     Norm norm = head < h.heads ? h.query : h.key;
     if (!is_value && norm.weight) {
+        int own = h.each ? (head < h.heads ? head : head - h.heads) * HEAD_DIM : 0;
         float sum = 0.0f, squares = 0.0f, held[EACH];
 #pragma unroll
         for (int e = 0; e < EACH; e++) {
@@ -281,7 +312,7 @@ extern "C" __global__ void rope_store(T* qkv, Heads h, const float* angles, Plac
         for (int e = 0; e < EACH; e++) {
             int i = e * WARP + lane;
             if (i < HEAD_DIM)
-                x[i] = narrowed((held[e] - mean) * factor * norm.weight[i] + (norm.bias ? norm.bias[i] : 0.0f));
+                x[i] = narrowed((held[e] - mean) * factor * norm.weight[own + i] + (norm.bias ? norm.bias[own + i] : 0.0f));
         }
         __syncwarp();
     }
@@ -290,7 +321,8 @@ extern "C" __global__ void rope_store(T* qkv, Heads h, const float* angles, Plac
         int i = e * WARP + lane;
         if (i >= pairs) break;
         float a = widen(x[i]), b = widen(x[i + pairs]);
-        T one = narrowed(a * cosines[e] - b * sines[e]), other = narrowed(b * cosines[e] + a * sines[e]);
+        T one = narrowed((a * cosines[e] - b * sines[e]) * sharpen);
+        T other = narrowed((b * cosines[e] + a * sines[e]) * sharpen);
         x[i] = one;
         x[i + pairs] = other;
         if (to) {
@@ -298,6 +330,8 @@ extern "C" __global__ void rope_store(T* qkv, Heads h, const float* angles, Plac
             to[i + pairs] = other;
         }
     }
+    if (sharpen != 1.0f)
+        for (int i = 2 * pairs + lane; i < HEAD_DIM; i += WARP) x[i] = narrowed(widen(x[i]) * sharpen);
     // What is not turned.
     if (to)
         for (int i = 2 * pairs + lane; i < HEAD_DIM; i += WARP) to[i] = x[i];
@@ -348,10 +382,18 @@ __device__ __forceinline__ void bias_rows_of(E* out, const float* bias, int n, i
 extern "C" __global__ void bias_rows(T* out, const float* bias, int n, int add) { bias_rows_of(out, bias, n, add); }
 extern "C" __global__ void bias_values(float* out, const float* bias, int n, int add) { bias_rows_of(out, bias, n, add); }
 
-// Values become cap * tanh(value / cap).
-extern "C" __global__ void soft_cap(float* values, size_t count, float cap) {
+// Values become cap * tanh(scale * value / cap), or scale * value where cap is 0.
+extern "C" __global__ void soft_cap(float* values, size_t count, float scale, float cap) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < count) values[i] = cap * tanhf(values[i] / cap);
+    if (i >= count) return;
+    float x = values[i] * scale;
+    values[i] = cap == 0.0f ? x : cap * tanhf(x / cap);
+}
+
+// out += factor * x.
+extern "C" __global__ void add_scaled(T* out, const T* x, size_t count, float factor) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) out[i] = narrowed(widen(out[i]) + factor * widen(x[i]));
 }
 
 // One vector of x (tokens, width) per output, at distances of `stride`: pool 0 = first, 1 = last, 2 = mean, 3 = sum by the root
