@@ -39,6 +39,7 @@ fn main() {
         labels: vec![],
         scoring: Scoring::Unspecified,
         sentences: Default::default(),
+        ranking: Default::default(),
         segments: 0,
         tokenizers: vec!["BPE".into()],
         stacks: vec![Stack {

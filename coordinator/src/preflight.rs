@@ -279,6 +279,7 @@ mod tests {
             labels: vec![],
             scoring: strata_proto::v1::Scoring::Unspecified,
             sentences: Default::default(),
+            ranking: Default::default(),
             segments: 0,
             tokenizers: vec!["BPE".into()],
             stacks: vec![],

@@ -117,6 +117,8 @@ pub struct ModelProfile {
     pub labels: Vec<String>,
     /// What becomes of them.
     pub scoring: v1::Scoring,
+    /// What becomes of the logit of a classifier of one class where documents are ranked.
+    pub ranking: v1::Scoring,
     /// What sentence-transformers' files say.
     pub sentences: v1::Sentences,
     /// Kinds of segments that the embedding knows.
@@ -315,6 +317,7 @@ impl From<ModelProfile> for v1::Profile {
             workspace_bytes_per_output: p.workspace_bytes_per_output,
             labels: p.labels,
             scoring: p.scoring as i32,
+            ranking: p.ranking as i32,
             sentences: Some(p.sentences),
             segments: p.segments,
             tokenizers: p.tokenizers,
@@ -327,7 +330,7 @@ impl TryFrom<v1::Profile> for ModelProfile {
     type Error = String;
 
     fn try_from(p: v1::Profile) -> Result<Self, String> {
-        let (task, scoring) = (p.task(), p.scoring());
+        let (task, scoring, ranking) = (p.task(), p.scoring(), p.ranking());
         if p.layers.is_empty() || p.vocab_size == 0 || p.context_length == 0 {
             return Err(format!("profile of {:?} has no layers, vocabulary or context", p.model));
         }
@@ -337,6 +340,7 @@ impl TryFrom<v1::Profile> for ModelProfile {
         Ok(ModelProfile {
             task,
             scoring,
+            ranking,
             labels: p.labels,
             sentences: p.sentences.unwrap_or_default(),
             segments: p.segments,

@@ -57,6 +57,7 @@ pub(crate) fn profile(layers: &[(u64, u64)], embedding: u64, tied: bool) -> Mode
         labels: vec![],
         scoring: strata_proto::v1::Scoring::Unspecified,
         sentences: Default::default(),
+        ranking: Default::default(),
         segments: 0,
         tokenizers: vec!["BPE".into()],
         stacks: vec![Stack {

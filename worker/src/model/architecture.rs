@@ -111,6 +111,8 @@ pub(crate) struct Layer {
 pub(crate) enum Flow {
     /// `x += f(norm(x))` for each (Llama, GPT-2).
     Pre(Norm),
+    /// `x += attention(x); x += ffn(norm(x))` (the first layer of ModernBERT, whose input has a norm).
+    PreFfn(Norm),
     /// `x = norm(x + f(x))` for each (BERT).
     Post(Norm),
     /// `x += norm(f(norm(x)))` for each (Gemma 2).
@@ -125,11 +127,21 @@ impl Flow {
     /// The kind of all its norms.
     pub fn norm(self) -> Norm {
         let (Flow::Pre(norm)
+        | Flow::PreFfn(norm)
         | Flow::Post(norm)
         | Flow::Sandwich(norm)
         | Flow::ParallelOne(norm)
         | Flow::ParallelTwo(norm)) = self;
         norm
+    }
+
+    /// Whether the block whose norm `slot` would be takes the residual stream as it is.
+    pub fn is_bare(self, slot: Slot) -> bool {
+        match self {
+            Flow::Post(_) => true,
+            Flow::PreFfn(_) => slot == Slot::AttentionNorm,
+            _ => false,
+        }
     }
 }
 
@@ -249,10 +261,14 @@ pub(crate) enum Head {
     },
     /// Logits over the vocabulary, for the token at a position: `head(norm(act(dense(x))))`.
     Mlm(Act, Norm),
-    /// Logits over classes from the first token: `head(act(dense(x)))`.
+    /// Logits over classes from one vector: `head(norm(act(dense(x))))`.
     Classify {
-        /// Between the two products.
-        act: Act,
+        /// Which vector.
+        pool: Pool,
+        /// Behind the dense product; without one, there is no such product.
+        act: Option<Act>,
+        /// Before the last product.
+        norm: Option<Norm>,
         /// What the classes are called.
         labels: Vec<String>,
         /// How their logits become scores.
@@ -260,6 +276,25 @@ pub(crate) enum Head {
     },
     /// One vector per sequence.
     Embed(Embedding),
+}
+
+impl Head {
+    /// What comes before the last product: an activation, behind a dense product, and a norm.
+    pub fn before(&self) -> (Option<Act>, Option<Norm>) {
+        match *self {
+            Head::Mlm(act, norm) => (Some(act), Some(norm)),
+            Head::Classify { act, norm, .. } => (act, norm),
+            Head::Lm { .. } | Head::Embed(_) => (None, None),
+        }
+    }
+
+    /// How the vector that classes are told from is pooled, where it is not simply that of a token asked for.
+    pub fn pooled_classes(&self) -> Option<Pool> {
+        match *self {
+            Head::Classify { pool, .. } if pool != Pool::First => Some(pool),
+            _ => None,
+        }
+    }
 }
 
 /// How a sequence becomes one vector, as sentence-transformers' modules say.
@@ -451,7 +486,9 @@ impl Tower {
             Site::Layer(layer) => {
                 let Layer { flow, attention, ffn } = &self.layers[layer];
                 let sandwich = matches!(flow, Flow::Sandwich(_));
-                slots.push((Slot::AttentionNorm, norm));
+                if !matches!(flow, Flow::PreFfn(_)) {
+                    slots.push((Slot::AttentionNorm, norm));
+                }
                 slots.push((Slot::Qkv, Shape::Product(attention.qkv_width(), width)));
                 if attention.qk_norm.is_some() {
                     let head = Shape::Norm(attention.head_dim);
@@ -473,12 +510,9 @@ impl Tower {
             }
             Site::Output => {
                 slots.extend(self.norm.map(|_| (Slot::FinalNorm, norm)));
-                if matches!(self.head, Head::Mlm(..) | Head::Classify { .. }) {
-                    slots.push((Slot::HeadDense, Shape::Product(width, width)));
-                }
-                if matches!(self.head, Head::Mlm(..)) {
-                    slots.push((Slot::HeadNorm, norm));
-                }
+                let (act, head_norm) = self.head.before();
+                slots.extend(act.map(|_| (Slot::HeadDense, Shape::Product(width, width))));
+                slots.extend(head_norm.map(|_| (Slot::HeadNorm, norm)));
                 match &self.head {
                     Head::Embed(embedding) => {
                         let widths = embedding.widths(width);
@@ -586,12 +620,18 @@ pub(crate) enum Source {
     Heads(&'static str),
     /// A vector from which 1 was taken (norms of Gemma).
     PlusOne(&'static str),
+    /// The second half of the rows, then the first (GTE's `up_gate_proj`).
+    Swapped(&'static str),
 }
 
 impl Source {
     /// The name.
     pub fn name(self) -> &'static str {
-        let (Source::Rows(name) | Source::Columns(name) | Source::Heads(name) | Source::PlusOne(name)) = self;
+        let (Source::Rows(name)
+        | Source::Columns(name)
+        | Source::Heads(name)
+        | Source::PlusOne(name)
+        | Source::Swapped(name)) = self;
         name
     }
 }

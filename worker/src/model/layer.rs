@@ -62,7 +62,7 @@ pub(crate) fn layer<O: Operations>(
         Flow::Post(_) => ops.renorm(norm, block, Slot::AttentionNorm)?,
         _ => {}
     }
-    if matches!(flow, Flow::Pre(_) | Flow::Post(_) | Flow::Sandwich(_)) {
+    if matches!(flow, Flow::Pre(_) | Flow::PreFfn(_) | Flow::Post(_) | Flow::Sandwich(_)) {
         ops.enter(*flow, block, Slot::FfnNorm)?;
     }
     match ffn {

@@ -40,6 +40,11 @@ pub(crate) enum Layout {
     },
     /// Less by one than in the slot.
     PlusOne,
+    /// The second half of the rows, of which there are so many, then the first.
+    Swapped {
+        /// Rows of both.
+        rows: usize,
+    },
 }
 
 impl Layout {
@@ -48,7 +53,7 @@ impl Layout {
         match self {
             Layout::Rows | Layout::PlusOne => (i / k, i % k),
             Layout::Columns => (i % n, i / n),
-            Layout::Heads { .. } => (self.row(i / k), i % k),
+            Layout::Heads { .. } | Layout::Swapped { .. } => (self.row(i / k), i % k),
         }
     }
 
@@ -59,6 +64,7 @@ impl Layout {
                 let (head, kind) = (row / (3 * head_dim), row / head_dim % 3);
                 (kind * heads + head) * head_dim + row % head_dim
             }
+            Layout::Swapped { rows } => (row + rows / 2) % rows,
             _ => row,
         }
     }
@@ -199,6 +205,7 @@ impl Binder<'_> {
                 Layout::Heads { heads: attention.heads, head_dim: attention.head_dim }
             }
             (Source::PlusOne(_), _) => Layout::PlusOne,
+            (Source::Swapped(_), _) => Layout::Swapped { rows: dimensions[0] },
             _ => Layout::Rows,
         };
         let name = format!("{module}.weight");
@@ -222,7 +229,7 @@ impl Binder<'_> {
         match (site, &self.tower.head) {
             (Site::Input, _) => self.tower.input.norm,
             (Site::Layer(layer), _) => Some(self.tower.layers[layer].flow.norm()),
-            (Site::Output, Head::Mlm(_, norm)) => Some(*norm),
+            (Site::Output, head) if slot == Slot::HeadNorm => head.before().1,
             (Site::Output, Head::Embed(embedding)) => match slot {
                 Slot::Refinement(number) => match embedding.refinements.get(usize::from(number)) {
                     Some(Refinement::Norm { norm, .. }) => Some(*norm),
@@ -245,7 +252,13 @@ impl Binder<'_> {
     }
 
     fn is_ignored(&self, name: &str) -> bool {
+        // A model that embeds has no use for another head.
+        let other_head = |(slot, source): &(Slot, Source)| {
+            *slot == Slot::Head && name.strip_suffix(".weight") == Some(source.name())
+        };
+        let embeds = matches!(self.tower.head, Head::Embed(_));
         self.names.ignore.iter().any(|end| name.ends_with(end))
+            || (embeds && self.names.root.iter().any(other_head))
     }
 
     fn check(&self, name: &str, expected: &[usize]) -> Result<(), ModelError> {

@@ -236,7 +236,7 @@ impl<'a> Loader<'a> {
                 self.floats(norm.weight, first, &values)?;
             }
             Part::Product(product) if is_bias => match layout {
-                Layout::Heads { .. } => {
+                Layout::Heads { .. } | Layout::Swapped { .. } => {
                     let mut placed = vec![0.0; values.len()];
                     (first..).zip(&values).for_each(|(i, x)| placed[layout.row(i)] = *x);
                     self.floats(product.bias, first_row, &placed)?;
@@ -250,7 +250,7 @@ impl<'a> Loader<'a> {
                     Layout::Rows | Layout::PlusOne => {
                         self.elements(matrix, first_row * k + first, &values)?
                     }
-                    Layout::Columns | Layout::Heads { .. } => {
+                    Layout::Columns | Layout::Heads { .. } | Layout::Swapped { .. } => {
                         self.staged.extend(&values);
                         if self.staged.len() == total {
                             let staged = std::mem::take(&mut self.staged);
@@ -430,7 +430,8 @@ mod tests {
     fn tensors_in_another_order_come_to_the_places_that_their_layout_says() {
         let (n, k) = (36, 40);
         let elements: Vec<f32> = (0..n * k).map(|i| i as f32).collect();
-        for layout in [Layout::Columns, Layout::Heads { heads: 3, head_dim: 4 }] {
+        for layout in [Layout::Columns, Layout::Swapped { rows: 36 }, Layout::Heads { heads: 3, head_dim: 4 }]
+        {
             let mut placed = vec![-1.0; n * k];
             place(&Cpu::new(Isa::detect(), Pool::new(3).into()), layout, &elements, (n, k), &mut placed);
             for (i, x) in elements.iter().enumerate() {

@@ -59,9 +59,6 @@ fn describe(
     softcaps: [Option<f64>; 2],
 ) -> Result<Description, ModelError> {
     let Description { mut tower, mut names } = llama::plain(config)?;
-    if config.flag("use_bidirectional_attention", false)? {
-        return Err(config.error("use_bidirectional_attention", "false: generation looks back only").into());
-    }
     let field = if config.get("hidden_activation").is_some() { "hidden_activation" } else { "hidden_act" };
     let act = super::act(config, field, Act::GeluTanh)?;
     let softcap = |field, default: Option<f64>| match config.mentions(field) {

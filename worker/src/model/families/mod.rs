@@ -5,8 +5,11 @@ mod gemma;
 mod gpt;
 mod llama;
 mod mistral;
+mod modernbert;
 mod phi;
 mod qwen;
+mod rotary_encoders;
+mod task;
 
 use super::{
     ModelError,
@@ -40,27 +43,39 @@ const fn word_piece(name: &'static str, describe: Describe) -> Family {
     Family { name, describe, tokenizers: &["WordPiece"] }
 }
 
+const fn any(name: &'static str, describe: Describe) -> Family {
+    Family { name, describe, tokenizers: &["BPE", "Unigram", "WordPiece"] }
+}
+
 /// Every family, by name.
 const FAMILIES: &[Family] = &[
     word_piece("bert", bert::describe),
+    bpe("camembert", bert::describe_roberta),
     word_piece("distilbert", bert::describe_distil),
+    word_piece("electra", bert::describe_electra),
     bpe("gemma2", gemma::describe_2),
     bpe("gemma3_text", gemma::describe_3),
+    any("gte", rotary_encoders::describe_gte),
     bpe("gpt2", gpt::describe_2),
     bpe("gpt_neox", gpt::describe_neox),
+    bpe("jina_embeddings_v3", rotary_encoders::describe_jina),
     bpe("llama", llama::describe),
     bpe("mistral", mistral::describe),
     bpe("mixtral", mistral::describe_mixtral),
+    any("modernbert", modernbert::describe),
+    any("nomic_bert", rotary_encoders::describe_nomic),
     bpe("phi", phi::describe),
     bpe("phi3", phi::describe_3),
     bpe("qwen2", qwen::describe_2),
     bpe("qwen3", qwen::describe_3),
     bpe("qwen3_moe", qwen::describe_3_moe),
     bpe("roberta", bert::describe_roberta),
+    bpe("xlm-roberta", bert::describe_roberta),
 ];
 
-/// The family that `model_type` names, and its description of `config`.
-pub(super) fn describe(config: &Config) -> Result<(String, Description), ModelError> {
+/// The family that `model_type` names, and its description of `config`. `is_pooled`: files of sentence-transformers beside it
+/// say how its vectors are pooled.
+pub(super) fn describe(config: &Config, is_pooled: bool) -> Result<(String, Description), ModelError> {
     let expected = || {
         let names: Vec<_> = FAMILIES.iter().map(|family| family.name).collect();
         format!("a supported family ({})", names.join(", "))
@@ -68,7 +83,9 @@ pub(super) fn describe(config: &Config) -> Result<(String, Description), ModelEr
     let name = config.string("model_type")?.ok_or_else(|| config.error("model_type", expected()))?;
     let family = FAMILIES.iter().find(|family| family.name == name);
     let family = family.ok_or_else(|| config.error("model_type", expected()))?;
-    Ok((name.to_owned(), (family.describe)(config)?))
+    let mut description = (family.describe)(config)?;
+    task::of_decoder(config, &mut description, is_pooled)?;
+    Ok((name.to_owned(), description))
 }
 
 /// Kinds of tokenizer that models of a family have.
