@@ -37,7 +37,7 @@ pub fn tokenizer(data: &[u8]) {
     if let Ok(encoded) = tokenizer.encode_input(TEXT, Some("a"), Some((8, v1::Truncation::KeepTail))) {
         assert_eq!(encoded.ids.len(), encoded.segments.len());
     }
-    let _ = tokenizer.highest_id();
+    let _ = tokenizer.highest();
 }
 
 /// A `tokenizer_config.json`, or the template of a chat: it is refused, or renders within its bounds.
@@ -47,7 +47,7 @@ pub fn template(data: &[u8]) {
     let messages = [message("system", ""), message("user", TEXT), message("assistant", "{{ 1 }}")];
     for name in ["tokenizer_config.json", "chat_template.jinja"] {
         let files = Files::from([(name.to_owned(), data.to_vec())]);
-        if let Ok(Some(template)) = chat::ChatTemplate::new(&files) {
+        if let Ok(Some(template)) = chat::ChatTemplate::new(&files, &Default::default()) {
             let _ = template.render(&messages, true);
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! Each has a name, by which it can be skipped, and a failure says what to do.
 
-use std::{collections::BTreeSet, fmt, str::FromStr};
+use std::{fmt, str::FromStr};
 
 use serde::Serialize;
 use strata_proto::{Files, ModelProfile, v1::Task};
@@ -152,13 +152,14 @@ pub(crate) fn inspect(
 }
 
 fn token_ids(tokenizer: &Tokenizer, profile: &ModelProfile) -> Result<String, String> {
-    let (highest, rows) = (tokenizer.highest_id(), profile.vocab_size);
+    let ((text, highest), rows) = (tokenizer.highest(), profile.vocab_size);
     if highest < rows {
         return Ok(format!("highest id {highest}, {rows} embedding rows"));
     }
     Err(format!(
-        "the tokenizer knows id {highest} but the embedding has {rows} rows: this tokenizer belongs to another model; \
-         put the right tokenizer.json beside the weights"
+        "the tokenizer knows id {highest} ({text:?}) but the embedding has {rows} rows: this tokenizer, or the file beside it that \
+         names this token, belongs to another model; put the right tokenizer.json, tokenizer_config.json and \
+         special_tokens_map.json beside the weights"
     ))
 }
 
@@ -179,7 +180,7 @@ fn family(tokenizer: &Tokenizer, profile: &ModelProfile) -> Result<String, Strin
     }
     let ids = tokenizer.encode_input(PROBE, None, None).map_err(|e| e.to_string())?.ids;
     for (name, found) in [("cls_token", ids.first()), ("sep_token", ids.last())] {
-        let expected = tokenizer.special_token(name).and_then(|text| tokenizer.token_id(text));
+        let expected = tokenizer.role(name).map(|(_, id)| id);
         if expected.is_some() && expected.as_ref() != found {
             return Err(format!(
                 "the tokenizer does not put {name} around a text, which this encoder was trained on: its tokenizer.json has \
@@ -191,30 +192,33 @@ fn family(tokenizer: &Tokenizer, profile: &ModelProfile) -> Result<String, Strin
 }
 
 fn special_tokens(tokenizer: &Tokenizer, profile: &ModelProfile) -> Result<String, String> {
-    let mut agreed = Vec::new();
-    let kinds = [
-        ("bos_token", &profile.bos_token_ids),
-        ("eos_token", &profile.eos_token_ids),
-        ("pad_token", &profile.pad_token_ids),
-    ];
-    for (name, configured) in kinds {
-        let Some(text) = tokenizer.special_token(name) else { continue };
-        let Some(id) = tokenizer.token_id(text) else {
+    let mut said = Vec::new();
+    for (name, configured) in [("bos_token", &profile.bos_token_ids), ("eos_token", &profile.eos_token_ids)] {
+        if let Some(id) = configured.iter().find(|id| **id >= profile.vocab_size) {
             return Err(format!(
-                "tokenizer_config.json says {name} is {text:?}, which tokenizer.json does not know: the two files are of \
-                 different models"
-            ));
-        };
-        let configured: BTreeSet<u32> = configured.iter().copied().collect();
-        if !configured.is_empty() && !configured.contains(&id) {
-            return Err(format!(
-                "{name} is {text:?} (id {id}) by the tokenizer but {configured:?} by config.json and \
-                 generation_config.json: the tokenizer is another model's, or a configuration is out of date"
+                "{name}_id {id} of config.json or generation_config.json is no token: expected less than {}; correct it there",
+                profile.vocab_size
             ));
         }
-        agreed.push(format!("{name} {id}"));
+        let Some((text, id)) = tokenizer.role(name) else { continue };
+        // Both may be right: chats end otherwise than texts. But an ordinary token on one side is another model's id.
+        let stranger = configured.iter().find(|id| tokenizer.control(**id).is_none());
+        if let Some(other) = stranger.filter(|_| !configured.contains(&id)) {
+            return Err(format!(
+                "{name} is {text:?} (id {id}) by the tokenizer but {configured:?} by config.json and \
+                 generation_config.json, and {other} is an ordinary token: the tokenizer is another model's, or a \
+                 configuration is out of date"
+            ));
+        }
+        said.push(match configured.is_empty() || configured.contains(&id) {
+            true => format!("{name} {id}"),
+            false => format!("{name} {id} by the tokenizer, {configured:?} by the configuration"),
+        });
     }
-    Ok(if agreed.is_empty() { "the tokenizer names none".into() } else { agreed.join(", ") })
+    if profile.task == Task::Generate && tokenizer.eos(profile).is_empty() {
+        said.push("no token ends an answer".into());
+    }
+    Ok(if said.is_empty() { "the tokenizer names none".into() } else { said.join(", ") })
 }
 
 fn chat_template(tokenizer: &Tokenizer) -> Result<String, String> {
@@ -234,15 +238,21 @@ fn chat_template(tokenizer: &Tokenizer) -> Result<String, String> {
 }
 
 fn round_trip(tokenizer: &Tokenizer) -> Result<String, String> {
-    let again = || -> Result<_, TokenizerError> {
-        let ids = tokenizer.encode(PROBE, false)?;
-        let text = tokenizer.decode(&ids, false)?;
-        Ok((tokenizer.encode(&text, false)?, ids, text))
+    let again = |text: &str| -> Result<_, TokenizerError> {
+        let ids = tokenizer.encode(text, false)?;
+        let said = tokenizer.decode(&ids, false)?;
+        Ok((tokenizer.encode(&said, false)?, ids, said))
     };
-    match again() {
-        Ok((again, ids, _)) if again == ids => Ok(format!("{} tokens", ids.len())),
+    // A vocabulary that is not of a natural language is tried with what it can say.
+    let known = |ids: &[u32]| tokenizer.role("unk_token").is_none_or(|(_, unk)| !ids.contains(&unk));
+    let probe = match again(PROBE) {
+        Ok((_, ids, _)) if !known(&ids) => tokenizer.letters(),
+        _ => PROBE.to_owned(),
+    };
+    match again(&probe) {
+        Ok((again, ids, _)) if again == ids => Ok(format!("{} tokens of {probe:?}", ids.len())),
         Ok((_, _, text)) => Err(format!(
-            "{PROBE:?} comes back as {text:?}, which is encoded differently: the tokenizer's decoder does not fit its \
+            "{probe:?} comes back as {text:?}, which is encoded differently: the tokenizer's decoder does not fit its \
              model; fetch the tokenizer's files anew"
         )),
         Err(error) => Err(error.to_string()),
@@ -305,7 +315,7 @@ mod tests {
             let found = failures.iter().any(|(c, detail)| *c == check && detail.contains(says));
             assert!(found, "{failures:?} does not refuse {check} with {says:?}");
         };
-        refused(&demo(), &profile(2000, 1), Check::TokenIds, "knows id 2047 but the embedding has 2000 rows");
+        refused(&demo(), &profile(2000, 1), Check::TokenIds, "but the embedding has 2000 rows");
         refused(&demo(), &profile(2048, 7), Check::SpecialTokens, "eos_token is \"<|eos|>\" (id 1)");
         refused(&Files::new(), &profile(2048, 1), Check::Tokenizer, "no tokenizer.json");
         let with = |name: &str, data: &str| {
@@ -316,7 +326,8 @@ mod tests {
         let garbage = with("tokenizer.json", "{}");
         refused(&garbage, &profile(2048, 1), Check::Tokenizer, "tokenizer.json");
         let other = with("tokenizer_config.json", r#"{"eos_token": "</s>"}"#);
-        refused(&other, &profile(2048, 1), Check::SpecialTokens, "does not know");
+        refused(&other, &profile(2048, 1), Check::TokenIds, "knows id 2048 (\"</s>\")");
+        refused(&demo(), &profile(2048, 5000), Check::SpecialTokens, "eos_token_id 5000 of config.json");
         let other_kind = ModelProfile { tokenizers: vec!["WordPiece".into()], ..profile(2048, 1) };
         refused(
             &demo(),

@@ -5,8 +5,8 @@ use std::io::Write;
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
 use strata_proto::v1::{
-    FinishReason, GenerateRequest, Started, TokenLogprobs, Usage, generate_event,
-    inference_client::InferenceClient,
+    FinishReason, Finished, GenerateRequest, Started, TokenLogprobs, Usage, finished::EndedBy,
+    generate_event, inference_client::InferenceClient,
 };
 
 use crate::{args::GenerateArgs, client::Server, prompt, report::misused};
@@ -66,7 +66,8 @@ pub async fn generate(args: GenerateArgs) -> anyhow::Result<()> {
                     let usage = finished.usage.unwrap_or_default();
                     let mut line = json!({"event": "finished", "text": text, "token_ids": token_ids,
                         "prompt_token_ids": started.prompt_token_ids,
-                        "finish_reason": reason_name(finished.reason()), "usage": usage_json(usage),
+                        "finish_reason": reason_name(finished.reason()), "ended_by": ended_by(&finished),
+                        "usage": usage_json(usage),
                         "model": started.model, "seed": started.seed, "request_id": started.request_id});
                     if !logprobs.is_empty() {
                         line["logprobs"] = json!(logprobs);
@@ -96,6 +97,8 @@ fn request(args: GenerateArgs, prompt: Option<String>) -> GenerateRequest {
         max_tokens: args.answer.max_tokens,
         sampling: Some(args.answer.sampling()),
         stop: args.answer.stop,
+        stop_token_ids: args.answer.stop_token_ids,
+        min_tokens: args.answer.min_tokens,
         ignore_eos: args.answer.ignore_eos,
         logprobs: args.logprobs,
         deadline_ms: args.deadline_ms,
@@ -120,6 +123,15 @@ fn usage_json(usage: Usage) -> Value {
         "completion_tokens": usage.completion_tokens,
         "cached_tokens": usage.cached_tokens,
     })
+}
+
+/// The stop string or the token that ended an answer; null if it was its length.
+fn ended_by(finished: &Finished) -> Value {
+    match &finished.ended_by {
+        Some(EndedBy::Stop(text)) => json!(text),
+        Some(EndedBy::TokenId(id)) => json!(id),
+        None => Value::Null,
+    }
 }
 
 fn reason_name(reason: FinishReason) -> &'static str {

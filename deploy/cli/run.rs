@@ -221,6 +221,8 @@ impl Model {
             max_tokens: self.answer.max_tokens,
             sampling: Some(self.answer.sampling()),
             stop: self.answer.stop.clone(),
+            stop_token_ids: self.answer.stop_token_ids.clone(),
+            min_tokens: self.answer.min_tokens,
             ignore_eos: self.answer.ignore_eos,
             model_defaults: self.answer.model_defaults,
             ..GenerateRequest::default()

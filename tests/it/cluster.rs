@@ -290,6 +290,7 @@ pub struct Answer {
     pub ids: Vec<u32>,
     pub text: String,
     pub reason: i32,
+    pub ended_by: Option<v1::finished::EndedBy>,
     pub seed: u64,
     pub usage: v1::Usage,
     pub logprobs: Vec<v1::TokenLogprobs>,
@@ -316,6 +317,7 @@ pub async fn ask(client: &InferenceClient<Channel>, request: v1::GenerateRequest
             generate_event::Event::Finished(finished) => {
                 answer.text += &finished.text;
                 answer.reason = finished.reason;
+                answer.ended_by = finished.ended_by;
                 answer.usage = finished.usage.unwrap();
                 return Ok(answer);
             }

@@ -76,7 +76,7 @@ impl Driver {
         for (prompt, sampling) in requests {
             self.last += 1;
             let sampling = sampling.clone();
-            let work = Work::Generate { max_tokens: TOKENS as u32, eos: vec![], sampling };
+            let work = Work::Generate { max_tokens: TOKENS as u32, ends: vec![], sampling };
             let (prompt, tenant) = (prompt.clone(), "".into());
             let request = Request { prompt, tenant, connection: 0, deadline: None, work };
             let unplaced = Unplaced::new(self.last, request);
@@ -141,6 +141,7 @@ fn samplings(prompt_tokens: u32) -> Vec<v1::RowSampling> {
             prompt_tokens,
             logprobs: Some(3),
             history: Vec::new(),
+            ..v1::RowSampling::default()
         })
         .into()
 }

@@ -9,7 +9,7 @@ use futures::future::join_all;
 use strata_coordinator::planner::Split;
 use strata_proto::{
     DType, Quantization,
-    v1::{self, FinishReason, GenerateRequest, Sampling},
+    v1::{self, FinishReason, GenerateRequest, Sampling, finished::EndedBy},
 };
 use tonic::Code;
 
@@ -124,6 +124,19 @@ async fn answers_end_where_they_should() {
     let stopped = ask(&client, stopped).await.unwrap();
     assert_eq!((stopped.text.as_str(), stopped.reason), ("O, then, I'll be so.", FinishReason::Stop as i32));
     assert!(stopped.ids.len() < 48 && whole.ids.starts_with(&stopped.ids));
+    assert_eq!(stopped.ended_by, Some(EndedBy::Stop("\n\nROM".into())));
+    // A token is as good; its text is left out.
+    let id = whole.ids[9];
+    let first = whole.ids.iter().position(|i| *i == id).unwrap();
+    let at = GenerateRequest { stop_token_ids: vec![3, id], ..text_request("ROMEO:\n", 48) };
+    let stopped = ask(&client, at.clone()).await.unwrap();
+    assert_eq!((&stopped.ids[..], stopped.reason), (&whole.ids[..=first], FinishReason::Stop as i32));
+    assert_eq!(stopped.ended_by, Some(EndedBy::TokenId(id)));
+    assert!(whole.text.starts_with(&stopped.text) && stopped.text.len() < whole.text.len());
+    // Not before so many tokens: until then it is not chosen, and stop strings do not count.
+    let late = GenerateRequest { min_tokens: 30, stop: vec!["I".into()], ..at };
+    let late = ask(&client, late).await.unwrap();
+    assert!(late.ids.len() > 30 && !late.ids[..30].contains(&id), "{:?}", late.ids);
 
     // Any token can be made the end: forbid all but it from position zero on.
     let forced = GenerateRequest {
@@ -132,6 +145,13 @@ async fn answers_end_where_they_should() {
     };
     let ended = ask(&client, forced.clone()).await.unwrap();
     assert_eq!((ended.ids, ended.text, ended.reason), (vec![1], String::new(), FinishReason::Eos as i32));
+    assert_eq!(ended.ended_by, Some(EndedBy::TokenId(1)));
+    let held = ask(&client, GenerateRequest { min_tokens: 3, ..forced.clone() }).await.unwrap();
+    assert!(held.ids.len() == 4 && !held.ids[..3].contains(&1) && held.ids[3] == 1, "{:?}", held.ids);
+    // A stop string that is a control token appears where the model says that, though the text does not show it.
+    let said = GenerateRequest { ignore_eos: true, stop: vec!["<|eos|>".into()], ..forced.clone() };
+    let said = ask(&client, said).await.unwrap();
+    assert_eq!((said.ids, said.text, said.reason), (vec![1], String::new(), FinishReason::Stop as i32));
     let ignored =
         ask(&client, GenerateRequest { ignore_eos: true, max_tokens: Some(3), ..forced }).await.unwrap();
     assert_eq!((ignored.ids, ignored.reason), (vec![1, 1, 1], FinishReason::Length as i32));
@@ -176,6 +196,9 @@ async fn bad_requests_name_the_field_and_the_bound_and_disturb_nobody() {
         (GenerateRequest { tenant: "t".repeat(257), ..text_request("x", 4) }, "tenant", "at most 256"),
         (GenerateRequest { stop: vec!["a".into(); 17], ..text_request("x", 4) }, "stop", "16"),
         (GenerateRequest { stop: vec![String::new()], ..text_request("x", 4) }, "stop", "1 to 1024"),
+        (GenerateRequest { stop_token_ids: vec![1; 65], ..text_request("x", 4) }, "stop_token_ids", "64"),
+        (GenerateRequest { stop_token_ids: vec![2048], ..text_request("x", 4) }, "stop_token_ids", "2048"),
+        (GenerateRequest { min_tokens: 5, ..text_request("x", 4) }, "min_tokens", "at most 4"),
         (GenerateRequest { deadline_ms: Some(0), ..text_request("x", 4) }, "deadline_ms", "expected 1"),
     ];
     for (request, field, bound) in cases {

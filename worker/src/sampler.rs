@@ -9,7 +9,10 @@
 // Tests compare with libm.
 #![cfg_attr(not(test), deny(clippy::disallowed_methods))]
 
-use std::{cmp::Ordering, collections::BTreeMap};
+use std::{
+    cmp::Ordering,
+    collections::{BTreeMap, BTreeSet},
+};
 
 use strata_proto::{
     limits::{self, Bounds, MAX_BIASES, MAX_CANDIDATES, MAX_LOGPROBS},
@@ -62,6 +65,8 @@ pub(crate) struct SamplingParams {
     pub(crate) frequency_penalty: f32,
     pub(crate) presence_penalty: f32,
     pub(crate) logit_bias: BTreeMap<u32, f32>,
+    /// Tokens that are not drawn for positions before the other.
+    pub(crate) withheld: (BTreeSet<u32>, u32),
 }
 
 impl TryFrom<&v1::Sampling> for SamplingParams {
@@ -97,6 +102,7 @@ impl TryFrom<&v1::Sampling> for SamplingParams {
             )?,
             presence_penalty: check("presence_penalty", s.presence_penalty, 0.0, limits::PRESENCE_PENALTY)?,
             logit_bias: s.logit_bias.iter().map(|(id, b)| (*id, *b)).collect(),
+            withheld: (BTreeSet::new(), 0),
         })
     }
 }
@@ -148,6 +154,17 @@ impl Draw<'_> {
         let key = [self.seed as u32, (self.seed >> 32) as u32];
         let words = rand_philox::philox4x32_10([self.position, 0, 0, 0], key);
         u64::from(words[0]) << 32 | u64::from(words[1])
+    }
+
+    /// What is added to the logits of single tokens.
+    pub(crate) fn biases(&self) -> impl Iterator<Item = (u32, f32)> {
+        let SamplingParams { logit_bias, withheld: (withheld, until), .. } = self.params;
+        let withheld = withheld.iter().filter(|_| self.position < *until);
+        let others = logit_bias
+            .iter()
+            .filter(move |(id, _)| self.position >= *until || !self.params.withheld.0.contains(id));
+        // As little as there is: drawn only if there is nothing else.
+        withheld.map(|id| (*id, f32::MIN)).chain(others.map(|(id, bias)| (*id, *bias)))
     }
 
     /// Top-p in parts of 2^64; `None` if it keeps all tokens.
@@ -220,8 +237,8 @@ fn adjust(logits: &mut [f32], draw: &Draw<'_>) -> BTreeMap<u32, f32> {
             *x = f(*x).clamp(f32::MIN, f32::MAX);
         }
     };
-    for (token, bias) in &params.logit_bias {
-        change(*token, &|x| x + bias);
+    for (token, bias) in draw.biases() {
+        change(token, &|x| x + bias);
     }
     if !params.needs_history() {
         return changed;

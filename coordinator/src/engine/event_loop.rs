@@ -406,7 +406,7 @@ impl Engine {
         }
         let arrived = arrived.duration_since(self.begun);
         let (asked, answer) = match request {
-            Asked::Generate(request) => answer::generation(*request, connection, arrived),
+            Asked::Generate(request) => answer::generation(*request, &self.tokenizer, connection, arrived),
             Asked::Encode(input, deadline) => {
                 let work = scheduler::Work::Encode(input.encode);
                 let deadline = deadline.map(|d| arrived + d);

@@ -23,6 +23,8 @@ pub(super) const MAX_MESSAGES: usize = 1024;
 /// Most stop strings, and bytes of each.
 pub(super) const MAX_STOPS: usize = 16;
 pub(super) const MAX_STOP_BYTES: usize = 1024;
+/// Most ids that end an answer.
+pub(super) const MAX_STOP_IDS: usize = 64;
 /// Longest name of a tenant, in bytes.
 const MAX_TENANT_BYTES: usize = 256;
 /// Longest deadline.

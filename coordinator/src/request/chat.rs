@@ -57,8 +57,6 @@ pub(crate) struct Message {
 #[serde(default)]
 struct TokenizerConfig {
     chat_template: Option<TemplateEntry>,
-    #[serde(flatten)]
-    rest: BTreeMap<String, serde_json::Value>,
 }
 
 impl TokenizerConfig {
@@ -68,20 +66,6 @@ impl TokenizerConfig {
             None => Ok(TokenizerConfig::default()),
         }
     }
-}
-
-/// `bos_token`, `eos_token`, … as tokenizer_config.json names them, with their texts.
-///
-/// # Errors
-/// If the file does not parse.
-pub(crate) fn special_tokens(files: &Files) -> Result<BTreeMap<String, String>, ChatError> {
-    let entries = TokenizerConfig::read(files)?.rest.into_iter().filter(|(key, _)| key.ends_with("_token"));
-    let texts = entries.filter_map(|(key, value)| {
-        // Either the text, or an object that has it.
-        let text = value.as_str().or_else(|| value.get("content")?.as_str())?.to_owned();
-        Some((key, text))
-    });
-    Ok(texts.collect())
 }
 
 /// transformers 4 keeps a text, or a list of named ones.
@@ -107,11 +91,11 @@ pub(crate) struct ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// The template among a model's files; `None` if it has none.
+    /// The template among a model's files, to which `roles` are `bos_token`, `eos_token`, …; `None` if there is none.
     ///
     /// # Errors
     /// If it does not compile, or the configuration does not parse.
-    pub fn new(files: &Files) -> Result<Option<Self>, ChatError> {
+    pub fn new(files: &Files, roles: &BTreeMap<String, String>) -> Result<Option<Self>, ChatError> {
         let config = TokenizerConfig::read(files)?;
         let source = match (files.get("chat_template.jinja"), config.chat_template) {
             (Some(text), _) => String::from_utf8_lossy(text).into_owned(),
@@ -124,7 +108,7 @@ impl ChatTemplate {
             }
             (None, None) => return Ok(None),
         };
-        Self::compile(source, special_tokens(files)?).map(Some)
+        Self::compile(source, roles.clone()).map(Some)
     }
 
     fn compile(source: String, special_tokens: BTreeMap<String, String>) -> Result<Self, ChatError> {
@@ -349,6 +333,7 @@ mod tests {
     fn finds_the_template_in_either_place() {
         let read = |name: &str| std::fs::read(models().join("shakespeare").join(name)).unwrap();
         let file = |name: &str, data: Vec<u8>| (name.to_owned(), data);
+        let roles = |bos: &str| BTreeMap::from([("bos_token".to_owned(), bos.to_owned())]);
         let config = read("tokenizer_config.json");
         let new = Files::from([
             file("tokenizer_config.json", config),
@@ -356,14 +341,17 @@ mod tests {
         ]);
         let expected = json("shakespeare/expected.json");
         let chat = messages(&expected["chat"]["messages"]);
-        let text = ChatTemplate::new(&new).unwrap().unwrap().render(&chat, true).unwrap();
+        let text = ChatTemplate::new(&new, &roles("<|bos|>")).unwrap().unwrap().render(&chat, true).unwrap();
         assert_eq!(text, expected["chat"]["text"].as_str().unwrap());
 
         let old = r#"{"bos_token": {"content": "<s>"}, "chat_template": [
             {"name": "tool_use", "template": "x"}, {"name": "default", "template": "{{ bos_token }}!"}]}"#;
         let old = Files::from([file("tokenizer_config.json", old.into())]);
-        assert_eq!(ChatTemplate::new(&old).unwrap().unwrap().render(&chat, true).unwrap(), "<s>!");
-        assert!(ChatTemplate::new(&Files::new()).unwrap().is_none());
+        assert_eq!(
+            ChatTemplate::new(&old, &roles("<s>")).unwrap().unwrap().render(&chat, true).unwrap(),
+            "<s>!"
+        );
+        assert!(ChatTemplate::new(&Files::new(), &roles("<s>")).unwrap().is_none());
     }
 
     #[test]

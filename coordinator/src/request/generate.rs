@@ -6,8 +6,8 @@ use strata_proto::{ModelProfile, limits::MAX_LOGPROBS, v1};
 
 use super::{
     bounds::{
-        MAX_MESSAGES, MAX_STOP_BYTES, MAX_STOPS, MAX_TEXT_BYTES, check_deadline, check_task, check_tenant,
-        check_text,
+        MAX_MESSAGES, MAX_STOP_BYTES, MAX_STOP_IDS, MAX_STOPS, MAX_TEXT_BYTES, check_deadline, check_task,
+        check_tenant, check_text,
     },
     chat::Message,
     error::{AdmissionError, TokenizerError, field},
@@ -29,8 +29,12 @@ pub(crate) struct Checked {
     pub seed: u64,
     /// Stop strings.
     pub stop: Vec<String>,
-    /// Ids that end the answer; empty if they are to be ignored.
+    /// End-of-sequence ids; empty if they are to be ignored.
     pub eos: Vec<u32>,
+    /// Further ids that end the answer.
+    pub stop_ids: Vec<u32>,
+    /// Tokens before it may end by itself.
+    pub min_tokens: u32,
     /// Alternatives to report.
     pub logprobs: Option<u32>,
     /// Time allowed from arrival.
@@ -64,6 +68,7 @@ pub(crate) fn check(
             format!("a string of {} bytes: expected 1 to {MAX_STOP_BYTES}", stop.len()),
         ));
     }
+    check_stop_ids(&request.stop_token_ids, profile)?;
     if let Some(n) = request.logprobs.filter(|n| *n > MAX_LOGPROBS) {
         return Err(field("logprobs", format!("{n} is too large: at most {MAX_LOGPROBS}")));
     }
@@ -80,17 +85,36 @@ pub(crate) fn check(
         false => chat_ids(request.messages, tokenizer, limit)?,
     };
     let max_tokens = check_length(prompt.len(), request.max_tokens, limit)?;
+    if request.min_tokens > max_tokens {
+        let why = format!("{} are more than there may be: at most {max_tokens}", request.min_tokens);
+        return Err(field("min_tokens", why));
+    }
     Ok(Checked {
         prompt,
         max_tokens,
         seed: sampling.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0),
         sampling,
         stop: request.stop,
-        eos: if request.ignore_eos { Vec::new() } else { profile.eos_token_ids.clone() },
+        eos: if request.ignore_eos { Vec::new() } else { tokenizer.eos(profile) },
+        stop_ids: request.stop_token_ids,
+        min_tokens: request.min_tokens,
         logprobs: request.logprobs,
         deadline,
         tenant: request.tenant.into(),
     })
+}
+
+fn check_stop_ids(ids: &[u32], profile: &ModelProfile) -> Result<(), AdmissionError> {
+    if ids.len() > MAX_STOP_IDS {
+        return Err(field("stop_token_ids", format!("{} are too many: at most {MAX_STOP_IDS}", ids.len())));
+    }
+    match ids.iter().find(|id| **id >= profile.vocab_size) {
+        Some(id) => Err(field(
+            "stop_token_ids",
+            format!("{id} is unknown: expected less than {}", profile.vocab_size),
+        )),
+        None => Ok(()),
+    }
 }
 
 /// Bytes of what of a request is tokenized or looked at.

@@ -10,8 +10,12 @@ mod gate;
 pub(crate) mod generate;
 mod limit;
 mod pool;
+mod reader;
 mod sampling;
+mod stops;
 mod text_stream;
+mod token_classes;
+mod token_files;
 mod tokenizer;
 
 pub(crate) use blocking::blocking;

@@ -1,16 +1,16 @@
 //! How tokens are chosen: what a request may ask for, and what a model suggests.
 
-use serde::Deserialize;
+use serde_json::Value;
 use strata_proto::{
+    Files,
     limits::{self, Bounds, MAX_BIASES},
     v1,
 };
 
-use super::error::{AdmissionError, field};
+use super::error::{AdmissionError, TokenizerError, field};
 
 /// Sampling defaults that a model ships in `generation_config.json`.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct GenerationDefaults {
     /// Whether it samples at all.
     pub do_sample: bool,
@@ -26,6 +26,56 @@ pub(crate) struct GenerationDefaults {
     pub repetition_penalty: Option<f32>,
 }
 
+impl GenerationDefaults {
+    /// Reads them. Whoever asks for them alone needs them: what makes no sense is left out, with a word in the log.
+    ///
+    /// # Errors
+    /// If the file is no JSON object.
+    pub fn new(files: &Files) -> Result<Self, TokenizerError> {
+        let file = "generation_config.json";
+        let Some(json) = files.get(file) else { return Ok(GenerationDefaults::default()) };
+        let broken = |e: serde_json::Error| TokenizerError::Broken { file, why: e.to_string() };
+        let fields: serde_json::Map<String, Value> = serde_json::from_slice(json).map_err(broken)?;
+        let given = |name: &str| fields.get(name).filter(|value| !value.is_null());
+        let odd = |name: &str, value: &Value, expected: &str| {
+            tracing::warn!(
+                "{file}: {name} is {value}: expected {expected}; it is left out of the model's defaults"
+            );
+        };
+        let number = |name: &str, bounds: Bounds| {
+            let value = given(name)?;
+            let number = value.as_f64().map(|x| x as f32).filter(|x| bounds.contains(*x));
+            if number.is_none() {
+                odd(name, value, &bounds.to_string());
+            }
+            number
+        };
+        // Whole numbers are written with a point now and then, and what is not above 0 means all tokens.
+        let top_k = given("top_k").and_then(|value| match value.as_f64() {
+            Some(k) if k <= 0.0 => None,
+            Some(k) if k.fract() == 0.0 => Some(k as u32),
+            _ => {
+                odd("top_k", value, "a whole number");
+                None
+            }
+        });
+        let do_sample = given("do_sample").is_some_and(|value| {
+            if !value.is_boolean() {
+                odd("do_sample", value, "true or false");
+            }
+            value == true
+        });
+        Ok(GenerationDefaults {
+            do_sample,
+            temperature: number("temperature", limits::TEMPERATURE),
+            top_k,
+            top_p: number("top_p", limits::TOP_P),
+            min_p: number("min_p", limits::MIN_P),
+            repetition_penalty: number("repetition_penalty", limits::REPETITION_PENALTY),
+        })
+    }
+}
+
 /// Fills in the model's own defaults where the caller is silent and wants them, and checks every bound.
 ///
 /// # Errors
@@ -39,7 +89,7 @@ pub(super) fn check(
         // As transformers reads the file: without do_sample the model is greedy and the rest means nothing.
         if d.do_sample {
             s.temperature = s.temperature.or(d.temperature).or(Some(1.0));
-            s.top_k = s.top_k.or(d.top_k);
+            s.top_k = s.top_k.or(d.top_k.map(|k| k.min(vocab)));
             s.top_p = s.top_p.or(d.top_p);
             s.min_p = s.min_p.or(d.min_p);
         }

@@ -1,43 +1,40 @@
 //! The model's own tokenizer, as it came with the weights.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     panic::{self, AssertUnwindSafe},
 };
 
-use strata_proto::{Files, v1::Truncation};
+use strata_proto::{Files, ModelProfile, v1::Truncation};
 use tokenizers::{
-    Encoding, ModelWrapper, PostProcessor, TruncationDirection, TruncationParams, TruncationStrategy,
-    utils::truncation::truncate_encodings,
+    DecoderWrapper, Encoding, ModelWrapper, PostProcessor, TruncationDirection, TruncationParams,
+    TruncationStrategy, utils::truncation::truncate_encodings,
 };
 
 use super::{
-    chat::{ChatError, ChatTemplate, Message, special_tokens},
+    chat::{ChatError, ChatTemplate, Message},
     error::TokenizerError,
     estimate::{longest_token, more_than},
+    reader::Reader,
     sampling::GenerationDefaults,
+    token_files::TokenFiles,
 };
 
 /// A model's tokenizer.
 #[derive(Debug)]
 pub(crate) struct Tokenizer {
+    /// What turns ids into text, and counts the tokens of rendered chats.
     inner: tokenizers::Tokenizer,
+    /// What turns texts into ids.
+    reader: Reader,
     /// Its longest token, where that says how many a text has at least.
     longest: Option<usize>,
     defaults: GenerationDefaults,
-    /// `bos_token`, `eos_token`, … of tokenizer_config.json.
-    special: BTreeMap<String, String>,
-    chat: Option<Chat>,
-    mask: Option<Mask>,
-}
-
-/// What inputs with masks need beside the tokenizer.
-#[derive(Debug)]
-struct Mask {
-    text: String,
-    id: u32,
-    /// The same tokenizer, to which the mask token is an ordinary one: it alone is read in a text.
-    tokenizer: tokenizers::Tokenizer,
+    /// Ids of byte tokens that the decoder takes together.
+    bytes: BTreeSet<u32>,
+    /// `bos_token`, `eos_token`, …
+    roles: BTreeMap<String, String>,
+    chat: Option<ChatTemplate>,
 }
 
 /// An input of an encoder.
@@ -49,16 +46,6 @@ pub(crate) struct Encoded {
     pub segments: Vec<u32>,
     /// Tokens that were cut off.
     pub dropped: u32,
-}
-
-/// What chats need beside the tokenizer.
-#[derive(Debug)]
-struct Chat {
-    template: ChatTemplate,
-    /// The same tokenizer, which reads control tokens in its text: for the template's own.
-    control: tokenizers::Tokenizer,
-    /// Text and id of every control token, longest first.
-    tokens: Vec<(String, u32)>,
 }
 
 impl Tokenizer {
@@ -73,19 +60,15 @@ impl Tokenizer {
         // Lengths are bounded by admission, out loud; nothing is cut or padded in silence.
         inner.with_truncation(None).map_err(|e| broken("tokenizer.json", e.to_string()))?;
         inner.with_padding(None);
-        let chat = ChatTemplate::new(files)?.map(|template| Chat::new(template, &inner));
-        // Text of users never becomes a control token.
-        inner.set_encode_special_tokens(true);
-        let defaults = match files.get("generation_config.json") {
-            None => GenerationDefaults::default(),
-            Some(json) => {
-                serde_json::from_slice(json).map_err(|e| broken("generation_config.json", e.to_string()))?
-            }
-        };
-        let special = special_tokens(files)?;
-        let mask = special.get("mask_token").map(|text| Mask::new(text, json)).transpose()?.flatten();
+        let said = TokenFiles::new(files)?;
+        said.complete(&mut inner)?;
+        let roles = said.roles(&inner);
+        let chat = ChatTemplate::new(files, &roles)?;
+        let reader = Reader::new(&inner)?;
         let longest = longest_token(&inner);
-        Ok(Tokenizer { inner, longest, defaults, special, chat, mask })
+        let defaults = GenerationDefaults::new(files)?;
+        let bytes = byte_tokens(&inner);
+        Ok(Tokenizer { inner, reader, longest, defaults, bytes, roles, chat })
     }
 
     /// Text to ids; `special` adds what the tokenizer puts around a text (BOS).
@@ -93,7 +76,7 @@ impl Tokenizer {
     /// # Errors
     /// If the tokenizer fails on this text.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenizerError> {
-        Ok(guarded(|| self.inner.encode_fast(text, special))?.get_ids().to_vec())
+        Ok(guarded(|| self.reader.tokenizer().encode_fast(text, special))?.get_ids().to_vec())
     }
 
     /// The same for a text, with what the tokenizer puts around it, of at most so many tokens; what has far more is
@@ -102,7 +85,7 @@ impl Tokenizer {
     /// # Errors
     /// As for [`encode`](Self::encode), or [`TokenizerError::TooLong`].
     pub fn encode_at_most(&self, text: &str, most: usize) -> Result<Vec<u32>, TokenizerError> {
-        self.check_length(&self.inner, text, most)?;
+        self.check_length(self.reader.tokenizer(), text, most)?;
         self.encode(text, true)
     }
 
@@ -112,8 +95,9 @@ impl Tokenizer {
     /// # Errors
     /// If the tokenizer fails on this text.
     pub fn input_exceeds(&self, text: &str, most: usize) -> Result<Option<usize>, TokenizerError> {
-        let tokenizer = self.mask.as_ref().map_or(&self.inner, |mask| &mask.tokenizer);
-        more_than(text, most, self.longest, |part| Ok(guarded(|| tokenizer.encode_fast(part, false))?.len()))
+        more_than(text, most, self.longest, |part| {
+            Ok(guarded(|| self.reader.tokenizer().encode_fast(part, false))?.len())
+        })
     }
 
     fn check_length(
@@ -143,9 +127,14 @@ impl Tokenizer {
         pair: Option<&str>,
         longest: Option<(u32, Truncation)>,
     ) -> Result<Encoded, TokenizerError> {
-        let tokenizer = self.mask.as_ref().map_or(&self.inner, |mask| &mask.tokenizer);
-        let mut first = guarded(|| tokenizer.encode(text, false))?;
-        let mut second = pair.map(|pair| guarded(|| tokenizer.encode(pair, false))).transpose()?;
+        let tokenizer = self.reader.tokenizer();
+        let mask = self.mask().map(|(mask, _)| mask);
+        let read = |text: &str| {
+            let text = self.reader.name(text, |token| Some(token) == mask);
+            guarded(|| tokenizer.encode(text, false))
+        };
+        let mut first = read(text)?;
+        let mut second = pair.map(read).transpose()?;
         let count = |a: &Encoding, b: &Option<Encoding>| a.len() + b.as_ref().map_or(0, Encoding::len);
         let before = count(&first, &second);
         if let Some((longest, keep)) = longest {
@@ -178,81 +167,34 @@ impl Tokenizer {
     /// If the tokenizer fails on this text.
     pub fn prompt_tokens(&self, prompt: &str) -> Result<usize, TokenizerError> {
         let ids = self.encode_input(prompt, None, None)?.ids;
-        let is_special =
-            |id: &&u32| self.inner.get_added_tokens_decoder().get(*id).is_some_and(|token| token.special);
+        let is_special = |id: &&u32| self.control(**id).is_some();
         // As sentence-transformers counts: what the tokenizer puts behind a text is one token at most.
         Ok(ids.len() - usize::from(ids.last().filter(is_special).is_some()))
     }
 
     /// Text and id of the mask token.
     pub fn mask(&self) -> Option<(&str, u32)> {
-        self.mask.as_ref().map(|mask| (mask.text.as_str(), mask.id))
+        self.role("mask_token")
     }
 
-    /// A chat to ids, by the model's own template, up to the beginning of the model's answer.
+    /// A chat to ids, by the model's own template, up to the beginning of the model's answer. Control tokens are the
+    /// template's own alone; what users quote of them changes nothing else.
     ///
     /// # Errors
     /// If the model has no template, it refuses these messages, or they have far more than `most` tokens.
     pub fn encode_chat(&self, messages: &[Message], most: usize) -> Result<Vec<u32>, TokenizerError> {
-        let chat = self.chat.as_ref().ok_or(ChatError::NoTemplate)?;
-        let said = |text: &str| chat.tokens.iter().any(|(token, _)| text.contains(token.as_str()));
-        if messages.iter().any(|m| said(&m.content) || said(&m.role)) {
-            return self.encode_masked(chat, messages, most);
-        }
-        let text = chat.template.render(messages, true)?;
-        self.check_length(&chat.control, &text, most)?;
-        Ok(guarded(|| chat.control.encode_fast(text.as_str(), false))?.get_ids().to_vec())
-    }
-
-    /// As [`encode_chat`](Self::encode_chat) for messages that contain the text of control tokens: they are masked
-    /// while the template is rendered, so that only the template's own become control tokens.
-    fn encode_masked(
-        &self,
-        chat: &Chat,
-        messages: &[Message],
-        most: usize,
-    ) -> Result<Vec<u32>, TokenizerError> {
-        let used = |c: char| messages.iter().any(|m| m.content.contains(c) || m.role.contains(c));
-        // A private-use character that nobody uses; filters such as `trim` and `upper` leave it and digits alone.
-        let fence = ('\u{e000}'..='\u{f8ff}').find(|c| !used(*c));
-        let fence =
-            fence.ok_or_else(|| TokenizerError::Failed("the messages use every private character".into()))?;
-        let mask = |text: &str| {
-            let masked = chat.tokens.iter().enumerate();
-            masked.fold(text.to_owned(), |text, (i, (token, _))| {
-                text.replace(token, &format!("{fence}{i}{fence}"))
-            })
-        };
-        let unmask = |text: &str| {
-            let masks = chat.tokens.iter().enumerate();
-            masks.fold(text.to_owned(), |text, (i, (token, _))| {
-                text.replace(&format!("{fence}{i}{fence}"), token)
-            })
-        };
-        let masked: Vec<Message> =
-            messages.iter().map(|m| Message { role: mask(&m.role), content: mask(&m.content) }).collect();
-        let text = chat.template.render(&masked, true)?;
-        self.check_length(&chat.control, &unmask(&text), most)?;
-        let mut ids = Vec::new();
-        let mut rest = text.as_str();
-        while !rest.is_empty() {
-            let first =
-                chat.tokens.iter().filter_map(|(token, id)| Some((rest.find(token.as_str())?, token, *id)));
-            // `min_by_key` keeps the first of equals, which is the longest.
-            let (before, control) = match first.min_by_key(|(at, ..)| *at) {
-                Some((at, token, id)) => (at, Some((token, id))),
-                None => (rest.len(), None),
-            };
-            if before > 0 {
-                ids.extend(self.encode(&unmask(&rest[..before]), false)?);
-            }
-            rest = &rest[before..];
-            if let Some((token, id)) = control {
-                ids.push(id);
-                rest = &rest[token.len()..];
-            }
-        }
-        Ok(ids)
+        let template = self.chat.as_ref().ok_or(ChatError::NoTemplate)?;
+        let quotes =
+            self.reader.quotes(messages.iter().flat_map(|m| [m.role.as_str(), m.content.as_str()]))?;
+        let masked =
+            messages.iter().map(|m| Message { role: quotes.mask(&m.role), content: quotes.mask(&m.content) });
+        let text = template.render(&masked.collect::<Vec<_>>(), true).map_err(|error| match error {
+            ChatError::Refused(why) => ChatError::Refused(quotes.unmask(&why)),
+            error => error,
+        })?;
+        self.check_length(&self.inner, &quotes.unmask(&text), most)?;
+        let text = quotes.unmask(&self.reader.name(&text, |_| true));
+        Ok(guarded(|| self.reader.tokenizer().encode_fast(text, false))?.get_ids().to_vec())
     }
 
     /// Ids to text.
@@ -278,24 +220,60 @@ impl Tokenizer {
         }
     }
 
+    /// A text of up to twenty letters that it has tokens for, some again and again.
+    pub fn letters(&self) -> String {
+        let mut letters: Vec<char> = self
+            .inner
+            .get_vocab(false)
+            .into_keys()
+            .filter_map(|token| {
+                let mut chars = token.chars();
+                chars.next().filter(|c| c.is_alphanumeric() && chars.next().is_none())
+            })
+            .collect();
+        letters.sort_unstable();
+        letters.truncate(20);
+        letters.iter().chain(letters.iter().rev()).collect()
+    }
+
     /// Number of tokens.
     pub fn size(&self) -> usize {
         self.inner.get_vocab_size(true)
     }
 
-    /// The highest token id.
-    pub fn highest_id(&self) -> u32 {
-        self.inner.get_vocab(true).into_values().max().unwrap_or(0)
+    /// The token of the highest id, and that.
+    pub fn highest(&self) -> (String, u32) {
+        self.inner.get_vocab(true).into_iter().max_by_key(|(_, id)| *id).unwrap_or_default()
     }
 
-    /// The text of `bos_token`, `eos_token`, …, if tokenizer_config.json names it.
-    pub fn special_token(&self, name: &str) -> Option<&str> {
-        self.special.get(name).map(String::as_str)
+    /// Text and id of `bos_token`, `eos_token`, …, if the model's files, or transformers' class of tokenizer, name it.
+    pub fn role(&self, name: &str) -> Option<(&str, u32)> {
+        let text = self.roles.get(name)?;
+        Some((text, self.inner.token_to_id(text)?))
     }
 
-    /// The id of a token by its text.
-    pub fn token_id(&self, text: &str) -> Option<u32> {
-        self.inner.token_to_id(text)
+    /// The text of a control token, which answers do not show.
+    pub fn control(&self, id: u32) -> Option<String> {
+        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
+        added.get(&id).filter(|token| token.special).map(|token| token.content.clone())
+    }
+
+    /// Whether a text is, or holds, a control token.
+    pub fn has_control(&self, text: &str) -> bool {
+        self.reader.has_control(text)
+    }
+
+    /// Whether the id is a byte's of which several make a character, or none.
+    pub fn is_byte(&self, id: u32) -> bool {
+        self.bytes.contains(&id)
+    }
+
+    /// Ids that end an answer: those of the model's configuration, and the tokenizer's own.
+    pub fn eos(&self, profile: &ModelProfile) -> Vec<u32> {
+        let own = self.role("eos_token").map(|(_, id)| id).filter(|id| *id < profile.vocab_size);
+        let mut ids = profile.eos_token_ids.clone();
+        ids.extend(own.filter(|id| !ids.contains(id)));
+        ids
     }
 
     /// What the model's makers suggest.
@@ -316,39 +294,24 @@ fn parse(json: &[u8]) -> Result<tokenizers::Tokenizer, TokenizerError> {
     })
 }
 
+/// Ids of the byte tokens of a decoder that falls back to bytes.
+fn byte_tokens(tokenizer: &tokenizers::Tokenizer) -> BTreeSet<u32> {
+    fn falls_back(decoder: &DecoderWrapper) -> bool {
+        match decoder {
+            DecoderWrapper::ByteFallback(_) => true,
+            DecoderWrapper::Sequence(sequence) => sequence.get_decoders().iter().any(falls_back),
+            _ => false,
+        }
+    }
+    let bytes = tokenizer.get_decoder().is_some_and(falls_back).then_some(0..=255u8);
+    bytes.into_iter().flatten().filter_map(|byte| tokenizer.token_to_id(&format!("<0x{byte:02X}>"))).collect()
+}
+
 /// What the library makes of something. Where a tokenizer is damaged, it panics now and then.
 fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, TokenizerError> {
     let damaged = || TokenizerError::Failed("tokenizer.json is damaged: download it again".to_owned());
     let done = panic::catch_unwind(AssertUnwindSafe(call)).map_err(|_| damaged())?;
     done.map_err(|e| TokenizerError::Failed(e.to_string()))
-}
-
-impl Mask {
-    /// `None` if the tokenizer does not know the token.
-    fn new(text: &str, json: &[u8]) -> Result<Option<Self>, TokenizerError> {
-        let broken = |why: String| TokenizerError::Broken { file: "tokenizer.json", why };
-        let mut value: serde_json::Value = serde_json::from_slice(json).map_err(|e| broken(e.to_string()))?;
-        let tokens = value.get_mut("added_tokens").and_then(|t| t.as_array_mut());
-        for token in tokens.into_iter().flatten().filter(|t| t["content"] == text) {
-            token["special"] = false.into();
-        }
-        let mut tokenizer = parse(value.to_string().as_bytes())?;
-        tokenizer.with_truncation(None).map_err(|e| broken(e.to_string()))?;
-        tokenizer.with_padding(None);
-        tokenizer.set_encode_special_tokens(true);
-        let id = tokenizer.token_to_id(text);
-        Ok(id.map(|id| Mask { text: text.to_owned(), id, tokenizer }))
-    }
-}
-
-impl Chat {
-    fn new(template: ChatTemplate, tokenizer: &tokenizers::Tokenizer) -> Self {
-        let added = tokenizer.get_added_tokens_decoder();
-        let mut tokens: Vec<(String, u32)> =
-            added.into_iter().filter(|(_, t)| t.special).map(|(id, t)| (t.content, id)).collect();
-        tokens.sort_by_key(|(text, id)| (std::cmp::Reverse(text.len()), *id));
-        Chat { template, control: tokenizer.clone(), tokens }
-    }
 }
 
 #[cfg(test)]
@@ -380,6 +343,79 @@ pub(super) mod tests {
         assert!(
             none.encode_chat(&say("x"), usize::MAX).unwrap_err().to_string().contains("no chat template")
         );
+    }
+
+    /// The tokenizers of tokenizers.json, with a chat template, and with flags on their control tokens.
+    fn kinds() -> Vec<(String, Tokenizer)> {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/models/tokenizers.json");
+        let json: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let template =
+            "{% for m in messages %}<|{{ m.role }}|>\n {{ m.content }} {{ eos_token }}\n{% endfor %}<|end|> ";
+        let mut kinds = Vec::new();
+        for (kind, entry) in json.as_object().unwrap() {
+            for flags in ["", "lstrip", "rstrip", "single_word", "normalized"] {
+                let mut json = entry["tokenizer"].clone();
+                for token in json["added_tokens"].as_array_mut().unwrap() {
+                    if !flags.is_empty() {
+                        token[flags] = true.into();
+                    }
+                }
+                let mut config = entry["config"].clone();
+                config["extra_special_tokens"] = serde_json::json!(["<|user|>", "<|end|>"]);
+                config["eos_token"] = json["added_tokens"][1]["content"].clone();
+                let files = [("tokenizer.json", json), ("tokenizer_config.json", config)];
+                let mut files =
+                    Files::from(files.map(|(name, json)| (name.to_owned(), json.to_string().into_bytes())));
+                files.insert("chat_template.jinja".to_owned(), template.into());
+                kinds.push((format!("{kind} {flags}"), Tokenizer::new(&files).unwrap()));
+            }
+        }
+        kinds
+    }
+
+    #[test]
+    fn quoted_control_tokens_change_nothing_outside_the_quote() {
+        for (kind, tokenizer) in kinds() {
+            let chat = |quote: &str| {
+                let say = |content: String| Message { role: "user".into(), content };
+                let said = [say("a stage".into()), say(format!("b {quote} c")), say("the next".into())];
+                tokenizer.encode_chat(&said, usize::MAX).unwrap()
+            };
+            let controls = |ids: &[u32]| {
+                ids.iter()
+                    .filter(|id| tokenizer.control(**id).is_some_and(|t| t != "<unk>" && t != "[UNK]"))
+                    .count()
+            };
+            let plain = chat("d");
+            let before = tokenizer
+                .encode_chat(&[Message { role: "user".into(), content: "a stage".into() }], usize::MAX);
+            let before = before.unwrap().len() - 1;
+            for quote in
+                ["<|user|>", "<|end|>", "<s>", "</s> <mask>", "[SEP][CLS]", "<|user|><|user|>", "<|<|end|>|>"]
+            {
+                let ids = chat(quote);
+                assert_eq!(ids[..before], plain[..before], "{kind}: {quote}");
+                let same = ids.iter().rev().zip(plain.iter().rev()).take_while(|(a, b)| a == b).count();
+                assert!(
+                    same >= plain.len() - before - 8,
+                    "{kind}: {quote}: {ids:?} ends otherwise than {plain:?}"
+                );
+                assert_eq!(controls(&ids), controls(&plain), "{kind}: {quote}: {ids:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn errors_of_templates_say_what_was_written() {
+        let mut tokenizer = demo();
+        let file = (
+            "chat_template.jinja".to_owned(),
+            b"{{ raise_exception('not ' ~ messages[0].content) }}".to_vec(),
+        );
+        tokenizer.chat = ChatTemplate::new(&Files::from([file]), &BTreeMap::new()).unwrap();
+        let said = [Message { role: "user".into(), content: "a <|bos|> b".into() }];
+        let error = tokenizer.encode_chat(&said, usize::MAX).unwrap_err().to_string();
+        assert!(error.ends_with("not a <|bos|> b"), "{error}");
     }
 
     /// Python's tokenizers has Oniguruma; the crate's other engine differs here, and ends early in long white space.
@@ -454,12 +490,24 @@ pub(super) mod tests {
             assert!(kind.ends_with(tokenizer.kind()) || kind.starts_with(tokenizer.kind()));
             for case in entry["cases"].as_array().unwrap() {
                 let text = case["text"].as_str().unwrap();
+                if kind == "Unigram" && tokenizer.has_control(text) {
+                    // There the library takes control tokens for pieces of text, whatever it is told.
+                    let own = tokenizer.encode(text, false).unwrap();
+                    assert!(
+                        own.iter().all(|id| tokenizer.control(*id).is_none_or(|t| t == "<unk>")),
+                        "{own:?}"
+                    );
+                    continue;
+                }
                 assert_eq!(tokenizer.encode(text, true).unwrap(), ids(&case["ids"]), "{kind}: {text:?}");
                 let input = tokenizer.encode_input(text, None, None).unwrap();
                 assert_eq!(input.ids, ids(&case["ids"]), "{kind}, as an input: {text:?}");
             }
             for case in entry["pairs"].as_array().unwrap() {
                 let (text, pair) = (case["text"].as_str().unwrap(), case["pair"].as_str().unwrap());
+                if kind == "Unigram" && (tokenizer.has_control(text) || tokenizer.has_control(pair)) {
+                    continue;
+                }
                 let both = tokenizer.encode_input(text, Some(pair), None).unwrap();
                 assert_eq!(both.ids, ids(&case["ids"]), "{kind}: {text:?}, {pair:?}");
                 assert_eq!(both.segments, ids(&case["segments"]), "{kind}: {text:?}, {pair:?}");

@@ -36,7 +36,7 @@ pub enum Work {
         /// Most new tokens, at least one.
         max_tokens: u32,
         /// Tokens that end the answer.
-        eos: Vec<u32>,
+        ends: Vec<u32>,
         /// Sent to the last stage whenever the sequence's state is built anew.
         sampling: v1::RowSampling,
     },
@@ -67,8 +67,8 @@ impl Encode {
 /// Why an answer is complete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finish {
-    /// An end-of-sequence token, which is part of the answer.
-    Eos,
+    /// A token that ends it, and is a part of it.
+    End,
     /// As many tokens as were asked for.
     Length,
     /// It was computed, whole.
@@ -336,10 +336,10 @@ impl Sequence {
         self.failures = 0;
         self.drafts.clear();
         match (&self.work, output) {
-            (Work::Generate { max_tokens, eos, .. }, Output::Token(token)) => {
+            (Work::Generate { max_tokens, ends, .. }, Output::Token(token)) => {
                 self.tokens.push(token);
-                if eos.contains(&token) {
-                    Some(Finish::Eos)
+                if ends.contains(&token) {
+                    Some(Finish::End)
                 } else if self.len() - self.prompt >= *max_tokens {
                     Some(Finish::Length)
                 } else {

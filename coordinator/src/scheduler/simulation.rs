@@ -154,7 +154,7 @@ impl World {
             connection: u64::from(self.clock / 4 % 2),
             deadline: deadline.map(|d| Duration::from_secs(u64::from(self.clock + d))),
             // One token in fifty ends an answer.
-            work: Work::Generate { max_tokens, eos: vec![13], sampling: v1::RowSampling::default() },
+            work: Work::Generate { max_tokens, ends: vec![13], sampling: v1::RowSampling::default() },
         };
         let capacity = self.capacity();
         self.next_id += 1;
@@ -245,7 +245,7 @@ impl World {
             tokens.push(id);
             *left -= 1;
             let want = match (id, *left) {
-                (13, _) => Some(Finish::Eos),
+                (13, _) => Some(Finish::End),
                 (_, 0) => Some(Finish::Length),
                 _ => None,
             };

@@ -121,6 +121,12 @@ pub struct AnswerArgs {
     /// End before this text appears; may be repeated
     #[arg(long, env = "STRATA_STOP", allow_hyphen_values = true)]
     pub stop: Vec<String>,
+    /// End with this token; may be repeated, or separated by commas
+    #[arg(long, env = "STRATA_STOP_TOKEN_IDS", value_delimiter = ',')]
+    pub stop_token_ids: Vec<u32>,
+    /// So many tokens come before the answer may end by itself
+    #[arg(long, env = "STRATA_MIN_TOKENS", default_value_t = 0)]
+    pub min_tokens: u32,
     /// Add this to the logit of a token, as ID=VALUE, such as 13=-2.5; may be repeated, or separated by commas
     #[arg(long, env = "STRATA_LOGIT_BIAS", value_delimiter = ',', value_parser = parse_bias, allow_hyphen_values = true)]
     pub logit_bias: Vec<(u32, f32)>,

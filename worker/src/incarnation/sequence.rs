@@ -95,8 +95,10 @@ pub(crate) struct Sampler {
 
 impl Sampler {
     fn new(row: &v1::RowSampling) -> Result<Self, WorkerError> {
-        let params = SamplingParams::try_from(&row.sampling.clone().unwrap_or_default())
+        let mut params = SamplingParams::try_from(&row.sampling.clone().unwrap_or_default())
             .map_err(|e| WorkerError::BadMessage(e.to_string()))?;
+        params.withheld =
+            (row.ends.iter().copied().collect(), row.prompt_tokens.saturating_add(row.min_tokens));
         let mut sampler = Sampler {
             history: params.needs_history().then(TokenHistory::default),
             params,

@@ -220,8 +220,13 @@ impl Model {
             ids.retain(|id| seen.insert(*id));
             Ok::<_, ModelError>(ids)
         };
-        let special =
-            SpecialTokens { bos: ids("bos_token_id")?, eos: ids("eos_token_id")?, pad: ids("pad_token_id")? };
+        // As transformers: what generation_config.json says of the end stands in the place of config.json's.
+        let own = generation.as_ref().map(|g| g.token_ids("eos_token_id")).transpose()?;
+        let eos = match own.filter(|own| !own.is_empty()) {
+            Some(own) => own,
+            None => ids("eos_token_id")?,
+        };
+        let special = SpecialTokens { bos: ids("bos_token_id")?, eos, pad: ids("pad_token_id")? };
         let embedding = bound.get(&(Site::Input, Slot::Embedding, 0)).and_then(|b| b.first());
         let stored = match embedding.and_then(|b| checkpoint.tensor(&b.weight)).map(|t| t.dtype) {
             Some(TensorDType::Float(dtype)) => dtype,

@@ -30,6 +30,16 @@ fn greedy_takes_the_largest_and_ties_go_to_the_lowest_id() {
 }
 
 #[test]
+fn withheld_tokens_are_not_drawn_before_their_position_whatever_else_is_asked() {
+    let bias = [(1, 100.0), (2, 5.0)].into_iter().collect();
+    let mut params = params(v1::Sampling { logit_bias: bias, ..Default::default() });
+    params.withheld = ([1, 900].into(), 7);
+    assert_eq!([6, 7].map(|position| run(&[1.0, 9.0, 0.0, 2.0], &params, None, position)), [2, 1]);
+    params.temperature = 100.0;
+    assert!((0..7).all(|position| run(&[1.0, 9.0], &params, None, position) == 0));
+}
+
+#[test]
 fn draws_follow_the_distribution_and_depend_on_seed_and_position_alone() {
     let logits: Vec<f32> = [0.5f32, 0.25, 0.15, 0.1].iter().map(|p| p.ln()).collect();
     let plain = params(v1::Sampling { temperature: Some(1.0), ..Default::default() });

@@ -1,6 +1,6 @@
 //! How a step that the last stage committed becomes tokens and answers.
 
-use strata_proto::v1::{self, FinishReason, generate_event};
+use strata_proto::v1::{self, generate_event};
 
 use super::Engine;
 use crate::{
@@ -53,8 +53,8 @@ impl Engine {
         let counted = self.counted(1);
         let Some(live) = self.live.get_mut(&sequence) else { return };
         let Some(answer) = &mut live.answer else { return };
-        let piece = match answer.text.push(id, &self.tokenizer) {
-            Ok(piece) => piece,
+        let (text, ending) = match answer.push(id, finished, &self.tokenizer) {
+            Ok(pushed) => pushed,
             Err(error) => {
                 tracing::error!(%error, token = id, "cannot decode a token");
                 self.cancel(sequence);
@@ -62,7 +62,7 @@ impl Engine {
             }
         };
         let tokens = v1::Tokens {
-            text: piece.text,
+            text,
             token_ids: vec![id],
             logprobs: logprobs.into_iter().collect(),
             index: answer.generated,
@@ -75,16 +75,10 @@ impl Engine {
             self.cancel(sequence);
             return self.fail(sequence, EngineError::Unread);
         }
-        let finish = match finished {
-            _ if piece.stopped => Some(FinishReason::Stop),
-            Some(scheduler::Finish::Eos) => Some(FinishReason::Eos),
-            Some(scheduler::Finish::Length | scheduler::Finish::Encoded) => Some(FinishReason::Length),
-            None => None,
-        };
-        if sent.is_err() || finish.is_some() {
+        if sent.is_err() || ending.is_some() {
             self.cancel(sequence);
-            if let (Some(live), Some(reason)) = (self.live.remove(&sequence), finish) {
-                answer::finish(live, reason, &self.tokenizer);
+            if let (Some(live), Some(ending)) = (self.live.remove(&sequence), ending) {
+                answer::finish(live, ending, &self.tokenizer);
             }
         }
     }

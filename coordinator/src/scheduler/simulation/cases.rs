@@ -154,7 +154,7 @@ fn too_large_says_both_numbers() {
         tenant: "".into(),
         connection: 0,
         deadline: None,
-        work: Work::Generate { max_tokens: 3, eos: vec![], sampling: v1::RowSampling::default() },
+        work: Work::Generate { max_tokens: 3, ends: vec![], sampling: v1::RowSampling::default() },
     };
     let error = submit(&mut w.scheduler, 1, request).unwrap_err().to_string();
     assert!(error.contains('9') && error.contains('8'), "{error}");
@@ -196,7 +196,7 @@ fn a_sequence_that_grows_past_the_switch_is_computed_anew() {
 /// known.
 fn answered(w: &mut World, tenant: &str, prompt: Vec<u32>) -> (u32, u32) {
     w.next_id += 1;
-    let work = Work::Generate { max_tokens: 1, eos: vec![], sampling: v1::RowSampling::default() };
+    let work = Work::Generate { max_tokens: 1, ends: vec![], sampling: v1::RowSampling::default() };
     let request = Request { prompt, tenant: tenant.into(), connection: 0, deadline: None, work };
     submit(&mut w.scheduler, w.next_id, request).unwrap();
     let mut start = None;
@@ -240,7 +240,7 @@ fn nothing_is_shared_before_it_is_committed_or_between_sets_of_frequencies() {
         tenant: "".into(),
         connection: 0,
         deadline: None,
-        work: Work::Generate { max_tokens: 1, eos: vec![], sampling: v1::RowSampling::default() },
+        work: Work::Generate { max_tokens: 1, ends: vec![], sampling: v1::RowSampling::default() },
     };
     submit(&mut w.scheduler, 1, request(&prompt)).unwrap();
     let first = w.scheduler.next_step().unwrap();
@@ -321,7 +321,7 @@ fn steps_until_answered(tenants: &[&str]) -> usize {
     let (mut running, last) = (Vec::new(), tenants.len() as u64 + 3);
     for id in 0..=last {
         let at = (id as usize).saturating_sub(4);
-        let work = Work::Generate { max_tokens: 8, eos: vec![], sampling: v1::RowSampling::default() };
+        let work = Work::Generate { max_tokens: 8, ends: vec![], sampling: v1::RowSampling::default() };
         let (prompt, tenant) = (vec![7; 8], tenants[at].into());
         submit(&mut w.scheduler, id, Request { prompt, tenant, connection: 0, deadline: None, work })
             .unwrap();

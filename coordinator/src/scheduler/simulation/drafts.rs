@@ -73,7 +73,7 @@ fn an_answer_ends_inside_a_burst() {
     let burst = [6, 13, 7, 8].map(|token| (1, Output::Token(token)));
     let committed = w.scheduler.commit(second.step, &burst).unwrap();
     let ends: Vec<_> = committed.iter().map(|c| (c.index, c.finished)).collect();
-    assert_eq!(ends, [(0, None), (1, Some(Finish::Eos))], "13 ends an answer");
+    assert_eq!(ends, [(0, None), (1, Some(Finish::End))], "13 ends an answer");
     assert_eq!(w.scheduler.stats().blocks_used, 0);
 }
 

@@ -165,12 +165,11 @@ impl Needs {
 
 /// Writes the entries of a draw, biases first, and counts them; `None` if they have no room.
 fn fill(to: &mut [[u32; 2]], draw: &Draw<'_>) -> Option<[usize; 2]> {
-    let biases = &draw.params.logit_bias;
     let history = draw.history.filter(|_| draw.params.needs_history()).map(|h| &h.answer_counts);
-    let counts = [biases.len(), history.map_or(0, |h| h.len())];
+    let counts = [draw.biases().count(), history.map_or(0, |h| h.len())];
     let to = to.get_mut(..counts.iter().sum())?;
     let history = history.into_iter().flatten().map(|(token, count)| [*token, *count]);
-    let biases = biases.iter().map(|(token, bias)| [*token, bias.to_bits()]);
+    let biases = draw.biases().map(|(token, bias)| [token, bias.to_bits()]);
     to.iter_mut().zip(biases.chain(history)).for_each(|(to, entry)| *to = entry);
     Some(counts)
 }

@@ -88,7 +88,7 @@ fn what_becomes_of_a_rank_is_what_the_cross_encoder_was_saved_with() {
     assert_eq!(read(json!({"activation_fn": identity}), &[]), Ok(Scoring::None));
     let old = ("sbert_ce_default_activation_function", json!(identity));
     let newer = ("sentence_transformers", json!({"activation_fn": "torch.nn.modules.activation.Sigmoid"}));
-    assert_eq!(read(json!({}), &[old.clone()]), Ok(Scoring::None));
+    assert_eq!(read(json!({}), std::slice::from_ref(&old)), Ok(Scoring::None));
     assert_eq!(read(json!({}), &[old, newer]), Ok(Scoring::Sigmoid), "the newer key comes first");
     assert_eq!(
         read(json!({"activation_fn": "mine.Own"}), &[]),

@@ -146,7 +146,10 @@ fn a_gpu_draws_the_samplers_tokens() {
         for round in 0..3 {
             let logits: Vec<_> = (0..ROWS).map(|_| random.logits(vocab)).collect();
             let asked: Vec<_> = (0..ROWS).map(|_| random.sampling(vocab)).collect();
-            let params: Vec<_> = asked.iter().map(|s| SamplingParams::try_from(s).unwrap()).collect();
+            let mut params: Vec<_> = asked.iter().map(|s| SamplingParams::try_from(s).unwrap()).collect();
+            for params in params.iter_mut().step_by(2) {
+                params.withheld = ([0, 3, vocab as u32].into(), random.below(5000) as u32);
+            }
             let histories: Vec<_> = (0..ROWS).map(|_| random.history(vocab)).collect();
             let draws: Vec<_> = (0..ROWS)
                 .map(|row| {
