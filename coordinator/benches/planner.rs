@@ -40,6 +40,7 @@ fn main() {
         scoring: Scoring::Unspecified,
         commit: String::new(),
         sentences: Default::default(),
+        ranking: Default::default(),
         segments: 0,
         tokenizers: vec!["BPE".into()],
         stacks: vec![Stack {

@@ -82,6 +82,8 @@ pub fn encode(request: v1::FillMaskRequest, reader: &Reader, profile: &ModelProf
         truncation: request.truncation(),
         model: request.model,
         task: Task::FillMask,
+        ranks: false,
+        prompt_name: None,
         inputs: request.inputs,
         candidates: request.top_k,
         deadline_ms: request.deadline_ms,

@@ -292,6 +292,7 @@ mod tests {
             scoring: strata_proto::v1::Scoring::Unspecified,
             commit: String::new(),
             sentences: Default::default(),
+            ranking: Default::default(),
             segments: 0,
             tokenizers: vec!["BPE".into()],
             stacks: vec![],

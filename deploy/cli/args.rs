@@ -70,6 +70,9 @@ pub enum Command {
     /// Score texts by a classifier's classes
     #[command(after_help = examples::CLASSIFY)]
     Classify(ClassifyArgs),
+    /// Order documents by how well they answer a query
+    #[command(after_help = examples::RERANK)]
+    Rerank(RerankArgs),
     /// Turn texts into vectors
     #[command(after_help = examples::EMBED)]
     Embed(EmbedArgs),
@@ -121,6 +124,7 @@ impl Command {
             Command::Check(args) => args.json,
             Command::Verify(args) => args.json,
             Command::Generate(args) => args.json,
+            Command::Rerank(args) => args.json,
             Command::Classify(ClassifyArgs { input })
             | Command::Embed(EmbedArgs { input, .. })
             | Command::FillMask(FillMaskArgs { input, .. }) => input.json,

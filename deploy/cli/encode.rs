@@ -1,15 +1,16 @@
-//! `strata classify`, `strata embed`, `strata fill-mask`: inputs to an encoder, and what it makes of them.
+//! `strata classify`, `strata rerank`, `strata embed`, `strata fill-mask`: inputs to an encoder, and what it makes of them.
 
 use std::io::Write;
 
 use serde_json::{Value, json};
 use strata_proto::v1::{
-    ClassifyRequest, EmbedRequest, FillMaskRequest, Input, Truncation, inference_client::InferenceClient,
+    ClassifyRequest, EmbedRequest, FillMaskRequest, Input, RerankRequest, Truncation,
+    inference_client::InferenceClient,
 };
 use tonic::transport::Channel;
 
 use crate::{
-    args::{ClassifyArgs, EmbedArgs, FillMaskArgs, InputArgs},
+    args::{ClassifyArgs, EmbedArgs, FillMaskArgs, InputArgs, RerankArgs},
     client::Server,
     prompt,
     report::misused,
@@ -17,6 +18,8 @@ use crate::{
 
 /// Largest answer that is taken: vectors of many inputs.
 const MAX_ANSWER: usize = 256 << 20;
+/// Letters of a document that are shown to a person.
+const SHOWN_LETTERS: usize = 60;
 /// Elements of a vector that are shown to a person.
 const SHOWN: usize = 8;
 
@@ -46,6 +49,43 @@ pub async fn classify(args: ClassifyArgs) -> anyhow::Result<()> {
         let classes = result.classes.iter().map(|c| format!("{} {:.4}", c.label, c.score));
         let classes: Vec<_> = classes.collect();
         writeln!(out, "{}{}", classes.join("  "), note(result.dropped_tokens))?;
+    }
+    Ok(())
+}
+
+/// `strata rerank`
+pub async fn rerank(args: RerankArgs) -> anyhow::Result<()> {
+    if args.documents.iter().chain([&args.query]).filter(|text| *text == "-").count() > 1 {
+        return Err(misused("standard input (-) is read once: give other texts as they are, or as @FILE"));
+    }
+    let documents: Vec<String> =
+        args.documents.into_iter().map(prompt::read).collect::<anyhow::Result<_>>()?;
+    let request = RerankRequest {
+        model: args.model.name.clone(),
+        query: prompt::read(args.query)?,
+        documents: documents.clone(),
+        top_n: args.top_n,
+        truncation: args.truncate.map_or(Truncation::Unspecified, Into::into) as i32,
+        deadline_ms: args.deadline_ms,
+        prompt_name: args.prompt_name,
+    };
+    let server = Server::connect(&args.address).await?;
+    let answer = server.wait(client(&server).rerank(request)).await?.into_inner();
+    let mut out = std::io::stdout().lock();
+    for result in answer.results {
+        let index = result.index as usize;
+        if args.json {
+            let mut line = line(index, result.tokens, result.dropped_tokens);
+            line["score"] = json!(result.score);
+            line["logit"] = json!(result.logit);
+            writeln!(out, "{line}")?;
+            continue;
+        }
+        // The beginning of it, on one line.
+        let document = documents.get(index).map_or("", String::as_str);
+        let shown: String = document.split_whitespace().collect::<Vec<_>>().join(" ");
+        let shown: String = shown.chars().take(SHOWN_LETTERS).collect();
+        writeln!(out, "{:.4}  {index}  {shown}{}", result.score, note(result.dropped_tokens))?;
     }
     Ok(())
 }

@@ -106,6 +106,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             Command::Verify(args) => verify::verify(&args),
             Command::Generate(args) => generate::generate(args).await,
             Command::Classify(args) => encode::classify(args).await,
+            Command::Rerank(args) => encode::rerank(args).await,
             Command::Embed(args) => encode::embed(args).await,
             Command::FillMask(args) => encode::fill_mask(args).await,
             Command::Tokenize(args) => tokenize::tokenize(args).await,

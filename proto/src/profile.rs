@@ -119,6 +119,8 @@ pub struct ModelProfile {
     pub labels: Vec<String>,
     /// What becomes of them.
     pub scoring: v1::Scoring,
+    /// What becomes of the logit of a classifier of one class where documents are ranked.
+    pub ranking: v1::Scoring,
     /// What sentence-transformers' files say.
     pub sentences: v1::Sentences,
     /// Kinds of segments that the embedding knows.
@@ -318,6 +320,7 @@ impl From<ModelProfile> for v1::Profile {
             labels: p.labels,
             scoring: p.scoring as i32,
             commit: p.commit,
+            ranking: p.ranking as i32,
             sentences: Some(p.sentences),
             segments: p.segments,
             tokenizers: p.tokenizers,
@@ -330,7 +333,7 @@ impl TryFrom<v1::Profile> for ModelProfile {
     type Error = String;
 
     fn try_from(p: v1::Profile) -> Result<Self, String> {
-        let (task, scoring) = (p.task(), p.scoring());
+        let (task, scoring, ranking) = (p.task(), p.scoring(), p.ranking());
         if p.layers.is_empty() || p.vocab_size == 0 || p.context_length == 0 {
             return Err(format!("profile of {:?} has no layers, vocabulary or context", p.model));
         }
@@ -340,6 +343,7 @@ impl TryFrom<v1::Profile> for ModelProfile {
         Ok(ModelProfile {
             task,
             scoring,
+            ranking,
             labels: p.labels,
             commit: p.commit,
             sentences: p.sentences.unwrap_or_default(),

@@ -81,8 +81,9 @@ pub fn expected(name: &str, task: Task, e: &ExpectedInput) -> Vec<f32> {
         Task::Classify => {
             let logits = &e.values[0];
             let sigmoid = |x: &f32| 1.0 / (1.0 + (-x).exp());
-            let scores = match name {
-                "bert-classify-f32" => softmax(logits),
+            let profile = strata_worker::model::describe(&model(name), "m").unwrap();
+            let scores = match profile.scoring {
+                v1::Scoring::Softmax => softmax(logits),
                 _ => logits.iter().map(sigmoid).collect(),
             };
             logits.iter().zip(scores).flat_map(|(logit, score)| [*logit, score]).collect()
@@ -136,7 +137,7 @@ async fn every_encoder_answers_as_transformers_for_every_split_and_batch() {
         }
         checked += 1;
     }
-    assert_eq!(checked, 10);
+    assert_eq!(checked, 26);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -326,4 +327,58 @@ async fn a_real_minilm_over_three_workers_embeds_as_transformers() {
         assert_eq!(*tokens as usize, e.ids.len());
         near(values, &e.values[0], &e.text);
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn documents_are_ranked_as_by_sentence_transformers_cross_encoder() {
+    let directory = model("bert-cross-encoder-bf16");
+    let text = std::fs::read_to_string(directory.join("expected.json")).unwrap();
+    let expected: Value = serde_json::from_str(&text).unwrap();
+    let documents: Vec<String> = serde_json::from_value(expected["documents"].clone()).unwrap();
+    let request = v1::RerankRequest {
+        query: expected["query"].as_str().unwrap().into(),
+        documents: documents.clone(),
+        ..Default::default()
+    };
+    let options = Options { model: directory, workers: 2, ..Options::default() };
+    let cluster = Cluster::start(&options).await;
+    let mut client = cluster.client().await;
+    let ranked = client.rerank(request.clone()).await.unwrap().into_inner().results;
+    let want = expected["ranks"].as_array().unwrap();
+    assert_eq!(ranked.len(), want.len());
+    for (got, want) in ranked.iter().zip(want) {
+        assert_eq!(u64::from(got.index), want["index"].as_u64().unwrap());
+        near(&[got.score], &[want["score"].as_f64().unwrap() as f32], &documents[got.index as usize]);
+        assert_eq!(got.score, got.logit, "it was saved with the identity");
+    }
+    let best = client.rerank(v1::RerankRequest { top_n: Some(2), ..request.clone() }).await.unwrap();
+    assert_eq!(best.into_inner().results, ranked[..2]);
+    let plain = v1::RerankRequest { prompt_name: Some(String::new()), ..request.clone() };
+    assert_ne!(client.rerank(plain).await.unwrap().into_inner().results[0].logit, ranked[0].logit);
+    for (wrong, says) in [
+        (v1::RerankRequest { top_n: Some(0), ..request.clone() }, "top_n: 0: expected at least 1"),
+        (v1::RerankRequest { documents: Vec::new(), ..request.clone() }, "0 inputs: expected 1 to 1024"),
+        (v1::RerankRequest { prompt_name: Some("x".into()), ..request.clone() }, "expected \"query\""),
+        (v1::RerankRequest { query: "layers ".repeat(200), ..request.clone() }, "ask for truncation"),
+    ] {
+        let refused = client.rerank(wrong).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument);
+        assert!(refused.message().contains(says), "{}", refused.message());
+    }
+    let long = v1::RerankRequest { query: "layers ".repeat(200), truncation: 1, ..request.clone() };
+    let cut = client.rerank(long).await.unwrap().into_inner();
+    assert!(cut.results.iter().all(|r| r.tokens == 128 && r.dropped_tokens > 0));
+    let args =
+        ["rerank", &request.query, &documents[0], &documents[2], "--top-n", "1", "--json", "--address"];
+    let args: Vec<String> = args.iter().map(|s| (*s).to_owned()).chain([cluster.address.clone()]).collect();
+    let run = move || Command::new(env!("CARGO_BIN_EXE_strata")).args(args).output().unwrap();
+    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let line: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let best = ranked.iter().find(|r| [0, 2].contains(&r.index)).unwrap();
+    assert_eq!(line["index"], u64::from(best.index / 2));
+
+    let three = Cluster::start(&Options { model: model("bert-classify-f32"), ..Options::default() }).await;
+    let refused = three.client().await.rerank(request).await.unwrap_err();
+    assert!(refused.message().contains("a classifier of 3 classes cannot rank"), "{}", refused.message());
 }

@@ -1,4 +1,4 @@
-"""Make the small encoders: seeded random BERTs, RoBERTas and DistilBERTs for every task, with transformers' own outputs.
+"""Make the small encoders: seeded random ones of every family and task, with transformers' own outputs.
 
 usage: python make_encoders.py [OUT_DIR [NAME…]]        (needs requirements.txt; OUT_DIR defaults to this directory)
 
@@ -58,12 +58,80 @@ FIXTURES = {
     "distilbert-embed-cls-f32": (EMBED, dict(
         model_type="distilbert", dim=32, n_layers=3, n_heads=2, hidden_dim=48, max_position_embeddings=128),
         torch.float32, dict(mode="pooling_mode_cls_token", normalize=False, longest=128)),
+    # As bge-m3's dense vectors: Unigram, the first token's vector, of length 1.
+    "xlm-roberta-embed-f32": (EMBED, dict(
+        model_type="xlm-roberta", hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
+        max_position_embeddings=258, type_vocab_size=1), torch.float32,
+        dict(mode="pooling_mode_cls_token", normalize=True, longest=256)),
+    # As bge-reranker: one class.
+    "xlm-roberta-rerank-bf16": (CLASSIFY, dict(
+        model_type="xlm-roberta", hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=258, type_vocab_size=1, num_labels=1), torch.bfloat16, None),
+    "camembert-mlm-bf16": (MASKS, dict(
+        model_type="camembert", hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
+        max_position_embeddings=258, type_vocab_size=1), torch.bfloat16, None),
+    "electra-classify-bf16": (CLASSIFY, dict(
+        model_type="electra", hidden_size=32, embedding_size=32, num_hidden_layers=3, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=128, **LABELS), torch.bfloat16, None),
+    # Rotary positions behind norms that follow each block; gated.
+    "nomic-bert-mlm-bf16": (MASKS, dict(
+        model_type="nomic_bert", hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=128), torch.bfloat16, None),
+    "nomic-bert-embed-f32": (EMBED, dict(
+        model_type="nomic_bert", hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
+        max_position_embeddings=128), torch.float32, dict(mode="pooling_mode_mean_tokens", normalize=False, longest=128)),
+    "gte-classify-f32": (CLASSIFY, dict(
+        model_type="gte", hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
+        max_position_embeddings=128, type_vocab_size=0, **LABELS), torch.float32, None),
+    "gte-mlm-bf16": (MASKS, dict(
+        model_type="gte", hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=128), torch.bfloat16, None),
+    "jina-embeddings-v3-embed-bf16": (EMBED, dict(
+        model_type="jina_embeddings_v3", hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=256), torch.bfloat16, dict(mode="pooling_mode_mean_tokens", normalize=True, longest=256)),
+    # What is near on two layers of three; the first layer has no norm before attention.
+    "modernbert-mlm-bf16": (MASKS, dict(
+        model_type="modernbert", hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=40,
+        max_position_embeddings=128, local_attention=14), torch.bfloat16, None),
+    # The mean over tokens through the head; biases everywhere.
+    "modernbert-classify-mean-f32": (CLASSIFY, dict(
+        model_type="modernbert", hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=32,
+        max_position_embeddings=128, local_attention=9, classifier_pooling="mean", classifier_bias=True, norm_bias=True,
+        attention_bias=True, mlp_bias=True, classifier_activation="silu", **LABELS), torch.float32, None),
+    # Decoders with a head for classes: the last token's.
+    "qwen3-rerank-f32": (CLASSIFY, dict(
+        model_type="qwen3", hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=40, max_position_embeddings=128, num_labels=1), torch.float32, None),
+    "llama-classify-bf16": (CLASSIFY, dict(
+        model_type="llama", hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+        intermediate_size=40, max_position_embeddings=128, **LABELS), torch.bfloat16, None),
+    # As EmbeddingGemma: a decoder that looks both ways.
+    "gemma3-embed-f32": (EMBED, dict(
+        model_type="gemma3_text", hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, intermediate_size=40, max_position_embeddings=128, sliding_window=12, use_bidirectional_attention=True,
+        query_pre_attn_scalar=8, layer_types=["sliding_attention", "sliding_attention", "full_attention"]),
+        torch.float32, dict(mode="pooling_mode_mean_tokens", normalize=True, longest=128)),
 }
+# Families whose texts stand between <s> and </s>, and those that have a Unigram tokenizer.
+ROBERTAS = ("roberta", "xlm-roberta", "camembert", "jina_embeddings_v3", "qwen3", "llama", "gemma3_text")
+UNIGRAM = ("xlm-roberta", "camembert", "jina_embeddings_v3")
 
 
 def make_tokenizer(out, kind):
-    """WordPiece as BERT's, or byte-level BPE as RoBERTa's."""
-    if kind == "roberta":
+    """WordPiece as BERT's, byte-level BPE as RoBERTa's, or Unigram as XLM-RoBERTa's."""
+    if kind in UNIGRAM:
+        special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        tok = Tokenizer(models.Unigram())
+        tok.normalizer = normalizers.NFKC()
+        tok.pre_tokenizer, tok.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=VOCAB, special_tokens=special, unk_token="<unk>", show_progress=False,
+                                          initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789.,?!'-"))
+        tok.train_from_iterator(TEXT, trainer)
+        tok.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+        names = dict(bos_token="<s>", eos_token="</s>", sep_token="</s>", cls_token="<s>", unk_token="<unk>",
+                     pad_token="<pad>", mask_token="<mask>")
+    elif kind in ROBERTAS:
         special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
         tok = Tokenizer(models.BPE())
         tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -88,20 +156,24 @@ def make_tokenizer(out, kind):
         tok.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
         names = dict(unk_token="[UNK]", sep_token="[SEP]", pad_token="[PAD]", cls_token="[CLS]", mask_token="[MASK]")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tok, clean_up_tokenization_spaces=False, model_max_length=128,
-                                   **names)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, clean_up_tokenization_spaces=False,
+                                   model_max_length=256 if kind in UNIGRAM else 128, **names)
     fast.save_pretrained(out)
     return fast
 
 
 def make_model(kind, settings, seed):
     torch.manual_seed(seed)
-    roberta = settings["model_type"] == "roberta"
-    config = AutoConfig.for_model(**settings, vocab_size=VOCAB, pad_token_id=1 if roberta else 0)
+    roberta = settings["model_type"] in ROBERTAS
+    # The ids of its own special tokens, not those of the published models.
+    ids = dict(bos_token_id=0, eos_token_id=2) if roberta else dict(bos_token_id=None, eos_token_id=None)
+    modern = dict(cls_token_id=2, sep_token_id=3) if settings["model_type"] == "modernbert" else {}
+    ids = {} if settings["model_type"] in ("bert", "roberta", "distilbert") else ids | modern
+    config = AutoConfig.for_model(**settings, vocab_size=VOCAB, pad_token_id=1 if roberta else 0, **ids)
     model = kind.from_config(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            norm = "norm" in name.lower() and name.endswith("weight")
+            norm = ("norm" in name.lower() or name.endswith("emb_ln.weight")) and name.endswith("weight")
             p.copy_(1 + 0.2 * torch.randn_like(p) if norm else torch.randn_like(p) * 1.5 * p.shape[-1] ** -0.5
                     if p.dim() > 1 else 0.2 * torch.randn_like(p))
     return model

@@ -13,8 +13,8 @@ import sys
 import sentence_transformers
 import torch
 import transformers
-from make_encoders import EMBED, make_model, make_tokenizer, texts
-from sentence_transformers import SentenceTransformer
+from make_encoders import CLASSIFY, EMBED, make_model, make_tokenizer, texts
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as parts
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 
@@ -39,7 +39,17 @@ FIXTURES = {
         lambda: [parts.Pooling(32, ("max", "mean_sqrt_len_tokens", "lasttoken")),
                  Dense(96, 16, activation_function=torch.nn.ReLU())],
         dict(prompts={}, longest=100), True),
+    # A decoder that embeds, as Qwen3-Embedding: the last token's vector behind an instruction, if one is asked for.
+    "qwen3-sentences-f32": (dict(
+        model_type="qwen3", hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=40, max_position_embeddings=128), torch.float32,
+        lambda: [parts.Pooling(32, "lasttoken"), Normalize()],
+        dict(prompts={"query": "Instruct: find it\nQuery:", "document": ""}, similarity_fn_name="cosine", longest=128), False),
 }
+# A cross-encoder whose scores are logits, and which has a prompt before the query.
+RANKS = "bert-cross-encoder-bf16"
+QUERY = "who holds the layers?"
+DOCUMENTS = ["A worker dies.", "", "The worker holds layers, and counts them once.", "stages", "before a single one"]
 
 
 def randomize(module):
@@ -112,11 +122,44 @@ def expect(path):
     return rows, named, dict(longest=model.max_seq_length, similarity=model.similarity_fn_name)
 
 
+@torch.no_grad()
+def make_cross_encoder(path):
+    settings = dict(model_type="bert", hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+                    max_position_embeddings=128, num_labels=1)
+    base = path / "base"
+    base.mkdir(parents=True)
+    tok = make_tokenizer(base, "bert")
+    make_model(CLASSIFY, settings, 300).to(torch.bfloat16).save_pretrained(base)
+    CrossEncoder(str(base), device="cpu", activation_fn=IDENTITY, prompts={"query": "a question: "},
+                 default_prompt_name="query", model_kwargs=dict(dtype=torch.bfloat16)).save_pretrained(str(path))
+    shutil.rmtree(base)
+    (path / "README.md").unlink()
+    # Of this class, a tokenizer tells segments apart, as for BERTs that people train.
+    file = path / "tokenizer_config.json"
+    told = json.loads(file.read_text()) | dict(tokenizer_class="BertTokenizer")
+    file.write_text(json.dumps(told, indent=2) + "\n")
+    model = CrossEncoder(str(path), device="cpu", model_kwargs=dict(dtype=torch.float32))
+    rows = []
+    for document in DOCUMENTS:
+        batch = tok([QUERY], [document], return_tensors="pt", return_token_type_ids=True)
+        logits = model.model(**batch).logits[0].tolist()
+        rows.append(dict(text=QUERY, pair=document, ids=batch["input_ids"][0].tolist(),
+                         segments=batch["token_type_ids"][0].tolist(), values=[shown(logits)]))
+    ranks = [dict(index=r["corpus_id"], score=shown([r["score"]])[0]) for r in model.rank(QUERY, DOCUMENTS)]
+    return rows, dict(query=QUERY, documents=DOCUMENTS, ranks=ranks)
+
+
 def shown(values):
     return [float(f"{x:.6g}") for x in values]
 
 
 def main(out, only):
+    versions = {m.__name__: m.__version__ for m in (sentence_transformers, transformers, torch)}
+    if not only or RANKS in only:
+        shutil.rmtree(out / RANKS, ignore_errors=True)
+        rows, ranks = make_cross_encoder(out / RANKS)
+        (out / RANKS / "expected.json").write_text(json.dumps({"versions": versions, "inputs": rows, **ranks}) + "\n")
+        print(RANKS, [len(row["ids"]) for row in rows])
     for number, (name, (settings, dtype, behind, facts, old)) in enumerate(FIXTURES.items()):
         if only and name not in only:
             continue
@@ -125,7 +168,6 @@ def main(out, only):
         torch.manual_seed(number)
         save(path, settings, dtype, behind, facts, old, 200 + number)
         rows, prompts, told = expect(path)
-        versions = {m.__name__: m.__version__ for m in (sentence_transformers, transformers, torch)}
         expected = {"versions": versions, "inputs": rows, "prompts": prompts, "told": told}
         (path / "expected.json").write_text(json.dumps(expected) + "\n")
         size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())

@@ -222,6 +222,7 @@ impl Session {
             task: Task::Classify,
             inputs: request.inputs,
             candidates: None,
+            ranks: false,
             prompt_name: None,
             deadline_ms: request.deadline_ms,
         };
@@ -231,6 +232,51 @@ impl Session {
             Some(v1::Classification { classes, tokens: input.tokens, dropped_tokens: input.dropped })
         });
         Ok(v1::ClassifyResponse { results: results.await?, model: self.model() })
+    }
+
+    /// Documents by how well they answer a query, best first.
+    ///
+    /// # Errors
+    /// As for [`classify`](Self::classify), and if the model has other than one class.
+    pub async fn rerank(&self, request: v1::RerankRequest) -> Result<v1::RerankResponse, SessionError> {
+        let pair = |document: String| v1::Input {
+            text: Some(request.query.clone()),
+            pair: Some(document),
+            ..v1::Input::default()
+        };
+        let asked = encode::Request {
+            truncation: request.truncation(),
+            task: Task::Classify,
+            inputs: request.documents.iter().cloned().map(pair).collect(),
+            model: request.model,
+            candidates: None,
+            ranks: true,
+            prompt_name: request.prompt_name,
+            deadline_ms: request.deadline_ms,
+        };
+        let top_n = request.top_n.map_or(usize::MAX, |n| n as usize);
+        if top_n == 0 {
+            let error = AdmissionError::Field { field: "top_n", why: "0: expected at least 1".to_owned() };
+            return self.arrived("Rerank").end(Err(error.into()));
+        }
+        let mut index = 0;
+        let ranked = self.encode(asked, "Rerank", |served, input, reply| {
+            let Reply::Vector(logits) = reply else { return None };
+            let logit = *logits.first()?;
+            index += 1;
+            Some(v1::RankedDocument {
+                index: index - 1,
+                score: encode::single_score(served.profile.ranking, logit),
+                logit,
+                tokens: input.tokens,
+                dropped_tokens: input.dropped,
+            })
+        });
+        let mut results = ranked.await?;
+        // The sort is stable: of equals, the first is the one that was given first.
+        results.sort_by(|a, b| b.logit.total_cmp(&a.logit));
+        results.truncate(top_n);
+        Ok(v1::RerankResponse { results, model: self.model() })
     }
 
     /// A vector for each input.
@@ -244,6 +290,7 @@ impl Session {
             task: Task::Embed,
             inputs: request.inputs,
             candidates: None,
+            ranks: false,
             prompt_name: request.prompt_name,
             deadline_ms: request.deadline_ms,
         };
@@ -268,6 +315,7 @@ impl Session {
             task: Task::FillMask,
             inputs: request.inputs,
             candidates: Some(request.top_k.unwrap_or(bounds::DEFAULT_CANDIDATES)),
+            ranks: false,
             prompt_name: None,
             deadline_ms: request.deadline_ms,
         };

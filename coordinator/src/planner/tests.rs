@@ -58,6 +58,7 @@ pub(crate) fn profile(layers: &[(u64, u64)], embedding: u64, tied: bool) -> Mode
         scoring: strata_proto::v1::Scoring::Unspecified,
         commit: String::new(),
         sentences: Default::default(),
+        ranking: Default::default(),
         segments: 0,
         tokenizers: vec!["BPE".into()],
         stacks: vec![Stack {

@@ -30,7 +30,9 @@ pub(crate) struct Request {
     pub truncation: Truncation,
     /// Candidates for each mask; only for FillMask.
     pub candidates: Option<u32>,
-    /// Name of the prompt that is put before each text; only for Embed. None: the model's default. Empty: none.
+    /// Whether texts are ranked by the logit of the one class that there must be.
+    pub ranks: bool,
+    /// Name of the prompt that is put before each text; only for Embed and where texts are ranked. None: the model's default. Empty: none.
     pub prompt_name: Option<String>,
     /// Milliseconds from arrival.
     pub deadline_ms: Option<u64>,
@@ -59,6 +61,13 @@ pub(crate) fn check(
     limit: Limit,
 ) -> Result<(Vec<CheckedInput>, Option<Duration>), AdmissionError> {
     check_task(request.task, profile)?;
+    if request.ranks && profile.labels.len() != 1 {
+        let why = format!(
+            "a classifier of {} classes cannot rank: expected a model of one class",
+            profile.labels.len()
+        );
+        return Err(field("model", why));
+    }
     let deadline = check_deadline(request.deadline_ms)?;
     let count = request.inputs.len();
     if !(1..=MAX_INPUTS).contains(&count) {
@@ -119,7 +128,7 @@ impl<'a> Prompt<'a> {
         let sentences = &profile.sentences;
         let none = Prompt { text: "", tokens: 0 };
         let name = match &request.prompt_name {
-            _ if request.task != Task::Embed => return Ok(none),
+            _ if request.task != Task::Embed && !request.ranks => return Ok(none),
             Some(name) => name,
             None => &sentences.default_prompt,
         };
@@ -225,14 +234,21 @@ fn masks(ids: &[u32], tokenizer: &Tokenizer) -> Result<Vec<u32>, String> {
     }
 }
 
+/// The score of a logit that stands for itself.
+pub(crate) fn single_score(scoring: Scoring, logit: f32) -> f32 {
+    match scoring {
+        Scoring::Sigmoid => (1.0 / (1.0 + f64::from(-logit).exp())) as f32,
+        Scoring::Softmax | Scoring::None | Scoring::Unspecified => logit,
+    }
+}
+
 /// Scores of a classifier's classes, best first.
 pub(crate) fn classification(profile: &ModelProfile, logits: &[f32]) -> Vec<v1::ClassScore> {
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let total: f64 = logits.iter().map(|x| f64::from(x - largest).exp()).sum();
     let score = |logit: f32| match profile.scoring {
         Scoring::Softmax => (f64::from(logit - largest).exp() / total) as f32,
-        Scoring::Sigmoid => (1.0 / (1.0 + f64::from(-logit).exp())) as f32,
-        Scoring::None | Scoring::Unspecified => logit,
+        scoring => single_score(scoring, logit),
     };
     let label = |index: usize| profile.labels.get(index).cloned().unwrap_or_default();
     let classes = logits.iter().zip(0u32..);

@@ -374,6 +374,35 @@ pub struct ClassifyArgs {
 }
 
 #[derive(Debug, Args)]
+pub struct RerankArgs {
+    /// What documents are to answer; - is standard input, @FILE a file, and @@ an @
+    #[arg(value_name = "QUERY")]
+    pub query: String,
+    /// Documents, likewise
+    #[arg(value_name = "DOCUMENT", required = true)]
+    pub documents: Vec<String>,
+    /// Print the best so many only
+    #[arg(long, env = "STRATA_TOP_N")]
+    pub top_n: Option<u32>,
+    /// Put the model's prompt of this name before the query; "" for none [default: the model's own choice]
+    #[arg(long, env = "STRATA_PROMPT_NAME")]
+    pub prompt_name: Option<String>,
+    /// Keep this end of a pair that is too long, instead of refusing it
+    #[arg(long, env = "STRATA_TRUNCATE", value_enum)]
+    pub truncate: Option<Keep>,
+    /// Give up after this many milliseconds
+    #[arg(long, env = "STRATA_DEADLINE_MS")]
+    pub deadline_ms: Option<u64>,
+    /// Print one JSON object per document
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub address: AddressArgs,
+}
+
+#[derive(Debug, Args)]
 pub struct EmbedArgs {
     /// Put the model's prompt of this name before every text; "" for none [default: the model's own choice]
     #[arg(long, env = "STRATA_PROMPT_NAME")]

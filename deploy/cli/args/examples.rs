@@ -43,6 +43,10 @@ pub const CLASSIFY: &str = "Examples:
   strata classify --text 'What a day!' --text 'Not again.'
   strata classify --text 'A man sleeps.' --pair 'Somebody rests.' --json";
 
+pub const RERANK: &str = "Examples:
+  strata rerank 'Who wrote it?' 'A bridge is built.' 'She wrote it.'
+  strata rerank @question.txt @first.txt @second.txt --top-n 1 --json";
+
 pub const EMBED: &str = "Examples:
   strata embed --text 'What a day!' --text 'Not again.' --json
   strata embed --text 'A long text' --truncate head";

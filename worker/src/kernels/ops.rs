@@ -78,6 +78,8 @@ pub(crate) enum AttentionMask {
     Causal,
     /// Its own and those before, so many in all.
     Window(usize),
+    /// Those at most so far from its own, on both sides, of a sequence that is computed whole.
+    Near(usize),
 }
 
 impl AttentionMask {
@@ -88,6 +90,7 @@ impl AttentionMask {
             AttentionMask::Full => 0..end,
             AttentionMask::Causal => 0..position + 1,
             AttentionMask::Window(window) => (position + 1).saturating_sub(window)..position + 1,
+            AttentionMask::Near(most) => position.saturating_sub(most)..(position + most + 1).min(end),
         }
     }
 }

@@ -124,6 +124,8 @@ pub(crate) struct Layer {
 pub(crate) enum Flow {
     /// `x += f(norm(x))` for each (Llama, GPT-2).
     Pre(Norm),
+    /// `x += attention(x); x += ffn(norm(x))` (the first layer of ModernBERT, whose input has a norm).
+    PreFfn(Norm),
     /// `x = norm(x + f(x))` for each (BERT).
     Post(Norm),
     /// `x += norm(f(norm(x)))` for each (Gemma 2).
@@ -142,6 +144,7 @@ impl Flow {
     /// The kind of all its norms.
     pub fn norm(self) -> Norm {
         let (Flow::Pre(norm)
+        | Flow::PreFfn(norm)
         | Flow::Post(norm)
         | Flow::Sandwich(norm)
         | Flow::After(norm)
@@ -151,9 +154,13 @@ impl Flow {
         norm
     }
 
-    /// Whether blocks take the residual stream as it is.
-    pub fn enters_bare(self) -> bool {
-        matches!(self, Flow::Post(_) | Flow::After(_))
+    /// Whether the block whose norm `slot` would be takes the residual stream as it is.
+    pub fn is_bare(self, slot: Slot) -> bool {
+        match self {
+            Flow::Post(_) | Flow::After(_) => true,
+            Flow::PreFfn(_) => slot == Slot::AttentionNorm,
+            _ => false,
+        }
     }
 
     /// Whether what a block yields is not simply added to the residual stream, and waits beside it.
@@ -351,10 +358,14 @@ pub(crate) enum Head {
     },
     /// Logits over the vocabulary, for the token at a position: `head(norm(act(dense(x))))`.
     Mlm(Act, Norm),
-    /// Logits over classes from the first token: `head(act(dense(x)))`.
+    /// Logits over classes from one vector: `head(norm(act(dense(x))))`.
     Classify {
-        /// Between the two products.
-        act: Act,
+        /// Which vector.
+        pool: Pool,
+        /// Behind the dense product; without one, there is no such product.
+        act: Option<Act>,
+        /// Before the last product.
+        norm: Option<Norm>,
         /// What the classes are called.
         labels: Vec<String>,
         /// How their logits become scores.
@@ -362,6 +373,25 @@ pub(crate) enum Head {
     },
     /// One vector per sequence.
     Embed(Embedding),
+}
+
+impl Head {
+    /// What comes before the last product: an activation, behind a dense product, and a norm.
+    pub fn before(&self) -> (Option<Act>, Option<Norm>) {
+        match *self {
+            Head::Mlm(act, norm) => (Some(act), Some(norm)),
+            Head::Classify { act, norm, .. } => (act, norm),
+            Head::Lm { .. } | Head::Embed(_) => (None, None),
+        }
+    }
+
+    /// How the vector that classes are told from is pooled, where it is not simply that of a token asked for.
+    pub fn pooled_classes(&self) -> Option<Pool> {
+        match *self {
+            Head::Classify { pool, .. } if pool != Pool::First => Some(pool),
+            _ => None,
+        }
+    }
 }
 
 /// How a sequence becomes one vector, as sentence-transformers' modules say.
@@ -566,7 +596,9 @@ impl Tower {
             Site::Layer(layer) => {
                 let Layer { flow, attention, ffn } = &self.layers[layer];
                 let bare = matches!(flow, Flow::After(_));
-                slots.extend((!bare).then_some((Slot::AttentionNorm, norm)));
+                slots.extend(
+                    (!bare && !matches!(flow, Flow::PreFfn(_))).then_some((Slot::AttentionNorm, norm)),
+                );
                 slots.push((Slot::Qkv, Shape::Product(attention.qkv_width(), width)));
                 if let Some(qk) = attention.qk_norm {
                     let factors = |heads| Shape::Norm(qk.factors(heads, attention.head_dim));
@@ -596,12 +628,9 @@ impl Tower {
             }
             Site::Output => {
                 slots.extend(self.norm.map(|_| (Slot::FinalNorm, norm)));
-                if matches!(self.head, Head::Mlm(..) | Head::Classify { .. }) {
-                    slots.push((Slot::HeadDense, Shape::Product(width, width)));
-                }
-                if matches!(self.head, Head::Mlm(..)) {
-                    slots.push((Slot::HeadNorm, norm));
-                }
+                let (act, head_norm) = self.head.before();
+                slots.extend(act.map(|_| (Slot::HeadDense, Shape::Product(width, width))));
+                slots.extend(head_norm.map(|_| (Slot::HeadNorm, norm)));
                 match &self.head {
                     Head::Embed(embedding) => {
                         let widths = embedding.widths(width);
@@ -719,6 +748,8 @@ pub(crate) enum Source {
     Experts(&'static str),
     /// A vector of which this is the whole name.
     Bare(&'static str),
+    /// The second half of the rows, then the first (GTE's `up_gate_proj`).
+    Swapped(&'static str),
 }
 
 impl Source {
@@ -730,7 +761,8 @@ impl Source {
         | Source::EvenOdd(name)
         | Source::PlusOne(name)
         | Source::Experts(name)
-        | Source::Bare(name)) = self;
+        | Source::Bare(name)
+        | Source::Swapped(name)) = self;
         name
     }
 

@@ -171,6 +171,8 @@ pub struct Model {
     pub special: SpecialTokens,
     /// What sentence-transformers' files say.
     pub(crate) sentences: v1::Sentences,
+    /// What becomes of the logit of one class where it ranks.
+    pub(crate) ranking: v1::Scoring,
     names: Names,
     bound: Bindings,
 }
@@ -191,15 +193,18 @@ impl Model {
             );
             return Err(config.error("quantization_config", expected).into());
         }
-        let (family, mut description) = families::describe(&whole)?;
+        let (family, mut description) = families::describe(&whole, sentences::are_pooled(checkpoint)?)?;
         let tower = &mut description.tower;
-        let mut sentences = v1::Sentences::default();
+        let (mut sentences, mut ranking) = (v1::Sentences::default(), v1::Scoring::Unspecified);
         if matches!(tower.head, Head::Embed(_) | Head::Classify { .. }) {
             if let Head::Embed(embedding) = &mut tower.head {
                 *embedding = sentences::embedding(checkpoint, tower.width)?;
             }
             let dimensions = if matches!(tower.head, Head::Embed(_)) { tower.outputs() } else { 0 };
             sentences = sentences::read(checkpoint, dimensions)?;
+            if matches!(tower.head, Head::Classify { .. }) && tower.outputs() == 1 {
+                ranking = sentences::ranking(checkpoint, &config)?;
+            }
             tower.context = sentences::longest(checkpoint)?.map_or(tower.context, |n| n.min(tower.context));
         }
         let bound = names::bind(checkpoint, &description.tower, &description.names)?;
@@ -235,6 +240,7 @@ impl Model {
             dtype,
             special,
             sentences,
+            ranking,
             names: description.names,
             bound,
         })
@@ -244,13 +250,14 @@ impl Model {
     /// of its own.
     pub fn without_checkpoint(config: serde_json::Value) -> Result<Self, ModelError> {
         let config = Config::new("config.json", config)?;
-        let (family, description) = families::describe(&config)?;
+        let (family, description) = families::describe(&config, false)?;
         Ok(Model {
             family,
             tower: description.tower,
             dtype: config.dtype()?.unwrap_or(DType::F32),
             special: SpecialTokens::default(),
             sentences: v1::Sentences::default(),
+            ranking: v1::Scoring::Unspecified,
             names: description.names,
             bound: Bindings::new(),
         })

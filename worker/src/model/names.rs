@@ -53,6 +53,11 @@ pub(crate) enum Layout {
     },
     /// Less by one than in the slot.
     PlusOne,
+    /// The second half of the rows, of which there are so many, then the first.
+    Swapped {
+        /// Rows of both.
+        rows: usize,
+    },
 }
 
 impl Layout {
@@ -61,7 +66,9 @@ impl Layout {
         match self {
             Layout::Rows | Layout::PlusOne => (i / k, i % k),
             Layout::Columns => (i % n, i / n),
-            Layout::Heads { .. } | Layout::EvenOdd { .. } => (self.row(i / k), i % k),
+            Layout::Heads { .. } | Layout::EvenOdd { .. } | Layout::Swapped { .. } => {
+                (self.row(i / k), i % k)
+            }
         }
     }
 
@@ -81,6 +88,7 @@ impl Layout {
                 let (head, i) = (row / head_dim, row % head_dim);
                 head * head_dim + if i < 2 * pairs { i % 2 * pairs + i / 2 } else { i }
             }
+            Layout::Swapped { rows } => (row + rows / 2) % rows,
             _ => row,
         }
     }
@@ -264,6 +272,7 @@ impl Binder<'_> {
                 Layout::EvenOdd { head_dim, pairs }
             }
             (Source::PlusOne(_), _) => Layout::PlusOne,
+            (Source::Swapped(_), _) => Layout::Swapped { rows: dimensions[0] },
             _ => Layout::Rows,
         };
         let experts = match (source, site) {
@@ -292,7 +301,7 @@ impl Binder<'_> {
         match (site, &self.tower.head) {
             (Site::Input, _) => self.tower.input.norm,
             (Site::Layer(layer), _) => Some(self.tower.layers[layer].flow.norm()),
-            (Site::Output, Head::Mlm(_, norm)) => Some(*norm),
+            (Site::Output, head) if slot == Slot::HeadNorm => head.before().1,
             (Site::Output, Head::Embed(embedding)) => match slot {
                 Slot::Refinement(number) => match embedding.refinements.get(usize::from(number)) {
                     Some(Refinement::Norm { norm, .. }) => Some(*norm),
@@ -321,10 +330,16 @@ impl Binder<'_> {
     }
 
     fn is_ignored(&self, name: &str) -> bool {
-        self.names.ignore.iter().any(|pattern| match pattern.strip_suffix('*') {
+        // A model that embeds has no use for another head.
+        let other_head = |(slot, source): &(Slot, Source)| {
+            *slot == Slot::Head && name.strip_suffix(".weight") == Some(source.name())
+        };
+        let embeds = matches!(self.tower.head, Head::Embed(_));
+        let ignored = |pattern: &&str| match pattern.strip_suffix('*') {
             Some(beginning) => name.starts_with(beginning),
-            None => name.ends_with(pattern),
-        })
+            None => name.ends_with(*pattern),
+        };
+        self.names.ignore.iter().any(ignored) || (embeds && self.names.root.iter().any(other_head))
     }
 
     fn check(&self, name: &str, expected: &[usize]) -> Result<(), ModelError> {

@@ -82,6 +82,7 @@ impl Model {
             labels,
             scoring,
             sentences: self.sentences.clone(),
+            ranking: self.ranking,
             segments: tower.input.segments as u32,
             tokenizers: families::tokenizers(&self.family),
             stacks: vec![Stack {

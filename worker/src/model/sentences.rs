@@ -24,6 +24,14 @@ const MAX_MODULES: usize = 64;
 /// torch's `LayerNorm`.
 const NORM_EPSILON: f32 = 1e-5;
 
+/// Whether there are files that say how vectors are pooled.
+pub(super) fn are_pooled(checkpoint: &Checkpoint) -> Result<bool, ModelError> {
+    let Some(modules) = checkpoint.json(MODULES)? else { return Ok(false) };
+    let kind = |module: Config| Ok(module.string("type")?.is_some_and(|kind| kind.ends_with("Pooling")));
+    let kinds = Config::list(MODULES, modules)?.into_iter().map(kind);
+    Ok(kinds.collect::<Result<Vec<_>, ConfigError>>()?.contains(&true))
+}
+
 /// Most tokens of an input, if the files say so: sentence_bert_config.json's word, else the tokenizer's.
 pub(super) fn longest(checkpoint: &Checkpoint) -> Result<Option<usize>, ModelError> {
     if let Some(limits) = checkpoint.json(LIMITS)?
@@ -238,6 +246,27 @@ pub(super) fn read(checkpoint: &Checkpoint, dimensions: usize) -> Result<v1::Sen
         }
     };
     Ok(told)
+}
+
+/// What becomes of the logit of a classifier of one class where it ranks: what a cross-encoder was saved with.
+pub(super) fn ranking(checkpoint: &Checkpoint, config: &Config) -> Result<v1::Scoring, ModelError> {
+    let old = config.object("sentence_transformers")?;
+    let facts = facts(checkpoint)?;
+    let named = [
+        (facts.as_ref(), "activation_fn"),
+        (old.as_ref(), "activation_fn"),
+        (Some(config), "sbert_ce_default_activation_function"),
+    ];
+    for (from, field) in named.into_iter().filter_map(|(from, field)| Some((from?, field))) {
+        // What is not torch's own is a program, in whose place sentence-transformers takes the usual.
+        match from.string(field)?.filter(|name| name.starts_with("torch.")) {
+            None => {}
+            Some(name) if name.ends_with(".Sigmoid") => return Ok(v1::Scoring::Sigmoid),
+            Some(name) if name.ends_with(".Identity") => return Ok(v1::Scoring::None),
+            Some(_) => return Err(from.error(field, "torch's Sigmoid or Identity").into()),
+        }
+    }
+    Ok(v1::Scoring::Sigmoid)
 }
 
 /// config_sentence_transformers.json.

@@ -46,7 +46,7 @@ impl Widths {
         let keys = |l: &Layer| (l.attention.kv_heads, l.attention.head_dim);
         let vectors = match &tower.head {
             Head::Embed(embedding) => embedding.widths(tower.width).into_iter().max().unwrap_or(0),
-            _ => 0,
+            head => head.pooled_classes().map_or(0, |_| tower.width),
         };
         let shared = |l: &Layer| l.ffn.shared().map_or(0, |shared| shared.inner);
         let input = |l: &Layer| {

@@ -52,6 +52,15 @@ impl Inference for InferenceService {
         response(session.classify(request).await)
     }
 
+    async fn rerank(
+        &self,
+        request: Request<v1::RerankRequest>,
+    ) -> Result<Response<v1::RerankResponse>, Status> {
+        let (session, metadata, mut request) = self.parts(request);
+        request.deadline_ms = sooner(request.deadline_ms, &metadata);
+        response(session.rerank(request).await)
+    }
+
     async fn embed(&self, request: Request<v1::EmbedRequest>) -> Result<Response<v1::EmbedResponse>, Status> {
         let (session, metadata, mut request) = self.parts(request);
         request.deadline_ms = sooner(request.deadline_ms, &metadata);

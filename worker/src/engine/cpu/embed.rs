@@ -67,7 +67,7 @@ impl Pass<'_> {
     }
 
     /// Vectors of every way of pooling side by side, from `normed` into `vectors`.
-    fn pool(&mut self, pools: &[Pool], outputs: &[u32]) {
+    pub(super) fn pool(&mut self, pools: &[Pool], outputs: &[u32]) {
         let width = self.tower.width;
         let Workspace { normed, vectors, .. } = &mut *self.work;
         let mut vectors = outputs.iter().zip(vectors.chunks_exact_mut(pools.len() * width)).peekable();

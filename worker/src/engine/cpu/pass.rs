@@ -108,8 +108,15 @@ impl Pass<'_> {
             self.norm_rows(block, 0, 0, tokens)?;
             return self.embed_sequences(embedding, block, outputs);
         }
-        for (i, token) in outputs.iter().enumerate() {
-            self.norm_rows(block, *token as usize, i, 1)?;
+        if let Some(pool) = tower.head.pooled_classes() {
+            self.norm_rows(block, 0, 0, tokens)?;
+            self.pool(&[pool], outputs);
+            let used = outputs.len() * width;
+            self.work.normed[..used].copy_from_slice(&self.work.vectors[..used]);
+        } else {
+            for (i, token) in outputs.iter().enumerate() {
+                self.norm_rows(block, *token as usize, i, 1)?;
+            }
         }
         let Workspace { residual, normed, values, packed, .. } = &mut *self.work;
         let mut linear = |slot, x: &[f32], out: &mut [f32]| {
@@ -126,13 +133,15 @@ impl Pass<'_> {
             Ok::<_, StepError>(())
         };
         let used = outputs.len() * width;
-        if let Head::Mlm(act, _) | Head::Classify { act, .. } = tower.head {
+        let (act, norm) = tower.head.before();
+        if let Some(act) = act {
             // Of the residual stream, nothing is needed any more.
             linear(Slot::HeadDense, normed, residual)?;
             cpu.activate(Activate { act, x: &mut residual[..used] });
             normed[..used].copy_from_slice(&residual[..used]);
         }
-        if let Head::Mlm(_, norm) = tower.head {
+        if let Some(norm) = norm {
+            residual[..used].copy_from_slice(&normed[..used]);
             let NormWeights { weight, bias } = block.norm(Slot::HeadNorm)?;
             let x = Rows { data: residual, stride: width, count: outputs.len() };
             let (bias, output) = (bias.as_deref(), Output::Store);
@@ -167,7 +176,7 @@ impl Operations for Pass<'_> {
     type Error = StepError;
 
     fn enter(&mut self, flow: Flow, block: &Block, slot: Slot) -> Result<(), StepError> {
-        if flow.enters_bare() {
+        if flow.is_bare(slot) {
             let len = self.tokens * self.tower.width;
             self.work.normed[..len].copy_from_slice(&self.work.residual[..len]);
             return Ok(());
@@ -263,6 +272,7 @@ impl Operations for Pass<'_> {
         };
         norm_heads(qkv, false);
         let mut attend = |first: usize, rows: &[BatchRow<'_>], cache: &mut KvLayer| {
+            // No other row's: what is turned once must not be turned again.
             let count: usize = rows.iter().map(|row| row.count as usize).sum();
             let qkv = &mut qkv[first * stride..(first + count) * stride];
             let mut angles = match attention.position {

@@ -103,6 +103,7 @@ impl Pass<'_> {
                 AttentionMask::Full => -1,
                 AttentionMask::Causal => 0,
                 AttentionMask::Window(window) => window as i32,
+                AttentionMask::Near(most) => -2 - most as i32,
             },
             splits: 1,
             partial: partials,

@@ -42,7 +42,7 @@ impl Pass<'_> {
                 continue;
             }
             let count = outputs * from;
-            launch!(gpu, kernels.narrow_values, grid(count), BLOCK as u32, 0; vectors, values, count as u64)?;
+            self.narrow(vectors, count)?;
             match *refinement {
                 Refinement::Dense { act, .. } => {
                     let (product, x) = (block.product(slot, 0)?, Rows::new(vectors, from));
@@ -72,8 +72,16 @@ impl Pass<'_> {
         Ok(())
     }
 
+    /// The first `count` values, in the plan's format.
+    pub(super) fn narrow(&self, to: Ptr, count: usize) -> Result<(), StepError> {
+        let values = self.state.scratch.values;
+        launch!(self.gpu, self.kernels()?.narrow_values, (count.div_ceil(BLOCK) as u32, 1, 1), BLOCK as u32, 0;
+            to, values, count as u64)?;
+        Ok(())
+    }
+
     /// Vectors of every way of pooling side by side, from `normed` into `values`.
-    fn pool(&self, pools: &[Pool], outputs: usize) -> Result<(), StepError> {
+    pub(super) fn pool(&self, pools: &[Pool], outputs: usize) -> Result<(), StepError> {
         let Scratch { normed, values, .. } = self.state.scratch;
         let Inputs { row_of, row_first, row_count, .. } = self.inputs;
         let width = self.tower.width;

@@ -223,21 +223,26 @@ impl<'a> Pass<'a> {
         if let (Head::Lm { .. }, Some(norm), 1) = (&tower.head, tower.norm, self.tokens) {
             // The only token is the only output.
             self.normed = Normed::Pending(raw_norm(norm, block.norm(Slot::FinalNorm)?));
+        } else if let Some(pool) = tower.head.pooled_classes() {
+            self.final_norm(block, self.tokens, Ptr::NULL)?;
+            self.pool(&[pool], outputs)?;
+            self.narrow(normed, outputs * width)?;
+            self.normed = Normed::Rows(Rows::new(normed, width));
         } else {
             self.normed = Normed::Rows(self.final_norm(block, outputs, self.inputs.outputs)?);
         }
+        let (act, norm) = tower.head.before();
         let product = |slot, x, out, epilogue, out_stride| {
             let product = block.product(slot, 0)?;
             self.product(&product, outputs, x, (out, out_stride), epilogue)
         };
         // Of the residual stream, nothing is needed any more.
-        if let (Head::Mlm(act, _) | Head::Classify { act, .. }, Normed::Rows(x)) = (&tower.head, self.normed)
-        {
-            product(Slot::HeadDense, x, residual, Epilogue::Activated(*act), width)?;
+        if let (Some(act), Normed::Rows(x)) = (act, self.normed) {
+            product(Slot::HeadDense, x, residual, Epilogue::Activated(act), width)?;
             self.normed = Normed::Rows(Rows::new(residual, width));
         }
-        if let Head::Mlm(_, norm) = tower.head {
-            let call = NormCall { out: normed, x: residual, index: Ptr::NULL, add: false };
+        if let (Some(norm), Normed::Rows(x)) = (norm, self.normed) {
+            let call = NormCall { out: normed, x: x.at, index: Ptr::NULL, add: false };
             let norm = raw_norm(norm, block.norm(Slot::HeadNorm)?);
             self.normed = Normed::Rows(self.norm(norm, outputs, call)?);
         }
@@ -334,7 +339,7 @@ impl Operations for Pass<'_> {
 
     fn enter(&mut self, flow: Flow, block: &Block, slot: Slot) -> Result<(), StepError> {
         let Scratch { residual, normed, .. } = self.state.scratch;
-        if flow.enters_bare() {
+        if flow.is_bare(slot) {
             let width = self.tower.width;
             let bytes = (self.tokens * width) as u64 * self.state.element.size();
             memory::copy(&self.gpu.stream, normed, residual, bytes)?;

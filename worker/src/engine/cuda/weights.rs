@@ -238,7 +238,7 @@ impl<'a> Loader<'a> {
                 self.floats(norm.weight, first_row + first, &placed)?;
             }
             Part::Product(product) if is_bias => match layout {
-                Layout::Heads { .. } | Layout::EvenOdd { .. } => {
+                Layout::Heads { .. } | Layout::EvenOdd { .. } | Layout::Swapped { .. } => {
                     let mut placed = vec![0.0; values.len()];
                     (first..).zip(&values).for_each(|(i, x)| placed[layout.row(i)] = *x);
                     self.floats(product.bias, first_row, &placed)?;
@@ -252,7 +252,10 @@ impl<'a> Loader<'a> {
                     Layout::Rows | Layout::PlusOne => {
                         self.elements(matrix, first_row * k + first, &values)?
                     }
-                    Layout::Columns | Layout::Heads { .. } | Layout::EvenOdd { .. } => {
+                    Layout::Columns
+                    | Layout::Heads { .. }
+                    | Layout::EvenOdd { .. }
+                    | Layout::Swapped { .. } => {
                         self.staged.extend(&values);
                         if self.staged.len() == total {
                             let staged = std::mem::take(&mut self.staged);
@@ -436,6 +439,7 @@ mod tests {
             Layout::Columns,
             Layout::Heads { heads: 3, kv_heads: 3, head_dim: 4 },
             Layout::Heads { heads: 5, kv_heads: 2, head_dim: 4 },
+            Layout::Swapped { rows: 36 },
             Layout::EvenOdd { head_dim: 12, pairs: 4 },
         ] {
             let mut placed = vec![-1.0; n * k];

@@ -1,22 +1,21 @@
-//! BERT, RoBERTa and DistilBERT (transformers' `modeling_bert.py`, `modeling_roberta.py`, `modeling_distilbert.py`):
-//! encoders whose norms follow each block, with learned positions. What they answer is named by `architectures`.
+//! BERT, RoBERTa, ELECTRA and DistilBERT (transformers' `modeling_bert.py`, `modeling_roberta.py`, `modeling_electra.py`,
+//! `modeling_distilbert.py`): encoders whose norms follow each block, with learned positions. XLM-RoBERTa and CamemBERT are
+//! RoBERTas. What they answer is named by `architectures`.
 
-use strata_proto::v1::Scoring;
-
-use super::Description;
+use super::{
+    Description,
+    task::{Task, classes, task},
+};
 use crate::model::{
     ModelError,
     architecture::{
         Act, Attention, AttentionMask, Embedding, Ffn, Flow, Head, Input, Layer, Learned, Mlp, Names, Norm,
-        Position, Slot, Source, Tower,
+        Pool, Position, Slot, Source, Tower,
     },
     config::Config,
 };
 
-/// Most classes of a classifier.
-const MAX_LABELS: usize = 1 << 16;
-
-/// What one of the three calls a thing.
+/// What one of them calls a thing.
 struct Dialect {
     bases: &'static [&'static str],
     sizes: Sizes,
@@ -60,6 +59,23 @@ const LAYER: &[(Slot, Source)] = &[
     (Slot::Up, Source::Rows("encoder.layer.{}.intermediate.dense")),
     (Slot::Down, Source::Rows("encoder.layer.{}.output.dense")),
     (Slot::FfnNorm, Source::Rows("encoder.layer.{}.output.LayerNorm")),
+];
+
+/// Whatever is computed from the first token alone is of no use to heads that classify nothing.
+pub(super) const POOLERS: &[&str] = &[
+    "position_ids",
+    "pooler.dense.weight",
+    "pooler.dense.bias",
+    "seq_relationship.weight",
+    "seq_relationship.bias",
+];
+
+/// Endings of old files, and heads' biases that are no part of a module.
+pub(super) const ALIASES: &[(&str, &str)] = &[
+    ("LayerNorm.gamma", "LayerNorm.weight"),
+    ("LayerNorm.beta", "LayerNorm.bias"),
+    ("cls.predictions.bias", "cls.predictions.decoder.bias"),
+    ("lm_head.bias", "lm_head.decoder.bias"),
 ];
 
 const DISTIL_LAYER: &[(Slot, Source)] = &[
@@ -119,6 +135,37 @@ pub(super) fn describe_roberta(config: &Config) -> Result<Description, ModelErro
     describe_as(config, dialect)
 }
 
+pub(super) fn describe_electra(config: &Config) -> Result<Description, ModelError> {
+    let width = config.integer("hidden_size", 1..=1 << 20)?.unwrap_or(256);
+    if config.integer("embedding_size", 1..=1 << 20)?.unwrap_or(128) != width {
+        return Err(config.error("embedding_size", format!("hidden_size ({width})")).into());
+    }
+    let discriminates = |names: Vec<String>| names.iter().any(|name| name.ends_with("ForPreTraining"));
+    if config.strings("architectures")?.is_some_and(discriminates) {
+        let expected = "a model, or one for MaskedLM or SequenceClassification";
+        return Err(config.error("architectures", expected).into());
+    }
+    let dialect = Dialect {
+        bases: &["electra.", ""],
+        sizes: SIZES,
+        first_position: 0,
+        segments: config.integer("type_vocab_size", 1..=1 << 10)?.unwrap_or(2),
+        layer: LAYER,
+        classify: [
+            (Slot::HeadDense, Source::Rows("classifier.dense")),
+            (Slot::Head, Source::Rows("classifier.out_proj")),
+        ],
+        classify_act: Act::Gelu,
+        mlm: [
+            (Slot::HeadDense, Source::Rows("generator_predictions.dense")),
+            (Slot::HeadNorm, Source::Rows("generator_predictions.LayerNorm")),
+            (Slot::Head, Source::Rows("generator_lm_head")),
+        ],
+        mlm_act: Some(Act::Gelu),
+    };
+    describe_as(config, dialect)
+}
+
 pub(super) fn describe_distil(config: &Config) -> Result<Description, ModelError> {
     let dialect = Dialect {
         bases: &["distilbert.", ""],
@@ -163,21 +210,16 @@ fn describe_as(config: &Config, dialect: Dialect) -> Result<Description, ModelEr
     let rows = config.integer("max_position_embeddings", first_position + 1..=1 << 23)?;
     let rows = rows.unwrap_or(first_position + 512);
     let (head, own) = match task(config)? {
-        "ForMaskedLM" => (Head::Mlm(dialect.mlm_act.unwrap_or(act), norm), &dialect.mlm[..]),
-        "ForSequenceClassification" => (classifier(config, dialect.classify_act)?, &dialect.classify[..]),
-        _ => (Head::Embed(Embedding::mean(width)), &[][..]),
+        Task::FillMask => (Head::Mlm(dialect.mlm_act.unwrap_or(act), norm), &dialect.mlm[..]),
+        Task::Classify => {
+            let (labels, scoring) = classes(config)?;
+            let act = Some(dialect.classify_act);
+            let head = Head::Classify { pool: Pool::First, act, norm: None, labels, scoring };
+            (head, &dialect.classify[..])
+        }
+        Task::Embed => (Head::Embed(Embedding::mean(width)), &[][..]),
     };
-    // Whatever is computed from the first token alone is of no use to the other heads.
-    let ignore: &[&str] = match head {
-        Head::Classify { .. } => &["position_ids"],
-        _ => &[
-            "position_ids",
-            "pooler.dense.weight",
-            "pooler.dense.bias",
-            "seq_relationship.weight",
-            "seq_relationship.bias",
-        ],
-    };
+    let ignore = if matches!(head, Head::Classify { .. }) { &["position_ids"][..] } else { POOLERS };
     let block = Layer {
         flow: Flow::Post(norm),
         attention: Attention {
@@ -219,59 +261,8 @@ fn describe_as(config: &Config, dialect: Dialect) -> Result<Description, ModelEr
             slots,
             root: own.to_vec(),
             tied: config.flag("tie_word_embeddings", true)?,
-            aliases: &[
-                ("LayerNorm.gamma", "LayerNorm.weight"),
-                ("LayerNorm.beta", "LayerNorm.bias"),
-                ("cls.predictions.bias", "cls.predictions.decoder.bias"),
-                ("lm_head.bias", "lm_head.decoder.bias"),
-            ],
+            aliases: ALIASES,
             ignore,
         },
     })
-}
-
-/// What the model was made for: the end of its architecture's name.
-fn task(config: &Config) -> Result<&'static str, ModelError> {
-    let Some(architectures) = config.strings("architectures")? else { return Ok("Model") };
-    let known = [
-        ("ForMaskedLM", "ForMaskedLM"),
-        ("ForPreTraining", "ForMaskedLM"),
-        ("ForSequenceClassification", "ForSequenceClassification"),
-        ("Model", "Model"),
-    ];
-    let task = known.into_iter().find(|(end, _)| architectures.iter().any(|a| a.ends_with(end)));
-    task.map(|(_, task)| task).ok_or_else(|| {
-        config.error("architectures", "a model, or one for MaskedLM or SequenceClassification").into()
-    })
-}
-
-/// The classes that `id2label` names, and how their logits are read.
-fn classifier(config: &Config, act: Act) -> Result<Head, ModelError> {
-    let labels = match config.object("id2label")? {
-        Some(names) => (0..names.count())
-            .map(|i| {
-                let field = i.to_string();
-                let name = names.string(&field)?.map(str::to_owned);
-                name.ok_or_else(|| names.error(&field, "a name for each class, numbered from 0"))
-            })
-            .collect::<Result<Vec<_>, _>>()?,
-        None => {
-            let count = config.integer("num_labels", 1..=MAX_LABELS)?.unwrap_or(2);
-            (0..count).map(|i| format!("LABEL_{i}")).collect()
-        }
-    };
-    if labels.is_empty() || labels.len() > MAX_LABELS {
-        return Err(config.error("id2label", format!("1 to {MAX_LABELS} classes")).into());
-    }
-    let scoring = match config.string("problem_type")? {
-        Some("multi_label_classification") => Scoring::Sigmoid,
-        Some("regression") => Scoring::None,
-        None | Some("single_label_classification") if labels.len() > 1 => Scoring::Softmax,
-        None | Some("single_label_classification") => Scoring::Sigmoid,
-        Some(_) => {
-            let expected = "single_label_classification, multi_label_classification or regression";
-            return Err(config.error("problem_type", expected).into());
-        }
-    };
-    Ok(Head::Classify { act, labels, scoring })
 }

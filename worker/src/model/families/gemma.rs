@@ -61,9 +61,6 @@ fn describe(
     logits: Option<f64>,
 ) -> Result<Description, ModelError> {
     let Description { mut tower, mut names } = llama::plain(config)?;
-    if config.flag("use_bidirectional_attention", false)? {
-        return Err(config.error("use_bidirectional_attention", "false: generation looks back only").into());
-    }
     let field = if config.get("hidden_activation").is_some() { "hidden_activation" } else { "hidden_act" };
     let act = super::act(config, field, Act::GeluTanh)?;
     let logits = softcap(config, "final_logit_softcapping", logits)?;

@@ -11,13 +11,16 @@ mod granite;
 mod hunyuan;
 mod llama;
 mod mistral;
+mod modernbert;
 mod nemotron;
 mod olmo;
 mod phi;
 mod qwen;
+mod rotary_encoders;
 mod smollm;
 mod stablelm;
 mod starcoder;
+mod task;
 mod wrapped;
 
 use super::{
@@ -52,12 +55,18 @@ const fn word_piece(name: &'static str, describe: Describe) -> Family {
     Family { name, describe, tokenizers: &["WordPiece"] }
 }
 
+const fn any(name: &'static str, describe: Describe) -> Family {
+    Family { name, describe, tokenizers: &["BPE", "Unigram", "WordPiece"] }
+}
+
 /// Every family, by name.
 const FAMILIES: &[Family] = &[
     word_piece("bert", bert::describe),
+    bpe("camembert", bert::describe_roberta),
     bpe("cohere", cohere::describe),
     bpe("cohere2", cohere::describe_2),
     word_piece("distilbert", bert::describe_distil),
+    word_piece("electra", bert::describe_electra),
     bpe("exaone4", exaone::describe),
     bpe("falcon", falcon::describe),
     bpe("gemma2", gemma::describe_2),
@@ -69,13 +78,17 @@ const FAMILIES: &[Family] = &[
     bpe("gpt_neox", gpt::describe_neox),
     bpe("granite", granite::describe),
     bpe("granitemoe", granite::describe_moe),
+    any("gte", rotary_encoders::describe_gte),
     bpe("hunyuan_v1_dense", hunyuan::describe),
+    bpe("jina_embeddings_v3", rotary_encoders::describe_jina),
     bpe("llama", llama::describe),
     bpe("ministral", mistral::describe),
     bpe("ministral3", mistral::describe_ministral_3),
     bpe("mistral", mistral::describe),
     bpe("mixtral", mistral::describe_mixtral),
+    any("modernbert", modernbert::describe),
     bpe("nemotron", nemotron::describe),
+    any("nomic_bert", rotary_encoders::describe_nomic),
     bpe("olmo2", olmo::describe_2),
     bpe("olmo3", olmo::describe_3),
     bpe("olmoe", olmo::describe_moe),
@@ -90,15 +103,17 @@ const FAMILIES: &[Family] = &[
     bpe("smollm3", smollm::describe),
     bpe("stablelm", stablelm::describe),
     bpe("starcoder2", starcoder::describe),
+    bpe("xlm-roberta", bert::describe_roberta),
 ];
 
-/// The family that `model_type` names, and its description of `config`.
-pub(super) fn describe(config: &Config) -> Result<(String, Description), ModelError> {
+/// The family that `model_type` names, and its description of `config`. `is_pooled`: files of sentence-transformers beside it
+/// say how its vectors are pooled.
+pub(super) fn describe(config: &Config, is_pooled: bool) -> Result<(String, Description), ModelError> {
     if let Some(text) = wrapped::text(config)? {
-        let (family, description) = describe_plain(&text)?;
+        let (family, description) = describe_plain(&text, is_pooled)?;
         return Ok((family, wrapped::wrap(description)));
     }
-    describe_plain(config)
+    describe_plain(config, is_pooled)
 }
 
 /// What counts of `config.json`: all of it, or the part about text where that is one of several.
@@ -106,7 +121,7 @@ pub(super) fn text(config: Config) -> Result<Config, ConfigError> {
     Ok(wrapped::text(&config)?.unwrap_or(config))
 }
 
-fn describe_plain(config: &Config) -> Result<(String, Description), ModelError> {
+fn describe_plain(config: &Config, is_pooled: bool) -> Result<(String, Description), ModelError> {
     let expected = || {
         let names: Vec<_> = FAMILIES.iter().map(|family| family.name).collect();
         format!("a supported family ({})", names.join(", "))
@@ -114,7 +129,9 @@ fn describe_plain(config: &Config) -> Result<(String, Description), ModelError> 
     let name = config.string("model_type")?.ok_or_else(|| config.error("model_type", expected()))?;
     let family = FAMILIES.iter().find(|family| family.name == name);
     let family = family.ok_or_else(|| config.error("model_type", expected()))?;
-    Ok((name.to_owned(), (family.describe)(config)?))
+    let mut description = (family.describe)(config)?;
+    task::of_decoder(config, &mut description, is_pooled)?;
+    Ok((name.to_owned(), description))
 }
 
 /// Kinds of tokenizer that models of a family have.

@@ -172,6 +172,7 @@ fn windows(changes: &[(&str, Value)]) -> Result<Vec<Option<usize>>, String> {
     let (_, model) = open(&config, &tensors).map_err(|e| e.to_string())?;
     let window = |l: &architecture::Layer| match l.attention.mask {
         architecture::AttentionMask::Full | architecture::AttentionMask::Causal => None,
+        architecture::AttentionMask::Near(_) => None,
         architecture::AttentionMask::Window(w) => Some(w),
     };
     Ok(model.tower.layers.iter().map(window).collect())

@@ -70,3 +70,34 @@ fn what_is_not_served_of_sentence_transformers_is_refused_by_name() {
         assert!(error.contains(says), "{file} {field}: {error}");
     }
 }
+
+#[test]
+fn what_becomes_of_a_rank_is_what_the_cross_encoder_was_saved_with() {
+    use strata_proto::v1::Scoring;
+    let identity = "torch.nn.modules.linear.Identity";
+    let read = |facts: Value, more: &[(&str, Value)]| {
+        let dir = directory(&models().join("bert-cross-encoder-bf16"));
+        fs::write(dir.path().join("config_sentence_transformers.json"), facts.to_string()).unwrap();
+        let path = dir.path().join("config.json");
+        let mut config: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+        more.iter().for_each(|(field, value)| config[field] = value.clone());
+        fs::write(path, config.to_string()).unwrap();
+        Model::open_dir(dir.path()).map(|(_, model)| model.ranking).map_err(|e| e.to_string())
+    };
+    assert_eq!(read(json!({}), &[]), Ok(Scoring::Sigmoid), "as a rule");
+    assert_eq!(read(json!({"activation_fn": identity}), &[]), Ok(Scoring::None));
+    let old = ("sbert_ce_default_activation_function", json!(identity));
+    let newer = ("sentence_transformers", json!({"activation_fn": "torch.nn.modules.activation.Sigmoid"}));
+    assert_eq!(read(json!({}), std::slice::from_ref(&old)), Ok(Scoring::None));
+    assert_eq!(read(json!({}), &[old, newer]), Ok(Scoring::Sigmoid), "the newer key comes first");
+    assert_eq!(
+        read(json!({"activation_fn": "mine.Own"}), &[]),
+        Ok(Scoring::Sigmoid),
+        "no programs of others"
+    );
+    let refused = read(json!({"activation_fn": "torch.nn.modules.activation.Tanh"}), &[]).unwrap_err();
+    assert!(
+        refused.contains("activation_fn") && refused.contains("torch's Sigmoid or Identity"),
+        "{refused}"
+    );
+}

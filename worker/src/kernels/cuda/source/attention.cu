@@ -22,7 +22,8 @@ struct Attend {
     float scale;
     // Scores become cap * tanh(score / cap); 0 for no cap.
     float softcap;
-    // Positions that a query sees: -1 for all, 0 for those up to its own, else so many up to its own.
+    // Positions that a query sees: -1 for all, 0 for those up to its own, so many up to its own if it is more, and if it is
+    // less than -1, those at most -2 - window from its own on both sides.
     int window;
     // Parts of a sequence that are attended to side by side, and what each yields: the largest score, the sum of the
     // weights, and the weighted sum of values, per place and head. The places of a launch are its rows, which then have one
@@ -38,7 +39,8 @@ struct Seen {
 };
 
 __device__ __forceinline__ Seen seen_by(const Attend& a, int position, int end) {
-    if (a.window < 0) return {0, end};
+    if (a.window == -1) return {0, end};
+    if (a.window < 0) return {max(0, position + 2 + a.window), min(end, position - 1 - a.window)};
     return {a.window > 0 ? max(0, position + 1 - a.window) : 0, position + 1};
 }
 
