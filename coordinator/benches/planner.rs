@@ -38,6 +38,7 @@ fn main() {
         workspace_bytes_per_output: 1_000_000,
         labels: vec![],
         scoring: Scoring::Unspecified,
+        commit: String::new(),
         sentences: Default::default(),
         ranking: Default::default(),
         segments: 0,

@@ -288,6 +288,7 @@ mod tests {
             workspace_bytes_per_output: 0,
             labels: vec![],
             scoring: strata_proto::v1::Scoring::Unspecified,
+            commit: String::new(),
             sentences: Default::default(),
             ranking: Default::default(),
             segments: 0,

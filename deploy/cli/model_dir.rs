@@ -1,4 +1,4 @@
-//! The model that a command is given: a directory, or what people give instead of one.
+//! The model that a command is given: a directory, a model in the hub's cache, or what people give instead of one.
 
 use std::{
     io::ErrorKind,
@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
+use strata_worker::{HubId, hub_cache, is_word};
 
 /// The name and the directory of a model.
 ///
@@ -13,6 +14,13 @@ use anyhow::{Context, bail};
 /// If there is no such directory, with what to do about it. What is in it is for the worker to judge.
 pub fn open(given: &Path) -> anyhow::Result<(String, PathBuf)> {
     let shown = given.display();
+    let cached = given.to_str().and_then(HubId::parse).filter(|_| !given.exists());
+    if let Some(id) = cached {
+        let cache = hub_cache(|name| std::env::var_os(name))
+            .context("HOME is not set: there is no cache of the hub")?;
+        let found = id.snapshot(&cache).with_context(|| format!("model {shown}: no such directory here"))?;
+        return Ok((id.name, found));
+    }
     let directory = match (given.canonicalize(), given.to_str().and_then(|given| download(given, "."))) {
         (Err(_), Some(how)) => bail!("model {shown}: no such directory; {how}"),
         (Err(error), None) if error.kind() == ErrorKind::NotFound && given.to_str().is_some_and(is_word) => {
@@ -69,12 +77,6 @@ fn hub_id(given: &str) -> Option<String> {
     (is_word(owner) && is_word(name)).then_some(id)
 }
 
-/// Whether it could be an owner's or a model's name on the hub.
-fn is_word(word: &str) -> bool {
-    word.starts_with(|c: char| c.is_ascii_alphanumeric())
-        && word.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -92,7 +94,7 @@ mod tests {
             "Qwen/Qwen3-0.6B:latest",
         ] {
             let hub = error(given);
-            assert!(hub.contains("`hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B`"), "{hub}");
+            assert!(hub.contains("`hf download Qwen/Qwen3-0.6B"), "{hub}");
         }
         for path in ["/srv/models", "models/a/b", "./a", "../a", "https://example.org/a", "https://hf.co/"] {
             assert!(error(path).contains("No such file"), "{path}");

@@ -14,7 +14,7 @@ use strata_coordinator::{
     planner::Split,
 };
 use strata_worker::{
-    LocalWorker, Models, WorkerConfig,
+    HubId, LocalWorker, Models, WorkerConfig,
     device::{self, Directories},
 };
 use tokio::{net::TcpListener, sync::watch};
@@ -59,9 +59,11 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
 /// `strata coordinator`
 pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
     warn_of_idle_json(&args.dry_run);
-    if let Some(how) = model_dir::download(&args.model, "MODELS") {
+    let in_cache = HubId::parse(&args.model).is_some();
+    if let Some(how) = model_dir::download(&args.model, "MODELS").filter(|_| !in_cache) {
         return Err(misused(format!(
-            "--model {}: expected the name of a directory under each worker's --models; {how}",
+            "--model {}: expected the name of a directory under each worker's --models, or OWNER/NAME[@REVISION] where that is \
+             the hub's cache; {how}",
             args.model
         )));
     }

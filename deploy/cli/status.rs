@@ -150,6 +150,9 @@ fn as_text(status: &StatusResponse) -> anyhow::Result<String> {
     if status.deployment_version > 0 {
         out += &format!("deployed  version {}\n", status.deployment_version);
     }
+    if !status.commit.is_empty() {
+        out += &format!("commit    {}\n", status.commit);
+    }
     if !status.weights.is_empty() {
         out += &format!("weights   {}\n", status.weights);
     }

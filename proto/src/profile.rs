@@ -107,6 +107,8 @@ pub struct ModelProfile {
     pub pad_token_ids: Vec<u32>,
     /// Over headers, config, tokenizer and sampled tensor bytes, in hexadecimal.
     pub fingerprint: String,
+    /// The commit that it is, where it lies in the hub's cache; empty elsewhere.
+    pub commit: String,
     /// Sequences that grow past this length must recompute their cache.
     pub recompute_at: Option<u32>,
     /// Workspace bytes for each token a step may hold.
@@ -318,6 +320,7 @@ impl From<ModelProfile> for v1::Profile {
             labels: p.labels,
             scoring: p.scoring as i32,
             ranking: p.ranking as i32,
+            commit: p.commit,
             sentences: Some(p.sentences),
             segments: p.segments,
             tokenizers: p.tokenizers,
@@ -342,6 +345,7 @@ impl TryFrom<v1::Profile> for ModelProfile {
             scoring,
             ranking,
             labels: p.labels,
+            commit: p.commit,
             sentences: p.sentences.unwrap_or_default(),
             segments: p.segments,
             tokenizers: p.tokenizers,

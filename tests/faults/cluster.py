@@ -18,6 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODELS = ROOT / "tests" / "models"
 MODEL = "shakespeare"
 TOKENS = 200
+WORKERS = 5
 # Layers of each stage; workers beyond these are spares.
 SPLIT = "2,2,2"
 # Longest wait for anything.
@@ -36,12 +37,12 @@ def free_port():
 class Process:
     """A server that can be started again where it was."""
 
-    def __init__(self, binary, arguments, says):
-        self.binary, self.arguments, self.says = binary, arguments, says
+    def __init__(self, binary, arguments, says, prefix=()):
+        self.arguments, self.says, self.begins = arguments, says, [*prefix, binary]
         self.start()
 
     def start(self, arguments=None):
-        command = [self.binary, *(arguments or self.arguments)]
+        command = [*self.begins, *(arguments or self.arguments)]
         # What all of them say, one after the other, with their own times.
         with open(os.environ.get("FAULTS_LOG", os.devnull), "a") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=ENVIRONMENT)
@@ -76,17 +77,20 @@ class Process:
 class Worker(Process):
     """One whose links come in through a proxy."""
 
-    def __init__(self, binary, number, etcd):
-        self.address, self.links = f"127.0.0.1:{free_port()}", free_port()
-        self.proxy = Proxy(self.links)
+    def __init__(self, binary, number, etcd, network):
+        self.number = number
+        host = network.address(number) if network else "127.0.0.1"
+        self.address, self.links = f"{host}:{free_port()}", (host, free_port())
+        self.proxy = Proxy(self.links, network.host if network else "127.0.0.1")
+        self.prefix = network.command(number) if network else []
         # As plans call it.
         self.name = f"worker-{number}" if etcd else self.address
         self.member = ["--etcd", etcd.url, "--name", self.name, "--lease-ttl", str(LEASE)] if etcd else []
-        super().__init__(binary, self.command(MODELS), "listening ")
+        super().__init__(binary, self.command(MODELS), "listening ", self.prefix)
 
     def command(self, models):
         return ["worker", "--models", str(models), "--listen", self.address, "--threads", "1", *self.member,
-                "--link-listen", f"127.0.0.1:{self.links}", "--link-advertise", f"127.0.0.1:{self.proxy.port}"]
+                "--link-listen", "%s:%d" % self.links, "--link-advertise", f"{self.proxy.host}:{self.proxy.port}"]
 
     def start_with(self, models):
         self.start(self.command(models))
@@ -95,10 +99,10 @@ class Worker(Process):
 class Etcd:
     """Three members, whose data outlives them."""
 
-    def __init__(self):
+    def __init__(self, host="127.0.0.1"):
         self.folder = tempfile.TemporaryDirectory()
         names = [f"member-{number}" for number in range(3)]
-        clients, peers = ([f"http://127.0.0.1:{free_port()}" for _ in names] for _ in range(2))
+        clients, peers = ([f"http://{host}:{free_port()}" for _ in names] for _ in range(2))
         self.url = ",".join(clients)
         every = ",".join(f"{name}={peer}" for name, peer in zip(names, peers))
         self.members = [Process("etcd", [
@@ -128,9 +132,9 @@ class Etcd:
 class Cluster:
     """Three stages, two spares, and two coordinators over all of them: by a list, or by etcd."""
 
-    def __init__(self, binary, etcd, heartbeat_timeout):
-        self.binary, self.etcd = binary, etcd
-        self.workers = [Worker(binary, number, etcd) for number in range(5)]
+    def __init__(self, binary, etcd, heartbeat_timeout, network=None):
+        self.binary, self.etcd, self.network = binary, etcd, network
+        self.workers = [Worker(binary, number, etcd, network) for number in range(WORKERS)]
         for worker in self.workers:
             worker.wait()
         urls = ",".join(f"http://{worker.address}" for worker in self.workers)
@@ -204,6 +208,8 @@ class Cluster:
         for process in self.workers + self.coordinators + (self.etcd.members if self.etcd else []):
             process.process.send_signal(signal.SIGCONT)
             process.kill()
+        if self.network:
+            self.network.close()
 
 
 def damaged_models(folder):

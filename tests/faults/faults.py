@@ -1,6 +1,6 @@
 """Faults over real processes under load: every token is compared with an undisturbed run.
 
-usage: run [FAULT ...] [--count N | --seconds N] [--seed N] [--streams N] [--heartbeat-timeout S] [--binary PATH]
+usage: run [FAULT ...] [--count N | --seconds N] [--seed N] [--streams N] [--heartbeat-timeout S] [--etcd] [--network] [--binary PATH]
 
 One fault, those of a list in turn, or, without names, a random mix. Prints a line for each fault, and what all of them came to:
 exactness, errors by kind, gaps, and how memory grew. Needs Python alone; exits with 1 if a token was wrong or
@@ -19,7 +19,8 @@ import sys
 import tempfile
 import time
 
-from cluster import LEASE, MODEL, MODELS, ROOT, Cluster, Etcd, Load, damaged_models, generate
+from cluster import LEASE, MODEL, MODELS, ROOT, WORKERS, Cluster, Etcd, Load, damaged_models, generate
+from network import Network
 
 
 def kill(cluster, chance):
@@ -193,6 +194,35 @@ def etcd_restart(cluster, _):
     cluster.healthy()
 
 
+def unplug(cluster, chance):
+    """A machine's cable is pulled: nobody is told."""
+    victim = chance.choice(cluster.healthy())
+    cluster.network.plug(victim.number, False)
+    cluster.healthy(without=[victim])
+    cluster.network.plug(victim.number, True)
+
+
+def lost(direction):
+    def lose(cluster, chance):
+        victim = chance.choice(cluster.healthy())
+        pairs = [(victim.number, other)[::direction] for other in cluster.network.others(victim.number)]
+        for pair in pairs:
+            cluster.network.lose(*pair)
+        cluster.healthy(without=[victim])
+        for pair in pairs:
+            cluster.network.find(*pair)
+    return lose
+
+
+def narrow(cluster, chance):
+    """A link gets slow: everybody waits, and nothing else."""
+    victim = chance.choice(cluster.healthy())
+    cluster.network.narrow(victim.number, "2mbit")
+    time.sleep(5)
+    cluster.network.narrow(victim.number, None)
+    cluster.healthy()
+
+
 FAULTS = {
     "kill": kill, "kill-two": kill_two, "stop": stop, "stop-spare": stop_spare, "restart": restart,
     "restart-all": restart_all,
@@ -200,6 +230,7 @@ FAULTS = {
     "half-open-forth": half_open("forth"), "half-open-back": half_open("back"), "half-open": half_open("forth", "back"),
     "bad-spare": bad_spare, "coordinator-kill": coordinator_kill, "coordinator-stop": coordinator_stop,
     "coordinator-restart": coordinator_restart, "drain": drain, "rebalance": rebalance, "apply": apply,
+    "net-unplug": unplug, "net-mute": lost(1), "net-deaf": lost(-1), "net-narrow": narrow,
     "etcd-stop": etcd_stop, "etcd-kill": etcd_kill, "etcd-restart": etcd_restart,
 }
 
@@ -255,19 +286,24 @@ def main():
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--heartbeat-timeout", type=int, default=2)
     parser.add_argument("--etcd", action="store_true", help="a cluster by etcd, and faults of it [default: a list of workers]")
+    parser.add_argument("--network", action="store_true", help="a network for each worker, and faults of it; needs root")
     parser.add_argument("--binary", default=str(ROOT / "target" / "debug" / "strata"))
     arguments = parser.parse_args()
-    names = [name for name in FAULTS if arguments.etcd or not name.startswith("etcd")]
+    names = [name for name in FAULTS if (arguments.etcd or not name.startswith("etcd"))
+             and (arguments.network or not name.startswith("net"))]
     unknown = [name for name in arguments.faults if name not in names]
     if unknown:
-        parser.error(f"no fault {unknown[0]!r}: expected one of {', '.join(names)}; those of etcd need --etcd")
+        parser.error(f"no fault {unknown[0]!r}: expected one of {', '.join(names)}; those of etcd need --etcd, "
+                     "those of the network --network")
     if arguments.etcd and not shutil.which("etcd"):
         parser.error("--etcd: there is no etcd; install it (Debian and Ubuntu: apt-get install etcd-server)")
     chance = random.Random(arguments.seed)
     expected = json.loads((MODELS / MODEL / "expected.json").read_text())
     prompts = [prompt["ids"] for prompt in expected["prompts"]]
     answers = undisturbed(arguments.binary, prompts)
-    cluster = Cluster(arguments.binary, Etcd() if arguments.etcd else None, arguments.heartbeat_timeout)
+    network = Network(WORKERS) if arguments.network else None
+    etcd = Etcd(network.host if network else "127.0.0.1") if arguments.etcd else None
+    cluster = Cluster(arguments.binary, etcd, arguments.heartbeat_timeout, network)
     load = Load(cluster, prompts, answers, arguments.streams)
     begun, gaps, memory = time.monotonic(), collections.defaultdict(list), []
     allowed, refused = collections.Counter(), collections.Counter()

@@ -7,13 +7,13 @@ ONCE = {"cut", "flip", "truncate"}
 
 
 class Proxy:
-    """Listens on a port of its own before one of this machine, from now on or later."""
+    """Listens on a port of `host` before another address, from now on or later."""
 
-    def __init__(self, target):
-        self.target = target
+    def __init__(self, target, host="127.0.0.1"):
+        self.target, self.host = target, host
         self.faults = {"forth": None, "back": None}
         self.lock = threading.Lock()
-        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener = socket.create_server((host, 0))
         self.port = self.listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -34,7 +34,7 @@ class Proxy:
         while True:
             client, _ = self.listener.accept()
             try:
-                server = socket.create_connection(("127.0.0.1", self.target))
+                server = socket.create_connection(self.target)
             except OSError:
                 client.close()
                 continue

@@ -7,7 +7,7 @@ use serde_json::Value;
 use crate::{
     cluster::model,
     door::{shakespeare, strata},
-    processes::free_dir,
+    processes::{Process, free_dir},
 };
 
 #[test]
@@ -196,15 +196,48 @@ fn what_was_asked_for_wrongly_is_told_from_what_failed_and_its_origin_is_said() 
 
 #[test]
 fn a_model_of_the_hub_is_known_whoever_is_given_it() {
-    let (code, _, said) = strata(&["coordinator", "--worker", "127.0.0.1:1", "--model", "Qwen/Qwen3-0.6B"]);
+    let page = "https://huggingface.co/Qwen/Qwen3-0.6B";
+    let (code, _, said) = strata(&["coordinator", "--worker", "127.0.0.1:1", "--model", page]);
     let says = "`hf download Qwen/Qwen3-0.6B --local-dir MODELS/Qwen3-0.6B`, and give --models MODELS to workers and --model \
                 Qwen3-0.6B to the coordinator";
-    assert!(code == 2 && said.contains("--model Qwen/Qwen3-0.6B: ") && said.contains(says), "{said}");
+    assert!(
+        code == 2 && said.contains("--model https://huggingface.co/Qwen/Qwen3-0.6B: ") && said.contains(says),
+        "{said}"
+    );
     let (code, _, said) = strata(&["worker", "--models", "Qwen/Qwen3-0.6B"]);
     assert!(
         code == 1 && said.contains("--models Qwen/Qwen3-0.6B: no such directory") && said.contains(says),
         "{said}"
     );
+}
+
+#[test]
+fn a_model_in_the_hubs_cache_is_served_by_its_name_without_the_hub() {
+    let home = tempfile::tempdir().unwrap();
+    let (commit, model) =
+        ("0123456789abcdef0123456789abcdef01234567", home.path().join("hub/models--some--one"));
+    for directory in ["refs", "blobs", "snapshots/0123456789abcdef0123456789abcdef01234567"] {
+        std::fs::create_dir_all(model.join(directory)).unwrap();
+    }
+    std::fs::write(model.join("refs/main"), commit).unwrap();
+    // Its files are links to blobs, as the hub's clients make them.
+    for (number, file) in std::fs::read_dir(shakespeare()).unwrap().flatten().enumerate() {
+        std::fs::copy(file.path(), model.join(format!("blobs/{number}"))).unwrap();
+        let link = model.join("snapshots").join(commit).join(file.file_name());
+        std::os::unix::fs::symlink(format!("../../blobs/{number}"), link).unwrap();
+    }
+    let environment = [("HF_HOME", home.path().to_str().unwrap())];
+    let server = ["serve", "some/one@main", "--port", "0", "--dtype", "f32"];
+    let server = Process::start_with(&environment, &server, "ready ");
+    let ask = |args: &[&str]| strata(&[args, &["--address", &server.address]].concat());
+    let (code, out, said) = ask(&["generate", "ROMEO:\n", "--max-tokens", "2", "--model", "some/one"]);
+    assert!(code == 0 && !out.is_empty(), "{said}");
+    let status = ask(&["status"]).1;
+    assert!(status.contains(&format!("commit    {commit}\n")), "{status}");
+    let other =
+        Command::new(env!("CARGO_BIN_EXE_strata")).args(["check", "some/one@v2"]).envs(environment).output();
+    let said = String::from_utf8(other.unwrap().stderr).unwrap();
+    assert!(said.contains("its revision v2 is not: there is main, 0123456789abcdef"), "{said}");
 }
 
 #[test]

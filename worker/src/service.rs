@@ -23,7 +23,7 @@ use crate::{
     model::{self, ModelError},
     stage::{Connect, Load, Prepare, Resident, StageThread},
     transport::{Link, link_token, loopback::Hub, nccl, tcp::Listener},
-    weights::{ModelDir, describe_file},
+    weights::{HubId, ModelDir, describe_file},
 };
 
 /// Small files that travel with a model.
@@ -62,13 +62,23 @@ impl Models {
             Models::One { name: only, directory } if only == name => Ok(directory.clone()),
             Models::One { name: only, .. } => Err(no(&format!("it serves {only:?} only"))),
             Models::Under(root) => {
-                // A name from the wire must not walk out of the model directory.
-                let mut parts = Path::new(name).components();
-                match (parts.next(), parts.next()) {
-                    (Some(Component::Normal(_)), None) if !name.contains(['/', '\\']) => {}
-                    _ => return Err(no("a model name is a plain directory name")),
-                }
-                let directory = root.join(name);
+                let directory = match HubId::parse(name) {
+                    // In the hub's cache, models have names of two parts.
+                    Some(id) => id.snapshot(root).map_err(|why| no(&why.to_string()))?,
+                    // A name from the wire must not walk out of the model directory.
+                    None => {
+                        match (Path::new(name).components().next(), Path::new(name).components().nth(1)) {
+                            (Some(Component::Normal(_)), None) if !name.contains(['/', '\\']) => {
+                                root.join(name)
+                            }
+                            _ => {
+                                return Err(no(
+                                    "expected the name of a directory, or OWNER/NAME[@REVISION] in the hub's cache",
+                                ));
+                            }
+                        }
+                    }
+                };
                 let real = directory.canonicalize().and_then(|real| Ok((real, root.canonicalize()?)));
                 let Ok((real, root)) = real else {
                     return Err(no(&format!("there is no directory {}", directory.display())));
@@ -397,6 +407,12 @@ mod tests {
         let models = Models::Under(root.path().to_owned());
         models.resolve("good").unwrap();
         for bad in ["", ".", "..", "../good", "good/", "good/../good", "/etc", "a\\b", "missing"] {
+            assert!(models.resolve(bad).is_err(), "{bad:?} was resolved");
+        }
+        // As the hub's cache has them.
+        std::fs::create_dir_all(root.path().join("models--a--b/snapshots/0123456789")).unwrap();
+        assert!(models.resolve("a/b@0123456").unwrap().ends_with("models--a--b/snapshots/0123456789"));
+        for bad in ["a/b", "a/c", "a/b@../../good", "a/b/c"] {
             assert!(models.resolve(bad).is_err(), "{bad:?} was resolved");
         }
         let elsewhere = tempfile::tempdir().unwrap();

@@ -181,6 +181,11 @@ impl Session {
         self.get().is_some_and(|served| served.tokenizer.has_chat_template())
     }
 
+    /// The commit that the model is, if it lies in the hub's cache.
+    pub fn commit(&self) -> Option<String> {
+        Some(self.get()?.profile.commit.clone())
+    }
+
     /// What the vectors of the model are like, if it embeds, and which prompts it has.
     pub fn sentences(&self) -> Option<v1::Sentences> {
         let served = self.get()?;

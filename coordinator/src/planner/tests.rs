@@ -56,6 +56,7 @@ pub(crate) fn profile(layers: &[(u64, u64)], embedding: u64, tied: bool) -> Mode
         workspace_bytes_per_output: 5,
         labels: vec![],
         scoring: strata_proto::v1::Scoring::Unspecified,
+        commit: String::new(),
         sentences: Default::default(),
         ranking: Default::default(),
         segments: 0,

@@ -120,7 +120,7 @@ pub struct CoordinatorArgs {
     /// URL of a worker; repeat, or separate by commas. Or give --etcd
     #[arg(long = "worker", env = "STRATA_WORKER_URLS", value_delimiter = ',', conflicts_with = "etcd")]
     pub workers: Vec<String>,
-    /// Name of the model: a directory under each worker's --models
+    /// Name of the model: a directory under each worker's --models, or OWNER/NAME[@REVISION] where that is the hub's cache
     #[arg(long, env = "STRATA_MODEL", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub model: String,
     /// Seconds to wait for the workers; with --etcd it is waited for as long as it takes
@@ -155,7 +155,7 @@ pub struct WorkerArgs {
     /// address itself]
     #[arg(long, env = "STRATA_LINK_ADVERTISE", requires = "link_listen", value_parser = parse_host_port)]
     pub link_advertise: Option<String>,
-    /// Directory whose subdirectories are models
+    /// Directory whose subdirectories are models, or the hub's cache
     #[arg(long, env = "STRATA_MODELS")]
     pub models: PathBuf,
     /// Devices, with optional byte caps: cuda:0,cpu=64GiB [default: all GPUs, then the CPU]

@@ -9,7 +9,10 @@ use super::{
     architecture::{Ffn, Head, Layer, Shape, Site, Slot, Source},
     bytes, families, widths,
 };
-use crate::{kernels::cpu::packed::Table, weights::Checkpoint};
+use crate::{
+    kernels::cpu::packed::Table,
+    weights::{Checkpoint, hub_cache},
+};
 
 /// Describes the model in `dir`, called `name` on the wire. Of the weights, only headers and a few sampled bytes are
 /// read.
@@ -72,6 +75,7 @@ impl Model {
             eos_token_ids: self.special.eos.clone(),
             pad_token_ids: self.special.pad.clone(),
             fingerprint: checkpoint.fingerprint().to_owned(),
+            commit: hub_cache::commit(checkpoint.dir()).unwrap_or_default(),
             recompute_at: tower.ropes.iter().filter_map(|r| r.switch).min().map(|n| n as u32),
             workspace_bytes_per_token: widths::bytes_per_token(tower),
             workspace_bytes_per_output: widths::bytes_per_output(tower),

@@ -3,6 +3,7 @@
 mod files;
 mod fingerprint;
 pub(crate) mod header;
+pub(crate) mod hub_cache;
 mod modules;
 mod recognize;
 mod stream;
@@ -22,6 +23,7 @@ use std::{
 
 pub(crate) use files::ModelDir;
 pub(crate) use header::{TensorDType, TensorInfo};
+pub use hub_cache::{HubError, HubId, hub_cache, is_word};
 pub(crate) use modules::module_prefix;
 pub use recognize::describe_file;
 pub(crate) use stream::stream;

@@ -107,6 +107,7 @@ impl Cluster for ClusterService {
             requests: Some(self.coordinator.session().requests()),
             deployment: Some(DeploymentRecord::from(&deployed.deployment).into()),
             deployment_version: deployed.version,
+            commit: self.coordinator.session().commit().unwrap_or_default(),
             sentences: self.coordinator.session().sentences(),
             standbys: snapshot.standbys.into_iter().map(standby).collect(),
         }))
