@@ -141,5 +141,5 @@ for name, files in VARIANTS.items():
     base = next(b for b in BASES if BASES[b]["model"] == tokenizer["model"])
     out[name] = {"base": base, "added_tokens": tokenizer["added_tokens"], "files": files} | seen
 (HERE / "token_files.json").write_text(json.dumps(
-    {"template": TEMPLATE, "messages": MESSAGES, "texts": TEXTS, "cases": out}, ensure_ascii=False) + "\n")
+    {"template": TEMPLATE, "messages": MESSAGES, "texts": TEXTS, "bases": BASES, "cases": out}, ensure_ascii=False) + "\n")
 print(len(out), "cases,", (HERE / "token_files.json").stat().st_size, "bytes")

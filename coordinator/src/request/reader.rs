@@ -2,7 +2,7 @@
 
 use aho_corasick::{AhoCorasick, MatchKind};
 use serde_json::Value;
-use tokenizers::{OffsetReferential, OffsetType};
+use tokenizers::{AddedToken, OffsetReferential, OffsetType};
 
 use super::error::TokenizerError;
 
@@ -43,14 +43,12 @@ impl Reader {
         let mut added: Vec<_> = tokenizer.get_added_tokens_decoder().into_iter().collect();
         added.sort_by_key(|(id, _)| *id);
         let normalized = added.iter().any(|(_, token)| token.special && token.normalized);
-        let tokens: Vec<_> = added
-            .into_iter()
-            .map(|(id, token)| Token {
-                name: token.special.then(|| format!("\u{f8ff}{secret:020}.{id}\u{f8ff}")),
-                text: token.content,
-                single_word: token.single_word,
-            })
-            .collect();
+        let token = |(id, token): &(u32, AddedToken)| Token {
+            name: token.special.then(|| format!("\u{f8ff}{secret:020}.{id}\u{f8ff}")),
+            text: token.content.clone(),
+            single_word: token.single_word,
+        };
+        let tokens: Vec<_> = added.iter().map(token).collect();
         let failed = |why: String| TokenizerError::Broken { file: "tokenizer.json", why };
         let mut json = serde_json::to_value(tokenizer).map_err(|e| failed(e.to_string()))?;
         for token in &tokens {
@@ -61,6 +59,12 @@ impl Reader {
         keep_merges(&mut json, &tokens);
         let tokenizer =
             tokenizers::Tokenizer::from_bytes(json.to_string()).map_err(|e| failed(e.to_string()))?;
+        let kept = |(token, (id, _)): (&Token, &(u32, AddedToken))| {
+            tokenizer.token_to_id(token.name.as_ref().unwrap_or(&token.text)) == Some(*id)
+        };
+        if !tokens.iter().zip(&added).all(kept) {
+            return Err(failed("two of its tokens have one id, or one text".into()));
+        }
         let mut finder = AhoCorasick::builder();
         let finder = finder.match_kind(MatchKind::LeftmostLongest).build(tokens.iter().map(|t| &t.text));
         let control = AhoCorasick::new(tokens.iter().filter(|t| t.name.is_some()).map(|t| &t.text));

@@ -256,8 +256,8 @@ mod tests {
     use super::*;
     use crate::request::{chat::Message, tokenizer::Tokenizer};
 
-    fn fixture(name: &str) -> Value {
-        let path = format!("{}/../tests/models/{name}", env!("CARGO_MANIFEST_DIR"));
+    fn fixture() -> Value {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/models/token_files.json");
         serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
     }
 
@@ -267,7 +267,7 @@ mod tests {
 
     #[test]
     fn files_mean_what_they_mean_to_transformers() {
-        let (fixture, bases) = (fixture("token_files.json"), fixture("tokenizers.json"));
+        let fixture = fixture();
         let text = |value: &Value| value.as_str().unwrap().to_owned();
         let messages: Vec<Message> = fixture["messages"]
             .as_array()
@@ -277,7 +277,7 @@ mod tests {
             .collect();
         let mut wrong = Vec::new();
         for (name, case) in fixture["cases"].as_object().unwrap() {
-            let mut json = bases[case["base"].as_str().unwrap()]["tokenizer"].clone();
+            let mut json = fixture["bases"][case["base"].as_str().unwrap()].clone();
             json["added_tokens"] = case["added_tokens"].clone();
             let mut files: Files = case["files"]
                 .as_object()
