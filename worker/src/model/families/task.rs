@@ -78,6 +78,8 @@ pub(super) fn of_decoder(
     }
     let architectures = config.strings("architectures")?.unwrap_or_default();
     let ends = |end: &str| architectures.iter().any(|name| name.ends_with(end));
+    // GPT-2 names its head so.
+    let is_bare = ends("Model") && !ends("LMHeadModel");
     let tower = &mut description.tower;
     if ends("ForSequenceClassification") {
         let (labels, scoring) = classes(config)?;
@@ -85,7 +87,7 @@ pub(super) fn of_decoder(
         description.names.root.retain(|(slot, _)| *slot != Slot::Head);
         description.names.root.push((Slot::Head, Source::Rows("score")));
         description.names.tied = false;
-    } else if is_pooled || ends("Model") {
+    } else if is_pooled || is_bare {
         tower.head = Head::Embed(Embedding::mean(tower.width));
     }
     let generates = matches!(tower.head, Head::Lm { .. });
