@@ -9,7 +9,7 @@ use strata_proto::{
     Plan, Secret,
     v1::{self, cluster_client::ClusterClient},
 };
-use tonic::{Request, transport::Channel};
+use tonic::{Extensions, Request, metadata::MetadataMap, transport::Channel};
 
 use crate::{
     args::{AdminArgs, ApplyArgs, DrainArgs, RebalanceArgs, UndrainArgs},
@@ -34,12 +34,12 @@ impl Operator {
     }
 
     /// A call of `method`, with what it has to prove.
-    fn request<T>(&self, message: T, method: &str) -> Request<T> {
-        let mut request = Request::new(message);
+    fn request<T: strata_proto::Message>(&self, message: T, method: &str) -> Request<T> {
+        let mut metadata = MetadataMap::new();
         if let Some(secret) = &self.secret {
-            secret.sign(request.metadata_mut(), method, None);
+            secret.sign(&mut metadata, method, &message);
         }
-        request
+        Request::from_parts(metadata, Extensions::default(), message)
     }
 }
 

@@ -55,14 +55,18 @@ pub async fn classify(args: ClassifyArgs) -> anyhow::Result<()> {
 
 /// `strata rerank`
 pub async fn rerank(args: RerankArgs) -> anyhow::Result<()> {
-    if args.documents.iter().chain([&args.query]).filter(|text| *text == "-").count() > 1 {
+    let texts = args.texts;
+    if texts.len() < 2 {
+        return Err(misused("there is nothing to rank: give a QUERY, and DOCUMENTs behind it"));
+    }
+    if texts.iter().filter(|text| *text == "-").count() > 1 {
         return Err(misused("standard input (-) is read once: give other texts as they are, or as @FILE"));
     }
-    let documents: Vec<String> =
-        args.documents.into_iter().map(prompt::read).collect::<anyhow::Result<_>>()?;
+    let mut texts = texts.into_iter().map(prompt::read).collect::<anyhow::Result<Vec<_>>>()?;
+    let documents = texts.split_off(1);
     let request = RerankRequest {
         model: args.model.name.clone(),
-        query: prompt::read(args.query)?,
+        query: texts.remove(0),
         documents: documents.clone(),
         top_n: args.top_n,
         truncation: args.truncate.map_or(Truncation::Unspecified, Into::into) as i32,

@@ -57,6 +57,7 @@ pub use limits::{
 };
 pub use plan::{Forecast, LinkChoice, LinkKind, MapDevice, Offload, Plan, Replica, StagePlan};
 pub use profile::{Experts, FormatBytes, ModelProfile, Module};
+pub use prost::Message;
 pub use secret::{BadSecret, Secret};
 pub use state::{LayerState, Stack, StateBytes, StateKind, StateRoom};
 pub use worker::{Files, Progress, Side, StageChannel, Worker};

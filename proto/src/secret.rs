@@ -1,20 +1,20 @@
 //! The secret that coordinators and workers of a cluster share, and the proof that a call comes from one who has it.
 //!
-//! A proof is a keyed BLAKE3 hash over method, fence and time, in the call's metadata. It authenticates who calls; it hides
-//! nothing, and what a call carries beside its fence is not covered: whoever can change packets on the way needs to be kept
-//! away by the network, until there is TLS.
+//! A proof is two keyed BLAKE3 hashes in the call's metadata: one over the time, by which a caller is known before anything else
+//! of the call is read, and one over time, method and message (of a stream, the first). It authenticates who calls and what for; it
+//! hides nothing, and what a stream carries behind its first message is not covered: whoever can change packets on the way needs to
+//! be kept away by the network, until there is TLS. Who has seen a call can make the same one again for a minute.
 
 use std::{
     fmt,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use prost::Message;
 use tonic::{
     Status,
     metadata::{Ascii, MetadataMap, MetadataValue},
 };
-
-use crate::v1::Fence;
 
 /// Fewest bytes of a secret.
 const MIN_SECRET_BYTES: usize = 16;
@@ -58,41 +58,54 @@ impl Secret {
         }
     }
 
-    /// Adds the proof for a call of `method` to its metadata.
-    pub fn sign(&self, metadata: &mut MetadataMap, method: &str, fence: Option<&Fence>) {
+    /// Adds the proof for a call of `method` with `message`, or with a stream that begins with it, to its metadata.
+    pub fn sign(&self, metadata: &mut MetadataMap, method: &str, message: &impl Message) {
         let now = now();
-        let proof = format!("{now}-{}", self.mac(now, method, fence).to_hex());
-        // Digits and a dash are always a value.
+        let proof =
+            format!("{now}-{}-{}", self.caller(now).to_hex(), self.call(now, method, message).to_hex());
+        // Digits and dashes are always a value.
         if let Ok(value) = MetadataValue::<Ascii>::try_from(proof) {
             metadata.insert(PROOF, value);
         }
     }
 
-    /// Whether a call comes from one who has the secret.
+    /// Whether a call comes from one who has the secret; what it says is still to be [checked](Self::check).
     ///
     /// # Errors
     /// UNAUTHENTICATED, with what is wrong.
-    pub fn check(&self, metadata: &MetadataMap, method: &str, fence: Option<&Fence>) -> Result<(), Status> {
-        self.check_at(now(), metadata, method, fence)
+    pub fn check_caller(&self, metadata: &MetadataMap) -> Result<(), Status> {
+        self.check_caller_at(now(), metadata).map(drop)
     }
 
-    fn check_at(
-        &self,
-        now: u64,
-        metadata: &MetadataMap,
-        method: &str,
-        fence: Option<&Fence>,
-    ) -> Result<(), Status> {
-        let refused = |why: &str| Status::unauthenticated(format!("{method}: {why}"));
+    /// Whether a call is as one made it who has the secret.
+    ///
+    /// # Errors
+    /// UNAUTHENTICATED, with what is wrong.
+    pub fn check(&self, metadata: &MetadataMap, method: &str, message: &impl Message) -> Result<(), Status> {
+        let (time, call) = self.check_caller_at(now(), metadata)?;
+        // In constant time.
+        if call != self.call(time, method, message) {
+            let why = "the proof is of another call: it was changed on its way, or made by another version; run the same \
+                       version everywhere";
+            return Err(Status::unauthenticated(format!("{method}: {why}")));
+        }
+        Ok(())
+    }
+
+    /// The time of a proof, and its hash of the call.
+    fn check_caller_at(&self, now: u64, metadata: &MetadataMap) -> Result<(u64, blake3::Hash), Status> {
+        let refused = |why: &str| Status::unauthenticated(why.to_owned());
         let proof = metadata.get(PROOF).ok_or_else(|| {
             refused("there is a cluster secret here, and the call proves none; give the caller the same --secret-file")
         })?;
         let bad = || refused("the proof of the cluster secret is none");
-        let (time, mac) = proof.to_str().ok().and_then(|text| text.split_once('-')).ok_or_else(bad)?;
+        let parts: Vec<_> = proof.to_str().map_err(|_| bad())?.splitn(3, '-').collect();
+        let [time, caller, call] = parts[..] else { return Err(bad()) };
         let time: u64 = time.parse().map_err(|_| bad())?;
-        let mac = blake3::Hash::from_hex(mac).map_err(|_| bad())?;
+        let hash = |text: &str| blake3::Hash::from_hex(text).map_err(|_| bad());
+        let (caller, call) = (hash(caller)?, hash(call)?);
         // In constant time.
-        if mac != self.mac(time, method, fence) {
+        if caller != self.caller(time) {
             return Err(refused(
                 "the caller has another cluster secret than there is here; give both the same --secret-file",
             ));
@@ -103,19 +116,19 @@ impl Secret {
                 "the call is of another time, {apart:?} away; the clocks of both machines may differ by {TOLERANCE:?}"
             )));
         }
-        Ok(())
+        Ok((time, call))
     }
 
-    fn mac(&self, time: u64, method: &str, fence: Option<&Fence>) -> blake3::Hash {
+    fn caller(&self, time: u64) -> blake3::Hash {
+        blake3::keyed_hash(&self.0, &time.to_le_bytes())
+    }
+
+    fn call(&self, time: u64, method: &str, message: &impl Message) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new_keyed(&self.0);
         hasher.update(&time.to_le_bytes());
         hasher.update(&(method.len() as u64).to_le_bytes());
         hasher.update(method.as_bytes());
-        if let Some(Fence { term, pipeline, incarnation }) = fence {
-            hasher.update(&term.to_le_bytes());
-            hasher.update(&pipeline.to_le_bytes());
-            hasher.update(&incarnation.to_le_bytes());
-        }
+        hasher.update(&message.encode_to_vec());
         hasher.finalize()
     }
 }
@@ -128,43 +141,50 @@ fn now() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::v1;
 
-    const FENCE: Fence = Fence { term: 3, pipeline: 1, incarnation: 7 };
+    fn claim(term: u64) -> v1::Claim {
+        v1::Claim { term, coordinator: "a".into(), resigned: false }
+    }
 
     fn signed(secret: &Secret) -> MetadataMap {
         let mut metadata = MetadataMap::new();
-        secret.sign(&mut metadata, "Load", Some(&FENCE));
+        secret.sign(&mut metadata, "Load", &claim(3));
         metadata
     }
 
     #[test]
-    fn a_proof_holds_for_its_method_fence_and_time_alone() {
+    fn a_proof_holds_for_its_method_message_and_time_alone() {
         let secret = Secret::new("correct horse battery staple\n").unwrap();
         let metadata = signed(&secret);
-        secret.check(&metadata, "Load", Some(&FENCE)).unwrap();
-        Secret::new(" correct horse battery staple").unwrap().check(&metadata, "Load", Some(&FENCE)).unwrap();
-        let said = |secret: &Secret, metadata: &MetadataMap, method: &str, fence: Option<&Fence>| {
-            let status = secret.check(metadata, method, fence).unwrap_err();
+        secret.check(&metadata, "Load", &claim(3)).unwrap();
+        secret.check_caller(&metadata).unwrap();
+        Secret::new(" correct horse battery staple").unwrap().check(&metadata, "Load", &claim(3)).unwrap();
+        let said = |secret: &Secret, metadata: &MetadataMap, method: &str, message: &v1::Claim| {
+            let status = secret.check(metadata, method, message).unwrap_err();
             assert_eq!(status.code(), tonic::Code::Unauthenticated);
             status.message().to_owned()
         };
-        let other = Fence { term: 4, ..FENCE };
+        // Whoever saw a call on its way has its proof, and nothing else to put it to.
+        let resigned = v1::Claim { resigned: true, ..claim(3) };
         for refused in [
-            said(&secret, &metadata, "Abort", Some(&FENCE)),
-            said(&secret, &metadata, "Load", Some(&other)),
-            said(&secret, &metadata, "Load", None),
-            said(&Secret::new("another horse battery staple").unwrap(), &metadata, "Load", Some(&FENCE)),
+            said(&secret, &metadata, "Abort", &claim(3)),
+            said(&secret, &metadata, "Load", &claim(4)),
+            said(&secret, &metadata, "Load", &resigned),
         ] {
-            assert!(refused.contains("another cluster secret"), "{refused}");
+            assert!(refused.contains("of another call"), "{refused}");
         }
-        assert!(said(&secret, &MetadataMap::new(), "Load", Some(&FENCE)).contains("proves none"));
-        for text in ["", "-", "1-", "1-zz", "x-00", &"9".repeat(99)] {
+        let other = Secret::new("another horse battery staple").unwrap();
+        assert!(said(&other, &metadata, "Load", &claim(3)).contains("another cluster secret"));
+        assert!(other.check_caller(&metadata).unwrap_err().message().contains("another cluster secret"));
+        assert!(said(&secret, &MetadataMap::new(), "Load", &claim(3)).contains("proves none"));
+        for text in ["", "-", "1-", "1--", "1-zz-zz", "x-00-00", &"9".repeat(99)] {
             let mut metadata = MetadataMap::new();
             metadata.insert(PROOF, text.parse().unwrap());
-            assert!(said(&secret, &metadata, "Load", Some(&FENCE)).contains("is none"), "{text:?}");
+            assert!(said(&secret, &metadata, "Load", &claim(3)).contains("is none"), "{text:?}");
         }
         let late = now() + TOLERANCE.as_millis() as u64 + 1000;
-        let status = secret.check_at(late, &metadata, "Load", Some(&FENCE)).unwrap_err();
+        let status = secret.check_caller_at(late, &metadata).unwrap_err();
         assert!(status.message().contains("of another time"), "{status:?}");
     }
 

@@ -146,11 +146,11 @@ async fn what_operators_decide_outlives_the_coordinator_in_etcd() {
             tonic::transport::Channel::from_shared(address.to_owned()).unwrap().connect().await.unwrap(),
         );
         let message = v1::DrainRequest { worker: victim.clone(), reason: String::new() };
-        let mut request = tonic::Request::new(message);
+        let mut proof = tonic::metadata::MetadataMap::new();
         if let Some(secret) = secret {
-            strata_proto::Secret::new(secret).unwrap().sign(request.metadata_mut(), "Drain", None);
+            strata_proto::Secret::new(secret).unwrap().sign(&mut proof, "Drain", &message);
         }
-        client.drain(request).await
+        client.drain(tonic::Request::from_parts(proof, tonic::Extensions::default(), message)).await
     };
     // Who may change what is served proves it.
     for secret in [None, Some("another secret that was guessed")] {

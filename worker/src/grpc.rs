@@ -9,17 +9,23 @@ use std::{
 
 use futures::{Stream, StreamExt};
 use strata_proto::{
-    MAX_STAGE_MESSAGE, PING_EVERY, PING_TIMEOUT, STAGE_METHODS, Secret, Worker,
+    MAX_STAGE_MESSAGE, Message, PING_EVERY, PING_TIMEOUT, STAGE_METHODS, Secret, Worker,
     port::{self, Limits, Pings, Served},
     v1::{self, stage_server, to_stage},
 };
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming, async_trait, metadata::MetadataMap, service::Routes};
+use tonic::{
+    Request, Response, Status, Streaming, async_trait,
+    metadata::MetadataMap,
+    service::{Interceptor, Routes, interceptor::InterceptedService},
+};
 use tonic_health::ServingStatus;
 
 /// Shortest time from one refused call that the log tells of to the next.
 const TELL_EVERY: Duration = Duration::from_secs(10);
+/// How long the first message of a run may take.
+const BEGIN_WITHIN: Duration = Duration::from_secs(10);
 /// Pieces in which small files travel.
 const CHUNK: usize = 256 << 10;
 
@@ -76,43 +82,57 @@ pub async fn serve(
 }
 
 /// The service `strata.v1.Stage` over any worker, for whoever has the secret, if there is one.
-pub fn service(worker: Arc<dyn Worker>, secret: Option<Secret>) -> stage_server::StageServer<StageService> {
-    stage_server::StageServer::new(StageService { worker, secret, told: Mutex::default() })
+pub fn service(worker: Arc<dyn Worker>, secret: Option<Secret>) -> Guarded {
+    let service = stage_server::StageServer::new(StageService { worker, secret: secret.clone() })
         .max_decoding_message_size(MAX_STAGE_MESSAGE)
-        .max_encoding_message_size(MAX_STAGE_MESSAGE)
+        .max_encoding_message_size(MAX_STAGE_MESSAGE);
+    InterceptedService::new(service, Guard(secret))
 }
+
+/// The service behind its guard.
+pub type Guarded = InterceptedService<stage_server::StageServer<StageService>, Guard>;
 
 /// Adapter of a [`Worker`] to tonic.
 pub struct StageService {
     worker: Arc<dyn Worker>,
     secret: Option<Secret>,
-    /// When a refused call was last told in the log.
-    told: Mutex<Option<Instant>>,
 }
 
 impl StageService {
-    /// The message of a call, if the caller has the secret.
-    fn admit<T>(
-        &self,
-        request: Request<T>,
-        method: &str,
-        fence: impl Fn(&T) -> Option<&v1::Fence>,
-    ) -> Result<T, Status> {
+    /// The message of a call, if one made it who has the secret.
+    fn admit<T: Message>(&self, request: Request<T>, method: &str) -> Result<T, Status> {
         let (metadata, _, message) = request.into_parts();
-        self.check(&metadata, method, fence(&message))?;
+        self.check(&metadata, method, &message)?;
         Ok(message)
     }
 
-    fn check(&self, metadata: &MetadataMap, method: &str, fence: Option<&v1::Fence>) -> Result<(), Status> {
+    fn check(&self, metadata: &MetadataMap, method: &str, message: &impl Message) -> Result<(), Status> {
         let Some(secret) = &self.secret else { return Ok(()) };
-        secret.check(metadata, method, fence).inspect_err(|status| {
-            // A stranger is not to fill the log.
-            let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-            if told.is_none_or(|told| told.elapsed() > TELL_EVERY) {
-                *told = Some(Instant::now());
-                tracing::warn!("refused a call: {}", status.message());
-            }
-        })
+        secret.check(metadata, method, message).inspect_err(tell)
+    }
+}
+
+/// Refuses who has not the secret, if there is one, before anything of a call is read but its head.
+#[derive(Debug, Clone)]
+pub struct Guard(Option<Secret>);
+
+impl Interceptor for Guard {
+    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(secret) = &self.0 {
+            secret.check_caller(request.metadata()).inspect_err(tell)?;
+        }
+        Ok(request)
+    }
+}
+
+/// Tells the log of a refused call. A stranger is not to fill it.
+fn tell(status: &Status) {
+    /// When one was last told.
+    static TOLD: Mutex<Option<Instant>> = Mutex::new(None);
+    let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
+    if told.is_none_or(|told| told.elapsed() > TELL_EVERY) {
+        *told = Some(Instant::now());
+        tracing::warn!("refused a call: {}", status.message());
     }
 }
 
@@ -136,14 +156,14 @@ impl stage_server::Stage for StageService {
         &self,
         request: Request<v1::DescribeRequest>,
     ) -> Result<Response<v1::Described>, Status> {
-        self.worker.describe(self.admit(request, "Describe", |_| None)?).await.map(Response::new)
+        self.worker.describe(self.admit(request, "Describe")?).await.map(Response::new)
     }
 
     async fn read_tokenizer(
         &self,
         request: Request<v1::ReadTokenizerRequest>,
     ) -> Result<Response<Self::ReadTokenizerStream>, Status> {
-        let files = self.worker.read_tokenizer(self.admit(request, "ReadTokenizer", |_| None)?).await?;
+        let files = self.worker.read_tokenizer(self.admit(request, "ReadTokenizer")?).await?;
         let chunks = files.into_iter().flat_map(|(name, data)| {
             // An empty file is one empty chunk.
             let count = data.len().div_ceil(CHUNK).max(1);
@@ -156,17 +176,15 @@ impl stage_server::Stage for StageService {
     }
 
     async fn load(&self, request: Request<v1::LoadRequest>) -> Result<Response<Self::LoadStream>, Status> {
-        Ok(Response::new(ReceiverStream::new(
-            self.worker.load(self.admit(request, "Load", |r| r.fence.as_ref())?).await?,
-        )))
+        Ok(Response::new(ReceiverStream::new(self.worker.load(self.admit(request, "Load")?).await?)))
     }
 
     async fn prepare(&self, request: Request<v1::PrepareRequest>) -> Result<Response<v1::Prepared>, Status> {
-        self.worker.prepare(self.admit(request, "Prepare", |r| r.fence.as_ref())?).await.map(Response::new)
+        self.worker.prepare(self.admit(request, "Prepare")?).await.map(Response::new)
     }
 
     async fn connect(&self, request: Request<v1::ConnectRequest>) -> Result<Response<v1::Ack>, Status> {
-        self.worker.connect(self.admit(request, "Connect", |r| r.fence.as_ref())?).await.map(ack)
+        self.worker.connect(self.admit(request, "Connect")?).await.map(ack)
     }
 
     async fn run(
@@ -174,11 +192,12 @@ impl stage_server::Stage for StageService {
         request: Request<Streaming<v1::ToStage>>,
     ) -> Result<Response<Self::RunStream>, Status> {
         let (metadata, _, mut orders) = request.into_parts();
-        let Some(v1::ToStage { message: Some(to_stage::Message::Open(open)) }) = orders.message().await?
-        else {
+        let first = tokio::time::timeout(BEGIN_WITHIN, orders.message()).await;
+        let late = |_| Status::deadline_exceeded(format!("the run did not begin within {BEGIN_WITHIN:?}"));
+        let Some(v1::ToStage { message: Some(to_stage::Message::Open(open)) }) = first.map_err(late)?? else {
             return Err(Status::invalid_argument("the first message of a run must be `open`"));
         };
-        self.check(&metadata, "Run", open.fence.as_ref())?;
+        self.check(&metadata, "Run", &open)?;
         let silence = Duration::from_millis(open.heartbeat_timeout_ms.into());
         let channel = self.worker.run(open).await?;
         // When the coordinator goes away, its half ends, breaks or is silent; dropping `to` then ends the run.
@@ -203,6 +222,6 @@ impl stage_server::Stage for StageService {
     }
 
     async fn abort(&self, request: Request<v1::AbortRequest>) -> Result<Response<v1::Ack>, Status> {
-        self.worker.abort(self.admit(request, "Abort", |r| r.fence.as_ref())?).await.map(ack)
+        self.worker.abort(self.admit(request, "Abort")?).await.map(ack)
     }
 }

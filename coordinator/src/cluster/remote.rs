@@ -11,7 +11,8 @@ use strata_proto::{
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
 use tonic::{
-    Request, Status, async_trait,
+    Extensions, Request, Status, async_trait,
+    metadata::MetadataMap,
     transport::{Channel, Endpoint},
 };
 
@@ -59,12 +60,18 @@ impl RemoteWorker {
     }
 
     /// A call with its proof.
-    fn signed<T>(&self, message: T, method: &str, fence: Option<v1::Fence>) -> Request<T> {
-        let mut request = Request::new(message);
+    fn signed<T: strata_proto::Message>(&self, message: T, method: &str) -> Request<T> {
+        let proof = self.proof(method, &message);
+        Request::from_parts(proof, Extensions::default(), message)
+    }
+
+    /// The metadata of a call with `message`, or with a stream that begins with it.
+    fn proof(&self, method: &str, message: &impl strata_proto::Message) -> MetadataMap {
+        let mut metadata = MetadataMap::new();
         if let Some(secret) = &self.secret {
-            secret.sign(request.metadata_mut(), method, fence.as_ref());
+            secret.sign(&mut metadata, method, message);
         }
-        request
+        metadata
     }
 }
 
@@ -87,20 +94,12 @@ fn alive(orders: mpsc::Receiver<v1::ToStage>, every: Duration) -> impl Stream<It
 #[async_trait]
 impl Worker for RemoteWorker {
     async fn describe(&self, request: v1::DescribeRequest) -> Result<v1::Described, Status> {
-        self.client
-            .clone()
-            .describe(self.signed(request, "Describe", None))
-            .await
-            .map(tonic::Response::into_inner)
+        self.client.clone().describe(self.signed(request, "Describe")).await.map(tonic::Response::into_inner)
     }
 
     async fn read_tokenizer(&self, request: v1::ReadTokenizerRequest) -> Result<Files, Status> {
-        let mut chunks = self
-            .client
-            .clone()
-            .read_tokenizer(self.signed(request, "ReadTokenizer", None))
-            .await?
-            .into_inner();
+        let mut chunks =
+            self.client.clone().read_tokenizer(self.signed(request, "ReadTokenizer")).await?.into_inner();
         let mut files = Files::new();
         let mut total = 0;
         while let Some(chunk) = chunks.message().await? {
@@ -116,8 +115,7 @@ impl Worker for RemoteWorker {
     }
 
     async fn load(&self, request: v1::LoadRequest) -> Result<Progress, Status> {
-        let fence = request.fence;
-        let mut updates = self.client.clone().load(self.signed(request, "Load", fence)).await?.into_inner();
+        let mut updates = self.client.clone().load(self.signed(request, "Load")).await?.into_inner();
         let (sender, receiver) = mpsc::channel(QUEUE);
         tokio::spawn(async move {
             while let Some(update) = updates.next().await {
@@ -130,25 +128,24 @@ impl Worker for RemoteWorker {
     }
 
     async fn prepare(&self, request: v1::PrepareRequest) -> Result<v1::Prepared, Status> {
-        let fence = request.fence;
-        self.client
-            .clone()
-            .prepare(self.signed(request, "Prepare", fence))
-            .await
-            .map(tonic::Response::into_inner)
+        self.client.clone().prepare(self.signed(request, "Prepare")).await.map(tonic::Response::into_inner)
     }
 
     async fn connect(&self, request: v1::ConnectRequest) -> Result<(), Status> {
-        let fence = request.fence;
-        self.client.clone().connect(self.signed(request, "Connect", fence)).await.map(drop)
+        self.client.clone().connect(self.signed(request, "Connect")).await.map(drop)
     }
 
     async fn run(&self, open: v1::Open) -> Result<StageChannel, Status> {
         let (to, orders) = mpsc::channel(QUEUE);
-        let fence = open.fence;
+        let proof = self.proof("Run", &open);
         let every = Duration::from_millis(open.heartbeat_timeout_ms.into()) / HEARTBEATS;
         let stream = tokio_stream::once(message(to_stage::Message::Open(open))).chain(alive(orders, every));
-        let mut answers = self.client.clone().run(self.signed(stream, "Run", fence)).await?.into_inner();
+        let mut answers = self
+            .client
+            .clone()
+            .run(Request::from_parts(proof, Extensions::default(), stream))
+            .await?
+            .into_inner();
         let (sender, from) = mpsc::channel(QUEUE);
         tokio::spawn(async move {
             while let Some(Ok(answer)) = answers.next().await {
@@ -161,7 +158,6 @@ impl Worker for RemoteWorker {
     }
 
     async fn abort(&self, request: v1::AbortRequest) -> Result<(), Status> {
-        let fence = request.fence;
-        self.client.clone().abort(self.signed(request, "Abort", fence)).await.map(drop)
+        self.client.clone().abort(self.signed(request, "Abort")).await.map(drop)
     }
 }

@@ -375,12 +375,9 @@ pub struct ClassifyArgs {
 
 #[derive(Debug, Args)]
 pub struct RerankArgs {
-    /// What documents are to answer; - is standard input, @FILE a file, and @@ an @
-    #[arg(value_name = "QUERY")]
-    pub query: String,
-    /// Documents, likewise
-    #[arg(value_name = "DOCUMENT", required = true)]
-    pub documents: Vec<String>,
+    /// A query, and behind it the documents that are to answer it; - is standard input, @FILE a file, and @@ an @
+    #[arg(env = "STRATA_TEXTS", value_name = "QUERY DOCUMENT", required = true)]
+    pub texts: Vec<String>,
     /// Print the best so many only
     #[arg(long, env = "STRATA_TOP_N")]
     pub top_n: Option<u32>,

@@ -36,7 +36,7 @@ pub const VERIFY: &str = "Examples:
 pub const GENERATE: &str = "Examples:
   strata generate 'Once upon a time' --max-tokens 60
   strata generate --message 'user=Who is there?' --temperature 0.8 --top-p 0.95 --seed 7
-  strata generate --messages @chat.json --tools @tools.json --template-argument enable_thinking=false
+  strata generate --messages @chat.json --tools @tools.json --template-argument thinking=false
   strata generate --prompt '-5 degrees are' --stop '--' --logit-bias 13=-2.5 --json --logprobs 3";
 
 pub const CLASSIFY: &str = "Examples:

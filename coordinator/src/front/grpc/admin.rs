@@ -7,14 +7,14 @@ use tonic::{Request, Status};
 ///
 /// # Errors
 /// UNAUTHENTICATED or PERMISSION_DENIED, with what is missing.
-pub(super) fn admit<T>(
+pub(super) fn admit<T: strata_proto::Message>(
     request: Request<T>,
     secret: Option<&Secret>,
     method: &'static str,
 ) -> Result<T, Status> {
     let is_local = || request.extensions().get::<Peer>().is_some_and(|peer| peer.is_local);
     match secret {
-        Some(secret) => secret.check(request.metadata(), method, None)?,
+        Some(secret) => secret.check(request.metadata(), method, request.get_ref())?,
         None if is_local() => {}
         None => {
             return Err(Status::permission_denied(format!(

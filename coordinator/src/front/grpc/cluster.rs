@@ -179,7 +179,11 @@ impl Cluster for ClusterService {
 
 impl ClusterService {
     /// The message of an operator's call.
-    fn admit<T>(&self, request: Request<T>, method: &'static str) -> Result<T, Status> {
+    fn admit<T: strata_proto::Message>(
+        &self,
+        request: Request<T>,
+        method: &'static str,
+    ) -> Result<T, Status> {
         admin::admit(request, self.coordinator.config().secret.as_ref(), method)
     }
 
