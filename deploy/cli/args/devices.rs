@@ -123,7 +123,7 @@ fn user_cache() -> Option<PathBuf> {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Devices")]
 pub struct HereArgs {
-    /// Model directory in Hugging Face layout, or OWNER/NAME[@REVISION] in the hub's cache
+    /// Model directory in Hugging Face layout, or OWNER/NAME, OWNER/NAME@REVISION in the hub's cache
     #[arg(env = "STRATA_MODEL_DIR", help_heading = None)]
     pub model: PathBuf,
     /// Workers in this process that share 90 % of the free host memory; the split is then balanced

@@ -120,7 +120,7 @@ pub struct CoordinatorArgs {
     /// URL of a worker; repeat, or separate by commas. Or give --etcd
     #[arg(long = "worker", env = "STRATA_WORKER_URLS", value_delimiter = ',', conflicts_with = "etcd")]
     pub workers: Vec<String>,
-    /// Name of the model: a directory under each worker's --models, or OWNER/NAME[@REVISION] where that is the hub's cache
+    /// Name of the model: a directory under each worker's --models, or OWNER/NAME (OWNER/NAME@REVISION) in the hub's cache
     #[arg(long, env = "STRATA_MODEL", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub model: String,
     /// Seconds to wait for the workers; with --etcd it is waited for as long as it takes

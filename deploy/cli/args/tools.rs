@@ -43,7 +43,7 @@ pub struct RandomModelArgs {
 
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
-    /// Model directory in Hugging Face layout, or OWNER/NAME[@REVISION] in the hub's cache
+    /// Model directory in Hugging Face layout, or OWNER/NAME, OWNER/NAME@REVISION in the hub's cache
     #[arg(env = "STRATA_MODEL_DIR")]
     pub model: PathBuf,
     /// Another copy, or a file of what --json printed: what differs is named, and the exit code is 1
