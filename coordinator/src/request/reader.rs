@@ -6,7 +6,7 @@ use tokenizers::{AddedToken, OffsetReferential, OffsetType};
 
 use super::error::TokenizerError;
 
-/// A tokenizer to whom every control token has a name that nobody can guess: 64 random bits, between characters for private
+/// A tokenizer to whom every control token has a name that nobody can guess: 60 random bits, between characters for private
 /// use. A control token comes only of its name, so a text has those that were put in by [`Reader::name`].
 ///
 /// Each keeps its id and its flags, so that all else is read as by the tokenizer that it was made of.
