@@ -67,6 +67,7 @@ pub fn here(
             step_hook: None,
             directories: directories.clone(),
             verify_every: None,
+            ignore_tensors: args.ignore_tensors.clone(),
         })?;
         workers.push((format!("worker-{index}"), Arc::new(worker)));
     }

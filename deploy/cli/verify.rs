@@ -81,10 +81,10 @@ impl fmt::Display for Difference {
 
 /// `strata verify`
 pub fn verify(args: &VerifyArgs) -> anyhow::Result<()> {
-    let report = read(&args.model)?;
+    let report = read(&args.model, &args.ignore_tensors)?;
     let against = args.against.as_deref().map(|other| match other.is_file() {
         true => read_report(other),
-        false => read(other),
+        false => read(other, &args.ignore_tensors),
     });
     let differences = against.transpose()?.map(|other| differences(&report, &other));
     let mut out = std::io::stdout().lock();
@@ -110,9 +110,10 @@ pub fn verify(args: &VerifyArgs) -> anyhow::Result<()> {
 }
 
 /// Reads the model in a directory.
-fn read(directory: &Path) -> anyhow::Result<Report> {
+fn read(directory: &Path, ignored: &[String]) -> anyhow::Result<Report> {
     let (_, directory) = model_dir::open(directory)?;
-    let modules = model::digests(&directory).with_context(|| format!("model {}", directory.display()))?;
+    let modules =
+        model::digests(&directory, ignored).with_context(|| format!("model {}", directory.display()))?;
     let digest = root(modules.iter().map(|module| (module.id, module.digest))).to_string();
     Ok(Report { digest, modules: modules.into_iter().map(Module::from).collect() })
 }

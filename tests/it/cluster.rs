@@ -178,6 +178,7 @@ impl Options {
                 step_hook: self.hook.clone(),
                 directories: Directories { spill: Some(std::env::temp_dir()), kernels: None },
                 verify_every: Some(Duration::from_secs(1)),
+                ignore_tensors: Vec::new(),
             });
             let worker: Arc<dyn Worker> = Arc::new(worker.unwrap());
             Member { name: format!("worker-{rank}"), worker, rank, host: "127.0.0.1".into() }

@@ -167,6 +167,48 @@ fn verify_names_the_tensor_in_which_two_copies_differ() {
     assert!(run(&["verify", report.to_str().unwrap()]).unwrap_err().contains("give the directory"));
 }
 
+/// Adds a tensor that no model has a use for.
+fn add_a_tensor(models: &Path, name: &str) {
+    let path = models.join("shakespeare/model.safetensors");
+    let file = fs::read(&path).unwrap();
+    let end = 8 + u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let mut header: Value = serde_json::from_slice(&file[8..end]).unwrap();
+    let data = file.len() - end;
+    header[name] = serde_json::json!({"dtype": "F32", "shape": [2], "data_offsets": [data, data + 8]});
+    let header = header.to_string();
+    let size = (header.len() as u64).to_le_bytes();
+    fs::write(path, [&size[..], header.as_bytes(), &file[end..], &[0; 8]].concat()).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tensors_without_a_use_are_named_and_left_out_on_demand() {
+    let models = copy();
+    add_a_tensor(models.path(), "mtp.norm.weight");
+    let directory = models.path().join("shakespeare");
+    let directory = directory.to_str().unwrap();
+    for command in ["check", "verify"] {
+        let refused = run(&[command, directory]).unwrap_err();
+        let says = "tensor \"mtp.norm.weight\" belongs to nothing in the model";
+        assert!(refused.contains(says) && refused.contains("--ignore-tensors"), "{refused}");
+        run(&[command, directory, "--ignore-tensors", "other.*,mtp.*"]).unwrap();
+    }
+    let models = models.path().to_str().unwrap();
+    let worker = Process::start(&["worker", "--models", models, "--ignore-tensors", "mtp.*"], "listening ");
+    let args = [
+        "coordinator",
+        "--worker",
+        &worker.address,
+        "--model",
+        "shakespeare",
+        "--dtype",
+        "f32",
+        "--port",
+        "0",
+    ];
+    let coordinator = Process::start(&args, "ready ");
+    answers_exactly(&coordinator.address).await;
+}
+
 /// Changes a bit of what a process holds of the norm behind the first layer's attention; how many copies of it there were.
 fn flip_a_bit_in_memory(process: u32) -> usize {
     let path = model("shakespeare").join("model.safetensors");

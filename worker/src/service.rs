@@ -124,6 +124,8 @@ pub struct WorkerConfig {
     pub directories: Directories,
     /// How often the weights of running stages are compared with what was loaded; never, if nothing is said.
     pub verify_every: Option<Duration>,
+    /// Patterns of names of tensors that may be in files without a use: `*` stands for any text, `?` for a character.
+    pub ignore_tensors: Vec<String>,
 }
 
 impl WorkerConfig {
@@ -141,6 +143,7 @@ impl WorkerConfig {
             step_hook: None,
             directories: Directories::default(),
             verify_every: None,
+            ignore_tensors: Vec::new(),
         }
     }
 }
@@ -285,7 +288,9 @@ impl Worker for LocalWorker {
             None
         } else {
             let directory = self.config.models.resolve(&request.model)?;
-            Some(blocking(move || Ok(model::describe(&directory, &request.model)?)).await?)
+            let ignored = self.config.ignore_tensors.clone();
+            let describe = move || Ok(model::describe_ignoring(&directory, &request.model, &ignored)?);
+            Some(blocking(describe).await?)
         };
         let offers = self.offers()?;
         Ok(v1::Described {
@@ -311,7 +316,8 @@ impl Worker for LocalWorker {
         let spec = spec_of(request.spec)?;
         let (_, stage) = self.admit(request.fence, &spec.device)?;
         let directory = self.config.models.resolve(&spec.model)?;
-        Ok(stage.load(Load { spec, directory, reread: request.reread }))
+        let ignored = self.config.ignore_tensors.clone();
+        Ok(stage.load(Load { spec, directory, ignored, reread: request.reread }))
     }
 
     async fn prepare(&self, request: v1::PrepareRequest) -> Result<v1::Prepared, Status> {

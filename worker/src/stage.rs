@@ -57,6 +57,8 @@ pub(crate) struct Load {
     pub spec: v1::StageSpec,
     /// Where the model is.
     pub directory: PathBuf,
+    /// Patterns of names of tensors that may be there without a use.
+    pub ignored: Vec<String>,
     /// Even if they are resident.
     pub reread: bool,
 }
@@ -352,19 +354,25 @@ impl Stage {
 
     fn load(
         &mut self,
-        Load { spec, directory, reread }: Load,
+        Load { spec, directory, ignored, reread }: Load,
         progress: &mpsc::Sender<Result<v1::LoadProgress, Status>>,
     ) -> Result<(), WorkerError> {
         // A new range means a new incarnation: the old one's cache would only be in the way.
         self.drop_incarnation();
         if reread || self.spec.as_ref() != Some(&spec) {
             self.drop_weights();
-            let (checkpoint, model) = Model::open_dir(&directory)?;
+            let (checkpoint, model) = Model::open_dir_ignoring(&directory, &ignored)?;
             if checkpoint.fingerprint() != spec.fingerprint {
                 return Err(WorkerError::WrongState(format!(
                     "model {:?} changed on disk since it was described; restart the coordinator to plan anew",
                     spec.model
                 )));
+            }
+            if let Some(method) = checkpoint.quantized_by() {
+                let to = if spec.quantization.is_empty() { &spec.dtype } else { &spec.quantization };
+                tracing::info!(
+                    "weights that {method} has quantized become {to}: what {to} does not have is rounded"
+                );
             }
             let mut report = |done: LoadedBytes| {
                 self.bytes_read = done.total;

@@ -49,6 +49,9 @@ pub struct VerifyArgs {
     /// Another copy, or a file of what --json printed: what differs is named, and the exit code is 1
     #[arg(long, env = "STRATA_AGAINST")]
     pub against: Option<PathBuf>,
+    /// Names of tensors that may be in the files though the model has no use for them, with * for any text; again for others
+    #[arg(long, env = "STRATA_IGNORE_TENSORS", value_name = "GLOB", value_delimiter = ',')]
+    pub ignore_tensors: Vec<String>,
     /// Print JSON: every tensor's digest too
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,

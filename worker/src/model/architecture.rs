@@ -726,7 +726,8 @@ pub(crate) struct Names {
     pub tied: bool,
     /// Endings that stand for another where that is absent.
     pub aliases: &'static [(&'static str, &'static str)],
-    /// Endings of tensors that are left alone, or, with a `*` behind them, beginnings.
+    /// Endings of tensors that are left alone, or, with a `*` behind them, beginnings; with a `{}` within, beginnings behind the
+    /// prefix, where it stands for the number of a layer behind the last one.
     pub ignore: &'static [&'static str],
 }
 

@@ -54,12 +54,13 @@ impl ModuleDigest {
     }
 }
 
-/// Reads the whole model in `dir`, without keeping anything of it, and returns every module's digest, in order.
+/// Reads the whole model in `dir`, without keeping anything of it, and returns every module's digest, in order. Tensors
+/// without a use may have names of the patterns `ignored`.
 ///
 /// # Errors
 /// If the model could not be loaded either, or a file cannot be read.
-pub fn digests(dir: &Path) -> Result<Vec<ModuleDigest>, ModelError> {
-    let (checkpoint, model) = Model::open_dir(dir)?;
+pub fn digests(dir: &Path, ignored: &[String]) -> Result<Vec<ModuleDigest>, ModelError> {
+    let (checkpoint, model) = Model::open_dir_ignoring(dir, ignored)?;
     let names: BTreeSet<&str> = model.tower.sites().flat_map(|site| tensors(&model, site)).collect();
     let mut found: Vec<(&str, &TensorInfo)> = Vec::with_capacity(names.len());
     for name in names {

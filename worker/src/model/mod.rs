@@ -18,7 +18,7 @@ pub(crate) mod widths;
 
 use std::path::Path;
 
-use strata_proto::{DType, Format, v1};
+use strata_proto::{DType, Format, error::quoted, v1};
 
 use self::{
     architecture::{Head, Names, Site, Slot, Tower},
@@ -28,7 +28,7 @@ use self::{
 pub use self::{
     digest::{ModuleDigest, TensorDigest, digests},
     load::LoadedBytes,
-    profile::describe,
+    profile::{describe, describe_ignoring},
     range::RangeSpec,
 };
 pub use crate::kernels::ops::{BLOCK_TOKENS, BatchRow};
@@ -52,9 +52,13 @@ pub enum ModelError {
     /// A tensor that the model needs is not there.
     #[error("tensor {0:?} is missing from the checkpoint")]
     MissingTensor(String),
-    /// A tensor that nothing in the model uses.
-    #[error("tensor {0:?} belongs to nothing in the model that config.json describes")]
-    UnclaimedTensor(String),
+    /// Tensors that nothing in the model uses.
+    #[error(
+        "{} to nothing in the model that config.json describes: if what they are for is not wanted, --ignore-tensors GLOB \
+         leaves them out, as in --ignore-tensors {:?}",
+        belonging(.0), .0.first().map(String::as_str).unwrap_or_default()
+    )]
+    UnclaimedTensors(Vec<String>),
     /// A tensor of other dimensions than the configuration says.
     #[error("tensor {tensor:?} has shape {found:?}: expected {expected:?} by config.json")]
     Shape {
@@ -147,6 +151,20 @@ pub enum ModelError {
     Device(String),
 }
 
+/// Some tensors, clipped, and the verb.
+fn belonging(names: &[String]) -> String {
+    let shown: Vec<String> = names.iter().take(SHOWN).map(|name| quoted(name)).collect();
+    let more = match names.len().saturating_sub(SHOWN) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let (tensors, belong) = if names.len() == 1 { ("tensor", "belongs") } else { ("tensors", "belong") };
+    format!("{tensors} {}{more} {belong}", shown.join(", "))
+}
+
+/// Tensors that an error names.
+const SHOWN: usize = 5;
+
 /// Special token ids by `config.json` and `generation_config.json`, each id once.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SpecialTokens {
@@ -184,15 +202,6 @@ impl Model {
         let value = checkpoint.json("config.json")?.ok_or_else(|| ModelError::NoConfig(path()))?;
         let whole = Config::new("config.json", value)?;
         let config = families::text(whole.clone())?;
-        if let Some(found) = config.get("quantization_config") {
-            let method =
-                found.get("quant_method").and_then(|m| m.as_str()).unwrap_or("a method without a name");
-            let expected = format!(
-                "none: weights that were quantized by {method} cannot be loaded; take the original checkpoint, and \
-                 --quantize int8 or int4"
-            );
-            return Err(config.error("quantization_config", expected).into());
-        }
         let (family, mut description) = families::describe(&whole, sentences::are_pooled(checkpoint)?)?;
         let tower = &mut description.tower;
         let (mut sentences, mut ranking) = (v1::Sentences::default(), v1::Scoring::Unspecified);
@@ -265,7 +274,14 @@ impl Model {
 
     /// Opens the checkpoint in `dir` and the model in it.
     pub fn open_dir(dir: &Path) -> Result<(Checkpoint, Self), ModelError> {
-        let checkpoint = Checkpoint::open(dir)?;
+        Self::open_dir_ignoring(dir, &[])
+    }
+
+    /// The same, though tensors that nothing uses be there, if one of these patterns is their name: `*` stands for any text,
+    /// `?` for a character.
+    pub fn open_dir_ignoring(dir: &Path, ignored: &[String]) -> Result<(Checkpoint, Self), ModelError> {
+        let mut checkpoint = Checkpoint::open(dir)?;
+        checkpoint.ignore(ignored);
         let model = Model::open(&checkpoint)?;
         Ok((checkpoint, model))
     }

@@ -94,6 +94,9 @@ impl Layout {
     }
 }
 
+/// Endings of what older files of all families hold, and transformers ignores: what can be computed anew.
+const BUFFERS: [&str; 2] = ["rotary_emb.inv_freq", "position_ids"];
+
 pub(super) fn bind(checkpoint: &Checkpoint, tower: &Tower, names: &Names) -> Result<Bindings, ModelError> {
     let mut binder =
         Binder { checkpoint, tower, names, base: base(checkpoint, names), claimed: BTreeSet::new() };
@@ -112,10 +115,8 @@ pub(super) fn bind(checkpoint: &Checkpoint, tower: &Tower, names: &Names) -> Res
         }
     }
     let unclaimed = |name: &&String| !binder.claimed.contains(*name) && !binder.is_ignored(name);
-    match checkpoint.tensors().keys().find(unclaimed) {
-        Some(name) => Err(ModelError::UnclaimedTensor(name.clone())),
-        None => Ok(bound),
-    }
+    let unclaimed: Vec<String> = checkpoint.tensors().keys().filter(unclaimed).cloned().collect();
+    if unclaimed.is_empty() { Ok(bound) } else { Err(ModelError::UnclaimedTensors(unclaimed)) }
 }
 
 /// The prefix of this file's names.
@@ -335,11 +336,21 @@ impl Binder<'_> {
             *slot == Slot::Head && name.strip_suffix(".weight") == Some(source.name())
         };
         let embeds = matches!(self.tower.head, Head::Embed(_));
-        let ignored = |pattern: &&str| match pattern.strip_suffix('*') {
-            Some(beginning) => name.starts_with(beginning),
-            None => name.ends_with(*pattern),
+        let ignored = |pattern: &&str| match (pattern.split_once("{}"), pattern.strip_suffix('*')) {
+            (Some((before, after)), _) => self.is_of_a_later_layer(name, before, after),
+            (None, Some(beginning)) => name.starts_with(beginning),
+            (None, None) => name.ends_with(*pattern),
         };
-        self.names.ignore.iter().any(ignored) || (embeds && self.names.root.iter().any(other_head))
+        self.names.ignore.iter().chain(&BUFFERS).any(ignored)
+            || (embeds && self.names.root.iter().any(other_head))
+            || self.checkpoint.is_ignored(name)
+    }
+
+    /// Whether a name has the number of a layer that the model does not have between two texts.
+    fn is_of_a_later_layer(&self, name: &str, before: &str, after: &str) -> bool {
+        let rest = name.strip_prefix(self.base).and_then(|name| name.strip_prefix(before));
+        let number = rest.and_then(|rest| rest.split_once(after)?.0.parse::<usize>().ok());
+        number.is_some_and(|number| number >= self.tower.layers.len())
     }
 
     fn check(&self, name: &str, expected: &[usize]) -> Result<(), ModelError> {

@@ -17,7 +17,12 @@ use crate::{
 /// Describes the model in `dir`, called `name` on the wire. Of the weights, only headers and a few sampled bytes are
 /// read.
 pub fn describe(dir: &Path, name: &str) -> Result<ModelProfile, ModelError> {
-    let (checkpoint, model) = Model::open_dir(dir)?;
+    describe_ignoring(dir, name, &[])
+}
+
+/// The same, of a model in whose files there may be tensors without a use whose names are of these patterns.
+pub fn describe_ignoring(dir: &Path, name: &str, ignored: &[String]) -> Result<ModelProfile, ModelError> {
+    let (checkpoint, model) = Model::open_dir_ignoring(dir, ignored)?;
     Ok(model.profile(&checkpoint, name))
 }
 

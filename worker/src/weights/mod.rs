@@ -1,10 +1,13 @@
 //! A checkpoint on disk: safetensors headers, validated, and positioned reads of tensors.
 
+pub(crate) mod decode;
 mod files;
 mod fingerprint;
+mod glob;
 pub(crate) mod header;
 pub(crate) mod hub_cache;
 mod modules;
+mod packed;
 mod recognize;
 mod stream;
 
@@ -21,6 +24,7 @@ use std::{
     },
 };
 
+pub(crate) use decode::Decoder;
 pub(crate) use files::ModelDir;
 pub(crate) use header::{TensorDType, TensorInfo};
 pub use hub_cache::{HubError, HubId, hub_cache, is_word};
@@ -94,7 +98,7 @@ impl WeightsError {
         WeightsError::File { file: file.to_owned(), reason: reason.into() }
     }
 
-    fn tensor(file: &str, tensor: &str, reason: impl Into<String>) -> Self {
+    pub(crate) fn tensor(file: &str, tensor: &str, reason: impl Into<String>) -> Self {
         WeightsError::Tensor { file: file.to_owned(), tensor: tensor.to_owned(), reason: reason.into() }
     }
 
@@ -117,6 +121,10 @@ pub struct Checkpoint {
     tensors: BTreeMap<String, TensorInfo>,
     fingerprint: String,
     bytes_read: Arc<AtomicU64>,
+    /// Patterns of names of tensors that may be there without a use.
+    ignored: Vec<String>,
+    /// By which method another program has quantized its weights.
+    quantized_by: Option<&'static str>,
 }
 
 impl Checkpoint {
@@ -135,6 +143,8 @@ impl Checkpoint {
             tensors: BTreeMap::new(),
             fingerprint: String::new(),
             bytes_read: Arc::default(),
+            ignored: Vec::new(),
+            quantized_by: None,
         };
         if let Some(file) = checkpoint.dir.file(SINGLE)? {
             checkpoint.add_shard(SINGLE, file, "")?;
@@ -156,6 +166,7 @@ impl Checkpoint {
         }
         checkpoint.add_modules()?;
         checkpoint.fingerprint = fingerprint::compute(&checkpoint)?;
+        checkpoint.quantized_by = packed::add(&mut checkpoint)?;
         // The headers are needed no longer.
         checkpoint.shards.iter_mut().for_each(|s| s.header = Vec::new());
         Ok(checkpoint)
@@ -171,9 +182,29 @@ impl Checkpoint {
         &self.tensors
     }
 
+    /// The file that a tensor lies in, or begins in.
+    pub(crate) fn file_of(&self, tensor: &TensorInfo) -> &str {
+        &self.shards[tensor.shard].name
+    }
+
     /// A tensor by name.
     pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
         self.tensors.get(name)
+    }
+
+    /// From now on, tensors that nothing uses may have names of these patterns: `*` stands for any text, `?` for a character.
+    pub fn ignore(&mut self, patterns: &[String]) {
+        self.ignored = patterns.to_vec();
+    }
+
+    /// Whether a tensor may be there without a use.
+    pub(crate) fn is_ignored(&self, name: &str) -> bool {
+        self.ignored.iter().any(|pattern| glob::matches(pattern, name))
+    }
+
+    /// By which method another program has quantized its weights, if it has.
+    pub(crate) fn quantized_by(&self) -> Option<&'static str> {
+        self.quantized_by
     }
 
     /// SHA-256, in hexadecimal, over config, headers, tokenizer and sampled bytes of each tensor.
@@ -209,7 +240,18 @@ impl Checkpoint {
     /// Reads the piece of a tensor that begins at byte `offset`: `PIECE` bytes, or what is left of it.
     pub fn read(&self, tensor: &TensorInfo, offset: u64, buffer: &mut Vec<u8>) -> Result<(), WeightsError> {
         buffer.resize(tensor.bytes.saturating_sub(offset).min(PIECE as u64) as usize, 0);
-        self.read_at(tensor.shard, tensor.offset + offset, buffer)
+        let Some(made) = &tensor.made else {
+            return self.read_at(tensor.shard, tensor.offset + offset, buffer);
+        };
+        let (mut begin, mut buffer) = (0, &mut buffer[..]);
+        for &(shard, at, bytes) in &made.parts {
+            let skipped = offset.saturating_sub(begin).min(bytes);
+            let here = (bytes - skipped).min(buffer.len() as u64) as usize;
+            let (part, rest) = std::mem::take(&mut buffer).split_at_mut(here);
+            self.read_at(shard, at + skipped, part)?;
+            (begin, buffer) = (begin + bytes, rest);
+        }
+        Ok(())
     }
 
     fn read_at(&self, shard: usize, offset: u64, buffer: &mut [u8]) -> Result<(), WeightsError> {

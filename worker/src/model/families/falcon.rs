@@ -92,7 +92,7 @@ pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
             root: vec![(Slot::Head, Source::Rows("lm_head"))],
             tied: config.flag("tie_word_embeddings", true)?,
             aliases: &[],
-            ignore: &["rotary_emb.inv_freq"],
+            ignore: &[],
         },
     })
 }

@@ -76,5 +76,7 @@ pub(super) fn describe_4_moe(config: &Config) -> Result<Description, ModelError>
         (Slot::SharedUp, Source::Rows("layers.{}.mlp.shared_experts.up_proj")),
         (Slot::SharedDown, Source::Rows("layers.{}.mlp.shared_experts.down_proj")),
     ]);
+    // Behind the last layer are those that guess tokens ahead (num_nextn_predict_layers).
+    description.names.ignore = &["layers.{}."];
     Ok(description)
 }

@@ -69,7 +69,7 @@ pub(super) fn describe_2(config: &Config) -> Result<Description, ModelError> {
             tied: config.flag("tie_word_embeddings", true)?,
             aliases: &[],
             // Masks that old files carry.
-            ignore: &[".attn.bias", ".attn.masked_bias"],
+            ignore: &[".attn.bias", ".attn.masked_bias", ".crossattention.bias"],
         },
     })
 }
@@ -120,7 +120,7 @@ pub(super) fn describe_neox(config: &Config) -> Result<Description, ModelError> 
             root: vec![(Slot::Head, Source::Rows("embed_out"))],
             tied: config.flag("tie_word_embeddings", false)?,
             aliases: &[],
-            ignore: &[".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq"],
+            ignore: &[".attention.bias", ".attention.masked_bias"],
         },
     })
 }

@@ -93,7 +93,7 @@ pub(super) fn plain(config: &Config) -> Result<Description, ModelError> {
             root: vec![(Slot::Head, Source::Rows("lm_head"))],
             tied: config.flag("tie_word_embeddings", false)?,
             aliases: &[],
-            ignore: &["rotary_emb.inv_freq"],
+            ignore: &[],
         },
     })
 }

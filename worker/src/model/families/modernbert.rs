@@ -92,7 +92,7 @@ pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
             root: root.to_vec(),
             tied: last == "decoder" && config.flag("tie_word_embeddings", true)?,
             aliases: &[],
-            ignore: &["rotary_emb.inv_freq"],
+            ignore: &[],
         },
     })
 }

@@ -37,6 +37,14 @@ fn open_as(
     tensors: &BTreeMap<String, Vec<usize>>,
     dtype: impl Fn(&str) -> &'static str,
 ) -> Result<(Checkpoint, Model), ModelError> {
+    Model::open_dir(directory(config, tensors, dtype).path())
+}
+
+fn directory(
+    config: &Value,
+    tensors: &BTreeMap<String, Vec<usize>>,
+    dtype: impl Fn(&str) -> &'static str,
+) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
     for (name, shape) in tensors {
@@ -50,7 +58,7 @@ fn open_as(
     let file = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat();
     fs::write(dir.path().join("model.safetensors"), file).unwrap();
     fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
-    Model::open_dir(dir.path())
+    dir
 }
 
 fn open(config: &Value, tensors: &BTreeMap<String, Vec<usize>>) -> Result<(Checkpoint, Model), ModelError> {
@@ -102,7 +110,61 @@ fn missing_misshapen_and_unclaimed_tensors_are_named() {
         let mut tensors = shapes();
         tensors.insert(name.to_owned(), vec![8]);
         let e = open(&config(), &tensors).err().unwrap();
-        assert!(matches!(&e, ModelError::UnclaimedTensor(tensor) if tensor == name), "{e}");
+        assert!(matches!(&e, ModelError::UnclaimedTensors(tensors) if tensors == &[name]), "{e}");
+    }
+}
+
+#[test]
+fn what_is_known_to_be_left_over_is_left_alone_and_the_rest_by_pattern() {
+    let with = |names: &[&str]| {
+        let mut tensors = shapes();
+        tensors.extend(names.iter().map(|name| ((*name).to_owned(), vec![3])));
+        tensors
+    };
+    open(&config(), &with(&["model.layers.0.self_attn.rotary_emb.inv_freq", "model.position_ids"])).unwrap();
+    let names = ["model.mtp.0.a", "model.mtp.0.b", "model.mtp.1.a", "x.1", "x.2", "x.3", "x.4"];
+    let e = open(&config(), &with(&names)).err().unwrap().to_string();
+    assert!(e.contains("tensors \"model.mtp.0.a\", \"model.mtp.0.b\", \"model.mtp.1.a\", \"x.1\", \"x.2\" and 2 more belong"), "{e}");
+    assert!(e.contains("--ignore-tensors GLOB"), "{e}");
+    let e = open(&config(), &with(&["x.1"])).err().unwrap().to_string();
+    assert!(e.contains("tensor \"x.1\" belongs to nothing") && !e.contains("more"), "{e}");
+    let dir = directory(&config(), &with(&names), |_| "F32");
+    let ignoring = |patterns: &[&str]| {
+        let patterns: Vec<String> = patterns.iter().map(|pattern| (*pattern).to_owned()).collect();
+        Model::open_dir_ignoring(dir.path(), &patterns).map(|(_, model)| model)
+    };
+    let plain = open(&config(), &shapes()).unwrap().1;
+    for patterns in [&["model.mtp.*", "x.?"][..], &["*"]] {
+        // What is needed is taken, whatever is ignored.
+        assert_eq!(ignoring(patterns).unwrap().bound, plain.bound);
+    }
+    let e = ignoring(&["model.mtp.*", "x.1", "y*"]).err().unwrap();
+    assert!(matches!(&e, ModelError::UnclaimedTensors(left) if left == &["x.2", "x.3", "x.4"]), "{e}");
+}
+
+#[test]
+fn layers_behind_the_last_are_left_alone_where_they_only_guess() {
+    let add = |number: usize, model: &str| {
+        let copy = super::mutations::directory(&models().join(model));
+        let path = copy.path().join("model.safetensors");
+        let file = fs::read(&path).unwrap();
+        let end = 8 + u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+        let mut header: Value = serde_json::from_slice(&file[8..end]).unwrap();
+        let data = file.len() - end;
+        let entry = json!({"dtype": "F32", "shape": [1], "data_offsets": [data, data + 4]});
+        header[format!("model.layers.{number}.shared_head.norm.weight")] = entry;
+        let header = header.to_string();
+        let size = (header.len() as u64).to_le_bytes();
+        fs::write(path, [&size[..], header.as_bytes(), &file[end..], &[0; 4]].concat()).unwrap();
+        Model::open_dir(copy.path()).map(|(_, model)| model.tower.layers.len())
+    };
+    let layers = Model::open_dir(&models().join("glm4-moe-f32")).unwrap().1.tower.layers.len();
+    for number in [layers, layers + 1, 92] {
+        assert_eq!(add(number, "glm4-moe-f32").unwrap(), layers);
+    }
+    for (number, model) in [(layers - 1, "glm4-moe-f32"), (92, "glm4-f32")] {
+        let e = add(number, model).err().unwrap();
+        assert!(matches!(&e, ModelError::UnclaimedTensors(left) if left.len() == 1), "{e}");
     }
 }
 
@@ -133,8 +195,8 @@ fn absurd_configurations_are_refused_with_what_was_expected() {
         ("torch_dtype", json!("float8"), "float32, bfloat16 or float16"),
         (
             "quantization_config",
-            json!({"quant_method": "gptq", "bits": 4}),
-            "quantized by gptq cannot be loaded",
+            json!({"quant_method": "bitsandbytes", "load_in_4bit": true}),
+            "quant_method is \"bitsandbytes\": expected gptq, awq, compressed-tensors or fp8",
         ),
         ("quantization_config", json!({}), "take the original checkpoint, and --quantize"),
         ("rope_scaling", json!({"type": "ntk", "factor": 2}), "default, linear, dynamic, llama3"),
@@ -235,18 +297,24 @@ fn a_decoder_inside_of_a_model_that_sees_is_found_under_every_prefix() {
         assert!(model.profile(&checkpoint, "m").layers[0].names[0].ends_with("layers.0"));
         tensors.insert("audio_tower.weight".to_owned(), vec![3]);
         let e = open(&outer, &tensors).err().unwrap();
-        assert!(matches!(&e, ModelError::UnclaimedTensor(name) if name == "audio_tower.weight"), "{e}");
+        assert!(matches!(&e, ModelError::UnclaimedTensors(names) if names == &["audio_tower.weight"]), "{e}");
     }
     let mut silent = outer.clone();
     silent["text_config"] = json!({"model_type": "llama"});
     let e = open(&silent, &shapes()).err().unwrap().to_string();
     assert!(e.contains("expected [32000, 4096]"), "transformers' defaults: {e}");
-    for (field, value) in [("hidden_size", json!(0)), ("quantization_config", json!({"quant_method": "fp8"}))]
-    {
+    for (field, value, expected) in [
+        ("hidden_size", json!(0), "text_config.hidden_size"),
+        (
+            "quantization_config",
+            json!({"quant_method": "hqq"}),
+            "quantization_config.quant_method is \"hqq\"",
+        ),
+    ] {
         let mut damaged = outer.clone();
         damaged["text_config"][field] = value;
         let e = open(&damaged, &shapes()).err().unwrap().to_string();
-        assert!(e.contains(&format!("text_config.{field}")), "{e}");
+        assert!(e.contains(expected), "{e}");
     }
 }
 
