@@ -10,7 +10,7 @@ use std::{
 use futures::{Stream, StreamExt};
 use strata_proto::{
     MAX_STAGE_MESSAGE, Message, PING_EVERY, PING_TIMEOUT, STAGE_METHODS, Secret, Worker,
-    port::{self, Limits, Pings, Served},
+    port::{self, Limits, Peer, Pings, Served},
     v1::{self, stage_server, to_stage},
 };
 use tokio::net::TcpListener;
@@ -32,8 +32,8 @@ const CHUNK: usize = 256 << 10;
 /// A coordinator that goes away without a word is noticed, whatever it has asked for. A run hears its heartbeats besides.
 const PINGS: Pings = Pings { every: PING_EVERY, timeout: PING_TIMEOUT };
 
-/// A coordinator has few, and its calls are streams of messages that go on for ever.
-const LIMITS: Limits = Limits { pings: PINGS, connections: 256, bodies: None };
+/// A coordinator has few.
+const CONNECTIONS: usize = 256;
 
 const SERVED: Served = Served {
     methods: STAGE_METHODS,
@@ -77,8 +77,15 @@ pub async fn serve(
             closing.clear_service_status(service).await;
         }
     };
+    let limits = Limits {
+        pings: PINGS,
+        connections: CONNECTIONS,
+        calls_count: secret.is_none(),
+        // Calls of who has the secret are streams of messages that go on for ever.
+        bodies: None,
+    };
     let routes = Routes::new(health).add_service(service(worker, secret));
-    port::serve(listener, routes, &SERVED, LIMITS, closed).await
+    port::serve(listener, routes, &SERVED, limits, closed).await
 }
 
 /// The service `strata.v1.Stage` over any worker, for whoever has the secret, if there is one.
@@ -120,6 +127,7 @@ impl Interceptor for Guard {
     fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
         if let Some(secret) = &self.0 {
             secret.check_caller(request.metadata()).inspect_err(tell)?;
+            request.extensions().get::<Peer>().into_iter().for_each(Peer::prove);
         }
         Ok(request)
     }
