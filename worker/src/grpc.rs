@@ -1,11 +1,6 @@
 //! The worker's calls over gRPC: an adapter, no logic.
 
-use std::{
-    future::Future,
-    pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
-};
+use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt};
 use strata_proto::{
@@ -22,8 +17,8 @@ use tonic::{
 };
 use tonic_health::ServingStatus;
 
-/// Shortest time from one refused call that the log tells of to the next.
-const TELL_EVERY: Duration = Duration::from_secs(10);
+use crate::sparing::Sparing;
+
 /// How long the first message of a run may take.
 const BEGIN_WITHIN: Duration = Duration::from_secs(10);
 /// Pieces in which small files travel.
@@ -133,13 +128,9 @@ impl Interceptor for Guard {
     }
 }
 
-/// Tells the log of a refused call. A stranger is not to fill it.
 fn tell(status: &Status) {
-    /// When one was last told.
-    static TOLD: Mutex<Option<Instant>> = Mutex::new(None);
-    let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
-    if told.is_none_or(|told| told.elapsed() > TELL_EVERY) {
-        *told = Some(Instant::now());
+    static REFUSALS: Sparing = Sparing::new();
+    if REFUSALS.may_tell() {
         tracing::warn!("refused a call: {}", status.message());
     }
 }
