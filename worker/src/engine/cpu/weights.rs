@@ -156,7 +156,7 @@ pub struct Weights {
 impl Weights {
     /// Reads the tensors of a range, and no others, in the order of the files. `progress` is called after each piece
     /// and may stop the load. Beside the weights, three pieces are in memory; of a transposed tensor that is
-    /// quantized, all of it. `cpu` quantizes, on all its threads.
+    /// quantized, all of it; of one that the checkpoint has packed, its stored bytes. `cpu` quantizes, on all its threads.
     pub fn load(
         checkpoint: &Checkpoint,
         model: &Model,

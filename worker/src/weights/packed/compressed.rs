@@ -8,7 +8,7 @@ use serde_json::Value;
 use strata_proto::error::quoted;
 
 use super::{
-    Made, Module, WeightsError, all_ending,
+    Made, Module, WeightsError,
     grid::{Codes, Columns, Grid, Meaning, ScaleFormat, Scales, Zero},
     wrong,
 };
@@ -60,8 +60,8 @@ fn symmetric() -> bool {
     true
 }
 
-/// What is kept of activations, beside modules and caches.
-const OF_ACTIVATIONS: [&str; 8] = [
+/// Endings of tensors that are left: what is kept of activations and caches, and zeros that count for nothing.
+pub(super) const LEFT: &[&str] = &[
     ".input_scale",
     ".input_zero_point",
     ".output_scale",
@@ -95,17 +95,8 @@ pub(super) fn tensors(checkpoint: &Checkpoint, settings: &Settings) -> Result<Ve
             schemes.push(scheme);
         }
     }
-    let mut made = Vec::new();
-    for name in Module::with(checkpoint, ".weight_scale") {
-        made.push(by_the_fitting_one(checkpoint, &name, &schemes)?);
-    }
-    let taken: Vec<&String> = made.iter().flat_map(|(_, _, taken): &Made| taken).collect();
-    let left = all_ending(checkpoint, &OF_ACTIVATIONS).filter(|name| !taken.contains(&name));
-    let left: Vec<String> = left.collect();
-    if let Some((_, _, taken)) = made.first_mut() {
-        taken.extend(left);
-    }
-    Ok(made)
+    let names = Module::with(checkpoint, ".weight_scale");
+    names.iter().map(|name| by_the_fitting_one(checkpoint, name, &schemes)).collect()
 }
 
 /// The weight of a module by the scheme that fits its tensors, where there are several.

@@ -19,6 +19,9 @@ pub(super) struct Settings {
     expert_dtype: Option<String>,
 }
 
+/// Endings of tensors that are left: of activations, which stay as they are.
+pub(super) const LEFT: &[&str] = &[".activation_scale"];
+
 fn usual_block() -> Option<(usize, usize)> {
     Some((128, 128))
 }
@@ -64,10 +67,6 @@ pub(super) fn tensors(checkpoint: &Checkpoint, settings: Settings) -> Result<Vec
         let format = scales.dtype.as_scales().filter(|_| fits);
         let expected = || format!("floats or F8_E8M0 of shape {:?}", [down, across]);
         let format = format.ok_or_else(|| module.misfit("_scale_inv", expected()))?;
-        // Of activations: they stay as they are.
-        if let Some(stem) = name.strip_suffix("weight") {
-            module.drop(&format!("{stem}activation_scale"));
-        }
         let scales = Scales { at, format, strides: (across, 1), rows: block.0, each: rows };
         let columns = Columns::Blocks(block.1);
         let (codes, meaning, zero) = (Codes::bytes(k, false), Meaning::Float8, Zero::Same(0));

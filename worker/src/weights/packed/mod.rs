@@ -33,11 +33,13 @@ type Made = (String, TensorInfo, Vec<String>);
 pub(super) fn add(checkpoint: &mut Checkpoint) -> Result<Option<&'static str>, WeightsError> {
     let Some(settings) = settings(checkpoint)? else { return Ok(None) };
     let method = settings.get("quant_method").and_then(Value::as_str).unwrap_or("a method without a name");
-    let (method, made) = match method {
-        "gptq" => ("GPTQ", gptq::gptq(checkpoint, read(&settings)?)?),
-        "awq" => ("AWQ", gptq::awq(checkpoint, read(&settings)?)?),
-        "compressed-tensors" => ("compressed-tensors", compressed::tensors(checkpoint, &read(&settings)?)?),
-        "fp8" => ("FP8", fp8::tensors(checkpoint, read(&settings)?)?),
+    let (method, made, left) = match method {
+        "gptq" => ("GPTQ", gptq::gptq(checkpoint, read(&settings)?)?, &[][..]),
+        "awq" => ("AWQ", gptq::awq(checkpoint, read(&settings)?)?, &[][..]),
+        "compressed-tensors" => {
+            ("compressed-tensors", compressed::tensors(checkpoint, &read(&settings)?)?, compressed::LEFT)
+        }
+        "fp8" => ("FP8", fp8::tensors(checkpoint, read(&settings)?)?, fp8::LEFT),
         method => {
             let reason = format!(
                 "{FIELD}.quant_method is {}: expected gptq, awq, compressed-tensors or fp8, which can be loaded; take the \
@@ -52,6 +54,7 @@ pub(super) fn add(checkpoint: &mut Checkpoint) -> Result<Option<&'static str>, W
         of.iter().for_each(|name| drop(checkpoint.tensors.remove(name)));
         checkpoint.tensors.insert(name, tensor);
     }
+    checkpoint.tensors.retain(|name, _| !left.iter().any(|ending| name.ends_with(ending)));
     Ok(found.then_some(method))
 }
 
@@ -112,13 +115,6 @@ impl<'a> Module<'a> {
         Ok((tensor, at))
     }
 
-    /// Takes a tensor of any name that has no use, if it is there.
-    fn drop(&mut self, name: &str) {
-        if self.checkpoint.tensor(name).is_some() {
-            self.taken.push(name.to_owned());
-        }
-    }
-
     /// Takes a tensor of some dimensions, in a format that is no float, and returns the offset of its bytes.
     fn take_as(&mut self, ending: &str, format: &str, shape: &[usize]) -> Result<usize, WeightsError> {
         let (tensor, at) = self.take(ending)?;
@@ -144,12 +140,6 @@ impl<'a> Module<'a> {
         let grid = Grid { bytes: self.bytes, ..grid };
         (name, TensorInfo::made(&self.parts, shape, Arc::new(grid)), self.taken)
     }
-}
-
-/// The names of all tensors of some endings.
-fn all_ending(checkpoint: &Checkpoint, endings: &[&str]) -> impl Iterator<Item = String> {
-    let ends = move |name: &&String| endings.iter().any(|ending| name.ends_with(ending));
-    checkpoint.tensors.keys().filter(ends).cloned()
 }
 
 impl TensorDType {

@@ -353,6 +353,22 @@ proptest! {
 }
 
 #[test]
+fn what_is_kept_of_activations_is_left() {
+    for (name, beside) in [
+        ("packed, symmetric", &["m.input_scale", "m.weight_zero_point", "self_attn.k_scale"][..]),
+        ("transformers' FP8", &["m.activation_scale"]),
+    ] {
+        let mut case = case(name);
+        for beside in beside {
+            let tensor = json!({"dtype": "F32", "shape": [1], "data": "0000803f"});
+            case.tensors.insert((*beside).to_owned(), tensor);
+        }
+        let (_dir, checkpoint) = case.open().unwrap();
+        assert_eq!(checkpoint.tensors().keys().collect::<Vec<_>>(), ["m.weight"]);
+    }
+}
+
+#[test]
 fn a_plain_dtype_is_what_is_stored_beside() {
     let (_, model) = crate::model::Model::open_dir(&models().join("packed-gptq-f16")).unwrap();
     assert_eq!(model.dtype, DType::F16);
