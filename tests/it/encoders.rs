@@ -137,7 +137,7 @@ async fn every_encoder_answers_as_transformers_for_every_split_and_batch() {
         }
         checked += 1;
     }
-    assert_eq!(checked, 26);
+    assert_eq!(checked, 29);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use strata_proto::{DType, LayerState, StateKind, v1};
 
 pub(crate) use crate::kernels::ops::{Act, AttentionMask, Norm, Router};
-use crate::kernels::ops::{TensorSpec, kv_elements};
+use crate::kernels::ops::{BUCKETS, TensorSpec, kv_elements};
 
 /// A stack of layers between an embedding and a head.
 #[derive(Debug, Clone, PartialEq)]
@@ -255,6 +255,8 @@ pub(crate) enum Position {
     None,
     /// Rotation by [`Tower::ropes`] of this index.
     Rope(usize),
+    /// A learned addend of each score, by head and the bucket of the distance.
+    Buckets,
 }
 
 /// A feed-forward block.
@@ -490,6 +492,8 @@ pub(crate) enum Slot {
     QueryNorm,
     /// The same for keys.
     KeyNorm,
+    /// `(buckets, heads)`, added to scores.
+    PositionBias,
     /// `(width, heads * head_dim)`.
     AttentionOut,
     /// `(width)`, on what attention yields.
@@ -605,6 +609,9 @@ impl Tower {
                     slots.push((Slot::QueryNorm, factors(attention.heads)));
                     let keys = (Slot::KeyNorm, factors(attention.kv_heads));
                     slots.extend(attention.shares.is_none().then_some(keys));
+                }
+                if attention.position == Position::Buckets {
+                    slots.push((Slot::PositionBias, Shape::Table(BUCKETS, attention.heads)));
                 }
                 slots.push((Slot::AttentionOut, Shape::Product(width, attention.q_width())));
                 slots.extend(flow.norms_after().then_some((Slot::AttentionPostNorm, norm)));
