@@ -24,6 +24,7 @@ use crate::{
     },
     encoders,
     parity::{Driver, Request},
+    parts,
     processes::Process,
 };
 
@@ -271,6 +272,11 @@ async fn every_encoder_answers_as_transformers() {
         let Some(inputs) = encoder_expectations(&model) else { continue };
         let name = model.file_name().unwrap().to_string_lossy().into_owned();
         let task = strata_worker::model::describe(&model, "m").unwrap().task;
+        if parts::finds_parts(task) {
+            let cluster = Cluster::start(&options(&model, "cuda:0")).await;
+            parts::check(&cluster, &name).await;
+            continue;
+        }
         for on in ["cuda:0", "cuda:0,cpu"] {
             let split = if on == "cuda:0" { Split::Auto } else { Split::Balanced };
             let cluster = Cluster::start(&Options { split, ..options(&model, on) }).await;

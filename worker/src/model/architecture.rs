@@ -373,6 +373,22 @@ pub(crate) enum Head {
         /// How their logits become scores.
         scoring: v1::Scoring,
     },
+    /// Logits over classes of each token: `head(norm(act(dense(x))))`.
+    Tag {
+        /// As in `Classify`.
+        act: Option<Act>,
+        /// As in `Classify`.
+        norm: Option<Norm>,
+        /// What the classes are called.
+        labels: Vec<String>,
+    },
+    /// Of each token, logits of an answer that begins and of one that ends there, likewise.
+    Span {
+        /// As in `Classify`.
+        act: Option<Act>,
+        /// As in `Classify`.
+        norm: Option<Norm>,
+    },
     /// One vector per sequence.
     Embed(Embedding),
 }
@@ -382,7 +398,9 @@ impl Head {
     pub fn before(&self) -> (Option<Act>, Option<Norm>) {
         match *self {
             Head::Mlm(act, norm) => (Some(act), Some(norm)),
-            Head::Classify { act, norm, .. } => (act, norm),
+            Head::Classify { act, norm, .. } | Head::Tag { act, norm, .. } | Head::Span { act, norm } => {
+                (act, norm)
+            }
             Head::Lm { .. } | Head::Embed(_) => (None, None),
         }
     }
@@ -690,7 +708,8 @@ impl Tower {
     pub fn outputs(&self) -> usize {
         match &self.head {
             Head::Lm { .. } | Head::Mlm(..) => self.vocab,
-            Head::Classify { labels, .. } => labels.len(),
+            Head::Classify { labels, .. } | Head::Tag { labels, .. } => labels.len(),
+            Head::Span { .. } => 2,
             Head::Embed(embedding) => embedding.dimensions,
         }
     }

@@ -126,7 +126,7 @@ impl Heads<'_> {
         let (mut head, heads) = (0, q.len() / d);
         while head < heads {
             let (q, out) = (&q[head * d..], &mut out[head * d..]);
-            let scores = scores.from_head(head);
+            let scores = scores.of_heads_from(head);
             head += match heads - head {
                 8.. if S::ROWS >= 8 => sequence.heads::<S, 8>(q, out, scores),
                 4.. => sequence.heads::<S, 4>(q, out, scores),
@@ -151,7 +151,7 @@ struct Scores<'a> {
 impl Scores<'_> {
     /// Those of the heads from `head` on.
     #[inline(always)]
-    fn from_head(self, head: usize) -> Self {
+    fn of_heads_from(self, head: usize) -> Self {
         Scores { addends: self.addends.get(head * self.stride..).unwrap_or_default(), ..self }
     }
 

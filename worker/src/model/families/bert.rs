@@ -1,10 +1,10 @@
 //! BERT, RoBERTa, ELECTRA, DistilBERT and MPNet (transformers' `modeling_bert.py`, `modeling_roberta.py`, `modeling_electra.py`,
-//! `modeling_distilbert.py`, `modeling_mpnet.py`): encoders whose norms follow each block, with learned positions. XLM-RoBERTa and CamemBERT are
-//! RoBERTas. What they answer is named by `architectures`.
+//! `modeling_distilbert.py`, `modeling_mpnet.py`): encoders whose norms follow each block, with learned positions. XLM-RoBERTa
+//! and CamemBERT are RoBERTas. What they answer is named by `architectures`.
 
 use super::{
     Description,
-    task::{Task, classes, task},
+    task::{SPANS, TAGS, Task, classes, tags, task},
 };
 use crate::{
     kernels::ops::BUCKETS,
@@ -161,7 +161,8 @@ pub(super) fn describe_electra(config: &Config) -> Result<Description, ModelErro
     }
     let discriminates = |names: Vec<String>| names.iter().any(|name| name.ends_with("ForPreTraining"));
     if config.strings("architectures")?.is_some_and(discriminates) {
-        let expected = "a model, or one for MaskedLM or SequenceClassification";
+        let expected =
+            "a model, or one for MaskedLM, SequenceClassification, TokenClassification or QuestionAnswering";
         return Err(config.error("architectures", expected).into());
     }
     let dialect = Dialect {
@@ -263,6 +264,8 @@ fn describe_as(config: &Config, dialect: Dialect) -> Result<Description, ModelEr
             let head = Head::Classify { pool: Pool::First, act, norm: None, labels, scoring };
             (head, &dialect.classify[..])
         }
+        Task::Tag => (Head::Tag { act: None, norm: None, labels: tags(config)? }, TAGS),
+        Task::Span => (Head::Span { act: None, norm: None }, SPANS),
         Task::Embed => (Head::Embed(Embedding::mean(width)), &[][..]),
     };
     let ignore = if matches!(head, Head::Classify { .. }) { &["position_ids"][..] } else { POOLERS };
