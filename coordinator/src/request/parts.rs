@@ -72,7 +72,7 @@ pub(crate) fn entities(
         (label(class), score, found.bytes, found.index)
     });
     let whole = match aggregation {
-        Aggregation::None => named.map(|(label, score, bytes, index)| (label, score, bytes, index)).collect(),
+        Aggregation::None => named.collect(),
         _ => grouped(named.map(|(label, score, bytes, _)| (label, score, bytes))),
     };
     let characters = Characters::of(text);
