@@ -125,6 +125,8 @@ FIXTURES = {
 # Families whose texts stand between <s> and </s>, and those that have a Unigram tokenizer.
 ROBERTAS = ("roberta", "xlm-roberta", "camembert", "jina_embeddings_v3", "qwen3", "llama", "gemma3_text")
 MPNET = ("mpnet",)
+# Families that are told which of two texts a token is of. Their own class of tokenizer does that, a generic one only if asked to.
+TOLD = ("bert", "electra", "nomic_bert")
 UNIGRAM = ("xlm-roberta", "camembert", "jina_embeddings_v3")
 
 
@@ -173,6 +175,8 @@ def make_tokenizer(out, kind):
             tok.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
             names = dict(bos_token="<s>", eos_token="</s>", sep_token="</s>", cls_token="<s>", unk_token="[UNK]",
                          pad_token="<pad>", mask_token="<mask>")
+    if kind in TOLD:
+        names["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     fast = PreTrainedTokenizerFast(tokenizer_object=tok, clean_up_tokenization_spaces=False,
                                    model_max_length=256 if kind in UNIGRAM + MPNET else 128, **names)
     fast.save_pretrained(out)

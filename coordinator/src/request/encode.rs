@@ -105,8 +105,8 @@ pub(crate) fn check(
                 .map_err(|why| field("inputs", format!("input {index}: {why}")))?,
             _ => Vec::new(),
         };
-        // Where the embedding knows one kind only, a pair is told apart by its separators.
-        let segments = if profile.segments > 1 { encoded.segments } else { Vec::new() };
+        // Where the model knows one kind only, or is not told, a pair is told apart by its separators.
+        let segments = if tokenizer.tells_segments(profile) { encoded.segments } else { Vec::new() };
         let encode = Encode { segments, positions, candidates, pooled_from };
         Ok(CheckedInput { ids: encoded.ids, encode, dropped: encoded.dropped, places: Vec::new() })
     };

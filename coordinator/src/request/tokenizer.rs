@@ -35,6 +35,8 @@ pub(crate) struct Tokenizer {
     defaults: GenerationDefaults,
     /// Ids of byte tokens that the decoder takes together.
     bytes: BTreeSet<u32>,
+    /// Models are told which of two texts a token is of.
+    tells_segments: bool,
     /// `bos_token`, `eos_token`, …
     roles: BTreeMap<String, String>,
     chat: Option<ChatTemplate>,
@@ -84,7 +86,8 @@ impl Tokenizer {
         let longest = longest_token(&inner);
         let defaults = GenerationDefaults::new(files)?;
         let bytes = byte_tokens(&inner);
-        Ok(Tokenizer { inner, reader, longest, defaults, bytes, roles, chat })
+        let tells_segments = said.tells_segments();
+        Ok(Tokenizer { inner, reader, longest, defaults, bytes, tells_segments, roles, chat })
     }
 
     /// Text to ids; `special` adds what the tokenizer puts around a text (BOS).
@@ -202,6 +205,11 @@ impl Tokenizer {
         let is_special = |id: &&u32| self.control(**id).is_some();
         // As sentence-transformers counts: what the tokenizer puts behind a text is one token at most.
         Ok(ids.len() - usize::from(ids.last().filter(is_special).is_some()))
+    }
+
+    /// Whether a model of `profile` is told which of two texts a token is of.
+    pub fn tells_segments(&self, profile: &ModelProfile) -> bool {
+        self.tells_segments && profile.segments > 1
     }
 
     /// Text and id of the mask token.

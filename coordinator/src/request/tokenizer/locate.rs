@@ -89,7 +89,7 @@ impl Tokenizer {
         let places = encoding.get_ids().iter().enumerate().map(&mut place).collect();
         Ok(Located {
             ids: encoding.get_ids().to_vec(),
-            segments: encoding.get_type_ids().to_vec(),
+            segments: if self.tells_segments { encoding.get_type_ids().to_vec() } else { Vec::new() },
             places,
             dropped: 0,
         })
