@@ -23,6 +23,7 @@ mod parity;
 mod parts;
 mod processes;
 mod proxy;
+mod random_models;
 mod replicas;
 mod run;
 mod secrets;
