@@ -65,13 +65,13 @@ pub(crate) fn part_bytes(shape: Shape, biased: bool, format: Format) -> u64 {
 
 /// The format that a slot of `site` is held in where `format` is asked for.
 ///
-/// Routers decide, so theirs is f32. The head, and the embedding that may be the same tensor, keep eight bits: their
+/// Routers decide, so theirs is f32; so are what is added to scores. The head, and the embedding that may be the same tensor, keep eight bits: their
 /// errors go straight into what is given out. So does the first layer, whose errors go through all others (measured in
 /// tests/bench/README.md). Small tables are not worth rounding.
 pub(crate) fn held(site: Site, slot: Slot, format: Format) -> Format {
     let int8 = Format::Quantized(Quantization::Int8);
     match (site, slot, format) {
-        (_, Slot::Router | Slot::SharedRouter, _) => Format::Float(DType::F32),
+        (_, Slot::Router | Slot::SharedRouter | Slot::PositionBias, _) => Format::Float(DType::F32),
         (_, Slot::Head | Slot::Embedding | Slot::Refinement(_), Format::Quantized(_)) => int8,
         (_, Slot::Positions | Slot::Segments, Format::Quantized(_)) => Format::Float(DType::BF16),
         (Site::Layer(0), _, Format::Quantized(_)) => int8,
