@@ -11,8 +11,15 @@ use super::{
     names::{Bound, Layout},
 };
 use crate::{
-    kernels::cpu::packed::Unrepresentable,
-    weights::{Checkpoint, TensorDType, TensorInfo, stream},
+    kernels::{
+        cpu::{
+            Cpu,
+            packed::{Unrepresentable, check_not_nan, widen},
+            quant::Group,
+        },
+        ops::GROUP,
+    },
+    weights::{Checkpoint, Decoder, TensorDType, TensorInfo, WeightsError, stream},
 };
 
 /// Progress of a load, in bytes of tensors.
@@ -36,14 +43,67 @@ pub(crate) struct Piece<'a> {
     pub is_bias: bool,
     /// Rows that the whole tensor fills.
     pub rows: usize,
-    /// Format of the elements.
-    pub from: DType,
     /// Index of the first one in the tensor, or in its part for one expert: a multiple of 32 where groups are whole.
     pub first: usize,
     /// Elements of all of that.
     pub total: usize,
-    /// The elements, little-endian.
-    pub data: &'a [u8],
+    /// The elements.
+    pub data: Data<'a>,
+}
+
+/// Elements of a tensor.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Data<'a> {
+    /// As the file has them, little-endian, and their format.
+    Stored(&'a [u8], DType),
+    /// Made of what the file has: their values, and the same as groups, if they are on such a grid.
+    Made(&'a [f32], &'a [Option<Group>]),
+}
+
+impl<'a> Data<'a> {
+    /// How many.
+    fn len(self) -> usize {
+        match self {
+            Data::Stored(bytes, from) => bytes.len() / from.size() as usize,
+            Data::Made(values, _) => values.len(),
+        }
+    }
+
+    /// The first `count`, and the others.
+    fn split_at(self, count: usize) -> (Self, Self) {
+        match self {
+            Data::Stored(bytes, from) => {
+                let (own, others) = bytes.split_at(count * from.size() as usize);
+                (Data::Stored(own, from), Data::Stored(others, from))
+            }
+            Data::Made(values, groups) => {
+                let (own, others) = values.split_at(count);
+                let (own_groups, other_groups) = groups.split_at((count / GROUP).min(groups.len()));
+                (Data::Made(own, own_groups), Data::Made(others, other_groups))
+            }
+        }
+    }
+
+    /// Their values, those of the file widened into `buffer`; and groups of them, if there are any.
+    ///
+    /// # Errors
+    /// If one is NaN.
+    pub fn widened(
+        self,
+        cpu: &Cpu,
+        buffer: &'a mut Vec<f32>,
+    ) -> Result<(&'a [f32], &'a [Option<Group>]), Unrepresentable> {
+        match self {
+            Data::Stored(bytes, from) => {
+                widen(cpu, bytes, from, buffer)?;
+                Ok((buffer, &[]))
+            }
+            Data::Made(values, groups) => {
+                check_not_nan(cpu, values)?;
+                Ok((values, groups))
+            }
+        }
+    }
 }
 
 /// Why a piece cannot be written.
@@ -79,10 +139,10 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// The bytes of the tensor that begin at `offset`, on their way: a piece for each expert that they are of, where the
-    /// tensor holds several.
-    fn pieces<'a>(&'a self, offset: u64, data: &'a [u8]) -> impl Iterator<Item = Piece<'a>> {
-        let &Job { tensor, from, bound, is_bias, site, key: (slot, number), .. } = self;
+    /// The elements of the tensor that begin with number `first`, on their way: a piece for each expert that they are of, where
+    /// the tensor holds several.
+    fn pieces<'a>(&'a self, first: usize, data: Data<'a>) -> impl Iterator<Item = Piece<'a>> {
+        let &Job { tensor, bound, is_bias, site, key: (slot, number), .. } = self;
         let (experts, shape) = match (bound.expert, &tensor.shape[..]) {
             (Some(_), [experts, shape @ ..]) => (*experts, shape),
             (_, shape) => (1, shape),
@@ -91,26 +151,15 @@ impl Job<'_> {
             (Layout::Columns, [_, rows]) | (_, [rows, ..]) => *rows,
             _ => 0,
         };
-        let [mut at, each] =
-            [offset, tensor.bytes / experts as u64].map(|bytes| (bytes / from.size()) as usize);
-        let mut data = data;
+        let each = tensor.elements() / experts;
+        let (mut at, mut data) = (first, data);
         std::iter::from_fn(move || {
             let (expert, first) = (at / each, at % each);
-            let here = data.len().min((each - first) * from.size() as usize);
+            let here = data.len().min(each - first);
             let (own, others) = data.split_at(here);
-            (data, at) = (others, at + here / from.size() as usize);
+            (data, at) = (others, at + here);
             let key = (slot, number + expert);
-            (here > 0).then_some(Piece {
-                site,
-                key,
-                bound,
-                is_bias,
-                rows,
-                from,
-                first,
-                total: each,
-                data: own,
-            })
+            (here > 0).then_some(Piece { site, key, bound, is_bias, rows, first, total: each, data: own })
         })
     }
 
@@ -141,11 +190,22 @@ pub(crate) fn read_tensors(
     let jobs = jobs(checkpoint, model, spec)?;
     let tensors: Vec<_> = jobs.iter().map(|job| job.tensor).collect();
     let total = tensors.iter().map(|tensor| tensor.bytes).sum();
-    let mut read = 0;
+    let (mut read, mut decoder) = (0, Decoder::default());
     let digests = stream(checkpoint, &tensors, |number, offset, data| {
         let job = &jobs[number];
-        for piece in job.pieces(offset, data) {
-            put(&piece).map_err(|error| job.refused(error, spec))?;
+        let mut put = |first, data: Data<'_>| {
+            job.pieces(first, data)
+                .try_for_each(|piece| put(&piece).map_err(|error| job.refused(error, spec)))
+        };
+        match &job.tensor.made {
+            None => put((offset / job.from.size()) as usize, Data::Stored(data, job.from))?,
+            Some(made) => {
+                let wrong =
+                    |reason| WeightsError::tensor(checkpoint.file_of(job.tensor), job.name, reason).into();
+                decoder.push(&*made.decode, offset, data, wrong, |first, decoded| {
+                    put(first, Data::Made(&decoded.values, &decoded.groups))
+                })?;
+            }
         }
         read += data.len() as u64;
         match progress(LoadedBytes { read, total }) {

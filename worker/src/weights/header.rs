@@ -1,22 +1,47 @@
 //! The header of one safetensors file, validated against the file's length before anything is read or allocated.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use serde::Deserialize;
 use strata_proto::DType;
 
-use super::{MAX_TENSORS, WeightsError, shorter};
+use super::{MAX_TENSORS, WeightsError, decode::Decode, shorter};
 
 /// Most dimensions of a tensor.
 const MAX_RANK: usize = 8;
+
+/// Formats that weights cannot have themselves, by name, with their bits per element.
+const OTHERS: [(&str, u64); 19] = [
+    ("F4", 4),
+    ("F6_E2M3", 6),
+    ("F6_E3M2", 6),
+    ("BOOL", 8),
+    ("U8", 8),
+    ("I8", 8),
+    ("F8_E5M2", 8),
+    ("F8_E4M3", 8),
+    ("F8_E8M0", 8),
+    ("F8_E4M3FNUZ", 8),
+    ("F8_E5M2FNUZ", 8),
+    ("I16", 16),
+    ("U16", 16),
+    ("I32", 32),
+    ("U32", 32),
+    ("I64", 64),
+    ("U64", 64),
+    ("F64", 64),
+    ("C64", 64),
+];
 
 /// An element format as safetensors names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TensorDType {
     /// One that can be loaded.
     Float(DType),
-    /// One that is only ever ignored (masks, position ids), with its bits per element.
+    /// One that is ignored (masks, position ids), or that floats are made of.
     Other {
+        /// Its name.
+        name: &'static str,
         /// Bits of one element.
         bits: u64,
     },
@@ -24,48 +49,59 @@ pub enum TensorDType {
 
 impl TensorDType {
     fn parse(name: &str) -> Option<Self> {
-        let bits = match name {
+        match name {
             "F32" => return Some(TensorDType::Float(DType::F32)),
             "BF16" => return Some(TensorDType::Float(DType::BF16)),
             "F16" => return Some(TensorDType::Float(DType::F16)),
-            "F4" => 4,
-            "F6_E2M3" | "F6_E3M2" => 6,
-            "BOOL" | "U8" | "I8" | "F8_E5M2" | "F8_E4M3" | "F8_E8M0" | "F8_E4M3FNUZ" | "F8_E5M2FNUZ" => 8,
-            "I16" | "U16" => 16,
-            "I32" | "U32" => 32,
-            "I64" | "U64" | "F64" | "C64" => 64,
-            _ => return None,
-        };
-        Some(TensorDType::Other { bits })
+            _ => {}
+        }
+        let (name, bits) = OTHERS.into_iter().find(|(other, _)| *other == name)?;
+        Some(TensorDType::Other { name, bits })
     }
 
     fn bits(self) -> u64 {
         match self {
             TensorDType::Float(d) => d.size() * 8,
-            TensorDType::Other { bits } => bits,
+            TensorDType::Other { bits, .. } => bits,
         }
     }
 }
 
 /// Where a tensor lies, and what it is.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct TensorInfo {
     /// Which file of the checkpoint.
     pub(super) shard: usize,
     /// Offset in that file.
     pub(super) offset: u64,
-    /// Length in bytes.
+    /// Stored bytes, all of them.
     pub bytes: u64,
-    /// Element format.
+    /// Format of its elements; f32 where they are made of others.
     pub dtype: TensorDType,
     /// Dimensions, outermost first.
     pub shape: Vec<usize>,
+    /// What makes its elements, where they are not those of the file.
+    pub(crate) made: Option<Made>,
+}
+
+/// How a tensor comes to be that no file has as it is.
+#[derive(Debug, Clone)]
+pub(crate) struct Made {
+    /// Stored tensors whose bytes, one after the other, it is made of: file, offset and length of each.
+    pub(super) parts: Vec<(usize, u64, u64)>,
+    /// What makes elements of these bytes.
+    pub decode: Arc<dyn Decode>,
 }
 
 impl TensorInfo {
     /// Orders tensors as they lie in the files.
     pub fn place(&self) -> (usize, u64) {
         (self.shard, self.offset)
+    }
+
+    /// How many elements it has.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
     }
 }
 
@@ -129,7 +165,7 @@ pub(crate) fn parse(
                 entry.shape, entry.dtype
             )));
         }
-        tensors.push((name, TensorInfo { shard, offset: data + begin, bytes, dtype, shape }));
+        tensors.push((name, TensorInfo { shard, offset: data + begin, bytes, dtype, shape, made: None }));
     }
     tensors.sort_by_key(|(_, t)| (t.offset, t.bytes));
     let mut expected = data;

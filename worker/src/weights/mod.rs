@@ -1,7 +1,9 @@
 //! A checkpoint on disk: safetensors headers, validated, and positioned reads of tensors.
 
+pub(crate) mod decode;
 mod files;
 mod fingerprint;
+pub(crate) mod gguf;
 pub(crate) mod header;
 pub(crate) mod hub_cache;
 mod modules;
@@ -21,11 +23,13 @@ use std::{
     },
 };
 
+pub(crate) use decode::Decoder;
 pub(crate) use files::ModelDir;
+use gguf::Gguf;
 pub(crate) use header::{TensorDType, TensorInfo};
 pub use hub_cache::{HubError, HubId, hub_cache, is_word};
 pub(crate) use modules::module_prefix;
-pub use recognize::describe_file;
+pub use recognize::{describe_file, is_gguf};
 pub(crate) use stream::stream;
 
 /// Largest piece of a tensor that is read at once.
@@ -94,7 +98,7 @@ impl WeightsError {
         WeightsError::File { file: file.to_owned(), reason: reason.into() }
     }
 
-    fn tensor(file: &str, tensor: &str, reason: impl Into<String>) -> Self {
+    pub(crate) fn tensor(file: &str, tensor: &str, reason: impl Into<String>) -> Self {
         WeightsError::Tensor { file: file.to_owned(), tensor: tensor.to_owned(), reason: reason.into() }
     }
 
@@ -120,7 +124,7 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names, in `dir`.
+    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names, in `dir`, or a GGUF file.
     ///
     /// # Errors
     /// If `dir` is something else than a model, or a file of weights is missing, cut off or malformed.
@@ -136,7 +140,9 @@ impl Checkpoint {
             fingerprint: String::new(),
             bytes_read: Arc::default(),
         };
-        if let Some(file) = checkpoint.dir.file(SINGLE)? {
+        if let Some(gguf) = checkpoint.dir.gguf().cloned() {
+            checkpoint.add_gguf(&gguf)?;
+        } else if let Some(file) = checkpoint.dir.file(SINGLE)? {
             checkpoint.add_shard(SINGLE, file, "")?;
         } else if let Some(index) = read_index(&checkpoint.dir)? {
             let mut names: Vec<&String> = index.values().collect();
@@ -169,6 +175,11 @@ impl Checkpoint {
     /// Every tensor by name.
     pub fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
         &self.tensors
+    }
+
+    /// The file that a tensor lies in, or begins in.
+    pub(crate) fn file_of(&self, tensor: &TensorInfo) -> &str {
+        &self.shards[tensor.shard].name
     }
 
     /// A tensor by name.
@@ -209,7 +220,18 @@ impl Checkpoint {
     /// Reads the piece of a tensor that begins at byte `offset`: `PIECE` bytes, or what is left of it.
     pub fn read(&self, tensor: &TensorInfo, offset: u64, buffer: &mut Vec<u8>) -> Result<(), WeightsError> {
         buffer.resize(tensor.bytes.saturating_sub(offset).min(PIECE as u64) as usize, 0);
-        self.read_at(tensor.shard, tensor.offset + offset, buffer)
+        let Some(made) = &tensor.made else {
+            return self.read_at(tensor.shard, tensor.offset + offset, buffer);
+        };
+        let (mut begin, mut buffer) = (0, &mut buffer[..]);
+        for &(shard, at, bytes) in &made.parts {
+            let skipped = offset.saturating_sub(begin).min(bytes);
+            let here = (bytes - skipped).min(buffer.len() as u64) as usize;
+            let (part, rest) = std::mem::take(&mut buffer).split_at_mut(here);
+            self.read_at(shard, at + skipped, part)?;
+            (begin, buffer) = (begin + bytes, rest);
+        }
+        Ok(())
     }
 
     fn read_at(&self, shard: usize, offset: u64, buffer: &mut [u8]) -> Result<(), WeightsError> {
@@ -256,6 +278,22 @@ impl Checkpoint {
         }
         self.shards.push(Shard { name: name.to_owned(), file, header });
         Ok(())
+    }
+
+    /// Adds the parts of a model in GGUF files.
+    fn add_gguf(&mut self, gguf: &Gguf) -> Result<(), WeightsError> {
+        for part in &gguf.parts {
+            let file = part.file.try_clone().map_err(|e| WeightsError::io(&part.name, e))?;
+            self.bytes_read.fetch_add(part.header.len() as u64, Ordering::Relaxed);
+            self.shards.push(Shard { name: part.name.clone(), file, header: part.header.clone() });
+        }
+        self.tensors = gguf.tensors.clone();
+        Ok(())
+    }
+
+    /// The GGUF files that it is, if it is some.
+    pub(crate) fn gguf(&self) -> Option<&Gguf> {
+        self.dir.gguf().map(Arc::as_ref)
     }
 
     fn check_index(&self, index: &BTreeMap<String, String>) -> Result<(), WeightsError> {

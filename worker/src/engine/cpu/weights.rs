@@ -15,7 +15,7 @@ use crate::{
         buffer::{Arena, Buffer, OutOfMemory},
         cpu::{
             Cpu,
-            packed::{Elements, PackedMatrix, Table, Unrepresentable, widen},
+            packed::{Elements, PackedMatrix, Table, Unrepresentable},
         },
     },
     model::{
@@ -106,7 +106,7 @@ impl Block {
     fn zeros(model: &Model, site: Site, spec: &RangeSpec, arena: &mut Arena) -> Result<Self, OutOfMemory> {
         let part = |(key, shape): (_, Shape)| {
             let biased = model.has_bias(site, key);
-            Ok((key, Part::zeros(shape, biased, held(site, key.0, spec.format()), arena)?))
+            Ok((key, Part::zeros(shape, biased, held(model, site, key.0, spec.format()), arena)?))
         };
         Ok(Block(spec.parts(model, site).map(part).collect::<Result<_, OutOfMemory>>()?))
     }
@@ -177,12 +177,12 @@ impl Weights {
         progress: &mut dyn FnMut(LoadedBytes) -> ControlFlow<()>,
     ) -> Result<Self, ModelError> {
         let mut weights = Self::zeros(model, spec, spill)?;
-        let mut values = Vec::new();
+        let mut buffer = Vec::new();
         let mut put = |piece: &Piece<'_>| {
             let part = weights.block(piece.site).and_then(|block| block.0.get_mut(&piece.key));
             let part = part.ok_or_else(|| piece.misplaced())?;
-            widen(cpu, piece.data, piece.from, &mut values)?;
-            let elements = Elements { first: piece.first, total: piece.total, values: &values, cpu };
+            let (values, groups) = piece.data.widened(cpu, &mut buffer)?;
+            let elements = Elements { first: piece.first, total: piece.total, values, groups, cpu };
             Ok(part.write(piece, &elements)?)
         };
         weights.digests = read_tensors(checkpoint, model, spec, &mut put, progress)?;

@@ -28,7 +28,7 @@ use crate::{
         LoadedBytes, Model, ModelError, RangeSpec,
         architecture::{Shape, Site, Slot},
         bytes::{self, held, part_bytes},
-        load::{Piece, PieceError, read_tensors},
+        load::{Data, Piece, PieceError, read_tensors},
         names::Layout,
     },
     weights::{Checkpoint, PIECE},
@@ -127,7 +127,7 @@ impl Weights {
         let mut memory = Arena::new(&gpu.context, bytes)?;
         let mut block = |site: Site| {
             let part = |(key, shape): ((Slot, usize), Shape)| {
-                let (format, biased) = (held(site, key.0, spec.format()), model.has_bias(site, key));
+                let (format, biased) = (held(model, site, key.0, spec.format()), model.has_bias(site, key));
                 let weight = memory.take(part_bytes(shape, false, format))?;
                 let bias = match shape {
                     Shape::Norm(n) | Shape::Product(n, _) if biased => memory.take(n as u64 * 4)?,
@@ -185,9 +185,10 @@ struct Loader<'a> {
     /// Two, so that one is filled while the other is copied; and when each was last copied.
     staging: [(Pinned, Handle<CudaEvent>); 2],
     turn: usize,
-    values: Vec<f32>,
-    /// Elements of a tensor in another order, until all are there.
+    buffer: Vec<f32>,
+    /// Elements of a tensor in another order, until all are there, and the groups that they are.
     staged: Vec<f32>,
+    staged_groups: Vec<Option<Group>>,
 }
 
 impl<'a> Loader<'a> {
@@ -202,73 +203,85 @@ impl<'a> Loader<'a> {
             cpu,
             staging: [staging()?, staging()?],
             turn: 0,
-            values: Vec::new(),
+            buffer: Vec::new(),
             staged: Vec::new(),
+            staged_groups: Vec::new(),
         })
     }
 
     /// Writes a piece into its part.
     fn put(&mut self, part: &Part, piece: &Piece<'_>) -> Result<(), PieceError> {
-        let Piece { bound, is_bias, rows, from, first, total, data, .. } = *piece;
+        let Piece { bound, is_bias, rows, first, total, data, .. } = *piece;
         let (layout, first_row) = (bound.layout, bound.first_row);
-        let as_stored = match part {
-            Part::Table(matrix) if matrix.format == Format::Float(from) => Some((matrix, first)),
-            Part::Product(Projection { matrix, .. })
+        let as_stored = match (part, data) {
+            (Part::Table(matrix), Data::Stored(bytes, from)) if matrix.format == Format::Float(from) => {
+                Some((matrix, first, bytes, from))
+            }
+            (Part::Product(Projection { matrix, .. }), Data::Stored(bytes, from))
                 if !is_bias && layout == Layout::Rows && matrix.format == Format::Float(from) =>
             {
-                Some((matrix, first_row * matrix.k + first))
+                Some((matrix, first_row * matrix.k + first, bytes, from))
             }
             _ => None,
         };
-        if let Some((matrix, first)) = as_stored {
-            packed::check_numbers(data, from)?;
+        if let Some((matrix, first, bytes, from)) = as_stored {
+            packed::check_numbers(bytes, from)?;
             let to = matrix.values.offset(first as u64 * from.size());
-            return Ok(self.send(to, data.len(), |out| out.copy_from_slice(data))?);
+            return Ok(self.send(to, bytes.len(), |out| out.copy_from_slice(bytes))?);
         }
-        let mut values = std::mem::take(&mut self.values);
-        packed::widen(self.cpu, data, from, &mut values)?;
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let (values, groups) = data.widened(self.cpu, &mut buffer)?;
         match part {
-            Part::Norm(_, norm) if is_bias => self.floats(norm.bias, first, &values)?,
+            Part::Norm(_, norm) if is_bias => self.floats(norm.bias, first, values)?,
             Part::Norm(n, norm) => {
                 debug_assert!(first + values.len() <= *n);
                 let plus = if layout == Layout::PlusOne { 1.0 } else { 0.0 };
                 let mut placed = vec![0.0; values.len()];
                 // A vector comes in one piece where it is in another order.
-                (0..).zip(&values).for_each(|(i, x)| placed[layout.row(i)] = x + plus);
+                (0..).zip(values).for_each(|(i, x)| placed[layout.row(i)] = x + plus);
                 self.floats(norm.weight, first_row + first, &placed)?;
             }
             Part::Product(product) if is_bias => match layout {
                 Layout::Heads { .. } | Layout::EvenOdd { .. } | Layout::Swapped { .. } => {
                     let mut placed = vec![0.0; values.len()];
-                    (first..).zip(&values).for_each(|(i, x)| placed[layout.row(i)] = *x);
+                    (first..).zip(values).for_each(|(i, x)| placed[layout.row(i)] = *x);
                     self.floats(product.bias, first_row, &placed)?;
                 }
-                _ => self.floats(product.bias, first_row + first, &values)?,
+                _ => self.floats(product.bias, first_row + first, values)?,
             },
-            Part::Table(matrix) => self.elements(matrix, first, &values)?,
+            Part::Table(matrix) => self.elements(matrix, first, (values, groups))?,
             Part::Product(product) => {
                 let (matrix, k) = (&product.matrix, product.matrix.k);
                 match layout {
                     Layout::Rows | Layout::PlusOne => {
-                        self.elements(matrix, first_row * k + first, &values)?
+                        self.elements(matrix, first_row * k + first, (values, groups))?
                     }
                     Layout::Columns
                     | Layout::Heads { .. }
                     | Layout::EvenOdd { .. }
                     | Layout::Swapped { .. } => {
-                        self.staged.extend(&values);
+                        self.staged.extend(values);
+                        // Groups lie along rows.
+                        if layout != Layout::Columns {
+                            self.staged_groups.extend(groups);
+                        }
                         if self.staged.len() == total {
                             let staged = std::mem::take(&mut self.staged);
                             let mut placed = vec![0.0; total];
                             place(self.cpu, layout, &staged, (rows, k), &mut placed);
                             drop(staged);
-                            self.elements(matrix, first_row * k, &placed)?;
+                            let staged = std::mem::take(&mut self.staged_groups);
+                            let mut groups = vec![None; staged.len()];
+                            if !staged.is_empty() {
+                                place_rows(layout, &staged, k / GROUP, &mut groups);
+                            }
+                            self.elements(matrix, first_row * k, (&placed, &groups))?;
                         }
                     }
                 }
             }
         }
-        self.values = values;
+        self.buffer = buffer;
         Ok(())
     }
 
@@ -281,16 +294,27 @@ impl<'a> Loader<'a> {
     }
 
     /// Writes elements of a matrix from its element `first` on; both are whole groups where it is quantized.
-    fn elements(&mut self, matrix: &Matrix, first: usize, values: &[f32]) -> Result<(), PieceError> {
+    fn elements(
+        &mut self,
+        matrix: &Matrix,
+        first: usize,
+        (values, own): (&[f32], &[Option<Group>]),
+    ) -> Result<(), PieceError> {
         packed::check_fits(self.cpu, values, matrix.format)?;
         const CHUNK: usize = PIECE / 4;
+        let mut own = own.chunks(CHUNK / GROUP);
         for (i, values) in values.chunks(CHUNK).enumerate() {
-            self.chunk(matrix, first + i * CHUNK, values)?;
+            self.chunk(matrix, first + i * CHUNK, (values, own.next().unwrap_or_default()))?;
         }
         Ok(())
     }
 
-    fn chunk(&mut self, matrix: &Matrix, first: usize, values: &[f32]) -> Result<(), CudaError> {
+    fn chunk(
+        &mut self,
+        matrix: &Matrix,
+        first: usize,
+        (values, own): (&[f32], &[Option<Group>]),
+    ) -> Result<(), CudaError> {
         let at = |bytes: usize| matrix.values.offset(bytes as u64);
         let factors = |bytes: usize| matrix.factors.offset(bytes as u64);
         let quantization = match matrix.format {
@@ -313,7 +337,7 @@ impl<'a> Loader<'a> {
         ];
         self.send_parts(&parts, |out| {
             let (integers, factors) = out.split_at_mut(groups * value_bytes);
-            quantize(cpu, quantization, values, integers, factors);
+            quantize(cpu, quantization, (values, own), (integers, factors));
         })
     }
 
@@ -348,10 +372,7 @@ fn put<const N: usize>(out: &mut [u8], values: &[f32], bytes: impl Fn(f32) -> [u
 /// Puts the elements of a whole tensor, of `n` rows in its slot, where they belong there.
 fn place(cpu: &Cpu, layout: Layout, elements: &[f32], (n, k): (usize, usize), placed: &mut [f32]) {
     if layout != Layout::Columns {
-        for (row, elements) in elements.chunks_exact(k).enumerate() {
-            placed[layout.row(row) * k..][..k].copy_from_slice(elements);
-        }
-        return;
+        return place_rows(layout, elements, k, placed);
     }
     // As many rows to a task as a cache line of the columns holds.
     let mut tasks: Vec<_> = placed.chunks_mut(16 * k).enumerate().collect();
@@ -363,6 +384,13 @@ fn place(cpu: &Cpu, layout: Layout, elements: &[f32], (n, k): (usize, usize), pl
     });
 }
 
+/// Puts rows of so many items where they belong.
+fn place_rows<T: Copy>(layout: Layout, items: &[T], each: usize, placed: &mut [T]) {
+    for (row, items) in items.chunks_exact(each).enumerate() {
+        placed[layout.row(row) * each..][..each].copy_from_slice(items);
+    }
+}
+
 /// Bytes of a group's integers, and of what they are multiplied by and added to.
 fn group_bytes(quantization: Quantization) -> (usize, usize) {
     match quantization {
@@ -371,16 +399,23 @@ fn group_bytes(quantization: Quantization) -> (usize, usize) {
     }
 }
 
-/// Quantizes values, whole groups, into bytes as they lie on the GPU.
-fn quantize(cpu: &Cpu, quantization: Quantization, values: &[f32], integers: &mut [u8], factors: &mut [u8]) {
+/// Quantizes values, whole groups, into bytes as they lie on the GPU: integers and factors. `own` is the checkpoint's own
+/// groups of the same values, or nothing.
+fn quantize(
+    cpu: &Cpu,
+    quantization: Quantization,
+    (values, own): (&[f32], &[Option<Group>]),
+    (integers, factors): (&mut [u8], &mut [u8]),
+) {
     let (value_bytes, factor_bytes) = group_bytes(quantization);
     let groups = values.as_chunks::<GROUP>().0.chunks(SHARE);
     let out = integers.chunks_mut(SHARE * value_bytes).zip(factors.chunks_mut(SHARE * factor_bytes));
-    let mut tasks: Vec<_> = groups.zip(out).collect();
-    cpu.each(&mut tasks, |(groups, (integers, factors))| {
+    let own = own.chunks(SHARE).chain(std::iter::repeat(&[][..]));
+    let mut tasks: Vec<_> = groups.zip(own).zip(out).collect();
+    cpu.each(&mut tasks, |((groups, own), (integers, factors))| {
         let mut quantized = [Group::default(); SHARE];
         let quantized = &mut quantized[..groups.len()];
-        quant::quantize(cpu, quantization, groups, quantized);
+        quant::quantize_or_keep(cpu, quantization, (groups, own), quantized);
         match quantization {
             Quantization::Int8 => {
                 for (out, g) in integers.as_chunks_mut::<GROUP>().0.iter_mut().zip(&*quantized) {
@@ -422,10 +457,11 @@ mod tests {
             let groups = values.len() / GROUP;
             let [mut a, mut b] =
                 [(); 2].map(|()| (vec![0; groups * value_bytes], vec![0; groups * factor_bytes]));
-            quantize(&many, quantization, &values, &mut a.0, &mut a.1);
+            quantize(&many, quantization, (&values, &[]), (&mut a.0, &mut a.1));
             for (i, group) in values.chunks(GROUP).enumerate() {
                 let integers = &mut b.0[i * value_bytes..][..value_bytes];
-                quantize(&one, quantization, group, integers, &mut b.1[i * factor_bytes..][..factor_bytes]);
+                let factors = &mut b.1[i * factor_bytes..][..factor_bytes];
+                quantize(&one, quantization, (group, &[]), (integers, factors));
             }
             assert_eq!(a, b);
         }

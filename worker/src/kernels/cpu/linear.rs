@@ -536,7 +536,7 @@ mod tests {
     fn matrix(n: usize, k: usize, format: Format) -> PackedMatrix {
         let mut w = PackedMatrix::zeros(n, k, format, &mut Arena::new(1 << 20).unwrap()).unwrap();
         let cpu = Cpu::on(Isa::detect());
-        let elements = Elements { first: 0, total: n * k, values: &values(7, n * k), cpu: &cpu };
+        let elements = Elements { first: 0, total: n * k, values: &values(7, n * k), groups: &[], cpu: &cpu };
         w.write(&elements, |i| (i / k, i % k)).unwrap();
         w
     }

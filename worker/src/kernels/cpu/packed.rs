@@ -1,6 +1,9 @@
 //! Weight matrices packed into tiles of 32 outputs, so that one contiguous stream feeds 32 independent chains.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use half::{bf16, f16};
 use strata_proto::{DType, Format, Quantization};
@@ -84,6 +87,8 @@ pub(crate) struct Elements<'a> {
     pub total: usize,
     /// Their values.
     pub values: &'a [f32],
+    /// The same as the checkpoint's groups, where it has some; empty if it has none.
+    pub groups: &'a [Option<Group>],
     /// What quantizes them.
     pub cpu: &'a Cpu,
 }
@@ -148,24 +153,24 @@ impl PackedMatrix {
     ) -> Result<(), Unrepresentable> {
         let (k, pairs) = (self.k, self.k.div_ceil(2));
         match &mut self.tiles {
-            Tiles::F32(v) => runs(elements, k, place, |row, column, values| {
-                for (w, x) in v[row / TILE * k + column..].iter_mut().zip(values) {
+            Tiles::F32(v) => runs(elements, k, place, |row, column, range| {
+                for (w, x) in v[row / TILE * k + column..].iter_mut().zip(&elements.values[range]) {
                     w[row % TILE] = *x;
                 }
             }),
             Tiles::F16(v) => {
                 check(elements.cpu, elements.values, LARGEST_F16)?;
-                runs(elements, k, place, |row, column, values| {
-                    for (w, x) in v[row / TILE * k + column..].iter_mut().zip(values) {
+                runs(elements, k, place, |row, column, range| {
+                    for (w, x) in v[row / TILE * k + column..].iter_mut().zip(&elements.values[range]) {
                         w[row % TILE] = f16::from_f32(*x);
                     }
                 });
             }
             Tiles::BF16(v) => {
                 check(elements.cpu, elements.values, LARGEST_BF16)?;
-                runs(elements, k, place, |row, column, values| {
+                runs(elements, k, place, |row, column, range| {
                     let tile = &mut v[row / TILE * pairs..];
-                    for (i, x) in (column..).zip(values) {
+                    for (i, x) in (column..).zip(&elements.values[range]) {
                         let (pair, shift) = (&mut tile[i / 2][row % TILE], i % 2 * 16);
                         let bits = u32::from(<bf16 as Element>::from_f32(*x).to_bits());
                         *pair = *pair & !(0xffff << shift) | bits << shift;
@@ -248,6 +253,11 @@ pub(crate) fn check_fits(cpu: &Cpu, values: &[f32], format: Format) -> Result<()
     }
 }
 
+/// Refuses NaN.
+pub(crate) fn check_not_nan(cpu: &Cpu, values: &[f32]) -> Result<(), Unrepresentable> {
+    check(cpu, values, f32::INFINITY)
+}
+
 /// Refuses NaN, and finite values that are larger than `most`.
 fn check(cpu: &Cpu, values: &[f32], most: f32) -> Result<(), Unrepresentable> {
     let bad = |x: f32| x.is_nan() | ((x.abs() > most) & x.is_finite());
@@ -272,12 +282,12 @@ fn any(cpu: &Cpu, values: &[f32], bad: impl Fn(f32) -> bool + Sync) -> bool {
     found.into_inner()
 }
 
-/// Calls `put(row, column, values)` for elements that lie side by side in one row.
-fn runs<'a>(
-    elements: &Elements<'a>,
+/// Calls `put(row, column, range of them)` for elements that lie side by side in one row.
+fn runs(
+    elements: &Elements<'_>,
     k: usize,
     place: impl Fn(usize) -> (usize, usize),
-    mut put: impl FnMut(usize, usize, &'a [f32]),
+    mut put: impl FnMut(usize, usize, Range<usize>),
 ) {
     let &Elements { first, total, values, .. } = elements;
     let mut at = 0;
@@ -285,7 +295,7 @@ fn runs<'a>(
         let (row, column) = place(first + at);
         let beside = first + at + 1 < total && place(first + at + 1) == (row, column + 1);
         let count = if beside { (k - column).min(values.len() - at) } else { 1 };
-        put(row, column, &values[at..at + count]);
+        put(row, column, at..at + count);
         at += count;
     }
 }
@@ -297,6 +307,8 @@ struct Run<'a> {
     first: usize,
     count: usize,
     values: &'a [f32],
+    /// The checkpoint's own, or none.
+    groups: &'a [Option<Group>],
 }
 
 /// Quantizes elements by groups on all threads, and calls `put(group of tiles, lane, group)` for each.
@@ -310,15 +322,18 @@ fn quantize<T: Send>(
     place: impl Fn(usize) -> (usize, usize),
     put: impl Fn(&mut T, usize, &Group) + Sync,
 ) -> Result<(), Unrepresentable> {
-    let &Elements { total, values, cpu, .. } = elements;
+    let &Elements { total, values, groups, cpu, .. } = elements;
     check_fits(cpu, values, Format::Quantized(quantization))?;
     let per_row = k / GROUP;
     let all;
     let (mut by_row, mut step) = (Vec::new(), 1);
     let (row, column) = place(0);
     if place(1) == (row, column + 1) {
-        runs(elements, k, &place, |row, column, values| {
-            by_row.push(Run { row, first: column / GROUP, count: values.len() / GROUP, values });
+        runs(elements, k, &place, |row, column, range| {
+            let groups =
+                if groups.is_empty() { groups } else { &groups[range.start / GROUP..range.end / GROUP] };
+            let (count, values) = (range.len() / GROUP, &values[range]);
+            by_row.push(Run { row, first: column / GROUP, count, values, groups });
         });
     } else {
         staged.extend(values);
@@ -333,6 +348,7 @@ fn quantize<T: Send>(
             first: 0,
             count: per_row,
             values: &all[i..],
+            groups: &[],
         }));
     }
     by_row.sort_by_key(|run| run.row);
@@ -360,7 +376,8 @@ fn quantize<T: Send>(
                 gathered[..count].as_flattened_mut().iter_mut().zip(values).for_each(|(to, x)| *to = *x);
                 &gathered[..count]
             };
-            quant::quantize(cpu, quantization, groups, &mut quantized);
+            let own = run.groups.get(skipped..skipped + count).unwrap_or_default();
+            quant::quantize_or_keep(cpu, quantization, (groups, own), &mut quantized[..count]);
             for (group, quantized) in tile[begin - *first..].iter_mut().zip(&quantized[..count]) {
                 put(group, run.row % LANES, quantized);
             }
@@ -523,13 +540,15 @@ mod tests {
             let mut transposed = PackedMatrix::zeros(n, k, format, &mut arena).unwrap();
             let mut table = Table::zeros(n, k, format, &mut arena).unwrap();
             for (piece, values) in source.chunks(3 * GROUP).enumerate() {
-                let elements = Elements { first: piece * 3 * GROUP, total: n * k, values, cpu: &cpu };
+                let elements =
+                    Elements { first: piece * 3 * GROUP, total: n * k, values, groups: &[], cpu: &cpu };
                 packed.write(&elements, |i| (i / k, i % k)).unwrap();
                 table.write(&elements).unwrap();
             }
             let turned: Vec<f32> = (0..n * k).map(|i| source[i % n * k + i / n]).collect();
             for (piece, values) in turned.chunks(GROUP).enumerate() {
-                let elements = Elements { first: piece * GROUP, total: n * k, values, cpu: &cpu };
+                let elements =
+                    Elements { first: piece * GROUP, total: n * k, values, groups: &[], cpu: &cpu };
                 transposed.write(&elements, |i| (i % n, i / n)).unwrap();
             }
             assert_eq!(packed.bytes(), PackedMatrix::bytes_for(n, k, format));
@@ -586,7 +605,7 @@ mod tests {
             let mut arena = Arena::new(PackedMatrix::bytes_for(n, k, format)).unwrap();
             let mut packed = PackedMatrix::zeros(n, k, format, &mut arena).unwrap();
             for (i, values) in values.chunks(piece).enumerate() {
-                let elements = Elements { first: i * piece, total: n * k, values, cpu };
+                let elements = Elements { first: i * piece, total: n * k, values, groups: &[], cpu };
                 packed.write(&elements, place).unwrap();
             }
             words(&packed)
@@ -608,7 +627,9 @@ mod tests {
         let write = |x: f32, format| {
             let mut packed = PackedMatrix::zeros(1, 32, format, &mut Arena::new(1 << 16).unwrap()).unwrap();
             let cpu = Cpu::on(Isa::detect());
-            packed.write(&Elements { first: 0, total: 32, values: &[x; 32], cpu: &cpu }, |i| (0, i))
+            packed.write(&Elements { first: 0, total: 32, values: &[x; 32], groups: &[], cpu: &cpu }, |i| {
+                (0, i)
+            })
         };
         assert!(write(1e6, Format::Float(DType::F16)).unwrap_err().0 > 9e5);
         let nan = [bf16::ONE, bf16::NAN].map(bf16::to_le_bytes);

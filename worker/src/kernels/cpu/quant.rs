@@ -33,6 +33,48 @@ pub(crate) fn quantize(cpu: &Cpu, quantization: Quantization, groups: &[[f32; GR
     cpu.isa.run(Quantize { quantization, groups, out });
 }
 
+/// As [`quantize`], but groups that the checkpoint has (`own`, of the same values, or none) stay what they are where
+/// the format can hold them.
+pub(crate) fn quantize_or_keep(
+    cpu: &Cpu,
+    quantization: Quantization,
+    (groups, own): (&[[f32; GROUP]], &[Option<Group>]),
+    out: &mut [Group],
+) {
+    let kept = |group: &Option<Group>| group.and_then(|group| group.held(quantization));
+    if own.is_empty() || own.iter().any(|group| kept(group).is_none()) {
+        quantize(cpu, quantization, groups, out);
+    }
+    for (out, kept) in out.iter_mut().zip(own.iter().map(kept)) {
+        *out = kept.unwrap_or(*out);
+    }
+}
+
+impl Group {
+    /// The same weights in the words of a format, if it has them; in int4, an offset that is no f16 is rounded to one.
+    ///
+    /// Int8 has no offset and leaves -128 out; int4 counts from the least value.
+    fn held(&self, quantization: Quantization) -> Option<Group> {
+        let &Group { factor, least, values } = self;
+        let (low, high) =
+            values.iter().fold((i8::MAX, i8::MIN), |(low, high), v| (low.min(*v), high.max(*v)));
+        match quantization {
+            Quantization::Int8 => (least == f16::ZERO && low > i8::MIN).then_some(*self),
+            Quantization::Int4 if low >= 0 && high <= 15 => Some(*self),
+            Quantization::Int4 if least == f16::ZERO && i16::from(high) - i16::from(low) <= 15 => {
+                // Any lower end will do from which 15 steps reach the highest value. A power of two is exact in all
+                // formats, others if they are lucky.
+                let offset = |end: i8| Element::to_f32(factor) * f32::from(end);
+                let exact = |end: &i8| Element::to_f32(f16::from_f32(offset(*end))) == offset(*end);
+                let end = (high.saturating_sub(15)..=low).find(exact).unwrap_or(low);
+                let least = f16::from_f32(offset(end));
+                least.is_finite().then(|| Group { factor, least, values: values.map(|v| v - end) })
+            }
+            Quantization::Int4 => None,
+        }
+    }
+}
+
 struct Quantize<'a> {
     quantization: Quantization,
     groups: &'a [[f32; GROUP]],

@@ -183,7 +183,7 @@ fn reference(
     let cpu = cpu();
     let mut arena = Arena::new(PackedMatrix::bytes_for(n, k, format)).unwrap();
     let mut matrix = PackedMatrix::zeros(n, k, format, &mut arena).unwrap();
-    let elements = Elements { first: 0, total: n * k, values: weight, cpu: &cpu };
+    let elements = Elements { first: 0, total: n * k, values: weight, groups: &[], cpu: &cpu };
     matrix.write(&elements, |i| (i / k, i % k)).unwrap();
     let rows = x.len() / k;
     let (mut packed, mut out) = (vec![0; rows * linear::packed_words(k)], vec![0.0; rows * n]);
