@@ -36,7 +36,8 @@ use crate::{
 
 pub use admin::{AdminError, Applied, Comparison};
 
-/// How long listed workers have to come, before those that are there are enough if they can hold the model.
+/// How long listed workers have to come at first, before those that are there are enough if they can hold the model.
+/// Whoever has waited so long does not wait again when its turn comes: clients are waiting then.
 const ENOUGH_AFTER: Duration = Duration::from_secs(5);
 /// How long nobody may have joined, where nobody knows how many will, before those that are there may do.
 const SETTLED_AFTER: Duration = Duration::from_secs(1);
@@ -208,7 +209,7 @@ impl Coordinator {
         let started = async {
             // Who has none of the workers that are listed has nothing to wait for a turn with.
             if self.shared.config.expected_members.is_some() {
-                self.gather(&observer).await?;
+                self.gather(ENOUGH_AFTER, &observer).await?;
             }
             self.take_over(&mut leadership, 0, &observer).await
         };
@@ -336,14 +337,15 @@ impl Coordinator {
         }
     }
 
-    /// Waits for workers; what they said of the model, if some are missing and it had to be asked.
-    async fn gather(&self, observer: &Observer) -> Result<Option<Discovery>, StartError> {
+    /// Waits for workers, with `patience` for all of those that are listed; what they said of the model, if some are
+    /// missing and it had to be asked.
+    async fn gather(&self, patience: Duration, observer: &Observer) -> Result<Option<Discovery>, StartError> {
         let waiting = |joined, expected| {
             self.show(State::Standby, counted(joined, expected));
             observer(Notice::Waiting(joined, expected));
         };
         let deployment = self.deployed().deployment.clone();
-        gather(&self.shared.config, &deployment, &self.shared.members, waiting).await
+        gather(&self.shared.config, &deployment, &self.shared.members, patience, waiting).await
     }
 
     /// Reads what operators have decided; what is deployed.
@@ -371,7 +373,7 @@ impl Coordinator {
         observer: &Observer,
     ) -> Result<(engine::Running, oneshot::Receiver<()>), StartError> {
         let deployment = self.recorded().await?;
-        let found = self.gather(observer).await?;
+        let found = self.gather(Duration::ZERO, observer).await?;
         self.show(State::Starting, "asking the workers for the model");
         let found = match found {
             Some(found) => found,
@@ -466,20 +468,21 @@ impl Reign {
     }
 }
 
-/// Waits until the expected number of workers is there, and calls `waiting` whenever that is to be waited for. After a
-/// moment those are enough over which it can be planned; then what they said is returned. Where no number is expected, that
-/// is waited for as long as it takes.
+/// Waits until the expected number of workers is there, and calls `waiting` whenever that is to be waited for. After
+/// `patience`, those are enough over which it can be planned; then what they said is returned. Where no number is expected,
+/// that is waited for as long as it takes.
 async fn gather(
     config: &CoordinatorConfig,
     deployment: &Deployment,
     members: &Members,
+    patience: Duration,
     waiting: impl Fn(usize, Option<usize>),
 ) -> Result<Option<Discovery>, StartError> {
     let expected = config.expected_members;
     let mut events = members.subscribe();
     let begun = Instant::now();
     let deadline = expected.map(|_| begun + config.join_timeout);
-    let mut look = begun + ENOUGH_AFTER.min(config.join_timeout);
+    let mut look = begun + patience.min(config.join_timeout);
     let mut failed = false;
     let mut told = None;
     loop {
@@ -554,7 +557,7 @@ pub async fn discover_members(
     let (source, members) = (source.into(), Members::default());
     members.follow(source.events);
     let waiting = |joined, expected| observer(Notice::Waiting(joined, expected));
-    match gather(config, &config.deployment, &members, waiting).await? {
+    match gather(config, &config.deployment, &members, ENOUGH_AFTER, waiting).await? {
         Some(found) => Ok(found),
         None => Ok(discover(&members.answering(), &config.deployment.model).await?),
     }

@@ -1,6 +1,6 @@
 //! Several coordinators over one list of workers, and members of which some are bad: real processes.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use strata_coordinator::RemoteWorker;
 use strata_proto::{
@@ -112,6 +112,28 @@ async fn of_two_coordinators_one_serves_and_the_other_says_why_it_does_not() {
     let again = until(&first.address, "its next turn", |s| s.ready).await;
     assert!(again.fence.unwrap().term > term);
     answers_exactly(&first.address).await;
+}
+
+/// A worker that is listed and away is waited for at the start of a cluster, not when clients wait for a leader.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_standby_waits_for_no_absent_worker_when_its_turn_comes() {
+    let workers = workers(2);
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let urls = [workers[0].address.as_str(), workers[1].address.as_str(), &nobody];
+    let first = coordinator(&urls);
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+    let address = format!("http://127.0.0.1:{port}");
+    let mut args = over(&urls);
+    let at = args.iter().position(|arg| arg == "--port").unwrap();
+    args[at + 1] = port;
+    let second = Starting::new(&[], &args.iter().map(String::as_str).collect::<Vec<_>>(), "ready ");
+    until(&address, "a standby", |s| s.reason.contains("takes over when")).await;
+    let killed = Instant::now();
+    drop(first);
+    let second = tokio::task::spawn_blocking(|| second.ready()).await.unwrap();
+    let (silent, waited) = (Duration::from_secs(3), Duration::from_secs(5));
+    assert!(killed.elapsed() < silent + waited, "{:?}", killed.elapsed());
+    answers_exactly(&second.address).await;
 }
 
 /// FAULTS, measured failure 3: one that has no such model, and one that is not there.

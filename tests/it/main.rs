@@ -23,6 +23,7 @@ mod map;
 mod parity;
 mod processes;
 mod proxy;
+mod random_models;
 mod replicas;
 mod run;
 mod secrets;

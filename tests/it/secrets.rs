@@ -5,6 +5,7 @@ use strata_proto::{
     Secret, Worker,
     v1::{AbortRequest, Claim, DescribeRequest, Fence, LoadRequest, Open, StageSpec},
 };
+use tokio::io::AsyncWriteExt;
 use tonic::Code;
 
 use crate::{
@@ -86,6 +87,36 @@ async fn a_coordinator_without_the_secret_says_so_of_each_worker() {
         .unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && said.contains("--secret-file"), "{said}");
+}
+
+/// Strangers that hold every connection of a worker's port, and prove nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crowd_of_strangers_keeps_no_coordinator_out_of_a_worker() {
+    let models = model("");
+    let args = ["worker", "--models", models.to_str().unwrap()];
+    let worker = Process::start_with(&[("STRATA_SECRET", TEXT)], &args, "listening ");
+    let port = worker.address.strip_prefix("http://").unwrap();
+    let (stranger, ..) = RemoteWorker::lazy(&worker.address).unwrap();
+    let mut crowd = Vec::new();
+    for number in 0..300 {
+        let mut connection = tokio::net::TcpStream::connect(port).await.unwrap();
+        // Half of them begin as HTTP/2 does.
+        if number % 2 == 0 {
+            connection.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+        }
+        crowd.push(connection);
+    }
+    let refused = stranger.describe(DescribeRequest::default()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unauthenticated, "{refused:?}");
+    let args = ["coordinator", "--worker", &worker.address, "--model", "shakespeare", "--dtype", "f32"];
+    let args = [&args[..], &["--port", "0"]].concat();
+    let coordinator = Process::start_with(&[("STRATA_SECRET", TEXT)], &args, "ready ");
+    for _ in 0..300 {
+        crowd.push(tokio::net::TcpStream::connect(port).await.unwrap());
+    }
+    let expected = &expectations(&model("shakespeare"))[0];
+    let answer = ask(&client(&coordinator.address).await, greedy(&expected.ids, 48)).await.unwrap();
+    assert_eq!(answer.ids, expected.greedy);
 }
 
 #[test]

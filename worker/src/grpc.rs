@@ -1,16 +1,11 @@
 //! The worker's calls over gRPC: an adapter, no logic.
 
-use std::{
-    future::Future,
-    pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
-};
+use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt};
 use strata_proto::{
     MAX_STAGE_MESSAGE, Message, PING_EVERY, PING_TIMEOUT, STAGE_METHODS, Secret, Worker,
-    port::{self, Limits, Pings, Served},
+    port::{self, Limits, Peer, Pings, Served},
     v1::{self, stage_server, to_stage},
 };
 use tokio::net::TcpListener;
@@ -22,8 +17,8 @@ use tonic::{
 };
 use tonic_health::ServingStatus;
 
-/// Shortest time from one refused call that the log tells of to the next.
-const TELL_EVERY: Duration = Duration::from_secs(10);
+use crate::sparing::Sparing;
+
 /// How long the first message of a run may take.
 const BEGIN_WITHIN: Duration = Duration::from_secs(10);
 /// Pieces in which small files travel.
@@ -32,8 +27,8 @@ const CHUNK: usize = 256 << 10;
 /// A coordinator that goes away without a word is noticed, whatever it has asked for. A run hears its heartbeats besides.
 const PINGS: Pings = Pings { every: PING_EVERY, timeout: PING_TIMEOUT };
 
-/// A coordinator has few, and its calls are streams of messages that go on for ever.
-const LIMITS: Limits = Limits { pings: PINGS, connections: 256, bodies: None };
+/// A coordinator has few.
+const CONNECTIONS: usize = 256;
 
 const SERVED: Served = Served {
     methods: STAGE_METHODS,
@@ -77,8 +72,15 @@ pub async fn serve(
             closing.clear_service_status(service).await;
         }
     };
+    let limits = Limits {
+        pings: PINGS,
+        connections: CONNECTIONS,
+        calls_count: secret.is_none(),
+        // Calls of who has the secret are streams of messages that go on for ever.
+        bodies: None,
+    };
     let routes = Routes::new(health).add_service(service(worker, secret));
-    port::serve(listener, routes, &SERVED, LIMITS, closed).await
+    port::serve(listener, routes, &SERVED, limits, closed).await
 }
 
 /// The service `strata.v1.Stage` over any worker, for whoever has the secret, if there is one.
@@ -120,18 +122,15 @@ impl Interceptor for Guard {
     fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
         if let Some(secret) = &self.0 {
             secret.check_caller(request.metadata()).inspect_err(tell)?;
+            request.extensions().get::<Peer>().into_iter().for_each(Peer::prove);
         }
         Ok(request)
     }
 }
 
-/// Tells the log of a refused call. A stranger is not to fill it.
 fn tell(status: &Status) {
-    /// When one was last told.
-    static TOLD: Mutex<Option<Instant>> = Mutex::new(None);
-    let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
-    if told.is_none_or(|told| told.elapsed() > TELL_EVERY) {
-        *told = Some(Instant::now());
+    static REFUSALS: Sparing = Sparing::new();
+    if REFUSALS.may_tell() {
         tracing::warn!("refused a call: {}", status.message());
     }
 }

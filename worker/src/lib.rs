@@ -34,6 +34,7 @@ pub mod kernels;
 pub mod model;
 mod sampler;
 mod service;
+mod sparing;
 mod stage;
 mod transport;
 mod verify;

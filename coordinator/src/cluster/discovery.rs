@@ -158,7 +158,10 @@ fn discovery(
     let mut found: Option<Discovery> = None;
     for (member, described, profile) in good {
         if profile.fingerprint != version {
-            let why = format!("it holds another version of model {model:?}; make the directories equal");
+            let why = format!(
+                "it holds another version of model {model:?}; make the directories equal (`strata verify` says in what \
+                 two differ)"
+            );
             left_out.insert(member.name.clone(), why);
             continue;
         }

@@ -21,7 +21,10 @@ pub enum PipelineError {
     #[error(transparent)]
     Plan(#[from] PlanError),
     /// Workers disagree about the model.
-    #[error("workers {a} and {b} hold different versions of model {model:?}; make their directories equal")]
+    #[error(
+        "workers {a} and {b} hold different versions of model {model:?}; make their directories equal \
+             (`strata verify` says in what two differ)"
+    )]
     Fingerprints {
         /// One worker.
         a: String,

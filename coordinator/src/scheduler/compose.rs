@@ -1,5 +1,7 @@
 //! What goes into a step: who is admitted, who grows, who must give way.
 
+use std::collections::HashMap;
+
 use strata_proto::v1;
 
 use super::{Config, Scheduler, SequenceId, flight::Flight, sequence::Sequence};
@@ -124,10 +126,9 @@ impl Scheduler {
             self.add_chunk(id, step);
         }
         // Nobody overtakes the first in line.
-        while let Some(id) = self.waiting.first() {
+        while let Some(id) = if self.closed { self.waiting.first_again() } else { self.waiting.first() } {
             let sequence = &self.live[&id];
-            let may_begin = sequence.admitted || !self.closed;
-            if !may_begin || sequence.suspect() || self.count_for(sequence, step) == 0 || !self.admit(id) {
+            if sequence.suspect() || self.count_for(sequence, step) == 0 || !self.admit(id) {
                 break;
             }
             self.add_chunk(id, step);
@@ -180,13 +181,7 @@ impl Scheduler {
                 sequence.blocks.extend(block);
                 continue;
             }
-            let oldest = self.running.first().copied();
-            let victim = self.running.iter().rev().copied().find(|v| {
-                Some(*v) != oldest
-                    && self.live[v].in_flight == 0
-                    && !step.rows.iter().any(|r| r.sequence == *v)
-            });
-            match victim {
+            match self.victim(step) {
                 Some(victim) => {
                     self.preemptions += 1;
                     self.requeue(victim);
@@ -198,6 +193,22 @@ impl Scheduler {
                 None => return false,
             }
         }
+    }
+
+    /// Who gives way: the youngest of the tenant that holds most of the cache, so that a burst takes nothing from others;
+    /// never the oldest of all, so that somebody always gets on. None while that tenant's are all at work.
+    fn victim(&self, step: &Step) -> Option<SequenceId> {
+        let mut held: HashMap<&str, usize> = HashMap::new();
+        for id in &self.running {
+            let sequence = &self.live[id];
+            *held.entry(&sequence.party.tenant).or_default() += sequence.blocks.len();
+        }
+        let tenant = |id: &SequenceId| &*self.live[id].party.tenant;
+        let others = || self.running.iter().skip(1);
+        let (_, _, most) = others().map(|id| (held[tenant(id)], *id, tenant(id))).max()?;
+        let at_work =
+            |id: &SequenceId| self.live[id].in_flight > 0 || step.rows.iter().any(|r| r.sequence == *id);
+        others().rev().copied().find(|id| tenant(id) == most && !at_work(id))
     }
 
     /// Adds the next `count` positions of a sequence, and so many of its drafts behind them.

@@ -210,13 +210,13 @@ impl Scheduler {
         self.mixed_tokens = tokens.max(1);
     }
 
-    /// Takes a sequence in, to be computed from its beginning when there is room and it is its turn: at once for one that
-    /// another scheduler gave up, otherwise by turns of tenants and connections.
+    /// Takes a sequence in, to be computed from its beginning when there is room and it is its turn, by turns of tenants and
+    /// connections; one that ran on another scheduler goes before its tenant's new ones.
     /// [`check`](Self::check) it first, unless it was this scheduler's own; then [`restart`](Self::restart) decides.
     pub fn adopt(&mut self, unplaced: Unplaced) {
         let Unplaced { id, sequence } = unplaced;
         match sequence.admitted {
-            true => self.waiting.push_again(id),
+            true => self.waiting.push_again(id, &sequence.party),
             false => self.waiting.push(id, &sequence.party, sequence.len()),
         }
         self.live.insert(id, sequence);
@@ -314,8 +314,8 @@ impl Scheduler {
         expired
     }
 
-    /// Begins a new incarnation of the pipeline: steps count from 0, every live sequence is computed anew, those
-    /// that ran first, in order of arrival. Returns those that cannot fit any more; they are gone.
+    /// Begins a new incarnation of the pipeline: steps count from 0, every live sequence is computed anew, of
+    /// each tenant those that ran first, in order of arrival. Returns those that cannot fit any more; they are gone.
     pub fn restart(&mut self, config: Config) -> Vec<SequenceId> {
         self.config = config;
         self.rules = Rules::of_all(&self.config.states);
@@ -331,7 +331,9 @@ impl Scheduler {
             sequence.last_step = 0;
         }
         self.slots = (0..self.config.state_slots).rev().collect();
-        std::mem::take(&mut self.running).into_iter().for_each(|id| self.waiting.push_again(id));
+        for id in std::mem::take(&mut self.running) {
+            self.waiting.push_again(id, &self.live[&id].party);
+        }
         let capacity = self.capacity();
         let lost = |s: &Sequence| s.most(&self.rules) > capacity || !self.fits_a_step(s);
         let lost: Vec<_> = self.live.iter().filter(|(_, s)| lost(s)).map(|(id, _)| *id).collect();
@@ -388,7 +390,7 @@ impl Scheduler {
             self.blocks.give_back(&blocks);
             self.slots.extend(slot);
             self.running.remove(&id);
-            self.waiting.push_again(id);
+            self.waiting.push_again(id, &sequence.party);
         }
     }
 }

@@ -12,49 +12,55 @@ use super::sequence::{Party, SequenceId};
 /// Sequences that wait.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
-    /// Those that had their turn before, and lost what was computed of them: the first of all, in order of arrival.
-    again: BTreeSet<SequenceId>,
-    tenants: Turns<Arc<str>, Turns<u64, Line>>,
+    tenants: Turns<Arc<str>, Tenant>,
 }
 
 impl Queue {
     /// A new one, whose prompt has so many tokens.
     pub fn push(&mut self, id: SequenceId, party: &Party, tokens: u32) {
-        self.tenants.entry(&party.tenant).entry(&party.connection).insert(id, tokens.into());
+        self.tenants.entry(&party.tenant).connections.entry(&party.connection).insert(id, tokens.into());
     }
 
     /// One that had its turn before.
-    pub fn push_again(&mut self, id: SequenceId) {
-        self.again.insert(id);
+    pub fn push_again(&mut self, id: SequenceId, party: &Party) {
+        self.tenants.entry(&party.tenant).again.insert(id);
     }
 
     /// Who is next. It stays so until it is taken or removed, or one comes that had its turn before.
     pub fn first(&mut self) -> Option<SequenceId> {
-        self.again.first().copied().or_else(|| self.tenants.first())
+        self.tenants.first()
     }
 
-    /// Takes one whose turn it is; its party pays for its prompt.
+    /// The oldest of those that had their turn before.
+    pub fn first_again(&self) -> Option<SequenceId> {
+        self.tenants.0.iter().filter_map(|tenant| tenant.waiting.again.first().copied()).min()
+    }
+
+    /// Takes one whose turn it is; its party pays for its prompt. One that had its turn before has paid, and costs its
+    /// tenant no more than the turn.
     pub fn take(&mut self, id: SequenceId, party: &Party) {
-        if let Some(tokens) = self.remove(id, party) {
-            self.charge(party, tokens);
+        match self.remove(id, party) {
+            Some(Paid::No { tokens }) => self.charge(party, tokens),
+            Some(Paid::Before) => self.tenants.get(&party.tenant).into_iter().for_each(|t| t.credit -= 1),
+            None => {}
         }
     }
 
-    /// Removes one for which nobody pays. Gives the tokens of its prompt, if it had no turn yet.
-    pub fn remove(&mut self, id: SequenceId, party: &Party) -> Option<i64> {
-        if self.again.remove(&id) {
-            return None;
+    /// Removes one, if it waits; nobody pays for it.
+    pub fn remove(&mut self, id: SequenceId, party: &Party) -> Option<Paid> {
+        let tenant = &mut self.tenants.get(&party.tenant)?.waiting;
+        if tenant.again.remove(&id) {
+            return Some(Paid::Before);
         }
-        let tenant = self.tenants.get(&party.tenant)?;
-        let line = &mut tenant.waiting.get(&party.connection)?.waiting;
-        line.remove(&id)
+        let line = &mut tenant.connections.get(&party.connection)?.waiting;
+        line.remove(&id).map(|tokens| Paid::No { tokens })
     }
 
     /// A party that has others waiting pays for tokens; one that has none owes nothing.
     pub fn charge(&mut self, party: &Party, tokens: i64) {
         let Some(tenant) = self.tenants.get(&party.tenant) else { return };
         tenant.credit -= tokens;
-        if let Some(connection) = tenant.waiting.get(&party.connection) {
+        if let Some(connection) = tenant.waiting.connections.get(&party.connection) {
             connection.credit -= tokens;
         }
     }
@@ -62,8 +68,32 @@ impl Queue {
     /// All of them.
     #[cfg(test)]
     pub fn ids(&self) -> BTreeSet<SequenceId> {
-        let lines = self.tenants.0.iter().flat_map(|tenant| &tenant.waiting.0);
-        lines.flat_map(|line| line.waiting.keys()).chain(&self.again).copied().collect()
+        let tenants = || self.tenants.0.iter().map(|tenant| &tenant.waiting);
+        let new = tenants().flat_map(|t| &t.connections.0).flat_map(|line| line.waiting.keys());
+        new.chain(tenants().flat_map(|t| &t.again)).copied().collect()
+    }
+}
+
+/// Whether who waited has paid for its prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Paid {
+    /// When it had its first turn.
+    Before,
+    /// Not yet: it has so many tokens.
+    No { tokens: i64 },
+}
+
+/// What waits of one tenant.
+#[derive(Debug, Default)]
+struct Tenant {
+    /// Those that had their turn before, and lost what was computed of them: they go first, in order of arrival.
+    again: BTreeSet<SequenceId>,
+    connections: Turns<u64, Line>,
+}
+
+impl Waiting for Tenant {
+    fn first(&mut self) -> Option<SequenceId> {
+        self.again.first().copied().or_else(|| self.connections.first())
     }
 }
 
@@ -172,11 +202,27 @@ mod tests {
         let parties = [party(0, 0), party(0, 0), party(1, 0)];
         (0..3).for_each(|id| queue.push(id, &parties[id as usize], 500));
         assert_eq!(next(&mut queue, &parties), Some(0));
-        queue.push_again(0);
-        assert_eq!(next(&mut queue, &parties), Some(0));
+        queue.push_again(0, &parties[0]);
+        assert_eq!(queue.first_again(), Some(0));
         assert_eq!(next(&mut queue, &parties), Some(2), "the first tenant had its turn");
-        assert_eq!(next(&mut queue, &parties), Some(1));
-        assert_eq!(next(&mut queue, &parties), None);
+        assert_eq!(
+            [0, 1].map(|_| next(&mut queue, &parties)),
+            [Some(0), Some(1)],
+            "it is before its tenant's new ones"
+        );
+        assert_eq!((next(&mut queue, &parties), queue.first_again()), (None, None));
+    }
+
+    #[test]
+    fn those_who_had_a_turn_take_turns_with_other_tenants() {
+        let mut queue = Queue::default();
+        let mut parties = vec![party(0, 0); 100];
+        (0..100).for_each(|id| queue.push_again(id, &parties[0]));
+        (0..10).for_each(|id| assert_eq!(next(&mut queue, &parties), Some(id)));
+        parties.push(party(1, 0));
+        queue.push(100, &parties[100], LARGEST);
+        let others = std::iter::from_fn(|| next(&mut queue, &parties)).take_while(|next| *next != 100);
+        assert!(others.count() <= 1);
     }
 
     #[test]

@@ -1,16 +1,16 @@
 //! Connections to a port: HTTP/2 goes on to the server, and who speaks something else is told.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{future::poll_fn, io, net::SocketAddr, time::Duration};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc},
+    sync::mpsc,
     time::timeout,
 };
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::peer::Connection;
+use super::{peer::Connection, places::Places};
 
 /// How long a client may take to say its first bytes, and one that is refused to read why.
 const OPENING_TIMEOUT: Duration = Duration::from_secs(10);
@@ -25,8 +25,8 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const TLS_HANDSHAKE: u8 = 22;
 
 /// Connections whose client begins to speak HTTP/2. Clients take as long as they like to begin, up to a limit, and none
-/// of them keeps others waiting. One that speaks HTTP/1 gets `refusal`; more than `most` at a time are closed at once.
-/// Ends when the receiver is dropped.
+/// of them keeps others waiting. One that speaks HTTP/1 gets `refusal`. When there are more than `most`, one that has
+/// proved nothing is closed for it; if there is none, the new one is. Ends when the receiver is dropped.
 pub(super) fn accept(
     listener: TcpListener,
     refusal: &'static str,
@@ -42,7 +42,7 @@ fn accept_within(
     limit: Duration,
 ) -> ReceiverStream<io::Result<Connection>> {
     let (opened, connections) = mpsc::channel(1);
-    let places = Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS)));
+    let places = Places::new(most);
     tokio::spawn(async move {
         let mut full = false;
         loop {
@@ -52,7 +52,7 @@ fn accept_within(
             };
             match accepted {
                 Ok((stream, peer)) => {
-                    let Ok(place) = places.clone().try_acquire_owned() else {
+                    let Some(mut place) = places.take(peer.ip()) else {
                         if !std::mem::replace(&mut full, true) {
                             tracing::warn!(
                                 "{most} connections are open, as many as there may be: more are closed at once"
@@ -63,7 +63,12 @@ fn accept_within(
                     full = false;
                     let opened = opened.clone();
                     tokio::spawn(async move {
-                        match timeout(limit, open(stream, peer, refusal)).await {
+                        let opening = timeout(limit, open(stream, peer, refusal));
+                        let opening = tokio::select! {
+                            opening = opening => opening,
+                            () = poll_fn(|context| place.poll_left(context)) => return,
+                        };
+                        match opening {
                             // A server that is gone takes no more.
                             Ok(Some(stream)) => {
                                 let connection = Connection::new(stream, place, PREFACE.len(), limit);
@@ -128,6 +133,7 @@ async fn refuse_http1(mut stream: TcpStream, refusal: &str) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use tokio_stream::StreamExt;
+    use tonic::transport::server::Connected;
 
     use super::*;
 
@@ -184,12 +190,35 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_begins_and_does_not_go_on_is_closed_and_whoever_is_too_many_at_once() {
+    async fn who_is_too_many_takes_the_place_of_a_stranger_only() {
+        let (mut connections, address) = listening(1, LONG).await;
+        let mut connect = async |bytes: &'static [u8]| {
+            let mut client = TcpStream::connect(address).await.unwrap();
+            client.write_all(bytes).await.unwrap();
+            let served = timeout(LONG, connections.next()).await.unwrap().unwrap().unwrap();
+            (client, served)
+        };
+        let mut silent = TcpStream::connect(address).await.unwrap();
+        let (mut client, mut served) = connect(PREFACE).await;
+        assert_eq!(timeout(LONG, silent.read(&mut [0])).await.unwrap().unwrap(), 0, "closed before it began");
+        let mut bytes = [0; 24];
+        timeout(LONG, served.read_exact(&mut bytes)).await.unwrap().unwrap();
+        let (_second, mut other) = connect(PREFACE).await;
+        let error = timeout(LONG, served.read_u8()).await.unwrap().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted);
+        drop(served);
+        assert_eq!(timeout(LONG, client.read(&mut [0])).await.unwrap().unwrap(), 0);
+        other.connect_info().prove();
+        assert_eq!(say(address, PREFACE).await, "", "there is one place, and whoever has it is known");
+        timeout(LONG, other.read_exact(&mut bytes)).await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn who_begins_and_does_not_go_on_is_closed() {
         let (mut connections, address) = listening(1, Duration::from_millis(50)).await;
         let mut first = TcpStream::connect(address).await.unwrap();
         first.write_all(&PREFACE[..3]).await.unwrap();
         let mut served = timeout(LONG, connections.next()).await.unwrap().unwrap().unwrap();
-        assert_eq!(say(address, PREFACE).await, "", "there is one place, and it is taken");
         let mut bytes = [0; 24];
         let error = timeout(LONG, served.read_exact(&mut bytes)).await.unwrap().unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);

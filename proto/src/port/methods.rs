@@ -22,6 +22,8 @@ use crate::error::quoted;
 pub(super) struct Explained {
     pub routes: Routes,
     pub served: &'static Served,
+    /// Whether who makes a call of ours is no stranger.
+    pub calls_count: bool,
     /// Of those that have one message.
     pub bodies: Option<Budget>,
 }
@@ -34,8 +36,12 @@ impl Explained {
             return Err(Status::unimplemented(self.served.refusal(path)));
         }
         let ours = self.served.is_ours(path);
-        match (&self.bodies, request.extensions().get::<Peer>().cloned()) {
-            (Some(bodies), Some(peer)) if ours => {
+        let peer = request.extensions().get::<Peer>().filter(|_| ours).cloned();
+        if self.calls_count {
+            peer.iter().for_each(Peer::prove);
+        }
+        match (&self.bodies, peer) {
+            (Some(bodies), Some(peer)) => {
                 let (head, body) = request.into_parts();
                 Ok(http::Request::from_parts(head, bodies.hold(body, &peer)?))
             }

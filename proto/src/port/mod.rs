@@ -4,6 +4,7 @@ mod bodies;
 mod connections;
 mod methods;
 mod peer;
+mod places;
 
 use std::{future::Future, time::Duration};
 
@@ -47,8 +48,10 @@ pub struct Pings {
 pub struct Limits {
     /// How it finds out that one is gone.
     pub pings: Pings,
-    /// Most connections at a time.
+    /// Most connections at a time. One by which no call came yet that counts makes room for another one.
     pub connections: usize,
+    /// Whether every call of `strata.v1` counts; else those of a peer that is [proved](Peer::prove).
+    pub calls_count: bool,
     /// Bounds on the one message that each call has to come; none where a call may have many.
     pub bodies: Option<Bodies>,
 }
@@ -77,7 +80,12 @@ pub async fn serve(
         .max_concurrent_streams(Some(MAX_STREAMS))
         .http2_max_header_list_size(MAX_HEADER_LIST)
         .serve_with_incoming_shutdown(
-            Explained { routes: routes.prepare(), served, bodies: limits.bodies.map(Budget::new) },
+            Explained {
+                routes: routes.prepare(),
+                served,
+                calls_count: limits.calls_count,
+                bodies: limits.bodies.map(Budget::new),
+            },
             connections::accept(listener, served.http1, limits.connections),
             draining,
         );

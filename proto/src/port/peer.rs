@@ -15,10 +15,11 @@ use std::{
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
-    sync::OwnedSemaphorePermit,
     time::Sleep,
 };
 use tonic::transport::server::Connected;
+
+use super::places::{Place, Standing};
 
 /// A connection, as a call that came by it knows it: one of the extensions of a request.
 #[derive(Debug, Clone)]
@@ -29,19 +30,28 @@ pub struct Peer {
     pub is_local: bool,
     /// Bytes of its requests that have not come whole.
     pub(super) held: Arc<AtomicUsize>,
+    standing: Standing,
+}
+
+impl Peer {
+    /// Says that a call that came by it is one that the port is there for: until then, the connection makes room for
+    /// others when there are too many.
+    pub fn prove(&self) {
+        self.standing.prove();
+    }
 }
 
 /// Number of the connection that was accepted last, by whichever port.
 static LAST: AtomicU64 = AtomicU64::new(0);
 
-/// A connection that was accepted. Reading fails if it does not begin in time: what every HTTP/2 connection begins with
-/// comes from its client alone, and before that nothing asks whether it is still there.
+/// A connection that was accepted. Reading fails if it has to make room for another one, or does not begin in time: what
+/// every HTTP/2 connection begins with comes from its client alone, and before that nothing asks whether it is still there.
 #[derive(Debug)]
 pub(super) struct Connection {
     stream: TcpStream,
     peer: Peer,
-    /// Its place among the connections of the port.
-    _place: OwnedSemaphorePermit,
+    /// Among the connections of the port.
+    place: Place,
     /// Until it has begun.
     beginning: Option<Beginning>,
 }
@@ -55,12 +65,12 @@ struct Beginning {
 
 impl Connection {
     /// A connection whose client has `within` to say its first `opening` bytes.
-    pub fn new(stream: TcpStream, place: OwnedSemaphorePermit, opening: usize, within: Duration) -> Self {
+    pub fn new(stream: TcpStream, place: Place, opening: usize, within: Duration) -> Self {
         let connection = LAST.fetch_add(1, Ordering::Relaxed) + 1;
         let beginning = Beginning { left: opening, late: Box::pin(tokio::time::sleep(within)) };
         let is_local = stream.peer_addr().is_ok_and(|address| address.ip().to_canonical().is_loopback());
-        let peer = Peer { connection, is_local, held: Arc::default() };
-        Connection { stream, peer, _place: place, beginning: Some(beginning) }
+        let peer = Peer { connection, is_local, held: Arc::default(), standing: place.standing.clone() };
+        Connection { stream, peer, place, beginning: Some(beginning) }
     }
 }
 
@@ -78,6 +88,9 @@ impl AsyncRead for Connection {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.place.poll_left(context).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
         let before = buffer.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(context, buffer);
         if let Some(beginning) = &mut self.beginning {

@@ -26,6 +26,7 @@ use self::{
     strangers::{Place, Strangers},
 };
 use super::{Downstream, End, Link, LinkError, LinkToken, Transport, Upstream};
+use crate::sparing::Sparing;
 
 const HELLO: [u8; 8] = *b"strata\x00\x01";
 /// How long the answer to a hello may take to be sent.
@@ -67,6 +68,7 @@ impl Listener {
         let expected = Arc::<Mutex<HashMap<LinkToken, SyncSender<TcpStream>>>>::default();
         let waiting = expected.clone();
         thread::Builder::new().name("strata-links".into()).spawn(move || {
+            static REFUSALS: Sparing = Sparing::new();
             let strangers = Strangers::default();
             for stream in socket.incoming() {
                 let Ok(stream) = stream else {
@@ -77,7 +79,9 @@ impl Listener {
                 let Ok(place) = strangers.welcome(&stream) else { continue };
                 let waiting = waiting.clone();
                 let greeter = thread::Builder::new().name("strata-hello".into()).spawn(move || {
-                    if let Err(error) = greet(stream, place, &waiting) {
+                    if let Err(error) = greet(stream, place, &waiting)
+                        && REFUSALS.may_tell()
+                    {
                         tracing::warn!(%error, "refused a connection to the activation port");
                     }
                 });

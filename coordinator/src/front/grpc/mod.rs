@@ -74,6 +74,7 @@ pub async fn serve(
     let limits = Limits {
         pings: Pings { every: CLIENT_PING_EVERY, timeout: CLIENT_PING_TIMEOUT },
         connections: clients.connections,
+        calls_count: true,
         bodies: Some(Bodies {
             total: clients.unfinished_bytes,
             // As many as one client may well send at once, and a part of what all may.

@@ -348,3 +348,27 @@ fn after_a_burst_another_tenant_waits_no_longer_than_behind_one_of_its_own() {
     let own: Vec<_> = std::iter::repeat_n("a", 200).collect();
     assert!(steps_until_answered(&own) > 10 * alone, "its own wait for each other");
 }
+
+#[test]
+fn in_a_full_cache_those_give_way_whose_tenant_holds_most() {
+    let mut w = world(30, 1);
+    // Four of one tenant, then one of another, who is the youngest: with their answers they need 60 blocks.
+    for id in 0..5u32 {
+        let work = Work::Generate { max_tokens: 40, ends: vec![], sampling: v1::RowSampling::default() };
+        let (prompt, tenant) = (vec![id; 8], if id < 4 { "burst" } else { "other" }.into());
+        submit(&mut w.scheduler, id.into(), Request { prompt, tenant, connection: 0, deadline: None, work })
+            .unwrap();
+    }
+    let (mut began, mut ended) = ([0; 5], Vec::new());
+    while let Some(meta) = w.scheduler.next_step() {
+        meta.rows.iter().filter(|row| row.reset).for_each(|row| began[row.sequence as usize] += 1);
+        let samples = meta.rows.iter().filter(|row| row.output() == v1::RowOutput::Token);
+        let outputs: Vec<_> = samples.map(|row| (row.sequence, Output::Token(9))).collect();
+        let committed = w.scheduler.commit(meta.step, &outputs).unwrap();
+        ended.extend(committed.iter().filter(|c| c.finished.is_some()).map(|c| c.sequence));
+    }
+    assert!(w.scheduler.stats().preemptions > 0);
+    assert_eq!((began[0], began[4]), (1, 1), "{began:?}: neither the oldest nor who holds little");
+    assert_eq!(ended.len(), 5);
+    assert!(ended.iter().position(|id| *id == 4) < Some(2), "{ended:?}");
+}

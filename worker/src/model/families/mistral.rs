@@ -2,6 +2,8 @@
 //! Llama with a sliding window, of Ministral on some layers; Ministral 3 sharpens queries far into a sequence; Mixtral has
 //! experts.
 
+use serde_json::{Value, json};
+
 use super::{Description, llama};
 use crate::model::{
     ModelError,
@@ -27,11 +29,23 @@ pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
 }
 
 pub(super) fn describe_ministral_3(config: &Config) -> Result<Description, ModelError> {
-    let mut description = llama::describe(config)?;
-    slide(&mut description, super::window(config, None)?);
+    let mut config = config.clone();
+    if config.get("rope_parameters").is_none() && config.get("rope_scaling").is_none() {
+        config = config.with("rope_parameters", ministral_3_ropes());
+    }
+    let mut description = llama::describe(&config)?;
+    slide(&mut description, super::window(&config, None)?);
     let tower = &mut description.tower;
-    tower.ropes[0].sharpening = rope::sharpening(config, tower.context)?;
+    tower.ropes[0].sharpening = rope::sharpening(&config, tower.context)?;
     Ok(description)
+}
+
+/// What transformers assumes where Ministral 3's file is silent.
+fn ministral_3_ropes() -> Value {
+    json!({
+        "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16_384,
+        "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+    })
 }
 
 pub(super) fn describe_mixtral(config: &Config) -> Result<Description, ModelError> {

@@ -2,6 +2,7 @@
 
 mod bert;
 mod cohere;
+mod defaults;
 mod exaone;
 mod falcon;
 mod gemma;
@@ -129,6 +130,7 @@ fn describe_plain(config: &Config, is_pooled: bool) -> Result<(String, Descripti
     let name = config.string("model_type")?.ok_or_else(|| config.error("model_type", expected()))?;
     let family = FAMILIES.iter().find(|family| family.name == name);
     let family = family.ok_or_else(|| config.error("model_type", expected()))?;
+    let config = &defaults::complete(config, family.name)?;
     let mut description = (family.describe)(config)?;
     task::of_decoder(config, &mut description, is_pooled)?;
     Ok((name.to_owned(), description))

@@ -3,7 +3,7 @@
 
 use serde_json::json;
 
-use super::Description;
+use super::{Description, defaults};
 use crate::model::{
     architecture::{Slot, Source},
     config::{Config, ConfigError},
@@ -32,45 +32,6 @@ const WRAPPERS: &[Wrapper] = &[
 /// Names of decoders that are those of other families with another way to count positions of images.
 const ALIASES: &[(&str, &str)] =
     &[("qwen2_vl_text", "qwen2"), ("qwen2_5_vl_text", "qwen2"), ("qwen3_vl_text", "qwen3")];
-
-/// What transformers' classes assume where a `text_config` is silent, as many published ones are.
-const DEFAULTS: &[(&str, &[(&str, usize)])] = &[
-    (
-        "gemma3_text",
-        &[
-            ("vocab_size", 262_208),
-            ("hidden_size", 2304),
-            ("intermediate_size", 9216),
-            ("num_hidden_layers", 26),
-            ("num_attention_heads", 8),
-            ("num_key_value_heads", 4),
-            ("head_dim", 256),
-            ("max_position_embeddings", 131_072),
-        ],
-    ),
-    (
-        "llama",
-        &[
-            ("vocab_size", 32_000),
-            ("hidden_size", 4096),
-            ("intermediate_size", 11_008),
-            ("num_hidden_layers", 32),
-            ("num_attention_heads", 32),
-        ],
-    ),
-    (
-        "mistral",
-        &[
-            ("vocab_size", 32_000),
-            ("hidden_size", 4096),
-            ("intermediate_size", 14_336),
-            ("num_hidden_layers", 32),
-            ("num_attention_heads", 32),
-            ("num_key_value_heads", 8),
-            ("max_position_embeddings", 131_072),
-        ],
-    ),
-];
 
 /// Fields that a file may have beside `text_config` instead of inside.
 const OUTER: [&str; 7] = [
@@ -114,13 +75,8 @@ pub(super) fn text(config: &Config) -> Result<Option<Config>, ConfigError> {
     }
     let inner = text.string("model_type")?.filter(|inner| Some(*inner) != name).unwrap_or(wrapper.family);
     let family = ALIASES.iter().find(|(alias, _)| *alias == inner).map_or(inner, |(_, family)| family);
-    let family = family.to_owned();
-    for (field, value) in DEFAULTS.iter().filter(|(name, _)| *name == family).flat_map(|(_, fields)| *fields)
-    {
-        if !text.mentions(field) {
-            text = text.with(field, json!(value));
-        }
-    }
+    // By the inner name, whose class may assume something else than the family's; many published files leave most out.
+    let text = defaults::complete(&text, inner)?;
     Ok(Some(text.with("model_type", json!(family))))
 }
 

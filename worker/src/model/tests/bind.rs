@@ -194,7 +194,7 @@ fn windows_are_read_as_transformers_reads_them() {
 
     for family in ["qwen2", "qwen3"] {
         let with = |changes: &[(&str, Value)]| {
-            let base = [("model_type", json!(family)), ("sliding_window", json!(9))];
+            let base = [("model_type", json!(family)), ("sliding_window", json!(9)), ("head_dim", json!(4))];
             windows(&[&base[..], changes].concat())
         };
         let on = || ("use_sliding_window", json!(true));
