@@ -1,4 +1,4 @@
-//! GGUF files served: their tokenizers and chat templates, and the bits that they have
+//! GGUF files served: their tokenizers and chat templates, and the bits that they have.
 
 use strata_proto::{
     DType, Quantization,

@@ -1,4 +1,4 @@
-"""Write gguf/: models of this folder as GGUF files, as llama.cpp's conversion would, and blocks of every format, widened.
+"""Write gguf/, models of this folder as GGUF files and blocks of every format.
 
 Needs numpy, gguf and sentencepiece. Names of tensors and metadata are those of the gguf package; what llama.cpp's
 conversion does to values (rows of queries and keys, norms less one, factors of rotation) is done here. Arguments are names of

@@ -1,4 +1,4 @@
-//! GGUF files: a model in one file, or in several parts, with its configuration and its tokenizer as metadata.
+//! GGUF files: a model in one, or in parts, with its configuration and tokenizer as metadata.
 
 pub(crate) mod blocks;
 mod config;

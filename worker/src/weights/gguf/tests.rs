@@ -1,3 +1,5 @@
+//! Blocks, headers and parts of GGUF files: what they mean, and what is refused.
+
 use std::{io::Write, path::PathBuf};
 
 use half::f16;
