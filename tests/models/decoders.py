@@ -120,6 +120,11 @@ FIXTURES |= {
         model_type="smolvlm", scale_factor=2, image_token_id=319, vision_config=dict(SEES, model_type="smolvlm_vision"),
         text_config=dict(TEXT, model_type="llama")), BF16, "1GB"),
 }
+# Those that came later, behind the others: a fixture's seeds go by its place.
+FIXTURES |= {
+    # Factors less one, scaled embeddings, and an activation by the name that the first files have.
+    "gemma-f32": (of("gemma", hidden_act="gelu", num_key_value_heads=1), F32, "1GB"),
+}
 
 
 def saved_as(name):

@@ -1,6 +1,7 @@
-"""Make random_configs.json: decoders of every family with configurations drawn at random, and what transformers makes of them.
+"""Make random_configs.json: models of every family with configurations drawn at random, and what transformers makes of them:
+decoders answer prompts, encoders classify.
 
-usage: python make_random_configs.py [--count 330] [--first 0] [OUT]        (needs requirements.txt)
+usage: python make_random_configs.py [--each 10] [OUT]        (needs requirements.txt)
 
 The file holds no weights: `weight` makes each from its tensor's name, and so does the test that reads the file. All are exact in
 bfloat16. Configurations are written as transformers 5 does or as 4 did, with fields left out or null where that changes no
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
@@ -118,6 +119,10 @@ def qwen3_moe(d):
                 attention_bias=d([True, False]))
 
 
+def gemma(d):
+    return dict(dims(d), **turns(d), hidden_act=d(["gelu_pytorch_tanh", "gelu", "silu"]), attention_bias=d([True, False]))
+
+
 def gemma2(d):
     sizes = dims(d)
     return dict(sizes, **windows(d, sizes["num_hidden_layers"]), query_pre_attn_scalar=d([8, 20, 64]),
@@ -157,7 +162,7 @@ def gpt_neox(d):
 def smollm3(d):
     sizes = dims(d, own_heads=False)
     layers = sizes["num_hidden_layers"]
-    return dict(sizes, **turns(d), no_rope_layers=[d([0, 1]) for _ in range(layers)], use_sliding_window=True,
+    return dict(sizes, **turns(d), no_rope_layers=[d([0, 1]) for _ in range(layers)], use_sliding_window=d([True, False]),
                 **windows(d, layers))
 
 
@@ -251,11 +256,53 @@ def nemotron(d):
 
 
 FAMILIES = dict(
-    cohere=cohere, cohere2=cohere2, exaone4=exaone4, falcon=falcon, gemma2=gemma2, gemma3_text=gemma3_text, glm=glm, glm4=glm,
-    glm4_moe=glm4_moe, gpt2=gpt2, gpt_neox=gpt_neox, granite=granite, granitemoe=granitemoe, hunyuan_v1_dense=hunyuan,
+    cohere=cohere, cohere2=cohere2, exaone4=exaone4, falcon=falcon, gemma=gemma, gemma2=gemma2, gemma3_text=gemma3_text, glm=glm,
+    glm4=glm, glm4_moe=glm4_moe, gpt2=gpt2, gpt_neox=gpt_neox, granite=granite, granitemoe=granitemoe, hunyuan_v1_dense=hunyuan,
     llama=llama, ministral=ministral, ministral3=ministral3, mistral=mistral, mixtral=mixtral, nemotron=nemotron, olmo2=olmo2,
     olmo3=olmo3, olmoe=olmoe, phi=phi, phi3=phi3, qwen2=qwen2, qwen2_moe=qwen2_moe, qwen3=qwen3, qwen3_moe=qwen3_moe,
     seed_oss=seed_oss, smollm3=smollm3, stablelm=stablelm, starcoder2=starcoder2)
+
+# Tokens of the tokenizers that the test puts beside encoders.
+ENCODER_VOCAB = 300
+
+
+def encoder(d):
+    """What any encoder of BERT's kind has."""
+    heads = d([1, 2, 3, 4])
+    return dict(vocab_size=ENCODER_VOCAB, num_hidden_layers=d([1, 2, 3]), num_attention_heads=heads,
+                hidden_size=heads * d([8, 12, 16]), intermediate_size=d([20, 36, 48]), max_position_embeddings=CONTEXT,
+                num_labels=d([1, 2, 3]))
+
+
+def bert(d):
+    return dict(encoder(d), hidden_act=d(["gelu", "gelu_new", "relu", "silu"]), type_vocab_size=d([1, 2]))
+
+
+def electra(d):
+    sizes = bert(d)
+    return dict(sizes, embedding_size=sizes["hidden_size"])
+
+
+def distilbert(d):
+    sizes = encoder(d)
+    return dict(vocab_size=ENCODER_VOCAB, dim=sizes["hidden_size"], n_layers=sizes["num_hidden_layers"],
+                n_heads=sizes["num_attention_heads"], hidden_dim=sizes["intermediate_size"], max_position_embeddings=CONTEXT,
+                activation=d(["gelu", "relu"]), num_labels=sizes["num_labels"])
+
+
+def modernbert(d):
+    return dict(encoder(d), local_attention=d([6, 14, 128]), global_attn_every_n_layers=d([1, 2, 3]),
+                classifier_pooling=d(["cls", "mean"]), classifier_bias=d([True, False]), norm_bias=d([True, False]),
+                attention_bias=d([True, False]), mlp_bias=d([True, False]), hidden_activation=d(["gelu", "silu"]),
+                classifier_activation=d(["gelu", "silu"]))
+
+
+def rotary(d):
+    return dict(encoder(d), type_vocab_size=d([1, 2]))
+
+
+ENCODERS = {"bert": bert, "camembert": bert, "distilbert": distilbert, "electra": electra, "gte": rotary, "modernbert": modernbert,
+            "nomic_bert": rotary, "roberta": bert, "xlm-roberta": bert}
 
 
 # Weights.
@@ -289,19 +336,22 @@ def kind(name, tensor):
     return float(2.0 ** round(np.log2((3 / inner) ** 0.5))), 0.0
 
 
-def drawn(number):
-    """A family, its configuration, and a model of it; the next try where transformers refuses one."""
-    families = sorted(FAMILIES)
-    family = families[number % len(families)]
+def auto(family):
+    """The class of a family's models."""
+    return AutoModelForCausalLM if family in FAMILIES else AutoModelForSequenceClassification
+
+
+def drawn(family, number):
+    """A source of chance, and a model; the next try where transformers refuses one."""
     for attempt in range(50):
-        rng = random.Random(f"{number} {attempt}")
-        settings = FAMILIES[family](lambda options: options[rng.randrange(len(options))])
+        rng = random.Random(f"{family} {number} {attempt}")
+        settings = (FAMILIES | ENCODERS)[family](lambda options: options[rng.randrange(len(options))])
         try:
             config = AutoConfig.for_model(family, bos_token_id=0, eos_token_id=1, pad_token_id=2, **settings)
             torch.manual_seed(0)
-            yield family, rng, AutoModelForCausalLM.from_config(config)
+            yield rng, auto(family).from_config(config)
         except Exception as error:
-            print(number, family, "drawn again:", type(error).__name__, str(error)[:100])
+            print(family, number, "drawn again:", type(error).__name__, str(error)[:100])
 
 
 @torch.no_grad()
@@ -330,12 +380,24 @@ def prompts(model, rng, vocab):
     return found
 
 
+@torch.no_grad()
+def classified(model, rng):
+    """Inputs and their logits."""
+    found = []
+    for low, high in ((1, 12), (40, LONGEST)):
+        ids = [rng.randrange(5, ENCODER_VOCAB) for _ in range(rng.randint(low, high))]
+        inputs = torch.tensor([ids])
+        logits = model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits[0]
+        found.append({"ids": ids, "greedy_ids": [], "last_row": [float(f"{x:.6g}") for x in logits.tolist()]})
+    return found
+
+
 def shapes(config, folder):
     """The tensors that a model of this config.json has; none if transformers refuses it."""
     (folder / "config.json").write_text(json.dumps(config))
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+            model = auto(config["model_type"]).from_config(AutoConfig.from_pretrained(folder))
         return {name: tensor.shape for name, tensor in model.state_dict().items()}
     except Exception:
         return None
@@ -353,6 +415,9 @@ def as_version_4(config):
     if rope.pop("rope_type") != "default":
         old["rope_scaling"] = config["rope_parameters"] | {}
         del old["rope_scaling"]["rope_theta"]
+    if config["model_type"] == "gpt_neox":
+        old["rotary_emb_base"] = old.pop("rope_theta")
+        old["rotary_pct"] = old.pop("partial_rotary_factor", 0.25)
     return old
 
 
@@ -365,7 +430,9 @@ def rewritten(config, rng, folder):
     for key in rng.sample(sorted(config), len(config)):
         chance = rng.random()
         # More experts for a token than there are is nonsense that transformers computes where no layer has any.
-        if key in ("model_type", "num_experts_per_tok") or chance > 0.35:
+        # Heads that are one or no dimension wide are, too. Nobody knows what an encoder without `architectures` is for.
+        kept = {"model_type", "num_experts_per_tok", "num_attention_heads", "n_head", "n_heads", *(["architectures"] if config["model_type"] in ENCODERS else [])}
+        if key in kept or chance > 0.35:
             continue
         less = {k: v for k, v in config.items() if k != key}
         if chance < 0.04:
@@ -375,8 +442,8 @@ def rewritten(config, rng, folder):
     return config
 
 
-def case(number, folder):
-    for family, rng, model in drawn(number):
+def case(family, number, folder):
+    for rng, model in drawn(family, number):
         dtype = (torch.float32, torch.bfloat16, torch.float16)[rng.randrange(3)]
         model.to(dtype).save_pretrained(folder)
         files = sorted(folder.glob("*.safetensors"))
@@ -390,19 +457,23 @@ def case(number, folder):
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "generation_config.json").unlink(missing_ok=True)
         try:
-            loaded, info = AutoModelForCausalLM.from_pretrained(
+            loaded, info = auto(family).from_pretrained(
                 folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
             assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
-            loaded.eval().generation_config.eos_token_id = None
-            rows = prompts(loaded, rng, loaded.config.vocab_size)
+            loaded.eval()
+            if family in FAMILIES:
+                loaded.generation_config.eos_token_id = None
+                rows = prompts(loaded, rng, loaded.config.vocab_size)
+            else:
+                rows = classified(loaded, rng)
         except Exception as error:
-            print(number, family, "drawn again:", type(error).__name__, str(error)[:200])
+            print(family, number, "drawn again:", type(error).__name__, str(error)[:200])
             continue
         if rows:
-            return {"number": number, "config": config, "dtype": str(dtype).removeprefix("torch."), "tensors": compact(plan),
+            return {"family": family, "number": number, "config": config, "dtype": str(dtype).removeprefix("torch."), "tensors": compact(plan),
                     "prompts": rows}
-        print(number, family, "drawn again: no clear prompts")
-    raise SystemExit(f"{number}: nothing to be had")
+        print(family, number, "drawn again: no clear prompts")
+    raise SystemExit(f"{family} {number}: nothing to be had")
 
 
 def compact(plan):
@@ -418,13 +489,13 @@ def compact(plan):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("out", nargs="?", type=pathlib.Path, default=pathlib.Path(__file__).parent / "random_configs.json")
-    parser.add_argument("--count", type=int, default=330)
-    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--each", type=int, default=10)
     arguments = parser.parse_args()
     lines = []
-    for number in range(arguments.first, arguments.first + arguments.count):
-        with tempfile.TemporaryDirectory() as folder:
-            lines.append(json.dumps(case(number, pathlib.Path(folder)), separators=(",", ":")))
+    for family in sorted(FAMILIES | ENCODERS):
+        for number in range(arguments.each):
+            with tempfile.TemporaryDirectory() as folder:
+                lines.append(json.dumps(case(family, number, pathlib.Path(folder)), separators=(",", ":")))
     versions = {m.__name__: m.__version__ for m in (transformers, torch)}
     arguments.out.write_text(f'{{"versions":{json.dumps(versions)},"models":[\n' + ",\n".join(lines) + "\n]}\n")
     print(arguments.out, arguments.out.stat().st_size, "bytes")

@@ -106,6 +106,15 @@ impl Config {
         self
     }
 
+    /// This object with one field in the place of another: `from` as `to`, which is absent if `from` is.
+    pub fn with_only(mut self, from: &str, to: &str) -> Config {
+        match self.fields.remove(from) {
+            Some(value) => self.fields.insert(to.to_owned(), value),
+            None => self.fields.remove(to),
+        };
+        self
+    }
+
     /// This object with the fields of another one in the place of its own.
     pub fn updated_by(mut self, other: &Config) -> Config {
         self.fields.extend(other.fields.clone());
@@ -174,9 +183,9 @@ impl Config {
         list.map(Some).ok_or_else(|| self.error(field, "a list of strings"))
     }
 
-    /// A boolean, `default` if the field is absent.
+    /// A boolean, `default` if the field is absent; `null` is false, as it is in Python.
     pub fn flag(&self, field: &str, default: bool) -> Result<bool, ConfigError> {
-        let Some(value) = self.get(field) else { return Ok(default) };
+        let Some(value) = self.get(field) else { return Ok(default && !self.mentions(field)) };
         value.as_bool().ok_or_else(|| self.error(field, "true or false"))
     }
 

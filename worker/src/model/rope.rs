@@ -34,7 +34,7 @@ pub(super) fn resolve(
     let parameters = parameters(config)?;
     let theta = match parameters.as_ref().map(|p| p.positive("rope_theta")).transpose()?.flatten() {
         Some(theta) => Some(theta),
-        None => config.positive("rope_theta")?.or(config.positive("rotary_emb_base")?),
+        None => config.positive("rope_theta")?,
     };
     let theta = theta.unwrap_or(defaults.theta);
     frequencies(config, parameters.as_ref(), (theta, head_dim), context, defaults)
@@ -116,10 +116,7 @@ fn frequencies(
     let partial = match defaults.partial {
         // Nobody looks at it, so it may be anything.
         None if kind == Kind::Plain => 1.0,
-        default => match either("partial_rotary_factor")? {
-            Some(partial) => partial,
-            None => config.positive("rotary_pct")?.or(default).unwrap_or(1.0),
-        },
+        default => either("partial_rotary_factor")?.or(default).unwrap_or(1.0),
     };
     // Hunyuan calls dynamic what stretches the base once and for all.
     let alpha = match (kind, parameters) {
@@ -374,7 +371,7 @@ mod tests {
     fn a_part_of_a_head_turns_and_longrope_has_a_set_for_long_sequences() {
         for fields in [
             json!({"partial_rotary_factor": 0.5}),
-            json!({"rotary_pct": 0.5, "rotary_emb_base": 10000}),
+            json!({"partial_rotary_factor": 0.5, "rope_theta": 10000}),
             json!({"rope_parameters": {"partial_rotary_factor": 0.5}}),
             json!({"rope_parameters": {"partial_rotary_factor": 0.5}, "partial_rotary_factor": 0.25}),
         ] {
@@ -513,7 +510,7 @@ mod tests {
             (json!({"rope_scaling": 3}), "an object"),
             (json!({"partial_rotary_factor": 0.4}), "partial_rotary_factor is 0.4"),
             (json!({"partial_rotary_factor": 2}), "partial_rotary_factor is 2"),
-            (json!({"rotary_pct": 1e-9}), "a share of 8 dimensions"),
+            (json!({"partial_rotary_factor": 1e-9}), "a share of 8 dimensions"),
         ] {
             let defaults = Defaults { partial: Some(1.0), ..DEFAULTS };
             let e = resolve(&config(fields.clone()), 8, 64, defaults).unwrap_err().to_string();

@@ -1,6 +1,7 @@
-//! Gemma 2 and the text of Gemma 3 (transformers' `modeling_gemma2.py`, `modeling_gemma3.py`): Llama with norms on both
-//! sides of each block, whose files hold the factors less one; scaled embeddings; windows on most layers. Gemma 2
-//! bounds scores and logits softly; Gemma 3 norms the heads and turns local layers by other frequencies.
+//! Gemma 1, 2 and the text of 3 (transformers' `modeling_gemma.py`, `modeling_gemma2.py`, `modeling_gemma3.py`): Llama with scaled
+//! embeddings and norms whose files hold the factors less one. Gemma 2 and 3 have them on both sides of each block, and
+//! windows on most layers; Gemma 2 bounds scores and logits softly; Gemma 3 norms the heads and turns local layers by other
+//! frequencies.
 
 use super::{Description, llama, qwen};
 use crate::model::{
@@ -14,6 +15,20 @@ use crate::model::{
 const DEFAULT_WINDOW: usize = 4096;
 const DEFAULT_PATTERN: usize = 6;
 const DEFAULT_SCALAR: f64 = 256.0;
+
+pub(super) fn describe_1(config: &Config) -> Result<Description, ModelError> {
+    let mut description = llama::describe(config)?;
+    let tower = &mut description.tower;
+    tower.input.scale = (tower.width as f64).sqrt() as f32;
+    for layer in &mut tower.layers {
+        let mlp = layer.ffn.mlp();
+        // Files of the first release say `gelu`, and mean its approximation.
+        let act = if mlp.act == Act::Gelu { Act::GeluTanh } else { mlp.act };
+        layer.ffn = Ffn::Gated(Mlp { act, ..mlp });
+    }
+    super::norms_less_one(&mut description.names);
+    Ok(description)
+}
 
 pub(super) fn describe_2(config: &Config) -> Result<Description, ModelError> {
     // Every second layer sees all.

@@ -91,13 +91,16 @@ pub(super) fn describe_neox(config: &Config) -> Result<Description, ModelError> 
     };
     let context = config.integer("max_position_embeddings", 1..=1 << 23)?.unwrap_or(2048);
     let defaults = rope::Defaults { partial: Some(0.25), ..rope::DEFAULTS };
+    // Its own names for what others have by these; the class does not look at those.
+    let turning = config.clone().with_only("rotary_emb_base", "rope_theta");
+    let turning = turning.with_only("rotary_pct", "partial_rotary_factor");
     Ok(Description {
         tower: Tower {
             width,
             vocab: config.required("vocab_size", 1..=1 << 24)?,
             context,
             input: Input::TOKENS,
-            ropes: vec![rope::resolve(config, head_dim, context, defaults)?],
+            ropes: vec![rope::resolve(&turning, head_dim, context, defaults)?],
             caches: true,
             whole_input: false,
             carried: Vec::new(),

@@ -70,6 +70,7 @@ const FAMILIES: &[Family] = &[
     word_piece("electra", bert::describe_electra),
     bpe("exaone4", exaone::describe),
     bpe("falcon", falcon::describe),
+    bpe("gemma", gemma::describe_1),
     bpe("gemma2", gemma::describe_2),
     bpe("gemma3_text", gemma::describe_3),
     bpe("glm", glm::describe),

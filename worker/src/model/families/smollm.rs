@@ -24,11 +24,10 @@ pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
             return Err(config.error("no_rope_layers", expected).into());
         }
     };
-    let window = match config.flag("use_sliding_window", false)? {
-        true => super::window(config, None)?,
-        false => None,
-    };
-    let slides = super::sliding_layers(config, layers.len(), |layer| turns[layer] == 0)?;
+    // Where the file lists which layers slide, they do, used or not; otherwise those that turn nothing, if it is used.
+    let window = super::window(config, None)?;
+    let used = window.is_some() && config.flag("use_sliding_window", false)?;
+    let slides = super::sliding_layers(config, layers.len(), |layer| used && turns[layer] == 0)?;
     for ((layer, turns), slides) in layers.iter_mut().zip(turns).zip(slides) {
         if turns == 0 {
             layer.attention.position = Position::None;
