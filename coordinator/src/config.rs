@@ -2,7 +2,7 @@
 
 use std::{ops::RangeInclusive, time::Duration};
 
-use strata_proto::{DType, LinkKind, ModelProfile, Quantization, Secret};
+use strata_proto::{DType, LinkKind, ModelProfile, Quantization, Secret, v1::Task};
 
 use crate::{planner::Split, preflight::Check};
 
@@ -142,6 +142,14 @@ impl Deployment {
     /// The heartbeat timeout as calls carry it.
     pub(crate) fn heartbeat_timeout_ms(&self) -> u32 {
         u32::try_from(self.heartbeat_timeout.as_millis()).unwrap_or(u32::MAX)
+    }
+
+    /// Most outputs in one step: as many as tokens, of a model that says something of each.
+    pub(crate) fn step_rows(&self, profile: &ModelProfile) -> u32 {
+        match profile.task {
+            Task::ClassifyTokens | Task::Answer => self.max_step_tokens,
+            _ => self.max_step_rows,
+        }
     }
 
     /// The longest sequence that is served.

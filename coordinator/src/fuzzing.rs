@@ -95,6 +95,6 @@ pub fn encode(request: v1::FillMaskRequest, reader: &Reader, profile: &ModelProf
         let tokens = input.ids.len() as u32;
         assert!((1..=LONGEST).contains(&tokens), "{tokens} tokens");
         assert!(input.ids.iter().all(|id| *id < profile.vocab_size));
-        assert!(!input.encode.masked.is_empty() && input.encode.masked.iter().all(|at| *at < tokens));
+        assert!(!input.encode.positions.is_empty() && input.encode.positions.iter().all(|at| *at < tokens));
     }
 }

@@ -76,6 +76,12 @@ pub enum Command {
     /// Turn texts into vectors
     #[command(after_help = examples::EMBED)]
     Embed(EmbedArgs),
+    /// Classify the tokens of texts, or what they make up
+    #[command(after_help = examples::TAG)]
+    Tag(TagArgs),
+    /// Find the parts of a text that answer a question
+    #[command(after_help = examples::ANSWER)]
+    Answer(QuestionArgs),
     /// Guess the tokens behind the masks of texts
     #[command(after_help = examples::FILL_MASK)]
     FillMask(FillMaskArgs),
@@ -125,6 +131,8 @@ impl Command {
             Command::Verify(args) => args.json,
             Command::Generate(args) => args.json,
             Command::Rerank(args) => args.json,
+            Command::Tag(args) => args.json,
+            Command::Answer(args) => args.json,
             Command::Classify(ClassifyArgs { input })
             | Command::Embed(EmbedArgs { input, .. })
             | Command::FillMask(FillMaskArgs { input, .. }) => input.json,

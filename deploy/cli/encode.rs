@@ -159,7 +159,7 @@ pub async fn fill_mask(args: FillMaskArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn client(server: &Server) -> InferenceClient<Channel> {
+pub fn client(server: &Server) -> InferenceClient<Channel> {
     InferenceClient::new(server.channel.clone()).max_decoding_message_size(MAX_ANSWER)
 }
 
@@ -203,10 +203,10 @@ fn truncation(args: &InputArgs) -> i32 {
     args.truncate.map_or(Truncation::Unspecified, Into::into) as i32
 }
 
-fn line(index: usize, tokens: u32, dropped: u32) -> Value {
+pub fn line(index: usize, tokens: u32, dropped: u32) -> Value {
     json!({"index": index, "tokens": tokens, "dropped_tokens": dropped})
 }
 
-fn note(dropped: u32) -> String {
+pub fn note(dropped: u32) -> String {
     if dropped == 0 { String::new() } else { format!("  ({dropped} tokens were left out)") }
 }

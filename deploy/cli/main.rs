@@ -19,6 +19,7 @@ mod local;
 mod model_dir;
 mod open_files;
 mod origin;
+mod parts;
 mod plan;
 mod prompt;
 mod random_model;
@@ -107,6 +108,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             Command::Generate(args) => generate::generate(args).await,
             Command::Classify(args) => encode::classify(args).await,
             Command::Rerank(args) => encode::rerank(args).await,
+            Command::Tag(args) => parts::tag(args).await,
+            Command::Answer(args) => parts::answer(args).await,
             Command::Embed(args) => encode::embed(args).await,
             Command::FillMask(args) => encode::fill_mask(args).await,
             Command::Tokenize(args) => tokenize::tokenize(args).await,

@@ -49,6 +49,8 @@ fn must_generate(given: &Path) -> anyhow::Result<()> {
         Task::Classify => "classify",
         Task::Embed => "embed",
         Task::FillMask => "fill-mask",
+        Task::ClassifyTokens => "tag",
+        Task::Answer => "answer",
     };
     Err(report::misused(format!(
         "{name} does not generate text: serve it with `strata serve`, and ask it with `strata {command}`"

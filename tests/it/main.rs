@@ -21,6 +21,7 @@ mod lifecycle;
 mod loading;
 mod map;
 mod parity;
+mod parts;
 mod processes;
 mod proxy;
 mod random_models;

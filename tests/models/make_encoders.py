@@ -111,14 +111,27 @@ FIXTURES = {
         head_dim=8, intermediate_size=40, max_position_embeddings=128, sliding_window=12, use_bidirectional_attention=True,
         query_pre_attn_scalar=8, layer_types=["sliding_attention", "sliding_attention", "full_attention"]),
         torch.float32, dict(mode="pooling_mode_mean_tokens", normalize=True, longest=128)),
+    # Scores by the distance of query and key, in buckets that all layers share. As all-mpnet-base: the mean, of length 1.
+    "mpnet-embed-f32": (EMBED, dict(
+        model_type="mpnet", hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
+        max_position_embeddings=258), torch.float32, dict(mode="pooling_mode_mean_tokens", normalize=True, longest=256)),
+    "mpnet-mlm-bf16": (MASKS, dict(
+        model_type="mpnet", hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=258), torch.bfloat16, None),
+    "mpnet-classify-f32": (CLASSIFY, dict(
+        model_type="mpnet", hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=40,
+        max_position_embeddings=258, **LABELS), torch.float32, None),
 }
 # Families whose texts stand between <s> and </s>, and those that have a Unigram tokenizer.
 ROBERTAS = ("roberta", "xlm-roberta", "camembert", "jina_embeddings_v3", "qwen3", "llama", "gemma3_text")
+MPNET = ("mpnet",)
+# Families that are told which of two texts a token is of. Their own class of tokenizer does that, a generic one only if asked to.
+TOLD = ("bert", "electra", "nomic_bert")
 UNIGRAM = ("xlm-roberta", "camembert", "jina_embeddings_v3")
 
 
 def make_tokenizer(out, kind):
-    """WordPiece as BERT's, byte-level BPE as RoBERTa's, or Unigram as XLM-RoBERTa's."""
+    """WordPiece as BERT's or MPNet's, byte-level BPE as RoBERTa's, or Unigram as XLM-RoBERTa's."""
     if kind in UNIGRAM:
         special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
         tok = Tokenizer(models.Unigram())
@@ -144,6 +157,8 @@ def make_tokenizer(out, kind):
                      pad_token="<pad>", mask_token="<mask>")
     else:
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        if kind in MPNET:
+            special = ["<s>", "<pad>", "</s>", "[UNK]", "<mask>"]
         tok = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         tok.normalizer = normalizers.BertNormalizer(lowercase=True)
         tok.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -156,15 +171,21 @@ def make_tokenizer(out, kind):
         tok.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
         names = dict(unk_token="[UNK]", sep_token="[SEP]", pad_token="[PAD]", cls_token="[CLS]", mask_token="[MASK]")
+        if kind in MPNET:
+            tok.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+            names = dict(bos_token="<s>", eos_token="</s>", sep_token="</s>", cls_token="<s>", unk_token="[UNK]",
+                         pad_token="<pad>", mask_token="<mask>")
+    if kind in TOLD:
+        names["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     fast = PreTrainedTokenizerFast(tokenizer_object=tok, clean_up_tokenization_spaces=False,
-                                   model_max_length=256 if kind in UNIGRAM else 128, **names)
+                                   model_max_length=256 if kind in UNIGRAM + MPNET else 128, **names)
     fast.save_pretrained(out)
     return fast
 
 
 def make_model(kind, settings, seed):
     torch.manual_seed(seed)
-    roberta = settings["model_type"] in ROBERTAS
+    roberta = settings["model_type"] in ROBERTAS + MPNET
     # The ids of its own special tokens, not those of the published models.
     ids = dict(bos_token_id=0, eos_token_id=2) if roberta else dict(bos_token_id=None, eos_token_id=None)
     modern = dict(cls_token_id=2, sep_token_id=3) if settings["model_type"] == "modernbert" else {}

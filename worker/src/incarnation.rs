@@ -214,7 +214,9 @@ impl Incarnation {
                 RowOutput::None => {}
                 RowOutput::Token | RowOutput::Logits => outputs.extend(at + certain - 1..at + row.count),
                 RowOutput::Vector => outputs.push(at + row.pooled_from),
-                RowOutput::Masks => outputs.extend(row.masked.iter().map(|position| at + position)),
+                RowOutput::Masks | RowOutput::Vectors => {
+                    outputs.extend(row.positions.iter().map(|position| at + position))
+                }
             }
             let sampler = self.sequences.get(&row.sequence).and_then(|s| s.sampler.as_ref());
             if let (RowOutput::Token, Some(sampler)) = (row.output(), sampler) {

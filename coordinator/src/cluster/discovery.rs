@@ -405,7 +405,7 @@ fn problem<'a>(profile: &'a ModelProfile, offers: &'a [Offer], deployment: &'a D
         kv_tokens: deployment.kv_tokens.or(contexts),
         state_slots: deployment.max_sequences.unwrap_or(deployment.max_step_rows),
         max_step_tokens: deployment.max_step_tokens,
-        max_step_rows: deployment.max_step_rows,
+        max_step_rows: deployment.step_rows(profile),
     }
 }
 

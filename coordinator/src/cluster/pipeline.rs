@@ -114,6 +114,8 @@ impl Pipeline {
         deployment: &Deployment,
         history: &History,
     ) -> Result<Pipeline, PipelineError> {
+        let max_step_rows = deployment.step_rows(&found.profile);
+        let deployment = &Deployment { max_step_rows, ..deployment.clone() };
         let replica = plan.replicas.first().cloned().ok_or(PipelineError::NoWorkers)?;
         let setups = setups(found, plan, &replica, fence);
         let abort = AbortHandle {

@@ -232,6 +232,7 @@ async fn answer(session: &Session, task: Task, token: u32) -> Result<Vec<f32>, S
             let request = v1::EmbedRequest { inputs, ..v1::EmbedRequest::default() };
             Ok(session.embed(request).await?.results.into_iter().flat_map(|r| r.values).collect())
         }
+        Task::ClassifyTokens | Task::Answer => session.tell_tokens(ids).await,
         Task::FillMask => {
             let request =
                 v1::FillMaskRequest { inputs, top_k: Some(PROBE_LOGPROBS), ..v1::FillMaskRequest::default() };

@@ -552,7 +552,7 @@ impl Engine {
             states: self.profile.state_kinds(),
             state_slots,
             max_step_tokens: self.deployment.max_step_tokens,
-            max_step_rows: self.deployment.max_step_rows,
+            max_step_rows: self.deployment.step_rows(&self.profile),
             prefill_chunk: self.limits.prefill_chunk,
             // One step for each stage, and one more that hides the way back to the coordinator.
             depth: if stages > 1 { stages + 1 } else { 1 },

@@ -2,6 +2,7 @@
 
 mod error;
 mod generation;
+mod parts;
 mod pending;
 mod record;
 
@@ -30,6 +31,7 @@ use crate::{
         AdmissionError, Gate, Limit, Pool, Tokenizer,
         bounds::{self, MAX_IDS},
         encode, generate,
+        parts::Place,
     },
 };
 
@@ -327,7 +329,7 @@ impl Session {
                 text: served.tokenizer.decode(&[c.token_id], true).unwrap_or_default(),
                 score: c.logprob.exp(),
             };
-            let masks = input.masked.iter().zip(guesses).map(|(position, top)| v1::FilledMask {
+            let masks = input.positions.iter().zip(guesses).map(|(position, top)| v1::FilledMask {
                 position: *position,
                 candidates: top.into_iter().map(candidate).collect(),
             });
@@ -477,28 +479,43 @@ impl Session {
         call: &'static str,
         answer: impl FnMut(&Served, Sent, Reply) -> Option<T>,
     ) -> Result<Vec<T>, SessionError> {
+        let (model, bytes) = (asked.model.clone(), encode::bytes(&asked));
+        let check = move |served: &Served| {
+            encode::check(asked, &served.tokenizer, &served.profile, served.longest_input)
+        };
+        self.compute((call, &model, bytes), check, answer).await
+    }
+
+    /// The same of inputs that `check` makes of a call's so many bytes.
+    async fn compute<T>(
+        &self,
+        (call, model, bytes): (&'static str, &str, usize),
+        check: impl FnOnce(&Served) -> Result<Checked, AdmissionError> + Send + 'static,
+        answer: impl FnMut(&Served, Sent, Reply) -> Option<T>,
+    ) -> Result<Vec<T>, SessionError> {
         let mut record = self.arrived(call);
-        let answers = self.encode_all(asked, &mut record, answer).await;
+        let answers = match bounds::check_model(model, &self.names()) {
+            Ok(()) => self.compute_all(bytes, &mut record, check, answer).await,
+            Err(error) => Err(error.into()),
+        };
         record.end(answers)
     }
 
-    async fn encode_all<T>(
+    async fn compute_all<T>(
         &self,
-        asked: encode::Request,
+        bytes: usize,
         record: &mut Record,
+        check: impl FnOnce(&Served) -> Result<Checked, AdmissionError> + Send + 'static,
         mut answer: impl FnMut(&Served, Sent, Reply) -> Option<T>,
     ) -> Result<Vec<T>, SessionError> {
-        bounds::check_model(&asked.model, &self.names())?;
-        let checking = self.let_in(record, encode::bytes(&asked), move |served| {
-            encode::check(asked, &served.tokenizer, &served.profile, served.longest_input)
-        });
-        let (served, (inputs, deadline)) = checking.await?;
+        let (served, (inputs, deadline)) = self.let_in(record, bytes, check).await?;
         let mut waiting = Vec::with_capacity(inputs.len());
-        for input in inputs {
+        for mut input in inputs {
             let sent = Sent {
+                places: std::mem::take(&mut input.places),
                 tokens: input.ids.len() as u32,
                 dropped: input.dropped,
-                masked: input.encode.masked.clone(),
+                positions: input.encode.positions.clone(),
             };
             record.prompt_tokens += sent.tokens;
             let asked = Asked::Encode(input, deadline);
@@ -520,9 +537,13 @@ impl Session {
     }
 }
 
+/// Inputs that were let in, and until when they may be computed.
+type Checked = (Vec<encode::CheckedInput>, Option<Duration>);
+
 /// What is remembered of an input until its answer comes.
 struct Sent {
     tokens: u32,
     dropped: u32,
-    masked: Vec<u32>,
+    positions: Vec<u32>,
+    places: Vec<Place>,
 }

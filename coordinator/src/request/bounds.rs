@@ -103,6 +103,8 @@ fn call_name(task: Task) -> &'static str {
         Task::Classify => "Classify",
         Task::Embed => "Embed",
         Task::FillMask => "FillMask",
+        Task::ClassifyTokens => "ClassifyTokens",
+        Task::Answer => "Answer",
         Task::Unspecified => "nothing",
     }
 }

@@ -13,6 +13,7 @@ use super::{
     bounds::{DEFAULT_CANDIDATES, MAX_INPUTS, MAX_TEXT_BYTES, check_deadline, check_task},
     error::{AdmissionError, field},
     limit::Limit,
+    parts::Place,
     tokenizer::{Encoded, Tokenizer},
 };
 use crate::scheduler::Encode;
@@ -47,6 +48,8 @@ pub(crate) struct CheckedInput {
     pub encode: Encode,
     /// Tokens left out.
     pub dropped: u32,
+    /// Where each token comes from; empty where nobody asks.
+    pub places: Vec<Place>,
 }
 
 /// Checks and tokenizes the inputs of a call, each of at most `limit` tokens. Heavy: not for an async
@@ -97,15 +100,15 @@ pub(crate) fn check(
                 format!("input {index}: nothing is left behind the prompt: give a text"),
             ));
         }
-        let masked = match request.task {
+        let positions = match request.task {
             Task::FillMask => masks(&encoded.ids, tokenizer)
                 .map_err(|why| field("inputs", format!("input {index}: {why}")))?,
             _ => Vec::new(),
         };
-        // Where the embedding knows one kind only, a pair is told apart by its separators.
-        let segments = if profile.segments > 1 { encoded.segments } else { Vec::new() };
-        let encode = Encode { segments, masked, candidates, pooled_from };
-        Ok(CheckedInput { ids: encoded.ids, encode, dropped: encoded.dropped })
+        // Where the model knows one kind only, or is not told, a pair is told apart by its separators.
+        let segments = if tokenizer.tells_segments(profile) { encoded.segments } else { Vec::new() };
+        let encode = Encode { segments, positions, candidates, pooled_from };
+        Ok(CheckedInput { ids: encoded.ids, encode, dropped: encoded.dropped, places: Vec::new() })
     };
     let inputs = request.inputs.into_iter().enumerate().map(one).collect::<Result<_, AdmissionError>>()?;
     Ok((inputs, deadline))
@@ -186,15 +189,8 @@ fn encode(
         (Some(text), pair) => {
             let longest = (truncation != Truncation::Unspecified).then_some((longest, truncation));
             if longest.is_none() {
-                let texts = [Some(text.as_str()), pair.as_deref()];
-                let most = usize::try_from(limit.tokens).unwrap_or(usize::MAX);
-                for text in texts.into_iter().flatten() {
-                    if let Some(least) = tokenizer.input_exceeds(text, most).map_err(|e| e.to_string())? {
-                        return Err(format!(
-                            "{least} tokens or more are too many: {limit}; shorten the input, or ask for truncation"
-                        ));
-                    }
-                }
+                let texts: Vec<&str> = [Some(text.as_str()), pair.as_deref()].into_iter().flatten().collect();
+                refuse_long(&texts, tokenizer, limit)?;
             }
             tokenizer.encode_input(&text, pair.as_deref(), longest).map_err(|e| e.to_string())?
         }
@@ -221,6 +217,26 @@ fn encode(
         return Err("is empty: the tokenizer makes nothing of it".into());
     }
     Ok(encoded)
+}
+
+/// Refuses texts that are far too long, of which as little is read as that takes.
+///
+/// # Errors
+/// With the least number of tokens that one has.
+pub(super) fn refuse_long(
+    texts: &[impl AsRef<str>],
+    tokenizer: &Tokenizer,
+    limit: Limit,
+) -> Result<(), String> {
+    let most = usize::try_from(limit.tokens).unwrap_or(usize::MAX);
+    for text in texts {
+        if let Some(least) = tokenizer.input_exceeds(text.as_ref(), most).map_err(|e| e.to_string())? {
+            return Err(format!(
+                "{least} tokens or more are too many: {limit}; shorten the input, or ask for truncation"
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Where the mask tokens are.

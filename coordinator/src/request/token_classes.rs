@@ -17,6 +17,8 @@ pub(super) struct Class {
     pub is_byte_level: bool,
     /// What it puts around texts.
     pub frame: Option<Frame>,
+    /// It tells the model which of two texts a token is of (`token_type_ids` among its `model_input_names`).
+    pub tells_segments: bool,
 }
 
 /// What stands around texts where tokenizer.json says nothing of it.
@@ -28,7 +30,8 @@ pub(super) enum Frame {
     Roberta,
 }
 
-const PLAIN: Class = Class { name: "", tokens: &[], is_bert: false, is_byte_level: false, frame: None };
+const PLAIN: Class =
+    Class { name: "", tokens: &[], is_bert: false, is_byte_level: false, frame: None, tells_segments: false };
 
 const ROBERTA_TOKENS: &[(&str, &str)] = &[
     ("bos_token", "<s>"),
@@ -55,6 +58,7 @@ const CLASSES: &[Class] = &[
         ],
         is_bert: true,
         frame: Some(Frame::Bert),
+        tells_segments: true,
         ..PLAIN
     },
     Class { name: "CamembertTokenizer", tokens: ROBERTA_TOKENS, frame: Some(Frame::Roberta), ..PLAIN },
@@ -84,6 +88,7 @@ const CLASSES: &[Class] = &[
             ("mask_token", "[MASK]"),
         ],
         frame: Some(Frame::Bert),
+        tells_segments: true,
         ..PLAIN
     },
     Class { name: "GPT2Tokenizer", tokens: END_OF_TEXT, is_byte_level: true, ..PLAIN },
@@ -186,7 +191,11 @@ pub(super) fn of(
     let text =
         |object: &Map<String, Value>, field| object.get(field).and_then(Value::as_str).map(str::to_owned);
     let named = text(config, "tokenizer_class").or_else(|| text(model, "tokenizer_class"));
-    let named = named.map(|name| name.strip_suffix("Fast").unwrap_or(&name).to_owned());
+    let named = named.map(|name| match name.strip_suffix("Fast").unwrap_or(&name) {
+        // Another name of the same class.
+        "ElectraTokenizer" => "BertTokenizer".to_owned(),
+        name => name.to_owned(),
+    });
     let family = text(model, "model_type").unwrap_or_default();
     let name = match (registered(&family), named) {
         (Some(registered), None) => registered.to_owned(),

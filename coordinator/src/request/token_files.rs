@@ -69,6 +69,15 @@ impl TokenFiles {
         Ok(TokenFiles { config, listed, class })
     }
 
+    /// Whether a model is told which of two texts a token is of: `model_input_names` says it, or else the class. Most do not,
+    /// and then all is the first text's, whatever tokenizer.json says.
+    pub fn tells_segments(&self) -> bool {
+        match self.config.get("model_input_names").and_then(Value::as_array) {
+            Some(names) => names.iter().any(|name| name == "token_type_ids"),
+            None => self.class.is_some_and(|class| class.tells_segments),
+        }
+    }
+
     /// Gives the tokenizer the tokens that only these files have, and what its class sets whatever tokenizer.json says.
     ///
     /// # Errors
@@ -263,6 +272,31 @@ mod tests {
 
     fn ids(value: &Value) -> Vec<u32> {
         value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+    }
+
+    /// What transformers 5.24 gives for a pair (`AutoTokenizer` of these files, whose tokenizer.json has segments).
+    #[test]
+    fn only_some_classes_tell_a_model_of_segments() {
+        for (family, config, tells) in [
+            ("bert", "{}", true),
+            ("bert", r#"{"tokenizer_class": "PreTrainedTokenizerFast"}"#, false),
+            ("bert", r#"{"tokenizer_class": "TokenizersBackend"}"#, false),
+            ("bert", r#"{"tokenizer_class": "DistilBertTokenizer"}"#, false),
+            ("bert", r#"{"tokenizer_class": "BertTokenizerFast"}"#, true),
+            ("electra", r#"{"tokenizer_class": "ElectraTokenizerFast"}"#, true),
+            ("nomic_bert", r#"{"tokenizer_class": "BertTokenizer"}"#, true),
+            ("gte", r#"{"tokenizer_class": "BertTokenizer"}"#, true),
+            ("roberta", "{}", false),
+            ("modernbert", r#"{"tokenizer_class": "BertTokenizer"}"#, false),
+            ("deberta-v2", "{}", true),
+            ("bert", r#"{"tokenizer_class": "BertTokenizer", "model_input_names": ["input_ids"]}"#, false),
+            ("bert", r#"{"tokenizer_class": "X", "model_input_names": ["token_type_ids"]}"#, true),
+        ] {
+            let model = format!(r#"{{"model_type": "{family}"}}"#);
+            let files = [(CONFIG, config), ("config.json", &model)];
+            let files = Files::from(files.map(|(name, text)| (name.to_owned(), text.as_bytes().to_vec())));
+            assert_eq!(TokenFiles::new(&files).unwrap().tells_segments(), tells, "{family} {config}");
+        }
     }
 
     #[test]

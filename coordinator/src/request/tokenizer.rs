@@ -1,5 +1,7 @@
 //! The model's own tokenizer, as it came with the weights.
 
+mod locate;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     panic::{self, AssertUnwindSafe},
@@ -15,6 +17,7 @@ use super::{
     chat::{ChatError, ChatTemplate, Conversation},
     error::TokenizerError,
     estimate::{longest_token, more_than},
+    parts::Place,
     reader::Reader,
     sampling::GenerationDefaults,
     token_files::TokenFiles,
@@ -32,6 +35,8 @@ pub(crate) struct Tokenizer {
     defaults: GenerationDefaults,
     /// Ids of byte tokens that the decoder takes together.
     bytes: BTreeSet<u32>,
+    /// Models are told which of two texts a token is of.
+    tells_segments: bool,
     /// `bos_token`, `eos_token`, …
     roles: BTreeMap<String, String>,
     chat: Option<ChatTemplate>,
@@ -45,6 +50,19 @@ pub(crate) struct Encoded {
     /// The segment of each.
     pub segments: Vec<u32>,
     /// Tokens that were cut off.
+    pub dropped: u32,
+}
+
+/// An input of which each token counts.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Located {
+    /// As in [`Encoded`].
+    pub ids: Vec<u32>,
+    /// As in [`Encoded`].
+    pub segments: Vec<u32>,
+    /// Where each token comes from.
+    pub places: Vec<Place>,
+    /// As in [`Encoded`].
     pub dropped: u32,
 }
 
@@ -68,7 +86,8 @@ impl Tokenizer {
         let longest = longest_token(&inner);
         let defaults = GenerationDefaults::new(files)?;
         let bytes = byte_tokens(&inner);
-        Ok(Tokenizer { inner, reader, longest, defaults, bytes, roles, chat })
+        let tells_segments = said.tells_segments();
+        Ok(Tokenizer { inner, reader, longest, defaults, bytes, tells_segments, roles, chat })
     }
 
     /// Text to ids; `special` adds what the tokenizer puts around a text (BOS).
@@ -127,10 +146,28 @@ impl Tokenizer {
         pair: Option<&str>,
         longest: Option<(u32, Truncation)>,
     ) -> Result<Encoded, TokenizerError> {
-        let tokenizer = self.reader.tokenizer();
         let mask = self.mask().map(|(mask, _)| mask);
+        let (first, second, dropped) = self.read((text, pair), longest, |token| Some(token) == mask)?;
+        // The second text's segment is the post-processor's to set; without one, it is 1.
+        let encoding = guarded(|| self.reader.tokenizer().post_process(first, second, true))?;
+        Ok(Encoded { ids: encoding.get_ids().to_vec(), segments: encoding.get_type_ids().to_vec(), dropped })
+    }
+
+    /// Tokens that the tokenizer puts around a text, or a pair of them.
+    fn around(&self, pair: bool) -> usize {
+        self.reader.tokenizer().get_post_processor().map_or(0, |p| p.added_tokens(pair))
+    }
+
+    /// The texts by themselves, and how many tokens were cut off. Of control tokens, a text may contain those that `admits`.
+    fn read(
+        &self,
+        (text, pair): (&str, Option<&str>),
+        longest: Option<(u32, Truncation)>,
+        admits: impl Fn(&str) -> bool,
+    ) -> Result<(Encoding, Option<Encoding>, u32), TokenizerError> {
+        let tokenizer = self.reader.tokenizer();
         let read = |text: &str| {
-            let text = self.reader.name(text, |token| Some(token) == mask);
+            let text = self.reader.name(text, &admits);
             guarded(|| tokenizer.encode(text, false))
         };
         let mut first = read(text)?;
@@ -138,7 +175,7 @@ impl Tokenizer {
         let count = |a: &Encoding, b: &Option<Encoding>| a.len() + b.as_ref().map_or(0, Encoding::len);
         let before = count(&first, &second);
         if let Some((longest, keep)) = longest {
-            let around = tokenizer.get_post_processor().map_or(0, |p| p.added_tokens(pair.is_some()));
+            let around = self.around(pair.is_some());
             let room =
                 (longest as usize).checked_sub(around).filter(|room| *room > usize::from(pair.is_some()));
             let room = room.ok_or_else(|| {
@@ -156,9 +193,7 @@ impl Tokenizer {
             (first, second) = guarded(|| truncate_encodings(first, second, &params))?;
         }
         let dropped = (before - count(&first, &second)) as u32;
-        // The second text's segment is the post-processor's to set; without one, it is 1.
-        let encoding = guarded(|| tokenizer.post_process(first, second, true))?;
-        Ok(Encoded { ids: encoding.get_ids().to_vec(), segments: encoding.get_type_ids().to_vec(), dropped })
+        Ok((first, second, dropped))
     }
 
     /// Tokens that stand before a text which follows `prompt`: those of the prompt, special ones in front included.
@@ -170,6 +205,11 @@ impl Tokenizer {
         let is_special = |id: &&u32| self.control(**id).is_some();
         // As sentence-transformers counts: what the tokenizer puts behind a text is one token at most.
         Ok(ids.len() - usize::from(ids.last().filter(is_special).is_some()))
+    }
+
+    /// Whether a model of `profile` is told which of two texts a token is of.
+    pub fn tells_segments(&self, profile: &ModelProfile) -> bool {
+        self.tells_segments && profile.segments > 1
     }
 
     /// Text and id of the mask token.

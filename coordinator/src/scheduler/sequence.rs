@@ -49,9 +49,9 @@ pub enum Work {
 pub struct Encode {
     /// Segment of each token; empty if all are 0.
     pub segments: Vec<u32>,
-    /// Positions to guess the tokens of, ascending. Empty: the head's vector of the whole is wanted.
-    pub masked: Vec<u32>,
-    /// Candidates for each of them.
+    /// Positions that are asked of, ascending. Empty: the head's vector of the whole is wanted.
+    pub positions: Vec<u32>,
+    /// Candidates for the token at each of them. 0: the head's vector of each is wanted.
     pub candidates: u32,
     /// Index of the first token that is pooled.
     pub pooled_from: u32,
@@ -60,7 +60,7 @@ pub struct Encode {
 impl Encode {
     /// Outputs that the last stage yields for it.
     pub fn outputs(&self) -> u32 {
-        (self.masked.len() as u32).max(1)
+        (self.positions.len() as u32).max(1)
     }
 }
 
@@ -301,12 +301,15 @@ impl Sequence {
                 v1::RowSampling { history, ..sampling.clone() }
             }),
             Work::Encode(encode) => {
-                let masks = !encode.masked.is_empty();
-                let output = if masks { v1::RowOutput::Masks } else { v1::RowOutput::Vector };
+                let output = match (encode.positions.is_empty(), encode.candidates) {
+                    (true, _) => v1::RowOutput::Vector,
+                    (false, 0) => v1::RowOutput::Vectors,
+                    (false, _) => v1::RowOutput::Masks,
+                };
                 return v1::Row {
                     output: output as i32,
                     segment_ids: encode.segments.clone(),
-                    masked: encode.masked.clone(),
+                    positions: encode.positions.clone(),
                     candidates: encode.candidates,
                     pooled_from: encode.pooled_from,
                     ..row

@@ -175,8 +175,8 @@ impl World {
     fn encode(&mut self, tokens: u32, masks: u32) {
         let mut prompt = vec![1; tokens as usize];
         prompt[tokens as usize - 1] = LAST;
-        let masked: Vec<u32> = (0..masks.min(tokens)).collect();
-        let work = Encode { masked, candidates: 5, ..Encode::default() };
+        let positions: Vec<u32> = (0..masks.min(tokens)).collect();
+        let work = Encode { positions, candidates: 5, ..Encode::default() };
         let outputs = work.outputs();
         let (tenant, work) = ("".into(), Work::Encode(work));
         let request = Request { prompt: prompt.clone(), tenant, connection: 0, deadline: None, work };

@@ -5,7 +5,7 @@ use clap::{Args, ValueEnum};
 use serde_json::{Map, Value};
 use strata_proto::{
     DEFAULT_PORT,
-    v1::{ChatMessage, GenerateRequest, Sampling, Truncation},
+    v1::{Aggregation, ChatMessage, GenerateRequest, Sampling, Truncation},
 };
 
 use super::{DeploymentArgs, HereArgs};
@@ -391,6 +391,90 @@ pub struct RerankArgs {
     #[arg(long, env = "STRATA_DEADLINE_MS")]
     pub deadline_ms: Option<u64>,
     /// Print one JSON object per document
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub address: AddressArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct TagArgs {
+    /// The texts; - is standard input, @FILE a file, and @@ an @
+    #[arg(env = "STRATA_TEXTS", value_name = "TEXT", required = true)]
+    pub texts: Vec<String>,
+    /// How tokens become entities: each by itself, neighbours of one class together, or likewise of whole words, each with the class
+    /// of its first token, of the mean of its tokens, or of the token with the highest score
+    #[arg(long, env = "STRATA_AGGREGATION", value_enum, default_value_t = Aggregate::None)]
+    pub aggregation: Aggregate,
+    /// Leave entities of this label out; "" to leave none out; may be repeated [default: O]
+    #[arg(long = "ignore-label", env = "STRATA_IGNORE_LABEL", value_name = "LABEL")]
+    pub ignore_labels: Vec<String>,
+    /// Keep this end of a text that is too long, instead of refusing it
+    #[arg(long, env = "STRATA_TRUNCATE", value_enum)]
+    pub truncate: Option<Keep>,
+    /// Give up after this many milliseconds
+    #[arg(long, env = "STRATA_DEADLINE_MS")]
+    pub deadline_ms: Option<u64>,
+    /// Print one JSON object per text
+    #[arg(long, env = "STRATA_JSON")]
+    pub json: bool,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub address: AddressArgs,
+}
+
+/// How tokens become entities.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Aggregate {
+    None,
+    Simple,
+    First,
+    Average,
+    Max,
+}
+
+impl From<Aggregate> for Aggregation {
+    fn from(aggregate: Aggregate) -> Self {
+        match aggregate {
+            Aggregate::None => Aggregation::None,
+            Aggregate::Simple => Aggregation::Simple,
+            Aggregate::First => Aggregation::First,
+            Aggregate::Average => Aggregation::Average,
+            Aggregate::Max => Aggregation::Max,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct QuestionArgs {
+    /// What to look for; - is standard input, @FILE a file, and @@ an @
+    #[arg(long, env = "STRATA_QUESTION", allow_hyphen_values = true)]
+    pub question: String,
+    /// The text to look for it in, likewise; if it is long, it is read in windows that overlap
+    #[arg(long, env = "STRATA_CONTEXT_TEXT", allow_hyphen_values = true)]
+    pub context: String,
+    /// Answers to print [default: 1]
+    #[arg(long, env = "STRATA_TOP_K")]
+    pub top_k: Option<u32>,
+    /// Most tokens of an answer [default: 15]
+    #[arg(long, env = "STRATA_MAX_ANSWER_TOKENS")]
+    pub max_answer_tokens: Option<u32>,
+    /// Take it for an answer, an empty one, that there is none
+    #[arg(long, env = "STRATA_HANDLE_IMPOSSIBLE_ANSWER")]
+    pub handle_impossible_answer: bool,
+    /// Most tokens of a window, question included [default: 384, or what the model takes]
+    #[arg(long, env = "STRATA_MAX_WINDOW_TOKENS")]
+    pub max_window_tokens: Option<u32>,
+    /// Tokens that a window has in common with the one before [default: 128, or half of a window]
+    #[arg(long, env = "STRATA_STRIDE")]
+    pub stride: Option<u32>,
+    /// Give up after this many milliseconds
+    #[arg(long, env = "STRATA_DEADLINE_MS")]
+    pub deadline_ms: Option<u64>,
+    /// Print one JSON object per answer
     #[arg(long, env = "STRATA_JSON")]
     pub json: bool,
     #[command(flatten)]

@@ -51,6 +51,14 @@ pub const EMBED: &str = "Examples:
   strata embed --text 'What a day!' --text 'Not again.' --json
   strata embed --text 'A long text' --truncate head";
 
+pub const TAG: &str = "Examples:
+  strata tag 'Ada Lovelace lived in London.' --aggregation simple
+  strata tag @letter.txt --aggregation first --json";
+
+pub const ANSWER: &str = "Examples:
+  strata answer --question 'Who wrote it?' --context 'Ada wrote it in 1843.'
+  strata answer --question 'When?' --context @book.txt --top-k 3 --handle-impossible-answer --json";
+
 pub const FILL_MASK: &str = "Examples:
   strata fill-mask --text 'Paris is the [MASK] of France.' --top-k 3";
 

@@ -48,8 +48,15 @@ pub(crate) fn answer(
                     choices.push(Choice { sequence, draft, logits, order, draw, chosen });
                 }
             }
+            RowOutput::Vectors => {
+                let mut all = Vec::with_capacity(row.positions.len() * width);
+                for _ in &row.positions {
+                    all.extend_from_slice(next()?.0.0);
+                }
+                vectors.push(v1::Vector { sequence, values: all });
+            }
             RowOutput::Masks => {
-                for _ in &row.masked {
+                for _ in &row.positions {
                     let top = likeliest(cpu, next()?.0.0, row.candidates).map_err(|e| e.to_string())?;
                     guesses.push(v1::Guess { sequence, top });
                 }

@@ -170,14 +170,15 @@ pub(crate) fn check_row(row: &v1::Row, tower: &Tower) -> Result<(), String> {
             | (RowOutput::Token | RowOutput::Logits, Head::Lm { .. })
             | (RowOutput::Vector, Head::Classify { .. } | Head::Embed(_))
             | (RowOutput::Masks, Head::Mlm(..))
+            | (RowOutput::Vectors, Head::Tag { .. } | Head::Span { .. })
     );
     if !fits {
         return Err(format!("sequence {sequence} asks for {:?}, which this model cannot give", row.output()));
     }
-    let masked = row.output() == RowOutput::Masks;
-    let ascending = row.masked.is_sorted_by(|a, b| a < b) && row.masked.iter().all(|p| *p < row.count);
-    if masked == row.masked.is_empty() || !ascending {
-        return Err(format!("sequence {sequence} needs ascending positions of masks within its tokens"));
+    let positions = matches!(row.output(), RowOutput::Masks | RowOutput::Vectors);
+    let ascending = row.positions.is_sorted_by(|a, b| a < b) && row.positions.iter().all(|p| *p < row.count);
+    if positions == row.positions.is_empty() || !ascending {
+        return Err(format!("sequence {sequence} needs ascending positions within its tokens"));
     }
     let pools = matches!(tower.head, Head::Embed(_)) && row.output() == RowOutput::Vector;
     if row.pooled_from > 0 && (!pools || row.pooled_from >= row.count) {

@@ -95,6 +95,23 @@ impl AttentionMask {
     }
 }
 
+/// Buckets that the distances of queries and keys fall into (MPNet, and T5's encoder).
+pub(crate) const BUCKETS: usize = 32;
+
+/// The bucket of two positions: keys behind the query in the second half; in each half short distances one by one, then
+/// ever wider ones up to 128 (transformers' `relative_position_bucket` of 32 buckets, whose logarithms are these bounds).
+#[inline(always)]
+pub(crate) fn bucket(query: usize, key: usize) -> usize {
+    const NEAR: usize = 8;
+    const BOUNDS: [usize; 7] = [12, 16, 23, 32, 46, 64, 91];
+    let distance = query.abs_diff(key);
+    let mut bucket = distance.min(NEAR);
+    for bound in BOUNDS {
+        bucket += usize::from(distance >= bound);
+    }
+    if key > query { bucket + BUCKETS / 2 } else { bucket }
+}
+
 /// The tokens of one sequence within a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BatchRow<'a> {
@@ -137,5 +154,24 @@ pub(crate) fn held_format(k: usize, format: Format) -> Format {
     match format {
         Format::Quantized(_) if !k.is_multiple_of(GROUP) => Format::Float(DType::BF16),
         format => format,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where transformers' `relative_position_bucket` of 32 buckets changes, ahead of the query.
+    #[test]
+    fn buckets_widen_with_the_distance() {
+        let first = [0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 23, 32, 46, 64, 91];
+        for (number, from) in first.into_iter().enumerate() {
+            let to = first.get(number + 1).map_or(600, |next| next - 1);
+            for distance in [from, to] {
+                assert_eq!(bucket(1000, 1000 - distance), number, "{distance}");
+                let behind = if distance == 0 { 0 } else { number + 16 };
+                assert_eq!(bucket(0, distance), behind, "{distance}");
+            }
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use strata_proto::{DType, LayerState, StateKind, v1};
 
 pub(crate) use crate::kernels::ops::{Act, AttentionMask, Norm, Router};
-use crate::kernels::ops::{TensorSpec, kv_elements};
+use crate::kernels::ops::{BUCKETS, TensorSpec, kv_elements};
 
 /// A stack of layers between an embedding and a head.
 #[derive(Debug, Clone, PartialEq)]
@@ -255,6 +255,8 @@ pub(crate) enum Position {
     None,
     /// Rotation by [`Tower::ropes`] of this index.
     Rope(usize),
+    /// A learned addend of each score, by head and the bucket of the distance.
+    Buckets,
 }
 
 /// A feed-forward block.
@@ -371,6 +373,22 @@ pub(crate) enum Head {
         /// How their logits become scores.
         scoring: v1::Scoring,
     },
+    /// Logits over classes of each token: `head(norm(act(dense(x))))`.
+    Tag {
+        /// As in `Classify`.
+        act: Option<Act>,
+        /// As in `Classify`.
+        norm: Option<Norm>,
+        /// What the classes are called.
+        labels: Vec<String>,
+    },
+    /// Of each token, logits of an answer that begins and of one that ends there, likewise.
+    Span {
+        /// As in `Classify`.
+        act: Option<Act>,
+        /// As in `Classify`.
+        norm: Option<Norm>,
+    },
     /// One vector per sequence.
     Embed(Embedding),
 }
@@ -380,7 +398,9 @@ impl Head {
     pub fn before(&self) -> (Option<Act>, Option<Norm>) {
         match *self {
             Head::Mlm(act, norm) => (Some(act), Some(norm)),
-            Head::Classify { act, norm, .. } => (act, norm),
+            Head::Classify { act, norm, .. } | Head::Tag { act, norm, .. } | Head::Span { act, norm } => {
+                (act, norm)
+            }
             Head::Lm { .. } | Head::Embed(_) => (None, None),
         }
     }
@@ -490,6 +510,8 @@ pub(crate) enum Slot {
     QueryNorm,
     /// The same for keys.
     KeyNorm,
+    /// `(buckets, heads)`, added to scores.
+    PositionBias,
     /// `(width, heads * head_dim)`.
     AttentionOut,
     /// `(width)`, on what attention yields.
@@ -606,6 +628,9 @@ impl Tower {
                     let keys = (Slot::KeyNorm, factors(attention.kv_heads));
                     slots.extend(attention.shares.is_none().then_some(keys));
                 }
+                if attention.position == Position::Buckets {
+                    slots.push((Slot::PositionBias, Shape::Table(BUCKETS, attention.heads)));
+                }
                 slots.push((Slot::AttentionOut, Shape::Product(width, attention.q_width())));
                 slots.extend(flow.norms_after().then_some((Slot::AttentionPostNorm, norm)));
                 if !bare && !matches!(flow, Flow::ParallelOne(_)) {
@@ -683,7 +708,8 @@ impl Tower {
     pub fn outputs(&self) -> usize {
         match &self.head {
             Head::Lm { .. } | Head::Mlm(..) => self.vocab,
-            Head::Classify { labels, .. } => labels.len(),
+            Head::Classify { labels, .. } | Head::Tag { labels, .. } => labels.len(),
+            Head::Span { .. } => 2,
             Head::Embed(embedding) => embedding.dimensions,
         }
     }

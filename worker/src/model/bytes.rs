@@ -67,14 +67,14 @@ pub(crate) fn part_bytes(shape: Shape, biased: bool, format: Format) -> u64 {
 
 /// The format that a slot of `site` is held in where `format` is asked for.
 ///
-/// Routers decide, so theirs is f32. The head, and the embedding that may be the same tensor, keep eight bits: their
+/// Routers decide, so theirs is f32; so are what is added to scores. The head, and the embedding that may be the same tensor, keep eight bits: their
 /// errors go straight into what is given out. So does the first layer, whose errors go through all others (measured in
 /// tests/bench/README.md). Small tables are not worth rounding. Of a checkpoint that is quantized, what has more than four bits
 /// keeps eight, and what has four, whichever layer's, is held in four.
 pub(crate) fn held(model: &Model, site: Site, slot: Slot, format: Format) -> Format {
     let int8 = Format::Quantized(Quantization::Int8);
     match (site, slot, format) {
-        (_, Slot::Router | Slot::SharedRouter, _) => Format::Float(DType::F32),
+        (_, Slot::Router | Slot::SharedRouter | Slot::PositionBias, _) => Format::Float(DType::F32),
         (_, Slot::Head | Slot::Embedding | Slot::Refinement(_), Format::Quantized(_)) => int8,
         (_, Slot::Positions | Slot::Segments, Format::Quantized(_)) => Format::Float(DType::BF16),
         (_, _, Format::Quantized(Quantization::Int4)) if model.stored.is_some() => {

@@ -267,7 +267,7 @@ impl Binder<'_> {
                 }
                 let pairs = match position {
                     Position::Rope(set) => self.tower.ropes[set].pairs(),
-                    Position::None => 0,
+                    Position::None | Position::Buckets => 0,
                 };
                 Layout::EvenOdd { head_dim, pairs }
             }

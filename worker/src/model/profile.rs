@@ -47,6 +47,7 @@ impl Model {
         let head_macs = head_macs.sum();
         let (scoring, labels) = match &tower.head {
             Head::Classify { labels, scoring, .. } => (*scoring, labels.clone()),
+            Head::Tag { labels, .. } => (v1::Scoring::Softmax, labels.clone()),
             _ => (v1::Scoring::Unspecified, Vec::new()),
         };
         let table = FormatBytes::of(|format| {
@@ -64,6 +65,8 @@ impl Model {
                 Head::Mlm(..) => v1::Task::FillMask,
                 Head::Classify { .. } => v1::Task::Classify,
                 Head::Embed(_) => v1::Task::Embed,
+                Head::Tag { .. } => v1::Task::ClassifyTokens,
+                Head::Span { .. } => v1::Task::Answer,
             },
             dtype: self.dtype,
             quantization: self.stored.as_ref().map(|stored| stored.quantization),

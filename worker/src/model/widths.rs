@@ -1,6 +1,6 @@
 //! Rows of scratch memory: so many bytes per token of a step, so many per output row, nothing else.
 
-use super::architecture::{Ffn, Head, Layer, Tower};
+use super::architecture::{Ffn, Head, Layer, Position, Tower};
 use crate::kernels::{
     cpu::linear,
     ops::{BLOCK_TOKENS, kv_elements},
@@ -21,6 +21,8 @@ pub(crate) struct Widths {
     pub up: usize,
     /// Cosines and sines of each set of frequencies.
     pub angles: Vec<usize>,
+    /// What is added to scores by distance, ahead and behind, and one row of it.
+    pub addends: usize,
     /// Values of the head.
     pub outputs: usize,
     /// The widest form that the vector of a sequence has before it is given out; 0 where there is none.
@@ -60,6 +62,9 @@ impl Widths {
             attention: widest(&|l| l.attention.q_width().max(l.ffn.shared().map_or(0, |_| tower.width))),
             up: widest(&|l| l.ffn.up_width().max(l.ffn.shared().map_or(0, |shared| 2 * shared.inner))),
             angles: tower.ropes.iter().map(|r| (2 * r.pairs()).next_multiple_of(LINE)).collect(),
+            addends: widest(&|l| {
+                if l.attention.position == Position::Buckets { 3 * l.attention.heads } else { 0 }
+            }),
             outputs: tower.outputs().next_multiple_of(LINE),
             vectors: vectors.next_multiple_of(LINE),
             keys: if tower.caches { None } else { tower.layers.first().map(keys) },
@@ -82,7 +87,15 @@ impl Widths {
         let experts = self.experts.map_or(0, |(all, active)| 2 * self.residual + all + 2 * active);
         let keys = self.keys.map_or(0, |(heads, d)| kv_elements(heads, d));
         let angles: usize = self.angles.iter().sum();
-        2 * self.residual + self.qkv + self.attention + self.up + self.packed() + angles + experts + keys
+        2 * self.residual
+            + self.qkv
+            + self.attention
+            + self.up
+            + self.packed()
+            + angles
+            + self.addends
+            + experts
+            + keys
     }
 }
 

@@ -76,6 +76,24 @@ impl Inference for InferenceService {
         response(session.fill_masks(request).await)
     }
 
+    async fn classify_tokens(
+        &self,
+        request: Request<v1::ClassifyTokensRequest>,
+    ) -> Result<Response<v1::ClassifyTokensResponse>, Status> {
+        let (session, metadata, mut request) = self.parts(request);
+        request.deadline_ms = sooner(request.deadline_ms, &metadata);
+        response(session.classify_tokens(request).await)
+    }
+
+    async fn answer(
+        &self,
+        request: Request<v1::AnswerRequest>,
+    ) -> Result<Response<v1::AnswerResponse>, Status> {
+        let (session, metadata, mut request) = self.parts(request);
+        request.deadline_ms = sooner(request.deadline_ms, &metadata);
+        response(session.answer(request).await)
+    }
+
     async fn tokenize(
         &self,
         request: Request<v1::TokenizeRequest>,

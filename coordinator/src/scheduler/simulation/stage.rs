@@ -75,7 +75,7 @@ impl FakeStage {
         assert_eq!(total as usize, meta.token_ids.len());
         assert!(total > 0 && total <= self.config.max_step_tokens);
         assert!(meta.rows.len() as u32 <= self.config.max_step_rows);
-        let outputs: usize = meta.rows.iter().map(|r| r.masked.len().max(1) + r.drafts as usize).sum();
+        let outputs: usize = meta.rows.iter().map(|r| r.positions.len().max(1) + r.drafts as usize).sum();
         assert!(outputs as u32 <= self.config.max_step_rows, "more outputs than a stage is prepared for");
         let distinct: HashSet<_> = meta.rows.iter().map(|r| r.sequence).collect();
         assert_eq!(distinct.len(), meta.rows.len(), "a sequence is twice in one step");

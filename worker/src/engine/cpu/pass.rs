@@ -12,7 +12,7 @@ use crate::{
         buffer::round_to,
         cpu::{
             Cpu,
-            attention::Attention as AttentionCall,
+            attention::{Addends, Attention as AttentionCall},
             kv_cache::KvLayer,
             linear::{Linear, Output, Rows},
             moe::Route,
@@ -20,7 +20,7 @@ use crate::{
             packed::Table,
             rope::{self, Angles, Rope, RopeAndStore, Sharpen},
         },
-        ops::BatchRow,
+        ops::{BLOCK_TOKENS, BatchRow, bucket},
     },
     model::{
         architecture::{
@@ -245,7 +245,8 @@ impl Operations for Pass<'_> {
 
     fn attend(&mut self, attention: &Attention, index: usize, block: &Block) -> Result<(), StepError> {
         let Self { cpu, work, cache, tower, rows, tokens, .. } = self;
-        let Workspace { normed, qkv, attention: out, packed, angles, sequence, blocks, .. } = &mut **work;
+        let Workspace { normed, qkv, attention: out, packed, angles, addends, sequence, blocks, .. } =
+            &mut **work;
         let stride = attention.qkv_width();
         let qkv = &mut qkv[..*tokens * stride];
         let product = block.product(Slot::Qkv, 0)?;
@@ -271,12 +272,16 @@ impl Operations for Pass<'_> {
             });
         };
         norm_heads(qkv, false);
+        let addends = match attention.position {
+            Position::Buckets => Some(by_distance(rows, attention.heads, block, addends)?),
+            Position::None | Position::Rope(_) => None,
+        };
         let mut attend = |first: usize, rows: &[BatchRow<'_>], cache: &mut KvLayer| {
             // No other row's: what is turned once must not be turned again.
             let count: usize = rows.iter().map(|row| row.count as usize).sum();
             let qkv = &mut qkv[first * stride..(first + count) * stride];
             let mut angles = match attention.position {
-                Position::None => None,
+                Position::None | Position::Buckets => None,
                 Position::Rope(set) => {
                     let (table, stride) = &angles[set];
                     let pairs = tower.ropes[set].pairs();
@@ -316,6 +321,7 @@ impl Operations for Pass<'_> {
                 scale: attention.scale,
                 softcap: attention.softcap,
                 mask: attention.mask,
+                addends,
             });
         };
         let Some(sequence) = sequence else {
@@ -449,6 +455,27 @@ impl Operations for Pass<'_> {
         }
         Ok(())
     }
+}
+
+/// What is added to the scores of each head by the distance of query and key, as far as the longest row needs it.
+fn by_distance<'a>(
+    rows: &[BatchRow<'_>],
+    heads: usize,
+    block: &Block,
+    to: &'a mut [f32],
+) -> Result<Addends<'a>, StepError> {
+    let table = block.table(Slot::PositionBias).ok_or(StepError::Weights)?;
+    let longest = rows.iter().map(|row| row.count as usize).max().unwrap_or(0);
+    let reach = longest.next_multiple_of(BLOCK_TOKENS);
+    let (values, of_bucket) = to.split_at_mut(2 * reach * heads);
+    let of_bucket = &mut of_bucket[..heads];
+    for distance in 0..2 * reach {
+        // From a query at `reach` to a key that far away.
+        table.gather(bucket(reach, distance), of_bucket);
+        let columns = values.iter_mut().skip(distance).step_by(2 * reach);
+        columns.zip(&*of_bucket).for_each(|(to, from)| *to = *from);
+    }
+    Ok(Addends { table: values, reach })
 }
 
 /// Norms of queries and keys, and how much each is taken of.

@@ -28,6 +28,8 @@ pub(super) struct Workspace {
     pub packed: Buffer<u32>,
     /// Per set of frequencies: `(tokens, stride)` and the stride.
     pub angles: Vec<(Buffer<f32>, usize)>,
+    /// What is added to scores in a layer: `(heads, 2 * tokens)`, and a row of it.
+    pub addends: Buffer<f32>,
     /// `(outputs, values)`.
     pub values: Buffer<f32>,
     /// Vectors of sequences on their way to values.
@@ -86,6 +88,7 @@ impl Workspace {
                 .iter()
                 .map(|&w| Ok((per_token(w)?, w)))
                 .collect::<Result<_, OutOfMemory>>()?,
+            addends: per_token(widths.addends)?,
             values: Buffer::zeros(rows(outputs, widths.values())?)?,
             vectors: Buffer::zeros(rows(outputs, widths.vectors)?)?,
             order: Buffer::zeros(rows(outputs, widths.outputs)?)?,
@@ -98,7 +101,7 @@ impl Workspace {
     pub fn bytes(&self) -> u64 {
         let mut floats =
             vec![&self.residual, &self.normed, &self.qkv, &self.attention, &self.up, &self.values];
-        floats.push(&self.vectors);
+        floats.extend([&self.vectors, &self.addends]);
         floats.extend(self.angles.iter().map(|(table, _)| table));
         let mut ids = vec![&self.order, &self.packed];
         if let Some(experts) = &self.experts {
@@ -119,6 +122,7 @@ impl Workspace {
         self.up.fill(f32::NAN);
         self.packed.fill(f32::NAN.to_bits());
         self.values.fill(f32::NAN);
+        self.addends.fill(f32::NAN);
         self.vectors.fill(f32::NAN);
         self.sequence.iter_mut().for_each(KvLayer::poison);
         if let Some(experts) = &mut self.experts {

@@ -26,12 +26,12 @@ impl Pass<'_> {
         let Scratch { qkv, ref angles, .. } = self.state.scratch;
         let Inputs { positions, row_of, first_block, tables, .. } = self.inputs;
         let (table, pairs) = match attention.position {
-            Position::None => (Ptr::NULL, 0),
+            Position::None | Position::Buckets => (Ptr::NULL, 0),
             Position::Rope(set) => (angles[set], self.tower.ropes[set].pairs() as i32),
         };
         let sharpening = match attention.position {
             Position::Rope(set) => self.tower.ropes[set].sharpening.as_ref(),
-            Position::None => None,
+            Position::None | Position::Buckets => None,
         };
         let plain = Heads {
             heads: attention.heads as i32,
@@ -78,13 +78,14 @@ impl Pass<'_> {
 
     /// Attention of the stage's layer `index`, rows of one token with kernels for one and the others with those for
     /// several.
-    pub fn attend_rows(&self, attention: &Attention, index: usize) -> Result<(), StepError> {
+    pub fn attend_rows(&self, attention: &Attention, index: usize, block: &Block) -> Result<(), StepError> {
         let (kernels, cache) = (self.head_kernels(attention)?, self.cache(index));
         let Scratch { qkv, attention: out, partials, .. } = self.state.scratch;
         let Inputs {
             positions, row_of, first_block, tables, by_length, row_first, row_start, row_count, ..
         } = self.inputs;
         let Attention { heads, kv_heads, head_dim, .. } = *attention;
+        let bias = block.table(Slot::PositionBias).map_or(Ptr::NULL, |table| table.values);
         let call = Attend {
             qkv,
             out,
@@ -107,6 +108,7 @@ impl Pass<'_> {
             },
             splits: 1,
             partial: partials,
+            bias,
         };
         // Parts, so that every multiprocessor has something to do: about two blocks of each; as many as the sums of all
         // places have room for.
@@ -121,7 +123,8 @@ impl Pass<'_> {
             }
             follow!(self.gpu, kernels.attention_combine, ((call.count * call.heads) as u32, 1, 1), 128, 0; call)
         };
-        let Some(tiles) = kernels.tensor.as_ref().and_then(|tensor| tensor.attention.as_ref()) else {
+        let tiles = kernels.tensor.as_ref().and_then(|tensor| tensor.attention.as_ref());
+        let Some(tiles) = tiles.filter(|_| bias == Ptr::NULL) else {
             let call = Attend { splits: splits(self.tokens * heads, self.tokens), ..call };
             let grid = (self.tokens as u32, heads as u32, call.splits as u32);
             follow!(self.gpu, kernels.attention_plain, grid, 128, 0; call)?;

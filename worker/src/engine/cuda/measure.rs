@@ -200,7 +200,7 @@ impl GpuBench {
                 Kernel::Choose { .. } => {
                     Ok(state.sampling.start(&self.gpu, &self.kernels, state.scratch.values)?)
                 }
-                _ => pass.attend_rows(&layer.attention, index),
+                _ => pass.attend_rows(&layer.attention, index, block),
             }
         });
         seconds.map(Some).map_err(failed)

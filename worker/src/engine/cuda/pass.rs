@@ -359,7 +359,7 @@ impl Operations for Pass<'_> {
         let out = (self.state.scratch.qkv, attention.qkv_width());
         self.product_of_input(&product, self.tokens, out, Epilogue::Store)?;
         self.place(attention, index, block)?;
-        self.attend_rows(attention, index)
+        self.attend_rows(attention, index, block)
     }
 
     fn up(&mut self, ffn: Ffn, block: &Block) -> Result<(), StepError> {

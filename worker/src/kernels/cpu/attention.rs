@@ -41,6 +41,17 @@ pub(crate) struct Attention<'a> {
     pub softcap: Option<f32>,
     /// The positions that a query sees.
     pub mask: AttentionMask,
+    /// Added to scores.
+    pub addends: Option<Addends<'a>>,
+}
+
+/// What is added to scores by how far the key lies behind the query.
+#[derive(Clone, Copy)]
+pub(crate) struct Addends<'a> {
+    /// `(heads, 2 * reach)`: of each head, for distances from `-reach` on.
+    pub table: &'a [f32],
+    /// At least the length of every sequence, in whole blocks.
+    pub reach: usize,
 }
 
 impl Attention<'_> {
@@ -58,7 +69,11 @@ impl Attention<'_> {
                     let position = row.start as usize + at;
                     let seen = self.mask.seen(position, (row.start + row.count) as usize);
                     let q = &self.q[token * self.stride + kv_head * group * d..][..group * d];
-                    let scores = Scores { scale: self.scale, softcap: self.softcap };
+                    let addends = self.addends.map_or(&[][..], |addends| {
+                        &addends.table[kv_head * group * 2 * addends.reach + addends.reach - position..]
+                    });
+                    let stride = self.addends.map_or(0, |addends| 2 * addends.reach);
+                    let scores = Scores { scale: self.scale, softcap: self.softcap, addends, stride };
                     cpu.isa.run(Heads {
                         q,
                         out,
@@ -87,7 +102,7 @@ struct Heads<'a> {
     blocks: &'a [u32],
     /// Positions.
     seen: Range<usize>,
-    scores: Scores,
+    scores: Scores<'a>,
 }
 
 impl Kernel for Heads<'_> {
@@ -111,6 +126,7 @@ impl Heads<'_> {
         let (mut head, heads) = (0, q.len() / d);
         while head < heads {
             let (q, out) = (&q[head * d..], &mut out[head * d..]);
+            let scores = scores.of_heads_from(head);
             head += match heads - head {
                 8.. if S::ROWS >= 8 => sequence.heads::<S, 8>(q, out, scores),
                 4.. => sequence.heads::<S, 4>(q, out, scores),
@@ -123,12 +139,31 @@ impl Heads<'_> {
 
 /// What becomes of the products of queries and keys.
 #[derive(Clone, Copy)]
-struct Scores {
+struct Scores<'a> {
     scale: f32,
     softcap: Option<f32>,
+    /// Added for the first head and key of the query; nothing if it is empty.
+    addends: &'a [f32],
+    /// From head to head.
+    stride: usize,
 }
 
-impl Scores {
+impl Scores<'_> {
+    /// Those of the heads from `head` on.
+    #[inline(always)]
+    fn of_heads_from(self, head: usize) -> Self {
+        Scores { addends: self.addends.get(head * self.stride..).unwrap_or_default(), ..self }
+    }
+
+    /// The scores of the `r`th head for the keys from `first` on, with what is added to them.
+    #[inline(always)]
+    fn add<S: Simd>(&self, scores: S::F, r: usize, first: usize) -> S::F {
+        match self.addends.get(r * self.stride + first..).and_then(|addends| addends.first_chunk()) {
+            None => scores,
+            Some(addends) => S::add(scores, S::load(addends)),
+        }
+    }
+
     #[inline(always)]
     fn apply<S: Simd>(self, products: S::F) -> S::F {
         let scores = S::mul(products, S::splat(self.scale));
@@ -159,7 +194,7 @@ struct Sequence<'a, T> {
 impl<T: Lanes> Sequence<'_, T> {
     /// Attention of `R` query heads that share this key-value head; gives back `R`.
     #[inline(always)]
-    fn heads<S: Simd, const R: usize>(&self, q: &[f32], out: &mut [f32], scores: Scores) -> usize {
+    fn heads<S: Simd, const R: usize>(&self, q: &[f32], out: &mut [f32], scores: Scores<'_>) -> usize {
         let d = self.d;
         let q: [&[f32]; R] = std::array::from_fn(|r| &q[r * d..(r + 1) * d]);
         let mut largest = [f32::NEG_INFINITY; R];
@@ -174,7 +209,7 @@ impl<T: Lanes> Sequence<'_, T> {
             let products = dot::<S, T, R>(q, self.k[first..first + d * BLOCK_TOKENS].as_chunks().0);
             let (mut weights, mut keep) = ([[0.0; LANES]; R], [0.0; R]);
             for r in 0..R {
-                let scores = scores.apply::<S>(products[r]);
+                let scores = scores.add::<S>(scores.apply::<S>(products[r]), r, tile * BLOCK_TOKENS);
                 (weights[r], keep[r]) = soften::<S>(scores, &valid, &mut largest[r], &mut total[r]);
             }
             let values = &self.v[first..first + d * BLOCK_TOKENS];
@@ -344,6 +379,7 @@ mod tests {
             scale: 0.2,
             softcap: look.1,
             mask: look.0,
+            addends: None,
         });
         for ((s, _), row) in tokens.zip(out.chunks(HEADS * D)) {
             seen[s].extend(row.iter().map(|x| x.to_bits()));

@@ -1,18 +1,21 @@
-//! BERT, RoBERTa, ELECTRA and DistilBERT (transformers' `modeling_bert.py`, `modeling_roberta.py`, `modeling_electra.py`,
-//! `modeling_distilbert.py`): encoders whose norms follow each block, with learned positions. XLM-RoBERTa and CamemBERT are
-//! RoBERTas. What they answer is named by `architectures`.
+//! BERT, RoBERTa, ELECTRA, DistilBERT and MPNet (transformers' `modeling_bert.py`, `modeling_roberta.py`, `modeling_electra.py`,
+//! `modeling_distilbert.py`, `modeling_mpnet.py`): encoders whose norms follow each block, with learned positions. XLM-RoBERTa
+//! and CamemBERT are RoBERTas. What they answer is named by `architectures`.
 
 use super::{
     Description,
-    task::{Task, classes, task},
+    task::{SPANS, TAGS, Task, classes, tags, task},
 };
-use crate::model::{
-    ModelError,
-    architecture::{
-        Act, Attention, AttentionMask, Embedding, Ffn, Flow, Head, Input, Layer, Learned, Mlp, Names, Norm,
-        Pool, Position, Slot, Source, Tower,
+use crate::{
+    kernels::ops::BUCKETS,
+    model::{
+        ModelError,
+        architecture::{
+            Act, Attention, AttentionMask, Embedding, Ffn, Flow, Head, Input, Layer, Learned, Mlp, Names,
+            Norm, Pool, Position, Slot, Source, Tower,
+        },
+        config::Config,
     },
-    config::Config,
 };
 
 /// What one of them calls a thing.
@@ -23,6 +26,8 @@ struct Dialect {
     first_position: usize,
     segments: usize,
     layer: &'static [(Slot, Source)],
+    /// How positions enter attention, beside those that are learned.
+    position: Position,
     /// Dense, head; the first is under the base prefix in BERT.
     classify: [(Slot, Source); 2],
     classify_act: Act,
@@ -78,6 +83,18 @@ pub(super) const ALIASES: &[(&str, &str)] = &[
     ("lm_head.bias", "lm_head.decoder.bias"),
 ];
 
+const MPNET_LAYER: &[(Slot, Source)] = &[
+    (Slot::Query, Source::Rows("encoder.layer.{}.attention.attn.q")),
+    (Slot::Key, Source::Rows("encoder.layer.{}.attention.attn.k")),
+    (Slot::Value, Source::Rows("encoder.layer.{}.attention.attn.v")),
+    (Slot::AttentionOut, Source::Rows("encoder.layer.{}.attention.attn.o")),
+    (Slot::PositionBias, Source::Rows("encoder.relative_attention_bias")),
+    (Slot::AttentionNorm, Source::Rows("encoder.layer.{}.attention.LayerNorm")),
+    (Slot::Up, Source::Rows("encoder.layer.{}.intermediate.dense")),
+    (Slot::Down, Source::Rows("encoder.layer.{}.output.dense")),
+    (Slot::FfnNorm, Source::Rows("encoder.layer.{}.output.LayerNorm")),
+];
+
 const DISTIL_LAYER: &[(Slot, Source)] = &[
     (Slot::Query, Source::Rows("transformer.layer.{}.attention.q_lin")),
     (Slot::Key, Source::Rows("transformer.layer.{}.attention.k_lin")),
@@ -96,6 +113,7 @@ pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
         first_position: 0,
         segments: config.integer("type_vocab_size", 1..=1 << 10)?.unwrap_or(2),
         layer: LAYER,
+        position: Position::None,
         classify: [
             (Slot::HeadDense, Source::Rows("bert.pooler.dense")),
             (Slot::Head, Source::Rows("classifier")),
@@ -120,6 +138,7 @@ pub(super) fn describe_roberta(config: &Config) -> Result<Description, ModelErro
         first_position: pad + 1,
         segments: config.integer("type_vocab_size", 1..=1 << 10)?.unwrap_or(2),
         layer: LAYER,
+        position: Position::None,
         classify: [
             (Slot::HeadDense, Source::Rows("classifier.dense")),
             (Slot::Head, Source::Rows("classifier.out_proj")),
@@ -142,7 +161,8 @@ pub(super) fn describe_electra(config: &Config) -> Result<Description, ModelErro
     }
     let discriminates = |names: Vec<String>| names.iter().any(|name| name.ends_with("ForPreTraining"));
     if config.strings("architectures")?.is_some_and(discriminates) {
-        let expected = "a model, or one for MaskedLM or SequenceClassification";
+        let expected =
+            "a model, or one for MaskedLM, SequenceClassification, TokenClassification or QuestionAnswering";
         return Err(config.error("architectures", expected).into());
     }
     let dialect = Dialect {
@@ -151,6 +171,7 @@ pub(super) fn describe_electra(config: &Config) -> Result<Description, ModelErro
         first_position: 0,
         segments: config.integer("type_vocab_size", 1..=1 << 10)?.unwrap_or(2),
         layer: LAYER,
+        position: Position::None,
         classify: [
             (Slot::HeadDense, Source::Rows("classifier.dense")),
             (Slot::Head, Source::Rows("classifier.out_proj")),
@@ -160,6 +181,31 @@ pub(super) fn describe_electra(config: &Config) -> Result<Description, ModelErro
             (Slot::HeadDense, Source::Rows("generator_predictions.dense")),
             (Slot::HeadNorm, Source::Rows("generator_predictions.LayerNorm")),
             (Slot::Head, Source::Rows("generator_lm_head")),
+        ],
+        mlm_act: Some(Act::Gelu),
+    };
+    describe_as(config, dialect)
+}
+
+pub(super) fn describe_mpnet(config: &Config) -> Result<Description, ModelError> {
+    config.integer("relative_attention_num_buckets", BUCKETS..=BUCKETS)?;
+    let dialect = Dialect {
+        bases: &["mpnet.", ""],
+        sizes: SIZES,
+        // Behind the padding token's, whose id is 1 whatever the file says.
+        first_position: 2,
+        segments: 0,
+        layer: MPNET_LAYER,
+        position: Position::Buckets,
+        classify: [
+            (Slot::HeadDense, Source::Rows("classifier.dense")),
+            (Slot::Head, Source::Rows("classifier.out_proj")),
+        ],
+        classify_act: Act::Tanh,
+        mlm: [
+            (Slot::HeadDense, Source::Rows("lm_head.dense")),
+            (Slot::HeadNorm, Source::Rows("lm_head.layer_norm")),
+            (Slot::Head, Source::Rows("lm_head.decoder")),
         ],
         mlm_act: Some(Act::Gelu),
     };
@@ -179,6 +225,7 @@ pub(super) fn describe_distil(config: &Config) -> Result<Description, ModelError
         first_position: 0,
         segments: 0,
         layer: DISTIL_LAYER,
+        position: Position::None,
         classify: [
             (Slot::HeadDense, Source::Rows("pre_classifier")),
             (Slot::Head, Source::Rows("classifier")),
@@ -217,6 +264,8 @@ fn describe_as(config: &Config, dialect: Dialect) -> Result<Description, ModelEr
             let head = Head::Classify { pool: Pool::First, act, norm: None, labels, scoring };
             (head, &dialect.classify[..])
         }
+        Task::Tag => (Head::Tag { act: None, norm: None, labels: tags(config)? }, TAGS),
+        Task::Span => (Head::Span { act: None, norm: None }, SPANS),
         Task::Embed => (Head::Embed(Embedding::mean(width)), &[][..]),
     };
     let ignore = if matches!(head, Head::Classify { .. }) { &["position_ids"][..] } else { POOLERS };
@@ -229,7 +278,7 @@ fn describe_as(config: &Config, dialect: Dialect) -> Result<Description, ModelEr
             scale: (head_dim as f64).powf(-0.5) as f32,
             shares: None,
             mask: AttentionMask::Full,
-            position: Position::None,
+            position: dialect.position,
             qk_norm: None,
             softcap: None,
         },

@@ -90,6 +90,7 @@ const FAMILIES: &[Family] = &[
     bpe("mixtral", mistral::describe_mixtral),
     any("modernbert", modernbert::describe),
     bpe("nemotron", nemotron::describe),
+    any("mpnet", bert::describe_mpnet),
     any("nomic_bert", rotary_encoders::describe_nomic),
     bpe("olmo2", olmo::describe_2),
     bpe("olmo3", olmo::describe_3),

@@ -3,7 +3,7 @@
 
 use super::{
     Description,
-    task::{Task, classes, task},
+    task::{Task, classes, tags, task},
 };
 use crate::model::{
     ModelError,
@@ -68,6 +68,11 @@ pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
             let head = Head::Classify { pool, act: Some(head_act), norm: Some(norm), labels, scoring };
             (head, "classifier")
         }
+        Task::Tag => {
+            let head = Head::Tag { act: Some(head_act), norm: Some(norm), labels: tags(config)? };
+            (head, "classifier")
+        }
+        Task::Span => (Head::Span { act: Some(head_act), norm: Some(norm) }, "classifier"),
         Task::Embed => (Head::Embed(Embedding::mean(width)), "classifier"),
     };
     let root = [("head.dense", Slot::HeadDense), ("head.norm", Slot::HeadNorm), (last, Slot::Head)]

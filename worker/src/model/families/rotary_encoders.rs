@@ -3,7 +3,7 @@
 
 use super::{
     Description, bert,
-    task::{Task, classes, task},
+    task::{SPANS, TAGS, Task, classes, tags, task},
 };
 use crate::model::{
     ModelError,
@@ -175,6 +175,8 @@ fn describe(config: &Config, dialect: Dialect) -> Result<Description, ModelError
             }
             (Head::Classify { pool, act, norm: None, labels, scoring }, dialect.classify.to_vec())
         }
+        Task::Tag => (Head::Tag { act: None, norm: None, labels: tags(config)? }, TAGS.to_vec()),
+        Task::Span => (Head::Span { act: None, norm: None }, SPANS.to_vec()),
         Task::Embed => (Head::Embed(Embedding::mean(width)), Vec::new()),
     };
     let ignore = if matches!(head, Head::Classify { .. }) { &["position_ids"][..] } else { bert::POOLERS };

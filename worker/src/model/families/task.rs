@@ -11,14 +11,22 @@ use crate::model::{
 
 /// Most classes of a classifier.
 const MAX_LABELS: usize = 1 << 16;
+/// Most classes of tokens: each token of a step has a logit for each.
+const MAX_TAGS: usize = 1 << 10;
 
 /// What an encoder answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Task {
     FillMask,
     Classify,
+    Tag,
+    Span,
     Embed,
 }
+
+/// Products of the heads that tell something of each token.
+pub(super) const TAGS: &[(Slot, Source)] = &[(Slot::Head, Source::Rows("classifier"))];
+pub(super) const SPANS: &[(Slot, Source)] = &[(Slot::Head, Source::Rows("qa_outputs"))];
 
 /// What an encoder was made for: the end of its architecture's name.
 pub(super) fn task(config: &Config) -> Result<Task, ModelError> {
@@ -27,16 +35,43 @@ pub(super) fn task(config: &Config) -> Result<Task, ModelError> {
         ("ForMaskedLM", Task::FillMask),
         ("ForPreTraining", Task::FillMask),
         ("ForSequenceClassification", Task::Classify),
+        ("ForTokenClassification", Task::Tag),
+        ("ForQuestionAnswering", Task::Span),
         ("Model", Task::Embed),
     ];
     let task = known.into_iter().find(|(end, _)| architectures.iter().any(|a| a.ends_with(end)));
     task.map(|(_, task)| task).ok_or_else(|| {
-        config.error("architectures", "a model, or one for MaskedLM or SequenceClassification").into()
+        let expected =
+            "a model, or one for MaskedLM, SequenceClassification, TokenClassification or QuestionAnswering";
+        config.error("architectures", expected).into()
     })
+}
+
+/// The classes of tokens that `id2label` names.
+pub(super) fn tags(config: &Config) -> Result<Vec<String>, ModelError> {
+    match labels(config)? {
+        labels if labels.len() <= MAX_TAGS => Ok(labels),
+        _ => Err(config.error("id2label", format!("at most {MAX_TAGS} classes of tokens")).into()),
+    }
 }
 
 /// The classes that `id2label` names, and how their logits are read.
 pub(super) fn classes(config: &Config) -> Result<(Vec<String>, Scoring), ModelError> {
+    let labels = labels(config)?;
+    let scoring = match config.string("problem_type")? {
+        Some("multi_label_classification") => Scoring::Sigmoid,
+        Some("regression") => Scoring::None,
+        None | Some("single_label_classification") if labels.len() > 1 => Scoring::Softmax,
+        None | Some("single_label_classification") => Scoring::Sigmoid,
+        Some(_) => {
+            let expected = "single_label_classification, multi_label_classification or regression";
+            return Err(config.error("problem_type", expected).into());
+        }
+    };
+    Ok((labels, scoring))
+}
+
+fn labels(config: &Config) -> Result<Vec<String>, ModelError> {
     let labels = match config.object("id2label")? {
         Some(names) => (0..names.count())
             .map(|i| {
@@ -53,17 +88,7 @@ pub(super) fn classes(config: &Config) -> Result<(Vec<String>, Scoring), ModelEr
     if labels.is_empty() || labels.len() > MAX_LABELS {
         return Err(config.error("id2label", format!("1 to {MAX_LABELS} classes")).into());
     }
-    let scoring = match config.string("problem_type")? {
-        Some("multi_label_classification") => Scoring::Sigmoid,
-        Some("regression") => Scoring::None,
-        None | Some("single_label_classification") if labels.len() > 1 => Scoring::Softmax,
-        None | Some("single_label_classification") => Scoring::Sigmoid,
-        Some(_) => {
-            let expected = "single_label_classification, multi_label_classification or regression";
-            return Err(config.error("problem_type", expected).into());
-        }
-    };
-    Ok((labels, scoring))
+    Ok(labels)
 }
 
 /// Makes of a decoder what its `architectures` say: a bare model embeds, and so does any for which files of

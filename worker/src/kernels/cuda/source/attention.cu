@@ -30,7 +30,17 @@ struct Attend {
     // token each, or its tokens.
     int splits;
     float* partial;
+    // Added to scores by bucket of the distance and head; null for nothing. Only `attention_plain` adds it.
+    const float* bias;
 };
+
+// The bucket of two positions, as `bucket` of ops.rs.
+__device__ __forceinline__ int bucket_of(int query, int key) {
+    int distance = abs(query - key), bucket = min(distance, 8);
+    bucket += (distance >= 12) + (distance >= 16) + (distance >= 23) + (distance >= 32) + (distance >= 46) + (distance >= 64) +
+              (distance >= 91);
+    return key > query ? bucket + 16 : bucket;
+}
 
 #define PARTIAL (HEAD_DIM + 2)
 
@@ -97,6 +107,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_plain(Attend a) {
         for (int e = 0; e < EACH; e++)
             if (e * WARP + lane < HEAD_DIM) dot = fmaf(q[e], widen(key[e * WARP + lane]), dot);
         float score = score_of(a, warp_sum(dot));
+        if (a.bias) score += a.bias[bucket_of(a.places.positions[token], position) * a.heads + head] * LOG2_E;
         float larger = fmaxf(most, score);
         float keep = rescale(most, larger), weight = power_of_two(score - larger);
         most = larger;
