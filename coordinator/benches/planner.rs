@@ -21,6 +21,7 @@ fn main() {
         family: "llama".into(),
         task: Task::Generate,
         dtype: DType::BF16,
+        quantization: None,
         hidden_size: 8192,
         vocab_size: 128_256,
         context_length: 8192,

@@ -106,7 +106,8 @@ pub struct Deployment {
     pub split: Split,
     /// Format; `None` is the checkpoint's.
     pub dtype: Option<DType>,
-    /// What weights are turned into when they are loaded.
+    /// What weights are turned into when they are loaded; `None` leaves them as the checkpoint has them, or, with a `dtype`, makes
+    /// numbers of them.
     pub quantization: Option<Quantization>,
     /// Size of the cache, in tokens; `None` is 16 contexts, or what fits.
     pub kv_tokens: Option<u64>,
@@ -131,6 +132,13 @@ pub struct Deployment {
 }
 
 impl Deployment {
+    /// The format of what is computed, and what weights are quantized to: a checkpoint that is quantized stays so unless the
+    /// deployment names a format.
+    pub fn formats(&self, profile: &ModelProfile) -> (DType, Option<Quantization>) {
+        let stored = profile.quantization.filter(|_| self.dtype.is_none());
+        (self.dtype.unwrap_or(profile.dtype), self.quantization.or(stored))
+    }
+
     /// The heartbeat timeout as calls carry it.
     pub(crate) fn heartbeat_timeout_ms(&self) -> u32 {
         u32::try_from(self.heartbeat_timeout.as_millis()).unwrap_or(u32::MAX)

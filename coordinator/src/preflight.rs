@@ -273,6 +273,7 @@ mod tests {
             family: "llama".into(),
             task: Task::Generate,
             dtype: DType::F32,
+            quantization: None,
             hidden_size: 8,
             vocab_size,
             context_length: 32,

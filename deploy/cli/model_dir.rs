@@ -31,10 +31,15 @@ pub fn open(given: &Path) -> anyhow::Result<(String, PathBuf)> {
         }
         (found, _) => found.with_context(|| format!("model {shown}"))?,
     };
-    if !directory.is_dir() {
+    if !directory.is_dir() && !strata_worker::is_gguf(given) {
         bail!("model {shown}: {}", strata_worker::describe_file(&directory));
     }
-    let name = directory.file_name().context("the model directory has no name")?;
+    // In the hub's cache, a file's own name is that of a link to it.
+    let (name, directory) = match directory.is_dir() {
+        true => (directory.file_name(), directory.clone()),
+        false => (given.file_stem(), given.to_owned()),
+    };
+    let name = name.context("the model directory has no name")?;
     Ok((name.to_string_lossy().into_owned(), directory))
 }
 
@@ -101,9 +106,12 @@ mod tests {
         }
         assert!(error("qwen3").contains("`hf download OWNER/qwen3 --local-dir qwen3`"));
         let directory = tempfile::tempdir().unwrap();
-        let file = directory.path().join("a.gguf");
+        let file = directory.path().join("a.onnx");
         std::fs::write(&file, "").unwrap();
-        assert!(error(file.to_str().unwrap()).contains("a GGUF file"));
+        assert!(error(file.to_str().unwrap()).contains("an ONNX file"));
+        let file = directory.path().join("a-Q8_0.gguf");
+        std::fs::write(&file, "").unwrap();
+        assert_eq!(open(&file).unwrap(), ("a-Q8_0".to_owned(), file));
         // What is in it is not judged here.
         assert_eq!(open(directory.path()).unwrap().1, directory.path().canonicalize().unwrap());
     }

@@ -83,6 +83,8 @@ pub struct ModelProfile {
     pub task: v1::Task,
     /// The checkpoint's own format.
     pub dtype: DType,
+    /// What most of its weights are quantized to already, if they are.
+    pub quantization: Option<Quantization>,
     /// Width of the residual stream.
     pub hidden_size: u32,
     /// Rows of the embedding.
@@ -302,6 +304,7 @@ impl From<ModelProfile> for v1::Profile {
             family: p.family,
             task: p.task as i32,
             dtype: p.dtype.name().to_owned(),
+            quantization: Quantization::to_wire(p.quantization),
             hidden_size: p.hidden_size,
             vocab_size: p.vocab_size,
             context_length: p.context_length,
@@ -350,6 +353,7 @@ impl TryFrom<v1::Profile> for ModelProfile {
             segments: p.segments,
             tokenizers: p.tokenizers,
             dtype: p.dtype.parse()?,
+            quantization: Quantization::from_wire(&p.quantization)?,
             hidden_size: p.hidden_size,
             vocab_size: p.vocab_size,
             context_length: p.context_length,

@@ -16,6 +16,7 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
     let mut seeds = match target {
         "frames" => strata_worker::fuzzing::frames(),
         "headers" => of_each_model("model.safetensors").iter().filter_map(|file| header(file)).collect(),
+        "gguf" => ggufs(),
         "config" => of_each_model("config.json"),
         "tokenizer" => tokenizers(),
         "template" => templates(),
@@ -38,6 +39,16 @@ fn header(file: &[u8]) -> Option<Vec<u8>> {
     let (size, rest) = file.split_first_chunk()?;
     let header = rest.get(..usize::try_from(u64::from_le_bytes(*size)).ok()?)?;
     Some([&(file.len() as u32).to_le_bytes(), header].concat())
+}
+
+/// As the target takes them: the length of the file in four bytes, and its beginning.
+fn ggufs() -> Vec<Vec<u8>> {
+    let files = fs::read_dir(PathBuf::from(MODELS).join("gguf")).expect("tests/models is there");
+    let files =
+        files.filter_map(|file| fs::read(file.ok()?.path()).ok()).filter(|file| file.starts_with(b"GGUF"));
+    let beginning =
+        |file: Vec<u8>| [&(file.len() as u32).to_le_bytes(), &file[..file.len().min(LONGEST - 4)]].concat();
+    files.map(beginning).collect()
 }
 
 fn json(file: &str) -> Value {

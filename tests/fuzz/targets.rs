@@ -24,6 +24,7 @@ pub fn open(name: &str) -> Target {
     match name {
         "frames" => Box::new(strata_worker::fuzzing::frame),
         "headers" => Box::new(strata_worker::fuzzing::header),
+        "gguf" => Box::new(strata_worker::fuzzing::gguf),
         "config" => {
             let weights = weights();
             Box::new(move |data| strata_worker::fuzzing::config(data, &weights))

@@ -13,6 +13,7 @@ mod examples;
 mod faults;
 mod foreign_client;
 #[cfg(feature = "cuda")]
+mod gguf;
 mod gpu;
 mod kernels;
 mod leaders;

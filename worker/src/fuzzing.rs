@@ -9,7 +9,7 @@ use crate::{
     kernels::{ops::TensorSpec, tensor::candle_dtype},
     model::Model,
     transport::{Activation, Payload, Tensors, tcp},
-    weights::{Checkpoint, header},
+    weights::{Checkpoint, gguf, header},
 };
 
 const FENCE: Fence = Fence { term: 1, pipeline: 2, incarnation: 3 };
@@ -68,6 +68,13 @@ pub fn header(data: &[u8]) {
         let bytes: u64 = tensors.iter().map(|(_, t)| t.bytes).sum();
         assert_eq!(bytes, length - begin, "a hole or an overlap");
     }
+}
+
+/// The header of a GGUF file, whose length is in its first bytes.
+pub fn gguf(data: &[u8]) {
+    let Some((length, header)) = data.split_first_chunk() else { return };
+    // What is refused, is.
+    let _ = gguf::fuzz(header, u64::from(u32::from_le_bytes(*length)));
 }
 
 /// A `config.json`, beside the weights of some model and by itself: it is refused, or its sizes can be counted.

@@ -23,7 +23,7 @@ use crate::{
     model::{self, ModelError},
     stage::{Connect, Load, Prepare, Resident, StageThread},
     transport::{Link, link_token, loopback::Hub, nccl, tcp::Listener},
-    weights::{HubId, ModelDir, describe_file},
+    weights::{HubId, ModelDir, describe_file, is_gguf},
 };
 
 /// Small files that travel with a model.
@@ -94,7 +94,7 @@ impl Models {
                         real.display()
                     )));
                 }
-                match real.is_dir() {
+                match real.is_dir() || is_gguf(&directory) {
                     true => Ok(directory),
                     false => Err(no(&format!("{} is {}", directory.display(), describe_file(&directory)))),
                 }
@@ -385,6 +385,17 @@ impl Worker for LocalWorker {
 
 fn read_files(directory: &Path) -> Result<Files, WorkerError> {
     let directory = ModelDir::open(directory).map_err(ModelError::from)?;
+    if let Some(made) = directory.made() {
+        return match made.values().map(|file| file.len() as u64).sum::<u64>() {
+            0..=MAX_MODEL_FILES => Ok(made.clone()),
+            size => {
+                let path = directory.path().display();
+                let why =
+                    format!("the tokenizer in {path} has {size} bytes: expected at most {MAX_MODEL_FILES}");
+                Err(WorkerError::WrongState(why))
+            }
+        };
+    }
     let mut files = Files::new();
     let mut total = 0;
     let names = TOKENIZER_FILES.map(str::to_owned).into_iter().chain(named_templates(directory.path())?);

@@ -329,13 +329,13 @@ impl Discovery {
 
     /// Whether a device holds the weights of these layers, in the format of the deployment.
     pub(crate) fn holds(&self, offer: &Offer, layers: LayerRange, deployment: &Deployment) -> bool {
-        let dtype = deployment.dtype.unwrap_or(self.profile.dtype);
+        let (dtype, quantization) = deployment.formats(&self.profile);
         self.resident.get(&offer.worker).into_iter().flatten().any(|spec| {
             spec.device == offer.device.id
                 && spec.fingerprint == self.profile.fingerprint
                 && spec.layers.map(LayerRange::from) == Some(layers)
                 && spec.dtype == dtype.name()
-                && spec.quantization == Quantization::to_wire(deployment.quantization)
+                && spec.quantization == Quantization::to_wire(quantization)
         })
     }
 
@@ -395,12 +395,13 @@ impl Discovery {
 /// What the planner is asked about a deployment.
 fn problem<'a>(profile: &'a ModelProfile, offers: &'a [Offer], deployment: &'a Deployment) -> Problem<'a> {
     let contexts = deployment.max_sequences.map(|n| u64::from(n) * u64::from(profile.context_length));
+    let (dtype, quantization) = deployment.formats(profile);
     Problem {
         profile,
         offers,
         split: &deployment.split,
-        dtype: deployment.dtype.unwrap_or(profile.dtype),
-        quantization: deployment.quantization,
+        dtype,
+        quantization,
         kv_tokens: deployment.kv_tokens.or(contexts),
         state_slots: deployment.max_sequences.unwrap_or(deployment.max_step_rows),
         max_step_tokens: deployment.max_step_tokens,

@@ -35,6 +35,7 @@ pub(crate) fn profile(layers: &[(u64, u64)], embedding: u64, tied: bool) -> Mode
         family: "llama".into(),
         task: Task::Generate,
         dtype: DType::F32,
+        quantization: None,
         hidden_size: 8,
         vocab_size: 16,
         context_length: 32,

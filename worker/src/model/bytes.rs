@@ -27,14 +27,16 @@ pub(super) fn of_expert(model: &Model, site: Site, format: Format) -> u64 {
 
 fn of_parts(model: &Model, site: Site, format: Format, which: impl Fn((Slot, usize)) -> bool) -> u64 {
     let parts = parts(model, site).filter(|(key, _)| which(*key));
-    parts.map(|(key, shape)| part_bytes(shape, model.has_bias(site, key), held(site, key.0, format))).sum()
+    parts
+        .map(|(key, shape)| part_bytes(shape, model.has_bias(site, key), held(model, site, key.0, format)))
+        .sum()
 }
 
 /// Bytes of the weights of a stage.
 pub(crate) fn of_weights(model: &Model, spec: &RangeSpec) -> u64 {
     let of = |site| {
         let part = move |(key, shape): ((Slot, usize), Shape)| {
-            part_bytes(shape, model.has_bias(site, key), held(site, key.0, spec.format()))
+            part_bytes(shape, model.has_bias(site, key), held(model, site, key.0, spec.format()))
         };
         spec.parts(model, site).map(part).sum::<u64>()
     };
@@ -67,13 +69,18 @@ pub(crate) fn part_bytes(shape: Shape, biased: bool, format: Format) -> u64 {
 ///
 /// Routers decide, so theirs is f32; so are what is added to scores. The head, and the embedding that may be the same tensor, keep eight bits: their
 /// errors go straight into what is given out. So does the first layer, whose errors go through all others (measured in
-/// tests/bench/README.md). Small tables are not worth rounding.
-pub(crate) fn held(site: Site, slot: Slot, format: Format) -> Format {
+/// tests/bench/README.md). Small tables are not worth rounding. Of a checkpoint that is quantized, what has more than four bits
+/// keeps eight, and what has four, whichever layer's, is held in four.
+pub(crate) fn held(model: &Model, site: Site, slot: Slot, format: Format) -> Format {
     let int8 = Format::Quantized(Quantization::Int8);
     match (site, slot, format) {
         (_, Slot::Router | Slot::SharedRouter | Slot::PositionBias, _) => Format::Float(DType::F32),
         (_, Slot::Head | Slot::Embedding | Slot::Refinement(_), Format::Quantized(_)) => int8,
         (_, Slot::Positions | Slot::Segments, Format::Quantized(_)) => Format::Float(DType::BF16),
+        (_, _, Format::Quantized(Quantization::Int4)) if model.stored.is_some() => {
+            let four_bits = model.stored.as_ref().is_some_and(|stored| stored.is_four_bits(site, slot));
+            if four_bits { format } else { int8 }
+        }
         (Site::Layer(0), _, Format::Quantized(_)) => int8,
         _ => format,
     }

@@ -5,6 +5,7 @@ pub(crate) mod bytes;
 pub(crate) mod config;
 mod digest;
 mod families;
+mod gguf;
 pub(crate) mod layer;
 pub(crate) mod load;
 pub(crate) mod names;
@@ -23,6 +24,7 @@ use strata_proto::{DType, Format, error::quoted, v1};
 use self::{
     architecture::{Head, Names, Site, Slot, Tower},
     config::{Config, ConfigError},
+    gguf::Stored,
     names::{Bindings, Bound},
 };
 pub use self::{
@@ -193,6 +195,8 @@ pub struct Model {
     pub(crate) ranking: v1::Scoring,
     names: Names,
     bound: Bindings,
+    /// In which formats the checkpoint has its weights, where some of them are quantized.
+    pub(crate) stored: Option<Stored>,
 }
 
 impl Model {
@@ -215,6 +219,9 @@ impl Model {
                 ranking = sentences::ranking(checkpoint, &config)?;
             }
             tower.context = sentences::longest(checkpoint)?.map_or(tower.context, |n| n.min(tower.context));
+        }
+        if let Some(gguf) = checkpoint.gguf() {
+            description.names = gguf::names(&description.names, gguf);
         }
         let bound = names::bind(checkpoint, &description.tower, &description.names)?;
         let generation = checkpoint
@@ -243,7 +250,7 @@ impl Model {
             _ => DType::F32,
         };
         let dtype = config.dtype()?.unwrap_or(stored);
-        Ok(Model {
+        let mut model = Model {
             family,
             tower: description.tower,
             dtype,
@@ -252,7 +259,14 @@ impl Model {
             ranking,
             names: description.names,
             bound,
-        })
+            stored: None,
+        };
+        model.stored = Stored::of(checkpoint, &model);
+        // What was quantized has no format of numbers; what it was made of had this one, mostly.
+        if model.stored.is_some() {
+            model.dtype = DType::BF16;
+        }
+        Ok(model)
     }
 
     /// The model that `config.json` alone describes, to measure with: no product has a bias, and the head is a tensor
@@ -269,6 +283,7 @@ impl Model {
             ranking: v1::Scoring::Unspecified,
             names: description.names,
             bound: Bindings::new(),
+            stored: None,
         })
     }
 

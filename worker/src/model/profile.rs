@@ -56,7 +56,11 @@ impl Model {
             _ => (v1::Scoring::Unspecified, Vec::new()),
         };
         let table = FormatBytes::of(|format| {
-            Table::bytes_for(tower.vocab, tower.width, bytes::held(Site::Input, Slot::Embedding, format))
+            Table::bytes_for(
+                tower.vocab,
+                tower.width,
+                bytes::held(self, Site::Input, Slot::Embedding, format),
+            )
         });
         ModelProfile {
             model: name.to_owned(),
@@ -70,6 +74,7 @@ impl Model {
                 Head::Span { .. } => v1::Task::Answer,
             },
             dtype: self.dtype,
+            quantization: self.stored.as_ref().map(|stored| stored.quantization),
             hidden_size: tower.width as u32,
             vocab_size: tower.vocab as u32,
             context_length: tower.context as u32,

@@ -3,6 +3,7 @@
 mod bind;
 mod digests;
 mod encoders;
+mod gguf;
 mod invariance;
 mod mutations;
 mod sentences;

@@ -4,9 +4,15 @@ use std::{
     fs::File,
     io::{ErrorKind, Read},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
-use super::WeightsError;
+use strata_proto::Files;
+
+use super::{
+    INDEX, SINGLE, WeightsError,
+    gguf::{self, Gguf},
+};
 
 /// A model's directory. Every file of a model is opened here, because a repository that somebody else made can hold symbolic
 /// links to anything that this process may read. Links may lead to files of the directory itself; those of a revision in a hub's
@@ -19,17 +25,62 @@ pub(crate) struct ModelDir {
     real: PathBuf,
     /// What links may not leave.
     root: PathBuf,
+    /// What there is instead of files.
+    gguf: Option<Arc<Gguf>>,
 }
 
 impl ModelDir {
-    /// A directory, which may be a link itself: whoever gives it means what it leads to.
+    /// A directory, which may be a link itself: whoever gives it means what it leads to. A GGUF file, or a directory that has the
+    /// files of one such model and no other weights, is a directory with what its metadata say, and with nothing that lies beside
+    /// it.
     ///
     /// # Errors
-    /// If it is not there.
+    /// If it is not there, or a GGUF file cannot be read.
     pub fn open(path: &Path) -> Result<Self, WeightsError> {
-        let real = path.canonicalize().map_err(|e| WeightsError::io(&path.display().to_string(), e))?;
-        let root = cached_model(&real).unwrap_or(&real).to_owned();
-        Ok(ModelDir { path: path.to_owned(), real, root })
+        let real =
+            |path: &Path| path.canonicalize().map_err(|e| WeightsError::io(&path.display().to_string(), e));
+        let given = real(path)?;
+        let mut names = gguf::names(&given);
+        let (mut directory, mut root) = (given.clone(), cached_model(&given).unwrap_or(&given).to_owned());
+        if !given.is_dir() {
+            // In the hub's cache, a file's own name is that of a link.
+            let beside =
+                path.parent().map(|parent| if parent == Path::new("") { Path::new(".") } else { parent });
+            let beside = beside.map(real).transpose()?;
+            let own = given.parent().unwrap_or(&given).to_owned();
+            (directory, root) =
+                match beside.as_deref().and_then(|beside| Some((beside, cached_model(beside)?))) {
+                    Some((beside, model)) => {
+                        names = gguf::names(path);
+                        (beside.to_owned(), model.to_owned())
+                    }
+                    None => (own.clone(), own),
+                };
+        }
+        let mut dir = ModelDir { path: path.to_owned(), real: directory, root, gguf: None };
+        let has_weights = || [SINGLE, INDEX].iter().any(|name| given.join(name).exists());
+        if let Some(names) = names.filter(|_| !has_weights()) {
+            let open = |name: String| match dir.file(&name)? {
+                Some(file) => Ok((name, file)),
+                None => Err(WeightsError::file(
+                    &name,
+                    "it is a part of the model, but it is not there: download it too",
+                )),
+            };
+            let files = names.into_iter().map(open).collect::<Result<_, _>>()?;
+            dir.gguf = Some(Arc::new(Gguf::read(files)?));
+        }
+        Ok(dir)
+    }
+
+    /// The GGUF files that it is, if it is some.
+    pub fn gguf(&self) -> Option<&Arc<Gguf>> {
+        self.gguf.as_ref()
+    }
+
+    /// The files that are made of metadata, if there are no others.
+    pub fn made(&self) -> Option<&Files> {
+        Some(&self.gguf.as_ref()?.files)
     }
 
     /// The directory as it was given.
@@ -43,6 +94,9 @@ impl ModelDir {
     /// If it lies elsewhere, is no regular file (a pipe would block, a device never end), or cannot be opened.
     pub fn file(&self, name: &str) -> Result<Option<File>, WeightsError> {
         let io = |e| WeightsError::io(name, e);
+        if self.gguf.is_some() {
+            return Ok(None);
+        }
         let real = match self.real.join(name).canonicalize() {
             Err(e) if [ErrorKind::NotFound, ErrorKind::NotADirectory].contains(&e.kind()) => return Ok(None),
             real => real.map_err(io)?,
@@ -67,6 +121,9 @@ impl ModelDir {
     /// # Errors
     /// As [`file`](Self::file), and if it is larger.
     pub fn read(&self, name: &str, limit: u64) -> Result<Option<Vec<u8>>, WeightsError> {
+        if let Some(made) = self.made() {
+            return Ok(made.get(name).cloned());
+        }
         let Some(file) = self.file(name)? else { return Ok(None) };
         let mut bytes = Vec::new();
         file.take(limit + 1).read_to_end(&mut bytes).map_err(|e| WeightsError::io(name, e))?;

@@ -110,8 +110,10 @@ pub fn hub_cache(variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf>
         .or_else(|| below(set("HOME"), ".cache/huggingface/hub"))
 }
 
-/// The commit that a model's directory is, if it is a revision in the hub's cache.
+/// The commit that a model's directory is, or that of its file, if it is a revision in the hub's cache.
 pub(crate) fn commit(directory: &Path) -> Option<String> {
+    // A GGUF file is that of a directory.
+    let directory = if directory.is_dir() { directory } else { directory.parent()? };
     let real = directory.canonicalize().ok()?;
     let snapshots = real.parent().filter(|parent| parent.ends_with("snapshots"))?;
     let model = snapshots.parent()?.file_name()?.to_str()?;

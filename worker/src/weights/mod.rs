@@ -3,6 +3,7 @@
 pub(crate) mod decode;
 mod files;
 mod fingerprint;
+pub(crate) mod gguf;
 mod glob;
 pub(crate) mod header;
 pub(crate) mod hub_cache;
@@ -26,10 +27,11 @@ use std::{
 
 pub(crate) use decode::Decoder;
 pub(crate) use files::ModelDir;
+use gguf::Gguf;
 pub(crate) use header::{TensorDType, TensorInfo};
 pub use hub_cache::{HubError, HubId, hub_cache, is_word};
 pub(crate) use modules::module_prefix;
-pub use recognize::describe_file;
+pub use recognize::{describe_file, is_gguf};
 pub(crate) use stream::stream;
 
 /// Largest piece of a tensor that is read at once.
@@ -128,7 +130,7 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names, in `dir`.
+    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names, in `dir`, or a GGUF file.
     ///
     /// # Errors
     /// If `dir` is something else than a model, or a file of weights is missing, cut off or malformed.
@@ -146,7 +148,9 @@ impl Checkpoint {
             ignored: Vec::new(),
             quantized_by: None,
         };
-        if let Some(file) = checkpoint.dir.file(SINGLE)? {
+        if let Some(gguf) = checkpoint.dir.gguf().cloned() {
+            checkpoint.add_gguf(&gguf)?;
+        } else if let Some(file) = checkpoint.dir.file(SINGLE)? {
             checkpoint.add_shard(SINGLE, file, "")?;
         } else if let Some(index) = read_index(&checkpoint.dir)? {
             let mut names: Vec<&String> = index.values().collect();
@@ -298,6 +302,22 @@ impl Checkpoint {
         }
         self.shards.push(Shard { name: name.to_owned(), file, header });
         Ok(())
+    }
+
+    /// Adds the parts of a model in GGUF files.
+    fn add_gguf(&mut self, gguf: &Gguf) -> Result<(), WeightsError> {
+        for part in &gguf.parts {
+            let file = part.file.try_clone().map_err(|e| WeightsError::io(&part.name, e))?;
+            self.bytes_read.fetch_add(part.header.len() as u64, Ordering::Relaxed);
+            self.shards.push(Shard { name: part.name.clone(), file, header: part.header.clone() });
+        }
+        self.tensors = gguf.tensors.clone();
+        Ok(())
+    }
+
+    /// The GGUF files that it is, if it is some.
+    pub(crate) fn gguf(&self) -> Option<&Gguf> {
+        self.dir.gguf().map(Arc::as_ref)
     }
 
     fn check_index(&self, index: &BTreeMap<String, String>) -> Result<(), WeightsError> {

@@ -23,7 +23,10 @@ const HUB_ANSWERS: [&str; 5] = [
 pub fn describe_file(path: &Path) -> String {
     let extension = path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default();
     match extension.as_str() {
-        "gguf" | "ggml" => gguf("a GGUF file"),
+        "ggml" => {
+            "a GGML file, which Strata does not read; expected GGUF, or a directory in Hugging Face layout"
+                .into()
+        }
         "onnx" => onnx("an ONNX file"),
         "safetensors" | "json" | "bin" | "pt" | "pth" => {
             "a file; give the directory that holds it, with config.json and tokenizer.json".into()
@@ -33,11 +36,9 @@ pub fn describe_file(path: &Path) -> String {
     }
 }
 
-fn gguf(what: &str) -> String {
-    format!(
-        "{what}, which Strata does not read; download the repository that it was made from, with its safetensors files \
-         (--quantize makes int8 or int4 of them while they load)"
-    )
+/// Whether a path is a file whose name is that of a GGUF file.
+pub fn is_gguf(path: &Path) -> bool {
+    path.is_file() && path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
 }
 
 fn onnx(what: &str) -> String {
@@ -46,6 +47,9 @@ fn onnx(what: &str) -> String {
 
 /// What a directory is, and what to do about it, if it cannot be a model.
 pub(super) fn unusable(dir: &ModelDir) -> Option<String> {
+    if dir.gguf().is_some() {
+        return None;
+    }
     let directory = dir.path();
     let names = names(directory);
     let has = |name: &str| names.iter().any(|n| n == name);
@@ -140,7 +144,13 @@ fn no_weights(directory: &Path, names: &[String]) -> Option<String> {
         }
     }
     if any(".gguf").is_some() {
-        return Some(gguf("it holds GGUF files"));
+        let found: Vec<_> =
+            names.iter().filter(|name| name.to_lowercase().ends_with(".gguf")).cloned().collect();
+        let more = if found.len() > NAMED { ", …" } else { "" };
+        let found = found.into_iter().take(NAMED).collect::<Vec<_>>().join(", ");
+        return Some(format!(
+            "it holds several GGUF models ({found}{more}); give the path of the file that is to be served"
+        ));
     }
     let onnx_folder = self::names(&directory.join("onnx")).iter().any(|name| name.ends_with(".onnx"));
     if any(".onnx").is_some() || onnx_folder {
@@ -238,7 +248,15 @@ mod tests {
             (&[config, ("tf_model.h5", "")], "from_tf=True"),
             (&[("model_index.json", "{}"), ("sd-v1.safetensors", "")], "a pipeline of diffusers"),
             (&[config, ("consolidated.safetensors", "")], "holds consolidated.safetensors, but neither"),
-            (&[("model-q4_k_m.gguf", "")], "holds GGUF"),
+            (
+                &[("a-Q4_K_M.gguf", ""), ("a-Q8_0.gguf", "")],
+                "several GGUF models (a-Q4_K_M.gguf, a-Q8_0.gguf)",
+            ),
+            (&[("a-Q4_K_M.gguf", "")], "a-Q4_K_M.gguf: 0 bytes, but its header"),
+            (
+                &[("a-00001-of-00002.gguf", "")],
+                "a-00002-of-00002.gguf: it is a part of the model, but it is not there",
+            ),
             (&[config, ("onnx/model.onnx", "")], "holds ONNX"),
             (&[("adapter_config.json", "{}"), ("adapter_model.safetensors", "")], "merge_and_unload"),
             (&[config, (".cache/huggingface/download/x.incomplete", "")], "not finished (x.incomplete)"),
@@ -296,7 +314,7 @@ mod tests {
     #[test]
     fn says_what_a_file_is() {
         for (name, says) in
-            [("a.gguf", "GGUF"), ("a.ONNX", "ONNX"), ("a.safetensors", "that holds it"), ("a", "not a dir")]
+            [("a.ggml", "GGML"), ("a.ONNX", "ONNX"), ("a.safetensors", "that holds it"), ("a", "not a dir")]
         {
             let said = describe_file(Path::new(name));
             assert!(said.contains(says), "{said}");

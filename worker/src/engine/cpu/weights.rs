@@ -106,7 +106,7 @@ impl Block {
     fn zeros(model: &Model, site: Site, spec: &RangeSpec, arena: &mut Arena) -> Result<Self, OutOfMemory> {
         let part = |(key, shape): (_, Shape)| {
             let biased = model.has_bias(site, key);
-            Ok((key, Part::zeros(shape, biased, held(site, key.0, spec.format()), arena)?))
+            Ok((key, Part::zeros(shape, biased, held(model, site, key.0, spec.format()), arena)?))
         };
         Ok(Block(spec.parts(model, site).map(part).collect::<Result<_, OutOfMemory>>()?))
     }

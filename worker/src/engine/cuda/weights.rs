@@ -127,7 +127,7 @@ impl Weights {
         let mut memory = Arena::new(&gpu.context, bytes)?;
         let mut block = |site: Site| {
             let part = |(key, shape): ((Slot, usize), Shape)| {
-                let (format, biased) = (held(site, key.0, spec.format()), model.has_bias(site, key));
+                let (format, biased) = (held(model, site, key.0, spec.format()), model.has_bias(site, key));
                 let weight = memory.take(part_bytes(shape, false, format))?;
                 let bias = match shape {
                     Shape::Norm(n) | Shape::Product(n, _) if biased => memory.take(n as u64 * 4)?,

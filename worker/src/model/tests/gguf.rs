@@ -1,0 +1,80 @@
+//! Models in GGUF files, which tests/models/make_gguf.py made of the models beside them.
+
+use super::*;
+
+/// Files of the folder, and the directories of the models that they were made of.
+fn files() -> Vec<(PathBuf, PathBuf)> {
+    let entries = fs::read_dir(models().join("gguf")).unwrap().map(|entry| entry.unwrap().path());
+    let files = entries.filter(|path| path.extension().is_some_and(|e| e == "gguf"));
+    let made_of = files.map(|file| (file.clone(), models().join(file.file_stem().unwrap())));
+    made_of.filter(|(_, directory)| directory.is_dir()).collect()
+}
+
+/// A copy of a model whose configuration says what metadata cannot, as llama.cpp has it for all models of the architecture.
+fn as_llama_cpp_knows_it(directory: &Path) -> Option<tempfile::TempDir> {
+    if !directory.ends_with("smollm3-f32") {
+        return None;
+    }
+    let copy = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(directory).unwrap().map(Result::unwrap) {
+        fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
+    }
+    let mut config: Value =
+        serde_json::from_slice(&fs::read(directory.join("config.json")).unwrap()).unwrap();
+    for field in ["no_rope_layers", "layer_types", "sliding_window", "use_sliding_window"] {
+        config[field] = Value::Null;
+    }
+    fs::write(copy.path().join("config.json"), config.to_string()).unwrap();
+    Some(copy)
+}
+
+/// How far logits are from others, beside the largest of these.
+fn distance(a: &[f32], b: &[f32]) -> f32 {
+    let largest = b.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest
+}
+
+#[test]
+fn a_gguf_file_answers_as_the_model_that_it_was_made_of() {
+    let whole = Way::new(DType::F32);
+    let (mut checked, mut wrong) = (0, Vec::new());
+    for (file, directory) in files() {
+        let name = file.file_stem().unwrap().to_str().unwrap();
+        let (checkpoint, model) = match Model::open_dir(&file) {
+            Ok(opened) => opened,
+            Err(error) => {
+                wrong.push(format!("{name}: {error}"));
+                continue;
+            }
+        };
+        let expected = fs::read_to_string(directory.join("expected.json")).unwrap();
+        let expected: Value = serde_json::from_str(&expected).unwrap();
+        let changed = as_llama_cpp_knows_it(&directory);
+        let directory = changed.as_ref().map_or(directory.as_path(), |changed| changed.path());
+        let original = Model::open_dir(directory).unwrap().1;
+        if (&model.special.bos, &model.special.eos) != (&original.special.bos, &original.special.eos) {
+            wrong.push(format!("{name}: {:?}, not {:?}", model.special, original.special));
+        }
+        let mut ours = Pipeline::of(&checkpoint, &model, &[], whole);
+        let mut theirs = Pipeline::new(directory, &[], whole);
+        for prompt in expected["prompts"].as_array().unwrap() {
+            let (prompt, greedy) = (ids(&prompt["ids"]), ids(&prompt["greedy_ids"]));
+            let (a, answer) = ours.generate(&prompt, 64, greedy.len());
+            let (b, expected) = theirs.generate(&prompt, 64, greedy.len());
+            let off = distance(&a, &b);
+            println!("{name}: {} ids, logits off by {off:.2e}", prompt.len());
+            let Some(stored) = &model.stored else {
+                // Factors of rotation may differ in their last bit.
+                wrong.extend((off > 1e-5 || answer != expected).then(|| format!("{name}: {off:.2e}")));
+                continue;
+            };
+            // As it is, and widened.
+            let way = Way { quantization: Some(stored.quantization), ..whole };
+            let own = distance(&Pipeline::of(&checkpoint, &model, &[], way).step(&prompt, 0, 64), &a);
+            println!("    {own:.2e} in {}", stored.quantization);
+            wrong.extend((off > 0.5 || own > 0.05).then(|| format!("{name}: {off:.2e}, {own:.2e}")));
+        }
+        checked += 1;
+    }
+    assert!(checked >= 12 && wrong.is_empty(), "{checked}: {wrong:#?}");
+}
