@@ -198,6 +198,23 @@ pub struct Cluster {
     pub members: mpsc::UnboundedSender<MemberEvent>,
     stop: oneshot::Sender<()>,
     serving: JoinHandle<()>,
+    leave: Leave,
+}
+
+/// Takes the workers away at the end, so that they give back what their devices hold: an emulated GPU has no more than a real
+/// one, and a coordinator lives for as long as its process.
+struct Leave {
+    members: mpsc::UnboundedSender<MemberEvent>,
+    workers: usize,
+}
+
+impl Drop for Leave {
+    fn drop(&mut self) {
+        for rank in 0..self.workers {
+            // Whoever listened may be gone.
+            let _ = self.members.send(MemberEvent::Left(format!("worker-{rank}")));
+        }
+    }
 }
 
 impl Cluster {
@@ -241,12 +258,15 @@ impl Cluster {
         });
         let serving = tokio::spawn(async move { serving.await.unwrap() });
         let (members, events) = mpsc::unbounded_channel();
-        (Cluster { address, coordinator, members, stop, serving }, events)
+        let leave = Leave { members: members.clone(), workers: options.workers };
+        (Cluster { address, coordinator, members, stop, serving, leave }, events)
     }
 
     /// Tells it to stop; what it still does then.
     pub fn stop(self) -> JoinHandle<()> {
         drop(self.stop);
+        // It finishes what it has begun.
+        std::mem::forget(self.leave);
         self.serving
     }
 
