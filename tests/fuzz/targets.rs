@@ -53,6 +53,8 @@ pub fn open(name: &str) -> Target {
 /// Weights in a directory of their own, where a `config.json` can be written beside them.
 fn weights() -> Checkpoint {
     let directory = std::env::temp_dir().join("strata-fuzz");
+    // A run before may have left a configuration there.
+    let _ = fs::remove_dir_all(&directory);
     fs::create_dir_all(&directory).expect("a temporary directory");
     let file = "model.safetensors";
     fs::copy(PathBuf::from(MODELS).join("llama-bias-f32").join(file), directory.join(file)).expect("a model");
