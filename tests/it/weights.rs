@@ -194,19 +194,14 @@ async fn tensors_without_a_use_are_named_and_left_out_on_demand() {
     }
     let models = models.path().to_str().unwrap();
     let worker = Process::start(&["worker", "--models", models, "--ignore-tensors", "mtp.*"], "listening ");
-    let args = [
-        "coordinator",
-        "--worker",
-        &worker.address,
-        "--model",
-        "shakespeare",
-        "--dtype",
-        "f32",
-        "--port",
-        "0",
-    ];
-    let coordinator = Process::start(&args, "ready ");
+    let coordinator = coordinator(&worker);
     answers_exactly(&coordinator.address).await;
+}
+
+/// A coordinator over one worker.
+fn coordinator(worker: &Process) -> Process {
+    let args = ["coordinator", "--worker", &worker.address, "--model", "shakespeare", "--dtype", "f32"];
+    Process::start(&[&args[..], &["--port", "0"]].concat(), "ready ")
 }
 
 /// Changes a bit of what a process holds of the norm behind the first layer's attention; how many copies of it there were.
@@ -247,18 +242,7 @@ async fn weights_that_change_in_memory_are_read_anew() {
     let models = model("");
     let args = ["worker", "--models", models.to_str().unwrap(), "--verify-every", "1"];
     let worker = Process::start(&args, "listening ");
-    let args = [
-        "coordinator",
-        "--worker",
-        &worker.address,
-        "--model",
-        "shakespeare",
-        "--dtype",
-        "f32",
-        "--port",
-        "0",
-    ];
-    let coordinator = Process::start(&args, "ready ");
+    let coordinator = coordinator(&worker);
     answers_exactly(&coordinator.address).await;
     let before = status(&coordinator.address).await.fence;
     // Longer than it takes to compare all of them once: nothing is found where nothing has changed.

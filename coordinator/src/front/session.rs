@@ -31,6 +31,7 @@ use crate::{
         AdmissionError, Gate, Limit, Pool, Tokenizer,
         bounds::{self, MAX_IDS},
         encode, generate,
+        located::Checked,
         parts::Place,
     },
 };
@@ -536,9 +537,6 @@ impl Session {
         Ok(answers)
     }
 }
-
-/// Inputs that were let in, and until when they may be computed.
-type Checked = (Vec<encode::CheckedInput>, Option<Duration>);
 
 /// What is remembered of an input until its answer comes.
 struct Sent {

@@ -24,7 +24,7 @@ const STRIDE: u32 = 128;
 /// Most tokens of an answer unless asked for otherwise, and whatever is asked for.
 const ANSWER_TOKENS: (u32, u32) = (15, 512);
 
-/// What is let in, and its deadline.
+/// Inputs that are let in, and until when they may be computed.
 pub(crate) type Checked = (Vec<CheckedInput>, Option<Duration>);
 
 /// Checks and tokenizes texts, each of at most `limit` tokens. Heavy: not for an async thread.
