@@ -345,3 +345,21 @@ fn avx2<K: Kernel>(kernel: K) {
 fn avx512<K: Kernel>(kernel: K) {
     kernel.run::<Avx512>();
 }
+
+#[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
+mod tests {
+    use object::{Object, ObjectSymbol};
+
+    /// What a kernel calls and the compiler does not inline, a function that calls itself above all, is compiled for the
+    /// oldest processor, and each instruction of a newer one becomes a call: answers stay the same, and take longer.
+    #[test]
+    fn no_instruction_of_a_kernel_has_become_a_call() {
+        let program = std::fs::read(std::env::current_exe().unwrap()).unwrap();
+        let program = object::File::parse(&*program).unwrap();
+        let names: Vec<_> = program.symbols().filter_map(|symbol| symbol.name().ok()).collect();
+        assert!(names.iter().any(|name| name.contains("strata_worker")), "the test's program has symbols");
+        // Nothing but these kernels has instructions of AVX-512's foundation.
+        let called: Vec<_> = names.iter().filter(|name| name.contains("avx512f") && name.contains("_mm512_")).collect();
+        assert!(called.is_empty(), "{called:?}");
+    }
+}

@@ -13,6 +13,8 @@ use crate::kernels::ops::{Act, Norm};
 const PIECE: usize = 4096;
 
 impl Act {
+    /// Must not call itself: what does is never inlined, and outside of the kernel nothing is compiled for its
+    /// instruction set.
     #[inline(always)]
     fn apply<S: Simd>(self, x: S::F) -> S::F {
         let one = S::splat(1.0);
@@ -25,14 +27,13 @@ impl Act {
                 S::mul(S::mul(S::splat(0.5), x), S::add(one, tanh::<S>(inner)))
             }
             Act::GeluQuick => times_sigmoid::<S>(x, S::mul(S::splat(1.702), x)),
-            // A comparison keeps NaN, which a maximum would hide.
-            Act::Relu => S::select_lt(x, S::splat(0.0), S::splat(0.0), x),
+            Act::Relu => relu::<S>(x),
             Act::Tanh => tanh::<S>(x),
             Act::ReluSquared => {
-                let x = Act::Relu.apply::<S>(x);
+                let x = relu::<S>(x);
                 S::mul(x, x)
             }
-            Act::Relu6 => at_most::<S>(Act::Relu.apply::<S>(x), 6.0),
+            Act::Relu6 => at_most::<S>(relu::<S>(x), 6.0),
             Act::LeakyRelu => S::select_lt(x, S::splat(0.0), S::mul(x, S::splat(0.01)), x),
             Act::Mish => {
                 // tanh(ln(1 + e)) = (e^2 + 2 e) / (e^2 + 2 e + 2); from 20 on it is 1.
@@ -41,10 +42,16 @@ impl Act {
                 S::mul(x, S::div(t, S::add(t, S::splat(2.0))))
             }
             Act::Sigmoid => times_sigmoid::<S>(one, x),
-            Act::GeluClipped => at_most::<S>(Act::Gelu.apply::<S>(x), 10.0),
+            Act::GeluClipped => at_most::<S>(S::mul(x, normal::<S>(x)), 10.0),
             Act::Identity => x,
         }
     }
+}
+
+/// `max(x, 0)`; a comparison keeps NaN, which a maximum would hide.
+#[inline(always)]
+fn relu<S: Simd>(x: S::F) -> S::F {
+    S::select_lt(x, S::splat(0.0), S::splat(0.0), x)
 }
 
 /// `min(x, most)`, which keeps NaN.
