@@ -49,7 +49,7 @@ impl From<ModuleDigest> for Module {
             name: tensor.name,
             dtype: tensor.dtype.name().to_owned(),
             shape: tensor.shape,
-            digest: tensor.digest.to_string(),
+            digest: format!("{:032x}", tensor.digest),
         });
         Module { module: id.to_string(), digest: digest.to_string(), tensors: tensors.collect() }
     }

@@ -244,10 +244,15 @@ impl Checkpoint {
     /// Reads the piece of a tensor that begins at byte `offset`: `PIECE` bytes, or what is left of it.
     pub fn read(&self, tensor: &TensorInfo, offset: u64, buffer: &mut Vec<u8>) -> Result<(), WeightsError> {
         buffer.resize(tensor.bytes.saturating_sub(offset).min(PIECE as u64) as usize, 0);
+        self.fill(tensor, offset, buffer)
+    }
+
+    /// Fills `buffer` with the bytes of a tensor from byte `offset` on, which has as many.
+    fn fill(&self, tensor: &TensorInfo, offset: u64, mut buffer: &mut [u8]) -> Result<(), WeightsError> {
         let Some(made) = &tensor.made else {
             return self.read_at(tensor.shard, tensor.offset + offset, buffer);
         };
-        let (mut begin, mut buffer) = (0, &mut buffer[..]);
+        let mut begin = 0;
         for &(shard, at, bytes) in &made.parts {
             let skipped = offset.saturating_sub(begin).min(bytes);
             let here = (bytes - skipped).min(buffer.len() as u64) as usize;
