@@ -88,19 +88,38 @@ struct Held {
 }
 
 impl Held {
+    /// Takes so many bytes more. Who is refused has nothing any more, from that moment on: of many that come at once,
+    /// no more are refused than must be.
     fn take(&mut self, bytes: usize) -> Result<(), Status> {
-        self.taken += bytes;
-        let add = |counter: &AtomicUsize| counter.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        let (of_all, of_connection) = (add(&self.budget.held), add(&self.of_connection));
-        let Bodies { total, per_connection, .. } = self.budget.bounds;
-        for (held, whose, most) in
-            [(of_connection, "this connection", per_connection), (of_all, "all connections", total)]
-        {
-            if held > most {
-                return Err(status(&Refused::TooMuch { held, whose, most }));
+        let taken = self.taken;
+        let add = |counter: &AtomicUsize, whose, most| {
+            let within = |held| held + bytes <= most;
+            let next = |held| Some(if within(held) { held + bytes } else { held - taken });
+            match counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next) {
+                Ok(held) if !within(held) => Err(Refused::TooMuch { held: held + bytes, whose, most }),
+                _ => Ok(()),
             }
-        }
-        Ok(())
+        };
+        let Bodies { total, per_connection, .. } = self.budget.bounds;
+        let (all, connection) = (&self.budget.held, &self.of_connection);
+        let refused = match add(connection, "this connection", per_connection) {
+            Err(refused) => {
+                all.fetch_sub(taken, Ordering::Relaxed);
+                refused
+            }
+            Ok(()) => match add(all, "all connections", total) {
+                Ok(()) => {
+                    self.taken += bytes;
+                    return Ok(());
+                }
+                Err(refused) => {
+                    connection.fetch_sub(taken + bytes, Ordering::Relaxed);
+                    refused
+                }
+            },
+        };
+        self.taken = 0;
+        Err(status(&refused))
     }
 }
 
