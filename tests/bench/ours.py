@@ -3,7 +3,6 @@
 A library for the scripts beside it; needs target/release/strata.
 """
 import json
-import os
 import pathlib
 import platform
 import subprocess
@@ -59,9 +58,9 @@ class Server:
         return used / report["seconds"], used * 1e6 / report["generated_tokens"], report["tokens_per_second"]
 
     def processor_seconds(self):
-        """What the process that answers has used so far."""
-        fields = pathlib.Path(f"/proc/{self.processes[-1].pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """What the process that answers has used so far, counted in nanoseconds where /proc/PID/stat has hundredths."""
+        tasks = pathlib.Path(f"/proc/{self.processes[-1].pid}/task").iterdir()
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
     def close(self):
         for process in self.processes:
