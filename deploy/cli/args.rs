@@ -61,6 +61,9 @@ pub enum Command {
     /// Load a model, check that it and its tokenizer belong together, and report
     #[command(after_help = examples::CHECK)]
     Check(CheckArgs),
+    /// Download a model of the Hugging Face hub into the hub's cache, where it is served by its name
+    #[command(after_help = examples::PULL)]
+    Pull(PullArgs),
     /// Show digests of a model's weights, and compare two copies
     #[command(after_help = examples::VERIFY)]
     Verify(VerifyArgs),
@@ -145,6 +148,7 @@ impl Command {
             Command::Kernels(args) => args.json,
             Command::Run(_)
             | Command::Worker(_)
+            | Command::Pull(_)
             | Command::Drain(_)
             | Command::Undrain(_)
             | Command::RandomModel(_)

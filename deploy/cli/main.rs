@@ -22,6 +22,7 @@ mod origin;
 mod parts;
 mod plan;
 mod prompt;
+mod pull;
 mod random_model;
 mod report;
 mod roles;
@@ -104,6 +105,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             Command::Worker(args) => roles::worker(args).await,
             Command::Plan(args) => plan::plan(args).await,
             Command::Check(args) => check::check(args).await,
+            Command::Pull(args) => pull::pull(&args),
             Command::Verify(args) => verify::verify(&args),
             Command::Generate(args) => generate::generate(args).await,
             Command::Classify(args) => encode::classify(args).await,

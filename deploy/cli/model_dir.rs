@@ -26,7 +26,7 @@ pub fn open(given: &Path) -> anyhow::Result<(String, PathBuf)> {
         (Err(error), None) if error.kind() == ErrorKind::NotFound && given.to_str().is_some_and(is_word) => {
             bail!(
                 "model {shown}: no such directory here; expected the directory of a model in Hugging Face layout. One of the hub \
-             is downloaded first: `hf download OWNER/{shown} --local-dir {shown}`"
+             is downloaded first: `strata pull OWNER/{shown}`, and OWNER/{shown} is given here"
             )
         }
         (found, _) => found.with_context(|| format!("model {shown}"))?,
@@ -43,22 +43,19 @@ pub fn open(given: &Path) -> anyhow::Result<(String, PathBuf)> {
     Ok((name.to_string_lossy().into_owned(), directory))
 }
 
-/// How to get a model whose id on the hub, or whose page there, is given in the place of a directory: into one in `parent`,
-/// `.` or, for a worker, the one of its models.
+/// How to get a model whose id on the hub, or whose page there, is given in the place of a directory: into the hub's cache, where
+/// `parent` is `.`, or, for a worker, into the directory of its models.
 pub fn download(given: &str, parent: &str) -> Option<String> {
     let id = hub_id(given)?;
     let name = id.rsplit('/').next().unwrap_or_default();
-    let (directory, give) = match parent {
-        "." => (name.to_owned(), "that directory".to_owned()),
-        parent => (
-            format!("{parent}/{name}"),
-            format!("--models {parent} to workers and --model {name} to the coordinator"),
+    let how = match parent {
+        "." => format!("`strata pull {id}`, and give {id}"),
+        parent => format!(
+            "`hf download {id} --local-dir {parent}/{name}`, and give --models {parent} to workers and --model {name} to the \
+             coordinator"
         ),
     };
-    Some(format!(
-        "if it is the id of a model on the Hugging Face hub, download it first: `hf download {id} --local-dir {directory}`, and \
-         give {give}"
-    ))
+    Some(format!("if it is the id of a model on the Hugging Face hub, download it first: {how}"))
 }
 
 /// The id of a model on the hub, given as `OWNER/NAME` or as an address of one of its pages.
@@ -99,12 +96,12 @@ mod tests {
             "Qwen/Qwen3-0.6B:latest",
         ] {
             let hub = error(given);
-            assert!(hub.contains("`hf download Qwen/Qwen3-0.6B"), "{hub}");
+            assert!(hub.contains("`strata pull Qwen/Qwen3-0.6B`"), "{hub}");
         }
         for path in ["/srv/models", "models/a/b", "./a", "../a", "https://example.org/a", "https://hf.co/"] {
             assert!(error(path).contains("No such file"), "{path}");
         }
-        assert!(error("qwen3").contains("`hf download OWNER/qwen3 --local-dir qwen3`"));
+        assert!(error("qwen3").contains("`strata pull OWNER/qwen3`"));
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("a.onnx");
         std::fs::write(&file, "").unwrap();

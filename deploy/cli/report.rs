@@ -96,6 +96,11 @@ pub fn start(filter: &str, format: LogFormat, json: bool) -> anyhow::Result<()> 
     let levels = EnvFilter::try_new(filter).map_err(|why| {
         misused(format!("--log {filter:?}: expected a level such as info, or target=level: {why}"))
     })?;
+    // It would write the head of every request, with whatever token is in it.
+    let levels = match "ureq_proto::util=off".parse() {
+        Ok(silence) => levels.add_directive(silence),
+        Err(_) => levels,
+    };
     let builder = tracing_subscriber::fmt().with_env_filter(levels).with_writer(std::io::stderr);
     match format {
         // By itself it would leave colours out only where NO_COLOR says so.

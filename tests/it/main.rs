@@ -15,6 +15,7 @@ mod foreign_client;
 #[cfg(feature = "cuda")]
 mod gguf;
 mod gpu;
+mod hub;
 mod kernels;
 mod leaders;
 mod lifecycle;
@@ -24,6 +25,7 @@ mod parity;
 mod parts;
 mod processes;
 mod proxy;
+mod pull;
 mod random_models;
 mod replicas;
 mod run;

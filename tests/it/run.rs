@@ -149,5 +149,5 @@ fn errors_say_where_a_value_comes_from_and_kubernetes_is_ignored_with_a_word() {
     // What is no model is told once, by whoever reads it first.
     let (code, said) = strata(&[], &["check", "someone/some-model"]);
     assert_eq!(code, Some(1));
-    assert!(said.lines().count() == 1 && said.contains("hf download someone/some-model"), "{said}");
+    assert!(said.lines().count() == 1 && said.contains("strata pull someone/some-model"), "{said}");
 }

@@ -45,4 +45,6 @@ pub use error::WorkerError;
 pub use incarnation::StepHook;
 pub use service::{LocalWorker, Models, WorkerConfig};
 pub use transport::loopback::Hub;
-pub use weights::{Checkpoint, HubError, HubId, describe_file, hub_cache, is_gguf, is_word};
+pub use weights::{
+    Checkpoint, HubError, HubId, LISTS, describe_file, hub_cache, is_gguf, is_word, wanted, wanted_gguf,
+};

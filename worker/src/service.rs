@@ -23,22 +23,10 @@ use crate::{
     model::{self, ModelError},
     stage::{Connect, Load, Prepare, Resident, StageThread},
     transport::{Link, link_token, loopback::Hub, nccl, tcp::Listener},
-    weights::{HubId, ModelDir, describe_file, is_gguf},
+    weights::{HubId, ModelDir, NAMED_TEMPLATES, TOKENIZER_FILES, describe_file, is_gguf},
 };
 
-/// Small files that travel with a model.
-const TOKENIZER_FILES: [&str; 7] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "config.json",
-];
-
-/// The folder of chat templates that have names, and most of them.
-const NAMED_TEMPLATES: &str = "additional_chat_templates";
+/// Most chat templates that have names.
 const MAX_NAMED_TEMPLATES: usize = 64;
 
 /// Shortest silence after which somebody may count as lost.

@@ -96,6 +96,11 @@ pub const BENCH: &str = "Examples:
   strata bench --concurrency 1,8,16 --prompt-tokens 512 --max-tokens 64
   strata bench --concurrency 8 --prompt-tokens 512 --shared-prefix 448 --json";
 
+pub const PULL: &str = "Examples:
+  strata pull Qwen/Qwen3-0.6B
+  strata pull Qwen/Qwen3-0.6B@refs/pr/1
+  strata pull Qwen/Qwen3-0.6B-GGUF --file Qwen3-0.6B-Q8_0.gguf";
+
 pub const RANDOM_MODEL: &str = "Examples:
   strata random-model llama-1.1b /tmp/llama";
 

@@ -42,6 +42,16 @@ pub struct RandomModelArgs {
 }
 
 #[derive(Debug, Args)]
+pub struct PullArgs {
+    /// OWNER/NAME of a model on the hub, or OWNER/NAME@REVISION: a branch, a tag or a commit
+    #[arg(env = "STRATA_MODEL_DIR")]
+    pub model: String,
+    /// A GGUF file of it, instead of safetensors; of one in parts, any
+    #[arg(long, env = "STRATA_FILE", value_name = "NAME.gguf")]
+    pub file: Option<String>,
+}
+
+#[derive(Debug, Args)]
 pub struct VerifyArgs {
     /// Model directory in Hugging Face layout, or OWNER/NAME, OWNER/NAME@REVISION in the hub's cache
     #[arg(env = "STRATA_MODEL_DIR")]

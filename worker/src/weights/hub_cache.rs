@@ -20,7 +20,7 @@ pub struct HubId {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum HubError {
     /// None of its revisions is.
-    #[error("{name} is not in the hub's cache {cache}: download it by `hf download {name}`")]
+    #[error("{name} is not in the hub's cache {cache}: download it by `strata pull {name}`")]
     NoModel {
         /// The model.
         name: String,
@@ -29,8 +29,8 @@ pub enum HubError {
     },
     /// This one is not.
     #[error(
-        "{name} is in the hub's cache, but its revision {revision} is not: there is {there}; download it by `hf download {name} \
-         --revision {revision}`"
+        "{name} is in the hub's cache, but its revision {revision} is not: there is {there}; download it by `strata pull \
+         {name}@{revision}`"
     )]
     NoRevision {
         /// The model.
@@ -180,7 +180,7 @@ mod tests {
         says("a/b@0123456", "begins several commits");
         says("a/b@v2", "its revision v2 is not: there is gone, main, 0123456789");
         says("a/b@gone", "its revision gone is not");
-        says("a/c", "`hf download a/c`");
+        says("a/c", "`strata pull a/c`");
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod modules;
 mod packed;
 mod recognize;
 mod stream;
+mod wanted;
 
 use std::{
     collections::BTreeMap,
@@ -33,6 +34,8 @@ pub use hub_cache::{HubError, HubId, hub_cache, is_word};
 pub(crate) use modules::module_prefix;
 pub use recognize::{describe_file, is_gguf};
 pub(crate) use stream::stream;
+pub use wanted::{LISTS, wanted, wanted_gguf};
+pub(crate) use wanted::{NAMED_TEMPLATES, TOKENIZER_FILES};
 
 /// Largest piece of a tensor that is read at once.
 pub(crate) const PIECE: usize = 8 << 20;

@@ -359,7 +359,8 @@ mod tests {
         let names: Vec<_> = program.symbols().filter_map(|symbol| symbol.name().ok()).collect();
         assert!(names.iter().any(|name| name.contains("strata_worker")), "the test's program has symbols");
         // Nothing but these kernels has instructions of AVX-512's foundation.
-        let called: Vec<_> = names.iter().filter(|name| name.contains("avx512f") && name.contains("_mm512_")).collect();
+        let called: Vec<_> =
+            names.iter().filter(|name| name.contains("avx512f") && name.contains("_mm512_")).collect();
         assert!(called.is_empty(), "{called:?}");
     }
 }

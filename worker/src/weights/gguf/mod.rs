@@ -70,7 +70,7 @@ pub(crate) fn names(path: &Path) -> Option<Vec<String>> {
 }
 
 /// All parts of the model that a file is a part of, as llama.cpp names them: `NAME-00001-of-00003.gguf`.
-fn parts(name: &str) -> Vec<String> {
+pub(super) fn parts(name: &str) -> Vec<String> {
     let whole = || vec![name.to_owned()];
     let Some((stem, count)) = name.len().checked_sub(5).and_then(|end| name.get(..end)?.rsplit_once("-of-"))
     else {
