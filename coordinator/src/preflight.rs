@@ -10,6 +10,7 @@ use strata_proto::{Files, ModelProfile, v1::Task};
 use crate::request::{
     Tokenizer, TokenizerError,
     chat::{ChatError, Conversation},
+    input_chat::Chats,
 };
 
 /// A text that every tokenizer of natural language can say.
@@ -144,7 +145,7 @@ pub(crate) fn inspect(
         (Check::TokenIds, token_ids(&tokenizer, profile)),
         (Check::Family, family(&tokenizer, profile)),
         (Check::SpecialTokens, special_tokens(&tokenizer, profile)),
-        (Check::ChatTemplate, chat_template(&tokenizer)),
+        (Check::ChatTemplate, chat_template(&tokenizer, profile)),
         (Check::RoundTrip, round_trip(&tokenizer)),
     ];
     let findings = findings.into_iter().map(|(check, outcome)| Finding::new(check, outcome, skip)).collect();
@@ -221,7 +222,11 @@ fn special_tokens(tokenizer: &Tokenizer, profile: &ModelProfile) -> Result<Strin
     Ok(if said.is_empty() { "the tokenizer names none".into() } else { said.join(", ") })
 }
 
-fn chat_template(tokenizer: &Tokenizer) -> Result<String, String> {
+fn chat_template(tokenizer: &Tokenizer, profile: &ModelProfile) -> Result<String, String> {
+    if let (Some(how), true) = (&profile.sentences.chat, tokenizer.has_chat_template()) {
+        let pairs = Chats::new(how, "", tokenizer).and_then(|chats| chats.check_pairs(tokenizer));
+        return pairs.map(|()| "renders a query and a document".into());
+    }
     let say = |content: &str| {
         let message =
             [("role", "user"), ("content", content)].map(|(key, text)| (key.to_owned(), text.into()));

@@ -141,7 +141,7 @@ async fn every_encoder_answers_as_transformers_for_every_split_and_batch() {
         }
         checked += 1;
     }
-    assert_eq!(checked, 29);
+    assert_eq!(checked, 30);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -385,4 +385,38 @@ async fn documents_are_ranked_as_by_sentence_transformers_cross_encoder() {
     let three = Cluster::start(&Options { model: model("bert-classify-f32"), ..Options::default() }).await;
     let refused = three.client().await.rerank(request).await.unwrap_err();
     assert!(refused.message().contains("a classifier of 3 classes cannot rank"), "{}", refused.message());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_decoder_ranks_by_what_it_would_say_next_as_a_cross_encoder_does() {
+    let directory = model("qwen3-judge-f32");
+    let text = std::fs::read_to_string(directory.join("expected.json")).unwrap();
+    let expected: Value = serde_json::from_str(&text).unwrap();
+    let request = v1::RerankRequest {
+        query: expected["query"].as_str().unwrap().into(),
+        documents: serde_json::from_value(expected["documents"].clone()).unwrap(),
+        ..Default::default()
+    };
+    let cluster = Cluster::start(&Options { model: directory, workers: 3, ..Options::default() }).await;
+    let mut client = cluster.client().await;
+    let ranked = client.rerank(request.clone()).await.unwrap().into_inner().results;
+    let want = expected["ranks"].as_array().unwrap();
+    assert_eq!(ranked.len(), want.len());
+    for (got, want) in ranked.iter().zip(want) {
+        assert_eq!(u64::from(got.index), want["index"].as_u64().unwrap());
+        near(&[got.score], &[want["score"].as_f64().unwrap() as f32], "by the default prompt");
+        near(&[1.0 / (1.0 + (-got.logit).exp())], &[got.score], "the score is the logit's sigmoid");
+    }
+    // Without a prompt, a pair is what Classify reads, whose classes are those whose difference ranks.
+    let plain = v1::RerankRequest { prompt_name: Some(String::new()), ..request.clone() };
+    let plain = client.rerank(plain).await.unwrap().into_inner().results;
+    let pairs = encoder_expectations(&model("qwen3-judge-f32")).unwrap();
+    for got in &plain {
+        let logits = &pairs[got.index as usize].values[0];
+        near(&[got.logit], &[logits[0] - logits[1]], "without a prompt");
+    }
+    let long = v1::RerankRequest { query: "layers ".repeat(300), truncation: 1, ..request };
+    let refused = client.rerank(long).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    assert!(refused.message().contains("what is put as a chat is not truncated"), "{}", refused.message());
 }

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 SMALL = dict(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, head_dim=12, tie_word_embeddings=False)
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32)
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def of(model_type, without=(), **changes):
@@ -99,6 +99,7 @@ FIXTURES = {
 }
 
 TEXT = dict(SMALL, bos_token_id=0, eos_token_id=1, pad_token_id=2, max_position_embeddings=256)
+HEADLESS = {k: v for k, v in TEXT.items() if k != "head_dim"}
 SEES = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
 # Decoders of text inside of models that see, whose weights lie beside theirs.
 FIXTURES |= {
@@ -113,7 +114,7 @@ FIXTURES |= {
     "qwen2-5-vl-sees-bf16": (dict(
         model_type="qwen2_5_vl", vision_config=dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2,
                                                     out_hidden_size=32, fullatt_block_indexes=[0]),
-        text_config=dict({k: v for k, v in TEXT.items() if k != "head_dim"}, model_type="qwen2_5_vl_text",
+        text_config=dict(HEADLESS, model_type="qwen2_5_vl_text",
                          rope_parameters=dict(rope_type="default", rope_theta=10000.0,
                                               mrope_section=[1, 1, 2]))), BF16, "1GB"),
     "smolvlm-sees-bf16": (dict(
@@ -124,6 +125,26 @@ FIXTURES |= {
 FIXTURES |= {
     # Factors less one, scaled embeddings, and an activation by the name that the first files have.
     "gemma-f32": (of("gemma", hidden_act="gelu", num_key_value_heads=1), F32, "1GB"),
+    "idefics3-sees-f32": (dict(
+        model_type="idefics3", scale_factor=2, image_token_id=319, vision_config=dict(SEES, model_type="idefics3_vision"),
+        text_config=dict(TEXT, model_type="llama", num_key_value_heads=1)), F32, "1GB"),
+    "internvl-sees-bf16": (dict(
+        model_type="internvl", image_token_id=319, vision_config=dict(SEES, model_type="internvl_vision", image_size=[16, 16],
+                                                                      patch_size=[8, 8]),
+        text_config=dict(HEADLESS, model_type="qwen2")), BF16, "1GB"),
+    "llava-sees-f16": (dict(
+        model_type="llava", image_token_id=319, vision_config=dict(SEES, model_type="clip_vision_model"),
+        text_config=dict(TEXT, model_type="llama", tie_word_embeddings=False)), F16, "1GB"),
+    "qwen2-vl-sees-f32": (dict(
+        model_type="qwen2_vl", vision_config=dict(depth=1, embed_dim=16, hidden_size=32, num_heads=2, mlp_ratio=1),
+        text_config=dict(HEADLESS, model_type="qwen2_vl_text", tie_word_embeddings=True,
+                         rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2]))), F32, "1GB"),
+    "qwen3-vl-sees-bf16": (dict(
+        model_type="qwen3_vl", vision_config=dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32,
+                                                  num_position_embeddings=16, deepstack_visual_indexes=[0]),
+        text_config=dict(TEXT, model_type="qwen3_vl_text",
+                         rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2],
+                                              mrope_interleaved=True))), BF16, "1GB"),
 }
 
 

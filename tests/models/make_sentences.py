@@ -17,6 +17,8 @@ from make_encoders import CLASSIFY, EMBED, make_model, make_tokenizer, texts
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as parts
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.cross_encoder.modules import LogitScore
+from transformers import AutoModelForCausalLM
 
 torch.set_num_threads(1)
 TANH, IDENTITY = torch.nn.Tanh(), torch.nn.Identity()
@@ -48,6 +50,16 @@ FIXTURES = {
 }
 # A cross-encoder whose scores are logits, and which has a prompt before the query.
 RANKS = "bert-cross-encoder-bf16"
+# A decoder that judges pairs by what it would say next, as Qwen3-Reranker; its head is its embedding.
+JUDGES = "qwen3-judge-f32"
+TEMPLATE = """{%- set told = messages | selectattr("role", "eq", "system") | map(attribute="content") | first | default("Judge.") -%}
+<s>{{ told }}
+<Query>: {{ messages | selectattr("role", "eq", "query") | map(attribute="content") | first }}
+<Document>: {{ messages | selectattr("role", "eq", "document") | map(attribute="content") | first }}</s>
+{%- if add_generation_prompt %}
+
+{% if think %}hm {% endif %}<s>answer:
+{%- endif %}"""
 QUERY = "who holds the layers?"
 DOCUMENTS = ["A worker dies.", "", "The worker holds layers, and counts them once.", "stages", "before a single one"]
 
@@ -149,17 +161,47 @@ def make_cross_encoder(path):
     return rows, dict(query=QUERY, documents=DOCUMENTS, ranks=ranks)
 
 
+@torch.no_grad()
+def make_judge(path):
+    settings = dict(model_type="qwen3", hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                    head_dim=8, intermediate_size=40, max_position_embeddings=256, tie_word_embeddings=True)
+    base = path / "base"
+    base.mkdir(parents=True)
+    tok = make_tokenizer(base, "qwen3")
+    tok.chat_template = TEMPLATE
+    tok.save_pretrained(base)
+    make_model(AutoModelForCausalLM, settings, 301).save_pretrained(base)
+    transformer = Transformer(str(base), transformer_task="text-generation", model_kwargs=dict(dtype=torch.float32),
+                              processing_kwargs={"chat_template": {"add_generation_prompt": True, "think": True}})
+    judge = LogitScore(*tok.convert_tokens_to_ids(["y", "n"]))
+    CrossEncoder(modules=[transformer, judge], device="cpu", prompts={"web": "Which page has it?"},
+                 default_prompt_name="web").save_pretrained(str(path))
+    shutil.rmtree(base)
+    (path / "README.md").unlink(missing_ok=True)
+    model = CrossEncoder(str(path), device="cpu", model_kwargs=dict(dtype=torch.float32))
+    rows = []
+    for document in DOCUMENTS:
+        batch = model.preprocess([(QUERY, document)])
+        logits = model[0].model(input_ids=batch["input_ids"]).logits[0, -1]
+        rows.append(dict(text=QUERY, pair=document, ids=batch["input_ids"][0].tolist(),
+                         values=[shown([logits[judge.true_token_id], logits[judge.false_token_id]])]))
+    ranks = [dict(index=r["corpus_id"], score=shown([r["score"]])[0]) for r in model.rank(QUERY, DOCUMENTS)]
+    return rows, dict(query=QUERY, documents=DOCUMENTS, ranks=ranks)
+
+
 def shown(values):
     return [float(f"{x:.6g}") for x in values]
 
 
 def main(out, only):
     versions = {m.__name__: m.__version__ for m in (sentence_transformers, transformers, torch)}
-    if not only or RANKS in only:
-        shutil.rmtree(out / RANKS, ignore_errors=True)
-        rows, ranks = make_cross_encoder(out / RANKS)
-        (out / RANKS / "expected.json").write_text(json.dumps({"versions": versions, "inputs": rows, **ranks}) + "\n")
-        print(RANKS, [len(row["ids"]) for row in rows])
+    for name, make in ((RANKS, make_cross_encoder), (JUDGES, make_judge)):
+        if only and name not in only:
+            continue
+        shutil.rmtree(out / name, ignore_errors=True)
+        rows, ranks = make(out / name)
+        (out / name / "expected.json").write_text(json.dumps({"versions": versions, "inputs": rows, **ranks}) + "\n")
+        print(name, [len(row["ids"]) for row in rows])
     for number, (name, (settings, dtype, behind, facts, old)) in enumerate(FIXTURES.items()):
         if only and name not in only:
             continue

@@ -265,7 +265,7 @@ impl Session {
         let mut index = 0;
         let ranked = self.encode(asked, "Rerank", |served, input, reply| {
             let Reply::Vector(logits) = reply else { return None };
-            let logit = *logits.first()?;
+            let logit = encode::rank(&logits)?;
             index += 1;
             Some(v1::RankedDocument {
                 index: index - 1,

@@ -11,7 +11,9 @@ use strata_proto::{
 
 use super::{
     bounds::{DEFAULT_CANDIDATES, MAX_INPUTS, MAX_TEXT_BYTES, check_deadline, check_task},
-    error::{AdmissionError, field},
+    chat::Conversation,
+    error::{AdmissionError, TokenizerError, field},
+    input_chat::Chats,
     limit::Limit,
     parts::Place,
     tokenizer::{Encoded, Tokenizer},
@@ -64,7 +66,7 @@ pub(crate) fn check(
     limit: Limit,
 ) -> Result<(Vec<CheckedInput>, Option<Duration>), AdmissionError> {
     check_task(request.task, profile)?;
-    if request.ranks && profile.labels.len() != 1 {
+    if request.ranks && profile.ranking == Scoring::Unspecified {
         let why = format!(
             "a classifier of {} classes cannot rank: expected a model of one class",
             profile.labels.len()
@@ -88,10 +90,18 @@ pub(crate) fn check(
         ));
     }
     let prompt = Prompt::of(&request, tokenizer, profile)?;
+    let how = profile.sentences.chat.as_ref().filter(|_| tokenizer.has_chat_template());
+    let chats = how.map(|how| Chats::new(how, prompt.text, tokenizer)).transpose();
+    let chats = chats.map_err(|why| field("model", why))?;
+    if let Some(chats) = &chats
+        && request.inputs.iter().any(|input| input.pair.is_some())
+    {
+        chats.check_pairs(tokenizer).map_err(|why| field("model", why))?;
+    }
     let one = |(index, input): (usize, v1::Input)| {
         let is_text = input.text.is_some();
-        let input = prompt.put_before(input, profile);
-        let encoded = encode(input, request.truncation, tokenizer, profile, limit)
+        let input = if chats.is_some() { input } else { prompt.put_before(input, profile) };
+        let encoded = encode(input, request.truncation, (tokenizer, chats.as_ref()), profile, limit)
             .map_err(|why| field("inputs", format!("input {index}: {why}")))?;
         let pooled_from = if is_text { prompt.tokens } else { 0 };
         if pooled_from as usize >= encoded.ids.len() {
@@ -175,7 +185,7 @@ fn text_bytes(input: &v1::Input) -> usize {
 fn encode(
     input: v1::Input,
     truncation: Truncation,
-    tokenizer: &Tokenizer,
+    (tokenizer, chats): (&Tokenizer, Option<&Chats<'_>>),
     profile: &ModelProfile,
     limit: Limit,
 ) -> Result<Encoded, String> {
@@ -186,14 +196,10 @@ fn encode(
         (None, None) => Encoded { ids: token_ids, segments: Vec::new(), dropped: 0 },
         (None, Some(_)) => return Err("has a pair but no text".into()),
         (Some(_), _) if !token_ids.is_empty() => return Err("has both text and token_ids".into()),
-        (Some(text), pair) => {
-            let longest = (truncation != Truncation::Unspecified).then_some((longest, truncation));
-            if longest.is_none() {
-                let texts: Vec<&str> = [Some(text.as_str()), pair.as_deref()].into_iter().flatten().collect();
-                refuse_long(&texts, tokenizer, limit)?;
-            }
-            tokenizer.encode_input(&text, pair.as_deref(), longest).map_err(|e| e.to_string())?
-        }
+        (Some(text), pair) => match chats {
+            Some(chats) => said(&chats.of(&text, pair.as_deref()), truncation, tokenizer, limit)?,
+            None => read(&text, pair.as_deref(), truncation, tokenizer, limit)?,
+        },
     };
     if let Some(at) = encoded.ids.iter().position(|id| *id >= profile.vocab_size) {
         let (id, vocab) = (encoded.ids[at], profile.vocab_size);
@@ -217,6 +223,49 @@ fn encode(
         return Err("is empty: the tokenizer makes nothing of it".into());
     }
     Ok(encoded)
+}
+
+/// A text, or a pair of texts, as it is.
+fn read(
+    text: &str,
+    pair: Option<&str>,
+    truncation: Truncation,
+    tokenizer: &Tokenizer,
+    limit: Limit,
+) -> Result<Encoded, String> {
+    let longest = u32::try_from(limit.tokens).unwrap_or(u32::MAX);
+    let longest = (truncation != Truncation::Unspecified).then_some((longest, truncation));
+    if longest.is_none() {
+        let texts: Vec<&str> = [Some(text), pair].into_iter().flatten().collect();
+        refuse_long(&texts, tokenizer, limit)?;
+    }
+    tokenizer.encode_input(text, pair, longest).map_err(|e| e.to_string())
+}
+
+/// What is put as a chat. It has an end that a model judges by, so none is cut.
+fn said(
+    chat: &Conversation,
+    truncation: Truncation,
+    tokenizer: &Tokenizer,
+    limit: Limit,
+) -> Result<Encoded, String> {
+    let longest = usize::try_from(limit.tokens).unwrap_or(usize::MAX);
+    let too_many = |tokens: String| {
+        let why = if truncation == Truncation::Unspecified {
+            ""
+        } else {
+            ", as what is put as a chat is not truncated"
+        };
+        format!("{tokens} tokens are too many: {limit}; shorten the input{why}")
+    };
+    let ids = tokenizer.encode_chat(chat, longest).map_err(|error| match error {
+        TokenizerError::TooLong { least } => too_many(format!("{least} or more")),
+        error => error.to_string(),
+    })?;
+    match ids.len() > longest {
+        true => Err(too_many(ids.len().to_string())),
+        false => Ok(Encoded { ids, segments: Vec::new(), dropped: 0 }),
+    }
 }
 
 /// Refuses texts that are far too long, of which as little is read as that takes.
@@ -247,6 +296,16 @@ fn masks(ids: &[u32], tokenizer: &Tokenizer) -> Result<Vec<u32>, String> {
     match positions.is_empty() {
         true => Err(format!("has no mask: expected {text} at least once")),
         false => Ok(positions),
+    }
+}
+
+/// The logit by which a text is ranked, of the values that the model gives for it: its one class's, or how much more likely the
+/// first of two is than the second.
+pub(crate) fn rank(values: &[f32]) -> Option<f32> {
+    match values {
+        [logit] => Some(*logit),
+        [yes, no] => Some(yes - no),
+        _ => None,
     }
 }
 

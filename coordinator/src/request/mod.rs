@@ -9,6 +9,7 @@ mod error;
 mod estimate;
 mod gate;
 pub(crate) mod generate;
+pub(crate) mod input_chat;
 mod limit;
 pub(crate) mod located;
 pub(crate) mod parts;

@@ -236,6 +236,19 @@ impl Tokenizer {
         Ok(guarded(|| self.reader.tokenizer().encode_fast(text, false))?.get_ids().to_vec())
     }
 
+    /// The text of a chat, by the model's own template.
+    ///
+    /// # Errors
+    /// If the model has no template, or it refuses these messages.
+    pub fn render_chat(&self, chat: &Conversation) -> Result<String, TokenizerError> {
+        Ok(self.chat.as_ref().ok_or(ChatError::NoTemplate)?.render(chat)?)
+    }
+
+    /// Whether the model's template reads what is said as a list of parts.
+    pub fn reads_parts(&self) -> bool {
+        self.chat.as_ref().is_some_and(ChatTemplate::reads_parts)
+    }
+
     /// Ids to text.
     ///
     /// # Errors

@@ -163,6 +163,25 @@ impl Job<'_> {
         })
     }
 
+    /// The same of a tensor of which `rows` alone count: a piece for each that some of the elements are of.
+    fn chosen<'a>(
+        &'a self,
+        rows: &'a [usize],
+        first: usize,
+        data: Data<'a>,
+    ) -> impl Iterator<Item = Piece<'a>> {
+        let &Job { tensor, bound, is_bias, site, key, .. } = self;
+        let width: usize = tensor.shape.iter().skip(1).product();
+        let last = first + data.len();
+        rows.iter().enumerate().filter_map(move |(to, row)| {
+            let (begin, end) = ((row * width).max(first), ((row + 1) * width).min(last));
+            let here = end.checked_sub(begin).filter(|here| *here > 0)?;
+            let (own, _) = data.split_at(begin - first).1.split_at(here);
+            let (first, total) = (to * width + begin - row * width, rows.len() * width);
+            Some(Piece { site, key, bound, is_bias, rows: rows.len(), first, total, data: own })
+        })
+    }
+
     /// Why a piece of it could not be written.
     fn refused(&self, error: PieceError, spec: &RangeSpec) -> ModelError {
         match error {
@@ -194,8 +213,11 @@ pub(crate) fn read_tensors(
     let digests = stream(checkpoint, &tensors, |number, offset, data| {
         let job = &jobs[number];
         let mut put = |first, data: Data<'_>| {
-            job.pieces(first, data)
-                .try_for_each(|piece| put(&piece).map_err(|error| job.refused(error, spec)))
+            let mut put = |piece: Piece<'_>| put(&piece).map_err(|error| job.refused(error, spec));
+            match &job.bound.chosen {
+                None => job.pieces(first, data).try_for_each(&mut put),
+                Some(rows) => job.chosen(rows, first, data).try_for_each(&mut put),
+            }
         };
         match &job.tensor.made {
             None => put((offset / job.from.size()) as usize, Data::Stored(data, job.from))?,

@@ -209,21 +209,31 @@ impl Model {
         let (family, mut description) = families::describe(&whole, sentences::are_pooled(checkpoint)?)?;
         let tower = &mut description.tower;
         let (mut sentences, mut ranking) = (v1::Sentences::default(), v1::Scoring::Unspecified);
+        let judges = sentences::judges(checkpoint, tower)?;
+        if judges.is_some() || matches!(tower.head, Head::Embed(_) | Head::Classify { .. }) {
+            tower.context = sentences::longest(checkpoint)?.map_or(tower.context, |n| n.min(tower.context));
+        }
         if matches!(tower.head, Head::Embed(_) | Head::Classify { .. }) {
             if let Head::Embed(embedding) = &mut tower.head {
                 *embedding = sentences::embedding(checkpoint, tower.width)?;
             }
             let dimensions = if matches!(tower.head, Head::Embed(_)) { tower.outputs() } else { 0 };
-            sentences = sentences::read(checkpoint, dimensions)?;
+            sentences = sentences::read(checkpoint, dimensions, false)?;
             if matches!(tower.head, Head::Classify { .. }) && tower.outputs() == 1 {
                 ranking = sentences::ranking(checkpoint, &config)?;
             }
-            tower.context = sentences::longest(checkpoint)?.map_or(tower.context, |n| n.min(tower.context));
         }
         if let Some(gguf) = checkpoint.gguf() {
             description.names = gguf::names(&description.names, gguf);
         }
-        let bound = names::bind(checkpoint, &description.tower, &description.names)?;
+        let mut bound = names::bind(checkpoint, &description.tower, &description.names)?;
+        if let Some(tokens) = judges {
+            families::judge(&mut description.tower, tokens.len());
+            let heads = bound.get_mut(&(Site::Output, Slot::Head, 0)).into_iter().flatten();
+            heads.for_each(|head| head.chosen = Some(tokens.clone()));
+            sentences = sentences::read(checkpoint, 0, true)?;
+            ranking = sentences::ranking(checkpoint, &config)?;
+        }
         let generation = checkpoint
             .json("generation_config.json")?
             .map(|v| Config::new("generation_config.json", v))
@@ -308,7 +318,8 @@ impl Model {
 
     /// The tensor that is both head and embedding, if there is one.
     pub fn tied(&self) -> Option<&str> {
-        let weight = |site, slot| self.bound(site, (slot, 0)).first().map(|b| b.weight.as_str());
+        let whole = |site, slot| self.bound(site, (slot, 0)).first().filter(|b| b.chosen.is_none());
+        let weight = |site, slot| whole(site, slot).map(|b| b.weight.as_str());
         let embedding = weight(Site::Input, Slot::Embedding);
         embedding.filter(|_| weight(Site::Output, Slot::Head) == embedding)
     }

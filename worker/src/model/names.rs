@@ -26,6 +26,8 @@ pub(crate) struct Bound {
     pub layout: Layout,
     /// Which of the experts that the weight holds, one after the other, if it holds several.
     pub expert: Option<usize>,
+    /// The only rows of the file's tensor that count, in the slot's order, if not all do.
+    pub chosen: Option<Vec<usize>>,
 }
 
 /// How the elements of a tensor lie in the file.
@@ -294,7 +296,7 @@ impl Binder<'_> {
         if let Some(bias) = &bias {
             self.check(bias, &shape.dimensions()[..1])?;
         }
-        Ok(Bound { weight, bias, first_row, layout, expert: experts.map(|_| expert) })
+        Ok(Bound { weight, bias, first_row, layout, expert: experts.map(|_| expert), chosen: None })
     }
 
     /// The kind of the norm in `slot`.

@@ -5,7 +5,7 @@ use strata_proto::v1;
 
 use super::{
     ModelError,
-    architecture::{Act, Embedding, Norm, Pool, Refinement},
+    architecture::{Act, Embedding, Head, Norm, Pool, Refinement, Tower},
     config::{Config, ConfigError},
 };
 use crate::weights::{Checkpoint, module_prefix};
@@ -30,6 +30,41 @@ pub(super) fn are_pooled(checkpoint: &Checkpoint) -> Result<bool, ModelError> {
     let kind = |module: Config| Ok(module.string("type")?.is_some_and(|kind| kind.ends_with("Pooling")));
     let kinds = Config::list(MODULES, modules)?.into_iter().map(kind);
     Ok(kinds.collect::<Result<Vec<_>, ConfigError>>()?.contains(&true))
+}
+
+/// The tokens by whose logits a model that continues texts judges inputs, if files say so (`LogitScore`): the one for yes and,
+/// unless its logit counts as it is, the one for no.
+pub(super) fn judges(checkpoint: &Checkpoint, tower: &Tower) -> Result<Option<Vec<usize>>, ModelError> {
+    let Some(modules) = checkpoint.json(MODULES)? else { return Ok(None) };
+    let modules = Config::list(MODULES, modules)?;
+    let is = |module: &Config, name: &str| {
+        Ok::<_, ConfigError>(module.string("type")?.is_some_and(|kind| kind.rsplit('.').next() == Some(name)))
+    };
+    let Some(last) = modules.last() else { return Ok(None) };
+    if !is(last, "LogitScore")? {
+        return Ok(None);
+    }
+    let (2, true, "") =
+        (modules.len(), is(&modules[0], "Transformer")?, modules[0].string("path")?.unwrap_or(""))
+    else {
+        let expected = "a LogitScore that follows a Transformer whose path is \"\", and nothing else";
+        return Err(last.error("type", expected).into());
+    };
+    if tower.head != Head::LM {
+        let expected = "a LogitScore behind a model for CausalLM by config.json's architectures, whose logits are neither \
+                        scaled nor capped";
+        return Err(last.error("type", expected).into());
+    }
+    let path = last.string("path")?.unwrap_or_default();
+    let config = checkpoint.json_in(path, "config.json")?;
+    let config = config.ok_or_else(|| last.error("path", "a directory with a config.json"))?;
+    let config = Config::new(MODULE, config)?;
+    if !matches!(config.string("module_input_name")?, None | Some("causal_logits")) {
+        return Err(config.error("module_input_name", "causal_logits").into());
+    }
+    let yes = config.required("true_token_id", 0..=tower.vocab - 1)?;
+    let no = config.integer("false_token_id", 0..=tower.vocab - 1)?;
+    Ok(Some([yes].into_iter().chain(no).collect()))
 }
 
 /// Most tokens of an input, if the files say so: sentence_bert_config.json's word, else the tokenizer's.
@@ -189,8 +224,13 @@ fn pools(config: &Config) -> Result<Vec<Pool>, ConfigError> {
     Ok(if pools.is_empty() { vec![Pool::Mean] } else { pools })
 }
 
-/// What clients and the coordinator need to know of a model that gives out vectors of so many elements; 0 for another.
-pub(super) fn read(checkpoint: &Checkpoint, dimensions: usize) -> Result<v1::Sentences, ModelError> {
+/// What clients and the coordinator need to know of a model that gives out vectors of so many elements; 0 for
+/// another. `judges`: it judges inputs by the logits of tokens.
+pub(super) fn read(
+    checkpoint: &Checkpoint,
+    dimensions: usize,
+    judges: bool,
+) -> Result<v1::Sentences, ModelError> {
     let mut told = v1::Sentences { dimensions: dimensions as u32, ..v1::Sentences::default() };
     if let Some(limits) = checkpoint.json(LIMITS)? {
         let limits = Config::new(LIMITS, limits)?;
@@ -200,6 +240,9 @@ pub(super) fn read(checkpoint: &Checkpoint, dimensions: usize) -> Result<v1::Sen
                 return Err(limits.error(field, "none: models of a vector per token are not served").into());
             }
         }
+        told.chat = if dimensions == 0 { chat(&limits, judges)? } else { None };
+    } else if judges {
+        told.chat = Some(v1::InputChat::default());
     }
     for module in
         checkpoint.json(MODULES)?.map(|m| Config::list(MODULES, m)).transpose()?.into_iter().flatten()
@@ -246,6 +289,43 @@ pub(super) fn read(checkpoint: &Checkpoint, dimensions: usize) -> Result<v1::Sen
         }
     };
     Ok(told)
+}
+
+/// How texts become chats, if they do: models that continue texts are put all inputs as chats, unless files say otherwise.
+fn chat(limits: &Config, judges: bool) -> Result<Option<v1::InputChat>, ConfigError> {
+    let kinds = limits.object("modality_config")?;
+    let message = kinds.as_ref().map(|kinds| kinds.object("message")).transpose()?.flatten();
+    if message.is_none() && (kinds.is_some() || !judges) {
+        return Ok(None);
+    }
+    let mut chat = v1::InputChat::default();
+    if let Some(message) = message {
+        chat.in_parts = match message.string("format")? {
+            None | Some("auto") => None,
+            Some("flat") => Some(false),
+            Some("structured") => Some(true),
+            Some(_) => return Err(message.error("format", "flat, structured or auto")),
+        };
+    }
+    let Some(settings) = limits.object("processing_kwargs")? else { return Ok(Some(chat)) };
+    for name in settings.names().filter(|name| *name != "chat_template") {
+        if settings.object(name)?.is_some_and(|kind| kind.count() > 0) {
+            return Err(settings.error(name, "none: of these, chat_template alone is served"));
+        }
+    }
+    let Some(arguments) = settings.object("chat_template")? else { return Ok(Some(chat)) };
+    for name in ["padding", "truncation", "max_length", "return_tensors"] {
+        if arguments.get(name).is_some() {
+            return Err(arguments.error(name, "none: max_seq_length says how long inputs may be"));
+        }
+    }
+    chat.add_generation_prompt = arguments.flag("add_generation_prompt", false)?;
+    // What is left is the template's own.
+    let own = |name: &&String| !["add_generation_prompt", "restore_suffix"].contains(&name.as_str());
+    let own =
+        arguments.names().filter(own).filter_map(|name| Some((name.clone(), arguments.get(name)?.clone())));
+    chat.arguments = serde_json::Value::Object(own.collect()).to_string();
+    Ok(Some(chat))
 }
 
 /// What becomes of the logit of a classifier of one class where it ranks: what a cross-encoder was saved with.

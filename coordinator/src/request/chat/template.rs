@@ -142,6 +142,14 @@ impl ChatTemplate {
         }
     }
 
+    /// Whether the one that is taken by default reads what is said as a list of parts, by its text, as sentence-transformers
+    /// tells (`InputFormatter._infer_format`).
+    pub fn reads_parts(&self) -> bool {
+        const SIGNS: [&str; 5] = ["content[0]", ".type", "'type'", "\"type\"", "message.content["];
+        let default = self.templates.get(DEFAULT).and_then(|template| template.as_ref().ok());
+        default.is_none_or(|template| SIGNS.iter().any(|sign| template.source.contains(sign)))
+    }
+
     /// Which template a chat takes: the one that is named, `tool_use` if it has tools, `default`.
     fn choose(&self, chat: &Conversation) -> Result<&Template, ChatError> {
         let found = match &chat.template {

@@ -119,6 +119,8 @@ pub(super) fn describe(config: &Config, is_pooled: bool) -> Result<(String, Desc
     describe_plain(config, is_pooled)
 }
 
+pub(super) use task::judge;
+
 /// What counts of `config.json`: all of it, or the part about text where that is one of several.
 pub(super) fn text(config: Config) -> Result<Config, ConfigError> {
     Ok(wrapped::text(&config)?.unwrap_or(config))

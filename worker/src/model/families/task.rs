@@ -5,7 +5,7 @@ use strata_proto::v1::Scoring;
 use super::Description;
 use crate::model::{
     ModelError,
-    architecture::{AttentionMask, Embedding, Head, Pool, Slot, Source},
+    architecture::{AttentionMask, Embedding, Head, Pool, Slot, Source, Tower},
     config::Config,
 };
 
@@ -89,6 +89,16 @@ fn labels(config: &Config) -> Result<Vec<String>, ModelError> {
         return Err(config.error("id2label", format!("1 to {MAX_LABELS} classes")).into());
     }
     Ok(labels)
+}
+
+/// Makes of a decoder one that judges an input by the logits of `tokens` tokens, that for yes and perhaps that for no, to
+/// follow its last one.
+pub(in crate::model) fn judge(tower: &mut Tower, tokens: usize) {
+    let labels: Vec<String> = ["true", "false"].into_iter().take(tokens).map(str::to_owned).collect();
+    let scoring = if tokens > 1 { Scoring::Softmax } else { Scoring::Sigmoid };
+    tower.head = Head::Classify { pool: Pool::Last, act: None, norm: None, labels, scoring };
+    // An input is computed whole, and nothing of it is kept.
+    (tower.caches, tower.whole_input) = (false, true);
 }
 
 /// Makes of a decoder what its `architectures` say: a bare model embeds, and so does any for which files of

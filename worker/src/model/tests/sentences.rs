@@ -6,7 +6,11 @@ use super::{mutations::directory, *};
 
 /// The error after `change` to a file of the fixture.
 fn refused(file: &str, change: impl Fn(&mut Value)) -> String {
-    let dir = directory(&models().join("bert-sentences-f32"));
+    refused_of("bert-sentences-f32", file, change)
+}
+
+fn refused_of(name: &str, file: &str, change: impl Fn(&mut Value)) -> String {
+    let dir = directory(&models().join(name));
     let path = dir.path().join(file);
     let mut value: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
     change(&mut value);
@@ -100,4 +104,32 @@ fn what_becomes_of_a_rank_is_what_the_cross_encoder_was_saved_with() {
         refused.contains("activation_fn") && refused.contains("torch's Sigmoid or Identity"),
         "{refused}"
     );
+}
+
+#[test]
+fn judges_by_tokens_that_are_not_served_are_refused_by_name() {
+    let judge = "1_LogitScore/config.json";
+    let limits = "sentence_bert_config.json";
+    for (file, pointer, value, says) in [
+        (judge, "/true_token_id", json!(300), "true_token_id is 300: expected an integer in 0..=299"),
+        (judge, "/false_token_id", json!("n"), "false_token_id"),
+        (judge, "/true_token_id", json!(null), "true_token_id is absent"),
+        (judge, "/module_input_name", json!("scores"), "causal_logits"),
+        ("modules.json", "/0/type", json!("x.Router"), "a LogitScore that follows a Transformer"),
+        ("modules.json", "/0/path", json!("0_Transformer"), "a LogitScore that follows a Transformer"),
+        ("modules.json", "/1/path", json!("elsewhere"), "a directory with a config.json"),
+        ("config.json", "/architectures/0", json!("Qwen3Model"), "a model for CausalLM"),
+        (limits, "/modality_config/message/format", json!("odd"), "flat, structured or auto"),
+        (limits, "/processing_kwargs", json!({"text": {"max_length": 8}}), "processing_kwargs.text"),
+        (limits, "/processing_kwargs/chat_template", json!({"padding": true}), "max_seq_length says"),
+    ] {
+        let error =
+            refused_of("qwen3-judge-f32", file, |all| *all.pointer_mut(pointer).unwrap() = value.clone());
+        assert!(error.contains(says), "{file} {pointer}: {error}");
+    }
+    // The yes alone counts as it is.
+    let dir = directory(&models().join("qwen3-judge-f32"));
+    fs::write(dir.path().join(judge), json!({"true_token_id": 93}).to_string()).unwrap();
+    let (_, model) = Model::open_dir(dir.path()).unwrap();
+    assert_eq!((model.tower.outputs(), model.ranking), (1, strata_proto::v1::Scoring::Sigmoid));
 }
