@@ -24,6 +24,7 @@ VOCAB = 300
 CLASSIFY, MASKS, EMBED = AutoModelForSequenceClassification, AutoModelForMaskedLM, AutoModel
 LABELS = dict(id2label={0: "calm", 1: "glad", 2: "grim"}, label2id={"calm": 0, "glad": 1, "grim": 2})
 POOLING = "1_Pooling"
+DEBERTA = dict(relative_attention=True, share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False)
 
 # name: (class, configuration, storage format, what is done to the directory)
 FIXTURES = {
@@ -121,12 +122,21 @@ FIXTURES = {
     "mpnet-classify-f32": (CLASSIFY, dict(
         model_type="mpnet", hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=40,
         max_position_embeddings=258, **LABELS), torch.float32, None),
+    # Vectors for distances, with queries and keys of their own; far ones share them. Classes as of models for NLI.
+    "deberta-v2-classify-f32": (CLASSIFY, dict(
+        model_type="deberta-v2", hidden_size=36, num_hidden_layers=3, num_attention_heads=3, intermediate_size=40,
+        max_position_embeddings=128, **DEBERTA, position_buckets=16, norm_rel_ebd="layer_norm", **LABELS), torch.float32, None),
+    # Beside learned positions and segments, without a norm of the vectors, which distances from 20 on share.
+    "deberta-v2-mlm-bf16": (MASKS, dict(
+        model_type="deberta-v2", hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=128, max_relative_positions=20, type_vocab_size=2, **DEBERTA | dict(
+            position_biased_input=True, pos_att_type="c2p|p2c")), torch.bfloat16, None),
 }
 # Families whose texts stand between <s> and </s>, and those that have a Unigram tokenizer.
 ROBERTAS = ("roberta", "xlm-roberta", "camembert", "jina_embeddings_v3", "qwen3", "llama", "gemma3_text")
 MPNET = ("mpnet",)
 # Families that are told which of two texts a token is of. Their own class of tokenizer does that, a generic one only if asked to.
-TOLD = ("bert", "electra", "nomic_bert")
+TOLD = ("bert", "deberta-v2", "electra", "nomic_bert")
 UNIGRAM = ("xlm-roberta", "camembert", "jina_embeddings_v3")
 
 

@@ -23,14 +23,17 @@ LABELS = dict(id2label=dict(enumerate(NAMES)), label2id={name: i for i, name in 
 SMALL = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, max_position_embeddings=128)
 # Whose positions are counted from the row after the padding token's.
 LATE = SMALL | dict(type_vocab_size=1, max_position_embeddings=130)
+DEBERTA = SMALL | make_encoders.DEBERTA | dict(norm_rel_ebd="layer_norm")
 
 FIXTURES = {
     "bert-tags-f32": (TAGS, dict(model_type="bert", **SMALL, **LABELS), torch.float32),
     "roberta-tags-bf16": (TAGS, dict(model_type="roberta", **LATE, **LABELS), torch.bfloat16),
     "xlm-roberta-tags-f32": (TAGS, dict(model_type="xlm-roberta", **LATE, **LABELS), torch.float32),
     "modernbert-tags-f32": (TAGS, dict(model_type="modernbert", local_attention=14, **SMALL, **LABELS), torch.float32),
+    "deberta-v2-tags-bf16": (TAGS, dict(model_type="deberta-v2", position_buckets=16, **DEBERTA, **LABELS), torch.bfloat16),
     "bert-spans-f32": (SPANS, dict(model_type="bert", **SMALL), torch.float32),
     "roberta-spans-f32": (SPANS, dict(model_type="roberta", **LATE), torch.float32),
+    "deberta-v2-spans-f32": (SPANS, dict(model_type="deberta-v2", position_buckets=24, **DEBERTA), torch.float32),
     "electra-spans-bf16": (SPANS, dict(model_type="electra", embedding_size=32, **SMALL), torch.bfloat16),
     "modernbert-spans-bf16": (SPANS, dict(model_type="modernbert", local_attention=14, **SMALL), torch.bfloat16),
 }

@@ -1,7 +1,9 @@
 """Make random_configs.json: models of every family with configurations drawn at random, and what transformers makes of them:
 decoders answer prompts, encoders classify.
 
-usage: python make_random_configs.py [--each 10] [OUT]        (needs requirements.txt)
+usage: python make_random_configs.py [--each 10] [--only FAMILY,…] [OUT]        (needs requirements.txt)
+
+With --only, the file keeps what it has of other families.
 
 The file holds no weights: `weight` makes each from its tensor's name, and so does the test that reads the file. All are exact in
 bfloat16. Configurations are written as transformers 5 does or as 4 did, with fields left out or null where that changes no
@@ -301,8 +303,20 @@ def rotary(d):
     return dict(encoder(d), type_vocab_size=d([1, 2]))
 
 
-ENCODERS = {"bert": bert, "camembert": bert, "distilbert": distilbert, "electra": electra, "gte": rotary, "modernbert": modernbert,
-            "nomic_bert": rotary, "roberta": bert, "xlm-roberta": bert}
+def deberta(d):
+    sizes = dict(encoder(d), hidden_act=d(["gelu", "gelu_new", "relu"]), type_vocab_size=d([0, 0, 2]), relative_attention=True,
+                 share_att_key=True, pos_att_type=d(["p2c|c2p", ["c2p", "p2c"]]), position_biased_input=d([False, False, True]),
+                 norm_rel_ebd=d(["layer_norm", "layer_norm", "none"]), pooler_hidden_act=d(["gelu", "tanh"]),
+                 max_relative_positions=d([-1, 40, 300]))
+    return sizes | d([{}, dict(position_buckets=-1), dict(position_buckets=8), dict(position_buckets=32)])
+
+
+def mpnet(d):
+    return dict(encoder(d), hidden_act=d(["gelu", "gelu_new", "relu", "silu"]), relative_attention_num_buckets=32)
+
+
+ENCODERS = {"bert": bert, "camembert": bert, "deberta-v2": deberta, "distilbert": distilbert, "electra": electra, "gte": rotary,
+            "modernbert": modernbert, "mpnet": mpnet, "nomic_bert": rotary, "roberta": bert, "xlm-roberta": bert}
 
 
 # Weights.
@@ -431,7 +445,12 @@ def rewritten(config, rng, folder):
         chance = rng.random()
         # More experts for a token than there are is nonsense that transformers computes where no layer has any.
         # Heads that are one or no dimension wide are, too. Nobody knows what an encoder without `architectures` is for.
-        kept = {"model_type", "num_experts_per_tok", "num_attention_heads", "n_head", "n_heads", *(["architectures"] if config["model_type"] in ENCODERS else [])}
+        kept = {"model_type", "num_experts_per_tok", "num_attention_heads", "n_head", "n_heads"}
+        if config["model_type"] in ENCODERS:
+            kept |= {"architectures"}
+        if config["model_type"] == "deberta-v2":
+            # Of models without them, none is served.
+            kept |= {"relative_attention", "share_att_key", "pos_att_type"}
         if key in kept or chance > 0.35:
             continue
         less = {k: v for k, v in config.items() if k != key}
@@ -490,9 +509,16 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("out", nargs="?", type=pathlib.Path, default=pathlib.Path(__file__).parent / "random_configs.json")
     parser.add_argument("--each", type=int, default=10)
+    parser.add_argument("--only", type=lambda names: names.split(","), default=sorted(FAMILIES | ENCODERS))
     arguments = parser.parse_args()
-    lines = []
+    lines, kept = [], {}
+    if set(arguments.only) < set(FAMILIES | ENCODERS):
+        for line in arguments.out.read_text().splitlines()[1:-1]:
+            kept.setdefault(json.loads(line.rstrip(","))["family"], []).append(line.rstrip(","))
     for family in sorted(FAMILIES | ENCODERS):
+        if family not in arguments.only:
+            lines += kept[family]
+            continue
         for number in range(arguments.each):
             with tempfile.TemporaryDirectory() as folder:
                 lines.append(json.dumps(case(family, number, pathlib.Path(folder)), separators=(",", ":")))

@@ -112,6 +112,38 @@ pub(crate) fn bucket(query: usize, key: usize) -> usize {
     if key > query { bucket + BUCKETS / 2 } else { bucket }
 }
 
+/// Vectors that stand for how far a query lies behind a key, or before it (DeBERTa's disentangled attention).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Distances {
+    /// So many for keys behind the query, and as many for the others.
+    pub span: usize,
+    /// Distances from half of the span up to this one share vectors, the wider the farther; none: each has its own.
+    pub farthest: Option<usize>,
+    /// Which they go through.
+    pub norm: Option<Norm>,
+}
+
+impl Distances {
+    /// Which of the `2 * span` vectors stands for the distance of two positions (transformers' `make_log_bucket_position`, in f32
+    /// as there, and the bounds of `disentangled_attention_bias`).
+    pub fn row(self, query: usize, key: usize) -> usize {
+        let (distance, middle) = (query.abs_diff(key), self.span / 2);
+        let bucket = match self.farthest {
+            Some(farthest) if distance > middle => {
+                let of = |distance: usize| (distance as f64 / middle as f64) as f32;
+                let share = of(distance).ln() / of(farthest - 1).ln();
+                middle + (share * (middle - 1) as f32).ceil() as usize
+            }
+            _ => distance,
+        };
+        if query >= key {
+            (self.span + bucket).min(2 * self.span - 1)
+        } else {
+            self.span.saturating_sub(bucket)
+        }
+    }
+}
+
 /// The tokens of one sequence within a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BatchRow<'a> {
@@ -160,6 +192,31 @@ pub(crate) fn held_format(k: usize, format: Format) -> Format {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Where transformers' `make_log_bucket_position` changes, of published models and of a narrow one.
+    #[test]
+    fn vectors_of_distances_are_shared_the_wider_the_farther() {
+        let distances = |span, farthest| Distances { span, farthest: Some(farthest), norm: None };
+        for (of, buckets) in [
+            (
+                distances(256, 512),
+                vec![(128, 128), (129, 129), (132, 131), (133, 132), (134, 133), (135, 133), (136, 134)],
+            ),
+            (
+                distances(8, 24),
+                vec![(4, 4), (5, 5), (7, 5), (8, 6), (12, 6), (13, 7), (23, 7), (24, 8), (237, 8)],
+            ),
+        ] {
+            for (distance, bucket) in buckets {
+                let last = 2 * of.span - 1;
+                assert_eq!(of.row(distance, 0), (of.span + bucket).min(last), "{distance}");
+                assert_eq!(of.row(0, distance), of.span - bucket, "{distance}");
+            }
+        }
+        let one_by_one = Distances { span: 5, farthest: None, norm: None };
+        assert_eq!([4, 5, 9].map(|distance| one_by_one.row(distance, 0)), [9, 9, 9]);
+        assert_eq!([4, 5, 9].map(|distance| one_by_one.row(0, distance)), [1, 0, 0]);
+    }
 
     /// Where transformers' `relative_position_bucket` of 32 buckets changes, ahead of the query.
     #[test]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use strata_proto::{DType, LayerState, StateKind, v1};
 
-pub(crate) use crate::kernels::ops::{Act, AttentionMask, Norm, Router};
+pub(crate) use crate::kernels::ops::{Act, AttentionMask, Distances, Norm, Router};
 use crate::kernels::ops::{BUCKETS, TensorSpec, kv_elements};
 
 /// A stack of layers between an embedding and a head.
@@ -249,7 +249,7 @@ pub(crate) enum NormOver {
 }
 
 /// How positions enter attention.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Position {
     /// Not there: they are in the embedding.
     None,
@@ -257,6 +257,9 @@ pub(crate) enum Position {
     Rope(usize),
     /// A learned addend of each score, by head and the bucket of the distance.
     Buckets,
+    /// Learned vectors for distances, of which the layer makes queries and keys as of tokens: the query meets the key that
+    /// stands for its distance from a token's key too, and that key the query which does.
+    Distances(Distances),
 }
 
 /// A feed-forward block.
@@ -512,6 +515,10 @@ pub(crate) enum Slot {
     KeyNorm,
     /// `(buckets, heads)`, added to scores.
     PositionBias,
+    /// `(2 * span, width)`: vectors of distances.
+    Distances,
+    /// `(width)`, on them.
+    DistanceNorm,
     /// `(width, heads * head_dim)`.
     AttentionOut,
     /// `(width)`, on what attention yields.
@@ -630,6 +637,10 @@ impl Tower {
                 }
                 if attention.position == Position::Buckets {
                     slots.push((Slot::PositionBias, Shape::Table(BUCKETS, attention.heads)));
+                }
+                if let Position::Distances(Distances { span, norm: is_normed, .. }) = attention.position {
+                    slots.push((Slot::Distances, Shape::Table(2 * span, width)));
+                    slots.extend(is_normed.map(|_| (Slot::DistanceNorm, norm)));
                 }
                 slots.push((Slot::AttentionOut, Shape::Product(width, attention.q_width())));
                 slots.extend(flow.norms_after().then_some((Slot::AttentionPostNorm, norm)));

@@ -74,7 +74,9 @@ pub(crate) fn part_bytes(shape: Shape, biased: bool, format: Format) -> u64 {
 pub(crate) fn held(model: &Model, site: Site, slot: Slot, format: Format) -> Format {
     let int8 = Format::Quantized(Quantization::Int8);
     match (site, slot, format) {
-        (_, Slot::Router | Slot::SharedRouter | Slot::PositionBias, _) => Format::Float(DType::F32),
+        (_, Slot::Router | Slot::SharedRouter | Slot::PositionBias | Slot::Distances, _) => {
+            Format::Float(DType::F32)
+        }
         (_, Slot::Head | Slot::Embedding | Slot::Refinement(_), Format::Quantized(_)) => int8,
         (_, Slot::Positions | Slot::Segments, Format::Quantized(_)) => Format::Float(DType::BF16),
         (_, _, Format::Quantized(Quantization::Int4)) if model.stored.is_some() => {

@@ -270,7 +270,7 @@ impl Binder<'_> {
                 }
                 let pairs = match position {
                     Position::Rope(set) => self.tower.ropes[set].pairs(),
-                    Position::None | Position::Buckets => 0,
+                    Position::None | Position::Buckets | Position::Distances(_) => 0,
                 };
                 Layout::EvenOdd { head_dim, pairs }
             }

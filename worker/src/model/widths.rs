@@ -21,8 +21,10 @@ pub(crate) struct Widths {
     pub up: usize,
     /// Cosines and sines of each set of frequencies.
     pub angles: Vec<usize>,
-    /// What is added to scores by distance, ahead and behind, and one row of it.
+    /// What is added to scores by distance, ahead and behind, and one row of it; or queries and keys of each distance.
     pub addends: usize,
+    /// Vectors of distances, ahead and behind, and queries, keys and values of them.
+    pub distances: usize,
     /// Values of the head.
     pub outputs: usize,
     /// The widest form that the vector of a sequence has before it is given out; 0 where there is none.
@@ -62,8 +64,14 @@ impl Widths {
             attention: widest(&|l| l.attention.q_width().max(l.ffn.shared().map_or(0, |_| tower.width))),
             up: widest(&|l| l.ffn.up_width().max(l.ffn.shared().map_or(0, |shared| 2 * shared.inner))),
             angles: tower.ropes.iter().map(|r| (2 * r.pairs()).next_multiple_of(LINE)).collect(),
-            addends: widest(&|l| {
-                if l.attention.position == Position::Buckets { 3 * l.attention.heads } else { 0 }
+            addends: widest(&|l| match l.attention.position {
+                Position::Buckets => 3 * l.attention.heads,
+                Position::Distances(_) => 4 * l.attention.q_width(),
+                Position::None | Position::Rope(_) => 0,
+            }),
+            distances: widest(&|l| match l.attention.position {
+                Position::Distances(_) => 2 * (tower.width + l.attention.qkv_width()),
+                _ => 0,
             }),
             outputs: tower.outputs().next_multiple_of(LINE),
             vectors: vectors.next_multiple_of(LINE),
@@ -94,6 +102,7 @@ impl Widths {
             + self.packed()
             + angles
             + self.addends
+            + self.distances
             + experts
             + keys
     }

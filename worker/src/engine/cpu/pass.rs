@@ -12,7 +12,7 @@ use crate::{
         buffer::round_to,
         cpu::{
             Cpu,
-            attention::{Addends, Attention as AttentionCall},
+            attention::{Addends, Attention as AttentionCall, Distant},
             kv_cache::KvLayer,
             linear::{Linear, Output, Rows},
             moe::Route,
@@ -24,8 +24,8 @@ use crate::{
     },
     model::{
         architecture::{
-            Act, Attention, Ffn, Flow, Head, Input, Moe, Norm, NormOver, Position, QkNorm, Router, Slot,
-            Tower,
+            Act, Attention, Distances, Ffn, Flow, Head, Input, Moe, Norm, NormOver, Position, QkNorm, Router,
+            Slot, Tower,
         },
         layer::{Inner, Operations},
     },
@@ -245,8 +245,18 @@ impl Operations for Pass<'_> {
 
     fn attend(&mut self, attention: &Attention, index: usize, block: &Block) -> Result<(), StepError> {
         let Self { cpu, work, cache, tower, rows, tokens, .. } = self;
-        let Workspace { normed, qkv, attention: out, packed, angles, addends, sequence, blocks, .. } =
-            &mut **work;
+        let Workspace {
+            normed,
+            qkv,
+            attention: out,
+            packed,
+            angles,
+            addends,
+            distances,
+            sequence,
+            blocks,
+            ..
+        } = &mut **work;
         let stride = attention.qkv_width();
         let qkv = &mut qkv[..*tokens * stride];
         let product = block.product(Slot::Qkv, 0)?;
@@ -272,16 +282,21 @@ impl Operations for Pass<'_> {
             });
         };
         norm_heads(qkv, false);
-        let addends = match attention.position {
-            Position::Buckets => Some(by_distance(rows, attention.heads, block, addends)?),
-            Position::None | Position::Rope(_) => None,
-        };
+        let (mut by_bucket, mut distant) = (None, None);
+        match attention.position {
+            Position::Buckets => by_bucket = Some(by_distance(rows, attention.heads, block, addends)?),
+            Position::Distances(kind) => {
+                let scratch = (&mut **packed, &mut **distances, &mut **addends);
+                distant = Some(at_distances(cpu, rows, (attention, kind), block, scratch)?);
+            }
+            Position::None | Position::Rope(_) => {}
+        }
         let mut attend = |first: usize, rows: &[BatchRow<'_>], cache: &mut KvLayer| {
             // No other row's: what is turned once must not be turned again.
             let count: usize = rows.iter().map(|row| row.count as usize).sum();
             let qkv = &mut qkv[first * stride..(first + count) * stride];
             let mut angles = match attention.position {
-                Position::None | Position::Buckets => None,
+                Position::None | Position::Buckets | Position::Distances(_) => None,
                 Position::Rope(set) => {
                     let (table, stride) = &angles[set];
                     let pairs = tower.ropes[set].pairs();
@@ -321,7 +336,8 @@ impl Operations for Pass<'_> {
                 scale: attention.scale,
                 softcap: attention.softcap,
                 mask: attention.mask,
-                addends,
+                addends: by_bucket,
+                distant,
             });
         };
         let Some(sequence) = sequence else {
@@ -476,6 +492,50 @@ fn by_distance<'a>(
         columns.zip(&*of_bucket).for_each(|(to, from)| *to = *from);
     }
     Ok(Addends { table: values, reach })
+}
+
+/// Queries and keys that the layer makes of the vectors for distances, as far as the longest row needs them. The scratch is for
+/// inputs of products, for rows, and for what is spread out by distance.
+fn at_distances<'a>(
+    cpu: &Cpu,
+    rows: &[BatchRow<'_>],
+    (attention, distances): (&Attention, Distances),
+    block: &Block,
+    (packed, scratch, to): (&mut [u32], &mut [f32], &'a mut [f32]),
+) -> Result<Distant<'a>, StepError> {
+    let table = block.table(Slot::Distances).ok_or(StepError::Weights)?;
+    let product = block.product(Slot::Qkv, 0)?;
+    let (width, stride) = (product.matrix.k(), attention.qkv_width());
+    let longest = rows.iter().map(|row| row.count as usize).max().unwrap_or(1);
+    let reach = longest.next_multiple_of(BLOCK_TOKENS);
+    let (first, last) = (distances.row(0, longest - 1), distances.row(longest - 1, 0));
+    let (vectors, made) = scratch.split_at_mut(2 * reach * width);
+    for (row, out) in (first..=last).zip(made.chunks_exact_mut(width)) {
+        table.gather(row, out);
+    }
+    let count = last + 1 - first;
+    match distances.norm {
+        None => vectors[..count * width].copy_from_slice(&made[..count * width]),
+        Some(norm) => {
+            let NormWeights { weight, bias } = block.norm(Slot::DistanceNorm)?;
+            let x = Rows { data: made, stride: width, count };
+            let bias = bias.as_deref();
+            cpu.norm(NormRows { norm, x, weight, bias, out: &mut *vectors, output: Output::Store });
+        }
+    }
+    // No more rows at a time than a step may have tokens.
+    for (x, out) in vectors[..count * width].chunks(reach * width).zip(made.chunks_mut(reach * stride)) {
+        cpu.linear(Linear {
+            weight: &product.matrix,
+            bias: product.bias.as_deref(),
+            x: Rows { data: x, stride: width, count: x.len() / width },
+            packed,
+            out,
+            output: Output::Store,
+        });
+    }
+    let row_of = |query, key| distances.row(query, key).clamp(first, last) - first;
+    Ok(Distant::spread(cpu, (&*made, stride), row_of, (attention.q_width(), reach), to))
 }
 
 /// Norms of queries and keys, and how much each is taken of.

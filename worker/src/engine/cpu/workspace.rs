@@ -28,8 +28,11 @@ pub(super) struct Workspace {
     pub packed: Buffer<u32>,
     /// Per set of frequencies: `(tokens, stride)` and the stride.
     pub angles: Vec<(Buffer<f32>, usize)>,
-    /// What is added to scores in a layer: `(heads, 2 * tokens)`, and a row of it.
+    /// What is added to scores in a layer: `(heads, 2 * tokens)`, and a row of it. Or keys, then queries, of distances:
+    /// `(heads * head_dim, 2 * tokens)`.
     pub addends: Buffer<f32>,
+    /// `(2 * tokens, width)` and `(2 * tokens, qkv)`: vectors of distances, and what the layer makes of them.
+    pub distances: Buffer<f32>,
     /// `(outputs, values)`.
     pub values: Buffer<f32>,
     /// Vectors of sequences on their way to values.
@@ -89,6 +92,7 @@ impl Workspace {
                 .map(|&w| Ok((per_token(w)?, w)))
                 .collect::<Result<_, OutOfMemory>>()?,
             addends: per_token(widths.addends)?,
+            distances: per_token(widths.distances)?,
             values: Buffer::zeros(rows(outputs, widths.values())?)?,
             vectors: Buffer::zeros(rows(outputs, widths.vectors)?)?,
             order: Buffer::zeros(rows(outputs, widths.outputs)?)?,
@@ -101,7 +105,7 @@ impl Workspace {
     pub fn bytes(&self) -> u64 {
         let mut floats =
             vec![&self.residual, &self.normed, &self.qkv, &self.attention, &self.up, &self.values];
-        floats.extend([&self.vectors, &self.addends]);
+        floats.extend([&self.vectors, &self.addends, &self.distances]);
         floats.extend(self.angles.iter().map(|(table, _)| table));
         let mut ids = vec![&self.order, &self.packed];
         if let Some(experts) = &self.experts {
@@ -123,6 +127,7 @@ impl Workspace {
         self.packed.fill(f32::NAN.to_bits());
         self.values.fill(f32::NAN);
         self.addends.fill(f32::NAN);
+        self.distances.fill(f32::NAN);
         self.vectors.fill(f32::NAN);
         self.sequence.iter_mut().for_each(KvLayer::poison);
         if let Some(experts) = &mut self.experts {

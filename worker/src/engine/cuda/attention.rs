@@ -1,7 +1,7 @@
 //! Attention of a step: queries, keys and values to their places, then every row over the cache.
 
 use super::{
-    pass::{Pass, raw_norm},
+    pass::{Pass, ROW_THREADS, raw_norm},
     state::Inputs,
     weights::Block,
     workspace::Scratch,
@@ -10,11 +10,12 @@ use crate::{
     engine::StepError,
     kernels::{
         cuda::{
-            launch::{Attend, Heads, Kernels, Places, RawCache, attention_bytes, follow},
+            launch::{Attend, Bytes, Heads, Kernels, Places, RawCache, attention_bytes, follow},
             limits::{MAX_SPLITS, PARTIALS},
             memory::Ptr,
+            product::{Epilogue, Rows},
         },
-        ops::AttentionMask,
+        ops::{AttentionMask, Distances},
     },
     model::architecture::{Attention, NormOver, Position, Slot},
 };
@@ -26,12 +27,12 @@ impl Pass<'_> {
         let Scratch { qkv, ref angles, .. } = self.state.scratch;
         let Inputs { positions, row_of, first_block, tables, .. } = self.inputs;
         let (table, pairs) = match attention.position {
-            Position::None | Position::Buckets => (Ptr::NULL, 0),
+            Position::None | Position::Buckets | Position::Distances(_) => (Ptr::NULL, 0),
             Position::Rope(set) => (angles[set], self.tower.ropes[set].pairs() as i32),
         };
         let sharpening = match attention.position {
             Position::Rope(set) => self.tower.ropes[set].sharpening.as_ref(),
-            Position::None | Position::Buckets => None,
+            Position::None | Position::Buckets | Position::Distances(_) => None,
         };
         let plain = Heads {
             heads: attention.heads as i32,
@@ -85,6 +86,10 @@ impl Pass<'_> {
             positions, row_of, first_block, tables, by_length, row_first, row_start, row_count, ..
         } = self.inputs;
         let Attention { heads, kv_heads, head_dim, .. } = *attention;
+        let distant = match attention.position {
+            Position::Distances(distances) => self.at_distances((attention, distances), block)?,
+            _ => Distant::default(),
+        };
         let bias = block.table(Slot::PositionBias).map_or(Ptr::NULL, |table| table.values);
         let call = Attend {
             qkv,
@@ -109,6 +114,10 @@ impl Pass<'_> {
             splits: 1,
             partial: partials,
             bias,
+            distant: distant.rows,
+            rows_of: distant.rows_of,
+            first_distant: distant.first as i32,
+            reach: distant.reach as i32,
         };
         // Parts, so that every multiprocessor has something to do: about two blocks of each; as many as the sums of all
         // places have room for.
@@ -124,7 +133,7 @@ impl Pass<'_> {
             follow!(self.gpu, kernels.attention_combine, ((call.count * call.heads) as u32, 1, 1), 128, 0; call)
         };
         let tiles = kernels.tensor.as_ref().and_then(|tensor| tensor.attention.as_ref());
-        let Some(tiles) = tiles.filter(|_| bias == Ptr::NULL) else {
+        let Some(tiles) = tiles.filter(|_| bias == Ptr::NULL && distant.rows == Ptr::NULL) else {
             let call = Attend { splits: splits(self.tokens * heads, self.tokens), ..call };
             let grid = (self.tokens as u32, heads as u32, call.splits as u32);
             follow!(self.gpu, kernels.attention_plain, grid, 128, 0; call)?;
@@ -154,4 +163,43 @@ impl Pass<'_> {
         }
         Ok(())
     }
+
+    /// Queries, keys and values that the layer makes of the vectors for distances, as far as the longest row needs them.
+    fn at_distances(
+        &self,
+        (attention, distances): (&Attention, Distances),
+        block: &Block,
+    ) -> Result<Distant, StepError> {
+        let scratch = self.state.scratch.distances.as_ref().ok_or(StepError::Weights)?;
+        let table = block.table(Slot::Distances).ok_or(StepError::Weights)?;
+        let product = block.product(Slot::Qkv, 0)?;
+        let (width, stride, size) = (self.tower.width, attention.qkv_width(), self.state.element.size());
+        let longest = self.rows.iter().map(|row| row.count as usize).max().unwrap_or(1);
+        let (first, last) = (distances.row(0, longest - 1), distances.row(longest - 1, 0));
+        let count = last + 1 - first;
+        self.narrow(scratch.vectors, table.values.offset((4 * first * width) as u64), count * width)?;
+        if let Some(norm) = distances.norm {
+            let norm = raw_norm(norm, block.norm(Slot::DistanceNorm)?);
+            let grid = (count as u32, 1, 1);
+            follow!(self.gpu, self.kernels()?.norm_rows, grid, ROW_THREADS, 0;
+                scratch.vectors, scratch.vectors, Ptr::NULL, norm, width as i32, 0, Bytes::default())?;
+        }
+        // No more rows at a time than a step may have tokens.
+        let most = self.state.scratch.tokens;
+        for at in (0..count).step_by(most) {
+            let x = Rows::new(scratch.vectors.offset((at * width) as u64 * size), width);
+            let out = scratch.rows.offset((at * stride) as u64 * size);
+            self.product(&product, most.min(count - at), x, (out, stride), Epilogue::Store)?;
+        }
+        Ok(Distant { rows: scratch.rows, rows_of: scratch.rows_of.ptr(), first, reach: self.tower.context })
+    }
+}
+
+/// What stands for distances, as kernels take it: see `Attend` of `attention.cu`.
+#[derive(Clone, Copy, Default)]
+struct Distant {
+    rows: Ptr,
+    rows_of: Ptr,
+    first: usize,
+    reach: usize,
 }

@@ -42,7 +42,7 @@ impl Pass<'_> {
                 continue;
             }
             let count = outputs * from;
-            self.narrow(vectors, count)?;
+            self.narrow(vectors, values, count)?;
             match *refinement {
                 Refinement::Dense { act, .. } => {
                     let (product, x) = (block.product(slot, 0)?, Rows::new(vectors, from));
@@ -72,9 +72,8 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// The first `count` values, in the plan's format.
-    pub(super) fn narrow(&self, to: Ptr, count: usize) -> Result<(), StepError> {
-        let values = self.state.scratch.values;
+    /// So many values, in the plan's format.
+    pub(super) fn narrow(&self, to: Ptr, values: Ptr, count: usize) -> Result<(), StepError> {
         launch!(self.gpu, self.kernels()?.narrow_values, (count.div_ceil(BLOCK) as u32, 1, 1), BLOCK as u32, 0;
             to, values, count as u64)?;
         Ok(())

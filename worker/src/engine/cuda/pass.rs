@@ -226,7 +226,7 @@ impl<'a> Pass<'a> {
         } else if let Some(pool) = tower.head.pooled_classes() {
             self.final_norm(block, self.tokens, Ptr::NULL)?;
             self.pool(&[pool], outputs)?;
-            self.narrow(normed, outputs * width)?;
+            self.narrow(normed, values, outputs * width)?;
             self.normed = Normed::Rows(Rows::new(normed, width));
         } else {
             self.normed = Normed::Rows(self.final_norm(block, outputs, self.inputs.outputs)?);

@@ -11,7 +11,7 @@ use crate::{
     },
     model::{
         ModelError,
-        architecture::Tower,
+        architecture::{Position, Tower},
         widths::{self, Widths},
     },
 };
@@ -30,6 +30,7 @@ pub(super) struct Scratch {
     /// Rows as bytes, where weights are quantized.
     pub bytes: RowBytes,
     pub experts: Option<Experts>,
+    pub distances: Option<AtDistance>,
     /// `(outputs, values)` in f32.
     pub values: Ptr,
     /// Vectors of sequences, on their way to values.
@@ -52,6 +53,16 @@ pub(super) struct Experts {
     pub tasks: Ptr,
     /// `(pairs, width)`, as many pairs as tokens.
     pub pairs: Ptr,
+}
+
+/// Scratch for what stands for distances.
+pub(super) struct AtDistance {
+    /// `(2 * tokens, width)`.
+    pub vectors: Ptr,
+    /// `(2 * tokens, qkv)`.
+    pub rows: Ptr,
+    /// Which vector is that of a query so far behind a key, from minus the context on: as many as positions, twice.
+    pub rows_of: Memory,
 }
 
 impl Scratch {
@@ -91,6 +102,21 @@ impl Scratch {
             };
             frequencies.push((upload(&inv_freq)?, upload(&factors)?));
         }
+        let distances = tower.layers.iter().find_map(|layer| match layer.attention.position {
+            Position::Distances(distances) => Some((distances, layer.attention.qkv_width())),
+            _ => None,
+        });
+        let distances = distances.map(|(distances, qkv)| {
+            let context = tower.context;
+            let of = |at: usize| distances.row(at, context) as u32;
+            let rows_of: Vec<u32> = (0..2 * context).map(of).collect();
+            let memory = Memory::new(&gpu.context, 4 * rows_of.len() as u64)?;
+            memory::upload(&gpu.stream, memory.ptr(), &rows_of)?;
+            gpu.wait()?;
+            let (vectors, rows) = (rows(2 * tower.width, size)?, rows(2 * qkv, size)?);
+            Ok::<_, CudaError>(AtDistance { vectors, rows, rows_of: memory })
+        });
+        let distances = distances.transpose()?;
         let groups = input.div_ceil(32);
         Ok(Scratch {
             residual: rows(residual, size)?,
@@ -105,6 +131,7 @@ impl Scratch {
                 elsewhere.ptr(),
             ),
             experts: experts.transpose()?,
+            distances,
             values: memory.take((outputs * values) as u64 * 4)?,
             vectors: memory.take((outputs * vectors) as u64 * 4)?,
             partials: partials.ptr(),

@@ -43,6 +43,41 @@ pub(crate) struct Attention<'a> {
     pub mask: AttentionMask,
     /// Added to scores.
     pub addends: Option<Addends<'a>>,
+    /// What stands for distances.
+    pub distant: Option<Distant<'a>>,
+}
+
+/// Keys and queries that stand for how far a key lies behind a query, of each for distances from `-reach` on.
+#[derive(Clone, Copy)]
+pub(crate) struct Distant<'a> {
+    /// `(heads * head_dim, 2 * reach)`: what queries meet.
+    pub keys: &'a [f32],
+    /// The same, what keys meet.
+    pub queries: &'a [f32],
+    /// At least the length of every sequence, in whole blocks.
+    pub reach: usize,
+}
+
+impl<'a> Distant<'a> {
+    /// Lays out keys and queries of distances in `to`, whose halves are theirs, from `rows` of queries, keys and values side by
+    /// side, `stride` long: that of `row_of(query, key)` for a query at `reach` and keys from 0 on. `width` is that of all heads.
+    pub fn spread(
+        cpu: &Cpu,
+        (rows, stride): (&[f32], usize),
+        row_of: impl Fn(usize, usize) -> usize,
+        (width, reach): (usize, usize),
+        to: &'a mut [f32],
+    ) -> Self {
+        let all = 2 * reach * width;
+        let row_of: Vec<usize> = (0..2 * reach).map(|key| row_of(reach, key)).collect();
+        cpu.pool.pieces(&mut to[..2 * all], 2 * reach, 8, |column, to| {
+            // Keys, then queries; in the rows it is the other way.
+            let column = (column + width) % (2 * width);
+            to.iter_mut().zip(&row_of).for_each(|(to, row)| *to = rows[row * stride + column]);
+        });
+        let (keys, queries) = to[..2 * all].split_at(all);
+        Distant { keys, queries, reach }
+    }
 }
 
 /// What is added to scores by how far the key lies behind the query.
@@ -73,7 +108,14 @@ impl Attention<'_> {
                         &addends.table[kv_head * group * 2 * addends.reach + addends.reach - position..]
                     });
                     let stride = self.addends.map_or(0, |addends| 2 * addends.reach);
-                    let scores = Scores { scale: self.scale, softcap: self.softcap, addends, stride };
+                    let distant = self.distant.map(|distant| {
+                        let Distant { keys, queries, reach } = distant;
+                        let (width, first) = (2 * reach, kv_head * group * d * 2 * reach);
+                        let (keys, queries) = (&keys[first..], &queries[first..]);
+                        AtDistance { keys, queries, width, head: d * width, from: reach - position }
+                    });
+                    let scores =
+                        Scores { scale: self.scale, softcap: self.softcap, addends, stride, distant };
                     cpu.isa.run(Heads {
                         q,
                         out,
@@ -146,13 +188,60 @@ struct Scores<'a> {
     addends: &'a [f32],
     /// From head to head.
     stride: usize,
+    /// Added to the products.
+    distant: Option<AtDistance<'a>>,
+}
+
+/// What stands for the distances of one query.
+#[derive(Clone, Copy)]
+struct AtDistance<'a> {
+    /// Keys and queries of the first head, and of those behind it.
+    keys: &'a [f32],
+    queries: &'a [f32],
+    /// From element to element.
+    width: usize,
+    /// From head to head.
+    head: usize,
+    /// Where the distance of the first key of the sequence is.
+    from: usize,
 }
 
 impl Scores<'_> {
     /// Those of the heads from `head` on.
     #[inline(always)]
     fn of_heads_from(self, head: usize) -> Self {
-        Scores { addends: self.addends.get(head * self.stride..).unwrap_or_default(), ..self }
+        let addends = self.addends.get(head * self.stride..).unwrap_or_default();
+        let distant = self.distant.map(|distant| AtDistance {
+            keys: distant.keys.get(head * distant.head..).unwrap_or_default(),
+            queries: distant.queries.get(head * distant.head..).unwrap_or_default(),
+            ..distant
+        });
+        Scores { addends, distant, ..self }
+    }
+
+    /// The products of the `r`th head's query `q` and the keys of a tile, which begins at key `first`, with those of what stands
+    /// for their distances: one chain over the elements.
+    #[inline(always)]
+    fn meet<S: Simd, T: Lanes>(
+        &self,
+        products: S::F,
+        (r, first): (usize, usize),
+        q: &[f32],
+        tile: &[[T; LANES]],
+    ) -> S::F {
+        let Some(distant) = self.distant else { return products };
+        let mut sum = products;
+        let at = r * distant.head + distant.from + first;
+        for (i, (key, q)) in tile.iter().zip(q).enumerate() {
+            let at = at + i * distant.width;
+            if let (Some(keys), Some(queries)) =
+                (distant.keys[at..].first_chunk(), distant.queries[at..].first_chunk())
+            {
+                sum = S::mul_add(S::load(keys), S::splat(*q), sum);
+                sum = S::mul_add(S::load(queries), T::widen::<S>(key), sum);
+            }
+        }
+        sum
     }
 
     /// The scores of the `r`th head for the keys from `first` on, with what is added to them.
@@ -206,10 +295,12 @@ impl<T: Lanes> Sequence<'_, T> {
                 ..(self.len - tile * BLOCK_TOKENS).min(BLOCK_TOKENS);
             let block = self.blocks[tile] as usize;
             let first = (block * self.kv_heads + self.kv_head) * d * BLOCK_TOKENS;
-            let products = dot::<S, T, R>(q, self.k[first..first + d * BLOCK_TOKENS].as_chunks().0);
+            let keys = self.k[first..first + d * BLOCK_TOKENS].as_chunks().0;
+            let products = dot::<S, T, R>(q, keys);
             let (mut weights, mut keep) = ([[0.0; LANES]; R], [0.0; R]);
             for r in 0..R {
-                let scores = scores.add::<S>(scores.apply::<S>(products[r]), r, tile * BLOCK_TOKENS);
+                let products = scores.meet::<S, T>(products[r], (r, tile * BLOCK_TOKENS), q[r], keys);
+                let scores = scores.add::<S>(scores.apply::<S>(products), r, tile * BLOCK_TOKENS);
                 (weights[r], keep[r]) = soften::<S>(scores, &valid, &mut largest[r], &mut total[r]);
             }
             let values = &self.v[first..first + d * BLOCK_TOKENS];
@@ -380,6 +471,7 @@ mod tests {
             softcap: look.1,
             mask: look.0,
             addends: None,
+            distant: None,
         });
         for ((s, _), row) in tokens.zip(out.chunks(HEADS * D)) {
             seen[s].extend(row.iter().map(|x| x.to_bits()));

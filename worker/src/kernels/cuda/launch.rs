@@ -383,6 +383,6 @@ passed! {
         qkv: Ptr, out: Ptr, cache: RawCache, places: Places,
         row_first: Ptr, row_start: Ptr, row_count: Ptr, rows: Ptr, count: i32,
         heads: i32, kv_heads: i32, scale: f32, softcap: f32, window: i32, splits: i32, partial: Ptr,
-        bias: Ptr,
+        bias: Ptr, distant: Ptr, rows_of: Ptr, first_distant: i32, reach: i32,
     }
 }

@@ -670,7 +670,7 @@ fn check_attention(b: &mut Bench, kernels: &Kernels, case: Case<'_>) {
         window,
         splits: 1,
         partial,
-        bias: Ptr::NULL,
+        ..Attend::default()
     };
     let what = format!("{element}, {heads} heads of {d}, {kv_heads} for keys, window {window}");
     let clear = vec![f32::NAN; tokens * heads * d];

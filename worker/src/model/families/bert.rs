@@ -19,26 +19,26 @@ use crate::{
 };
 
 /// What one of them calls a thing.
-struct Dialect {
-    bases: &'static [&'static str],
-    sizes: Sizes,
+pub(super) struct Dialect {
+    pub bases: &'static [&'static str],
+    pub sizes: Sizes,
     /// Row of the first position.
-    first_position: usize,
-    segments: usize,
-    layer: &'static [(Slot, Source)],
+    pub first_position: usize,
+    pub segments: usize,
+    pub layer: &'static [(Slot, Source)],
     /// How positions enter attention, beside those that are learned.
-    position: Position,
+    pub position: Position,
     /// Dense, head; the first is under the base prefix in BERT.
-    classify: [(Slot, Source); 2],
-    classify_act: Act,
+    pub classify: [(Slot, Source); 2],
+    pub classify_act: Act,
     /// Dense, norm, head.
-    mlm: [(Slot, Source); 3],
+    pub mlm: [(Slot, Source); 3],
     /// `None` for that of the layers.
-    mlm_act: Option<Act>,
+    pub mlm_act: Option<Act>,
 }
 
 /// Fields of `config.json`.
-struct Sizes {
+pub(super) struct Sizes {
     width: &'static str,
     layers: &'static str,
     heads: &'static str,
@@ -46,7 +46,7 @@ struct Sizes {
     act: &'static str,
 }
 
-const SIZES: Sizes = Sizes {
+pub(super) const SIZES: Sizes = Sizes {
     width: "hidden_size",
     layers: "num_hidden_layers",
     heads: "num_attention_heads",
@@ -241,7 +241,7 @@ pub(super) fn describe_distil(config: &Config) -> Result<Description, ModelError
     describe_as(config, dialect)
 }
 
-fn describe_as(config: &Config, dialect: Dialect) -> Result<Description, ModelError> {
+pub(super) fn describe_as(config: &Config, dialect: Dialect) -> Result<Description, ModelError> {
     let Dialect { bases, sizes, first_position, segments, layer, .. } = dialect;
     if !matches!(config.string("position_embedding_type")?, None | Some("absolute")) {
         return Err(config.error("position_embedding_type", "absolute").into());

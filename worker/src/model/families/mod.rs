@@ -2,6 +2,7 @@
 
 mod bert;
 mod cohere;
+mod deberta;
 mod defaults;
 mod exaone;
 mod falcon;
@@ -66,6 +67,7 @@ const FAMILIES: &[Family] = &[
     bpe("camembert", bert::describe_roberta),
     bpe("cohere", cohere::describe),
     bpe("cohere2", cohere::describe_2),
+    any("deberta-v2", deberta::describe),
     word_piece("distilbert", bert::describe_distil),
     word_piece("electra", bert::describe_electra),
     bpe("exaone4", exaone::describe),

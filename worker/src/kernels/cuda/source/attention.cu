@@ -32,6 +32,11 @@ struct Attend {
     float* partial;
     // Added to scores by bucket of the distance and head; null for nothing. Only `attention_plain` adds it.
     const float* bias;
+    // Queries, keys and values of what stands for distances, rows of `q_stride`; null for nothing. Only `attention_plain` meets
+    // them. Which row minus `first_distant` is that of a query so far behind a key, from -reach on.
+    const T* distant;
+    const u32* rows_of;
+    int first_distant, reach;
 };
 
 // The bucket of two positions, as `bucket` of ops.rs.
@@ -106,6 +111,17 @@ extern "C" __global__ void __launch_bounds__(128) attention_plain(Attend a) {
 #pragma unroll
         for (int e = 0; e < EACH; e++)
             if (e * WARP + lane < HEAD_DIM) dot = fmaf(q[e], widen(key[e * WARP + lane]), dot);
+        if (a.distant) {
+            size_t at = a.rows_of[a.places.positions[token] - position + a.reach] - a.first_distant;
+            const T* query_there = a.distant + (at * (a.heads + 2 * a.kv_heads) + head) * HEAD_DIM;
+            const T* key_there = a.distant + (at * (a.heads + 2 * a.kv_heads) + a.heads + kv_head) * HEAD_DIM;
+#pragma unroll
+            for (int e = 0; e < EACH; e++)
+                if (e * WARP + lane < HEAD_DIM) {
+                    dot = fmaf(q[e], widen(key_there[e * WARP + lane]), dot);
+                    dot = fmaf(widen(key[e * WARP + lane]), widen(query_there[e * WARP + lane]), dot);
+                }
+        }
         float score = score_of(a, warp_sum(dot));
         if (a.bias) score += a.bias[bucket_of(a.places.positions[token], position) * a.heads + head] * LOG2_E;
         float larger = fmaxf(most, score);
