@@ -52,6 +52,22 @@ impl Output {
             Output::AddRounded(dtype) => round_to(dtype, old + y),
         }
     }
+
+    /// The same for some columns at a time.
+    #[inline(always)]
+    pub(super) fn apply_lanes<S: Simd>(self, old: &mut [f32; LANES], y: S::F) {
+        let (dtype, y) = match self {
+            Output::Store => (DType::F32, y),
+            Output::StoreRounded(dtype) => (dtype, y),
+            Output::AddRounded(dtype) => (dtype, S::add(S::load(old), y)),
+        };
+        // A format that is known makes vectors of each loop.
+        *old = match dtype {
+            DType::F32 => S::store(y),
+            DType::BF16 => S::store(y).map(|y| round_to(DType::BF16, y)),
+            DType::F16 => S::store(S::round_f16(y)),
+        };
+    }
 }
 
 /// One product: `x (rows, k)`, weight `(n, k)`, out `(rows, n)`.
@@ -83,6 +99,8 @@ const LEAST: usize = 1 << 18;
 const AHEAD: usize = 4096;
 /// Up to so many rows, weights come from memory as fast as they are used.
 const FEW_ROWS: usize = 8;
+/// Packed activations that stay in a cache while all weights pass, in bytes; a few rows in tests.
+const BLOCK: usize = if cfg!(test) { 1 << 13 } else { 2 << 20 };
 
 impl Linear<'_> {
     pub(super) fn run(self, cpu: &Cpu) {
@@ -114,16 +132,23 @@ impl Linear<'_> {
         let packed = &*packed;
         let tiles = n.div_ceil(TILE);
         let per_tile = weights.len() / tiles.max(1);
-        let share = tiles.div_ceil(cpu.pool.threads() * TASKS).max(LEAST.div_ceil(TILE * k * rows)).max(1);
+        // Blocks of whole packs, all alike.
+        let packs = rows.div_ceil(PACK_ROWS);
+        let blocks = (packs * PACK_ROWS * words * size_of::<u32>()).div_ceil(BLOCK).clamp(1, packs);
+        let block = packs.div_ceil(blocks) * PACK_ROWS;
+        let least = LEAST.div_ceil(TILE * k * block.min(rows));
+        let share = tiles.div_ceil(cpu.pool.threads() * TASKS).max(least).max(1);
+        let shares = tiles.div_ceil(share);
         let out = Parts(self.out[..rows * n].as_mut_ptr());
-        cpu.pool.run(tiles.div_ceil(share), &|task| {
+        cpu.pool.run(rows.div_ceil(block) * shares, &|task| {
+            let (first, tile) = (task / shares * block, task % shares * share);
             cpu.isa.run(Product::<M> {
                 weights,
                 per_tile,
-                tiles: task * share..tiles.min((task + 1) * share),
+                tiles: tile..tiles.min(tile + share),
                 packed,
                 words,
-                rows,
+                rows: first..rows.min(first + block),
                 n,
                 bias: self.bias,
                 out: &out,
@@ -141,12 +166,12 @@ trait ByPanel: Sized {
     /// Does `R` rows from row `first` on.
     fn panel<S: Simd, const R: usize>(&mut self, first: usize);
 
-    /// Does all of `rows`, in panels that depend on no more than the pack that a row is in.
+    /// Does all of `rows`, which begin with a pack, in panels that depend on no more than the pack that a row is in.
     #[inline(always)]
-    fn by_panel<S: Simd>(mut self, rows: usize) {
-        let mut first = 0;
-        while first < rows {
-            let left = (rows - first).min(PACK_ROWS - first % PACK_ROWS);
+    fn by_panel<S: Simd>(mut self, rows: Range<usize>) {
+        let mut first = rows.start;
+        while first < rows.end {
+            let left = (rows.end - first).min(PACK_ROWS - first % PACK_ROWS);
             macro_rules! panel {
                 ($rows:literal) => {{
                     self.panel::<S, $rows>(first);
@@ -191,7 +216,7 @@ impl<M: Multiply> Kernel for Pack<'_, M> {
     #[inline(always)]
     fn run<S: Simd>(self) {
         let rows = self.x.count;
-        self.by_panel::<S>(rows);
+        self.by_panel::<S>(0..rows);
     }
 }
 
@@ -204,7 +229,7 @@ impl<M: Multiply> ByPanel for Pack<'_, M> {
     }
 }
 
-/// Some tiles of a product, over all rows.
+/// Some tiles of a product, over some rows.
 struct Product<'a, M: Multiply> {
     weights: &'a [M::Weights],
     per_tile: usize,
@@ -212,7 +237,7 @@ struct Product<'a, M: Multiply> {
     packed: &'a [u32],
     /// Words of a packed row.
     words: usize,
-    rows: usize,
+    rows: Range<usize>,
     n: usize,
     bias: Option<&'a [f32]>,
     out: &'a Parts<f32>,
@@ -223,7 +248,7 @@ impl<M: Multiply> Kernel for Product<'_, M> {
     #[inline(always)]
     fn run<S: Simd>(self) {
         for number in self.tiles.clone() {
-            Tile { product: &self, number }.by_panel::<S>(self.rows);
+            Tile { product: &self, number }.by_panel::<S>(self.rows.clone());
         }
     }
 }
@@ -248,12 +273,13 @@ impl<M: Multiply> ByPanel for Tile<'_, M> {
                 let at = product.out.at((first + r) * n + column);
                 // SAFETY: within `(rows, n)`, and these columns belong to this tile alone, which is one task's.
                 let out = unsafe { std::slice::from_raw_parts_mut(at, width) };
-                let acc = S::store(acc[h]);
-                // A width that is known makes vectors of the loop.
-                match (out.first_chunk_mut::<LANES>(), bias) {
-                    (Some(out), None) => (0..LANES).for_each(|i| out[i] = output.apply(out[i], acc[i])),
-                    (_, bias) => {
-                        for (i, (o, a)) in out.iter_mut().zip(acc).enumerate() {
+                match (out.first_chunk_mut::<LANES>(), bias.map(<[f32]>::first_chunk)) {
+                    (Some(out), None) => output.apply_lanes::<S>(out, acc[h]),
+                    (Some(out), Some(Some(bias))) => {
+                        output.apply_lanes::<S>(out, S::add(acc[h], S::load(bias)));
+                    }
+                    _ => {
+                        for (i, (o, a)) in out.iter_mut().zip(S::store(acc[h])).enumerate() {
                             *o = output.apply(*o, bias.map_or(a, |b| a + b[i]));
                         }
                     }

@@ -132,9 +132,16 @@ impl Kernel for NormRow<'_> {
     #[inline(always)]
     fn run<S: Simd>(self) {
         let (mean, scale) = moments::<S>(self.norm, self.x);
-        for (i, ((o, x), w)) in self.out.iter_mut().zip(self.x).zip(self.weight).enumerate() {
+        let ((outs, out), (xs, x), (weights, weight)) =
+            (self.out.as_chunks_mut(), self.x.as_chunks(), self.weight.as_chunks());
+        let (biases, bias) = self.bias.map(<[f32]>::as_chunks).unzip();
+        for (i, ((o, x), w)) in outs.iter_mut().zip(xs).zip(weights).enumerate() {
+            let y = S::mul(S::mul(S::sub(S::load(x), S::splat(mean)), S::splat(scale)), S::load(w));
+            self.output.apply_lanes::<S>(o, biases.map_or(y, |b| S::add(y, S::load(&b[i]))));
+        }
+        for (i, ((o, x), w)) in out.iter_mut().zip(x).zip(weight).enumerate() {
             let y = (x - mean) * scale * w;
-            *o = self.output.apply(*o, self.bias.map_or(y, |b| y + b[i]));
+            *o = self.output.apply(*o, bias.map_or(y, |b| y + b[i]));
         }
     }
 }
