@@ -13,6 +13,7 @@ use super::{
     isa::{Kernel, LANES, Lanes, Simd},
     kv_cache::KvLayer,
     math::{exp, tanh},
+    pool::Parts,
 };
 use crate::kernels::{
     buffer::Values,
@@ -89,68 +90,49 @@ pub(crate) struct Addends<'a> {
     pub reach: usize,
 }
 
+/// Tasks per thread: enough to even out.
+const TASKS: usize = 8;
+/// Queries that meet a tile at a time.
+const QUERIES: usize = 8;
+
 impl Attention<'_> {
     pub(super) fn run(self, cpu: &Cpu) {
         let (kv_heads, d) = (self.cache.kv_heads(), self.cache.head_dim());
-        let group = self.heads / kv_heads;
         let tokens: usize = self.rows.iter().map(|r| r.count as usize).sum();
-        // One task for the heads of a token that share keys and values.
-        cpu.pool.pieces(&mut self.out[..tokens * self.heads * d], group * d, 1, |task, out| {
-            let (token, kv_head) = (task / kv_heads, task % kv_heads);
+        // One task for some tokens' heads that share keys and values; where tokens are few, each has its own.
+        let run = (tokens * kv_heads / (cpu.pool.threads() * TASKS)).clamp(1, QUERIES);
+        let out = Parts(self.out[..tokens * self.heads * d].as_mut_ptr());
+        cpu.pool.run(tokens.div_ceil(run) * kv_heads, &|task| {
+            let (kv_head, begin) = (task % kv_heads, task / kv_heads * run);
             let mut first = 0;
             for row in self.rows {
-                let at = token - first;
-                if at < row.count as usize {
-                    let position = row.start as usize + at;
-                    let seen = self.mask.seen(position, (row.start + row.count) as usize);
-                    let q = &self.q[token * self.stride + kv_head * group * d..][..group * d];
-                    let addends = self.addends.map_or(&[][..], |addends| {
-                        &addends.table[kv_head * group * 2 * addends.reach + addends.reach - position..]
-                    });
-                    let stride = self.addends.map_or(0, |addends| 2 * addends.reach);
-                    let distant = self.distant.map(|distant| {
-                        let Distant { keys, queries, reach } = distant;
-                        let (width, first) = (2 * reach, kv_head * group * d * 2 * reach);
-                        let (keys, queries) = (&keys[first..], &queries[first..]);
-                        AtDistance { keys, queries, width, head: d * width, from: reach - position }
-                    });
-                    let scores =
-                        Scores { scale: self.scale, softcap: self.softcap, addends, stride, distant };
-                    cpu.isa.run(Heads {
-                        q,
-                        out,
-                        cache: self.cache,
-                        kv_head,
-                        blocks: row.blocks,
-                        seen,
-                        scores,
-                    });
-                    return;
+                let next = first + row.count as usize;
+                let tokens = begin.max(first)..(begin + run).min(next);
+                if !tokens.is_empty() {
+                    cpu.isa.run(Run { attention: &self, out: &out, row, first, kv_head, tokens });
                 }
-                first += row.count as usize;
+                first = next;
             }
         });
     }
 }
 
-/// The query heads of one token that share one key-value head.
-struct Heads<'a> {
-    /// `(heads, head_dim)`.
-    q: &'a [f32],
-    /// `(heads, head_dim)`.
-    out: &'a mut [f32],
-    cache: &'a KvLayer,
+/// Some tokens of a sequence, and their query heads that share one key-value head.
+struct Run<'a> {
+    attention: &'a Attention<'a>,
+    out: &'a Parts<f32>,
+    row: &'a BatchRow<'a>,
+    /// Where the sequence's tokens begin in the step.
+    first: usize,
     kv_head: usize,
-    blocks: &'a [u32],
-    /// Positions.
-    seen: Range<usize>,
-    scores: Scores<'a>,
+    /// In the step.
+    tokens: Range<usize>,
 }
 
-impl Kernel for Heads<'_> {
+impl Kernel for Run<'_> {
     #[inline(always)]
     fn run<S: Simd>(self) {
-        match self.cache.parts() {
+        match self.attention.cache.parts() {
             (Values::F32(k), Values::F32(v)) => self.attend::<S, f32>(k, v),
             (Values::BF16(k), Values::BF16(v)) => self.attend::<S, bf16>(k, v),
             (Values::F16(k), Values::F16(v)) => self.attend::<S, f16>(k, v),
@@ -159,81 +141,104 @@ impl Kernel for Heads<'_> {
     }
 }
 
-impl Heads<'_> {
+impl Run<'_> {
     #[inline(always)]
     fn attend<S: Simd, T: Lanes>(self, k: &[T], v: &[T]) {
-        let Heads { q, out, cache, kv_head, blocks, seen, scores } = self;
-        let (kv_heads, d) = (cache.kv_heads(), cache.head_dim());
-        let sequence = Sequence { k, v, blocks, begin: seen.start, len: seen.end, kv_heads, kv_head, d };
-        let (mut head, heads) = (0, q.len() / d);
-        while head < heads {
-            let (q, out) = (&q[head * d..], &mut out[head * d..]);
-            let scores = scores.of_heads_from(head);
-            head += match heads - head {
-                8.. if S::ROWS >= 8 => sequence.heads::<S, 8>(q, out, scores),
-                4.. => sequence.heads::<S, 4>(q, out, scores),
-                2.. => sequence.heads::<S, 2>(q, out, scores),
-                _ => sequence.heads::<S, 1>(q, out, scores),
-            };
+        let Run { attention, row, kv_head, .. } = self;
+        let (kv_heads, d) = (attention.cache.kv_heads(), attention.cache.head_dim());
+        let group = attention.heads / kv_heads;
+        let sequence = Sequence { k, v, blocks: row.blocks, kv_heads, kv_head, d };
+        let all = self.tokens.len() * group;
+        for from in (0..all).step_by(QUERIES) {
+            let mut queries: [Query<'_>; QUERIES] = Default::default();
+            let count = QUERIES.min(all - from);
+            for (query, i) in queries.iter_mut().zip(from..from + count) {
+                *query = self.query(self.tokens.start + i / group, kv_head * group + i % group);
+            }
+            sequence.attend::<S>(&mut queries[..count]);
+        }
+    }
+
+    /// A query head of a token of the step.
+    #[inline(always)]
+    fn query(&self, token: usize, head: usize) -> Query<'_> {
+        let Attention { q, stride, heads, cache, scale, softcap, mask, addends, distant, .. } =
+            *self.attention;
+        let d = cache.head_dim();
+        let position = self.row.start as usize + token - self.first;
+        // SAFETY: within `(tokens, heads, d)`, and this head of this token belongs to this task alone.
+        let out = unsafe { std::slice::from_raw_parts_mut(self.out.at((token * heads + head) * d), d) };
+        out.fill(0.0);
+        let addends = addends.map(|a| &a.table[head * 2 * a.reach + a.reach - position..]);
+        let distant = distant.map(|Distant { keys, queries, reach }| {
+            let (width, from) = (2 * reach, head * d * 2 * reach + reach - position);
+            AtDistance { keys: &keys[from..], queries: &queries[from..], width }
+        });
+        Query {
+            q: &q[token * stride + head * d..][..d],
+            out,
+            seen: mask.seen(position, (self.row.start + self.row.count) as usize),
+            scores: Scores { scale, softcap, addends, distant },
+            largest: f32::NEG_INFINITY,
+            total: 0.0,
         }
     }
 }
 
-/// What becomes of the products of queries and keys.
-#[derive(Clone, Copy)]
+/// One head's query, and what it has met so far.
+#[derive(Default)]
+struct Query<'a> {
+    /// Of `head_dim`.
+    q: &'a [f32],
+    /// The values so far, each times its weight.
+    out: &'a mut [f32],
+    /// Positions.
+    seen: Range<usize>,
+    scores: Scores<'a>,
+    /// The largest score so far.
+    largest: f32,
+    /// The sum of the weights so far.
+    total: f32,
+}
+
+impl Query<'_> {
+    /// What it sees of a tile.
+    #[inline(always)]
+    fn seen_of(&self, tile: usize) -> Range<usize> {
+        let within = |position: usize| position.saturating_sub(tile * BLOCK_TOKENS).min(BLOCK_TOKENS);
+        within(self.seen.start)..within(self.seen.end)
+    }
+}
+
+/// What becomes of the products of a query and keys.
+#[derive(Clone, Copy, Default)]
 struct Scores<'a> {
     scale: f32,
     softcap: Option<f32>,
-    /// Added for the first head and key of the query; nothing if it is empty.
-    addends: &'a [f32],
-    /// From head to head.
-    stride: usize,
+    /// Added to scores, from the sequence's first key on.
+    addends: Option<&'a [f32]>,
     /// Added to the products.
     distant: Option<AtDistance<'a>>,
 }
 
-/// What stands for the distances of one query.
+/// What stands for the distances of one query, from the sequence's first key on.
 #[derive(Clone, Copy)]
 struct AtDistance<'a> {
-    /// Keys and queries of the first head, and of those behind it.
     keys: &'a [f32],
     queries: &'a [f32],
     /// From element to element.
     width: usize,
-    /// From head to head.
-    head: usize,
-    /// Where the distance of the first key of the sequence is.
-    from: usize,
 }
 
 impl Scores<'_> {
-    /// Those of the heads from `head` on.
+    /// The products of the query `q` and the keys of a tile, which begins at key `first`, with those of what stands for their
+    /// distances: one chain over the elements.
     #[inline(always)]
-    fn of_heads_from(self, head: usize) -> Self {
-        let addends = self.addends.get(head * self.stride..).unwrap_or_default();
-        let distant = self.distant.map(|distant| AtDistance {
-            keys: distant.keys.get(head * distant.head..).unwrap_or_default(),
-            queries: distant.queries.get(head * distant.head..).unwrap_or_default(),
-            ..distant
-        });
-        Scores { addends, distant, ..self }
-    }
-
-    /// The products of the `r`th head's query `q` and the keys of a tile, which begins at key `first`, with those of what stands
-    /// for their distances: one chain over the elements.
-    #[inline(always)]
-    fn meet<S: Simd, T: Lanes>(
-        &self,
-        products: S::F,
-        (r, first): (usize, usize),
-        q: &[f32],
-        tile: &[[T; LANES]],
-    ) -> S::F {
+    fn meet<S: Simd, T: Lanes>(&self, products: S::F, first: usize, q: &[f32], tile: &[[T; LANES]]) -> S::F {
         let Some(distant) = self.distant else { return products };
         let mut sum = products;
-        let at = r * distant.head + distant.from + first;
         for (i, (key, q)) in tile.iter().zip(q).enumerate() {
-            let at = at + i * distant.width;
+            let at = first + i * distant.width;
             if let (Some(keys), Some(queries)) =
                 (distant.keys[at..].first_chunk(), distant.queries[at..].first_chunk())
             {
@@ -244,10 +249,10 @@ impl Scores<'_> {
         sum
     }
 
-    /// The scores of the `r`th head for the keys from `first` on, with what is added to them.
+    /// The scores for the keys from `first` on, with what is added to them.
     #[inline(always)]
-    fn add<S: Simd>(&self, scores: S::F, r: usize, first: usize) -> S::F {
-        match self.addends.get(r * self.stride + first..).and_then(|addends| addends.first_chunk()) {
+    fn add<S: Simd>(&self, scores: S::F, first: usize) -> S::F {
+        match self.addends.and_then(|addends| addends[first..].first_chunk()) {
             None => scores,
             Some(addends) => S::add(scores, S::load(addends)),
         }
@@ -266,52 +271,68 @@ impl Scores<'_> {
     }
 }
 
-/// What one query row sees of one key-value head: positions `begin..len` of its blocks.
+/// The keys and values of one head of a sequence.
 struct Sequence<'a, T> {
     /// `[block][kv_head][d][16]`.
     k: &'a [T],
     /// `[block][kv_head][16][d]`.
     v: &'a [T],
     blocks: &'a [u32],
-    begin: usize,
-    len: usize,
     kv_heads: usize,
     kv_head: usize,
     d: usize,
 }
 
 impl<T: Lanes> Sequence<'_, T> {
-    /// Attention of `R` query heads that share this key-value head; gives back `R`.
+    /// Attention of at most [`QUERIES`] queries.
     #[inline(always)]
-    fn heads<S: Simd, const R: usize>(&self, q: &[f32], out: &mut [f32], scores: Scores<'_>) -> usize {
-        let d = self.d;
-        let q: [&[f32]; R] = std::array::from_fn(|r| &q[r * d..(r + 1) * d]);
-        let mut largest = [f32::NEG_INFINITY; R];
-        let mut total = [0.0f32; R];
-        out[..R * d].fill(0.0);
-        // Tiles before the window are skipped; those left lie where they always lie.
-        for tile in self.begin / BLOCK_TOKENS..self.len.div_ceil(BLOCK_TOKENS) {
-            let valid = self.begin.saturating_sub(tile * BLOCK_TOKENS)
-                ..(self.len - tile * BLOCK_TOKENS).min(BLOCK_TOKENS);
-            let block = self.blocks[tile] as usize;
-            let first = (block * self.kv_heads + self.kv_head) * d * BLOCK_TOKENS;
-            let keys = self.k[first..first + d * BLOCK_TOKENS].as_chunks().0;
-            let products = dot::<S, T, R>(q, keys);
-            let (mut weights, mut keep) = ([[0.0; LANES]; R], [0.0; R]);
-            for r in 0..R {
-                let products = scores.meet::<S, T>(products[r], (r, tile * BLOCK_TOKENS), q[r], keys);
-                let scores = scores.add::<S>(scores.apply::<S>(products), r, tile * BLOCK_TOKENS);
-                (weights[r], keep[r]) = soften::<S>(scores, &valid, &mut largest[r], &mut total[r]);
-            }
-            let values = &self.v[first..first + d * BLOCK_TOKENS];
-            accumulate::<S, T, R>(out, d, keep, &weights, valid, values);
-        }
-        for r in 0..R {
-            for o in &mut out[r * d..(r + 1) * d] {
-                *o /= total[r];
+    fn attend<S: Simd>(&self, queries: &mut [Query<'_>]) {
+        // Tiles before all windows are skipped; those left lie where they always lie.
+        let begin = queries.iter().map(|q| q.seen.start / BLOCK_TOKENS).min().unwrap_or(0);
+        let end = queries.iter().map(|q| q.seen.end.div_ceil(BLOCK_TOKENS)).max().unwrap_or(0);
+        for tile in begin..end {
+            let mut left = &mut *queries;
+            while let Some(query) = left.first() {
+                let seen = query.seen_of(tile);
+                let alike = left.iter().take_while(|q| q.seen_of(tile) == seen).count();
+                macro_rules! meet {
+                    ($count:literal) => {{
+                        if let (Some(queries), false) = (left.first_chunk_mut(), seen.is_empty()) {
+                            self.meet::<S, $count>(queries, tile, seen);
+                        }
+                        $count
+                    }};
+                }
+                let met = match alike {
+                    8.. if S::ROWS >= 8 => meet!(8),
+                    4.. => meet!(4),
+                    2.. => meet!(2),
+                    _ => meet!(1),
+                };
+                left = &mut left[met..];
             }
         }
-        R
+        for query in queries {
+            query.out.iter_mut().for_each(|o| *o /= query.total);
+        }
+    }
+
+    /// `R` queries that see the same of a tile.
+    #[inline(always)]
+    fn meet<S: Simd, const R: usize>(&self, queries: &mut [Query<'_>; R], tile: usize, seen: Range<usize>) {
+        let (d, position) = (self.d, tile * BLOCK_TOKENS);
+        let block = self.blocks[tile] as usize;
+        let first = (block * self.kv_heads + self.kv_head) * d * BLOCK_TOKENS;
+        let keys = self.k[first..first + d * BLOCK_TOKENS].as_chunks().0;
+        let products = dot::<S, T, R>(std::array::from_fn(|r| queries[r].q), keys);
+        let (mut weights, mut keep) = ([[0.0; LANES]; R], [0.0; R]);
+        for (r, Query { q, scores, largest, total, .. }) in queries.iter_mut().enumerate() {
+            let products = scores.meet::<S, T>(products[r], position, q, keys);
+            let scores = scores.add::<S>(scores.apply::<S>(products), position);
+            (weights[r], keep[r]) = soften::<S>(scores, &seen, largest, total);
+        }
+        let values = &self.v[first..first + d * BLOCK_TOKENS];
+        accumulate::<S, T, R>(queries.each_mut().map(|q| &mut *q.out), keep, &weights, seen, values);
     }
 }
 
@@ -334,15 +355,15 @@ fn dot<S: Simd, T: Lanes, const R: usize>(x: [&[f32]; R], tile: &[[T; LANES]]) -
 #[inline(always)]
 fn soften<S: Simd>(
     scores: S::F,
-    valid: &Range<usize>,
+    seen: &Range<usize>,
     largest: &mut f32,
     total: &mut f32,
 ) -> ([f32; LANES], f32) {
     let mut scores = scores;
-    if *valid != (0..LANES) {
+    if *seen != (0..LANES) {
         let mut masked = S::store(scores);
         for (l, s) in masked.iter_mut().enumerate() {
-            *s = if valid.contains(&l) { *s } else { f32::NEG_INFINITY };
+            *s = if seen.contains(&l) { *s } else { f32::NEG_INFINITY };
         }
         scores = S::load(&masked);
     }
@@ -357,26 +378,26 @@ fn soften<S: Simd>(
     (S::store(weights), keep)
 }
 
-/// `out = out * keep + sum over positions of weight * value` for `R` rows of `d`, `valid` positions ascending; `values`
+/// `out = out * keep + sum over positions of weight * value` for `R` rows of `d`, `seen` positions ascending; `values`
 /// is `(16, d)`.
 #[inline(always)]
 fn accumulate<S: Simd, T: Lanes, const R: usize>(
-    out: &mut [f32],
-    d: usize,
+    out: [&mut [f32]; R],
     keep: [f32; R],
     weights: &[[f32; LANES]; R],
-    valid: Range<usize>,
+    seen: Range<usize>,
     values: &[T],
 ) {
+    let d = values.len() / BLOCK_TOKENS;
     let done = d / LANES * LANES;
     for c in (0..done).step_by(LANES) {
         let mut acc = [S::splat(0.0); R];
         for r in 0..R {
-            if let Some(out) = out[r * d + c..].first_chunk() {
+            if let Some(out) = out[r][c..].first_chunk() {
                 acc[r] = S::mul(S::load(out), S::splat(keep[r]));
             }
         }
-        for p in valid.clone() {
+        for p in seen.clone() {
             if let Some(v) = values[p * d + c..].first_chunk() {
                 let v = T::widen::<S>(v);
                 for r in 0..R {
@@ -385,14 +406,14 @@ fn accumulate<S: Simd, T: Lanes, const R: usize>(
             }
         }
         for r in 0..R {
-            out[r * d + c..][..LANES].copy_from_slice(&S::store(acc[r]));
+            out[r][c..][..LANES].copy_from_slice(&S::store(acc[r]));
         }
     }
     for r in 0..R {
         for i in done..d {
-            let o = &mut out[r * d + i];
+            let o = &mut out[r][i];
             *o *= keep[r];
-            for p in valid.clone() {
+            for p in seen.clone() {
                 *o += weights[r][p] * values[p * d + i].to_f32();
             }
         }
