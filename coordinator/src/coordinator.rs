@@ -2,8 +2,10 @@
 //! serves, and drains.
 
 mod admin;
+mod operators;
 mod replace;
 mod serve;
+mod status;
 
 use std::{
     collections::BTreeMap,
@@ -14,6 +16,7 @@ use std::{
     time::Duration,
 };
 
+use prometheus_client::registry::Registry;
 use strata_proto::Plan;
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -30,7 +33,7 @@ use crate::{
     },
     config::{CoordinatorConfig, Deployment},
     engine::{self, Claims, Ended, Notice, Observer, Snapshot, State},
-    front::session::Session,
+    front::session::{self, Session},
     preflight::Finding,
 };
 
@@ -159,6 +162,12 @@ struct Shared {
     keeper: OnceLock<Arc<dyn Keeper>>,
     /// Held while an operator's call is at work.
     admin: tokio::sync::Mutex<()>,
+    /// What members said when they were last asked.
+    probed: tokio::sync::Mutex<status::Probed>,
+    /// What is measured.
+    registry: Registry,
+    /// Of all engines.
+    series: Arc<engine::Series>,
 }
 
 impl Coordinator {
@@ -170,8 +179,15 @@ impl Coordinator {
             true => vec![config.deployment.model.clone()],
             false => config.names.clone(),
         };
-        let session =
-            Session::new(names.into(), config.limits.max_requests, config.clients.unread_bytes, view);
+        let mut registry = Registry::default();
+        let series = Arc::new(engine::Series::new(&mut registry));
+        let session = Session::new(
+            names.into(),
+            config.limits.max_requests,
+            config.clients.unread_bytes,
+            view,
+            session::Series::new(&mut registry),
+        );
         let (members, started) = (Members::default(), AtomicBool::new(false));
         let incarnations = Arc::default();
         let (keeper, admin) = (OnceLock::new(), tokio::sync::Mutex::default());
@@ -189,6 +205,9 @@ impl Coordinator {
             keeper,
             admin,
             deployed,
+            probed: tokio::sync::Mutex::default(),
+            registry,
+            series,
         };
         Coordinator { shared: Arc::new(shared) }
     }

@@ -43,6 +43,7 @@ pub mod front;
 #[doc(hidden)]
 pub mod fuzzing;
 mod jinja;
+mod metrics;
 pub mod planner;
 pub mod preflight;
 mod request;

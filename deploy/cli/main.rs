@@ -18,6 +18,7 @@ mod loading;
 mod local;
 mod model_dir;
 mod open_files;
+mod operators;
 mod origin;
 mod parts;
 mod plan;

@@ -25,7 +25,7 @@ use crate::{
     etcd,
     loading::Loading,
     local::{capped, coordinator_config, here, processors},
-    model_dir, open_files, plan,
+    model_dir, open_files, operators, plan,
     report::{self, misused},
     secret,
     signals::{Signals, finish, stopping},
@@ -45,6 +45,7 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let mut signals = Signals::new();
     // A port that is taken should be known before a model is loaded.
     let listener = listen(&args.listen).await?;
+    let admin = operators::listen(args.listen.admin.as_ref()).await?;
     // Opening devices blocks.
     let started = tokio::task::spawn_blocking(move || here(&args.here, &args.deployment));
     let (mut config, members) = tokio::select! {
@@ -53,7 +54,7 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     };
     config.clients = args.listen.limits();
     config.names = args.listen.name;
-    answer(config, members, (listener, args.listen.grace), signals).await
+    answer(config, members, Ports { clients: listener, admin, grace: args.listen.grace }, signals).await
 }
 
 /// `strata coordinator`
@@ -99,10 +100,12 @@ pub async fn coordinator(args: CoordinatorArgs) -> anyhow::Result<()> {
     }
     let signals = Signals::new();
     let listener = listen(&args.listen).await?;
+    let admin = operators::listen(args.listen.admin.as_ref()).await?;
     config.clients = args.listen.limits();
     config.names = args.listen.name;
     config.secret = secret;
-    let answered = answer(config, source, (listener, args.listen.grace), signals).await;
+    let ports = Ports { clients: listener, admin, grace: args.listen.grace };
+    let answered = answer(config, source, ports, signals).await;
     // The next one leads at once.
     match lead {
         Lead::None => {}
@@ -215,19 +218,30 @@ async fn listen(args: &ListenArgs) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address).await.with_context(|| format!("listening on {}:{}", args.host, args.port))
 }
 
+/// Where a coordinator answers.
+struct Ports {
+    clients: TcpListener,
+    admin: Option<TcpListener>,
+    /// Seconds that answers may take to finish.
+    grace: u64,
+}
+
 /// Brings the deployment up, says `ready`, and answers until told to stop; status and health are answered from the
 /// beginning on.
 async fn answer(
     config: CoordinatorConfig,
     members: impl Into<Source>,
-    (listener, grace): (TcpListener, u64),
+    ports: Ports,
     mut signals: Signals,
 ) -> anyhow::Result<()> {
-    let address = listener.local_addr()?;
+    let Ports { clients, admin, grace } = ports;
+    let address = clients.local_addr()?;
     open_files::raise(config.clients.connections as u64);
     let coordinator = Coordinator::new(config);
+    // It ends with the process.
+    let _operators = admin.map(|admin| operators::serve(admin, &coordinator)).transpose()?;
     let (stop, stopped) = watch::channel(false);
-    let serving = grpc::serve(coordinator.clone(), listener, stopping(stopped));
+    let serving = grpc::serve(coordinator.clone(), clients, stopping(stopped));
     let mut serving =
         tokio::spawn(async { serving.await.map_err(|e| anyhow::anyhow!("serving clients: {e}")) });
     let loading = Arc::new(Loading::default());

@@ -35,6 +35,7 @@ mod digest;
 mod dtype;
 pub mod error;
 mod fence;
+mod json;
 mod layers;
 mod lead;
 pub mod limits;
@@ -49,6 +50,7 @@ pub use address::http_url;
 pub use device::{Device, DeviceKind, Library, Rate, rate_at};
 pub use digest::{Digest, ModuleId, WeightDigests, root};
 pub use dtype::{DType, Format, Quantization};
+pub use json::json;
 pub use layers::LayerRange;
 pub use lead::Lead;
 pub use limits::{

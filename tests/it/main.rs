@@ -21,6 +21,7 @@ mod leaders;
 mod lifecycle;
 mod loading;
 mod map;
+mod operators;
 mod parity;
 mod parts;
 mod processes;

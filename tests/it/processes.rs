@@ -52,6 +52,8 @@ impl Starting {
         let mut child = Command::new(env!("CARGO_BIN_EXE_strata"))
             .args(args)
             .env("STRATA_KERNEL_CACHE", "")
+            // There is one default, and tests run side by side.
+            .env("STRATA_ADMIN", "off")
             .envs(environment.iter().copied())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())

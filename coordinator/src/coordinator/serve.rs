@@ -118,6 +118,10 @@ impl Coordinator {
         let config = &self.shared.config;
         let events = self.members().subscribe();
         let counters = engine::counters(&snapshot.borrow().load);
+        let names: Arc<[String]> = match config.names.is_empty() {
+            true => [ready.deployment.model.clone()].into(),
+            false => config.names.as_slice().into(),
+        };
         let engine = Engine::spawn(engine::Start {
             deployment: ready.deployment.clone(),
             limits: config.limits.clone(),
@@ -132,12 +136,10 @@ impl Coordinator {
             counters,
             claims: self.shared.claims.clone(),
             incarnations: self.shared.incarnations.clone(),
+            series: self.shared.series.clone(),
+            name: names.first().cloned().unwrap_or_default(),
         });
         tokio::spawn(pass_on(events, engine.handle().clone()));
-        let names = match config.names.is_empty() {
-            true => [ready.deployment.model.clone()].into(),
-            false => config.names.as_slice().into(),
-        };
         let (in_use, unused) = oneshot::channel();
         let served = Served {
             profile: ready.profile.clone(),

@@ -26,6 +26,7 @@ use super::{
     messages::{Asked, Event, Observer, Submission},
     replica::{Replica, State},
     replies::Reply,
+    series::Series,
     snapshot::{self, Snapshot},
 };
 use crate::{
@@ -97,6 +98,9 @@ pub(crate) struct Engine {
     down_since: Option<Instant>,
     first: Option<oneshot::Sender<Result<(), PipelineError>>>,
     counters: v1::Load,
+    series: Arc<Series>,
+    /// By which the model is asked for.
+    name: String,
 }
 
 /// What an engine begins with.
@@ -121,6 +125,10 @@ pub(crate) struct Start {
     pub claims: Claims,
     /// Counts pipelines that are begun; goes on where the engine before this one stopped.
     pub incarnations: Arc<AtomicU64>,
+    /// What measures it.
+    pub series: Arc<Series>,
+    /// By which the model is asked for.
+    pub name: String,
 }
 
 /// Why an engine ended.
@@ -220,7 +228,10 @@ impl Engine {
             down_since: Some(Instant::now()),
             first: Some(first),
             counters: start.counters,
+            series: start.series.clone(),
+            name: start.name,
         };
+        let series = start.series;
         tokio::spawn(async move {
             let ended = match tokio::spawn(engine.run(planned)).await {
                 Ok(why) => Ended::Deposed(why),
@@ -229,6 +240,7 @@ impl Engine {
             let (Ended::Deposed(why) | Ended::Failed(why)) = &ended;
             let shown = shown.lock().unwrap_or_else(PoisonError::into_inner).clone();
             shown.send_modify(|s| s.engine_ended(why));
+            series.ended();
             // Nobody may wait for its end.
             let _ = end.send(ended);
         });
@@ -258,6 +270,7 @@ impl Engine {
             while let Ok(event) = self.events.try_recv() {
                 self.react(event);
             }
+            self.series.turn();
             self.go_on();
             self.stand_by();
             self.issue();
@@ -477,8 +490,9 @@ impl Engine {
         }
         match event {
             PipelineEvent::Done { stage, step, compute } => {
-                let Replica { budget, scheduler, .. } = &mut self.replicas[at];
+                let Replica { budget, scheduler, stages, .. } = &mut self.replicas[at];
                 budget.done(stage, step, compute);
+                stages.get(stage).into_iter().for_each(|stage| self.series.computed(stage, compute));
                 scheduler.limit_mixed_steps(budget.tokens());
             }
             PipelineEvent::Lost { worker, reason, .. } => self.lost(at, &worker, &reason),
@@ -504,11 +518,13 @@ impl Engine {
     /// Hands steps to the pipelines for as long as their schedulers have any.
     fn issue(&mut self) {
         for at in 0..self.replicas.len() {
-            while let Some(Replica { state: State::Up(pipeline), scheduler, budget, .. }) =
+            while let Some(Replica { state: State::Up(pipeline), scheduler, budget, issued, .. }) =
                 self.replicas.get_mut(at)
             {
                 let Some(meta) = scheduler.next_step() else { break };
                 budget.sent(meta.step, meta.token_ids.len() as u32);
+                issued.insert(meta.step, Instant::now());
+                self.series.issued(&self.name, meta.token_ids.len());
                 for row in meta.rows.iter().filter(|row| row.reset) {
                     if let Some(live) = self.live.get_mut(&row.sequence)
                         && !live.begun

@@ -9,6 +9,7 @@ mod event_loop;
 mod messages;
 mod replica;
 mod replies;
+mod series;
 mod snapshot;
 
 pub(crate) use change::Change;
@@ -19,5 +20,6 @@ pub(crate) use event_loop::{Ended, Engine, Running, Start};
 pub(crate) use messages::{Asked, Event, Submission};
 pub use messages::{Notice, Observer};
 pub(crate) use replies::{Replies, Reply, Unread, replies};
+pub(crate) use series::{OfStage, Series};
 pub(crate) use snapshot::counters;
 pub use snapshot::{Loading, Snapshot, State};

@@ -1,11 +1,11 @@
 //! A replica of the model as it runs: its pipeline, and the sequences that it computes.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use strata_proto::Plan;
 use tokio::time::Instant;
 
-use super::budget::PrefillBudget;
+use super::{budget::PrefillBudget, series::OfStage};
 use crate::{
     cluster::pipeline::Pipeline,
     scheduler::{self, Scheduler},
@@ -43,6 +43,10 @@ pub(crate) struct Replica {
     pub last: Option<Arc<Plan>>,
     /// A worker of its pipeline that is about to end, and cannot be spared.
     pub ends_with: Option<String>,
+    /// The stages of its pipeline.
+    pub stages: Vec<OfStage>,
+    /// When steps were issued that have no result yet.
+    pub issued: BTreeMap<u64, Instant>,
 }
 
 impl Replica {
@@ -56,6 +60,8 @@ impl Replica {
             plan: None,
             last: None,
             ends_with: None,
+            stages: Vec::new(),
+            issued: BTreeMap::new(),
         }
     }
 

@@ -2,9 +2,11 @@
 
 mod error;
 mod generation;
+mod outcome;
 mod parts;
 mod pending;
 mod record;
+mod series;
 
 use std::{
     sync::{Arc, PoisonError, RwLock},
@@ -19,8 +21,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 pub use error::SessionError;
 pub use generation::Generation;
-pub use record::{Counts, Outcome};
+pub use outcome::Outcome;
+pub use record::Counts;
 
+pub(crate) use self::series::Series;
 use self::{
     pending::Pending,
     record::{Open, Record},
@@ -88,19 +92,29 @@ struct Shared {
 
 impl Session {
     /// A session for a model that is to be served by these names, of `max_requests` at a time, with so many
-    /// bytes of answers that nobody has read yet.
+    /// bytes of answers that nobody has read yet, and to be measured by `series`.
     pub(crate) fn new(
         names: Arc<[String]>,
         max_requests: usize,
         unread_bytes: usize,
         snapshot: watch::Receiver<Snapshot>,
+        series: Series,
     ) -> Self {
         let (gate, served) = (Gate::new(max_requests), RwLock::default());
         let (names, held) = (RwLock::new(names), watch::Sender::default());
         let open = watch::Sender::default();
         let (pool, unread) = (Pool::default(), Arc::new(Unread::new(unread_bytes)));
-        let shared =
-            Shared { names, served, held, snapshot, open, gate, pool, unread, counts: Arc::default() };
+        let shared = Shared {
+            names,
+            served,
+            held,
+            snapshot,
+            open,
+            gate,
+            pool,
+            unread,
+            counts: Counts::new(series).into(),
+        };
         Session { shared: Arc::new(shared), probed: None, connection: 0 }
     }
 
@@ -451,6 +465,7 @@ impl Session {
         });
         let (served, checked) = checking.await?;
         record.prompt_tokens = checked.prompt.len() as u32;
+        record.most_tokens = Some(checked.max_tokens);
         let started = v1::Started {
             request_id: record.id.to_string(),
             model: self.model(),

@@ -23,6 +23,10 @@ pub struct ListenArgs {
     /// Port to answer clients on; 0 picks a free one
     #[arg(long, env = "STRATA_PORT", default_value_t = DEFAULT_PORT)]
     pub port: u16,
+    /// HOST:PORT where operators are answered by HTTP (/metrics, /livez, /readyz, /startupz, /version, /status, /plan); port 0
+    /// picks a free one, `off` answers nobody [default: 127.0.0.1:7718, if it is free]
+    #[arg(long, env = "STRATA_ADMIN", value_name = "HOST:PORT", value_parser = parse_admin)]
+    pub admin: Option<AdminAddress>,
     /// Seconds that answers in progress may take to finish after SIGTERM
     #[arg(long, env = "STRATA_GRACE", default_value_t = 30)]
     pub grace: u64,
@@ -202,6 +206,24 @@ pub struct MemberArgs {
     pub lease_ttl: u64,
 }
 
+/// Where operators are answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AdminAddress {
+    /// Nowhere.
+    Off,
+    /// `HOST:PORT`.
+    At(String),
+}
+
+fn parse_admin(s: &str) -> Result<AdminAddress, String> {
+    let port = s.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port.parse::<u16>());
+    match (s, port) {
+        ("off", _) => Ok(AdminAddress::Off),
+        (_, Some(Ok(_))) => Ok(AdminAddress::At(s.to_owned())),
+        _ => Err("expected HOST:PORT, as in 0.0.0.0:7718, or off".into()),
+    }
+}
+
 fn parse_host_port(s: &str) -> Result<String, String> {
     let parts = s.rsplit_once(':').filter(|(host, _)| !host.is_empty());
     match parts.and_then(|(_, port)| port.parse::<u16>().ok()) {
@@ -213,6 +235,17 @@ fn parse_host_port(s: &str) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn operators_are_answered_on_a_port_or_not_at_all() {
+        assert_eq!(parse_admin("off"), Ok(AdminAddress::Off));
+        for good in ["127.0.0.1:0", "[::]:7718", "localhost:7718"] {
+            assert_eq!(parse_admin(good), Ok(AdminAddress::At(good.into())));
+        }
+        for bad in ["", "7718", ":7718", "host:", "host:65536", "on"] {
+            assert!(parse_admin(bad).unwrap_err().contains("HOST:PORT"), "{bad:?}");
+        }
+    }
 
     #[test]
     fn an_advertised_address_has_a_host_and_a_port() {

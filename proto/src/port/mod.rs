@@ -1,8 +1,11 @@
-//! A gRPC port, a coordinator's or a worker's: who comes to the wrong one, or speaks another protocol, is told.
+//! A gRPC port, a coordinator's or a worker's: who comes to the wrong one, or speaks another protocol, is told. Beside it, a
+//! port for [operators](admin).
 
+pub mod admin;
 mod bodies;
 mod connections;
 mod methods;
+mod metrics;
 mod peer;
 mod places;
 

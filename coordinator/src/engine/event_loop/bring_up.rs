@@ -21,6 +21,7 @@ use crate::{
         error::EngineError,
         messages::{Event, Notice},
         replica::{self, Replica, State},
+        series::OfStage,
         snapshot::Loading,
     },
     planner::Offer,
@@ -39,6 +40,7 @@ impl Engine {
         let State::Up(pipeline) = std::mem::replace(&mut replica.state, down) else { return };
         replica.last = replica.plan.take();
         replica.ends_with = None;
+        self.series.lost(worker);
         replica::move_away(&mut self.replicas, at);
         if !self.replicas.iter().any(Replica::is_up) {
             self.down_since = Some(Instant::now());
@@ -247,9 +249,13 @@ impl Engine {
                     self.fail(id, EngineError::Refused { message, kind: Kind::NoCapacity });
                 }
                 tracing::info!(fence = %pipeline.fence(), stages, "a pipeline is up");
+                self.replicas[at].stages = OfStage::all(number, pipeline.replica());
                 self.replicas[at].state = State::Up(pipeline);
                 self.replicas[at].budget = PrefillBudget::new(self.limits.inter_token);
-                self.down_since = None;
+                self.replicas[at].issued.clear();
+                let was_up = self.first.is_none();
+                let gap = self.down_since.take().filter(|_| was_up).map(|since| since.elapsed());
+                self.series.came_up(gap);
                 self.standbys_due = true;
                 let serving = self.replicas[at].plan.iter().flat_map(|plan| &plan.replicas);
                 let serving: Vec<_> = serving.flat_map(|r| &r.stages).map(|s| s.worker.clone()).collect();

@@ -7,6 +7,7 @@ use crate::{
     engine::{
         answer::{self, Yield},
         error::EngineError,
+        replica::Replica,
         replies::{Reply, Undelivered},
     },
     scheduler,
@@ -16,7 +17,10 @@ impl Engine {
     /// Takes what the last stage of a replica made of a step: tokens and answers, or a step that is replayed.
     pub(super) fn commit(&mut self, replica: usize, result: v1::StepResult) {
         self.counters.steps += 1;
-        let scheduler = &mut self.replicas[replica].scheduler;
+        let Replica { number, scheduler, issued, .. } = &mut self.replicas[replica];
+        if let Some(at) = issued.remove(&result.step) {
+            self.series.committed(*number, at.elapsed());
+        }
         if let Some(failure) = result.failure {
             tracing::warn!(step = result.step, failure, "a step was poisoned; its batch is replayed");
             match scheduler.fail(result.step) {

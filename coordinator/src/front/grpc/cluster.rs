@@ -1,25 +1,20 @@
 //! `strata.v1.Cluster`: status and plan previews.
 
-use std::{
-    collections::HashMap,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use strata_proto::{
-    DType, Device, LayerRange,
+    DType, Device,
     error::{Classify, Kind, status},
     v1::{self, cluster_server::Cluster},
 };
-use tokio::sync::{Mutex, Semaphore};
+use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::admin;
 use crate::{
-    cluster::{discovery::discover, membership::Member, records::DeploymentRecord},
+    cluster::discovery::discover,
     config::Deployment,
     coordinator::Coordinator,
-    engine::{Loading, State},
     planner::{IMAGINED, Offer, Split},
     request::bounds::MAX_IMAGINED_DEVICES,
 };
@@ -28,29 +23,17 @@ use crate::{
 const MAX_PREVIEWS: usize = 2;
 /// How long workers may take to describe a model for a preview.
 const PREVIEW_TIMEOUT: Duration = Duration::from_secs(10);
-/// Shortest time from one question to the members, whoever wants to know, to the next.
-const PROBE_EVERY: Duration = Duration::from_millis(500);
-/// How long a member may take to say that it is there.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
-
+/// When somebody may try again who was one too many.
+const PREVIEW_AGAIN: Duration = Duration::from_millis(500);
 pub(super) struct ClusterService {
     coordinator: Coordinator,
     previews: Arc<Semaphore>,
-    probed: Mutex<Probed>,
-}
-
-/// What members said when they were last asked.
-#[derive(Default)]
-struct Probed {
-    at: Option<Instant>,
-    /// By member; none of one that did not answer.
-    devices: HashMap<String, Option<Vec<v1::Device>>>,
 }
 
 impl ClusterService {
     pub(super) fn new(coordinator: Coordinator) -> Self {
         let previews = Arc::new(Semaphore::new(MAX_PREVIEWS));
-        ClusterService { coordinator, previews, probed: Mutex::default() }
+        ClusterService { coordinator, previews }
     }
 }
 
@@ -68,49 +51,7 @@ impl Classify for BadField {
 #[async_trait]
 impl Cluster for ClusterService {
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
-        let mut snapshot = self.coordinator.watch().borrow().clone();
-        let mut reasons = std::mem::take(&mut snapshot.left_out);
-        let drained = self.coordinator.drained();
-        reasons.extend(drained.clone());
-        reasons.extend(self.coordinator.members().away());
-        let probed = self.probe(self.coordinator.members().list()).await;
-        let mut members: Vec<_> = probed
-            .into_iter()
-            .map(|(worker, devices)| {
-                let reason = reasons.remove(&worker).unwrap_or_default();
-                let live = devices.is_some();
-                let drained = drained.contains_key(&worker);
-                v1::Member { worker, live, devices: devices.unwrap_or_default(), reason, drained }
-            })
-            .collect();
-        // Those that are not there at all.
-        members.extend(reasons.into_iter().map(|(worker, reason)| v1::Member {
-            drained: drained.contains_key(&worker),
-            worker,
-            reason,
-            ..v1::Member::default()
-        }));
-        let deployed = self.coordinator.deployed().clone();
-        Ok(Response::new(v1::StatusResponse {
-            model: self.coordinator.session().model(),
-            names: self.coordinator.session().names().to_vec(),
-            ready: snapshot.ready(),
-            reason: snapshot.reason(),
-            state: state(snapshot.state) as i32,
-            loading: snapshot.loading.into_iter().map(loading).collect(),
-            plan: snapshot.plan.as_deref().map(Into::into),
-            fence: Some(snapshot.fence),
-            load: Some(snapshot.load),
-            members,
-            version: self.coordinator.config().version.clone(),
-            weights: snapshot.weights.map(|digest| digest.to_string()).unwrap_or_default(),
-            requests: Some(self.coordinator.session().requests()),
-            deployment: Some(DeploymentRecord::from(&deployed.deployment).into()),
-            deployment_version: deployed.version,
-            commit: self.coordinator.session().commit().unwrap_or_default(),
-            sentences: self.coordinator.session().sentences(),
-            standbys: snapshot.standbys.into_iter().map(standby).collect(),
-        }))
+        Ok(Response::new(self.coordinator.status().await))
     }
 
     async fn preview_plan(
@@ -186,29 +127,6 @@ impl ClusterService {
     ) -> Result<T, Status> {
         admin::admit(request, self.coordinator.config().secret.as_ref(), method)
     }
-
-    /// The devices of each member, or none of one that does not answer; asked at most every [`PROBE_EVERY`], however
-    /// many want to know.
-    async fn probe(&self, members: Vec<Member>) -> Vec<(String, Option<Vec<v1::Device>>)> {
-        let mut probed = self.probed.lock().await;
-        let is_known = |member: &Member| probed.devices.contains_key(&member.name);
-        let is_fresh = probed.at.is_some_and(|at| at.elapsed() < PROBE_EVERY);
-        if !(is_fresh && members.iter().all(is_known)) {
-            let described = members.iter().map(|member| async {
-                let answer = member.worker.describe(v1::DescribeRequest::default());
-                let devices = match tokio::time::timeout(PROBE_TIMEOUT, answer).await {
-                    Ok(Ok(described)) => Some(described.devices),
-                    _ => None,
-                };
-                (member.name.clone(), devices)
-            });
-            let described: Vec<_> = described.collect();
-            probed.devices = futures::future::join_all(described).await.into_iter().collect();
-            probed.at = Some(Instant::now());
-        }
-        let devices = |name: &str| probed.devices.get(name).cloned().flatten();
-        members.into_iter().map(|member| (member.name.clone(), devices(&member.name))).collect()
-    }
 }
 
 /// Why there is no preview.
@@ -225,35 +143,10 @@ enum Unpreviewed {
 impl Classify for Unpreviewed {
     fn kind(&self) -> Kind {
         match self {
-            Unpreviewed::Busy => Kind::Overload { retry_after: PROBE_EVERY },
+            Unpreviewed::Busy => Kind::Overload { retry_after: PREVIEW_AGAIN },
             Unpreviewed::Silent => Kind::NoCapacity,
             Unpreviewed::Failed => Kind::Internal,
         }
-    }
-}
-
-fn state(state: State) -> v1::CoordinatorState {
-    match state {
-        State::Standby => v1::CoordinatorState::Standby,
-        State::Starting => v1::CoordinatorState::Starting,
-        State::Serving => v1::CoordinatorState::Serving,
-        State::Draining => v1::CoordinatorState::Draining,
-    }
-}
-
-fn standby((worker, device, layers): (String, String, LayerRange)) -> v1::Standby {
-    v1::Standby { worker, device, layers: Some(layers.into()) }
-}
-
-fn loading(loading: Loading) -> v1::StageLoading {
-    v1::StageLoading {
-        pipeline: loading.pipeline,
-        stage: loading.stage as u32,
-        worker: loading.worker,
-        device: loading.device,
-        layers: Some(loading.layers.into()),
-        bytes_read: loading.bytes_read,
-        bytes_total: loading.bytes_total,
     }
 }
 

@@ -7,13 +7,8 @@ use std::{
 
 use futures::Stream;
 use strata_proto::v1::{self, generate_event::Event};
-use tokio::time::Instant;
 
-use super::{
-    SessionError,
-    pending::Pending,
-    record::{Outcome, Record},
-};
+use super::{SessionError, outcome::Outcome, pending::Pending, record::Record};
 use crate::engine::{EngineError, Reply};
 
 /// An answer as it comes: one `Started`, any number of `Tokens`, one `Finished`; or an error, which is the last item.
@@ -52,8 +47,7 @@ impl Stream for Generation {
             };
             let outcome = match &event {
                 Ok(Event::Tokens(tokens)) => {
-                    record.first_token.get_or_insert_with(Instant::now);
-                    record.answer_tokens += tokens.token_ids.len() as u32;
+                    record.came(tokens.token_ids.len());
                     None
                 }
                 Ok(Event::Finished(finished)) => Some(Outcome::finished(finished.reason())),

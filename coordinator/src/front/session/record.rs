@@ -8,106 +8,31 @@ use std::{
     time::Duration,
 };
 
-use strata_proto::{
-    error::{Classify, Kind},
-    v1,
-};
+use strata_proto::{error::Classify, v1};
 
 use tokio::{sync::watch, time::Instant};
 
-use super::SessionError;
+use super::{
+    SessionError,
+    outcome::Outcome,
+    series::{Ended, Gaps, Moments, Series},
+};
 use crate::request::Permit;
 
-/// How a request ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
-    /// An end-of-sequence token was generated.
-    Eos,
-    /// A stop string appeared.
-    Stop,
-    /// As many tokens as were asked for, or as there was room for.
-    Length,
-    /// A call other than Generate has its answer.
-    Answered,
-    /// The caller went away.
-    Cancelled,
-    /// The caller's deadline passed.
-    Deadline,
-    /// A field was out of its bounds.
-    BadInput,
-    /// Another model was asked for.
-    WrongModel,
-    /// Too many requests at once.
-    Overload,
-    /// Nothing could serve it.
-    Unavailable,
-    /// A defect of ours.
-    Internal,
-}
-
-impl Outcome {
-    /// Every outcome, in order.
-    pub const ALL: [Outcome; 11] = [
-        Outcome::Eos,
-        Outcome::Stop,
-        Outcome::Length,
-        Outcome::Answered,
-        Outcome::Cancelled,
-        Outcome::Deadline,
-        Outcome::BadInput,
-        Outcome::WrongModel,
-        Outcome::Overload,
-        Outcome::Unavailable,
-        Outcome::Internal,
-    ];
-
-    /// What it is called in Status and in the log.
-    pub fn name(self) -> &'static str {
-        match self {
-            Outcome::Eos => "eos",
-            Outcome::Stop => "stop",
-            Outcome::Length => "length",
-            Outcome::Answered => "answered",
-            Outcome::Cancelled => "cancelled",
-            Outcome::Deadline => "deadline",
-            Outcome::BadInput => "bad-input",
-            Outcome::WrongModel => "wrong-model",
-            Outcome::Overload => "overload",
-            Outcome::Unavailable => "unavailable",
-            Outcome::Internal => "internal",
-        }
-    }
-
-    /// Of an answer that is complete.
-    pub(super) fn finished(reason: v1::FinishReason) -> Self {
-        match reason {
-            v1::FinishReason::Eos => Outcome::Eos,
-            v1::FinishReason::Stop => Outcome::Stop,
-            v1::FinishReason::Length | v1::FinishReason::Unspecified => Outcome::Length,
-        }
-    }
-
-    /// Of one that failed.
-    pub(super) fn of(error: &(impl Classify + ?Sized)) -> Self {
-        match error.kind() {
-            Kind::BadInput => Outcome::BadInput,
-            Kind::WrongModel => Outcome::WrongModel,
-            Kind::Overload { .. } => Outcome::Overload,
-            Kind::NoCapacity => Outcome::Unavailable,
-            Kind::Deadline => Outcome::Deadline,
-            Kind::WrongState | Kind::Stale { .. } | Kind::Internal => Outcome::Internal,
-        }
-    }
-}
-
 /// Requests since the coordinator started, whichever way they came.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Counts {
     begun: AtomicU64,
     ended: [AtomicU64; Outcome::ALL.len()],
+    series: Arc<Series>,
 }
 
 impl Counts {
+    /// None so far; they are measured by `series`.
+    pub(super) fn new(series: Series) -> Self {
+        Counts { begun: AtomicU64::default(), ended: Default::default(), series: Arc::new(series) }
+    }
+
     /// Requests that arrived.
     pub fn begun(&self) -> u64 {
         self.begun.load(Ordering::Relaxed)
@@ -167,6 +92,10 @@ pub(super) struct Record {
     /// Tokens of the prompt, or of all inputs.
     pub prompt_tokens: u32,
     pub answer_tokens: u32,
+    /// Tokens of the answer that were asked for at most.
+    pub most_tokens: Option<u32>,
+    /// From token to token.
+    gaps: Option<Gaps>,
     /// What went wrong, in full, for the log alone.
     pub why: String,
     /// Cancelled until something else is known.
@@ -193,7 +122,19 @@ impl Record {
             first_token: None,
             prompt_tokens: 0,
             answer_tokens: 0,
+            most_tokens: None,
+            gaps: None,
             outcome: Outcome::Cancelled,
+        }
+    }
+
+    /// So many tokens of the answer have come.
+    pub fn came(&mut self, tokens: usize) {
+        let now = Instant::now();
+        self.first_token.get_or_insert(now);
+        self.answer_tokens += tokens as u32;
+        if let Some(counts) = &self.counts {
+            self.gaps.get_or_insert_with(|| Gaps::new(&counts.series, &self.model)).came(tokens, now);
         }
     }
 
@@ -217,6 +158,17 @@ impl Drop for Record {
     fn drop(&mut self) {
         let Some(counts) = &self.counts else { return };
         counts.ended[self.outcome as usize].fetch_add(1, Ordering::Relaxed);
+        let Record { arrived, begun, first_token, .. } = *self;
+        counts.series.ended(&Ended {
+            call: self.call,
+            model: &self.model,
+            id: self.id,
+            outcome: self.outcome,
+            prompt: self.prompt_tokens,
+            answer: self.answer_tokens,
+            most: self.most_tokens,
+            times: Moments { arrived, begun, first_token, ended: Instant::now() },
+        });
         let since = |then: Instant| ms(then.saturating_duration_since(self.arrived));
         tracing::info!(
             id = %self.id,
