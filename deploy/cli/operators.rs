@@ -3,13 +3,12 @@
 use std::{io::ErrorKind, sync::Arc};
 
 use anyhow::Context;
-use strata_coordinator::Coordinator;
-use strata_proto::port::admin::{self, DEFAULT_ADMIN_PORT};
-use tokio::{net::TcpListener, task::JoinHandle};
+use strata_proto::port::admin::{self, Admin, DEFAULT_ADMIN_PORT};
+use tokio::net::TcpListener;
 
-use crate::{args::AdminAddress, report};
+use crate::{VERSION, args::AdminAddress, report};
 
-/// Opens it, if it is wanted: where it was asked for, or else where it is looked for, unless something is there already.
+/// Opens it where it was asked for; if nobody said where, at its usual place, unless something is there already.
 ///
 /// # Errors
 /// If it cannot be opened where it was asked for.
@@ -33,14 +32,14 @@ pub async fn listen(asked: Option<&AdminAddress>) -> anyhow::Result<Option<TcpLi
     }
 }
 
-/// Answers operators until it is aborted.
-pub fn serve(listener: TcpListener, coordinator: &Coordinator) -> anyhow::Result<JoinHandle<()>> {
+/// Answers operators until the process ends.
+pub fn serve(listener: TcpListener, admin: Arc<dyn Admin>) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
     tracing::info!("operators are answered on http://{address}");
-    let admin = Arc::new(coordinator.clone());
-    Ok(tokio::spawn(async move {
-        if let Err(error) = admin::serve(listener, admin).await {
+    tokio::spawn(async move {
+        if let Err(error) = admin::serve(listener, admin, VERSION).await {
             tracing::error!(%error, "operators are not answered any more");
         }
-    }))
+    });
+    Ok(())
 }

@@ -21,7 +21,7 @@ use tokio::{net::TcpListener, sync::watch};
 use uuid::Uuid;
 
 use crate::{
-    args::{CoordinatorArgs, DryRunArgs, ListenArgs, SecretArgs, ServeArgs, WorkerArgs},
+    args::{AdminAddress, CoordinatorArgs, DryRunArgs, ListenArgs, SecretArgs, ServeArgs, WorkerArgs},
     etcd,
     loading::Loading,
     local::{capped, coordinator_config, here, processors},
@@ -141,6 +141,8 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     let listener =
         TcpListener::bind(args.listen).await.with_context(|| format!("--listen {}", args.listen))?;
     let address = listener.local_addr()?;
+    // Several workers of a machine are the rule: there is no usual place.
+    let admin = operators::listen(Some(args.admin.as_ref().unwrap_or(&AdminAddress::Off))).await?;
     let devices = if args.devices.is_empty() { device::all() } else { args.devices };
     let devices = capped(devices, &args.max_memory)?;
     let compute = args.compute.resolve(processors(&devices));
@@ -159,6 +161,9 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         ignore_tensors: args.ignore_tensors,
     })?;
     let worker = Arc::new(worker);
+    if let Some(admin) = admin {
+        operators::serve(admin, worker.clone())?;
+    }
     let (stop, stopped) = watch::channel(false);
     let draining = stopping(stopped.clone());
     // The coordinators of what runs here plan without this worker; their calls are answered until they have.
@@ -238,8 +243,9 @@ async fn answer(
     let address = clients.local_addr()?;
     open_files::raise(config.clients.connections as u64);
     let coordinator = Coordinator::new(config);
-    // It ends with the process.
-    let _operators = admin.map(|admin| operators::serve(admin, &coordinator)).transpose()?;
+    if let Some(admin) = admin {
+        operators::serve(admin, Arc::new(coordinator.clone()))?;
+    }
     let (stop, stopped) = watch::channel(false);
     let serving = grpc::serve(coordinator.clone(), clients, stopping(stopped));
     let mut serving =

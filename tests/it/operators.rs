@@ -211,3 +211,39 @@ async fn a_lost_worker_and_the_gap_that_it_leaves_are_measured() {
         std::thread::sleep(Duration::from_millis(10));
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workers_tell_what_their_devices_do() {
+    let (models, admins) = (model(""), [free_address(), free_address()]);
+    let start = |admin: &String| {
+        Process::start(&["worker", "--models", models.to_str().unwrap(), "--admin", admin], "listening ")
+    };
+    let workers: Vec<_> = admins.iter().map(start).collect();
+    for probe in ["/livez", "/readyz", "/startupz"] {
+        assert_eq!(probed(&admins[0], probe, 200), "ok\n");
+    }
+    let of = |name: &str| format!("strata_device_{name}{{device=\"cpu\"}}");
+    assert_eq!(samples(&admins[0])[&of("weight_bytes")], 0.0);
+    let urls = workers.iter().map(|worker| worker.address.as_str()).collect::<Vec<_>>().join(",");
+    let arguments =
+        ["coordinator", "--worker", &urls, "--model", "shakespeare", "--dtype", "f32", "--port", "0"];
+    let coordinator = Process::start(&[&arguments[..], &["--split", "balanced"]].concat(), "ready ");
+    let client = client(&coordinator.address).await;
+    assert_eq!(ask(&client, greedy(&[5, 6, 7], 8)).await.unwrap().ids.len(), 8);
+
+    let [first, last] = admins.each_ref().map(|admin| samples(admin));
+    for device in [&first, &last] {
+        assert!(device[&of("steps_total")] >= 8.0 && device[&of("tokens_total")] >= 10.0);
+        assert!(device[&of("busy_seconds_total")] > 0.0 && device[&of("weight_bytes")] > 0.0);
+        assert_eq!((device[&of("occupied")], device[&of("poisoned_steps_total")]), (1.0, 0.0));
+    }
+    assert_eq!((first[&of("received_bytes_total")], last[&of("sent_bytes_total")]), (0.0, 0.0));
+    let carried = first[&of("sent_bytes_total")];
+    assert!(carried > 0.0 && last[&of("received_bytes_total")] == carried, "{carried}");
+    assert!(last[&of("waiting_seconds_total")] > 0.0);
+    let status: Value = serde_json::from_str(&get(&admins[1], "/status", "*/*").unwrap().body).unwrap();
+    assert_eq!(
+        (&status["draining"], &status["resident"][0]["model"]),
+        (&false.into(), &"shakespeare".into())
+    );
+}

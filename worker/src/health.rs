@@ -74,6 +74,13 @@ impl Progress {
         self.since.store(self.begun.elapsed().as_millis() as u64, Ordering::Relaxed);
     }
 
+    /// Since when it is at a step, if it is at one.
+    pub fn in_step(&self) -> Option<Duration> {
+        let since = Duration::from_millis(self.since.load(Ordering::Relaxed));
+        let at_one = self.phase.load(Ordering::Relaxed) == StagePhase::Step as i32;
+        at_one.then(|| self.begun.elapsed().saturating_sub(since))
+    }
+
     /// A run begins.
     pub fn restart(&self) {
         for count in [&self.received, &self.finished, &self.sent] {

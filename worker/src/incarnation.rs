@@ -22,6 +22,7 @@ use crate::{
     health::{Neighbours, Progress},
     interrupt::Interrupt,
     kernels::ops::BatchRow,
+    meter::Meter,
     model::ModelError,
     transport::{Activation, Downstream, LinkError, Payload, Tensors, Upstream, tcp::Pending},
 };
@@ -37,6 +38,8 @@ pub(crate) struct Incarnation {
     pub neighbours: Neighbours,
     /// How far the stage is.
     pub progress: Arc<Progress>,
+    /// What the device has done.
+    pub meter: Arc<Meter>,
     /// Silence after which a neighbour counts as lost.
     pub heartbeat_timeout: Duration,
     pub dtype: DType,
@@ -115,6 +118,7 @@ impl Incarnation {
     ) -> Result<(Option<v1::StepResult>, Duration), RunEnd> {
         let loaded = engine.loaded().ok_or_else(|| WorkerError::from(ModelError::NotLoaded))?;
         let expected = loaded.model.tower.activation(meta.token_ids.len(), self.dtype);
+        let told = Instant::now();
         let hidden = match &mut self.upstream {
             None => Ok(None),
             Some(upstream) => match upstream.receive(meta.step, &expected) {
@@ -125,6 +129,10 @@ impl Incarnation {
         };
         self.progress.received(meta.step);
         let begun = Instant::now();
+        if self.upstream.is_some() {
+            Meter::spend(&self.meter.waiting, begun - told);
+            Meter::carry(&self.meter.received, &expected);
+        }
         let computed = hidden.and_then(|hidden| {
             // A defect met by one batch must not take the worker and everyone's cache with it.
             catch_unwind(AssertUnwindSafe(|| self.compute(meta, engine, hook, hidden))).unwrap_or_else(
@@ -136,7 +144,11 @@ impl Incarnation {
             )
         });
         let compute = begun.elapsed();
+        Meter::add(&self.meter.steps, 1);
+        Meter::add(&self.meter.tokens, meta.token_ids.len() as u64);
+        Meter::spend(&self.meter.busy, compute);
         if let Err(reason) = &computed {
+            Meter::add(&self.meter.poisoned, 1);
             tracing::warn!(step = meta.step, reason, "poisoned step");
         }
         if let Some(downstream) = &mut self.downstream {
@@ -147,10 +159,13 @@ impl Incarnation {
                 }
                 Err(reason) => Payload::Poisoned(reason),
             };
+            let sending = Instant::now();
             if let Err(error) = downstream.send(Activation { step: meta.step, payload }, &expected) {
                 return Err(self.missed(Side::Downstream, error));
             }
             self.progress.sent(meta.step);
+            Meter::spend(&self.meter.sending, sending.elapsed());
+            Meter::carry(&self.meter.sent, &expected);
             return Ok((None, compute));
         }
         let (output, failure) = match computed {

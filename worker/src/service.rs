@@ -20,6 +20,7 @@ use crate::{
     device::{self, Compute, DeviceSpec, Directories, Held},
     error::WorkerError,
     incarnation::StepHook,
+    meter::Seen,
     model::{self, ModelError},
     stage::{Connect, Load, Prepare, Resident, StageThread},
     transport::{Link, link_token, loopback::Hub, nccl, tcp::Listener},
@@ -209,6 +210,16 @@ impl LocalWorker {
     pub fn occupied(&self) -> Vec<&str> {
         let occupied = self.stages.iter().filter(|(_, stage)| stage.is_occupied());
         occupied.map(|(id, _)| id.as_str()).collect()
+    }
+
+    /// Whether it takes no new incarnation any more.
+    pub(crate) fn is_draining(&self) -> bool {
+        *self.draining.borrow()
+    }
+
+    /// Its devices, as operators see them.
+    pub(crate) fn devices(&self) -> impl Iterator<Item = Seen<'_>> {
+        self.stages.iter().map(|(id, stage)| stage.seen(id))
     }
 
     /// Refuses what would begin an incarnation, once it is draining.

@@ -31,6 +31,7 @@ use crate::{
     health::{Neighbours, Progress, Report, health},
     incarnation::{Incarnation, RunEnd, StepHook},
     interrupt::Interrupt,
+    meter::{Meter, Seen},
     model::{LoadedBytes, Model, ModelError, RangeSpec, bytes},
     transport::{self, End, Link, loopback::Hub, tcp::Pending},
     verify::{self, Verifier},
@@ -89,6 +90,7 @@ pub(crate) struct Connect {
 #[derive(Default)]
 struct Shared {
     progress: Arc<Progress>,
+    meter: Arc<Meter>,
     /// Bytes of the weights, and whether they are memory-mapped.
     weights: Mutex<(u64, bool)>,
     /// Cache and workspace bytes of the live incarnation.
@@ -185,6 +187,18 @@ impl StageThread {
         match mapped {
             true => Held { memory: allocated, mapped: weights },
             false => Held { memory: allocated + weights, mapped: 0 },
+        }
+    }
+
+    /// It, as operators see it.
+    pub fn seen<'a>(&self, id: &'a str) -> Seen<'a> {
+        Seen {
+            id,
+            meter: self.shared.meter.clone(),
+            is_occupied: self.is_occupied(),
+            weights: lock(&self.shared.weights).0,
+            allocated: self.shared.allocated.load(Ordering::Relaxed),
+            step_since: self.shared.progress.in_step(),
         }
     }
 
@@ -446,6 +460,7 @@ impl Stage {
             fence: request.fence,
             interrupt: current.interrupt,
             neighbours: current.neighbours,
+            meter: self.shared.meter.clone(),
             progress: self.shared.progress.clone(),
             heartbeat_timeout: request.heartbeat_timeout,
             dtype,

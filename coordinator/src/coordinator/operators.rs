@@ -50,10 +50,6 @@ impl Admin for Coordinator {
         if snapshot.ready() { Ok(()) } else { Err(snapshot.reason()) }
     }
 
-    fn version(&self) -> &str {
-        &self.shared.config.version
-    }
-
     fn status(&self) -> BoxFuture<'_, String> {
         async { json("StatusResponse", &Coordinator::status(self).await) }.boxed()
     }

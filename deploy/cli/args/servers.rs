@@ -175,6 +175,10 @@ pub struct WorkerArgs {
     /// Names of tensors that may be in the files though the model has no use for them, with * for any text; again for others
     #[arg(long, env = "STRATA_IGNORE_TENSORS", value_name = "GLOB", value_delimiter = ',')]
     pub ignore_tensors: Vec<String>,
+    /// HOST:PORT where operators are answered by HTTP (/metrics, /livez, /readyz, /startupz, /version, /status); port 0 picks a
+    /// free one [default: off]
+    #[arg(long, env = "STRATA_ADMIN", value_name = "HOST:PORT", value_parser = parse_admin)]
+    pub admin: Option<AdminAddress>,
     /// Seconds that its coordinator may take to plan without this worker, after SIGTERM
     #[arg(long, env = "STRATA_GRACE", default_value_t = 30)]
     pub grace: u64,

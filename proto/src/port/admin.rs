@@ -56,9 +56,6 @@ pub trait Admin: Send + Sync + 'static {
     /// Why it does not.
     fn ready(&self) -> Result<(), String>;
 
-    /// Its version, and the commit it was built from.
-    fn version(&self) -> &str;
-
     /// What it is doing, in JSON.
     fn status(&self) -> BoxFuture<'_, String>;
 
@@ -66,18 +63,19 @@ pub trait Admin: Send + Sync + 'static {
     fn plan(&self) -> Option<String>;
 }
 
-/// Answers operators.
+/// Answers operators of a process of this `version`.
 ///
 /// # Errors
 /// If the transport fails.
-pub async fn serve(listener: TcpListener, admin: Arc<dyn Admin>) -> io::Result<()> {
+pub async fn serve(listener: TcpListener, admin: Arc<dyn Admin>, version: &str) -> io::Result<()> {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    axum::serve(Places { listener, places }, routes(admin)).await
+    axum::serve(Places { listener, places }, routes(admin, version)).await
 }
 
 type Shown = State<Arc<dyn Admin>>;
 
-fn routes(admin: Arc<dyn Admin>) -> Router {
+fn routes(admin: Arc<dyn Admin>, version: &str) -> Router {
+    let version = format!("{version}\n");
     let probe = |State(admin): Shown, asked: fn(&dyn Admin) -> Result<(), String>| async move {
         match asked(&*admin) {
             Ok(()) => (StatusCode::OK, "ok\n".to_owned()),
@@ -89,7 +87,7 @@ fn routes(admin: Arc<dyn Admin>) -> Router {
         .route("/livez", get(move |admin: Shown| probe(admin, |a| a.live())))
         .route("/readyz", get(move |admin: Shown| probe(admin, |a| a.ready())))
         .route("/startupz", get(move |admin: Shown| probe(admin, |a| a.started())))
-        .route("/version", get(|State(admin): Shown| async move { format!("{}\n", admin.version()) }))
+        .route("/version", get(async move || version.clone()))
         .route("/status", get(|State(admin): Shown| async move { json(admin.status().await) }))
         .route(
             "/plan",

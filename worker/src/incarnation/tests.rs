@@ -134,6 +134,7 @@ fn incarnation() -> Incarnation {
         interrupt: Interrupt::default(),
         neighbours: Neighbours::default(),
         progress: Arc::default(),
+        meter: Arc::default(),
         heartbeat_timeout: Duration::from_secs(2),
         dtype: DType::BF16,
         max_step_tokens: 4,
