@@ -4,6 +4,7 @@ mod bounds;
 mod chats;
 mod circles;
 mod cluster;
+mod dashboards;
 mod deployment;
 mod door;
 mod drafts;

@@ -20,18 +20,17 @@ const OPEN_METRICS: &str =
     "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=0.0.4;q=0.4,*/*;q=0.3";
 
 /// An answer: its status, media type and body.
-struct Answer {
-    status: u16,
-    kind: String,
-    body: String,
+pub struct Answer {
+    pub status: u16,
+    pub kind: String,
+    pub body: String,
 }
 
 /// Asks for a path; none if nobody listens yet.
-fn get(address: &str, path: &str, accept: &str) -> Option<Answer> {
+pub fn get(address: &str, path: &str, accept: &str) -> Option<Answer> {
     let mut stream = TcpStream::connect(address).ok()?;
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    let request =
-        format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nAccept: {accept}\r\nConnection: close\r\n\r\n");
+    let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\nAccept: {accept}\r\n\r\n");
     stream.write_all(request.as_bytes()).unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
@@ -52,7 +51,7 @@ fn samples(address: &str) -> BTreeMap<String, f64> {
     answer.body.lines().filter(|line| !line.starts_with('#')).map(sample).collect()
 }
 
-fn free_address() -> String {
+pub fn free_address() -> String {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
 }
 
@@ -143,6 +142,7 @@ async fn what_is_asked_is_measured_by_the_names_that_boards_have() {
     let stage = "{pipeline=\"0\",stage=\"0\",worker=\"worker-0\",device=\"cpu\"}";
     assert!(after[&format!("strata_stage_busy_seconds_total{stage}")] > 0.0);
     assert!(after[&format!("strata_stage_weight_bytes{stage}")] > 0.0);
+    assert!(after["strata_predicted_tokens_per_second{pipeline=\"0\",streams=\"1\"}"] > 0.0);
     assert_eq!(after["strata_ready"], 1.0);
     assert_eq!(after["strata_state{state=\"serving\"}"], 1.0);
 

@@ -65,6 +65,12 @@ struct OfState {
     state: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfStreams {
+    pipeline: u32,
+    streams: String,
+}
+
 /// How a cache is laid out, as vLLM tells it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Cache {
@@ -212,6 +218,20 @@ fn of_plan(registry: &mut Registry, snapshot: &Snapshot) {
         "strata_stage_predicted_step_seconds",
         "What the planner expects a stage to take for one token",
         predicted,
+    );
+    let rates = Family::<OfStreams, Float>::default();
+    for (pipeline, replica) in (0u32..).zip(snapshot.plan.iter().flat_map(|plan| &plan.replicas)) {
+        let forecast = replica.forecast;
+        for (streams, rate) in
+            [("1".to_owned(), forecast.single), (forecast.batch.to_string(), forecast.full)]
+        {
+            rates.get_or_create(&OfStreams { pipeline, streams }).set(rate);
+        }
+    }
+    r.register(
+        "strata_predicted_tokens_per_second",
+        "What the planner expects of a pipeline with so many streams; beside rate(vllm:generation_tokens_total)",
+        rates,
     );
     let [read, all]: [Family<OfStage, Gauge>; 2] = Default::default();
     for loading in &snapshot.loading {
