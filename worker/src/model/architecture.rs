@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use strata_proto::{DType, LayerState, StateKind, v1};
 
-pub(crate) use crate::kernels::ops::{Act, AttentionMask, Distances, Norm, Router};
+pub(crate) use crate::kernels::ops::{Act, AttentionMask, Distances, Norm, Router, Slopes};
 use crate::kernels::ops::{BUCKETS, TensorSpec, kv_elements};
 
 /// A stack of layers between an embedding and a head.
@@ -195,6 +195,8 @@ pub(crate) struct Attention {
     pub qk_norm: Option<QkNorm>,
     /// Scores become `cap * tanh(score / cap)`.
     pub softcap: Option<f32>,
+    /// Queries, keys and values are cut off at this on both sides, once they are normed and before positions enter.
+    pub clip: Option<f32>,
 }
 
 impl Attention {
@@ -260,6 +262,8 @@ pub(crate) enum Position {
     /// Learned vectors for distances, of which the layer makes queries and keys as of tokens: the query meets the key that
     /// stands for its distance from a token's key too, and that key the query which does.
     Distances(Distances),
+    /// An addend of each score that falls with the distance.
+    Slopes(Slopes),
 }
 
 /// A feed-forward block.
@@ -788,20 +792,24 @@ pub(crate) enum Source {
     Bare(&'static str),
     /// The second half of the rows, then the first (GTE's `up_gate_proj`).
     Swapped(&'static str),
+    /// Nowhere: the factors of a norm that has none.
+    Ones,
 }
 
 impl Source {
-    /// The name.
+    /// The name; of what is nowhere, none.
     pub fn name(self) -> &'static str {
-        let (Source::Rows(name)
-        | Source::Columns(name)
-        | Source::Heads(name)
-        | Source::EvenOdd(name)
-        | Source::PlusOne(name)
-        | Source::Experts(name)
-        | Source::Bare(name)
-        | Source::Swapped(name)) = self;
-        name
+        match self {
+            Source::Rows(name)
+            | Source::Columns(name)
+            | Source::Heads(name)
+            | Source::EvenOdd(name)
+            | Source::PlusOne(name)
+            | Source::Experts(name)
+            | Source::Bare(name)
+            | Source::Swapped(name) => name,
+            Source::Ones => "",
+        }
     }
 
     /// Whether it is for layers with experts.

@@ -117,7 +117,9 @@ impl Model {
             return stem.map(|(stem, _)| format!("{base}{stem}{layer}")).into_iter().collect();
         }
         let slots = self.tower.slots(site);
-        let here = |(slot, _): &&(Slot, Source)| slots.iter().any(|(s, _)| s == slot);
+        let here = |(slot, source): &&(Slot, Source)| {
+            *source != Source::Ones && slots.iter().any(|(s, _)| s == slot)
+        };
         let under = names.slots.iter().filter(here).map(|(_, source)| format!("{base}{}", source.name()));
         let root = names.root.iter().filter(here).map(|(_, source)| source.name().to_owned());
         under.chain(root).collect()

@@ -67,7 +67,7 @@ impl Widths {
             addends: widest(&|l| match l.attention.position {
                 Position::Buckets => 3 * l.attention.heads,
                 Position::Distances(_) => 4 * l.attention.q_width(),
-                Position::None | Position::Rope(_) => 0,
+                Position::None | Position::Rope(_) | Position::Slopes(_) => 0,
             }),
             distances: widest(&|l| match l.attention.position {
                 Position::Distances(_) => 2 * (tower.width + l.attention.qkv_width()),

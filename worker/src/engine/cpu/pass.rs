@@ -282,13 +282,17 @@ impl Operations for Pass<'_> {
             });
         };
         norm_heads(qkv, false);
-        let (mut by_bucket, mut distant) = (None, None);
+        if let Some(most) = attention.clip {
+            qkv.iter_mut().for_each(|x| *x = x.clamp(-most, most));
+        }
+        let (mut by_bucket, mut distant, mut slopes) = (None, None, None);
         match attention.position {
             Position::Buckets => by_bucket = Some(by_distance(rows, attention.heads, block, addends)?),
             Position::Distances(kind) => {
                 let scratch = (&mut **packed, &mut **distances, &mut **addends);
                 distant = Some(at_distances(cpu, rows, (attention, kind), block, scratch)?);
             }
+            Position::Slopes(of) => slopes = Some(of),
             Position::None | Position::Rope(_) => {}
         }
         let mut attend = |first: usize, rows: &[BatchRow<'_>], cache: &mut KvLayer| {
@@ -296,7 +300,7 @@ impl Operations for Pass<'_> {
             let count: usize = rows.iter().map(|row| row.count as usize).sum();
             let qkv = &mut qkv[first * stride..(first + count) * stride];
             let mut angles = match attention.position {
-                Position::None | Position::Buckets | Position::Distances(_) => None,
+                Position::None | Position::Buckets | Position::Distances(_) | Position::Slopes(_) => None,
                 Position::Rope(set) => {
                     let (table, stride) = &angles[set];
                     let pairs = tower.ropes[set].pairs();
@@ -338,6 +342,7 @@ impl Operations for Pass<'_> {
                 mask: attention.mask,
                 addends: by_bucket,
                 distant,
+                slopes,
             });
         };
         let Some(sequence) = sequence else {

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::kernels::{
     buffer::Values,
-    ops::{AttentionMask, BLOCK_TOKENS, BatchRow},
+    ops::{AttentionMask, BLOCK_TOKENS, BatchRow, Slopes},
 };
 
 const _: () = assert!(BLOCK_TOKENS == LANES, "a block of keys is one tile of the product kernel");
@@ -45,6 +45,8 @@ pub(crate) struct Attention<'a> {
     pub addends: Option<Addends<'a>>,
     /// What stands for distances.
     pub distant: Option<Distant<'a>>,
+    /// By which scores fall with the distance.
+    pub slopes: Option<Slopes>,
 }
 
 /// Keys and queries that stand for how far a key lies behind a query, of each for distances from `-reach` on.
@@ -94,6 +96,8 @@ impl Attention<'_> {
         let (kv_heads, d) = (self.cache.kv_heads(), self.cache.head_dim());
         let group = self.heads / kv_heads;
         let tokens: usize = self.rows.iter().map(|r| r.count as usize).sum();
+        let slopes =
+            self.slopes.map_or_else(Vec::new, |of| (0..self.heads).map(|h| of.of(self.heads, h)).collect());
         // One task for the heads of a token that share keys and values.
         cpu.pool.pieces(&mut self.out[..tokens * self.heads * d], group * d, 1, |task, out| {
             let (token, kv_head) = (task / kv_heads, task % kv_heads);
@@ -114,8 +118,12 @@ impl Attention<'_> {
                         let (keys, queries) = (&keys[first..], &queries[first..]);
                         AtDistance { keys, queries, width, head: d * width, from: reach - position }
                     });
+                    let slopes = self.slopes.map(|of| {
+                        let slopes = &slopes[kv_head * group..];
+                        Falling { of, slopes, query: position }
+                    });
                     let scores =
-                        Scores { scale: self.scale, softcap: self.softcap, addends, stride, distant };
+                        Scores { scale: self.scale, softcap: self.softcap, addends, stride, distant, slopes };
                     cpu.isa.run(Heads {
                         q,
                         out,
@@ -190,6 +198,18 @@ struct Scores<'a> {
     stride: usize,
     /// Added to the products.
     distant: Option<AtDistance<'a>>,
+    /// Added too.
+    slopes: Option<Falling<'a>>,
+}
+
+/// What is added to the scores of one query by distance.
+#[derive(Clone, Copy)]
+struct Falling<'a> {
+    of: Slopes,
+    /// Of the first head, and of those behind it.
+    slopes: &'a [f32],
+    /// Its position.
+    query: usize,
 }
 
 /// What stands for the distances of one query.
@@ -216,7 +236,10 @@ impl Scores<'_> {
             queries: distant.queries.get(head * distant.head..).unwrap_or_default(),
             ..distant
         });
-        Scores { addends, distant, ..self }
+        let slopes = self
+            .slopes
+            .map(|falling| Falling { slopes: falling.slopes.get(head..).unwrap_or_default(), ..falling });
+        Scores { addends, distant, slopes, ..self }
     }
 
     /// The products of the `r`th head's query `q` and the keys of a tile, which begins at key `first`, with those of what stands
@@ -247,6 +270,13 @@ impl Scores<'_> {
     /// The scores of the `r`th head for the keys from `first` on, with what is added to them.
     #[inline(always)]
     fn add<S: Simd>(&self, scores: S::F, r: usize, first: usize) -> S::F {
+        if let Some(Falling { of, slopes, query }) = self.slopes {
+            let mut addends = [0.0; LANES];
+            for (l, addend) in addends.iter_mut().enumerate() {
+                *addend = of.addend(slopes[r], query, first + l);
+            }
+            return S::add(scores, S::load(&addends));
+        }
         match self.addends.get(r * self.stride + first..).and_then(|addends| addends.first_chunk()) {
             None => scores,
             Some(addends) => S::add(scores, S::load(addends)),
@@ -432,8 +462,8 @@ mod tests {
         cache
     }
 
-    /// What a query sees, and the bound on its scores.
-    type Look = (AttentionMask, Option<f32>);
+    /// What a query sees, the bound on its scores, and how they fall.
+    type Look = (AttentionMask, Option<f32>, Option<Slopes>);
 
     /// A sequence, its first position in the step, how many, and its blocks.
     type Part<'a> = (usize, usize, usize, &'a [u32]);
@@ -472,6 +502,7 @@ mod tests {
             mask: look.0,
             addends: None,
             distant: None,
+            slopes: look.2,
         });
         for ((s, _), row) in tokens.zip(out.chunks(HEADS * D)) {
             seen[s].extend(row.iter().map(|x| x.to_bits()));
@@ -479,13 +510,14 @@ mod tests {
     }
 
     /// Softmax over all positions at once, in f64, over the rounded keys and values.
-    fn plain(dtype: DType, (mask, cap): Look, position: usize, head: usize, column: usize) -> f64 {
+    fn plain(dtype: DType, (mask, cap, slopes): Look, position: usize, head: usize, column: usize) -> f64 {
         let kv = |p, c| f64::from(round_to(dtype, value(0, p, c)));
         let kv_head = head / (HEADS / KV_HEADS);
         let score = |p| -> f64 {
             let q = |i| f64::from(value(0, position, head * D + i));
             let s = (0..D).map(|i| q(i) * kv(p, (HEADS + kv_head) * D + i)).sum::<f64>() * 0.2;
-            cap.map_or(s, |c| f64::from(c) * (s / f64::from(c)).tanh())
+            let capped = cap.map_or(s, |c| f64::from(c) * (s / f64::from(c)).tanh());
+            capped + slopes.map_or(0.0, |of| f64::from(of.addend(of.of(HEADS, head), position, p)))
         };
         let Range { start: first, end } = mask.seen(position, LEN);
         let weights: Vec<f64> = (first..end).map(|p| score(p).exp()).collect();
@@ -496,11 +528,13 @@ mod tests {
     #[test]
     fn chunks_blocks_neighbours_and_instruction_sets_change_no_bit() {
         let looks = [
-            (AttentionMask::Causal, None),
-            (AttentionMask::Causal, Some(1.5)),
-            (AttentionMask::Window(19), None),
-            (AttentionMask::Window(1), None),
-            (AttentionMask::Full, Some(3.0)),
+            (AttentionMask::Causal, None, None),
+            (AttentionMask::Causal, Some(1.5), None),
+            (AttentionMask::Causal, None, Some(Slopes { rounded: None })),
+            (AttentionMask::Causal, None, Some(Slopes { rounded: Some(0.3) })),
+            (AttentionMask::Window(19), None, None),
+            (AttentionMask::Window(1), None, None),
+            (AttentionMask::Full, Some(3.0), None),
         ];
         let cases = DType::ALL.into_iter().flat_map(|d| looks.map(|l| (d, l)));
         for ((dtype, look), isa) in cases.flat_map(|c| Isa::available().into_iter().map(move |i| (c, i))) {

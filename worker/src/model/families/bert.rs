@@ -281,6 +281,7 @@ pub(super) fn describe_as(config: &Config, dialect: Dialect) -> Result<Descripti
             position: dialect.position,
             qk_norm: None,
             softcap: None,
+            clip: None,
         },
         ffn: Ffn::Plain(Mlp { inner: config.required(sizes.inner, 1..=1 << 22)?, act }),
     };

@@ -161,6 +161,7 @@ fn describe(config: &Config, dialect: Dialect) -> Result<Description, ModelError
             position: Position::Rope(0),
             qk_norm: None,
             softcap: None,
+            clip: None,
         },
         ffn: if dialect.gated { Ffn::Gated(mlp) } else { Ffn::Plain(mlp) },
     };
