@@ -301,7 +301,7 @@ def bert(d):
 
 def electra(d):
     sizes = bert(d)
-    return dict(sizes, embedding_size=sizes["hidden_size"])
+    return dict(sizes, embedding_size=d([sizes["hidden_size"], 12, 40]))
 
 
 def distilbert(d):

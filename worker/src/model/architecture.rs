@@ -54,11 +54,13 @@ pub(crate) struct Input {
     pub segments: usize,
     /// On the sum.
     pub norm: Option<Norm>,
+    /// Width of the tables, where a product makes the residual stream of their sum (ELECTRA).
+    pub projected: Option<usize>,
 }
 
 impl Input {
     /// Rows of the embedding, as they are.
-    pub const TOKENS: Input = Input { scale: 1.0, positions: None, segments: 0, norm: None };
+    pub const TOKENS: Input = Input { scale: 1.0, positions: None, segments: 0, norm: None, projected: None };
 }
 
 /// Learned positions.
@@ -503,6 +505,8 @@ pub(crate) enum Slot {
     Segments,
     /// `(width)`, on the sum of the three.
     InputNorm,
+    /// `(width, width of the three)`.
+    InputProjection,
     /// `(width)`, before attention, or after it in a post-norm layer.
     AttentionNorm,
     /// `(qkv_width, width)`: queries, keys, values; queries alone where keys and values are another layer's.
@@ -555,7 +559,7 @@ pub(crate) enum Slot {
     FfnPostNorm,
     /// `(width)`, before the head.
     FinalNorm,
-    /// `(width, width)`, before the head proper.
+    /// `(width, width)`, before the head proper; one that fills in masks has the tables' width from here on.
     HeadDense,
     /// `(width)`, after [`Slot::HeadDense`].
     HeadNorm,
@@ -617,14 +621,17 @@ impl Tower {
         let mut slots = Vec::new();
         match site {
             Site::Input => {
-                slots.push((Slot::Embedding, Shape::Table(self.vocab, width)));
+                let columns = self.table_width();
+                slots.push((Slot::Embedding, Shape::Table(self.vocab, columns)));
                 if let Some(learned) = self.input.positions {
-                    slots.push((Slot::Positions, Shape::Table(learned.rows, width)));
+                    slots.push((Slot::Positions, Shape::Table(learned.rows, columns)));
                 }
                 if self.input.segments > 0 {
-                    slots.push((Slot::Segments, Shape::Table(self.input.segments, width)));
+                    slots.push((Slot::Segments, Shape::Table(self.input.segments, columns)));
                 }
-                slots.extend(self.input.norm.map(|_| (Slot::InputNorm, norm)));
+                slots.extend(self.input.norm.map(|_| (Slot::InputNorm, Shape::Norm(columns))));
+                let projection = (Slot::InputProjection, Shape::Product(width, columns));
+                slots.extend(self.input.projected.map(|_| projection));
             }
             Site::Layer(layer) => {
                 let Layer { flow, attention, ffn } = &self.layers[layer];
@@ -669,8 +676,9 @@ impl Tower {
             Site::Output => {
                 slots.extend(self.norm.map(|_| (Slot::FinalNorm, norm)));
                 let (act, head_norm) = self.head.before();
-                slots.extend(act.map(|_| (Slot::HeadDense, Shape::Product(width, width))));
-                slots.extend(head_norm.map(|_| (Slot::HeadNorm, norm)));
+                let inner = self.head_width();
+                slots.extend(act.map(|_| (Slot::HeadDense, Shape::Product(inner, width))));
+                slots.extend(head_norm.map(|_| (Slot::HeadNorm, Shape::Norm(inner))));
                 match &self.head {
                     Head::Embed(embedding) => {
                         let widths = embedding.widths(width);
@@ -685,7 +693,7 @@ impl Tower {
                             }
                         }
                     }
-                    _ => slots.push((Slot::Head, Shape::Product(self.outputs(), width))),
+                    _ => slots.push((Slot::Head, Shape::Product(self.outputs(), inner))),
                 }
             }
         }
@@ -717,6 +725,16 @@ impl Tower {
     pub fn sites(&self) -> impl Iterator<Item = Site> {
         let layers = (0..self.layers.len()).map(Site::Layer);
         [Site::Input].into_iter().chain(layers).chain([Site::Output])
+    }
+
+    /// Width of the input's tables.
+    pub fn table_width(&self) -> usize {
+        self.input.projected.unwrap_or(self.width)
+    }
+
+    /// Width of what the head proper takes: the tables' where it tells tokens apart behind a product.
+    pub fn head_width(&self) -> usize {
+        if matches!(self.head, Head::Mlm(..)) { self.table_width() } else { self.width }
     }
 
     /// Values that the head yields per output.

@@ -188,7 +188,7 @@ fn describe(config: &Config, dialect: Dialect) -> Result<Description, ModelError
             width,
             vocab: config.required("vocab_size", 1..=1 << 24)?,
             context,
-            input: Input { scale: 1.0, positions: None, segments, norm: Some(norm) },
+            input: Input { segments, norm: Some(norm), ..Input::TOKENS },
             ropes: vec![rope::resolve(config, head_dim, context, theta)?],
             layers: vec![layer; config.required("num_hidden_layers", 1..=10_000)?],
             caches: false,
