@@ -165,6 +165,12 @@ FIXTURES |= {
     "olmo-bf16": (of("olmo", hidden_size=64, attention_bias=True, without=["head_dim"]), BF16, "1GB"),
     "olmoe-clip-f32": (of("olmoe", clip_qkv=0.7, num_experts=5, num_experts_per_tok=2, intermediate_size=20, num_hidden_layers=2,
                           without=["head_dim"]), F32, "1GB"),
+    # As Phi-4: fused products, grouped, and nothing else; as its mini: tied, three quarters of each head turn, by one set or another.
+    "phi4-bf16": (of("phi3", original_max_position_embeddings=256, without=["head_dim"]), BF16, "1GB"),
+    "phi4-mini-f32": (of("phi3", hidden_size=64, num_attention_heads=4, tie_word_embeddings=True, without=["head_dim"],
+                         original_max_position_embeddings=64,
+                         rope_parameters=dict(rope_type="longrope", rope_theta=10000.0, partial_rotary_factor=0.75,
+                                              short_factor=[1.0] * 6, long_factor=[1.0, 1.2, 1.7, 2.6, 4.0, 7.0])), F32, "1GB"),
 }
 
 
