@@ -141,7 +141,7 @@ async fn every_encoder_answers_as_transformers_for_every_split_and_batch() {
         }
         checked += 1;
     }
-    assert_eq!(checked, 32);
+    assert_eq!(checked, 37);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

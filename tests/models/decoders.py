@@ -145,6 +145,32 @@ FIXTURES |= {
         text_config=dict(TEXT, model_type="qwen3_vl_text",
                          rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2],
                                               mrope_interleaved=True))), BF16, "1GB"),
+    # Scores that fall with the distance, by slopes of six heads: no power of two.
+    "bloom-f32": (dict(model_type="bloom", vocab_size=320, hidden_size=48, n_layer=3, n_head=6, seq_length=256,
+                       tie_word_embeddings=False), F32, "1GB"),
+    "bloom-tiles-bf16": (dict(model_type="bloom", vocab_size=320, hidden_size=64, n_layer=2, n_head=4, seq_length=256,
+                              tie_word_embeddings=False), BF16, "1GB"),
+    # As the RW ones are published: the same, rounded, one block after the other.
+    "falcon-alibi-bf16": (of("falcon", alibi=True, multi_query=False, parallel_attn=False, bias=True, num_attention_heads=6,
+                             hidden_size=48, without=["head_dim", "num_key_value_heads", "intermediate_size"]), BF16, "1GB"),
+    # The same beside one head of keys.
+    "falcon-alibi-one-f32": (of("falcon", alibi=True, multi_query=True, parallel_attn=True, hidden_size=32,
+                                without=["head_dim", "num_key_value_heads", "intermediate_size"]), F32, "1GB"),
+    # A scale of its own, and bounds on queries, keys and values.
+    "mpt-clip-f32": (dict(model_type="mpt", vocab_size=320, d_model=48, n_heads=6, n_layers=3, max_seq_len=256,
+                          attn_config=dict(clip_qkv=0.9, softmax_scale=0.5)), F32, "1GB"),
+    "mpt-bf16": (dict(model_type="mpt", vocab_size=320, d_model=64, n_heads=4, n_layers=2, max_seq_len=256), BF16, "1GB"),
+    # Norms without factors, and bounds on queries, keys and values; those of OLMoE are normed before.
+    "olmo-clip-f32": (of("olmo", clip_qkv=0.8, without=["head_dim"]), F32, "1GB"),
+    "olmo-bf16": (of("olmo", hidden_size=64, attention_bias=True, without=["head_dim"]), BF16, "1GB"),
+    "olmoe-clip-f32": (of("olmoe", clip_qkv=0.7, num_experts=5, num_experts_per_tok=2, intermediate_size=20, num_hidden_layers=2,
+                          without=["head_dim"]), F32, "1GB"),
+    # As Phi-4: fused products, grouped, and nothing else; as its mini: tied, three quarters of each head turn, by one set or another.
+    "phi4-bf16": (of("phi3", original_max_position_embeddings=256, without=["head_dim"]), BF16, "1GB"),
+    "phi4-mini-f32": (of("phi3", hidden_size=64, num_attention_heads=4, tie_word_embeddings=True, without=["head_dim"],
+                         original_max_position_embeddings=64,
+                         rope_parameters=dict(rope_type="longrope", rope_theta=10000.0, partial_rotary_factor=0.75,
+                                              short_factor=[1.0] * 6, long_factor=[1.0, 1.2, 1.7, 2.6, 4.0, 7.0])), F32, "1GB"),
 }
 
 

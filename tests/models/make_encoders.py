@@ -131,9 +131,18 @@ FIXTURES = {
         model_type="deberta-v2", hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
         max_position_embeddings=128, max_relative_positions=20, type_vocab_size=2, **DEBERTA | dict(
             position_biased_input=True, pos_att_type="c2p|p2c")), torch.bfloat16, None),
+    # Tables narrower than the residual stream, as of the small discriminators; or wider, as of their generators.
+    "electra-narrow-classify-f32": (CLASSIFY, dict(
+        model_type="electra", hidden_size=36, embedding_size=20, num_hidden_layers=3, num_attention_heads=3,
+        intermediate_size=40, max_position_embeddings=128, **LABELS), torch.float32, None),
+    "electra-wide-mlm-bf16": (MASKS, dict(
+        model_type="electra", hidden_size=32, embedding_size=64, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=128), torch.bfloat16, None),
+    # A decoder whose scores fall with the distance, and which keeps nothing.
+    "bloom-classify-f32": (CLASSIFY, dict(model_type="bloom", hidden_size=36, n_layer=2, n_head=3, **LABELS), torch.float32, None),
 }
 # Families whose texts stand between <s> and </s>, and those that have a Unigram tokenizer.
-ROBERTAS = ("roberta", "xlm-roberta", "camembert", "jina_embeddings_v3", "qwen3", "llama", "gemma3_text")
+ROBERTAS = ("roberta", "xlm-roberta", "camembert", "jina_embeddings_v3", "qwen3", "llama", "gemma3_text", "mistral", "bloom")
 MPNET = ("mpnet",)
 # Families that are told which of two texts a token is of. Their own class of tokenizer does that, a generic one only if asked to.
 TOLD = ("bert", "deberta-v2", "electra", "nomic_bert")

@@ -203,7 +203,9 @@ def prompts(path):
     """Prompts with a clear margin and what follows them, or None if the model gives none for some length."""
     sees = hasattr(AutoConfig.from_pretrained(path), "vision_config")
     auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    model = auto.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    # Falcon's eager attention adds its slopes twice.
+    how = "sdpa" if getattr(AutoConfig.from_pretrained(path), "alibi", False) else "eager"
+    model = auto.from_pretrained(path, dtype=torch.float32, attn_implementation=how).eval()
     model.generation_config.eos_token_id = None
     rows = []
     for length in LENGTHS:

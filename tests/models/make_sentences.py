@@ -47,6 +47,19 @@ FIXTURES = {
         intermediate_size=40, max_position_embeddings=128), torch.float32,
         lambda: [parts.Pooling(32, "lasttoken"), Normalize()],
         dict(prompts={"query": "Instruct: find it\nQuery:", "document": ""}, similarity_fn_name="cosine", longest=128), False),
+    # The same of a Mistral with a window, as E5-Mistral: what it pools is the token that ends the text.
+    "mistral-sentences-bf16": (dict(
+        model_type="mistral", hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=40, max_position_embeddings=256, sliding_window=21), torch.bfloat16,
+        lambda: [parts.Pooling(32, "lasttoken"), Normalize()],
+        dict(prompts={"web_search_query": "Instruct: find what answers it\nQuery: ", "sts_query": "Instruct: Retrieve.\nQuery: "},
+             longest=128), False),
+    # The mean, behind words that say what a text is, as of Nomic's.
+    "modernbert-sentences-f32": (dict(
+        model_type="modernbert", hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=40,
+        max_position_embeddings=128, local_attention=10), torch.float32,
+        lambda: [parts.Pooling(32, "mean"), Normalize()],
+        dict(prompts={"query": "search_query: ", "document": "search_document: "}, similarity_fn_name="cosine", longest=120), False),
 }
 # A cross-encoder whose scores are logits, and which has a prompt before the query.
 RANKS = "bert-cross-encoder-bf16"

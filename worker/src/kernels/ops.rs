@@ -144,6 +144,45 @@ impl Distances {
     }
 }
 
+/// ALiBi: the farther a key lies behind a query, the lower its score, by a slope for each head (Press, Smith and Lewis 2022;
+/// transformers' `build_alibi_tensor` of Bloom and Falcon, and `build_mpt_alibi_tensor`).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Slopes {
+    /// Falcon's: slope, position and their product are rounded to bf16, and the last is multiplied by this.
+    pub rounded: Option<f32>,
+}
+
+impl Slopes {
+    /// The slope of one of `heads` heads. Those of the largest power of two that is not more than `heads` are powers of one
+    /// number, the last of them `2^-8`; the others are every second of twice as many.
+    pub fn of(self, heads: usize, head: usize) -> f32 {
+        let power = 1 << heads.ilog2();
+        let share = match head.checked_sub(power) {
+            None => (head + 1) as f64 / power as f64,
+            Some(behind) => (2 * behind + 1) as f64 / (2 * power) as f64,
+        };
+        let slope = (-8.0 * share).exp2() as f32;
+        if self.rounded.is_some() { to_bf16(slope) } else { slope }
+    }
+
+    /// What is added to the score of a key. Falcon's goes by the key's position alone, which differs by as much for all keys of a
+    /// query.
+    #[inline(always)]
+    pub fn addend(self, slope: f32, query: usize, key: usize) -> f32 {
+        match self.rounded {
+            None => slope * (key as f32 - query as f32),
+            Some(factor) => factor * to_bf16(slope * to_bf16(key as f32)),
+        }
+    }
+}
+
+/// The nearest bf16 of a number that is finite.
+#[inline(always)]
+fn to_bf16(x: f32) -> f32 {
+    let bits = x.to_bits();
+    f32::from_bits((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff_0000)
+}
+
 /// The tokens of one sequence within a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BatchRow<'a> {
@@ -216,6 +255,20 @@ mod tests {
         let one_by_one = Distances { span: 5, farthest: None, norm: None };
         assert_eq!([4, 5, 9].map(|distance| one_by_one.row(distance, 0)), [9, 9, 9]);
         assert_eq!([4, 5, 9].map(|distance| one_by_one.row(0, distance)), [1, 0, 0]);
+    }
+
+    /// What transformers has for six heads, and for Falcon with as many at positions that bf16 has and has not.
+    #[test]
+    fn slopes_fall_by_head_and_are_rounded_as_falcons_are() {
+        let plain = Slopes { rounded: None };
+        let of: Vec<f32> = (0..6).map(|head| plain.of(6, head)).collect();
+        assert_eq!(of, [0.25, 0.0625, 0.015_625, 0.003_906_25, 0.5, 0.125]);
+        assert_eq!(plain.addend(0.25, 7, 3), -1.0);
+        let rounded = Slopes { rounded: Some(0.5) };
+        assert_eq!(rounded.of(16, 0), 0.707_031_25);
+        for (key, expected) in [(1, 0.707_031_25), (90, 63.75), (257, 181.0), (259, 184.0)] {
+            assert_eq!(rounded.addend(rounded.of(16, 0), 300, key), 0.5 * expected, "{key}");
+        }
     }
 
     /// Where transformers' `relative_position_bucket` of 32 buckets changes, ahead of the query.

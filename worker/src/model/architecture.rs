@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use strata_proto::{DType, LayerState, StateKind, v1};
 
-pub(crate) use crate::kernels::ops::{Act, AttentionMask, Distances, Norm, Router};
+pub(crate) use crate::kernels::ops::{Act, AttentionMask, Distances, Norm, Router, Slopes};
 use crate::kernels::ops::{BUCKETS, TensorSpec, kv_elements};
 
 /// A stack of layers between an embedding and a head.
@@ -54,11 +54,13 @@ pub(crate) struct Input {
     pub segments: usize,
     /// On the sum.
     pub norm: Option<Norm>,
+    /// Width of the tables, where a product makes the residual stream of their sum (ELECTRA).
+    pub projected: Option<usize>,
 }
 
 impl Input {
     /// Rows of the embedding, as they are.
-    pub const TOKENS: Input = Input { scale: 1.0, positions: None, segments: 0, norm: None };
+    pub const TOKENS: Input = Input { scale: 1.0, positions: None, segments: 0, norm: None, projected: None };
 }
 
 /// Learned positions.
@@ -195,6 +197,8 @@ pub(crate) struct Attention {
     pub qk_norm: Option<QkNorm>,
     /// Scores become `cap * tanh(score / cap)`.
     pub softcap: Option<f32>,
+    /// Queries, keys and values are cut off at this on both sides, once they are normed and before positions enter.
+    pub clip: Option<f32>,
 }
 
 impl Attention {
@@ -260,6 +264,8 @@ pub(crate) enum Position {
     /// Learned vectors for distances, of which the layer makes queries and keys as of tokens: the query meets the key that
     /// stands for its distance from a token's key too, and that key the query which does.
     Distances(Distances),
+    /// An addend of each score that falls with the distance.
+    Slopes(Slopes),
 }
 
 /// A feed-forward block.
@@ -499,6 +505,8 @@ pub(crate) enum Slot {
     Segments,
     /// `(width)`, on the sum of the three.
     InputNorm,
+    /// `(width, width of the three)`.
+    InputProjection,
     /// `(width)`, before attention, or after it in a post-norm layer.
     AttentionNorm,
     /// `(qkv_width, width)`: queries, keys, values; queries alone where keys and values are another layer's.
@@ -551,7 +559,7 @@ pub(crate) enum Slot {
     FfnPostNorm,
     /// `(width)`, before the head.
     FinalNorm,
-    /// `(width, width)`, before the head proper.
+    /// `(width, width)`, before the head proper; one that fills in masks has the tables' width from here on.
     HeadDense,
     /// `(width)`, after [`Slot::HeadDense`].
     HeadNorm,
@@ -613,14 +621,17 @@ impl Tower {
         let mut slots = Vec::new();
         match site {
             Site::Input => {
-                slots.push((Slot::Embedding, Shape::Table(self.vocab, width)));
+                let columns = self.table_width();
+                slots.push((Slot::Embedding, Shape::Table(self.vocab, columns)));
                 if let Some(learned) = self.input.positions {
-                    slots.push((Slot::Positions, Shape::Table(learned.rows, width)));
+                    slots.push((Slot::Positions, Shape::Table(learned.rows, columns)));
                 }
                 if self.input.segments > 0 {
-                    slots.push((Slot::Segments, Shape::Table(self.input.segments, width)));
+                    slots.push((Slot::Segments, Shape::Table(self.input.segments, columns)));
                 }
-                slots.extend(self.input.norm.map(|_| (Slot::InputNorm, norm)));
+                slots.extend(self.input.norm.map(|_| (Slot::InputNorm, Shape::Norm(columns))));
+                let projection = (Slot::InputProjection, Shape::Product(width, columns));
+                slots.extend(self.input.projected.map(|_| projection));
             }
             Site::Layer(layer) => {
                 let Layer { flow, attention, ffn } = &self.layers[layer];
@@ -665,8 +676,9 @@ impl Tower {
             Site::Output => {
                 slots.extend(self.norm.map(|_| (Slot::FinalNorm, norm)));
                 let (act, head_norm) = self.head.before();
-                slots.extend(act.map(|_| (Slot::HeadDense, Shape::Product(width, width))));
-                slots.extend(head_norm.map(|_| (Slot::HeadNorm, norm)));
+                let inner = self.head_width();
+                slots.extend(act.map(|_| (Slot::HeadDense, Shape::Product(inner, width))));
+                slots.extend(head_norm.map(|_| (Slot::HeadNorm, Shape::Norm(inner))));
                 match &self.head {
                     Head::Embed(embedding) => {
                         let widths = embedding.widths(width);
@@ -681,7 +693,7 @@ impl Tower {
                             }
                         }
                     }
-                    _ => slots.push((Slot::Head, Shape::Product(self.outputs(), width))),
+                    _ => slots.push((Slot::Head, Shape::Product(self.outputs(), inner))),
                 }
             }
         }
@@ -713,6 +725,16 @@ impl Tower {
     pub fn sites(&self) -> impl Iterator<Item = Site> {
         let layers = (0..self.layers.len()).map(Site::Layer);
         [Site::Input].into_iter().chain(layers).chain([Site::Output])
+    }
+
+    /// Width of the input's tables.
+    pub fn table_width(&self) -> usize {
+        self.input.projected.unwrap_or(self.width)
+    }
+
+    /// Width of what the head proper takes: the tables' where it tells tokens apart behind a product.
+    pub fn head_width(&self) -> usize {
+        if matches!(self.head, Head::Mlm(..)) { self.table_width() } else { self.width }
     }
 
     /// Values that the head yields per output.
@@ -788,20 +810,24 @@ pub(crate) enum Source {
     Bare(&'static str),
     /// The second half of the rows, then the first (GTE's `up_gate_proj`).
     Swapped(&'static str),
+    /// Nowhere: the factors of a norm that has none.
+    Ones,
 }
 
 impl Source {
-    /// The name.
+    /// The name; of what is nowhere, none.
     pub fn name(self) -> &'static str {
-        let (Source::Rows(name)
-        | Source::Columns(name)
-        | Source::Heads(name)
-        | Source::EvenOdd(name)
-        | Source::PlusOne(name)
-        | Source::Experts(name)
-        | Source::Bare(name)
-        | Source::Swapped(name)) = self;
-        name
+        match self {
+            Source::Rows(name)
+            | Source::Columns(name)
+            | Source::Heads(name)
+            | Source::EvenOdd(name)
+            | Source::PlusOne(name)
+            | Source::Experts(name)
+            | Source::Bare(name)
+            | Source::Swapped(name) => name,
+            Source::Ones => "",
+        }
     }
 
     /// Whether it is for layers with experts.

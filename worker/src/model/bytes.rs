@@ -77,7 +77,11 @@ pub(crate) fn held(model: &Model, site: Site, slot: Slot, format: Format) -> For
         (_, Slot::Router | Slot::SharedRouter | Slot::PositionBias | Slot::Distances, _) => {
             Format::Float(DType::F32)
         }
-        (_, Slot::Head | Slot::Embedding | Slot::Refinement(_), Format::Quantized(_)) => int8,
+        (
+            _,
+            Slot::Head | Slot::Embedding | Slot::InputProjection | Slot::Refinement(_),
+            Format::Quantized(_),
+        ) => int8,
         (_, Slot::Positions | Slot::Segments, Format::Quantized(_)) => Format::Float(DType::BF16),
         (_, _, Format::Quantized(Quantization::Int4)) if model.stored.is_some() => {
             let four_bits = model.stored.as_ref().is_some_and(|stored| stored.is_four_bits(site, slot));

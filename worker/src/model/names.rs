@@ -10,7 +10,7 @@ use super::{
 };
 use crate::weights::{Checkpoint, TensorDType, module_prefix};
 
-/// Where the weights of one expert's slot come from: one tensor, or one per part.
+/// Where the weights of one expert's slot come from: one tensor, or one per part; none for a norm whose factors are all 1.
 pub(super) type Bindings = BTreeMap<(Site, Slot, usize), Vec<Bound>>;
 
 /// A tensor, where in its slot it belongs, and how it lies in the file.
@@ -150,6 +150,9 @@ impl Binder<'_> {
         expert: usize,
     ) -> Result<Vec<Bound>, ModelError> {
         let whole = self.module(site, slot, expert);
+        if let Some((_, Source::Ones)) = whole {
+            return Ok(Vec::new());
+        }
         let apart = slot.parts().iter().all(|part| self.module(site, *part, expert).is_some());
         let has = |(module, source): &(String, Source)| self.has(module, *source);
         if let Some((module, source)) = whole.filter(|whole| has(whole) || slot.parts().is_empty() || !apart)
@@ -270,7 +273,7 @@ impl Binder<'_> {
                 }
                 let pairs = match position {
                     Position::Rope(set) => self.tower.ropes[set].pairs(),
-                    Position::None | Position::Buckets | Position::Distances(_) => 0,
+                    _ => 0,
                 };
                 Layout::EvenOdd { head_dim, pairs }
             }

@@ -58,7 +58,7 @@ impl Model {
         let table = FormatBytes::of(|format| {
             Table::bytes_for(
                 tower.vocab,
-                tower.width,
+                tower.table_width(),
                 bytes::held(self, Site::Input, Slot::Embedding, format),
             )
         });
@@ -79,7 +79,11 @@ impl Model {
             vocab_size: tower.vocab as u32,
             context_length: tower.context as u32,
             layers: layers.collect(),
-            embedding: module(Site::Input, vec![], 0),
+            embedding: module(
+                Site::Input,
+                vec![],
+                tower.input.projected.map_or(0, |columns| (columns * tower.width) as u64),
+            ),
             head: module(Site::Output, vec![], head_macs),
             // With both on one stage, rows are gathered from the packed head and there is no table.
             shared: if self.is_tied() { table } else { FormatBytes::default() },
@@ -117,7 +121,9 @@ impl Model {
             return stem.map(|(stem, _)| format!("{base}{stem}{layer}")).into_iter().collect();
         }
         let slots = self.tower.slots(site);
-        let here = |(slot, _): &&(Slot, Source)| slots.iter().any(|(s, _)| s == slot);
+        let here = |(slot, source): &&(Slot, Source)| {
+            *source != Source::Ones && slots.iter().any(|(s, _)| s == slot)
+        };
         let under = names.slots.iter().filter(here).map(|(_, source)| format!("{base}{}", source.name()));
         let root = names.root.iter().filter(here).map(|(_, source)| source.name().to_owned());
         under.chain(root).collect()

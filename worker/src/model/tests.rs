@@ -6,6 +6,7 @@ mod encoders;
 mod gguf;
 mod invariance;
 mod mutations;
+mod refusals;
 mod sentences;
 mod sharing;
 

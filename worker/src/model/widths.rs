@@ -11,7 +11,7 @@ const LINE: usize = crate::kernels::buffer::LINE / 4;
 
 /// The widest layer's rows, in elements, padded to whole lines.
 pub(crate) struct Widths {
-    /// The residual stream.
+    /// The residual stream, and what it is made of.
     pub residual: usize,
     /// Queries, keys and values.
     pub qkv: usize,
@@ -55,10 +55,10 @@ impl Widths {
         let shared = |l: &Layer| l.ffn.shared().map_or(0, |shared| shared.inner);
         let input = |l: &Layer| {
             let inner = l.ffn.mlp().inner.max(shared(l));
-            vectors.max(tower.width).max(l.attention.q_width()).max(inner)
+            vectors.max(tower.width).max(tower.table_width()).max(l.attention.q_width()).max(inner)
         };
         Widths {
-            residual: tower.width.next_multiple_of(LINE),
+            residual: tower.width.max(tower.table_width()).next_multiple_of(LINE),
             qkv: widest(&|l| l.attention.qkv_width()),
             // GPUs keep what the shared expert yields there.
             attention: widest(&|l| l.attention.q_width().max(l.ffn.shared().map_or(0, |_| tower.width))),
@@ -67,7 +67,7 @@ impl Widths {
             addends: widest(&|l| match l.attention.position {
                 Position::Buckets => 3 * l.attention.heads,
                 Position::Distances(_) => 4 * l.attention.q_width(),
-                Position::None | Position::Rope(_) => 0,
+                Position::None | Position::Rope(_) | Position::Slopes(_) => 0,
             }),
             distances: widest(&|l| match l.attention.position {
                 Position::Distances(_) => 2 * (tower.width + l.attention.qkv_width()),

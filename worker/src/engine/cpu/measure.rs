@@ -67,7 +67,7 @@ impl CpuBench {
         let mut out = vec![0.0; all * a.q_width()];
         let pairs = match a.position {
             Position::Rope(set) => tower.ropes[set].pairs(),
-            Position::None | Position::Buckets | Position::Distances(_) => 0,
+            Position::None | Position::Buckets | Position::Distances(_) | Position::Slopes(_) => 0,
         };
         let angles = vec![0.5; all * 2 * pairs];
         let angles = (pairs > 0).then_some(Angles { table: &angles, stride: 2 * pairs, pairs });
@@ -91,6 +91,7 @@ impl CpuBench {
                     mask: a.mask,
                     addends: None,
                     distant: None,
+                    slopes: None,
                 }),
             }
         })))

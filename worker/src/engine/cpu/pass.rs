@@ -52,7 +52,7 @@ impl Pass<'_> {
         ids: &[u32],
         segments: &[u32],
     ) -> Result<(), StepError> {
-        let (width, input, dtype) = (self.tower.width, self.tower.input, self.dtype);
+        let (width, input, dtype) = (self.tower.table_width(), self.tower.input, self.dtype);
         let Workspace { residual, normed, .. } = &mut *self.work;
         let residual = &mut residual[..ids.len() * width];
         for (id, out) in ids.iter().zip(residual.chunks_exact_mut(width)) {
@@ -84,8 +84,44 @@ impl Pass<'_> {
             out.iter_mut().for_each(|x| *x = round_to(dtype, *x));
         }
         if let Some(norm) = input.norm {
-            self.renorm(norm, block, Slot::InputNorm)?;
+            self.renorm_rows((norm, width), block, Slot::InputNorm)?;
         }
+        if input.projected.is_some() { self.project_input(width, block) } else { Ok(()) }
+    }
+
+    /// The residual stream of rows of another width, in its place.
+    fn project_input(&mut self, columns: usize, block: &Block) -> Result<(), StepError> {
+        let Workspace { residual, normed, packed, .. } = &mut *self.work;
+        let len = self.tokens * columns;
+        normed[..len].copy_from_slice(&residual[..len]);
+        let product = block.product(Slot::InputProjection, 0)?;
+        self.cpu.linear(Linear {
+            weight: &product.matrix,
+            bias: product.bias.as_deref(),
+            x: Rows { data: normed, stride: columns, count: self.tokens },
+            packed,
+            out: residual,
+            output: Output::Store,
+        });
+        let rows = &mut residual[..self.tokens * self.tower.width];
+        rows.iter_mut().for_each(|x| *x = round_to(self.dtype, *x));
+        Ok(())
+    }
+
+    /// A norm of rows of the residual stream that are so wide, in their place.
+    fn renorm_rows(
+        &mut self,
+        (norm, width): (Norm, usize),
+        block: &Block,
+        slot: Slot,
+    ) -> Result<(), StepError> {
+        let NormWeights { weight, bias } = block.norm(slot)?;
+        let Workspace { residual, normed, .. } = &mut *self.work;
+        let len = self.tokens * width;
+        let x = Rows { data: residual, stride: width, count: self.tokens };
+        let (bias, output) = (bias.as_deref(), Output::StoreRounded(self.dtype));
+        self.cpu.norm(NormRows { norm, x, weight, bias, out: normed, output });
+        residual[..len].copy_from_slice(&normed[..len]);
         Ok(())
     }
 
@@ -121,7 +157,7 @@ impl Pass<'_> {
         let Workspace { residual, normed, values, packed, .. } = &mut *self.work;
         let mut linear = |slot, x: &[f32], out: &mut [f32]| {
             let Projection { matrix, bias } = block.product(slot, 0)?;
-            let x = Rows { data: x, stride: width, count: outputs.len() };
+            let x = Rows { data: x, stride: matrix.k(), count: outputs.len() };
             cpu.linear(Linear {
                 weight: matrix,
                 bias: bias.as_deref(),
@@ -132,6 +168,7 @@ impl Pass<'_> {
             });
             Ok::<_, StepError>(())
         };
+        let width = tower.head_width();
         let used = outputs.len() * width;
         let (act, norm) = tower.head.before();
         if let Some(act) = act {
@@ -211,14 +248,7 @@ impl Operations for Pass<'_> {
     }
 
     fn renorm(&mut self, norm: Norm, block: &Block, slot: Slot) -> Result<(), StepError> {
-        let NormWeights { weight, bias } = block.norm(slot)?;
-        let Workspace { residual, normed, .. } = &mut *self.work;
-        let len = self.tokens * self.tower.width;
-        let x = Rows { data: residual, stride: self.tower.width, count: self.tokens };
-        let (bias, output) = (bias.as_deref(), Output::StoreRounded(self.dtype));
-        self.cpu.norm(NormRows { norm, x, weight, bias, out: normed, output });
-        residual[..len].copy_from_slice(&normed[..len]);
-        Ok(())
+        self.renorm_rows((norm, self.tower.width), block, slot)
     }
 
     fn project(&mut self, flow: Flow, from: Inner<'_>, block: &Block) -> Result<(), StepError> {
@@ -282,13 +312,17 @@ impl Operations for Pass<'_> {
             });
         };
         norm_heads(qkv, false);
-        let (mut by_bucket, mut distant) = (None, None);
+        if let Some(most) = attention.clip {
+            qkv.iter_mut().for_each(|x| *x = x.clamp(-most, most));
+        }
+        let (mut by_bucket, mut distant, mut slopes) = (None, None, None);
         match attention.position {
             Position::Buckets => by_bucket = Some(by_distance(rows, attention.heads, block, addends)?),
             Position::Distances(kind) => {
                 let scratch = (&mut **packed, &mut **distances, &mut **addends);
                 distant = Some(at_distances(cpu, rows, (attention, kind), block, scratch)?);
             }
+            Position::Slopes(of) => slopes = Some(of),
             Position::None | Position::Rope(_) => {}
         }
         let mut attend = |first: usize, rows: &[BatchRow<'_>], cache: &mut KvLayer| {
@@ -296,7 +330,7 @@ impl Operations for Pass<'_> {
             let count: usize = rows.iter().map(|row| row.count as usize).sum();
             let qkv = &mut qkv[first * stride..(first + count) * stride];
             let mut angles = match attention.position {
-                Position::None | Position::Buckets | Position::Distances(_) => None,
+                Position::None | Position::Buckets | Position::Distances(_) | Position::Slopes(_) => None,
                 Position::Rope(set) => {
                     let (table, stride) = &angles[set];
                     let pairs = tower.ropes[set].pairs();
@@ -338,6 +372,7 @@ impl Operations for Pass<'_> {
                 mask: attention.mask,
                 addends: by_bucket,
                 distant,
+                slopes,
             });
         };
         let Some(sequence) = sequence else {

@@ -106,7 +106,11 @@ impl Block {
     fn zeros(model: &Model, site: Site, spec: &RangeSpec, arena: &mut Arena) -> Result<Self, OutOfMemory> {
         let part = |(key, shape): (_, Shape)| {
             let biased = model.has_bias(site, key);
-            Ok((key, Part::zeros(shape, biased, held(model, site, key.0, spec.format()), arena)?))
+            let mut part = Part::zeros(shape, biased, held(model, site, key.0, spec.format()), arena)?;
+            if let (Part::Norm(norm), []) = (&mut part, model.bound(site, key)) {
+                norm.weight.fill(1.0);
+            }
+            Ok((key, part))
         };
         Ok(Block(spec.parts(model, site).map(part).collect::<Result<_, OutOfMemory>>()?))
     }

@@ -27,12 +27,14 @@ impl Pass<'_> {
         let Scratch { qkv, ref angles, .. } = self.state.scratch;
         let Inputs { positions, row_of, first_block, tables, .. } = self.inputs;
         let (table, pairs) = match attention.position {
-            Position::None | Position::Buckets | Position::Distances(_) => (Ptr::NULL, 0),
+            Position::None | Position::Buckets | Position::Distances(_) | Position::Slopes(_) => {
+                (Ptr::NULL, 0)
+            }
             Position::Rope(set) => (angles[set], self.tower.ropes[set].pairs() as i32),
         };
         let sharpening = match attention.position {
             Position::Rope(set) => self.tower.ropes[set].sharpening.as_ref(),
-            Position::None | Position::Buckets | Position::Distances(_) => None,
+            Position::None | Position::Buckets | Position::Distances(_) | Position::Slopes(_) => None,
         };
         let plain = Heads {
             heads: attention.heads as i32,
@@ -40,6 +42,7 @@ impl Pass<'_> {
             pairs,
             period: sharpening.map_or(0, |s| s.period as i32),
             beta: sharpening.map_or(0.0, |s| s.beta),
+            clip: attention.clip.unwrap_or(0.0),
             ..Heads::default()
         };
         let all = attention.heads + 2 * attention.kv_heads;
@@ -90,6 +93,10 @@ impl Pass<'_> {
             Position::Distances(distances) => self.at_distances((attention, distances), block)?,
             _ => Distant::default(),
         };
+        let slopes = match attention.position {
+            Position::Slopes(slopes) => Some(slopes),
+            _ => None,
+        };
         let bias = block.table(Slot::PositionBias).map_or(Ptr::NULL, |table| table.values);
         let call = Attend {
             qkv,
@@ -118,6 +125,8 @@ impl Pass<'_> {
             rows_of: distant.rows_of,
             first_distant: distant.first as i32,
             reach: distant.reach as i32,
+            sloped: i32::from(slopes.is_some()),
+            rounded: slopes.and_then(|slopes| slopes.rounded).unwrap_or(0.0),
         };
         // Parts, so that every multiprocessor has something to do: about two blocks of each; as many as the sums of all
         // places have room for.
@@ -133,7 +142,8 @@ impl Pass<'_> {
             follow!(self.gpu, kernels.attention_combine, ((call.count * call.heads) as u32, 1, 1), 128, 0; call)
         };
         let tiles = kernels.tensor.as_ref().and_then(|tensor| tensor.attention.as_ref());
-        let Some(tiles) = tiles.filter(|_| bias == Ptr::NULL && distant.rows == Ptr::NULL) else {
+        let is_plain = bias == Ptr::NULL && distant.rows == Ptr::NULL && slopes.is_none();
+        let Some(tiles) = tiles.filter(|_| is_plain) else {
             let call = Attend { splits: splits(self.tokens * heads, self.tokens), ..call };
             let grid = (self.tokens as u32, heads as u32, call.splits as u32);
             follow!(self.gpu, kernels.attention_plain, grid, 128, 0; call)?;

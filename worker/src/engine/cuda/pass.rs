@@ -107,10 +107,24 @@ impl<'a> Pass<'a> {
         let residual = self.state.scratch.residual;
         launch!(self.gpu, self.kernels()?.embed, (self.tokens as u32, 1, 1), ROW_THREADS, 0;
             residual, tables, ids, positions, segments)?;
-        match input.norm {
-            Some(norm) => self.renorm(norm, block, Slot::InputNorm),
-            None => Ok(()),
-        }
+        let Some(columns) = input.projected else {
+            return input.norm.map_or(Ok(()), |norm| self.renorm(norm, block, Slot::InputNorm));
+        };
+        let normed = self.state.scratch.normed;
+        let rows = match input.norm {
+            Some(norm) => {
+                let call =
+                    NormCall { out: normed, x: residual, width: columns, index: Ptr::NULL, add: false };
+                self.norm(raw_norm(norm, block.norm(Slot::InputNorm)?), self.tokens, call)?
+            }
+            None => {
+                let bytes = (self.tokens * columns) as u64 * self.state.element.size();
+                memory::copy(&self.gpu.stream, normed, residual, bytes)?;
+                Rows::new(normed, columns)
+            }
+        };
+        let product = block.product(Slot::InputProjection, 0)?;
+        self.product(&product, self.tokens, rows, (residual, self.tower.width), Epilogue::Store)
     }
 
     /// Sine and cosine of every token, for each set of frequencies.
@@ -126,8 +140,7 @@ impl<'a> Pass<'a> {
 
     /// A norm of `rows` rows; those that `index` names, if it names any.
     fn norm(&self, norm: RawNorm, rows: usize, call: NormCall) -> Result<Rows, StepError> {
-        let NormCall { out, x, index, add } = call;
-        let width = self.tower.width;
+        let NormCall { out, x, width, index, add } = call;
         let written = Rows::new(out, width);
         // The product that follows, if it is one of quantized weights, takes whole groups.
         let to_bytes = self.state.is_quantized && width.is_multiple_of(GROUP) && !add;
@@ -146,7 +159,13 @@ impl<'a> Pass<'a> {
             Normed::Rows(rows) => rows,
             Normed::Pending(norm) => {
                 let Scratch { residual, normed, .. } = self.state.scratch;
-                let call = NormCall { out: normed, x: residual, index: Ptr::NULL, add: false };
+                let call = NormCall {
+                    out: normed,
+                    x: residual,
+                    width: self.tower.width,
+                    index: Ptr::NULL,
+                    add: false,
+                };
                 self.norm(norm, self.tokens, call)?
             }
         };
@@ -231,18 +250,18 @@ impl<'a> Pass<'a> {
         } else {
             self.normed = Normed::Rows(self.final_norm(block, outputs, self.inputs.outputs)?);
         }
-        let (act, norm) = tower.head.before();
+        let ((act, norm), inner) = (tower.head.before(), tower.head_width());
         let product = |slot, x, out, epilogue, out_stride| {
             let product = block.product(slot, 0)?;
             self.product(&product, outputs, x, (out, out_stride), epilogue)
         };
         // Of the residual stream, nothing is needed any more.
         if let (Some(act), Normed::Rows(x)) = (act, self.normed) {
-            product(Slot::HeadDense, x, residual, Epilogue::Activated(act), width)?;
-            self.normed = Normed::Rows(Rows::new(residual, width));
+            product(Slot::HeadDense, x, residual, Epilogue::Activated(act), inner)?;
+            self.normed = Normed::Rows(Rows::new(residual, inner));
         }
         if let (Some(norm), Normed::Rows(x)) = (norm, self.normed) {
-            let call = NormCall { out: normed, x: x.at, index: Ptr::NULL, add: false };
+            let call = NormCall { out: normed, x: x.at, width: inner, index: Ptr::NULL, add: false };
             let norm = raw_norm(norm, block.norm(Slot::HeadNorm)?);
             self.normed = Normed::Rows(self.norm(norm, outputs, call)?);
         }
@@ -262,7 +281,7 @@ impl<'a> Pass<'a> {
         let Scratch { residual, normed, .. } = self.state.scratch;
         match self.tower.norm {
             Some(norm) => {
-                let call = NormCall { out: normed, x: residual, index, add: false };
+                let call = NormCall { out: normed, x: residual, width: self.tower.width, index, add: false };
                 self.norm(raw_norm(norm, block.norm(Slot::FinalNorm)?), count, call)
             }
             None => {
@@ -321,6 +340,7 @@ impl Pass<'_> {
 struct NormCall {
     out: Ptr,
     x: Ptr,
+    width: usize,
     index: Ptr,
     add: bool,
 }
@@ -447,7 +467,8 @@ impl Operations for Pass<'_> {
 
     fn add_normed(&mut self, norm: Norm, block: &Block, slot: Slot) -> Result<(), StepError> {
         let Scratch { residual, normed, .. } = self.state.scratch;
-        let call = NormCall { out: residual, x: normed, index: Ptr::NULL, add: true };
+        let call =
+            NormCall { out: residual, x: normed, width: self.tower.width, index: Ptr::NULL, add: true };
         self.norm(raw_norm(norm, block.norm(slot)?), self.tokens, call)?;
         Ok(())
     }
@@ -462,7 +483,8 @@ impl Operations for Pass<'_> {
 
     fn renorm(&mut self, norm: Norm, block: &Block, slot: Slot) -> Result<(), StepError> {
         let residual = self.state.scratch.residual;
-        let call = NormCall { out: residual, x: residual, index: Ptr::NULL, add: false };
+        let call =
+            NormCall { out: residual, x: residual, width: self.tower.width, index: Ptr::NULL, add: false };
         self.norm(raw_norm(norm, block.norm(slot)?), self.tokens, call)?;
         Ok(())
     }

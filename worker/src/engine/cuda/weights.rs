@@ -110,6 +110,7 @@ impl Weights {
         spec.check(model)?;
         let mut weights = Self::empty(gpu, model, spec)?;
         let mut loader = Loader::new(gpu, cpu)?;
+        weights.fill_ones(&mut loader)?;
         let mut put = |piece: &Piece<'_>| {
             let part = weights.part(piece.site, piece.key).ok_or_else(|| piece.misplaced())?;
             loader.put(part, piece)
@@ -157,13 +158,28 @@ impl Weights {
         })
     }
 
-    fn part(&self, site: Site, key: (Slot, usize)) -> Option<&Part> {
-        let block = match site {
+    /// The factors of norms that the checkpoint has none of.
+    fn fill_ones(&self, loader: &mut Loader<'_>) -> Result<(), CudaError> {
+        for site in self.spec.sites(&self.model) {
+            for (key, part) in self.block(site).iter().flat_map(|block| &block.0) {
+                if let (Part::Norm(n, norm), []) = (part, self.model.bound(site, *key)) {
+                    loader.floats(norm.weight, 0, &vec![1.0; *n])?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn block(&self, site: Site) -> Option<&Block> {
+        match site {
             Site::Input => self.input.as_ref(),
             Site::Layer(layer) => self.layers.get(layer.checked_sub(self.spec.layers.first as usize)?),
             Site::Output => self.output.as_ref(),
-        };
-        block?.0.get(&key)
+        }
+    }
+
+    fn part(&self, site: Site, key: (Slot, usize)) -> Option<&Part> {
+        self.block(site)?.0.get(&key)
     }
 }
 

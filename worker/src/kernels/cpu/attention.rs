@@ -17,7 +17,7 @@ use super::{
 };
 use crate::kernels::{
     buffer::Values,
-    ops::{AttentionMask, BLOCK_TOKENS, BatchRow},
+    ops::{AttentionMask, BLOCK_TOKENS, BatchRow, Slopes},
 };
 
 const _: () = assert!(BLOCK_TOKENS == LANES, "a block of keys is one tile of the product kernel");
@@ -46,6 +46,8 @@ pub(crate) struct Attention<'a> {
     pub addends: Option<Addends<'a>>,
     /// What stands for distances.
     pub distant: Option<Distant<'a>>,
+    /// By which scores fall with the distance.
+    pub slopes: Option<Slopes>,
 }
 
 /// Keys and queries that stand for how far a key lies behind a query, of each for distances from `-reach` on.
@@ -99,6 +101,8 @@ impl Attention<'_> {
     pub(super) fn run(self, cpu: &Cpu) {
         let (kv_heads, d) = (self.cache.kv_heads(), self.cache.head_dim());
         let tokens: usize = self.rows.iter().map(|r| r.count as usize).sum();
+        let slopes =
+            self.slopes.map_or_else(Vec::new, |of| (0..self.heads).map(|h| of.of(self.heads, h)).collect());
         // One task for some tokens' heads that share keys and values; where tokens are few, each has its own.
         let run = (tokens * kv_heads / (cpu.pool.threads() * TASKS)).clamp(1, QUERIES);
         let out = Parts(self.out[..tokens * self.heads * d].as_mut_ptr());
@@ -109,7 +113,8 @@ impl Attention<'_> {
                 let next = first + row.count as usize;
                 let tokens = begin.max(first)..(begin + run).min(next);
                 if !tokens.is_empty() {
-                    cpu.isa.run(Run { attention: &self, out: &out, row, first, kv_head, tokens });
+                    let slopes = &slopes;
+                    cpu.isa.run(Run { attention: &self, out: &out, row, first, kv_head, tokens, slopes });
                 }
                 first = next;
             }
@@ -127,6 +132,8 @@ struct Run<'a> {
     kv_head: usize,
     /// In the step.
     tokens: Range<usize>,
+    /// Of each head, if scores fall with the distance.
+    slopes: &'a [f32],
 }
 
 impl Kernel for Run<'_> {
@@ -162,7 +169,7 @@ impl Run<'_> {
     /// A query head of a token of the step.
     #[inline(always)]
     fn query(&self, token: usize, head: usize) -> Query<'_> {
-        let Attention { q, stride, heads, cache, scale, softcap, mask, addends, distant, .. } =
+        let Attention { q, stride, heads, cache, scale, softcap, mask, addends, distant, slopes, .. } =
             *self.attention;
         let d = cache.head_dim();
         let position = self.row.start as usize + token - self.first;
@@ -174,11 +181,12 @@ impl Run<'_> {
             let (width, from) = (2 * reach, head * d * 2 * reach + reach - position);
             AtDistance { keys: &keys[from..], queries: &queries[from..], width }
         });
+        let falling = slopes.map(|of| Falling { of, slope: self.slopes[head], query: position });
         Query {
             q: &q[token * stride + head * d..][..d],
             out,
             seen: mask.seen(position, (self.row.start + self.row.count) as usize),
-            scores: Scores { scale, softcap, addends, distant },
+            scores: Scores { scale, softcap, addends, distant, falling },
             largest: f32::NEG_INFINITY,
             total: 0.0,
         }
@@ -219,6 +227,18 @@ struct Scores<'a> {
     addends: Option<&'a [f32]>,
     /// Added to the products.
     distant: Option<AtDistance<'a>>,
+    /// Added to scores.
+    falling: Option<Falling>,
+}
+
+/// What is added to the scores of one query by distance.
+#[derive(Clone, Copy)]
+struct Falling {
+    of: Slopes,
+    /// Its head's.
+    slope: f32,
+    /// Its position.
+    query: usize,
 }
 
 /// What stands for the distances of one query, from the sequence's first key on.
@@ -252,6 +272,13 @@ impl Scores<'_> {
     /// The scores for the keys from `first` on, with what is added to them.
     #[inline(always)]
     fn add<S: Simd>(&self, scores: S::F, first: usize) -> S::F {
+        if let Some(Falling { of, slope, query }) = self.falling {
+            let mut addends = [0.0; LANES];
+            for (l, addend) in addends.iter_mut().enumerate() {
+                *addend = of.addend(slope, query, first + l);
+            }
+            return S::add(scores, S::load(&addends));
+        }
         match self.addends.and_then(|addends| addends[first..].first_chunk()) {
             None => scores,
             Some(addends) => S::add(scores, S::load(addends)),
@@ -453,8 +480,8 @@ mod tests {
         cache
     }
 
-    /// What a query sees, and the bound on its scores.
-    type Look = (AttentionMask, Option<f32>);
+    /// What a query sees, the bound on its scores, and how they fall.
+    type Look = (AttentionMask, Option<f32>, Option<Slopes>);
 
     /// A sequence, its first position in the step, how many, and its blocks.
     type Part<'a> = (usize, usize, usize, &'a [u32]);
@@ -493,6 +520,7 @@ mod tests {
             mask: look.0,
             addends: None,
             distant: None,
+            slopes: look.2,
         });
         for ((s, _), row) in tokens.zip(out.chunks(HEADS * D)) {
             seen[s].extend(row.iter().map(|x| x.to_bits()));
@@ -500,13 +528,14 @@ mod tests {
     }
 
     /// Softmax over all positions at once, in f64, over the rounded keys and values.
-    fn plain(dtype: DType, (mask, cap): Look, position: usize, head: usize, column: usize) -> f64 {
+    fn plain(dtype: DType, (mask, cap, slopes): Look, position: usize, head: usize, column: usize) -> f64 {
         let kv = |p, c| f64::from(round_to(dtype, value(0, p, c)));
         let kv_head = head / (HEADS / KV_HEADS);
         let score = |p| -> f64 {
             let q = |i| f64::from(value(0, position, head * D + i));
             let s = (0..D).map(|i| q(i) * kv(p, (HEADS + kv_head) * D + i)).sum::<f64>() * 0.2;
-            cap.map_or(s, |c| f64::from(c) * (s / f64::from(c)).tanh())
+            let capped = cap.map_or(s, |c| f64::from(c) * (s / f64::from(c)).tanh());
+            capped + slopes.map_or(0.0, |of| f64::from(of.addend(of.of(HEADS, head), position, p)))
         };
         let Range { start: first, end } = mask.seen(position, LEN);
         let weights: Vec<f64> = (first..end).map(|p| score(p).exp()).collect();
@@ -517,11 +546,13 @@ mod tests {
     #[test]
     fn chunks_blocks_neighbours_and_instruction_sets_change_no_bit() {
         let looks = [
-            (AttentionMask::Causal, None),
-            (AttentionMask::Causal, Some(1.5)),
-            (AttentionMask::Window(19), None),
-            (AttentionMask::Window(1), None),
-            (AttentionMask::Full, Some(3.0)),
+            (AttentionMask::Causal, None, None),
+            (AttentionMask::Causal, Some(1.5), None),
+            (AttentionMask::Causal, None, Some(Slopes { rounded: None })),
+            (AttentionMask::Causal, None, Some(Slopes { rounded: Some(0.3) })),
+            (AttentionMask::Window(19), None, None),
+            (AttentionMask::Window(1), None, None),
+            (AttentionMask::Full, Some(3.0), None),
         ];
         let cases = DType::ALL.into_iter().flat_map(|d| looks.map(|l| (d, l)));
         for ((dtype, look), isa) in cases.flat_map(|c| Isa::available().into_iter().map(move |i| (c, i))) {

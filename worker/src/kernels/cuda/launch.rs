@@ -358,7 +358,7 @@ passed! {
     /// `Cache` of `rows.cu`.
     RawCache { keys: Ptr, values: Ptr }
     /// `Heads` of `rows.cu`.
-    Heads { heads: i32, kv_heads: i32, pairs: i32, each: i32, query: RawNorm, key: RawNorm, period: i32, beta: f32 }
+    Heads { heads: i32, kv_heads: i32, pairs: i32, each: i32, query: RawNorm, key: RawNorm, period: i32, beta: f32, clip: f32 }
     /// `Routing` of `moe.cu`.
     Routing {
         correction: Ptr, experts: i32, active: i32, normalize: i32, scale: f32, groups: i32, kept: i32,
@@ -384,5 +384,6 @@ passed! {
         row_first: Ptr, row_start: Ptr, row_count: Ptr, rows: Ptr, count: i32,
         heads: i32, kv_heads: i32, scale: f32, softcap: f32, window: i32, splits: i32, partial: Ptr,
         bias: Ptr, distant: Ptr, rows_of: Ptr, first_distant: i32, reach: i32,
+        sloped: i32, rounded: f32,
     }
 }

@@ -23,7 +23,7 @@ use crate::kernels::{
         packed::{Elements, PackedMatrix},
         quant,
     },
-    ops::{Act, GROUP, held_format},
+    ops::{Act, BUCKETS, Distances, GROUP, Slopes, bucket, held_format},
 };
 
 /// Builds the emulator and loads its libraries into this process, in place of NVIDIA's.
@@ -525,12 +525,41 @@ struct Case<'a> {
     /// As the kernels have it.
     window: i32,
     rows: &'a [Row],
+    added: Added,
+}
+
+/// How the distance of query and key enters their score.
+#[derive(Debug, Clone, Copy)]
+enum Added {
+    Nothing,
+    Slopes(Slopes),
+    /// `(BUCKETS, heads)` of [`bias`].
+    Buckets,
+    /// Queries, keys and values of [`distant`].
+    Distances(Distances),
+}
+
+fn bias(heads: usize) -> Vec<f32> {
+    noise(80, BUCKETS * heads)
+}
+
+/// Rows of queries, keys and values of all heads.
+fn distant(case: Case<'_>, distances: Distances) -> Vec<f32> {
+    rounded(case.element, &noise(90, 2 * distances.span * (case.heads + 2 * case.kv_heads) * case.d))
 }
 
 /// Attention by two loops, in f64.
 fn plain_attention(case: Case<'_>, q: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>]) -> Vec<f32> {
-    let Case { d, heads, kv_heads, softcap, window, rows, .. } = case;
+    let Case { d, heads, kv_heads, softcap, window, rows, added, .. } = case;
     let scale = 1.0 / (d as f32).sqrt();
+    let (bias, distant) = (
+        bias(heads),
+        match added {
+            Added::Distances(distances) => distant(case, distances),
+            _ => Vec::new(),
+        },
+    );
+    let dot = |a: &[f32], b: &[f32]| -> f32 { a.iter().zip(b).map(|(a, b)| a * b).sum() };
     let mut out = Vec::new();
     let mut token = 0;
     for (r, (start, count)) in rows.iter().enumerate() {
@@ -546,9 +575,20 @@ fn plain_attention(case: Case<'_>, q: &[f32], keys: &[Vec<f32>], values: &[Vec<f
                 let at = |p: usize| (p * kv_heads + kv) * d;
                 let scores: Vec<f64> = (from..to)
                     .map(|p| {
-                        let dot: f32 = q.iter().zip(&keys[r][at(p)..]).map(|(a, b)| a * b).sum();
-                        let s = dot * scale;
-                        f64::from(if softcap > 0.0 { softcap * (s / softcap).tanh() } else { s }).exp()
+                        let key = &keys[r][at(p)..][..d];
+                        let mut product = dot(q, key);
+                        if let Added::Distances(distances) = added {
+                            let row = &distant[distances.row(position, p) * (heads + 2 * kv_heads) * d..];
+                            product += dot(q, &row[(heads + kv) * d..]) + dot(key, &row[head * d..]);
+                        }
+                        let s = product * scale;
+                        let s = if softcap > 0.0 { softcap * (s / softcap).tanh() } else { s };
+                        let addend = match added {
+                            Added::Slopes(slopes) => slopes.addend(slopes.of(heads, head), position, p),
+                            Added::Buckets => bias[bucket(position, p) * heads + head],
+                            Added::Nothing | Added::Distances(_) => 0.0,
+                        };
+                        f64::from(s + addend).exp()
                     })
                     .collect();
                 let total: f64 = scores.iter().sum();
@@ -582,14 +622,46 @@ fn attention_is_that_of_two_loops_for_every_kernel() {
                 -1 => &[(0, 33), (0, 1), (0, 90)],
                 _ => &[(0, 1), (63, 1), (200, 1), (0, 70), (45, 21), (64, 5)],
             };
-            check_attention(&mut b, &kernels, Case { element, d, heads, kv_heads, softcap, window, rows });
+            let added = Added::Nothing;
+            check_attention(
+                &mut b,
+                &kernels,
+                Case { element, d, heads, kv_heads, softcap, window, rows, added },
+            );
+            b.held.clear();
+        }
+    }
+}
+
+#[test]
+fn what_distances_add_to_scores_is_added_by_two_loops_too() {
+    let mut b = Bench::new();
+    let distances = |span, farthest| Added::Distances(Distances { span, farthest, norm: None });
+    for (element, d) in [(DType::F32, 19), (DType::BF16, 64)] {
+        let kernels = b.gpu.kernels(element, d).unwrap();
+        for (heads, kv_heads, added) in [
+            // A power of two, and not.
+            (4, 4, Added::Slopes(Slopes { rounded: None })),
+            (6, 2, Added::Slopes(Slopes { rounded: None })),
+            (6, 1, Added::Slopes(Slopes { rounded: Some(0.4) })),
+            (4, 4, Added::Buckets),
+            (3, 3, distances(8, Some(40))),
+            // Farther than there are vectors for.
+            (4, 2, distances(20, None)),
+        ] {
+            let (window, rows): (_, &[Row]) = match added {
+                Added::Slopes(_) => (0, &[(0, 1), (300, 1), (0, 35), (45, 21)]),
+                _ => (-1, &[(0, 33), (0, 1), (0, 70)]),
+            };
+            let case = Case { element, d, heads, kv_heads, softcap: 0.0, window, rows, added };
+            check_attention(&mut b, &kernels, case);
             b.held.clear();
         }
     }
 }
 
 fn check_attention(b: &mut Bench, kernels: &Kernels, case: Case<'_>) {
-    let Case { element, d, heads, kv_heads, softcap, window, rows } = case;
+    let Case { element, d, heads, kv_heads, softcap, window, rows, added } = case;
     let tokens: usize = rows.iter().map(|r| r.1).sum();
     let q = rounded(element, &noise(1, tokens * heads * d));
     let length = |r: usize| rows[r].0 + rows[r].1;
@@ -653,6 +725,27 @@ fn check_attention(b: &mut Bench, kernels: &Kernels, case: Case<'_>) {
         _ => RawCache { keys: b.floats(element, &k_store), values: b.floats(element, &v_store) },
     };
     let partial = b.floats(DType::F32, &vec![f32::NAN; tokens * heads * 5 * (d + 2)]);
+    let plain = match added {
+        Added::Nothing => Attend::default(),
+        Added::Slopes(slopes) => {
+            Attend { sloped: 1, rounded: slopes.rounded.unwrap_or(0.0), ..Attend::default() }
+        }
+        Added::Buckets => Attend { bias: b.floats(DType::F32, &bias(heads)), ..Attend::default() },
+        Added::Distances(distances) => {
+            let longest = (0..rows.len()).map(length).max().unwrap_or(1);
+            // As an engine makes them: from the vector for the farthest key behind on.
+            let first = distances.row(0, longest - 1);
+            let rows_of: Vec<u32> =
+                (0..2 * longest).map(|query| distances.row(query, longest) as u32).collect();
+            Attend {
+                distant: b.floats(element, &distant(case, distances)[first * width..]),
+                rows_of: b.words(&rows_of),
+                first_distant: first as i32,
+                reach: longest as i32,
+                ..Attend::default()
+            }
+        }
+    };
     let call = Attend {
         qkv: b.floats(element, &qkv),
         out: b.floats(element, &vec![f32::NAN; tokens * heads * d]),
@@ -670,9 +763,9 @@ fn check_attention(b: &mut Bench, kernels: &Kernels, case: Case<'_>) {
         window,
         splits: 1,
         partial,
-        ..Attend::default()
+        ..plain
     };
-    let what = format!("{element}, {heads} heads of {d}, {kv_heads} for keys, window {window}");
+    let what = format!("{element}, {heads} heads of {d}, {kv_heads} for keys, window {window}, {added:?}");
     let clear = vec![f32::NAN; tokens * heads * d];
     let combine = |b: &Bench, call: Attend| {
         let blocks = (call.count * call.heads) as u32;
@@ -687,6 +780,9 @@ fn check_attention(b: &mut Bench, kernels: &Kernels, case: Case<'_>) {
         }
         let got = b.read(element, call.out, tokens * heads * d);
         close(&got, &want, tolerance(element), &format!("plain, {what}, {splits} splits"));
+    }
+    if !matches!(added, Added::Nothing) {
+        return;
     }
     let Some(tiles) = kernels.tensor.as_ref().and_then(|tensor| tensor.attention.as_ref()) else {
         assert!(element == DType::F32 || !d.is_multiple_of(16), "{what}: no tensor cores");
@@ -737,7 +833,8 @@ fn attention_of_other_widths_is_that_of_two_loops() {
         let kernels = b.gpu.kernels(element, d).unwrap();
         for (softcap, window) in [(0.0, 0), (20.0, 7)] {
             let rows: &[Row] = &[(0, 1), (70, 1), (0, 35), (45, 5)];
-            let case = Case { element, d, heads: 4, kv_heads: 2, softcap, window, rows };
+            let case =
+                Case { element, d, heads: 4, kv_heads: 2, softcap, window, rows, added: Added::Nothing };
             check_attention(&mut b, &kernels, case);
             b.held.clear();
         }

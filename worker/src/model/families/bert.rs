@@ -155,10 +155,6 @@ pub(super) fn describe_roberta(config: &Config) -> Result<Description, ModelErro
 }
 
 pub(super) fn describe_electra(config: &Config) -> Result<Description, ModelError> {
-    let width = config.integer("hidden_size", 1..=1 << 20)?.unwrap_or(256);
-    if config.integer("embedding_size", 1..=1 << 20)?.unwrap_or(128) != width {
-        return Err(config.error("embedding_size", format!("hidden_size ({width})")).into());
-    }
     let discriminates = |names: Vec<String>| names.iter().any(|name| name.ends_with("ForPreTraining"));
     if config.strings("architectures")?.is_some_and(discriminates) {
         let expected =
@@ -184,7 +180,12 @@ pub(super) fn describe_electra(config: &Config) -> Result<Description, ModelErro
         ],
         mlm_act: Some(Act::Gelu),
     };
-    describe_as(config, dialect)
+    let mut description = describe_as(config, dialect)?;
+    let tower = &mut description.tower;
+    let columns = config.required("embedding_size", 1..=1 << 20)?;
+    tower.input.projected = Some(columns).filter(|columns| *columns != tower.width);
+    description.names.slots.push((Slot::InputProjection, Source::Rows("embeddings_project")));
+    Ok(description)
 }
 
 pub(super) fn describe_mpnet(config: &Config) -> Result<Description, ModelError> {
@@ -281,6 +282,7 @@ pub(super) fn describe_as(config: &Config, dialect: Dialect) -> Result<Descripti
             position: dialect.position,
             qk_norm: None,
             softcap: None,
+            clip: None,
         },
         ffn: Ffn::Plain(Mlp { inner: config.required(sizes.inner, 1..=1 << 22)?, act }),
     };
@@ -296,7 +298,7 @@ pub(super) fn describe_as(config: &Config, dialect: Dialect) -> Result<Descripti
             width,
             vocab: config.required("vocab_size", 1..=1 << 24)?,
             context: rows - first_position,
-            input: Input { scale: 1.0, positions: Some(learned), segments, norm: Some(norm) },
+            input: Input { positions: Some(learned), segments, norm: Some(norm), ..Input::TOKENS },
             ropes: Vec::new(),
             caches: false,
             whole_input: true,

@@ -1,23 +1,19 @@
 //! Falcon (transformers' `modeling_falcon.py`): layer norms, plain feed-forward blocks beside attention, queries, keys and
 //! values in one tensor. The 7B has one head of keys; the 40B and 180B have several, and a norm for each block; the RW ones
-//! compute one block after the other.
+//! compute one block after the other, and have ALiBi, as transformers adds it by default (its eager attention does so twice).
 
 use super::Description;
 use crate::model::{
     ModelError,
     architecture::{
-        Act, Attention, AttentionMask, Ffn, Flow, Head, Input, Layer, Mlp, Names, Norm, Position, Slot,
-        Source, Tower,
+        Act, Attention, AttentionMask, Ffn, Flow, Head, Input, Layer, Mlp, Names, Norm, Position, Slopes,
+        Slot, Source, Tower,
     },
     config::Config,
     rope,
 };
 
 pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
-    if config.flag("alibi", false)? {
-        let expected = "false: of Falcons, those that turn queries and keys are served, not those with ALiBi";
-        return Err(config.error("alibi", expected).into());
-    }
     let width = config.required("hidden_size", 1..=1 << 20)?;
     let heads = config.required("num_attention_heads", 1..=1 << 14)?;
     let head_dim = super::head_dim(config, "hidden_size", width, heads)?;
@@ -42,18 +38,22 @@ pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
         (true, false) => Flow::ParallelOne(norm),
         (false, _) => Flow::Pre(norm),
     };
+    let scale = (head_dim as f64).powf(-0.5) as f32;
+    let sloped = config.flag("alibi", false)?;
+    let slopes = Slopes { rounded: Some(scale) };
     let layer = Layer {
         flow,
         attention: Attention {
             heads,
             kv_heads,
             head_dim,
-            scale: (head_dim as f64).powf(-0.5) as f32,
+            scale,
             shares: None,
             mask: AttentionMask::Causal,
-            position: Position::Rope(0),
+            position: if sloped { Position::Slopes(slopes) } else { Position::Rope(0) },
             qk_norm: None,
             softcap: None,
+            clip: None,
         },
         ffn: Ffn::Plain(Mlp {
             inner: config.integer("ffn_hidden_size", 1..=1 << 22)?.unwrap_or(4 * width),
@@ -67,7 +67,10 @@ pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
             vocab: config.required("vocab_size", 1..=1 << 24)?,
             context,
             input: Input::TOKENS,
-            ropes: vec![rope::resolve(config, head_dim, context, rope::DEFAULTS)?],
+            ropes: match sloped {
+                true => Vec::new(),
+                false => vec![rope::resolve(config, head_dim, context, rope::DEFAULTS)?],
+            },
             caches: true,
             whole_input: false,
             carried: Vec::new(),

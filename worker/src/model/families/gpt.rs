@@ -128,7 +128,7 @@ pub(super) fn describe_neox(config: &Config) -> Result<Description, ModelError> 
     })
 }
 
-fn attention(heads: usize, head_dim: usize, scale: f32, position: Position) -> Attention {
+pub(super) fn attention(heads: usize, head_dim: usize, scale: f32, position: Position) -> Attention {
     Attention {
         heads,
         kv_heads: heads,
@@ -139,5 +139,6 @@ fn attention(heads: usize, head_dim: usize, scale: f32, position: Position) -> A
         position,
         qk_norm: None,
         softcap: None,
+        clip: None,
     }
 }

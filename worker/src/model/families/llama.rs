@@ -70,6 +70,7 @@ pub(super) fn plain(config: &Config) -> Result<Description, ModelError> {
             position: Position::Rope(0),
             qk_norm: None,
             softcap: None,
+            clip: None,
         },
         ffn: Ffn::Gated(Mlp { inner: config.required("intermediate_size", 1..=1 << 22)?, act }),
     };

@@ -1,6 +1,7 @@
 //! One file per model family: `config.json` and tensor names mapped onto the shared blocks.
 
 mod bert;
+mod bloom;
 mod cohere;
 mod deberta;
 mod defaults;
@@ -14,6 +15,7 @@ mod hunyuan;
 mod llama;
 mod mistral;
 mod modernbert;
+mod mpt;
 mod nemotron;
 mod olmo;
 mod phi;
@@ -64,6 +66,7 @@ const fn any(name: &'static str, describe: Describe) -> Family {
 /// Every family, by name.
 const FAMILIES: &[Family] = &[
     word_piece("bert", bert::describe),
+    bpe("bloom", bloom::describe),
     bpe("camembert", bert::describe_roberta),
     bpe("cohere", cohere::describe),
     bpe("cohere2", cohere::describe_2),
@@ -93,7 +96,9 @@ const FAMILIES: &[Family] = &[
     any("modernbert", modernbert::describe),
     bpe("nemotron", nemotron::describe),
     any("mpnet", bert::describe_mpnet),
+    bpe("mpt", mpt::describe),
     any("nomic_bert", rotary_encoders::describe_nomic),
+    bpe("olmo", olmo::describe),
     bpe("olmo2", olmo::describe_2),
     bpe("olmo3", olmo::describe_3),
     bpe("olmoe", olmo::describe_moe),

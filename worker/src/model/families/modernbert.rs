@@ -52,6 +52,7 @@ pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
             position: Position::Rope(usize::from(slides)),
             qk_norm: None,
             softcap: None,
+            clip: None,
         },
         ffn: Ffn::Gated(Mlp { inner, act }),
     };

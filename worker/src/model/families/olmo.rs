@@ -1,5 +1,6 @@
-//! OLMo 2, OLMo 3 and OLMoE (transformers' `modeling_olmo2.py`, `modeling_olmo3.py`, `modeling_olmoe.py`): Llama with norms
-//! of all heads of queries together, and of keys. OLMo 2 and 3 norm what blocks yield instead of what they take; OLMo 3
+//! OLMo, OLMo 2, OLMo 3 and OLMoE (transformers' `modeling_olmo.py`, `modeling_olmo2.py`, `modeling_olmo3.py`,
+//! `modeling_olmoe.py`): Llama, whose norms have no factors in OLMo; later ones have norms of all heads of queries together, and
+//! of keys. OLMo 2 and 3 norm what blocks yield instead of what they take; OLMo 3
 //! has windows on three layers of four; OLMoE has experts.
 
 use super::{Description, llama, qwen};
@@ -13,6 +14,19 @@ use crate::model::{
 /// What transformers assumes where the file is silent.
 const DEFAULT_WINDOW: usize = 4096;
 const DEFAULT_THETA: f64 = 500_000.0;
+
+pub(super) fn describe(config: &Config) -> Result<Description, ModelError> {
+    let mut description = llama::describe(config)?;
+    let norm = Norm::Layer(1e-5);
+    description.tower.norm = Some(norm);
+    for layer in &mut description.tower.layers {
+        layer.flow = Flow::Pre(norm);
+    }
+    clip(&mut description, config)?;
+    let norms = [Slot::AttentionNorm, Slot::FfnNorm, Slot::FinalNorm];
+    super::rename(&mut description.names, &[], &norms.map(|slot| (slot, Source::Ones)));
+    Ok(description)
+}
 
 pub(super) fn describe_2(config: &Config) -> Result<Description, ModelError> {
     let mut description = plain(config)?;
@@ -41,11 +55,9 @@ pub(super) fn describe_3(config: &Config) -> Result<Description, ModelError> {
 }
 
 pub(super) fn describe_moe(config: &Config) -> Result<Description, ModelError> {
-    if config.get("clip_qkv").is_some() {
-        return Err(config.error("clip_qkv", "null: queries, keys and values are not clipped").into());
-    }
     let mut description = llama::describe(config)?;
     norm_all(&mut description, config)?;
+    clip(&mut description, config)?;
     let field = if config.get("num_experts").is_some() { "num_experts" } else { "num_local_experts" };
     let experts = config.integer(field, 1..=1 << 14)?.unwrap_or(64);
     let active = config.integer("num_experts_per_tok", 1..=experts)?.unwrap_or(8.min(experts));
@@ -55,6 +67,13 @@ pub(super) fn describe_moe(config: &Config) -> Result<Description, ModelError> {
     }
     description.names.slots.extend(qwen::EXPERTS);
     Ok(description)
+}
+
+/// Bounds on queries, keys and values.
+fn clip(description: &mut Description, config: &Config) -> Result<(), ModelError> {
+    let most = config.positive("clip_qkv")?.map(|most| most as f32);
+    description.tower.layers.iter_mut().for_each(|layer| layer.attention.clip = most);
+    Ok(())
 }
 
 /// OLMo 2 without its rotary frequencies.

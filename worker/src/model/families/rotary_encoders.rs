@@ -161,6 +161,7 @@ fn describe(config: &Config, dialect: Dialect) -> Result<Description, ModelError
             position: Position::Rope(0),
             qk_norm: None,
             softcap: None,
+            clip: None,
         },
         ffn: if dialect.gated { Ffn::Gated(mlp) } else { Ffn::Plain(mlp) },
     };
@@ -187,7 +188,7 @@ fn describe(config: &Config, dialect: Dialect) -> Result<Description, ModelError
             width,
             vocab: config.required("vocab_size", 1..=1 << 24)?,
             context,
-            input: Input { scale: 1.0, positions: None, segments, norm: Some(norm) },
+            input: Input { segments, norm: Some(norm), ..Input::TOKENS },
             ropes: vec![rope::resolve(config, head_dim, context, theta)?],
             layers: vec![layer; config.required("num_hidden_layers", 1..=10_000)?],
             caches: false,

@@ -9,7 +9,7 @@ fn refused(file: &str, change: impl Fn(&mut Value)) -> String {
     refused_of("bert-sentences-f32", file, change)
 }
 
-fn refused_of(name: &str, file: &str, change: impl Fn(&mut Value)) -> String {
+pub(super) fn refused_of(name: &str, file: &str, change: impl Fn(&mut Value)) -> String {
     let dir = directory(&models().join(name));
     let path = dir.path().join(file);
     let mut value: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();

@@ -37,6 +37,10 @@ struct Attend {
     const T* distant;
     const u32* rows_of;
     int first_distant, reach;
+    // Whether scores fall with the distance, as `Slopes` of ops.rs; and the factor on what is rounded, or 0 if nothing is. Only
+    // `attention_plain` does it.
+    int sloped;
+    float rounded;
 };
 
 // The bucket of two positions, as `bucket` of ops.rs.
@@ -45,6 +49,26 @@ __device__ __forceinline__ int bucket_of(int query, int key) {
     bucket += (distance >= 12) + (distance >= 16) + (distance >= 23) + (distance >= 32) + (distance >= 46) + (distance >= 64) +
               (distance >= 91);
     return key > query ? bucket + 16 : bucket;
+}
+
+// The nearest bf16 of a number that is finite.
+__device__ __forceinline__ float to_bf16(float x) {
+    u32 bits = __float_as_uint(x);
+    return __uint_as_float((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000);
+}
+
+// The slope of a head, as `Slopes::of` of ops.rs.
+__device__ __forceinline__ float slope_of(const Attend& a, int head) {
+    int power = 1 << (31 - __clz(a.heads)), behind = head - power;
+    float share = behind < 0 ? (head + 1) / (float)power : (2 * behind + 1) / (float)(2 * power);
+    float slope = exp2f(-8.0f * share);
+    return a.rounded > 0.0f ? to_bf16(slope) : slope;
+}
+
+// What is added to the score of a key, as `Slopes::addend` of ops.rs.
+__device__ __forceinline__ float addend_of(const Attend& a, float slope, int query, int key) {
+    if (a.rounded > 0.0f) return a.rounded * to_bf16(slope * to_bf16((float)key));
+    return slope * (float)(key - query);
 }
 
 #define PARTIAL (HEAD_DIM + 2)
@@ -103,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_plain(Attend a) {
     float q[EACH], sum[EACH] = {};
 #pragma unroll
     for (int e = 0; e < EACH; e++) q[e] = e * WARP + lane < HEAD_DIM ? widen(query[e * WARP + lane]) : 0.0f;
-    float most = NEG_INF, total = 0.0f;
+    float most = NEG_INF, total = 0.0f, slope = a.sloped ? slope_of(a, head) : 0.0f;
     for (int position = from + warp; position < to; position += WARPS) {
         const T* key = cached(a, row, kv_head, position, false);
         const T* value = cached(a, row, kv_head, position, true);
@@ -124,6 +148,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_plain(Attend a) {
         }
         float score = score_of(a, warp_sum(dot));
         if (a.bias) score += a.bias[bucket_of(a.places.positions[token], position) * a.heads + head] * LOG2_E;
+        if (a.sloped) score += addend_of(a, slope, a.places.positions[token], position) * LOG2_E;
         float larger = fmaxf(most, score);
         float keep = rescale(most, larger), weight = power_of_two(score - larger);
         most = larger;

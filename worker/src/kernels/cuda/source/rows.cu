@@ -233,6 +233,8 @@ struct Heads {
     // Queries at position p are multiplied by 1 + beta ln(1 + floor(p / period)), if there is a period.
     int period;
     float beta;
+    // Queries, keys and values are cut off at this on both sides once they are normed; 0 for no bound.
+    float clip;
 };
 
 // Norms of queries (blockIdx.y 0) and of keys, each of all heads together, in place.
@@ -314,6 +316,10 @@ extern "C" __global__ void rope_store(T* qkv, Heads h, const float* angles, Plac
             if (i < HEAD_DIM)
                 x[i] = narrowed((held[e] - mean) * factor * norm.weight[own + i] + (norm.bias ? norm.bias[own + i] : 0.0f));
         }
+        __syncwarp();
+    }
+    if (h.clip > 0.0f) {
+        for (int i = lane; i < HEAD_DIM; i += WARP) x[i] = narrowed(fminf(fmaxf(widen(x[i]), -h.clip), h.clip));
         __syncwarp();
     }
 #pragma unroll
