@@ -168,9 +168,6 @@ pub struct WorkerArgs {
     /// may fail [default: never]
     #[arg(long, env = "STRATA_VERIFY_EVERY", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
     pub verify_every: Option<u64>,
-    /// Names of tensors that may be in the files though the model has no use for them, with * for any text; again for others
-    #[arg(long, env = "STRATA_IGNORE_TENSORS", value_name = "GLOB", value_delimiter = ',')]
-    pub ignore_tensors: Vec<String>,
     /// Seconds that its coordinator may take to plan without this worker, after SIGTERM
     #[arg(long, env = "STRATA_GRACE", default_value_t = 30)]
     pub grace: u64,
