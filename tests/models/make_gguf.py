@@ -19,10 +19,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 Q = gguf.GGMLQuantizationType
 # Model, architecture, format of matrices.
 FILES = {
-    "llama-bias-f32": ("llama", Q.F32),
-    "llama-linear-bf16": ("llama", Q.BF16),
     "llama3-rope-f16": ("llama", Q.F16),
-    "mixtral-groups-bf16": ("llama", Q.BF16),
+    "mixtral-bf16": ("llama", Q.BF16),
     "qwen3-norms-bf16": ("qwen3", Q.BF16),
     "qwen3-moe-groups-f16": ("qwen3moe", Q.Q8_0),
     "qwen2-moe-f32": ("qwen2moe", Q.F32),
@@ -30,7 +28,6 @@ FILES = {
     "gemma2-softcaps-f32": ("gemma2", Q.F32),
     "gemma3-local-bf16": ("gemma3", Q.BF16),
     "phi3-longrope-f32": ("phi3", Q.F32),
-    "granite-f32": ("granite", Q.F32),
     "granitemoe-bf16": ("granitemoe", Q.BF16),
     "olmo2-f32": ("olmo2", Q.F32),
     "olmo3-bf16": ("olmo2", Q.BF16),
@@ -46,9 +43,15 @@ FILES = {
     "nemotron-f32": ("nemotron", Q.F32),
     "stablelm-bias-bf16": ("stablelm", Q.BF16),
     "shakespeare": ("llama", Q.Q4_1),
+    "falcon-40b-f32": ("falcon", Q.F32),
+    "gpt2-old-bf16": ("gpt2", Q.BF16),
+    "neox-parallel-bf16": ("gptneox", Q.BF16),
+    "phi-parallel-f16": ("phi2", Q.F16),
+    "glm4-moe-f32": ("glm4moe", Q.F32),
+    "ministral3-f32": ("mistral3", Q.F32),
 }
 SUFFIXES = (".weight", ".bias")
-TURNED = {"llama", "granite", "granitemoe", "smollm3"}
+TURNED = {"llama", "granite", "granitemoe", "smollm3", "mistral3"}
 LESS_ONE = {"gemma2", "gemma3", "nemotron"}
 
 
@@ -59,7 +62,7 @@ def tensors(directory):
         data = path.read_bytes()
         length = int.from_bytes(data[:8], "little")
         for name, entry in json.loads(data[8:8 + length]).items():
-            if name == "__metadata__":
+            if name == "__metadata__" or entry["dtype"] not in kinds:
                 continue
             begin, end = (8 + length + offset for offset in entry["data_offsets"])
             values = np.frombuffer(data[begin:end], kinds[entry["dtype"]]).reshape(entry["shape"])
@@ -89,8 +92,8 @@ def write_metadata(writer, architecture, config):
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_vocab_size(c("vocab_size"))
-    norm = c("layer_norm_eps") or c("norm_epsilon") or c("norm_eps")
-    if norm and architecture in ("command-r", "cohere2", "starcoder2", "nemotron", "stablelm"):
+    norm = c("layer_norm_eps") or c("layer_norm_epsilon") or c("norm_epsilon") or c("norm_eps")
+    if norm and architecture in ("command-r", "cohere2", "starcoder2", "nemotron", "stablelm", "falcon", "gpt2", "gptneox", "phi2"):
         writer.add_layer_norm_eps(norm)
     else:
         writer.add_layer_norm_rms_eps(c("rms_norm_eps"))
@@ -148,9 +151,20 @@ def write_metadata(writer, architecture, config):
         ("residual_multiplier", writer.add_residual_scale), ("logits_scaling", writer.add_logit_scale),
         ("query_pre_attn_scalar", lambda width: writer.add_attention_scale(width ** -0.5)),
         ("logit_scale", writer.add_logit_scale), ("use_parallel_residual", writer.add_parallel_residual),
+        ("n_routed_experts", writer.add_expert_count), ("n_shared_experts", writer.add_expert_shared_count),
+        ("first_k_dense_replace", writer.add_leading_dense_block_count),
+        ("routed_scaling_factor", writer.add_expert_weights_scale),
+        ("n_group", lambda count: writer.add_uint32(f"{architecture}.expert_group_count", count)),
+        ("topk_group", lambda count: writer.add_uint32(f"{architecture}.expert_group_used_count", count)),
     ]:
         if c(field) is not None:
             add(c(field))
+    if architecture == "glm4moe":
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_weights_norm(c("norm_topk_prob"))
+    if architecture == "mistral3":
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+        writer.add_float32("mistral3.attention.temperature_scale", rope["llama_4_scaling_beta"])
     return extra
 
 
@@ -191,6 +205,16 @@ def parts(architecture, name, values, config):
         values = turned(values, kv_heads)
     if architecture in LESS_ONE and "norm" in name and name.endswith(".weight"):
         values = values + 1
+    name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+    if architecture == "gpt2":
+        name = name if name.startswith("transformer.") else f"transformer.{name}"
+        turns = any(part in name for part in (".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+        return [(name, values.T if turns else values)]
+    if "query_key_value" in name:
+        # Heads of keys, each with its queries, become all queries, then all keys, then all values.
+        groups = (config.get("num_kv_heads") or heads) if architecture == "falcon" else heads
+        each = values.reshape(groups, heads // groups + 2, -1, *values.shape[1:])
+        return [(name, np.concatenate([part.reshape(-1, *values.shape[1:]) for part in (each[:, :-2], each[:, -2], each[:, -1])]))]
     if "input_linear" in name:
         gate, up = np.split(values, 2, axis=1)
         layer = name.split(".")[2]
@@ -228,6 +252,11 @@ def write(model, target, tokenizer=write_tokenizer):
     architecture, kind = FILES[model]
     directory = HERE / model
     config = json.loads((directory / "config.json").read_text())
+    if config["model_type"] == "gpt2":
+        config |= {"hidden_size": config["n_embd"], "intermediate_size": config["n_inner"], "num_attention_heads": config["n_head"],
+                   "num_hidden_layers": config["n_layer"], "max_position_embeddings": config["n_positions"]}
+    if config["model_type"] == "falcon":
+        config |= {"intermediate_size": 4 * config["hidden_size"], "num_key_value_heads": config["num_kv_heads"]}
     if config["model_type"] == "gemma3":
         config = config["text_config"]
     writer = gguf.GGUFWriter(target, architecture)
@@ -292,6 +321,7 @@ def main():
     for model in given:
         write(model, out / f"{model}.gguf")
         print(model, (out / f"{model}.gguf").stat().st_size)
+    FILES["llama-linear-bf16"] = ("llama", Q.BF16)
     write("llama-linear-bf16", out / "sentence-piece.gguf", write_sentence_piece)
     (out / "blocks.json").write_text(json.dumps(blocks(), indent=1) + "\n")
 

@@ -1,5 +1,6 @@
 //! GGUF files: a model in one, or in parts, with its configuration and tokenizer as metadata.
 
+mod architectures;
 pub(crate) mod blocks;
 mod config;
 mod header;
@@ -122,15 +123,17 @@ impl Gguf {
                 return Err(WeightsError::file(file, format!("more than {MAX_TENSORS} tensors")));
             }
         }
-        let architecture = config::architecture(&metadata)?;
+        let architecture = architectures::architecture(&metadata)?;
         let dense = tensors
             .keys()
             .filter_map(|name| name.strip_prefix("blk.")?.strip_suffix(".ffn_gate.weight")?.parse().ok());
-        let said = config::Tensors {
+        let said = architectures::Tensors {
             dense: dense.collect(),
             vocabulary: tensors.get("token_embd.weight").and_then(|t| t.shape.first().copied()).unwrap_or(0),
             head: tensors.contains_key("output.weight"),
             norms_queries: tensors.contains_key("blk.0.attn_q_norm.weight"),
+            norms_attention: tensors.contains_key("blk.0.attn_norm_2.weight"),
+            inner: tensors.get("blk.0.ffn_up.weight").and_then(|t| t.shape.first().copied()),
             slowed: factors(&parts, &tensors, "rope_freqs.weight")?,
             short_and_long: match [
                 factors(&parts, &tensors, "rope_factors_short.weight")?,
@@ -157,7 +160,7 @@ pub(crate) fn fuzz(header: &[u8], length: u64) -> Result<(), WeightsError> {
         assert!(info.offset >= read && info.offset + info.bytes <= length, "a tensor outside the file");
     }
     let metadata = Metadata::new("file", metadata)?;
-    config::config(&metadata, &config::Tensors::default(), tokenizer::ends(&metadata)?)?;
+    config::config(&metadata, &architectures::Tensors::default(), tokenizer::ends(&metadata)?)?;
     tokenizer::files(&metadata)?;
     Ok(())
 }
