@@ -10,10 +10,12 @@ import json
 import math
 import pathlib
 import sys
+import tempfile
 
 import gguf
 import numpy as np
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 HERE = pathlib.Path(__file__).resolve().parent
 Q = gguf.GGMLQuantizationType
@@ -21,15 +23,12 @@ Q = gguf.GGMLQuantizationType
 FILES = {
     "llama3-rope-f16": ("llama", Q.F16),
     "mixtral-bf16": ("llama", Q.BF16),
-    "qwen3-norms-bf16": ("qwen3", Q.BF16),
     "qwen3-moe-groups-f16": ("qwen3moe", Q.Q8_0),
     "qwen2-moe-f32": ("qwen2moe", Q.F32),
     "gemma2-groups-bf16": ("gemma2", Q.Q4_0),
-    "gemma2-softcaps-f32": ("gemma2", Q.F32),
     "gemma3-local-bf16": ("gemma3", Q.BF16),
     "phi3-longrope-f32": ("phi3", Q.F32),
     "granitemoe-bf16": ("granitemoe", Q.BF16),
-    "olmo2-f32": ("olmo2", Q.F32),
     "olmo3-bf16": ("olmo2", Q.BF16),
     "olmoe-bf16": ("olmoe", Q.BF16),
     "starcoder2-f32": ("starcoder2", Q.F32),
@@ -50,6 +49,8 @@ FILES = {
     "glm4-moe-f32": ("glm4moe", Q.F32),
     "ministral3-f32": ("mistral3", Q.F32),
 }
+# Encoders, all of them in f32.
+ENCODERS = {"bert-embed-f32": ("bert", "mean"), "nomic-bert-embed-f32": ("nomic-bert", "mean")}
 SUFFIXES = (".weight", ".bias")
 TURNED = {"llama", "granite", "granitemoe", "smollm3", "mistral3"}
 LESS_ONE = {"gemma2", "gemma3", "nemotron"}
@@ -248,6 +249,80 @@ def write_sentence_piece(writer, config, directory):
     (HERE / "gguf" / "sentence_piece.json").write_text(json.dumps(expected, indent=1, ensure_ascii=False) + "\n")
 
 
+RULES = "FB01\t66 69\nFF21\t41\n301\t\n"
+
+
+def write_unigram(writer, config, directory):
+    """Unigram of SentencePiece, as XLM-RoBERTa and T5 have it, with a table of characters; what it makes of TEXTS."""
+    text = (HERE.parent / "bench" / "sonnets.txt").read_text().splitlines()
+    model = io.BytesIO()
+    with tempfile.NamedTemporaryFile("w", suffix=".tsv") as rules:
+        rules.write(RULES)
+        rules.flush()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text), model_writer=model, vocab_size=320, model_type="unigram", hard_vocab_limit=False,
+            normalization_rule_tsv=rules.name, remove_extra_whitespaces=True, character_coverage=0.98, minloglevel=2)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    ids = range(pieces.get_piece_size())
+    kinds = [2 if pieces.is_unknown(i) else 3 if pieces.is_control(i) else 1 for i in ids]
+    writer.add_tokenizer_model("t5")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([pieces.id_to_piece(i) for i in ids])
+    writer.add_token_scores([pieces.get_score(i) for i in ids])
+    writer.add_token_types(kinds)
+    writer.add_add_space_prefix(True)
+    writer.add_remove_extra_whitespaces(True)
+    writer.add_precompiled_charsmap(proto.normalizer_spec.precompiled_charsmap)
+    writer.add_bos_token_id(pieces.bos_id())
+    writer.add_eos_token_id(pieces.eos_id())
+    writer.add_unk_token_id(pieces.unk_id())
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(True)
+    texts = TEXTS + ["  many   spaces ", "\ufb01rst \uff21 e\u0301"]
+    expected = [{"text": text, "ids": [pieces.bos_id()] + pieces.encode(text) + [pieces.eos_id()]} for text in texts]
+    (HERE / "gguf" / "unigram.json").write_text(json.dumps(expected, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_word_piece(writer, config, directory):
+    """As llama.cpp's conversion marks it: what begins a word, and not what goes on."""
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    special = {token["content"] for token in tokenizer["added_tokens"]}
+    vocabulary = sorted(tokenizer["model"]["vocab"].items(), key=lambda item: item[1])
+    marked = [text if text in special else text[2:] if text.startswith("##") else "\u2581" + text for text, _ in vocabulary]
+    ids = {text: i for text, i in vocabulary}
+    writer.add_tokenizer_model("bert")
+    writer.add_token_list(marked)
+    writer.add_token_types([3 if text in special else 1 for text, _ in vocabulary])
+    writer.add_token_type_count(config["type_vocab_size"])
+    for text, add in [("[CLS]", writer.add_bos_token_id), ("[SEP]", writer.add_eos_token_id), ("[SEP]", writer.add_sep_token_id),
+                      ("[UNK]", writer.add_unk_token_id), ("[PAD]", writer.add_pad_token_id), ("[MASK]", writer.add_mask_token_id)]:
+        add(ids[text])
+
+
+def write_encoder(model, target):
+    architecture, pooling = ENCODERS[model]
+    directory = HERE / model
+    config = json.loads((directory / "config.json").read_text())
+    writer = gguf.GGUFWriter(target, architecture)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_layer_norm_eps(config["layer_norm_eps"])
+    writer.add_causal_attention(False)
+    writer.add_pooling_type(gguf.PoolingType[pooling.upper()])
+    if "rope_parameters" in config:
+        writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    write_word_piece(writer, config, directory)
+    names = gguf.get_tensor_name_map({n: a for a, n in gguf.MODEL_ARCH_NAMES.items()}[architecture], config["num_hidden_layers"])
+    for name, values in tensors(directory):
+        if "pooler" not in name and "position_ids" not in name:
+            writer.add_tensor(names.get_name(name.removeprefix("bert."), try_suffixes=SUFFIXES), values)
+    finish(writer)
+
+
 def write(model, target, tokenizer=write_tokenizer):
     architecture, kind = FILES[model]
     directory = HERE / model
@@ -290,6 +365,10 @@ def write(model, target, tokenizer=write_tokenizer):
             writer.add_tensor(new, gguf.quants.quantize(values, own), raw_dtype=own)
     for name, values in extra.items():
         writer.add_tensor(name, values)
+    finish(writer)
+
+
+def finish(writer):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -317,12 +396,13 @@ def blocks():
 def main():
     out = HERE / "gguf"
     out.mkdir(exist_ok=True)
-    given = sys.argv[1:] or list(FILES)
+    given = sys.argv[1:] or [*FILES, *ENCODERS]
     for model in given:
-        write(model, out / f"{model}.gguf")
+        (write_encoder if model in ENCODERS else write)(model, out / f"{model}.gguf")
         print(model, (out / f"{model}.gguf").stat().st_size)
     FILES["llama-linear-bf16"] = ("llama", Q.BF16)
     write("llama-linear-bf16", out / "sentence-piece.gguf", write_sentence_piece)
+    write("llama-linear-bf16", out / "unigram.gguf", write_unigram)
     (out / "blocks.json").write_text(json.dumps(blocks(), indent=1) + "\n")
 
 

@@ -14,6 +14,8 @@ use crate::weights::{Checkpoint, gguf::Gguf};
 const SLOTS: &[(Slot, Source)] = &[
     (Slot::Embedding, Source::Rows("token_embd")),
     (Slot::Positions, Source::Rows("position_embd")),
+    (Slot::Segments, Source::Rows("token_types")),
+    (Slot::InputNorm, Source::Rows("token_embd_norm")),
     (Slot::Qkv, Source::Rows("blk.{}.attn_qkv")),
     (Slot::Value, Source::Rows("blk.{}.attn_v")),
     (Slot::AttentionOut, Source::Rows("blk.{}.attn_output")),
@@ -32,6 +34,9 @@ const SLOTS: &[(Slot, Source)] = &[
     (Slot::Down, Source::Experts("blk.{}.ffn_down_exps.weight")),
     (Slot::Down, Source::Rows("blk.{}.ffn_down")),
     (Slot::FfnPostNorm, Source::Rows("blk.{}.post_ffw_norm")),
+    // Of encoders whose norms follow each block.
+    (Slot::AttentionNorm, Source::Rows("blk.{}.attn_output_norm")),
+    (Slot::FfnNorm, Source::Rows("blk.{}.layer_output_norm")),
     (Slot::FinalNorm, Source::Rows("output_norm")),
 ];
 
@@ -78,7 +83,11 @@ pub(super) fn names(names: &Names, gguf: &Gguf) -> Names {
     Names {
         bases: &[""],
         slots,
-        root: vec![(Slot::Head, Source::Rows("output"))],
+        root: vec![
+            (Slot::Head, Source::Rows("output")),
+            (Slot::HeadDense, Source::Rows("cls")),
+            (Slot::Head, Source::Rows("cls.output")),
+        ],
         tied: true,
         aliases: &[],
         ignore: if names.ignore.iter().any(|name| name.contains("{}")) { &AHEAD } else { &AHEAD[1..] },

@@ -63,7 +63,8 @@ const fn any(name: &'static str, describe: Describe) -> Family {
 
 /// Every family, by name.
 const FAMILIES: &[Family] = &[
-    word_piece("bert", bert::describe),
+    // In GGUF files, RoBERTas are called so too.
+    any("bert", bert::describe),
     bpe("camembert", bert::describe_roberta),
     bpe("cohere", cohere::describe),
     bpe("cohere2", cohere::describe_2),

@@ -42,6 +42,33 @@ fn as_llama_cpp_knows_it(directory: &Path) -> Option<tempfile::TempDir> {
     Some(copy)
 }
 
+#[test]
+fn an_encoders_gguf_file_answers_as_the_model_that_it_was_made_of() {
+    let mut checked = 0;
+    let all = super::encoders::encoders();
+    for (file, directory) in files() {
+        let Some((_, inputs)) = all.iter().find(|(dir, _)| dir.file_name() == directory.file_name()) else {
+            continue;
+        };
+        let (checkpoint, model) =
+            Model::open_dir(&file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+        // Of decoders that embed, the file may not say so.
+        if model.tower.caches {
+            continue;
+        }
+        let mut ours = Pipeline::of(&checkpoint, &model, &[], Way::new(DType::F32));
+        for input in inputs {
+            let got = super::encoders::encode(&mut ours, &[input]);
+            let want: Vec<f32> = input.values.concat().iter().map(|x| *x as f32).collect();
+            let off = distance(&got, &want);
+            println!("{}: {} ids, off by {off:.2e}", file.display(), input.ids.len());
+            assert!(off < 1e-4, "{}: {off}", file.display());
+            checked += 1;
+        }
+    }
+    assert!(checked > 0);
+}
+
 /// How far logits are from others, beside the largest of these.
 fn distance(a: &[f32], b: &[f32]) -> f32 {
     let largest = b.iter().fold(0.0f32, |most, x| most.max(x.abs()));

@@ -17,6 +17,12 @@ pub(super) struct Tensors {
     pub norms_queries: bool,
     /// Whether attention has a norm beside the one of the feed-forward block: Falcon's.
     pub norms_attention: bool,
+    /// Rows of the table of segments: BERT's.
+    pub segments: Option<usize>,
+    /// Classes that a head tells.
+    pub classes: Option<usize>,
+    /// Whether that head has a dense layer before.
+    pub dense_head: bool,
     /// Rows of the first feed-forward block's way up.
     pub inner: Option<usize>,
     /// By how much each pair of dimensions is slowed: Llama 3's, which the metadata do not describe.
@@ -70,6 +76,7 @@ const fn plain(name: &'static str, family: &'static str, fields: &'static [Field
 
 /// Every architecture that is read, by name.
 pub(super) const ARCHITECTURES: &[Architecture] = &[
+    Architecture { more: encodes, ..plain("bert", "bert", ENCODERS) },
     plain("chatglm", "glm", &[]),
     Architecture {
         more: |_, tensors, config| {
@@ -230,6 +237,7 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         },
         ..plain("mistral3", "mistral", &[])
     },
+    Architecture { more: encodes, ..plain("nomic-bert", "nomic_bert", ENCODERS) },
     plain("nemotron", "nemotron", &[("norm_eps", "attention.layer_norm_epsilon")]),
     Architecture {
         more: |metadata, _, config| {
@@ -309,6 +317,37 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         ..plain("starcoder2", "starcoder2", &[("norm_epsilon", "attention.layer_norm_epsilon")])
     },
 ];
+
+const ENCODERS: &[Field] = &[("layer_norm_eps", "attention.layer_norm_epsilon")];
+
+/// What an encoder is for: to tell classes, or to embed. RoBERTas are BERTs whose rows of positions before the first one are left
+/// out.
+fn encodes(
+    metadata: &Metadata,
+    tensors: &Tensors,
+    config: &mut Map<String, Value>,
+) -> Result<(), WeightsError> {
+    config.insert("type_vocab_size".into(), tensors.segments.unwrap_or(1).into());
+    let kind = if tensors.classes.is_some() { "ForSequenceClassification" } else { "Model" };
+    config.insert("architectures".into(), json!([kind]));
+    if let Some(classes) = tensors.classes {
+        if !tensors.dense_head {
+            let lost = "expected a file that embeds, as llama.cpp's conversion loses the pooler from which BERT tells classes: take \
+                        the model in safetensors";
+            return Err(metadata.wrong("general.architecture", lost));
+        }
+        let names = metadata.texts(&format!("{}.classifier.output_labels", metadata.architecture))?;
+        let names = names.filter(|names| names.len() == classes);
+        let name = |class: usize| names.map_or(format!("LABEL_{class}"), |names| names[class].clone());
+        let labels: Map<_, _> =
+            (0..classes.min(MAX_CLASSES)).map(|class| (class.to_string(), name(class).into())).collect();
+        config.insert("id2label".into(), labels.into());
+    }
+    Ok(())
+}
+
+/// Most classes that are named.
+const MAX_CLASSES: usize = 1 << 16;
 
 const GRANITE: &[Field] = &[
     ("embedding_multiplier", "embedding_scale"),

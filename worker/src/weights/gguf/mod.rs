@@ -5,10 +5,13 @@ pub(crate) mod blocks;
 mod config;
 mod header;
 mod metadata;
+mod pooling;
 mod splitting;
 #[cfg(test)]
 mod tests;
 mod tokenizer;
+mod tokens;
+mod vocabulary;
 
 use std::{collections::BTreeMap, fs, fs::File, os::unix::fs::FileExt, path::Path};
 
@@ -134,6 +137,9 @@ impl Gguf {
             norms_queries: tensors.contains_key("blk.0.attn_q_norm.weight"),
             norms_attention: tensors.contains_key("blk.0.attn_norm_2.weight"),
             inner: tensors.get("blk.0.ffn_up.weight").and_then(|t| t.shape.first().copied()),
+            segments: tensors.get("token_types.weight").and_then(|t| t.shape.first().copied()),
+            classes: tensors.get("cls.output.weight").and_then(|t| t.shape.first().copied()),
+            dense_head: tensors.contains_key("cls.weight"),
             slowed: factors(&parts, &tensors, "rope_freqs.weight")?,
             short_and_long: match [
                 factors(&parts, &tensors, "rope_factors_short.weight")?,
@@ -145,6 +151,7 @@ impl Gguf {
         };
         let config = config::config(&metadata, &said, tokenizer::ends(&metadata)?)?;
         let mut files = tokenizer::files(&metadata)?;
+        files.extend(pooling::files(&metadata, &said)?);
         files.insert("config.json".into(), config.to_string().into_bytes());
         Ok(Gguf { parts, tensors, blocks, turned: architecture.turned, files })
     }
