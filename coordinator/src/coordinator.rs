@@ -508,7 +508,7 @@ async fn gather(
             Err(_) => {}
         }
         // Those that are there may do.
-        let found = discover(&members.answering(), &deployment).await;
+        let found = discover(&members.answering(), deployment).await;
         if let Ok(found) = found
             && found.plan(deployment).is_ok()
         {

@@ -47,7 +47,7 @@ impl Coordinator {
         deployment: &Deployment,
         observer: &Observer,
     ) -> (Result<(), AdminError>, bool) {
-        let found = match discover(&self.members().answering(), &deployment).await {
+        let found = match discover(&self.members().answering(), deployment).await {
             Ok(found) => found,
             Err(error) => return (Err(error.into()), true),
         };
