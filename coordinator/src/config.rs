@@ -69,6 +69,7 @@ impl CoordinatorConfig {
         CoordinatorConfig {
             deployment: Deployment {
                 model: model.into(),
+                ignore_tensors: Vec::new(),
                 weights: None,
                 split: Split::Auto,
                 dtype: None,
@@ -100,6 +101,8 @@ impl CoordinatorConfig {
 pub struct Deployment {
     /// Model name.
     pub model: String,
+    /// Patterns of names of tensors that it may have without a use: `*` stands for any text, `?` for a character.
+    pub ignore_tensors: Vec<String>,
     /// Digest that its weights must have, in hexadecimal; `None` is that of what is loaded first.
     pub weights: Option<String>,
     /// How layers are split.

@@ -396,7 +396,7 @@ impl Coordinator {
         self.show(State::Starting, "asking the workers for the model");
         let found = match found {
             Some(found) => found,
-            None => discover(&self.members().answering(), &deployment.model).await?,
+            None => discover(&self.members().answering(), &deployment).await?,
         };
         self.show(State::Starting, "planning, and checking the tokenizer");
         let ready = self.ready(found, &deployment, observer).await?;
@@ -527,7 +527,7 @@ async fn gather(
             Err(_) => {}
         }
         // Those that are there may do.
-        let found = discover(&members.answering(), &deployment.model).await;
+        let found = discover(&members.answering(), deployment).await;
         if let Ok(found) = found
             && found.plan(deployment).is_ok()
         {
@@ -578,7 +578,7 @@ pub async fn discover_members(
     let waiting = |joined, expected| observer(Notice::Waiting(joined, expected));
     match gather(config, &config.deployment, &members, ENOUGH_AFTER, waiting).await? {
         Some(found) => Ok(found),
-        None => Ok(discover(&members.answering(), &config.deployment.model).await?),
+        None => Ok(discover(&members.answering(), &config.deployment).await?),
     }
 }
 

@@ -67,7 +67,6 @@ pub fn here(
             step_hook: None,
             directories: directories.clone(),
             verify_every: None,
-            ignore_tensors: args.ignore_tensors.clone(),
         })?;
         workers.push((format!("worker-{index}"), Arc::new(worker)));
     }
@@ -87,6 +86,7 @@ pub fn coordinator_config(
     CoordinatorConfig {
         deployment: Deployment {
             model,
+            ignore_tensors: args.ignore_tensors.clone(),
             weights: None,
             split: args.split.clone().unwrap_or(split),
             dtype: args.dtype.0,

@@ -158,7 +158,6 @@ pub async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         step_hook: None,
         directories,
         verify_every: args.verify_every.map(Duration::from_secs),
-        ignore_tensors: args.ignore_tensors,
     })?;
     let worker = Arc::new(worker);
     if let Some(admin) = admin {

@@ -20,7 +20,7 @@ use tokio::{
 };
 
 use crate::{
-    args::{AnswerArgs, HereArgs, RunArgs},
+    args::{AnswerArgs, RunArgs},
     loading::Loading,
     local, model_dir, prompt, report,
 };
@@ -29,7 +29,7 @@ const HELP: &str = "/exit or Ctrl-D ends, /clear forgets what was said, Ctrl-C s
 
 /// `strata run`
 pub async fn run(args: RunArgs) -> anyhow::Result<()> {
-    must_generate(&args.here)?;
+    must_generate(&args)?;
     let prompt = prompt::only(args.text.clone(), args.prompt.clone())?;
     args.answer.warn_of_idle_flags();
     let mut model = start(&args).await?;
@@ -40,9 +40,9 @@ pub async fn run(args: RunArgs) -> anyhow::Result<()> {
 }
 
 /// What cannot answer should not be loaded first.
-fn must_generate(here: &HereArgs) -> anyhow::Result<()> {
+fn must_generate(RunArgs { here, deployment, .. }: &RunArgs) -> anyhow::Result<()> {
     let (name, directory) = model_dir::open(&here.model)?;
-    let task = strata_worker::model::describe_ignoring(&directory, &name, &here.ignore_tensors)?.task;
+    let task = strata_worker::model::describe_ignoring(&directory, &name, &deployment.ignore_tensors)?.task;
     let command = match task {
         Task::Generate | Task::Unspecified => return Ok(()),
         Task::Classify => "classify",

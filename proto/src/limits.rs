@@ -16,6 +16,27 @@ pub const MAX_HEADER_LIST: u32 = 64 << 10;
 /// Most bytes of all the small files that travel with a model, the tokenizer's above all.
 pub const MAX_MODEL_FILES: u64 = 256 << 20;
 
+/// Most patterns of names of tensors that a model may have without a use.
+pub const MAX_IGNORED: usize = 64;
+/// Longest of them, in bytes.
+pub const MAX_IGNORED_BYTES: usize = 256;
+
+/// Whether patterns of names of tensors are few and short enough.
+///
+/// # Errors
+/// How many, or how long a one, there are, and what is expected.
+pub fn check_ignored(patterns: &[String]) -> Result<(), String> {
+    if patterns.len() > MAX_IGNORED {
+        return Err(format!("ignore-tensors: {} patterns: expected {MAX_IGNORED} at most", patterns.len()));
+    }
+    match patterns.iter().map(String::len).find(|bytes| *bytes > MAX_IGNORED_BYTES) {
+        Some(bytes) => {
+            Err(format!("ignore-tensors: a pattern of {bytes} bytes: expected {MAX_IGNORED_BYTES} at most"))
+        }
+        None => Ok(()),
+    }
+}
+
 /// Bytes of the secret that names a link.
 pub const LINK_TOKEN_BYTES: usize = 32;
 

@@ -147,6 +147,7 @@ impl Default for Options {
 impl Options {
     pub fn deployment(&self) -> Deployment {
         Deployment {
+            ignore_tensors: Vec::new(),
             weights: None,
             model: name_of(&self.model),
             split: self.split.clone(),
@@ -178,7 +179,6 @@ impl Options {
                 step_hook: self.hook.clone(),
                 directories: Directories { spill: Some(std::env::temp_dir()), kernels: None },
                 verify_every: Some(Duration::from_secs(1)),
-                ignore_tensors: Vec::new(),
             });
             let worker: Arc<dyn Worker> = Arc::new(worker.unwrap());
             Member { name: format!("worker-{rank}"), worker, rank, host: "127.0.0.1".into() }

@@ -33,7 +33,7 @@ struct Driver {
 impl Driver {
     async fn start(options: &Options) -> Driver {
         let (members, deployment) = (options.members(), options.deployment());
-        let found = discover(&members, &deployment.model).await.unwrap();
+        let found = discover(&members, &deployment).await.unwrap();
         let plan = found.plan(&deployment).unwrap();
         let (sink, events) = mpsc::unbounded_channel();
         let sink = Arc::new(move |_, event| drop(sink.send(event)));

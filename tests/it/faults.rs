@@ -114,7 +114,7 @@ async fn workers_refuse_stale_fences_on_every_call() {
     let options = Options::default();
     let members = options.members();
     let worker = &members[0].worker;
-    let found = discover(&members, "shakespeare").await.unwrap();
+    let found = discover(&members, &options.deployment()).await.unwrap();
     let spec = v1::StageSpec {
         model: "shakespeare".into(),
         fingerprint: found.profile.fingerprint.clone(),
@@ -128,7 +128,7 @@ async fn workers_refuse_stale_fences_on_every_call() {
     };
     let fence = |term, incarnation| Some(Fence { term, pipeline: 0, incarnation });
     let open = || v1::Open { device: "cpu".into(), heartbeat_timeout_ms: 2000, ..v1::Open::default() };
-    let load = |fence| v1::LoadRequest { fence, spec: Some(spec.clone()), reread: false };
+    let load = |fence| v1::LoadRequest { fence, spec: Some(spec.clone()), ..v1::LoadRequest::default() };
     let mut progress = worker.load(load(fence(2, 5))).await.unwrap();
     while let Some(update) = progress.recv().await {
         update.unwrap();
@@ -159,7 +159,7 @@ async fn workers_refuse_stale_fences_on_every_call() {
         }
     }
     let none = worker
-        .load(v1::LoadRequest { fence: None, spec: Some(spec.clone()), reread: false })
+        .load(v1::LoadRequest { fence: None, spec: Some(spec.clone()), ..v1::LoadRequest::default() })
         .await
         .unwrap_err();
     assert_eq!(none.code(), Code::InvalidArgument);

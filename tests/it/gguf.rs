@@ -53,16 +53,46 @@ async fn a_file_is_served_in_the_bits_that_it_has_with_its_own_tokenizer_and_tem
     assert_eq!((plan.dtype, plan.quantization), (DType::F32, None));
 }
 
+/// Texts, and the tokens that sentencepiece makes of them.
+fn expected(file: &str) -> Vec<(String, Vec<u32>)> {
+    let json = std::fs::read(model("gguf").join(file)).unwrap();
+    let cases: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    let case = |case: &serde_json::Value| {
+        let ids = case["ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32);
+        (case["text"].as_str().unwrap().to_owned(), ids.collect())
+    };
+    cases.as_array().unwrap().iter().map(case).collect()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn texts_become_the_tokens_that_sentencepiece_makes_of_them() {
     let cluster = Cluster::start(&of("sentence-piece.gguf")).await;
-    let json = std::fs::read(model("gguf").join("sentence_piece.json")).unwrap();
-    let cases: serde_json::Value = serde_json::from_slice(&json).unwrap();
-    for case in cases.as_array().unwrap() {
-        let said = case["text"].as_str().unwrap();
-        let expected: Vec<u32> =
-            case["ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect();
-        assert_eq!(ids(&cluster, said).await, expected, "{said:?}");
+    for (said, expected) in expected("sentence_piece.json") {
+        assert_eq!(ids(&cluster, &said).await, expected, "{said:?}");
         assert_eq!(text(&cluster, &expected[1..]).await, said, "{said:?}");
+    }
+    // Of a Unigram with a table of characters, as T5 and XLM-RoBERTa have it.
+    let cluster = Cluster::start(&of("unigram.gguf")).await;
+    for (said, expected) in expected("unigram.json") {
+        assert_eq!(ids(&cluster, &said).await, expected, "{said:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_encoders_file_reads_texts_as_its_tokenizer_json_does() {
+    let file = Cluster::start(&of("bert-embed-f32.gguf")).await;
+    let directory = Options { model: model("bert-embed-f32"), dtype: None, ..Options::default() };
+    let original = Cluster::start(&directory).await;
+    for said in [
+        "",
+        "Shall I compare thee?",
+        "unbelievable, QUEEN-like",
+        "na\u{ef}ve \u{65e5}\u{672c}",
+        "[MASK] [SEP] x",
+        "\t a \n",
+    ] {
+        let theirs = ids(&original, said).await;
+        assert!(theirs.len() >= 2, "it is framed: {theirs:?}");
+        assert_eq!(ids(&file, said).await, theirs, "{said:?}");
     }
 }

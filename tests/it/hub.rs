@@ -117,6 +117,28 @@ fn is_large(name: &str) -> bool {
     [".safetensors", ".bin", ".onnx", ".gguf"].iter().any(|end| name.ends_with(end))
 }
 
+/// What the hub says of a file in the head of an answer: the commit, and the hash by which caches know it.
+fn facts(sibling: &Value) -> String {
+    let commit = format!("X-Repo-Commit: {COMMIT}\r\n");
+    match sibling["lfs"]["sha256"].as_str() {
+        Some(hash) => {
+            format!("{commit}X-Linked-ETag: \"{hash}\"\r\nX-Linked-Size: {}\r\n", sibling["size"])
+        }
+        None => format!("{commit}ETag: \"{}\"\r\n", sibling["blobId"].as_str().unwrap_or_default()),
+    }
+}
+
+/// A file in a listing of folders.
+fn entry(sibling: &Value) -> Value {
+    let mut entry = json!({
+        "type": "file", "path": sibling["rfilename"], "size": sibling["size"], "oid": sibling["blobId"],
+    });
+    if let Some(lfs) = sibling["lfs"].as_object() {
+        entry["lfs"] = json!({"oid": lfs["sha256"], "size": lfs["size"], "pointerSize": lfs["pointerSize"]});
+    }
+    entry
+}
+
 /// Answers the one request of a connection.
 fn answer(
     mut stream: TcpStream,
@@ -134,6 +156,7 @@ fn answer(
         }
         head.push(line.trim().to_owned());
     }
+    let asks_for_head = head.first().is_some_and(|line| line.starts_with("HEAD "));
     let path = head.first().and_then(|line| line.split(' ').nth(1)).unwrap_or_default().to_owned();
     let header = |name: &str| {
         let mut lines = head.iter().filter_map(|line| line.split_once(": "));
@@ -150,16 +173,18 @@ fn answer(
             "HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\n{more}\r\n",
             body.len()
         )?;
-        stream.write_all(body)
+        if asks_for_head { Ok(()) } else { stream.write_all(body) }
     };
-    let (refusal, file, cut) = {
+    let (refusal, file, cut, facts) = {
         let mut content = content.lock().unwrap();
         let name = path.strip_prefix(&format!("/some/one/resolve/{COMMIT}/")).or(path.strip_prefix("/lfs/"));
         let cut = name.filter(|_| elsewhere).and_then(|name| content.cut.remove(name));
+        let listed = name.and_then(|name| content.siblings.iter().find(|s| s["rfilename"] == name));
         (
             content.refusal,
             name.and_then(|name| Some((name.to_owned(), content.files.get(name)?.clone()))),
             cut,
+            listed.map(facts).unwrap_or_default(),
         )
     };
     if let Some((status, code)) = refusal {
@@ -169,7 +194,7 @@ fn answer(
     match file {
         Some((name, _)) if is_large(&name) && !elsewhere => {
             heard.lock().unwrap().push(request);
-            reply(&mut stream, "302 Found", &format!("Location: {large}/lfs/{name}\r\n"), b"")
+            reply(&mut stream, "302 Found", &format!("{facts}Location: {large}/lfs/{name}\r\n"), b"")
         }
         Some((_, bytes)) => {
             let end = cut.map_or(bytes.len(), |(end, _)| end);
@@ -178,12 +203,15 @@ fn answer(
             let status = if from > 0 { "206 Partial Content" } else { "200 OK" };
             let (last, all) = (bytes.len() - 1, bytes.len());
             let range = format!("Content-Range: bytes {from}-{last}/{all}\r\n");
-            let more = if from > 0 { range.as_str() } else { "" };
+            let more = format!("{facts}{}", if from > 0 { range.as_str() } else { "" });
             write!(
                 stream,
                 "HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\n{more}\r\n",
                 all - from
             )?;
+            if asks_for_head {
+                return Ok(());
+            }
             stream.write_all(&bytes[from..end])?;
             if cut.is_some_and(|(_, silent)| silent) {
                 // Until whoever asked is gone.
@@ -195,6 +223,13 @@ fn answer(
             heard.lock().unwrap().push(request);
             let siblings = content.lock().unwrap().siblings.clone();
             let body = json!({"id": "some/one", "sha": COMMIT, "siblings": siblings}).to_string();
+            reply(&mut stream, "200 OK", "Content-Type: application/json\r\n", body.as_bytes())
+        }
+        // As the hub's own client asks, and `strata pull` does not.
+        None if path.starts_with(&format!("/api/models/some/one/tree/{COMMIT}?")) => {
+            let siblings = content.lock().unwrap().siblings.clone();
+            let tree: Vec<Value> = siblings.iter().map(entry).collect();
+            let body = json!(tree).to_string();
             reply(&mut stream, "200 OK", "Content-Type: application/json\r\n", body.as_bytes())
         }
         None => reply(&mut stream, "404 Not Found", "X-Error-Code: RepoNotFound\r\n", b"no"),

@@ -79,8 +79,10 @@ async fn a_third_of_the_layers_costs_a_third_of_the_bytes_and_of_the_memory() {
 
     let process = Process::start(&["worker", "--models", models.path().to_str().unwrap()], "listening ");
     let (worker, _, _) = RemoteWorker::lazy(&process.address).unwrap();
-    let described =
-        worker.describe(v1::DescribeRequest { model: "large".into(), claim: None }).await.unwrap();
+    let described = worker
+        .describe(v1::DescribeRequest { model: "large".into(), ..v1::DescribeRequest::default() })
+        .await
+        .unwrap();
     let profile = ModelProfile::try_from(described.profile.unwrap()).unwrap();
     let idle = anonymous_bytes(process.id());
 
@@ -97,8 +99,10 @@ async fn a_third_of_the_layers_costs_a_third_of_the_bytes_and_of_the_memory() {
     };
     let load = async |spec: v1::StageSpec| {
         let fence = Some(Fence { term: 1, pipeline: 0, incarnation: 1 });
-        let mut progress =
-            worker.load(v1::LoadRequest { fence, spec: Some(spec), reread: false }).await.unwrap();
+        let mut progress = worker
+            .load(v1::LoadRequest { fence, spec: Some(spec), ..v1::LoadRequest::default() })
+            .await
+            .unwrap();
         let mut last = v1::LoadProgress::default();
         while let Some(update) = progress.recv().await {
             last = update.unwrap();
@@ -134,7 +138,7 @@ async fn a_model_that_fits_no_memory_is_brought_up_memory_mapped() {
         ..Options::default()
     };
     let deployment = options.deployment();
-    let mut found = discover(&options.members(), &deployment.model).await.unwrap();
+    let mut found = discover(&options.members(), &deployment).await.unwrap();
     let offer = &mut found.offers[0].device;
     assert_eq!(offer.spill_directory, std::env::temp_dir().display().to_string());
     (offer.budget_bytes, offer.spill_bytes) = (8 << 20, 1 << 30);

@@ -84,7 +84,7 @@ impl Driver {
     pub async fn start(options: &Options) -> Driver {
         let members = options.members();
         let deployment = options.deployment();
-        let found = discover(&members, &deployment.model).await.unwrap();
+        let found = discover(&members, &deployment).await.unwrap();
         let plan = found.plan(&deployment).unwrap();
         let (sink, events) = mpsc::unbounded_channel();
         let fence = Fence { term: 1, pipeline: 0, incarnation: 1 };

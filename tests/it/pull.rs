@@ -13,6 +13,7 @@ use serde_json::json;
 use crate::{
     cluster::{PATIENCE, model},
     door::strata,
+    foreign_client::{python, skip},
     hub::{COMMIT, Content, Hub},
     processes::{Process, free_dir},
 };
@@ -287,4 +288,49 @@ fn modules_of_sentence_transformers_and_files_of_gguf_come_too() {
     assert!(out.trim().ends_with("/exaone4-f32.gguf"), "{out}");
     let (code, _, said) = strata(&["check", out.trim()]);
     assert_eq!(code, 0, "{said}");
+}
+
+/// What the hub's own client says, in a cache.
+fn hub_client(python: &str, hub: &Hub, home: &Path, args: &[&str]) -> String {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/hub.py");
+    let mut client = Command::new(python);
+    client.arg(script).args(args).env("HF_HOME", home).env("HF_ENDPOINT", &hub.address);
+    for (name, value) in [("NO_PROXY", "127.0.0.1"), ("no_proxy", "127.0.0.1"), ("HF_HUB_DISABLE_XET", "1")] {
+        client.env(name, value);
+    }
+    let (code, out, said) = ended(client);
+    assert_eq!(code, 0, "{said}");
+    out
+}
+
+#[test]
+fn a_cache_is_shared_with_the_hubs_own_client() {
+    let python = python();
+    let has = Command::new(&python).args(["-c", "import huggingface_hub"]).output();
+    if !has.is_ok_and(|output| output.status.success()) {
+        return skip("pull needs huggingface-hub; pip install -r tests/clients/requirements.txt");
+    }
+    // It finds what was pulled.
+    let (hub, home) = (Hub::start(of("llama-bias-f32")), free_dir());
+    let (code, out, said) = ended(command(&hub.address, home.path(), &["some/one"]));
+    assert_eq!(code, 0, "{said}");
+    let found = hub_client(&python, &hub, home.path(), &["find", "some/one"]);
+    let found: serde_json::Value = serde_json::from_str(&found).unwrap();
+    assert_eq!(found["warnings"], json!([]), "{found}");
+    let files = names(Path::new(out.trim()));
+    assert_eq!(found["revisions"], json!([{"commit": COMMIT, "refs": ["main"], "files": files}]));
+    assert_eq!(
+        (&found["snapshot"], &found["config"]),
+        (&json!(out.trim()), &json!(format!("{}/config.json", out.trim())))
+    );
+
+    // What it downloads is served by its name, and is not downloaded again.
+    let (hub, home) = (Hub::start(of("llama-bias-f32")), free_dir());
+    let out = hub_client(&python, &hub, home.path(), &["download", "some/one"]);
+    let mut check = Command::new(env!("CARGO_BIN_EXE_strata"));
+    check.args(["check", "some/one"]).env("HF_HOME", home.path()).env_remove("HF_HUB_CACHE");
+    let (code, _, said) = ended(check);
+    assert_eq!(code, 0, "{said}");
+    let (code, pulled, said) = ended(command(&hub.address, home.path(), &["some/one"]));
+    assert_eq!((code, pulled.trim()), (0, out.trim()), "{said}");
 }

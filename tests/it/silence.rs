@@ -198,8 +198,8 @@ async fn a_worker_ends_the_run_of_a_coordinator_that_is_silent_and_of_no_other()
 
     let (remote, name, host) = RemoteWorker::lazy(&format!("http://{}", proxy.address)).unwrap();
     let member = Member { name, worker: Arc::new(remote), rank: 0, host };
-    let found = discover(&[member], "shakespeare").await.unwrap();
     let mut deployment = Options::default().deployment();
+    let found = discover(&[member], &deployment).await.unwrap();
     deployment.heartbeat_timeout = timeout;
     let plan = found.plan(&deployment).unwrap();
     let fence = Fence { term: 1, pipeline: 0, incarnation: 1 };

@@ -192,10 +192,33 @@ async fn tensors_without_a_use_are_named_and_left_out_on_demand() {
         assert!(refused.contains(says) && refused.contains("--ignore-tensors"), "{refused}");
         run(&[command, directory, "--ignore-tensors", "other.*,mtp.*"]).unwrap();
     }
-    let models = models.path().to_str().unwrap();
-    let worker = Process::start(&["worker", "--models", models, "--ignore-tensors", "mtp.*"], "listening ");
-    let coordinator = coordinator(&worker);
+    // Workers are told with the model.
+    let args = ["worker", "--models", models.path().to_str().unwrap()];
+    let workers = [0, 1].map(|_| Process::start(&args, "listening "));
+    let urls = workers.each_ref().map(|worker| worker.address.as_str()).join(",");
+    let args =
+        ["coordinator", "--worker", &urls, "--model", "shakespeare", "--dtype", "f32", "--split", "3,3"];
+    let refused = run(&args).unwrap_err();
+    assert!(refused.contains("mtp.norm.weight") && refused.contains("--ignore-tensors"), "{refused}");
+    let args = [&args[..], &["--port", "0", "--ignore-tensors", "mtp.*"]].concat();
+    let coordinator = Process::start(&args, "ready ");
+    let there = status(&coordinator.address).await;
+    assert!(workers.iter().all(|worker| serves(&there, &name(worker))), "{there:?}");
     answers_exactly(&coordinator.address).await;
+}
+
+#[test]
+fn patterns_of_names_have_a_bound() {
+    let given = |patterns: usize, bytes: usize| {
+        let pattern = vec!["*".repeat(bytes); patterns].join(",");
+        run(&["check", model("shakespeare").to_str().unwrap(), "--ignore-tensors", &pattern])
+    };
+    given(64, 256).unwrap();
+    for (patterns, bytes, says) in [(65, 1, "65 patterns: expected 64"), (1, 257, "257 bytes: expected 256")]
+    {
+        let refused = given(patterns, bytes).unwrap_err();
+        assert!(refused.contains(says), "{refused}");
+    }
 }
 
 /// A coordinator over one worker.

@@ -10,29 +10,25 @@ import json
 import math
 import pathlib
 import sys
+import tempfile
 
 import gguf
 import numpy as np
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 HERE = pathlib.Path(__file__).resolve().parent
 Q = gguf.GGMLQuantizationType
 # Model, architecture, format of matrices.
 FILES = {
-    "llama-bias-f32": ("llama", Q.F32),
-    "llama-linear-bf16": ("llama", Q.BF16),
     "llama3-rope-f16": ("llama", Q.F16),
-    "mixtral-groups-bf16": ("llama", Q.BF16),
-    "qwen3-norms-bf16": ("qwen3", Q.BF16),
+    "mixtral-bf16": ("llama", Q.BF16),
     "qwen3-moe-groups-f16": ("qwen3moe", Q.Q8_0),
     "qwen2-moe-f32": ("qwen2moe", Q.F32),
     "gemma2-groups-bf16": ("gemma2", Q.Q4_0),
-    "gemma2-softcaps-f32": ("gemma2", Q.F32),
     "gemma3-local-bf16": ("gemma3", Q.BF16),
     "phi3-longrope-f32": ("phi3", Q.F32),
-    "granite-f32": ("granite", Q.F32),
     "granitemoe-bf16": ("granitemoe", Q.BF16),
-    "olmo2-f32": ("olmo2", Q.F32),
     "olmo3-bf16": ("olmo2", Q.BF16),
     "olmoe-bf16": ("olmoe", Q.BF16),
     "starcoder2-f32": ("starcoder2", Q.F32),
@@ -46,9 +42,17 @@ FILES = {
     "nemotron-f32": ("nemotron", Q.F32),
     "stablelm-bias-bf16": ("stablelm", Q.BF16),
     "shakespeare": ("llama", Q.Q4_1),
+    "falcon-40b-f32": ("falcon", Q.F32),
+    "gpt2-old-bf16": ("gpt2", Q.BF16),
+    "neox-parallel-bf16": ("gptneox", Q.BF16),
+    "phi-parallel-f16": ("phi2", Q.F16),
+    "glm4-moe-f32": ("glm4moe", Q.F32),
+    "ministral3-f32": ("mistral3", Q.F32),
 }
+# Encoders, all of them in f32.
+ENCODERS = {"bert-embed-f32": ("bert", "mean"), "nomic-bert-embed-f32": ("nomic-bert", "mean")}
 SUFFIXES = (".weight", ".bias")
-TURNED = {"llama", "granite", "granitemoe", "smollm3"}
+TURNED = {"llama", "granite", "granitemoe", "smollm3", "mistral3"}
 LESS_ONE = {"gemma2", "gemma3", "nemotron"}
 
 
@@ -59,7 +63,7 @@ def tensors(directory):
         data = path.read_bytes()
         length = int.from_bytes(data[:8], "little")
         for name, entry in json.loads(data[8:8 + length]).items():
-            if name == "__metadata__":
+            if name == "__metadata__" or entry["dtype"] not in kinds:
                 continue
             begin, end = (8 + length + offset for offset in entry["data_offsets"])
             values = np.frombuffer(data[begin:end], kinds[entry["dtype"]]).reshape(entry["shape"])
@@ -89,8 +93,8 @@ def write_metadata(writer, architecture, config):
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_vocab_size(c("vocab_size"))
-    norm = c("layer_norm_eps") or c("norm_epsilon") or c("norm_eps")
-    if norm and architecture in ("command-r", "cohere2", "starcoder2", "nemotron", "stablelm"):
+    norm = c("layer_norm_eps") or c("layer_norm_epsilon") or c("norm_epsilon") or c("norm_eps")
+    if norm and architecture in ("command-r", "cohere2", "starcoder2", "nemotron", "stablelm", "falcon", "gpt2", "gptneox", "phi2"):
         writer.add_layer_norm_eps(norm)
     else:
         writer.add_layer_norm_rms_eps(c("rms_norm_eps"))
@@ -148,9 +152,20 @@ def write_metadata(writer, architecture, config):
         ("residual_multiplier", writer.add_residual_scale), ("logits_scaling", writer.add_logit_scale),
         ("query_pre_attn_scalar", lambda width: writer.add_attention_scale(width ** -0.5)),
         ("logit_scale", writer.add_logit_scale), ("use_parallel_residual", writer.add_parallel_residual),
+        ("n_routed_experts", writer.add_expert_count), ("n_shared_experts", writer.add_expert_shared_count),
+        ("first_k_dense_replace", writer.add_leading_dense_block_count),
+        ("routed_scaling_factor", writer.add_expert_weights_scale),
+        ("n_group", lambda count: writer.add_uint32(f"{architecture}.expert_group_count", count)),
+        ("topk_group", lambda count: writer.add_uint32(f"{architecture}.expert_group_used_count", count)),
     ]:
         if c(field) is not None:
             add(c(field))
+    if architecture == "glm4moe":
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_weights_norm(c("norm_topk_prob"))
+    if architecture == "mistral3":
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+        writer.add_float32("mistral3.attention.temperature_scale", rope["llama_4_scaling_beta"])
     return extra
 
 
@@ -191,6 +206,16 @@ def parts(architecture, name, values, config):
         values = turned(values, kv_heads)
     if architecture in LESS_ONE and "norm" in name and name.endswith(".weight"):
         values = values + 1
+    name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+    if architecture == "gpt2":
+        name = name if name.startswith("transformer.") else f"transformer.{name}"
+        turns = any(part in name for part in (".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+        return [(name, values.T if turns else values)]
+    if "query_key_value" in name:
+        # Heads of keys, each with its queries, become all queries, then all keys, then all values.
+        groups = (config.get("num_kv_heads") or heads) if architecture == "falcon" else heads
+        each = values.reshape(groups, heads // groups + 2, -1, *values.shape[1:])
+        return [(name, np.concatenate([part.reshape(-1, *values.shape[1:]) for part in (each[:, :-2], each[:, -2], each[:, -1])]))]
     if "input_linear" in name:
         gate, up = np.split(values, 2, axis=1)
         layer = name.split(".")[2]
@@ -224,10 +249,89 @@ def write_sentence_piece(writer, config, directory):
     (HERE / "gguf" / "sentence_piece.json").write_text(json.dumps(expected, indent=1, ensure_ascii=False) + "\n")
 
 
+RULES = "FB01\t66 69\nFF21\t41\n301\t\n"
+
+
+def write_unigram(writer, config, directory):
+    """Unigram of SentencePiece, as XLM-RoBERTa and T5 have it, with a table of characters; what it makes of TEXTS."""
+    text = (HERE.parent / "bench" / "sonnets.txt").read_text().splitlines()
+    model = io.BytesIO()
+    with tempfile.NamedTemporaryFile("w", suffix=".tsv") as rules:
+        rules.write(RULES)
+        rules.flush()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text), model_writer=model, vocab_size=320, model_type="unigram", hard_vocab_limit=False,
+            normalization_rule_tsv=rules.name, remove_extra_whitespaces=True, character_coverage=0.98, minloglevel=2)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    ids = range(pieces.get_piece_size())
+    kinds = [2 if pieces.is_unknown(i) else 3 if pieces.is_control(i) else 1 for i in ids]
+    writer.add_tokenizer_model("t5")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([pieces.id_to_piece(i) for i in ids])
+    writer.add_token_scores([pieces.get_score(i) for i in ids])
+    writer.add_token_types(kinds)
+    writer.add_add_space_prefix(True)
+    writer.add_remove_extra_whitespaces(True)
+    writer.add_precompiled_charsmap(proto.normalizer_spec.precompiled_charsmap)
+    writer.add_bos_token_id(pieces.bos_id())
+    writer.add_eos_token_id(pieces.eos_id())
+    writer.add_unk_token_id(pieces.unk_id())
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(True)
+    texts = TEXTS + ["  many   spaces ", "\ufb01rst \uff21 e\u0301"]
+    expected = [{"text": text, "ids": [pieces.bos_id()] + pieces.encode(text) + [pieces.eos_id()]} for text in texts]
+    (HERE / "gguf" / "unigram.json").write_text(json.dumps(expected, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_word_piece(writer, config, directory):
+    """As llama.cpp's conversion marks it: what begins a word, and not what goes on."""
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    special = {token["content"] for token in tokenizer["added_tokens"]}
+    vocabulary = sorted(tokenizer["model"]["vocab"].items(), key=lambda item: item[1])
+    marked = [text if text in special else text[2:] if text.startswith("##") else "\u2581" + text for text, _ in vocabulary]
+    ids = {text: i for text, i in vocabulary}
+    writer.add_tokenizer_model("bert")
+    writer.add_token_list(marked)
+    writer.add_token_types([3 if text in special else 1 for text, _ in vocabulary])
+    writer.add_token_type_count(config["type_vocab_size"])
+    for text, add in [("[CLS]", writer.add_bos_token_id), ("[SEP]", writer.add_eos_token_id), ("[SEP]", writer.add_sep_token_id),
+                      ("[UNK]", writer.add_unk_token_id), ("[PAD]", writer.add_pad_token_id), ("[MASK]", writer.add_mask_token_id)]:
+        add(ids[text])
+
+
+def write_encoder(model, target):
+    architecture, pooling = ENCODERS[model]
+    directory = HERE / model
+    config = json.loads((directory / "config.json").read_text())
+    writer = gguf.GGUFWriter(target, architecture)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_layer_norm_eps(config["layer_norm_eps"])
+    writer.add_causal_attention(False)
+    writer.add_pooling_type(gguf.PoolingType[pooling.upper()])
+    if "rope_parameters" in config:
+        writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    write_word_piece(writer, config, directory)
+    names = gguf.get_tensor_name_map({n: a for a, n in gguf.MODEL_ARCH_NAMES.items()}[architecture], config["num_hidden_layers"])
+    for name, values in tensors(directory):
+        if "pooler" not in name and "position_ids" not in name:
+            writer.add_tensor(names.get_name(name.removeprefix("bert."), try_suffixes=SUFFIXES), values)
+    finish(writer)
+
+
 def write(model, target, tokenizer=write_tokenizer):
     architecture, kind = FILES[model]
     directory = HERE / model
     config = json.loads((directory / "config.json").read_text())
+    if config["model_type"] == "gpt2":
+        config |= {"hidden_size": config["n_embd"], "intermediate_size": config["n_inner"], "num_attention_heads": config["n_head"],
+                   "num_hidden_layers": config["n_layer"], "max_position_embeddings": config["n_positions"]}
+    if config["model_type"] == "falcon":
+        config |= {"intermediate_size": 4 * config["hidden_size"], "num_key_value_heads": config["num_kv_heads"]}
     if config["model_type"] == "gemma3":
         config = config["text_config"]
     writer = gguf.GGUFWriter(target, architecture)
@@ -261,6 +365,10 @@ def write(model, target, tokenizer=write_tokenizer):
             writer.add_tensor(new, gguf.quants.quantize(values, own), raw_dtype=own)
     for name, values in extra.items():
         writer.add_tensor(name, values)
+    finish(writer)
+
+
+def finish(writer):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -288,11 +396,13 @@ def blocks():
 def main():
     out = HERE / "gguf"
     out.mkdir(exist_ok=True)
-    given = sys.argv[1:] or list(FILES)
+    given = sys.argv[1:] or [*FILES, *ENCODERS]
     for model in given:
-        write(model, out / f"{model}.gguf")
+        (write_encoder if model in ENCODERS else write)(model, out / f"{model}.gguf")
         print(model, (out / f"{model}.gguf").stat().st_size)
+    FILES["llama-linear-bf16"] = ("llama", Q.BF16)
     write("llama-linear-bf16", out / "sentence-piece.gguf", write_sentence_piece)
+    write("llama-linear-bf16", out / "unigram.gguf", write_unigram)
     (out / "blocks.json").write_text(json.dumps(blocks(), indent=1) + "\n")
 
 

@@ -2,7 +2,7 @@
 
 usage: python make_packed.py [OUT_DIR [NAME…]]   (needs requirements.txt and compressed-tensors 0.20; OUT_DIR defaults to this directory)
 
-packed.json holds matrices as GPTQModel, AutoAWQ, compressed-tensors and transformers' FP8 store them, and their values in f32.
+packed.json holds matrices as GPTQModel, AutoAWQ, compressed-tensors, transformers' FP8 and gpt-oss store them, and their values in f32.
 Codes are packed by compressed-tensors where it is its format, else by the loops here; all were compared with what auto-gptq 0.7.1
 packs, and autoawq 0.2.9 and compressed-tensors unpack. The directories hold small models: what expected.json says was computed by
 transformers from a copy whose weights are the same values in f32.
@@ -17,6 +17,7 @@ import torch
 from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import make_fixtures
 
@@ -143,6 +144,20 @@ def mxfp4(w):
     return stored, rounded * scales, compressed(weights, "mxfp4-pack-quantized")
 
 
+def mxfp4_blocks(w):
+    """Experts (experts, outputs, inputs) as gpt-oss has them; the values are those that transformers makes of the blocks."""
+    stored, _, _ = mxfp4(w.reshape(-1, w.shape[2]))
+    shape = (*w.shape[:2], w.shape[2] // 32)
+    return unpacked(stored[".weight_packed"].reshape(*shape, 16), stored[".weight_scale"].reshape(shape))
+
+
+def unpacked(blocks, scales):
+    # Turned around for gpt-oss, whose products have inputs first.
+    values = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).transpose(1, 2)
+    config = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.embed_tokens", "lm_head"]}
+    return {"_blocks": blocks, "_scales": scales}, values, config
+
+
 def fp8(w, block=(32, 32), exponents=False):
     scales, codes, each = blocks(w, block or tuple(w.shape))
     if exponents:
@@ -182,6 +197,10 @@ def cases():
     stored = {name: torch.stack([one[0][name].view(torch.uint8) for one in experts]).view(E4M3) if name == ".weight"
               else torch.stack([one[0][name] for one in experts]) for name in (".weight", ".weight_scale_inv")}
     yield "transformers' FP8, experts", (stored, torch.stack([one[1] for one in experts]), experts[0][2])
+    yield "gpt-oss' MXFP4", mxfp4_blocks(torch.randn(3, 10, 96) * 0.1)
+    # All but those scales by which the largest code is no f32 any more.
+    yield "gpt-oss' MXFP4, any bytes", unpacked(torch.randint(256, (2, 9, 14, 16), dtype=torch.uint8),
+                                                torch.arange(252, dtype=torch.uint8)[torch.randperm(252)].reshape(2, 9, 14))
 
 
 def as_hex(tensor):
@@ -214,10 +233,16 @@ FIXTURES = {
     "packed-fp8-bf16": (dict(GROUPS, model_type="qwen3_moe", num_key_value_heads=1, head_dim=32, num_experts=4,
                              num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True,
                              tie_word_embeddings=False), torch.bfloat16, fp8),
+    # Experts alone, all of a layer together, and a dense layer.
+    "packed-mxfp4-bf16": (dict(GROUPS, model_type="qwen3_moe", num_key_value_heads=2, head_dim=16, num_experts=5,
+                               num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True, num_hidden_layers=3,
+                               mlp_only_layers=[1], tie_word_embeddings=False), torch.bfloat16, mxfp4_blocks),
 }
 
 
-def is_quantized(name, tensor):
+def is_quantized(name, tensor, quantize):
+    if quantize is mxfp4_blocks:
+        return tensor.dim() == 3
     skipped = ("embed", "lm_head", "norm", "mlp.gate.weight")
     return tensor.dim() == 2 and "layers." in name and not any(part in name for part in skipped)
 
@@ -228,12 +253,13 @@ def make_model(name, path):
     path.mkdir(parents=True)
     make_fixtures.make_tokenizer(path)
     for seed in range(100):
-        make_fixtures.make_model(settings, seed).to(dtype).save_pretrained(path)
+        fused = quantize is mxfp4_blocks
+        make_fixtures.make_model(settings, seed).to(dtype).save_pretrained(path, save_original_format=not fused)
         stored, same = {}, {}
         for tensor, value in load_file(path / "model.safetensors").items():
             stored[tensor] = value
             same[tensor] = value.float()
-            if is_quantized(tensor, value):
+            if is_quantized(tensor, value, quantize):
                 torch.manual_seed(seed)
                 parts, same[tensor], config = quantize(value.float())
                 del stored[tensor]

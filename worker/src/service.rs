@@ -113,8 +113,6 @@ pub struct WorkerConfig {
     pub directories: Directories,
     /// How often the weights of running stages are compared with what was loaded; never, if nothing is said.
     pub verify_every: Option<Duration>,
-    /// Patterns of names of tensors that may be in files without a use: `*` stands for any text, `?` for a character.
-    pub ignore_tensors: Vec<String>,
 }
 
 impl WorkerConfig {
@@ -132,7 +130,6 @@ impl WorkerConfig {
             step_hook: None,
             directories: Directories::default(),
             verify_every: None,
-            ignore_tensors: Vec::new(),
         }
     }
 }
@@ -287,8 +284,9 @@ impl Worker for LocalWorker {
             None
         } else {
             let directory = self.config.models.resolve(&request.model)?;
-            let ignored = self.config.ignore_tensors.clone();
-            let describe = move || Ok(model::describe_ignoring(&directory, &request.model, &ignored)?);
+            strata_proto::limits::check_ignored(&request.ignore_tensors).map_err(WorkerError::BadMessage)?;
+            let v1::DescribeRequest { model, ignore_tensors, .. } = request;
+            let describe = move || Ok(model::describe_ignoring(&directory, &model, &ignore_tensors)?);
             Some(blocking(describe).await?)
         };
         let offers = self.offers()?;
@@ -315,8 +313,9 @@ impl Worker for LocalWorker {
         let spec = spec_of(request.spec)?;
         let (_, stage) = self.admit(request.fence, &spec.device)?;
         let directory = self.config.models.resolve(&spec.model)?;
-        let ignored = self.config.ignore_tensors.clone();
-        Ok(stage.load(Load { spec, directory, ignored, reread: request.reread }))
+        strata_proto::limits::check_ignored(&request.ignore_tensors).map_err(WorkerError::BadMessage)?;
+        let v1::LoadRequest { ignore_tensors, reread, .. } = request;
+        Ok(stage.load(Load { spec, directory, ignored: ignore_tensors, reread }))
     }
 
     async fn prepare(&self, request: v1::PrepareRequest) -> Result<v1::Prepared, Status> {

@@ -29,6 +29,8 @@ use crate::{
 pub struct Discovery {
     /// The model.
     pub profile: ModelProfile,
+    /// Patterns of names of tensors that it was described, and is loaded, without.
+    pub(crate) ignore_tensors: Vec<String>,
     /// Every device, in order of members.
     pub offers: Vec<Offer>,
     /// Members by name, with their hub.
@@ -60,8 +62,8 @@ impl Planned {
 ///
 /// # Errors
 /// If nobody is left, or as many have one version as have another.
-pub async fn discover(members: &[Member], model: &str) -> Result<Discovery, PipelineError> {
-    discover_enough(members, model, None, Duration::MAX, |_| false).await
+pub async fn discover(members: &[Member], deployment: &Deployment) -> Result<Discovery, PipelineError> {
+    discover_enough(members, deployment, None, Duration::MAX, |_| false).await
 }
 
 /// The same, but who has another version than the one that is `served` is left out, and who has not answered after
@@ -71,14 +73,20 @@ pub async fn discover(members: &[Member], model: &str) -> Result<Discovery, Pipe
 /// As above.
 pub(crate) async fn discover_enough(
     members: &[Member],
-    model: &str,
+    deployment: &Deployment,
     served: Option<&ModelProfile>,
     patience: Duration,
     enough: impl Fn(Discovery) -> bool,
 ) -> Result<Discovery, PipelineError> {
     let ask = |(index, member): (usize, &Member)| {
-        let (member, request) =
-            (member.clone(), v1::DescribeRequest { model: model.to_owned(), claim: None });
+        let (member, request) = (
+            member.clone(),
+            v1::DescribeRequest {
+                model: deployment.model.clone(),
+                claim: None,
+                ignore_tensors: deployment.ignore_tensors.clone(),
+            },
+        );
         async move {
             // Reading headers and sampling bytes of a large checkpoint takes its time.
             let described = member.worker.describe(request);
@@ -99,11 +107,11 @@ pub(crate) async fn discover_enough(
             },
             () = &mut hurry, if !hurried => hurried = true,
         }
-        if hurried && discovery(members, answers.clone(), model, served).is_ok_and(&enough) {
+        if hurried && discovery(members, answers.clone(), deployment, served).is_ok_and(&enough) {
             break;
         }
     }
-    discovery(members, answers, model, served)
+    discovery(members, answers, deployment, served)
 }
 
 type Answer = Result<v1::Described, PipelineError>;
@@ -112,7 +120,7 @@ type Answer = Result<v1::Described, PipelineError>;
 fn discovery(
     members: &[Member],
     answers: Vec<Option<Answer>>,
-    model: &str,
+    Deployment { model, ignore_tensors, .. }: &Deployment,
     served: Option<&ModelProfile>,
 ) -> Result<Discovery, PipelineError> {
     let mut left_out = BTreeMap::new();
@@ -175,6 +183,7 @@ fn discovery(
         };
         let found = found.get_or_insert_with(|| Discovery {
             profile,
+            ignore_tensors: ignore_tensors.clone(),
             offers: Vec::new(),
             members: HashMap::new(),
             resident: HashMap::new(),

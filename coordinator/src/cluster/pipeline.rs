@@ -228,6 +228,7 @@ struct Setup {
     member: Member,
     fence: Fence,
     spec: v1::StageSpec,
+    ignore_tensors: Vec<String>,
     plan: StagePlan,
 }
 
@@ -246,7 +247,8 @@ fn setups(found: &Discovery, plan: &Plan, replica: &Replica, fence: Fence) -> Ve
             quantization: Quantization::to_wire(plan.quantization),
             mapped: stage.mapped,
         };
-        Some(Setup { member: member.clone(), fence, spec, plan: stage.clone() })
+        let ignore_tensors = found.ignore_tensors.clone();
+        Some(Setup { member: member.clone(), fence, spec, ignore_tensors, plan: stage.clone() })
     };
     replica.stages.iter().enumerate().filter_map(setup).collect()
 }
@@ -316,6 +318,7 @@ impl Setup {
             fence: Some(self.fence),
             spec: Some(self.spec.clone()),
             reread: lock().has_refused(&self.member.name),
+            ignore_tensors: self.ignore_tensors.clone(),
         };
         let mut updates = self.member.worker.load(request).await.map_err(failed)?;
         let mut last = v1::LoadProgress::default();

@@ -8,7 +8,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use strata_proto::{DType, v1};
+use strata_proto::{DType, limits, v1};
 use tonic::async_trait;
 
 use crate::{
@@ -26,6 +26,9 @@ const DIGEST_DIGITS: usize = 64;
 pub struct DeploymentRecord {
     /// Name of the model.
     pub model: String,
+    /// Patterns of names of tensors that it may have without a use.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ignore_tensors: Vec<String>,
     /// Digest that its weights must have, as `strata verify` shows it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weights: Option<String>,
@@ -67,6 +70,7 @@ impl DeploymentRecord {
         if self.model.is_empty() {
             return Err("model: expected its name".into());
         }
+        limits::check_ignored(&self.ignore_tensors)?;
         let is_digest = |d: &String| d.len() == DIGEST_DIGITS && d.bytes().all(|b| b.is_ascii_hexdigit());
         if self.weights.as_ref().is_some_and(|digest| !is_digest(digest)) {
             return Err(format!(
@@ -105,6 +109,7 @@ impl DeploymentRecord {
         let split = self.split.as_deref().map(str::parse).transpose();
         Ok(Deployment {
             model: self.model.clone(),
+            ignore_tensors: self.ignore_tensors.clone(),
             weights: self.weights.as_ref().map(|digest| digest.to_ascii_lowercase()),
             split: split.map_err(|why: String| format!("split: {why}"))?.unwrap_or(Split::Auto),
             dtype: read::<DType>("dtype", self.dtype.as_ref(), "auto")?,
@@ -143,6 +148,7 @@ impl From<&Deployment> for DeploymentRecord {
         };
         DeploymentRecord {
             model: deployment.model.clone(),
+            ignore_tensors: deployment.ignore_tensors.clone(),
             weights: deployment.weights.clone(),
             split: Some(split),
             dtype: deployment.dtype.map(|dtype| dtype.name().to_owned()),
@@ -161,6 +167,7 @@ impl From<DeploymentRecord> for v1::Deployment {
     fn from(record: DeploymentRecord) -> Self {
         v1::Deployment {
             model: record.model,
+            ignore_tensors: record.ignore_tensors,
             weights: record.weights.unwrap_or_default(),
             split: record.split.unwrap_or_default(),
             dtype: record.dtype.unwrap_or_default(),
@@ -182,6 +189,7 @@ impl From<v1::Deployment> for DeploymentRecord {
         }
         DeploymentRecord {
             model: wire.model,
+            ignore_tensors: wire.ignore_tensors,
             weights: given(wire.weights),
             split: given(wire.split),
             dtype: given(wire.dtype),

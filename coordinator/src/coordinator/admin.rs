@@ -283,7 +283,7 @@ impl Coordinator {
     async fn compare(&self, deployment: &Deployment) -> Result<Comparison, AdminError> {
         let snapshot = self.watch().borrow().clone();
         let now = snapshot.plan.filter(|_| snapshot.up).ok_or(AdminError::NotServing(snapshot.down))?;
-        let found = discover(&self.members().answering(), &deployment.model).await?;
+        let found = discover(&self.members().answering(), deployment).await?;
         let (deployment, left_out) = (deployment.clone(), found.left_out.clone());
         let planned = blocking(move || found.plan(&deployment)).await.map_err(|_| ChangeError::Gone)?;
         let then = planned.map_err(|error| error.without(left_out))?;

@@ -47,7 +47,7 @@ impl Coordinator {
         deployment: &Deployment,
         observer: &Observer,
     ) -> (Result<(), AdminError>, bool) {
-        let found = match discover(&self.members().answering(), &deployment.model).await {
+        let found = match discover(&self.members().answering(), deployment).await {
             Ok(found) => found,
             Err(error) => return (Err(error.into()), true),
         };
@@ -120,7 +120,7 @@ impl Coordinator {
         self.shared.session.close();
         *self.shared.history.lock().unwrap_or_else(PoisonError::into_inner) = old_history;
         let again = async {
-            let found = discover(&self.members().answering(), &before.model).await?;
+            let found = discover(&self.members().answering(), &before).await?;
             let ready = self.ready(found, &before, observer).await?;
             self.serve(reign.term, ready, observer).await
         };

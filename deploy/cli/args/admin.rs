@@ -51,7 +51,7 @@ pub struct RebalanceArgs {
 #[derive(Debug, Args)]
 pub struct ApplyArgs {
     /// TOML file whose keys are flags of a deployment: model, weights (a digest), split, dtype, quantize, kv-tokens,
-    /// max-sequences, context, links, replicas, standbys; - is standard input
+    /// max-sequences, context, links, replicas, standbys, ignore-tensors (a list); - is standard input
     #[arg(env = "STRATA_FILE")]
     pub file: PathBuf,
     /// Only show what would change

@@ -20,6 +20,9 @@ pub struct DeploymentArgs {
     /// Turn weights into int8 or int4 when they are loaded, or none
     #[arg(long, env = "STRATA_QUANTIZE", default_value = "none", hide_default_value = true, value_parser = parse_quantization)]
     pub quantize: MaybeQuantized,
+    /// Names of tensors that may be in the files though the model has no use for them, with * for any text; again for others
+    #[arg(long, env = "STRATA_IGNORE_TENSORS", value_name = "GLOB", value_delimiter = ',')]
+    pub ignore_tensors: Vec<String>,
     /// Token positions the cache holds [default: 16 x the context, or what fits]
     #[arg(long, env = "STRATA_KV_TOKENS", value_parser = clap::value_parser!(u64).range(config::KV_TOKENS))]
     pub kv_tokens: Option<u64>,

@@ -136,9 +136,6 @@ pub struct HereArgs {
     /// Byte caps by device, of each worker: cpu=64GiB
     #[arg(long, env = "STRATA_MAX_MEMORY", value_delimiter = ',')]
     pub max_memory: Vec<DeviceSpec>,
-    /// Names of tensors that may be in the files though the model has no use for them, with * for any text; again for others
-    #[arg(long, env = "STRATA_IGNORE_TENSORS", value_name = "GLOB", value_delimiter = ',')]
-    pub ignore_tensors: Vec<String>,
     #[command(flatten)]
     pub compute: ComputeArgs,
     #[command(flatten)]

@@ -172,9 +172,6 @@ pub struct WorkerArgs {
     /// may fail [default: never]
     #[arg(long, env = "STRATA_VERIFY_EVERY", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
     pub verify_every: Option<u64>,
-    /// Names of tensors that may be in the files though the model has no use for them, with * for any text; again for others
-    #[arg(long, env = "STRATA_IGNORE_TENSORS", value_name = "GLOB", value_delimiter = ',')]
-    pub ignore_tensors: Vec<String>,
     /// HOST:PORT where operators are answered by HTTP (/metrics, /livez, /readyz, /startupz, /version, /status); port 0 picks a
     /// free one [default: off]
     #[arg(long, env = "STRATA_ADMIN", value_name = "HOST:PORT", value_parser = parse_admin)]

@@ -13,7 +13,9 @@ use crate::weights::{Checkpoint, gguf::Gguf};
 /// The tensors of every architecture; a slot that a model does not have is not looked for.
 const SLOTS: &[(Slot, Source)] = &[
     (Slot::Embedding, Source::Rows("token_embd")),
-    (Slot::AttentionNorm, Source::Rows("blk.{}.attn_norm")),
+    (Slot::Positions, Source::Rows("position_embd")),
+    (Slot::Segments, Source::Rows("token_types")),
+    (Slot::InputNorm, Source::Rows("token_embd_norm")),
     (Slot::Qkv, Source::Rows("blk.{}.attn_qkv")),
     (Slot::Value, Source::Rows("blk.{}.attn_v")),
     (Slot::AttentionOut, Source::Rows("blk.{}.attn_output")),
@@ -22,6 +24,7 @@ const SLOTS: &[(Slot, Source)] = &[
     // Of Seed-OSS, which has no norm on what attention yields.
     (Slot::FfnNorm, Source::Rows("blk.{}.post_attention_norm")),
     (Slot::Router, Source::Rows("blk.{}.ffn_gate_inp")),
+    (Slot::RouterCorrection, Source::Bare("blk.{}.exp_probs_b.bias")),
     (Slot::SharedRouter, Source::Rows("blk.{}.ffn_gate_inp_shexp")),
     (Slot::SharedGate, Source::Rows("blk.{}.ffn_gate_shexp")),
     (Slot::SharedUp, Source::Rows("blk.{}.ffn_up_shexp")),
@@ -31,6 +34,9 @@ const SLOTS: &[(Slot, Source)] = &[
     (Slot::Down, Source::Experts("blk.{}.ffn_down_exps.weight")),
     (Slot::Down, Source::Rows("blk.{}.ffn_down")),
     (Slot::FfnPostNorm, Source::Rows("blk.{}.post_ffw_norm")),
+    // Of encoders whose norms follow each block.
+    (Slot::AttentionNorm, Source::Rows("blk.{}.attn_output_norm")),
+    (Slot::FfnNorm, Source::Rows("blk.{}.layer_output_norm")),
     (Slot::FinalNorm, Source::Rows("output_norm")),
 ];
 
@@ -42,6 +48,11 @@ const TURNING: [(Slot, &str); 4] = [
     (Slot::KeyNorm, "blk.{}.attn_k_norm"),
 ];
 
+/// What is left: layers behind the last one, which guess tokens ahead, where the family has some; then what is read with the
+/// metadata.
+const AHEAD: [&str; 4] =
+    ["blk.{}.", "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"];
+
 /// Where the tensors of a model are that has `names` in Hugging Face layout. llama.cpp's conversion leaves nothing transposed,
 /// interleaved by heads, or less by one; what turns by even and odd rows does so here too.
 pub(super) fn names(names: &Names, gguf: &Gguf) -> Names {
@@ -52,6 +63,12 @@ pub(super) fn names(names: &Names, gguf: &Gguf) -> Names {
     for (slot, name) in TURNING {
         let turned = has(slot, |source| matches!(source, Source::EvenOdd(_))) || gguf.turned;
         slots.push((slot, if turned { Source::EvenOdd(name) } else { Source::Rows(name) }));
+    }
+    // Of Falcons with two norms, the feed-forward block's is the first.
+    let (first, second) = (Source::Rows("blk.{}.attn_norm"), Source::Rows("blk.{}.attn_norm_2"));
+    match gguf.tensors.contains_key("blk.0.attn_norm_2.weight") {
+        true => slots.extend([(Slot::AttentionNorm, second), (Slot::FfnNorm, first)]),
+        false => slots.push((Slot::AttentionNorm, first)),
     }
     // Where gate and up are fused, they are called up.
     match has(Slot::Gate, |source| !source.is_of_experts())
@@ -66,11 +83,14 @@ pub(super) fn names(names: &Names, gguf: &Gguf) -> Names {
     Names {
         bases: &[""],
         slots,
-        root: vec![(Slot::Head, Source::Rows("output"))],
+        root: vec![
+            (Slot::Head, Source::Rows("output")),
+            (Slot::HeadDense, Source::Rows("cls")),
+            (Slot::Head, Source::Rows("cls.output")),
+        ],
         tied: true,
         aliases: &[],
-        // Read with the metadata.
-        ignore: &["rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"],
+        ignore: if names.ignore.iter().any(|name| name.contains("{}")) { &AHEAD } else { &AHEAD[1..] },
     }
 }
 

@@ -109,6 +109,7 @@ fn discovered(worker: Arc<Obedient>, nccl: bool) -> Discovery {
     let member = Member { name: "w".into(), worker, rank: 0, host: "h".into() };
     let members = HashMap::from([("w".to_owned(), (member, "hub".to_owned()))]);
     Discovery {
+        ignore_tensors: Vec::new(),
         profile: profile(&[(100, 1); 6], 0, false),
         offers,
         members,
@@ -121,6 +122,7 @@ fn deployment(links: Option<LinkKind>) -> Deployment {
     Deployment {
         weights: None,
         model: "m".into(),
+        ignore_tensors: Vec::new(),
         split: Split::Counts(vec![2, 2, 2]),
         dtype: None,
         quantization: None,

@@ -144,8 +144,7 @@ impl Engine {
                             mine(&mut found);
                             planned(&found).is_ok()
                         };
-                        let asked =
-                            discover_enough(&members, &deployment.model, Some(&profile), PATIENCE, fits);
+                        let asked = discover_enough(&members, &deployment, Some(&profile), PATIENCE, fits);
                         let mut found = asked.await?;
                         mine(&mut found);
                         let plan = planned(&found).map_err(|e| e.without(found.left_out.clone()))?;

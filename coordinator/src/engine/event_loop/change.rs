@@ -137,8 +137,7 @@ impl Engine {
             };
             let prepared = async {
                 let enough = |found| plan(found).is_ok();
-                let found =
-                    discover_enough(&members, &deployment.model, Some(&profile), PATIENCE, enough).await?;
+                let found = discover_enough(&members, &deployment, Some(&profile), PATIENCE, enough).await?;
                 let target = plan(found)?;
                 let is_free = |stage: &StagePlan| {
                     let mut taken = theirs.iter().flat_map(|current| stages(&current.plan));

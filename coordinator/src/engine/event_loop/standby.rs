@@ -35,8 +35,7 @@ impl Engine {
             (self.plannable(), self.deployment.clone(), self.profile.clone());
         let (events, history) = (self.handle.clone(), self.history.clone());
         tokio::spawn(async move {
-            let found =
-                discover_enough(&members, &deployment.model, Some(&profile), PATIENCE, |_| true).await;
+            let found = discover_enough(&members, &deployment, Some(&profile), PATIENCE, |_| true).await;
             let (mut standing, mut failed) = (Vec::new(), Vec::new());
             match found {
                 Ok(mut found) => {

@@ -64,7 +64,7 @@ impl Cluster for ClusterService {
         let offers = imagined(devices).map_err(|e| status(&e))?;
         let place = self.previews.clone().try_acquire_owned().map_err(|_| status(&Unpreviewed::Busy))?;
         let members = self.coordinator.members().answering();
-        let found = tokio::time::timeout(PREVIEW_TIMEOUT, discover(&members, &deployment.model)).await;
+        let found = tokio::time::timeout(PREVIEW_TIMEOUT, discover(&members, &deployment)).await;
         let found = found.map_err(|_| status(&Unpreviewed::Silent))?.map_err(|e| status(&e))?;
         let planned = tokio::task::spawn_blocking(move || {
             let _until_done = place;

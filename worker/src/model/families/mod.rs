@@ -65,7 +65,8 @@ const fn any(name: &'static str, describe: Describe) -> Family {
 
 /// Every family, by name.
 const FAMILIES: &[Family] = &[
-    word_piece("bert", bert::describe),
+    // In GGUF files, RoBERTas are called so too.
+    any("bert", bert::describe),
     bpe("bloom", bloom::describe),
     bpe("camembert", bert::describe_roberta),
     bpe("cohere", cohere::describe),

@@ -3,12 +3,12 @@
 use super::*;
 
 /// An input, and what transformers makes of it.
-struct Sample {
-    ids: Vec<u32>,
+pub(super) struct Sample {
+    pub ids: Vec<u32>,
     segments: Vec<u32>,
     masked: Vec<u32>,
     pooled_from: u32,
-    values: Vec<Vec<f64>>,
+    pub values: Vec<Vec<f64>>,
 }
 
 impl Sample {
@@ -21,7 +21,7 @@ impl Sample {
 }
 
 /// Every encoder's directory, and its inputs.
-fn encoders() -> Vec<(PathBuf, Vec<Sample>)> {
+pub(super) fn encoders() -> Vec<(PathBuf, Vec<Sample>)> {
     let mut all = Vec::new();
     for dir in fs::read_dir(models()).unwrap() {
         let dir = dir.unwrap().path();
@@ -43,7 +43,7 @@ fn encoders() -> Vec<(PathBuf, Vec<Sample>)> {
 }
 
 /// What a pipeline makes of inputs that share one step.
-fn encode(pipeline: &mut Pipeline, inputs: &[&Sample]) -> Vec<f32> {
+pub(super) fn encode(pipeline: &mut Pipeline, inputs: &[&Sample]) -> Vec<f32> {
     let (mut rows, mut ids, mut segments, mut outputs) = (vec![], vec![], vec![], vec![]);
     for input in inputs {
         outputs.extend(input.outputs(ids.len() as u32));

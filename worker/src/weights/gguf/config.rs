@@ -2,229 +2,11 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{super::WeightsError, metadata::Metadata};
-
-/// What a file's tensors say that its metadata do not.
-#[derive(Debug, Default)]
-pub(super) struct Tensors {
-    /// Rows of the embedding.
-    pub vocabulary: usize,
-    /// Whether there is a head of its own.
-    pub head: bool,
-    /// Layers that have no experts.
-    pub dense: Vec<usize>,
-    /// Whether queries and keys have norms.
-    pub norms_queries: bool,
-    /// By how much each pair of dimensions is slowed: Llama 3's, which the metadata do not describe.
-    pub slowed: Option<Vec<f32>>,
-    /// The same for short and for long sequences: Phi 3's.
-    pub short_and_long: Option<[Vec<f32>; 2]>,
-}
-
-/// A field of `config.json`, and the entry that it is made of.
-type Field = (&'static str, &'static str);
-
-/// What an architecture has that is no field of its own.
-type More = fn(&Metadata, &Tensors, &mut Map<String, Value>) -> Result<(), WeightsError>;
-
-/// An architecture of llama.cpp's that is a family here.
-pub(super) struct Architecture {
-    /// Its name there.
-    pub name: &'static str,
-    /// `model_type` of `config.json`.
-    family: &'static str,
-    /// The rows of queries and keys lie as they turn: even ones with odd ones, as llama.cpp's conversion turns Llama's.
-    pub turned: bool,
-    fields: &'static [Field],
-    more: More,
-}
-
-/// What every architecture has.
-const COMMON: &[Field] = &[
-    ("hidden_size", "embedding_length"),
-    ("num_hidden_layers", "block_count"),
-    ("intermediate_size", "feed_forward_length"),
-    ("num_attention_heads", "attention.head_count"),
-    ("num_key_value_heads", "attention.head_count_kv"),
-    ("head_dim", "attention.key_length"),
-    ("max_position_embeddings", "context_length"),
-    ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
-];
-const EXPERTS: [Field; 3] = [
-    ("num_experts", "expert_count"),
-    ("num_experts_per_tok", "expert_used_count"),
-    ("moe_intermediate_size", "expert_feed_forward_length"),
-];
-
-const fn plain(name: &'static str, family: &'static str, fields: &'static [Field]) -> Architecture {
-    Architecture { name, family, turned: false, fields, more: |_, _, _| Ok(()) }
-}
-
-/// Every architecture that is read, by name.
-pub(super) const ARCHITECTURES: &[Architecture] = &[
-    Architecture {
-        more: |_, tensors, config| {
-            config.insert("use_qk_norm".into(), tensors.norms_queries.into());
-            Ok(())
-        },
-        ..plain(
-            "command-r",
-            "cohere",
-            &[("layer_norm_eps", "attention.layer_norm_epsilon"), ("logit_scale", "logit_scale")],
-        )
-    },
-    Architecture {
-        more: |metadata, _, config| window(metadata, config, Some(4)),
-        ..plain(
-            "cohere2",
-            "cohere2",
-            &[("layer_norm_eps", "attention.layer_norm_epsilon"), ("logit_scale", "logit_scale")],
-        )
-    },
-    Architecture {
-        more: |metadata, _, config| window(metadata, config, Some(4)),
-        ..plain("exaone4", "exaone4", &[])
-    },
-    Architecture {
-        more: |metadata, _, config| {
-            // The largest one counts a head's share of the width.
-            scores_by_head(metadata, config, 46)?;
-            window(metadata, config, Some(2))
-        },
-        ..plain(
-            "gemma2",
-            "gemma2",
-            &[
-                ("attn_logit_softcapping", "attn_logit_softcapping"),
-                ("final_logit_softcapping", "final_logit_softcapping"),
-            ],
-        )
-    },
-    Architecture {
-        more: |metadata, _, config| {
-            scores_by_head(metadata, config, 62)?;
-            turn_apart(metadata, config, 10_000.0.into())?;
-            window(metadata, config, Some(6))
-        },
-        ..plain("gemma3", "gemma3_text", &[("final_logit_softcapping", "final_logit_softcapping")])
-    },
-    plain("glm4", "glm4", &[]),
-    Architecture { turned: true, ..plain("granite", "granite", GRANITE) },
-    Architecture {
-        turned: true,
-        more: |metadata, _, config| {
-            insert(metadata, config, &[("num_local_experts", "expert_count"), EXPERTS[1]])?;
-            match metadata.integer("expert_shared_feed_forward_length")? {
-                None | Some(0) => Ok(()),
-                Some(_) => Err(metadata.own_wrong(
-                    "expert_shared_feed_forward_length",
-                    "expected 0, as there is no such family",
-                )),
-            }
-        },
-        ..plain("granitemoe", "granitemoe", GRANITE)
-    },
-    plain("hunyuan-dense", "hunyuan_v1_dense", &[]),
-    Architecture {
-        turned: true,
-        more: |metadata, _, config| {
-            if metadata.integer("expert_count")?.is_some_and(|count| count > 0) {
-                config.insert("model_type".into(), "mixtral".into());
-                insert(metadata, config, &[("num_local_experts", "expert_count"), EXPERTS[1]])?;
-            }
-            Ok(())
-        },
-        ..plain("llama", "llama", &[])
-    },
-    plain("nemotron", "nemotron", &[("norm_eps", "attention.layer_norm_epsilon")]),
-    Architecture {
-        more: |metadata, _, config| {
-            if metadata.integer("attention.sliding_window")?.is_some_and(|window| window > 0) {
-                config.insert("model_type".into(), "olmo3".into());
-                window(metadata, config, Some(4))?;
-                // Only what sees all is stretched.
-                let theta = config["rope_parameters"]["rope_theta"].clone();
-                turn_apart(metadata, config, theta)?;
-            }
-            Ok(())
-        },
-        ..plain("olmo2", "olmo2", &[])
-    },
-    plain("olmoe", "olmoe", &EXPERTS),
-    Architecture {
-        more: |metadata, tensors, config| {
-            window(metadata, config, None)?;
-            let Some([short, long]) = &tensors.short_and_long else { return Ok(()) };
-            let original = metadata.integer("rope.scaling.original_context_length")?;
-            config.insert("original_max_position_embeddings".into(), original.into());
-            let rope = &mut config["rope_parameters"];
-            rope["rope_type"] = "longrope".into();
-            rope["short_factor"] = json!(short);
-            rope["long_factor"] = json!(long);
-            if let Some(factor) = metadata.number("rope.scaling.attn_factor")? {
-                rope["attention_factor"] = json!(factor);
-            }
-            Ok(())
-        },
-        ..plain("phi3", "phi3", &[])
-    },
-    plain("qwen2", "qwen2", &[]),
-    Architecture {
-        more: |metadata, tensors, config| {
-            insert(metadata, config, &EXPERTS)?;
-            config.insert("mlp_only_layers".into(), json!(tensors.dense));
-            insert(
-                metadata,
-                config,
-                &[("shared_expert_intermediate_size", "expert_shared_feed_forward_length")],
-            )
-        },
-        ..plain("qwen2moe", "qwen2_moe", &[])
-    },
-    plain("qwen3", "qwen3", &[]),
-    Architecture {
-        more: |_, tensors, config| {
-            config.insert("mlp_only_layers".into(), json!(tensors.dense));
-            config.insert("norm_topk_prob".into(), true.into());
-            Ok(())
-        },
-        ..plain("qwen3moe", "qwen3_moe", &EXPERTS)
-    },
-    plain("seed_oss", "seed_oss", &[]),
-    Architecture { turned: true, ..plain("smollm3", "smollm3", &[]) },
-    Architecture {
-        more: |metadata, _, config| {
-            let parallel = metadata.own_flag("use_parallel_residual")?.unwrap_or(true);
-            config.insert("use_parallel_residual".into(), parallel.into());
-            Ok(())
-        },
-        ..plain("stablelm", "stablelm", &[("layer_norm_eps", "attention.layer_norm_epsilon")])
-    },
-    Architecture {
-        more: |metadata, _, config| window(metadata, config, None),
-        ..plain("starcoder2", "starcoder2", &[("norm_epsilon", "attention.layer_norm_epsilon")])
-    },
-];
-
-const GRANITE: &[Field] = &[
-    ("embedding_multiplier", "embedding_scale"),
-    ("attention_multiplier", "attention.scale"),
-    ("residual_multiplier", "residual_scale"),
-    ("logits_scaling", "logit_scale"),
-];
-
-/// The architecture of a file.
-///
-/// # Errors
-/// If it is none that is read.
-pub(super) fn architecture(metadata: &Metadata) -> Result<&'static Architecture, WeightsError> {
-    let found = ARCHITECTURES.iter().find(|a| a.name == metadata.architecture);
-    found.ok_or_else(|| {
-        let names: Vec<_> = ARCHITECTURES.iter().map(|a| a.name).collect();
-        let expected = format!("{} is not read: expected one of {}", metadata.architecture, names.join(", "));
-        metadata.wrong("general.architecture", &expected)
-    })
-}
+use super::{
+    super::WeightsError,
+    architectures::{COMMON, Tensors, architecture, insert},
+    metadata::Metadata,
+};
 
 /// `config.json` of a file, whose answers end with one of `ends`.
 ///
@@ -237,6 +19,13 @@ pub(super) fn config(metadata: &Metadata, tensors: &Tensors, ends: Vec<u32>) -> 
     config.insert("vocab_size".into(), tensors.vocabulary.into());
     config.insert("tie_word_embeddings".into(), (!tensors.head).into());
     insert(metadata, &mut config, COMMON)?;
+    // As llama.cpp has it, whatever a family's own default is.
+    let whole = |field: &str| config.get(field).and_then(Value::as_u64);
+    if let (None, Some(width), Some(heads)) =
+        (whole("head_dim"), whole("hidden_size"), whole("num_attention_heads"))
+    {
+        config.insert("head_dim".into(), width.checked_div(heads).into());
+    }
     insert(metadata, &mut config, architecture.fields)?;
     let [keys, values] = ["attention.key_length", "attention.value_length"].map(|key| metadata.integer(key));
     if let (Some(keys), Some(values)) = (keys?, values?)
@@ -259,41 +48,17 @@ pub(super) fn config(metadata: &Metadata, tensors: &Tensors, ends: Vec<u32>) -> 
     Ok(Value::Object(config))
 }
 
-/// Fields as their entries have them; those that are not there are left out.
-fn insert(
-    metadata: &Metadata,
-    config: &mut Map<String, Value>,
-    fields: &[Field],
-) -> Result<(), WeightsError> {
-    for (field, key) in fields {
-        let integer = metadata.integer(key).ok().flatten().map(Value::from);
-        let value = match integer {
-            Some(value) => Some(value),
-            // What is written as a number may be meant as one; the error is the number's if it is neither.
-            None => match metadata.number(key) {
-                Ok(number) => number.map(Value::from),
-                Err(_) => metadata.integer(key)?.map(Value::from),
-            },
-        };
-        if let Some(value) = value {
-            config.insert((*field).to_owned(), value);
-        }
-    }
-    Ok(())
-}
-
 /// How dimensions turn.
 fn rope(metadata: &Metadata, tensors: &Tensors, config: &Map<String, Value>) -> Result<Value, WeightsError> {
     let mut rope = Map::new();
     rope.insert("rope_theta".into(), metadata.number("rope.freq_base")?.unwrap_or(10_000.0).into());
-    let whole = |field: &str| config.get(field).and_then(Value::as_u64);
-    let head = whole("head_dim").or_else(|| whole("hidden_size")?.checked_div(whole("num_attention_heads")?));
+    let head = config.get("head_dim").and_then(Value::as_u64);
     if let (Some(dimensions), Some(head)) = (metadata.integer("rope.dimension_count")?, head)
         && head > 0
-        && dimensions != head
     {
         // A little more, as it is rounded down.
-        rope.insert("partial_rotary_factor".into(), ((dimensions as f64 + 0.25) / head as f64).into());
+        let partial = ((dimensions as f64 + 0.25) / head as f64).min(1.0);
+        rope.insert("partial_rotary_factor".into(), partial.into());
     }
     let kind = metadata.own_text("rope.scaling.type")?.unwrap_or("none");
     let factor = match metadata.number("rope.scaling.factor")? {
@@ -333,66 +98,4 @@ fn rope(metadata: &Metadata, tensors: &Tensors, config: &Map<String, Value>) -> 
         _ => return Err(metadata.own_wrong("rope.scaling.type", "expected none, linear, yarn or longrope")),
     }
     Ok(Value::Object(rope))
-}
-
-/// A window, if there is one, and which layers have it: those that the file lists, else of every `period` all but the last.
-fn window(
-    metadata: &Metadata,
-    config: &mut Map<String, Value>,
-    period: Option<u64>,
-) -> Result<(), WeightsError> {
-    const PATTERN: &str = "attention.sliding_window_pattern";
-    let window = metadata.integer("attention.sliding_window")?.filter(|window| *window > 0);
-    config.insert("sliding_window".into(), window.into());
-    let layers = config.get("num_hidden_layers").and_then(Value::as_u64).unwrap_or(0).min(1 << 14);
-    let listed = metadata.list(PATTERN)?;
-    if listed.is_some_and(|listed| listed.len() as u64 != layers) {
-        return Err(metadata.own_wrong(PATTERN, &format!("expected one for each of {layers} layers")));
-    }
-    let period = match listed {
-        None => metadata.integer(PATTERN)?.filter(|period| *period > 0).or(period),
-        Some(_) => period,
-    };
-    if let Some(period) = period.filter(|_| window.is_some()) {
-        let slides = |layer: u64| match listed {
-            Some(listed) => listed[layer as usize] != 0,
-            None => !(layer + 1).is_multiple_of(period),
-        };
-        let kind = |layer| if slides(layer) { "sliding_attention" } else { "full_attention" };
-        config.insert("layer_types".into(), (0..layers).map(kind).collect());
-    }
-    Ok(())
-}
-
-/// Gives layers with a window a base of their own, `default` where the file has none, and no scaling.
-fn turn_apart(
-    metadata: &Metadata,
-    config: &mut Map<String, Value>,
-    default: Value,
-) -> Result<(), WeightsError> {
-    let all = config.remove("rope_parameters").unwrap_or_default();
-    let theta = metadata.number("rope.freq_base_swa")?.map_or(default, Value::from);
-    let near = json!({"rope_type": "default", "rope_theta": theta});
-    config.insert("rope_parameters".into(), json!({"full_attention": all, "sliding_attention": near}));
-    Ok(())
-}
-
-/// Gemma's scores are scaled by the width of a head, but for the model of so many layers, where it is a head's share of all;
-/// or as the file says.
-fn scores_by_head(
-    metadata: &Metadata,
-    config: &mut Map<String, Value>,
-    largest: u64,
-) -> Result<(), WeightsError> {
-    let integer = |key| Ok::<_, WeightsError>(metadata.integer(key)?.unwrap_or(0));
-    let width =
-        match (metadata.number("attention.scale")?.filter(|scale| *scale > 0.0), integer("block_count")?) {
-            (Some(scale), _) => Value::from(scale.powi(-2)),
-            (None, layers) if layers == largest => {
-                integer("embedding_length")?.checked_div(integer("attention.head_count")?).into()
-            }
-            _ => metadata.integer("attention.key_length")?.into(),
-        };
-    config.insert("query_pre_attn_scalar".into(), width);
-    Ok(())
 }

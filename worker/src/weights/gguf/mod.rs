@@ -1,13 +1,17 @@
 //! GGUF files: a model in one, or in parts, with its configuration and tokenizer as metadata.
 
+mod architectures;
 pub(crate) mod blocks;
 mod config;
 mod header;
 mod metadata;
+mod pooling;
 mod splitting;
 #[cfg(test)]
 mod tests;
 mod tokenizer;
+mod tokens;
+mod vocabulary;
 
 use std::{collections::BTreeMap, fs, fs::File, os::unix::fs::FileExt, path::Path};
 
@@ -122,15 +126,20 @@ impl Gguf {
                 return Err(WeightsError::file(file, format!("more than {MAX_TENSORS} tensors")));
             }
         }
-        let architecture = config::architecture(&metadata)?;
+        let architecture = architectures::architecture(&metadata)?;
         let dense = tensors
             .keys()
             .filter_map(|name| name.strip_prefix("blk.")?.strip_suffix(".ffn_gate.weight")?.parse().ok());
-        let said = config::Tensors {
+        let said = architectures::Tensors {
             dense: dense.collect(),
             vocabulary: tensors.get("token_embd.weight").and_then(|t| t.shape.first().copied()).unwrap_or(0),
             head: tensors.contains_key("output.weight"),
             norms_queries: tensors.contains_key("blk.0.attn_q_norm.weight"),
+            norms_attention: tensors.contains_key("blk.0.attn_norm_2.weight"),
+            inner: tensors.get("blk.0.ffn_up.weight").and_then(|t| t.shape.first().copied()),
+            segments: tensors.get("token_types.weight").and_then(|t| t.shape.first().copied()),
+            classes: tensors.get("cls.output.weight").and_then(|t| t.shape.first().copied()),
+            dense_head: tensors.contains_key("cls.weight"),
             slowed: factors(&parts, &tensors, "rope_freqs.weight")?,
             short_and_long: match [
                 factors(&parts, &tensors, "rope_factors_short.weight")?,
@@ -142,6 +151,7 @@ impl Gguf {
         };
         let config = config::config(&metadata, &said, tokenizer::ends(&metadata)?)?;
         let mut files = tokenizer::files(&metadata)?;
+        files.extend(pooling::files(&metadata, &said)?);
         files.insert("config.json".into(), config.to_string().into_bytes());
         Ok(Gguf { parts, tensors, blocks, turned: architecture.turned, files })
     }
@@ -157,7 +167,7 @@ pub(crate) fn fuzz(header: &[u8], length: u64) -> Result<(), WeightsError> {
         assert!(info.offset >= read && info.offset + info.bytes <= length, "a tensor outside the file");
     }
     let metadata = Metadata::new("file", metadata)?;
-    config::config(&metadata, &config::Tensors::default(), tokenizer::ends(&metadata)?)?;
+    config::config(&metadata, &architectures::Tensors::default(), tokenizer::ends(&metadata)?)?;
     tokenizer::files(&metadata)?;
     Ok(())
 }

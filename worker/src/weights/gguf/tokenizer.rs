@@ -5,15 +5,15 @@ use std::collections::HashMap;
 use serde_json::{Map, Value, json};
 use strata_proto::Files;
 
-use super::{super::WeightsError, metadata::Metadata, splitting};
+use super::{
+    super::WeightsError,
+    metadata::Metadata,
+    splitting,
+    tokens::{SCORES, SPACE, TOKENS, Tokens, by_text, kind},
+    vocabulary,
+};
 
-const TOKENS: &str = "tokenizer.ggml.tokens";
-const SCORES: &str = "tokenizer.ggml.scores";
-const TYPES: &str = "tokenizer.ggml.token_type";
 const TEMPLATE: &str = "tokenizer.chat_template";
-
-/// What stands for a space in pieces of SentencePiece.
-const SPACE: char = '\u{2581}';
 
 /// Longest piece of SentencePiece, in bytes, of which it is asked which two others make it up.
 const LONGEST_PIECE: usize = 1 << 10;
@@ -30,44 +30,6 @@ const ENDS: [&str; 9] = [
     "<EOT>",
     "<\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>",
 ];
-
-/// Kinds of tokens, by their numbers in ggml.
-mod kind {
-    pub const UNKNOWN: i64 = 2;
-    pub const CONTROL: i64 = 3;
-    pub const USER_DEFINED: i64 = 4;
-}
-
-/// Tokens of a file.
-struct Tokens<'a> {
-    texts: &'a [String],
-    /// One for each token; none if the file does not say it.
-    kinds: &'a [i64],
-}
-
-impl<'a> Tokens<'a> {
-    fn of(metadata: &'a Metadata) -> Result<Option<Self>, WeightsError> {
-        let Some(texts) = metadata.texts(TOKENS)? else { return Ok(None) };
-        let kinds = metadata.integers(TYPES)?.unwrap_or_default();
-        if !kinds.is_empty() && kinds.len() != texts.len() {
-            return Err(metadata.wrong(TYPES, &format!("expected one for each of {} tokens", texts.len())));
-        }
-        Ok(Some(Tokens { texts, kinds }))
-    }
-
-    fn of_kind(&self, kind: i64) -> impl Iterator<Item = (usize, &'a String)> {
-        let kinds = self.kinds;
-        self.texts.iter().enumerate().filter(move |(id, _)| kinds.get(*id) == Some(&kind))
-    }
-
-    /// The text of the token that an entry names.
-    fn named(&self, metadata: &Metadata, key: &str) -> Result<Option<&'a String>, WeightsError> {
-        let Some(id) = metadata.id(key)? else { return Ok(None) };
-        let text = self.texts.get(id as usize);
-        text.map(Some)
-            .ok_or_else(|| metadata.wrong(key, &format!("expected an id below {}", self.texts.len())))
-    }
-}
 
 /// Tokens that end an answer.
 pub(super) fn ends(metadata: &Metadata) -> Result<Vec<u32>, WeightsError> {
@@ -93,13 +55,17 @@ pub(super) fn ends(metadata: &Metadata) -> Result<Vec<u32>, WeightsError> {
 pub(super) fn files(metadata: &Metadata) -> Result<Files, WeightsError> {
     const MODEL: &str = "tokenizer.ggml.model";
     let tokens = Tokens::of(metadata)?.ok_or_else(|| metadata.wrong(TOKENS, "expected a list of tokens"))?;
+    let is_word_piece = metadata.text(MODEL)? == Some("bert");
+    let plain = if is_word_piece { vocabulary::without_marks(&tokens) } else { Vec::new() };
+    let tokens = Tokens { texts: if is_word_piece { &plain } else { tokens.texts }, ..tokens };
     let (mut json, adds_bos) = match metadata.text(MODEL)? {
         Some("gpt2") => byte_level(metadata, &tokens)?,
         Some("llama") => (sentence_piece(metadata, &tokens)?, true),
+        Some("t5") => (vocabulary::unigram(metadata, &tokens)?, false),
+        Some("bert") => (vocabulary::word_piece(metadata, &tokens)?, true),
         _ => {
-            return Err(
-                metadata.wrong(MODEL, "expected gpt2 or llama: tokenizers of other kinds are not read")
-            );
+            let expected = "expected gpt2, llama, t5 or bert: tokenizers of other kinds are not read";
+            return Err(metadata.wrong(MODEL, expected));
         }
     };
     let added = |special: bool, kind: i64| {
@@ -122,22 +88,34 @@ pub(super) fn files(metadata: &Metadata) -> Result<Files, WeightsError> {
         ("eos_token", "tokenizer.ggml.eos_token_id"),
         ("unk_token", "tokenizer.ggml.unknown_token_id"),
         ("pad_token", "tokenizer.ggml.padding_token_id"),
+        ("cls_token", "tokenizer.ggml.cls_token_id"),
+        // As ggml spells it.
+        ("sep_token", "tokenizer.ggml.seperator_token_id"),
+        ("mask_token", "tokenizer.ggml.mask_token_id"),
     ] {
         if let Some(text) = tokens.named(metadata, key)? {
             config.insert(role.into(), text.as_str().into());
         }
     }
     let add_bos = metadata.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(adds_bos);
-    let add_eos = metadata.flag("tokenizer.ggml.add_eos_token")?.unwrap_or(false);
+    let encodes = metadata.own_flag("attention.causal")? == Some(false);
+    let add_eos = metadata.flag("tokenizer.ggml.add_eos_token")?.unwrap_or(encodes);
+    let twice = metadata.flag("tokenizer.ggml.add_sep_token")?.unwrap_or(false);
     let around = |adds: bool, role: &str| {
         let text = adds.then(|| config.get(role).and_then(Value::as_str)).flatten()?;
         let id = tokens.texts.iter().position(|t| t == text)?;
         Some((text, id))
     };
-    json.insert(
-        "post_processor".into(),
-        template(around(add_bos, "bos_token"), around(add_eos, "eos_token")),
-    );
+    let first = |roles: [&'static str; 2], adds| roles.into_iter().find_map(|role| around(adds, role));
+    let framed = match encodes {
+        true => {
+            let (begin, end) =
+                (first(["cls_token", "bos_token"], add_bos), first(["sep_token", "eos_token"], add_eos));
+            encoder_template(begin, end, twice, is_word_piece)
+        }
+        false => template(around(add_bos, "bos_token"), around(add_eos, "eos_token")),
+    };
+    json.insert("post_processor".into(), framed);
     let mut files = chat_templates(metadata)?;
     files.insert("tokenizer.json".into(), Value::Object(json).to_string().into_bytes());
     files.insert("tokenizer_config.json".into(), Value::Object(config).to_string().into_bytes());
@@ -168,6 +146,30 @@ fn template(bos: Option<(&str, usize)>, eos: Option<(&str, usize)>) -> Value {
     })
 }
 
+/// What is put around the texts of an encoder: between two, an end, or two of them; those of BERT are told apart.
+fn encoder_template(
+    begin: Option<(&str, usize)>,
+    end: Option<(&str, usize)>,
+    twice: bool,
+    apart: bool,
+) -> Value {
+    let special = |(text, _): (&str, usize), kind: u8| json!({"SpecialToken": {"id": text, "type_id": kind}});
+    let text = |id: &str, kind: u8| json!({"Sequence": {"id": id, "type_id": kind}});
+    let end_of = |kind: u8| end.map(|end| special(end, kind)).into_iter();
+    let second = u8::from(apart);
+    let single: Vec<_> =
+        begin.map(|begin| special(begin, 0)).into_iter().chain([text("A", 0)]).chain(end_of(0)).collect();
+    let between = end_of(0).filter(|_| twice);
+    let pair: Vec<_> =
+        single.iter().cloned().chain(between).chain([text("B", second)]).chain(end_of(second)).collect();
+    let tokens: Map<String, Value> = begin
+        .into_iter()
+        .chain(end)
+        .map(|(text, id)| (text.to_owned(), json!({"id": text, "ids": [id], "tokens": [text]})))
+        .collect();
+    json!({"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens})
+}
+
 fn chat_templates(metadata: &Metadata) -> Result<Files, WeightsError> {
     let mut files = Files::new();
     if let Some(template) = metadata.text(TEMPLATE)? {
@@ -182,15 +184,6 @@ fn chat_templates(metadata: &Metadata) -> Result<Files, WeightsError> {
         files.insert(format!("additional_chat_templates/{name}.jinja"), text.as_bytes().to_vec());
     }
     Ok(files)
-}
-
-/// The tokens by text; of two that are the same, the first.
-fn vocabulary(texts: &[String]) -> Map<String, Value> {
-    let mut vocabulary = Map::new();
-    for (id, text) in texts.iter().enumerate() {
-        vocabulary.entry(text.as_str()).or_insert(id.into());
-    }
-    vocabulary
 }
 
 /// Byte-level BPE, and whether a text begins with a BOS where the file does not say it.
@@ -219,7 +212,7 @@ fn byte_level(metadata: &Metadata, tokens: &Tokens<'_>) -> Result<(Map<String, V
         json!({
             "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
             "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": way.whole_words,
-            "vocab": vocabulary(tokens.texts), "merges": pairs,
+            "vocab": by_text(tokens.texts), "merges": pairs,
         }),
     );
     Ok((json, way.begins))
@@ -256,7 +249,7 @@ fn sentence_piece(metadata: &Metadata, tokens: &Tokens<'_>) -> Result<Map<String
         json!({
             "type": "BPE", "dropout": null, "unk_token": unknown, "continuing_subword_prefix": null,
             "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
-            "vocab": vocabulary(tokens.texts), "merges": merges,
+            "vocab": by_text(tokens.texts), "merges": merges,
         }),
     );
     Ok(json)

@@ -177,11 +177,7 @@ fn by(checkpoint: &Checkpoint, name: &str, scheme: &Weights) -> Result<Made, Wei
             if !weight.dtype.is("U8") {
                 return Err(module.misfit(".weight_packed", "U8"));
             }
-            let strides = (1, bytes);
-            (
-                Codes { at, bits, word: 1, along_rows: true, strides, order: None, signed: false },
-                [n, 2 * bytes],
-            )
+            (Codes::halves(at, 2 * bytes), [n, 2 * bytes])
         }
     };
     if n == 0 || k == 0 {

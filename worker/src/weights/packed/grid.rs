@@ -67,6 +67,11 @@ impl Codes {
         Codes { at: 0, bits: 8, word: 1, along_rows: true, strides: (1, k), order: None, signed }
     }
 
+    /// Two to a byte, the first in its low half, from an offset on, of rows of `k`, an even number.
+    pub fn halves(at: usize, k: usize) -> Self {
+        Codes { at, bits: 4, word: 1, along_rows: true, strides: (1, k / 2), order: None, signed: false }
+    }
+
     /// The code at a row and a column.
     fn get(&self, stored: &[u8], row: usize, column: usize) -> i32 {
         let (packed, other) = if self.along_rows { (column, row) } else { (row, column) };

@@ -8,6 +8,7 @@ mod compressed;
 mod fp8;
 mod gptq;
 mod grid;
+mod mxfp4;
 #[cfg(test)]
 mod tests;
 
@@ -40,9 +41,10 @@ pub(super) fn add(checkpoint: &mut Checkpoint) -> Result<Option<&'static str>, W
             ("compressed-tensors", compressed::tensors(checkpoint, &read(&settings)?)?, compressed::LEFT)
         }
         "fp8" => ("FP8", fp8::tensors(checkpoint, read(&settings)?)?, fp8::LEFT),
+        "mxfp4" => ("MXFP4", mxfp4::tensors(checkpoint)?, &[][..]),
         method => {
             let reason = format!(
-                "{FIELD}.quant_method is {}: expected gptq, awq, compressed-tensors or fp8, which can be loaded; take the \
+                "{FIELD}.quant_method is {}: expected gptq, awq, compressed-tensors, fp8 or mxfp4, which can be loaded; take the \
                  original checkpoint, and --quantize int8 or int4",
                 quoted(method)
             );

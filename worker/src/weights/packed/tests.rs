@@ -80,6 +80,11 @@ impl Case {
         Ok((dir, checkpoint))
     }
 
+    /// Name of the tensor that is made.
+    fn made(&self) -> &'static str {
+        if self.tensors.contains_key("m_blocks") { "m" } else { "m.weight" }
+    }
+
     fn expected(&self) -> Vec<f32> {
         bytes(&self.values).as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
     }
@@ -125,12 +130,13 @@ fn every_packing_gives_the_values_of_the_program_that_wrote_it() {
     for case in cases() {
         let (_dir, checkpoint) = case.open().unwrap_or_else(|error| panic!("{}: {error}", case.name));
         let names: Vec<&String> = checkpoint.tensors().keys().collect();
-        assert_eq!(names, ["m.weight"], "{}", case.name);
-        let tensor = checkpoint.tensor("m.weight").unwrap();
+        let [name] = names[..] else { panic!("{}: {names:?}", case.name) };
+        assert_eq!(name, case.made(), "{}", case.name);
+        let tensor = checkpoint.tensor(name).unwrap();
         assert_eq!(tensor.shape, case.shape, "{}", case.name);
         let expected = case.expected();
         for piece in [7, 1 << 20] {
-            let decoded = decode(&checkpoint, "m.weight", piece).unwrap();
+            let decoded = decode(&checkpoint, name, piece).unwrap();
             assert_eq!(decoded.values.len(), expected.len());
             for (i, (value, expected)) in decoded.values.iter().zip(&expected).enumerate() {
                 // To the bit, but for the sign of zero.
@@ -149,8 +155,9 @@ fn every_packing_gives_the_values_of_the_program_that_wrote_it() {
 /// checkpoint's groups are not told.
 fn error(case: &Case, quantization: Quantization, with_groups: bool) -> f32 {
     let (_dir, checkpoint) = case.open().unwrap();
-    let decoded = decode(&checkpoint, "m.weight", 1 << 20).unwrap();
-    let (n, k) = (case.shape[0], case.shape[1]);
+    let decoded = decode(&checkpoint, case.made(), 1 << 20).unwrap();
+    let [outer @ .., k] = &case.shape[..] else { panic!("{}: {:?}", case.name, case.shape) };
+    let (n, k) = (outer.iter().product::<usize>(), *k);
     let format = Format::Quantized(quantization);
     let mut arena = Arena::new(PackedMatrix::bytes_for(n, k, format)).unwrap();
     let mut matrix = PackedMatrix::zeros(n, k, format, &mut arena).unwrap();
@@ -182,6 +189,7 @@ fn formats_round_nothing_where_they_have_the_grid() {
         ("packed, symmetric", int8),
         ("packed, symmetric", int4),
         ("MXFP4", int8),
+        ("gpt-oss' MXFP4", int8),
     ] {
         let case = case(name);
         let (kept, rounded) = (error(&case, quantization, true), error(&case, quantization, false));
@@ -194,6 +202,11 @@ fn formats_round_nothing_where_they_have_the_grid() {
     for name in ["GPTQ, version 1", "AWQ"] {
         let (kept, rounded) = (error(&case(name), int4, true), error(&case(name), int4, false));
         assert!(0.0 < kept && kept < 0.0006 && kept <= rounded, "{name}: {kept}, {rounded}");
+    }
+    // Codes of 24 halves' span are too many for 16 steps.
+    for name in ["MXFP4", "gpt-oss' MXFP4"] {
+        let (kept, rounded) = (error(&case(name), int4, true), error(&case(name), int4, false));
+        assert!(0.0 < kept && kept < 0.125 && kept <= rounded, "{name}: {kept}, {rounded}");
     }
 }
 
@@ -222,7 +235,7 @@ fn settings_and_tensors_that_do_not_fit_are_refused_by_name() {
     for (case, expected) in [
         (
             with("AWQ", "quant_method", json!("bitsandbytes")),
-            "quant_method is \"bitsandbytes\": expected gptq, awq",
+            "quant_method is \"bitsandbytes\": expected gptq, awq, compressed-tensors, fp8 or mxfp4",
         ),
         (with("AWQ", "quant_method", json!(3)), "quant_method is \"a method without a name\""),
         (with("AWQ", "version", json!("gemv")), "quantization_config.version is \"gemv\": expected gemm"),
@@ -270,6 +283,17 @@ fn settings_and_tensors_that_do_not_fit_are_refused_by_name() {
         ),
         (with("transformers' FP8", "expert_dtype", json!("fp4")), "expert_dtype is \"fp4\": expected fp8"),
         (without("transformers' FP8", "m.weight"), "tensor \"m.weight\" is missing"),
+        (without("gpt-oss' MXFP4", "m_scales"), "tensor \"m_scales\" is missing"),
+        (
+            other("gpt-oss' MXFP4", "m_scales", "shape", json!([3, 30])),
+            "\"m_scales\": is U8 of shape [3, 30]: expected U8 of shape [3, 10, 3]",
+        ),
+        (other("gpt-oss' MXFP4", "m_scales", "dtype", json!("I8")), "\"m_scales\": is I8"),
+        (
+            other("gpt-oss' MXFP4", "m_blocks", "shape", json!([3, 10, 6, 8])),
+            "\"m_blocks\": is U8 of shape [3, 10, 6, 8]: expected U8 of shape (experts, outputs, blocks, 16)",
+        ),
+        (other("gpt-oss' MXFP4", "m_blocks", "dtype", json!("I8")), "\"m_blocks\": is I8"),
     ] {
         let said = case.open().map(|_| ()).unwrap_err();
         assert!(said.contains(expected), "{}: {said}\nexpected: {expected}", case.name);
