@@ -20,8 +20,8 @@ MODEL = ROOT / "worker" / "src" / "model"
 OUT = MODEL / "families" / "defaults.json"
 # Of every class; what they say by default is of no family.
 COMMON = {"model_type", "dtype", "torch_dtype", "problem_type", "num_labels", "is_decoder", "chunk_size_feed_forward"}
-# Whose defaults are tokens of the family's own vocabulary, which others' are not.
-TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
+# Of these the tokenizer says what counts.
+TOKENS = {"bos_token_id", "pad_token_id"}
 
 
 def families():

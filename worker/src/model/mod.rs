@@ -253,6 +253,15 @@ impl Model {
             Some(own) => own,
             None => ids("eos_token_id")?,
         };
+        let asks = matches!(description.tower.head, Head::Lm { .. }) && !config.mentions("eos_token_id");
+        let eos = match asks && generation.is_none() && !names_eos(checkpoint)? {
+            // No file says it: the class does.
+            true => families::eos(&family)
+                .filter(|id| (*id as usize) < description.tower.vocab)
+                .into_iter()
+                .collect(),
+            false => eos,
+        };
         let special = SpecialTokens { bos: ids("bos_token_id")?, eos, pad: ids("pad_token_id")? };
         let embedding = bound.get(&(Site::Input, Slot::Embedding, 0)).and_then(|b| b.first());
         let stored = match embedding.and_then(|b| checkpoint.tensor(&b.weight)).map(|t| t.dtype) {
@@ -333,4 +342,15 @@ impl Model {
     pub(crate) fn has_bias(&self, site: Site, key: (Slot, usize)) -> bool {
         self.bound(site, key).iter().any(|b| b.bias.is_some())
     }
+}
+
+/// Whether a file of the tokenizer says by which token a text ends.
+fn names_eos(checkpoint: &Checkpoint) -> Result<bool, ModelError> {
+    for file in ["tokenizer_config.json", "special_tokens_map.json"] {
+        let json = checkpoint.json(file)?;
+        if json.is_some_and(|json| json.get("eos_token").is_some_and(|token| !token.is_null())) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }

@@ -44,6 +44,11 @@ pub(super) fn complete(config: &Config, family: &str) -> Result<Config, ConfigEr
     Ok(config)
 }
 
+/// The token that ends a text by the family's class, where no file says which does.
+pub(super) fn eos(family: &str) -> Option<u32> {
+    CLASSES.get(family)?.defaults.get("eos_token_id")?.as_u64()?.try_into().ok()
+}
+
 fn shown(config: &Config, field: &str) -> String {
     config.get(field).map(Value::to_string).unwrap_or_default()
 }

@@ -148,6 +148,11 @@ fn describe_plain(config: &Config, is_pooled: bool) -> Result<(String, Descripti
     Ok((name.to_owned(), description))
 }
 
+/// The token that ends a text by the family's class, where no file says which does.
+pub(super) fn eos(family: &str) -> Option<u32> {
+    defaults::eos(family)
+}
+
 /// Kinds of tokenizer that models of a family have.
 pub(super) fn tokenizers(family: &str) -> Vec<String> {
     let family = FAMILIES.iter().find(|f| f.name == family);

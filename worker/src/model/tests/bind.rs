@@ -348,6 +348,16 @@ fn special_tokens_may_be_numbers_lists_or_negative() {
     assert_eq!(special, SpecialTokens { bos: vec![1], eos: vec![5, 7], pad: vec![] });
 }
 
+#[test]
+fn where_no_file_says_what_ends_a_text_the_class_does() {
+    let mut config = config();
+    config.as_object_mut().unwrap().shift_remove("eos_token_id");
+    let eos = |config: &Value| open(config, &shapes()).unwrap().1.special.eos;
+    assert_eq!(eos(&config), [2], "LlamaConfig's");
+    config["eos_token_id"] = Value::Null;
+    assert!(eos(&config).is_empty(), "that there is none is said, too");
+}
+
 /// A configuration as transformers 4 wrote it.
 fn to_version_4(config: &mut Value) {
     let fields = config.as_object_mut().unwrap();
