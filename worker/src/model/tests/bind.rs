@@ -196,7 +196,7 @@ fn absurd_configurations_are_refused_with_what_was_expected() {
         (
             "quantization_config",
             json!({"quant_method": "bitsandbytes", "load_in_4bit": true}),
-            "quant_method is \"bitsandbytes\": expected gptq, awq, compressed-tensors or fp8",
+            "quant_method is \"bitsandbytes\": expected gptq, awq, compressed-tensors, fp8 or mxfp4",
         ),
         ("quantization_config", json!({}), "take the original checkpoint, and --quantize"),
         ("rope_scaling", json!({"type": "ntk", "factor": 2}), "default, linear, dynamic, llama3"),
