@@ -163,7 +163,7 @@ fn registered(model_type: &str) -> Option<&'static str> {
         "deberta-v2" => "DebertaV2Tokenizer",
         "gemma2" | "gemma3" | "gemma3_text" => "GemmaTokenizer",
         "gpt2" | "phi" | "starcoder2" => "GPT2Tokenizer",
-        "gpt_neox" | "olmoe" => "GPTNeoXTokenizer",
+        "gpt_neox" | "mpt" | "olmo" | "olmoe" => "GPTNeoXTokenizer",
         "mpnet" => "MPNetTokenizer",
         "qwen2" | "qwen2_moe" | "qwen3" | "qwen3_moe" | "qwen2_5_vl" | "qwen3_vl" => "Qwen2Tokenizer",
         "roberta" => "RobertaTokenizer",
