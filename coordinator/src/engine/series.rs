@@ -2,7 +2,7 @@
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use prometheus_client::{
@@ -11,6 +11,7 @@ use prometheus_client::{
     registry::Registry,
 };
 use strata_proto::{Replica, StagePlan};
+use tokio::time::Instant;
 
 use crate::metrics::{Bounds, OfModel};
 
