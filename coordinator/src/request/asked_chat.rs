@@ -117,7 +117,26 @@ fn message(at: usize, message: v1::ChatMessage) -> Result<Map<String, Json>, Adm
         }
     }
     whole.extend(fields);
+    if let Some((part, what)) = whole.get("content").and_then(other_than_text) {
+        return Err(refuse(format!(
+            "part {part} of its content holds {what}: models are served for text alone; leave it out"
+        )));
+    }
     Ok(whole)
+}
+
+/// The first part of a message's content that is no text: which one, and what it is. Templates would write a mark for it, and
+/// nothing would stand behind that.
+fn other_than_text(content: &Json) -> Option<(usize, String)> {
+    let media = |name: &str| ["image", "video", "audio"].into_iter().find(|media| name.contains(media));
+    content.as_array()?.iter().enumerate().find_map(|(at, part)| {
+        let found = match part.get("type").and_then(Json::as_str) {
+            Some(kind) => media(kind)?,
+            // Some templates look for the key alone.
+            None => part.as_object()?.keys().find_map(|key| media(key))?,
+        };
+        Some((at, found.to_owned()))
+    })
 }
 
 fn object(name: &'static str, text: &str) -> Result<Map<String, Json>, AdmissionError> {
@@ -251,6 +270,19 @@ mod tests {
         refused(&|r| r.messages[0].fields = "[]".into(), "message 0: fields: a list: expected an object");
         let twice = r#"{"content": "y"}"#;
         refused(&|r| r.messages[0].fields = twice.into(), "message 0: content is given by itself");
+        for (part, what) in [
+            (
+                r#"{"type": "image", "url": "x.png"}"#,
+                "part 1 of its content holds image: models are served for text",
+            ),
+            (r#"{"type": "image_url", "image_url": {"url": "x"}}"#, "holds image"),
+            (r#"{"type": "input_audio"}"#, "holds audio"),
+            (r#"{"video": "x.mp4"}"#, "holds video"),
+        ] {
+            let seen =
+                format!(r#"{{"role": "user", "content": [{{"type": "text", "text": "an image"}}, {part}]}}"#);
+            refused(&|r| r.messages[0] = says("", "", &seen), what);
+        }
         let deep = format!("[{{\"a\": {}{}}}]", "[".repeat(MAX_JSON_DEPTH), "]".repeat(MAX_JSON_DEPTH));
         refused(&|r| r.tools = Some(deep.clone()), "nested too deep: at most 64");
         refused(&|r| r.tools = Some("[".repeat(100_000)), "no JSON: recursion limit exceeded");

@@ -136,3 +136,11 @@ pub enum TokenizerError {
     #[error("tokenizer: {0}")]
     Failed(String),
 }
+
+impl TokenizerError {
+    /// A file that is no JSON of what it should be.
+    pub(super) fn misread(file: &'static str, error: &serde_json::Error) -> Self {
+        let cut = if error.is_eof() { ": it was cut off; download it again" } else { "" };
+        TokenizerError::Broken { file, why: format!("{error}{cut}") }
+    }
+}

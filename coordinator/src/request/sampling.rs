@@ -26,6 +26,42 @@ pub(crate) struct GenerationDefaults {
     pub repetition_penalty: Option<f32>,
 }
 
+/// What else transformers' `generate` reads there, which changes what it answers and is not done here.
+const NOT_DONE: [&str; 21] = [
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "exponential_decay_length_penalty",
+    "force_words_ids",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "guidance_scale",
+    "min_length",
+    "min_new_tokens",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "penalty_alpha",
+    "sequence_bias",
+    "suppress_tokens",
+    "top_h",
+    "typical_p",
+    "watermarking_config",
+];
+
+/// Whether it is as if it were not there: nothing, off, or the number that changes nothing.
+fn is_neutral(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Number(number) => number.as_f64().is_some_and(|x| x == 0.0 || x == 1.0),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(object) => object.is_empty(),
+        Value::Bool(true) | Value::String(_) => false,
+    }
+}
+
 impl GenerationDefaults {
     /// Reads them. Whoever asks for them alone needs them: what makes no sense is left out, with a word in the log.
     ///
@@ -34,8 +70,16 @@ impl GenerationDefaults {
     pub fn new(files: &Files) -> Result<Self, TokenizerError> {
         let file = "generation_config.json";
         let Some(json) = files.get(file) else { return Ok(GenerationDefaults::default()) };
-        let broken = |e: serde_json::Error| TokenizerError::Broken { file, why: e.to_string() };
-        let fields: serde_json::Map<String, Value> = serde_json::from_slice(json).map_err(broken)?;
+        let fields: serde_json::Map<String, Value> =
+            serde_json::from_slice(json).map_err(|e| TokenizerError::misread(file, &e))?;
+        let not_done: Vec<_> =
+            NOT_DONE.into_iter().filter(|name| fields.get(*name).is_some_and(|v| !is_neutral(v))).collect();
+        if !not_done.is_empty() {
+            tracing::warn!(
+                "{file}: {} changes what transformers answers, and is not done here: answers may differ",
+                not_done.join(", ")
+            );
+        }
         let given = |name: &str| fields.get(name).filter(|value| !value.is_null());
         let odd = |name: &str, value: &Value, expected: &str| {
             tracing::warn!(

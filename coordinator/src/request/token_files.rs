@@ -207,8 +207,7 @@ fn wrong(file: &'static str, field: &str, expected: &str) -> TokenizerError {
 /// The object at the top of a file, if the file is there.
 fn object(files: &Files, name: &'static str) -> Result<Option<Map<String, Value>>, TokenizerError> {
     let Some(json) = files.get(name) else { return Ok(None) };
-    let broken = |e: serde_json::Error| TokenizerError::Broken { file: name, why: e.to_string() };
-    serde_json::from_slice(json).map(Some).map_err(broken)
+    serde_json::from_slice(json).map(Some).map_err(|e| TokenizerError::misread(name, &e))
 }
 
 /// A token as an object.

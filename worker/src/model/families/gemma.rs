@@ -43,10 +43,8 @@ pub(super) fn describe_2(config: &Config) -> Result<Description, ModelError> {
 }
 
 pub(super) fn describe_3(config: &Config) -> Result<Description, ModelError> {
-    let pattern =
-        ["sliding_window_pattern", "_sliding_window_pattern"].map(|f| config.integer(f, 1..=10_000));
-    let [pattern, private] = pattern;
-    let pattern = pattern?.or(private?).unwrap_or(DEFAULT_PATTERN);
+    // What transformers 5 writes as `_sliding_window_pattern`, it does not read again: `layer_types` say it.
+    let pattern = config.integer("sliding_window_pattern", 1..=10_000)?.unwrap_or(DEFAULT_PATTERN);
     let mut description = describe(config, |layer| (layer + 1) % pattern != 0, None)?;
     qwen::norm_heads(&mut description);
     let tower = &mut description.tower;
