@@ -335,7 +335,8 @@ def mpnet(d):
 
 
 ENCODERS = {"bert": bert, "camembert": bert, "deberta-v2": deberta, "distilbert": distilbert, "electra": electra, "gte": rotary,
-            "modernbert": modernbert, "mpnet": mpnet, "nomic_bert": rotary, "roberta": bert, "xlm-roberta": bert}
+            "jina_embeddings_v3": rotary, "modernbert": modernbert, "mpnet": mpnet, "nomic_bert": rotary, "roberta": bert,
+            "xlm-roberta": bert}
 
 
 # Weights.
