@@ -84,12 +84,6 @@ impl Coordinator {
         let files = found.tokenizer_files(&plan).await?;
         let mut profile = found.profile.clone();
         let longest = Limit::of_context(profile.context_length, deployment.context);
-        if let Some(context) = deployment.context.filter(|context| *context > profile.context_length) {
-            let most = profile.context_length;
-            tracing::warn!(
-                "--context {context}: the model takes {most} tokens at most, and so many are served"
-            );
-        }
         profile.context_length = deployment.context_of(&profile);
         let profile = Arc::new(profile);
         let (checked, skipped) = (profile.clone(), skip.clone());
