@@ -141,10 +141,8 @@ async fn every_query_of_every_board_returns_data_through_a_recovery() {
     let mut answers = BTreeSet::new();
     for round in 0..6 {
         answers.insert(ask(&client, greedy(&[5, 6, 7], 30)).await.unwrap().ids);
-        // What is counted is seen twice, so that there is a rate of it.
-        let seen = prometheus.until("vllm:generation_tokens_total")[0]["value"][1].to_string();
+        // Each round is scraped by itself, so that there is a rate of what is counted.
         prometheus.until(&format!("vllm:generation_tokens_total >= {}", 30 * (round + 1)));
-        assert!(!seen.is_empty());
         if round == 2 {
             drop(workers.remove(1));
         }

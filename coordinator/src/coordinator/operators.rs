@@ -8,7 +8,7 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge, info::Info},
     registry::Registry,
 };
-use strata_proto::{json, port::admin::Admin, v1};
+use strata_proto::{Forecast, json, port::admin::Admin, v1};
 
 use super::Coordinator;
 use crate::{
@@ -197,8 +197,12 @@ fn of_load(registry: &mut Registry, snapshot: &Snapshot, of: &OfModel) {
 fn of_plan(registry: &mut Registry, snapshot: &Snapshot) {
     let [weights, cache, scratch, layers]: [Family<OfStage, Gauge>; 4] = Default::default();
     let predicted = Family::<OfStage, Float>::default();
-    for (pipeline, replica) in snapshot.plan.iter().flat_map(|plan| plan.replicas.iter().enumerate()) {
-        let pipeline = u32::try_from(pipeline).unwrap_or(u32::MAX);
+    let rates = Family::<OfStreams, Float>::default();
+    for (pipeline, replica) in (0u32..).zip(snapshot.plan.iter().flat_map(|plan| &plan.replicas)) {
+        let Forecast { single, batch, full } = replica.forecast;
+        for (streams, rate) in [("1".to_owned(), single), (batch.to_string(), full)] {
+            rates.get_or_create(&OfStreams { pipeline, streams }).set(rate);
+        }
         for (of, stage) in OfStage::all(pipeline, replica).into_iter().zip(&replica.stages) {
             let bytes = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
             weights.get_or_create(&of).set(bytes(stage.weight_bytes));
@@ -219,15 +223,6 @@ fn of_plan(registry: &mut Registry, snapshot: &Snapshot) {
         "What the planner expects a stage to take for one token",
         predicted,
     );
-    let rates = Family::<OfStreams, Float>::default();
-    for (pipeline, replica) in (0u32..).zip(snapshot.plan.iter().flat_map(|plan| &plan.replicas)) {
-        let forecast = replica.forecast;
-        for (streams, rate) in
-            [("1".to_owned(), forecast.single), (forecast.batch.to_string(), forecast.full)]
-        {
-            rates.get_or_create(&OfStreams { pipeline, streams }).set(rate);
-        }
-    }
     r.register(
         "strata_predicted_tokens_per_second",
         "What the planner expects of a pipeline with so many streams; beside rate(vllm:generation_tokens_total)",
